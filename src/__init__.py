@@ -1,0 +1,3 @@
+"""SAMIS: which training examples does a network memorise?"""
+
+from src import _torchvision  # noqa: F401  (must run before anything imports torchvision)
