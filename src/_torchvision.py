@@ -8,7 +8,7 @@ so declaring the two missing schemas is enough. A normal installation never ente
 import sys
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision
 except RuntimeError as error:
     if "operator torchvision::" not in str(error):
         raise

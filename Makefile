@@ -1,0 +1,54 @@
+# make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw
+# make test    the same set-up, then the tests
+# make lint    ruff, as CI runs it
+# make bench   speed and memory against the plain way, as ratios in one run
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs/samis_digits
+SEEDS := 1 2 3
+STAMP := $(VENV)/.installed
+
+EPOCHS := 20
+DATA := --dataset=digits --model=resnet8
+TRAINING := --data_augmentation --epochs=$(EPOCHS) --batch_size=128 --learning_rate=0.1 --lr_sched=const --measure_proxies --resume
+READING := --datasets_folder=$(RUNS)/data --models_folder=$(RUNS)/ckpts --metrics_folder=$(RUNS)/metrics
+FOLDERS := $(READING) --log_folder=$(RUNS)/logs --resume_ckpts_folder=$(RUNS)/resume_ckpts
+DRAWING := --datasets_folder=$(RUNS)/data --scores_folder=$(RUNS)/metrics --plots_folder=$(RUNS)/plots
+
+.PHONY: samis test lint bench setup clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+samis: $(STAMP)
+	@set -e; started=$$(mktemp); \
+	for seed in $(SEEDS); do \
+	  for optimizer in sgd sam; do \
+	    $(BIN)/python train_full.py $(DATA) --optimizer=$$optimizer --seed=$$seed $(TRAINING) $(FOLDERS) --save_epochs=last; \
+	  done; \
+	  $(BIN)/python compute_sam_sgd.py $(DATA) --seed=$$seed --epochs=$(EPOCHS) --protocol=full $(READING); \
+	done; \
+	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics; \
+	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob $(DRAWING); \
+	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss $(DRAWING); \
+	echo; echo "Written:"; find $(RUNS) -type f -newer $$started | sort; rm -f $$started
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run_all
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+r"""Average per-example scores over seeds, in the format that Proxy and the other scripts read.
+
+Reads {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz of compute_sam_sgd.py (SAMIS-L, SAMIS-P
+and, beside them, the plain mean loss of both networks), or {metrics_folder}/{exp}/seed_{seed}/ of a training run with
+--measure_proxies (all other scores). Writes {metrics_folder}/{sub}/{mode}_{dataset}.pkl and a json beside it that
+says how it was made. Seeds of different epochs, protocols, data or settings are refused.
+
+  python average_scores.py --dataset=digits --model=lenet --seeds 1 2 3
+  python average_scores.py --dataset=cifar10 --model=resnet8 --seeds 1 2 3 --optimizer=sgd --modes forg etl flat eps
+"""
+
+from argparse import Namespace
+
+from src.artifacts import score_path
+from src.datasets import load_dataset
+from src.errors import FlagError
+from src.metrics import MODES, modes_from
+from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
+from src.metrics.score_files import write_scores
+from src.settings import (
+    Parser,
+    add_data_flags,
+    add_folder_flags,
+    add_model_choice,
+    add_overwrite_flag,
+    number,
+    run_script,
+    start_logging,
+)
+
+PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser, subset=False)
+    add_model_choice(parser)
+    group = parser.add_argument_group("scores")
+    group.add_argument("--seeds", type=number(int, 0), nargs="+", required=True, help="the seeds to average")
+    group.add_argument(
+        "--modes",
+        nargs="+",
+        choices=PAIR_MODES + RUN_MODES,
+        metavar="MODE",
+        help=f"of a pair of networks: {', '.join(PAIR_MODES)} (the default); of a training run: "
+        f"{', '.join(RUN_MODES)} (the default where a flag below chooses a run)",
+    )
+    group.add_argument("--optimizer", help="only runs of this optimiser")
+    group.add_argument("--lr_sched", help="only runs of this schedule")
+    group.add_argument("--exp", metavar="NAME", help="the run's name, its folder under --metrics_folder")
+    add_overwrite_flag(group)
+    add_folder_flags(parser, "datasets", "metrics")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, read, average, write, print."""
+    args = parse()
+    start_logging(quiet=True)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise FlagError(f"--seeds: {' '.join(map(str, args.seeds))} names a seed twice; name each once")
+    of_run = any((args.optimizer, args.lr_sched, args.exp))
+    modes = args.modes or (RUN_MODES if of_run else PAIR_MODES)
+    dataset = args.dataset
+    if ":" in dataset:  # own data are named by their content
+        train, _ = load_dataset(dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
+        dataset = train.entry.name
+
+    origin = {"dataset": dataset, "model": args.model}
+    per_seed: dict[str, list] = {mode: [] for mode in modes}
+    pair_modes, run_modes = ([mode for mode in modes if mode in kind] for kind in (PAIR_MODES, RUN_MODES))
+    if run_modes:
+        run = find_run(args.metrics_folder, dataset, args.model, args.optimizer, args.lr_sched, args.exp)
+    for seed in args.seeds:
+        scores = {}
+        if pair_modes:
+            scores |= read_pair_seed(pair_modes, args.metrics_folder, dataset, args.model, seed)
+        if run_modes:
+            scores |= read_run_seed(run_modes, args.metrics_folder, run, seed)
+        for mode, values in scores.items():
+            per_seed[mode].append(values)
+
+    averages = {}
+    for mode in modes:
+        values, record = average(mode, per_seed[mode])
+        sources = [str(seed.source.relative_to(args.metrics_folder)) for seed in per_seed[mode]]
+        record = {**origin, **record, "sources": sources}
+        path = score_path(args.metrics_folder, mode, dataset)
+        if not args.overwrite:
+            refuse_target(path, record)
+        averages[mode] = path, values, record
+    for mode, (path, values, record) in averages.items():
+        write_scores(path, values, record)
+        print(
+            f"{MODES[mode].title}: mean of {len(args.seeds)} seeds, "
+            f"before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

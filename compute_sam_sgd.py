@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+r"""Score every training example with SAMIS: how differently an SGD-trained and a SAM-trained network treat it.
+
+Reads the checkpoints of one epoch that train_split.py (ten splits: each example is scored by the pair that never saw
+it) or train_full.py (premature protocol: one pair, in sample) wrote under --models_folder. Writes the un-normalised
+scores of the seed to {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz; average_scores.py reads
+them.
+
+  python compute_sam_sgd.py --dataset=digits --model=lenet --seed=1 --epochs=20 --protocol=full
+  python compute_sam_sgd.py --dataset='cifar100' --model='resnet50' --seed=1234 --epochs=160
+"""
+
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from src.artifacts import differences, label_hash, samis_path
+from src.datasets import Batches, ImageSet, load_dataset, parse_subset, validation_indices
+from src.devices import PRECISIONS, prepare, resolve_device
+from src.errors import FileError
+from src.metrics import Proxy, find_scores
+from src.metrics.compare import half_overlaps, spearman_test
+from src.metrics.pairs import Pair, Query, find_pairs, load_pair, score_pair
+from src.metrics.samis import PairScores, read_seed, save_seed
+from src.models import MODELS
+from src.settings import (
+    Parser,
+    add_compute_flags,
+    add_data_flags,
+    add_folder_flags,
+    add_model_choice,
+    add_overwrite_flag,
+    add_score_flags,
+    number,
+    run_script,
+    score_folders,
+    start_logging,
+)
+
+log = logging.getLogger("compute_sam_sgd")
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    add_model_choice(parser)
+    group = parser.add_argument_group("networks")
+    group.add_argument("--seed", type=number(int, 0), default=1, help="seed of both networks")
+    group.add_argument("--epochs", type=number(int, 1), default=160, help="epoch whose checkpoints are compared")
+    group.add_argument(
+        "--protocol",
+        choices=("auto", "split", "full"),
+        default="auto",
+        help="split: ten validation splits, out of sample; full: one pair trained on everything, in sample; "
+        "auto: split if all its checkpoints exist, else full",
+    )
+    group.add_argument("--lr_sched", help="schedule in the runs' names (default: the only one there is)")
+    group.add_argument("--batch_size", type=number(int, 1), default=512, help="examples scored at a time")
+    add_overwrite_flag(group)
+    add_score_flags(parser)
+    add_compute_flags(parser)
+    add_folder_flags(parser, "datasets", "models", "metrics")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, find the networks, score, print, save."""
+    args = parse()
+    start_logging()
+    device = resolve_device(args.device)
+    prepare(device, PRECISIONS[args.precision], args.deterministic)
+    train, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
+    whole_labels = train.labels.numpy()
+    name = train.entry.name
+    query = Query(args.models_folder, args.model, name, args.seed, args.epochs, args.lr_sched, args.dataset)
+    protocol, pairs = find_pairs(query, args.protocol)
+    facts = {
+        "dataset": name,
+        "model": args.model,
+        "seed": args.seed,
+        "epoch": args.epochs,
+        "protocol": protocol,
+        "lr_sched": pairs[0].sgd.parent.parent.name.split("_sched_")[1].split("_val_split_")[0],
+        "precision": args.precision,
+        "subset": None,
+    }
+    chosen = train.to(device)
+    if args.subset is not None:
+        chosen = chosen.subset(parse_subset(args.subset, train.total, train.labels))
+        facts["subset"] = label_hash(chosen.indices.cpu().numpy())
+    check_target(samis_path(args.metrics_folder, name, args.model, args.seed, "loss"), facts, args.overwrite)
+    scores = {field: np.full(train.total, np.nan) for field in PairScores._fields}
+    for pair in tqdm(pairs, unit="pair", disable=None):
+        score_one(args, pair, chosen, whole_labels, facts, scores)
+    report(scores, name, args)
+    written = save_seed(
+        args.metrics_folder,
+        name,
+        args.model,
+        args.seed,
+        s_l=scores["s_l"],
+        s_p=scores["s_p"],
+        loss_sgd=scores["loss_sgd"],
+        loss_sam=scores["loss_sam"],
+        epoch=args.epochs,
+        protocol=protocol,
+        label_hash=label_hash(whole_labels),
+        settings=json.dumps(facts, sort_keys=True),
+    )
+    print(*written, sep="\n")
+
+
+def check_target(path: Path, facts: dict, overwrite: bool) -> None:
+    """Stop if the seed's file holds scores of other settings."""
+    if not path.exists() or overwrite:
+        return
+    found = differences(json.loads(str(read_seed(path).get("settings", "{}"))), facts)
+    if found:
+        raise FileError(f"{path}: holds scores of other settings: {', '.join(found)}; give --overwrite to replace them")
+
+
+def score_one(
+    args: Namespace, pair: Pair, chosen: ImageSet, whole_labels: np.ndarray, facts: dict, scores: dict
+) -> None:
+    """Score the examples that belong to one pair, and print how good its networks are on them."""
+    entry = chosen.entry
+    expected = {
+        "num_classes": entry.num_classes,
+        "channels": entry.channels,
+        "image_size": entry.image_size,
+        "label_hash": label_hash(whole_labels),
+    }
+    sgd, sam, state = load_pair(pair, expected)
+    if state["settings"].get("subset") != facts["subset"]:
+        raise FileError(f"{pair.sgd}: was trained on another subset of {entry.name}; give the same --subset")
+    if state["differing"]:
+        log.warning("the two networks differ in more than the optimiser: %s", ", ".join(state["differing"]))
+    images = chosen
+    if pair.split is not None:
+        held_out = validation_indices(
+            args.datasets_folder, entry.name, args.seed, pair.split, whole_labels, entry.num_classes
+        )
+        images = chosen.subset(torch.from_numpy(np.flatnonzero(np.isin(chosen.indices.cpu().numpy(), held_out))))
+    layout = torch.channels_last if MODELS[args.model].channels_last else torch.contiguous_format
+    dtype = PRECISIONS[args.precision].dtype
+    networks = [network.to(images.labels.device, dtype, memory_format=layout) for network in (sgd, sam)]
+    batches = Batches(
+        images,
+        args.batch_size,
+        normalisation=state["normalisation"],
+        device=images.labels.device,
+        dtype=dtype,
+        channels_last=MODELS[args.model].channels_last,
+    )
+    indices, fields = score_pair(*networks, batches, precision=args.precision)
+    for field, values in fields.items():
+        scores[field][indices] = values
+    where = "all examples, in sample" if pair.split is None else f"split {pair.split}, out of sample"
+    parts = [
+        f"{optimizer.upper()} loss {fields[f'loss_{optimizer}'].mean():.5f} "
+        f"accuracy {100 * fields[f'correct_{optimizer}'].mean():.2f} %"
+        for optimizer in ("sgd", "sam")
+    ]
+    tqdm.write(f"{where} ({len(indices)}): {', '.join(parts)}")
+
+
+def report(scores: dict[str, np.ndarray], dataset: str, args: Namespace) -> None:
+    """Print the scores' statistics and, where memorisation is known, how well they agree with it."""
+    scored = np.flatnonzero(~np.isnan(scores["s_l"]))
+    for title, field in (("SAMIS-L", "s_l"), ("SAMIS-P", "s_p")):
+        values = scores[field][scored]
+        print(
+            f"{title}: mean {values.mean():.6g}, median {np.median(values):.6g}, "
+            f"smallest {values.min():.6g}, largest {values.max():.6g}"
+        )
+    folders = score_folders(args.scores_folder, "mem", args.metrics_folder)
+    try:
+        find_scores("mem", dataset, folders)
+    except FileError:
+        return
+    mem = Proxy("mem", dataset, folder=folders, n=len(scores["s_l"]))
+    for title, field in (("SAMIS-L", "s_l"), ("SAMIS-P", "s_p")):
+        a, b = scores[field][scored], mem.scores[scored]
+        rho, p_value = spearman_test(a, b)
+        shared = half_overlaps(a, b)
+        print(
+            f"{title} and memorisation: Spearman {rho:.4f} (p = {p_value:.2g}), in both lower halves "
+            f"{shared.lower} of {shared.lower_size}, in both upper halves {shared.upper} of {shared.upper_size}"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

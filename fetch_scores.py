@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+r"""Fetch the published score files of a data set from their authors' repository, verified by size and hash.
+
+Reads --base_url (by default the SAMIS authors' repository at a fixed commit). Writes
+{folder}/{sub}/{mode}_{dataset}.pkl and, for cifar100, {folder}/memorization/cifar100_infl_matrix.npz, which is large.
+A file that is there already and is right is skipped; a file that is not the published one is not written.
+
+  python fetch_scores.py --dataset=cifar100
+  python fetch_scores.py --dataset=cifar10 --modes forg etl --folder=metrics
+"""
+
+from pathlib import Path
+
+from src.artifacts import PACKAGED_SCORES
+from src.metrics import MODES
+from src.metrics.published import BASE_URL, fetch, published_files
+from src.settings import Parser, add_overwrite_flag, run_script
+
+
+def main() -> None:
+    """Parse, fetch, print."""
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("scores")
+    group.add_argument("--dataset", default="cifar100", help="cifar10, cifar100 or svhn")
+    group.add_argument(
+        "--modes", nargs="+", choices=tuple(MODES), metavar="MODE", help="which scores (default: all published ones)"
+    )
+    group.add_argument("--folder", type=Path, default=PACKAGED_SCORES, metavar="DIR", help="metrics folder to fill")
+    group.add_argument("--base_url", default=BASE_URL, metavar="URL", help="where the published folders stand")
+    add_overwrite_flag(group)
+    args = parser.parse_args()
+    for file in published_files(args.dataset, args.modes):
+        fresh = fetch(file, args.folder, args.base_url, args.overwrite)
+        print(f"{file.path(args.folder)}: {'fetched and verified' if fresh else 'there already'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+r"""Show the examples of each class with the lowest and the highest scores, one row per score.
+
+Reads the data set and its score files: --scores_folder first, then --metrics_folder, then those that ship with the
+project. Writes, as PNG and PDF, {plots_folder}/images/{dataset}/lowest_{n}/{class} and highest_{n}/{class}, and an
+overview of all classes by the first score, overview_{mode}_{n}.
+
+  python plot_images.py --dataset=digits --modes samis_loss samis_prob mean_loss
+  python plot_images.py --dataset=cifar100 --modes mem samis_loss samis_prob --n=5 --classes apple bed
+"""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from src.artifacts import label_hash, save_figure
+from src.datasets import ImageSet, load_dataset, parse_subset
+from src.errors import FlagError
+from src.metrics import MODES, Proxy
+from src.metrics.image_plots import class_grids, extremes, overview
+from src.settings import (
+    Parser,
+    add_data_flags,
+    add_folder_flags,
+    add_score_flags,
+    number,
+    run_script,
+    score_folders,
+    start_logging,
+)
+
+ENDS = ("lowest", "highest")
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    add_score_flags(parser)
+    group = parser.add_argument_group("figures")
+    group.add_argument(
+        "--modes",
+        nargs="+",
+        choices=tuple(MODES),
+        default=["samis_loss", "samis_prob"],
+        metavar="MODE",
+        help=f"which scores, one row each, of {', '.join(MODES)}",
+    )
+    group.add_argument("--n", type=number(int, 1, 50), default=5, help="images at each end of each class")
+    group.add_argument("--classes", nargs="+", metavar="NAME", help="only these classes, by name or number")
+    group.add_argument("--only_overview", action="store_true", help="draw no figures of single classes")
+    add_folder_flags(parser, "datasets", "metrics", "plots")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, read, sort, draw, print."""
+    args = parse()
+    start_logging()
+    images, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
+    checks = {"n": images.total, "label_hash": label_hash(images.labels)}
+    dataset = images.entry.name
+    proxies = {
+        mode: Proxy(mode, dataset, folder=score_folders(args.scores_folder, mode, args.metrics_folder), **checks)
+        for mode in args.modes
+    }
+    if args.subset is not None:
+        images = images.subset(parse_subset(args.subset, images.total, images.labels))
+    labels, indices = images.labels.numpy(), images.indices.numpy()
+    ends = {mode: extremes(proxy.scores, labels, indices, args.n) for mode, proxy in proxies.items()}
+    classes = chosen_classes(args.classes, images.class_names)
+    folder = args.plots_folder / "images" / dataset
+    draw_overview(images, proxies[args.modes[0]], ends[args.modes[0]], classes, args.n, folder)
+    if not args.only_overview:
+        for label in tqdm(classes, unit="class", disable=None):
+            draw_class(images, proxies, {mode: end.get(label) for mode, end in ends.items()}, label, args.n, folder)
+        print(*(f"{folder / f'{end}_{args.n}'}: {len(classes)} classes, PNG and PDF" for end in ENDS), sep="\n")
+
+
+def chosen_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
+    """The labels of the classes asked for; all without a choice."""
+    if wanted is None:
+        return list(range(len(names)))
+    known = {str(label): label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise FlagError(
+            f"--classes: there is no class {unknown[0]!r}; choose from {', '.join(names[:20])} or a number"
+        )
+    return [known[name] for name in wanted]
+
+
+def fetch(images: ImageSet, positions: np.ndarray) -> np.ndarray:
+    """uint8 images ``(m, c, h, w)`` at positions of the set."""
+    return images.fetch(torch.from_numpy(positions)).cpu().numpy()
+
+
+def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int], n: int, folder: Path) -> None:
+    """All classes by one score."""
+    rows = [
+        (images.class_names[label], *(fetch(images, positions) for positions in ends[label]))
+        for label in classes
+        if label in ends
+    ]
+    title = f"{images.entry.name}: {proxy.title.split(',')[0]}, {n} lowest and {n} highest of each class"
+    figures = overview(rows, n, proxy.label, title)
+    for page, figure in enumerate(figures, 1):
+        suffix = f"_{page}" if len(figures) > 1 else ""
+        print(*save_figure(figure, folder / f"overview_{proxy.mode}_{n}{suffix}"), sep="\n")
+
+
+def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: int, n: int, folder: Path) -> None:
+    """One class: a figure of the lowest and one of the highest, a row per score."""
+    rows = {mode: end for mode, end in ends.items() if end is not None and len(end[0])}
+    if not rows:
+        return
+    name = images.class_names[label]
+    stem = re.sub(r"[^\w.-]+", "_", name)
+    if [re.sub(r"[^\w.-]+", "_", other) for other in images.class_names].count(stem) > 1:
+        stem = f"{label}_{stem}"
+    indices = images.indices.numpy()
+    for k, end in enumerate(ENDS):
+        figure = class_grids(
+            lambda positions: fetch(images, positions),
+            [both[k] for both in rows.values()],
+            [proxies[mode].scores[indices[both[k]]] for mode, both in rows.items()],
+            [proxies[mode].label for mode in rows],
+            f"{name}: {end} {n}",
+        )
+        save_figure(figure, folder / f"{end}_{n}" / stem)
+
+
+if __name__ == "__main__":
+    run_script(main)

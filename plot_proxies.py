@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+r"""Draw the distributions of stored scores, and compare them by rank.
+
+Reads score files: --scores_folder first, then --metrics_folder, then those that ship with the project. With
+--reference, the chosen scores are compared with those of another folder, such as the published ones. Writes, as PNG
+and PDF, {plots_folder}/proxies/{dataset}/{mode}/all_{scores_hist,scores_distribution,prob_dist} and
+{plots_folder}/proxies/{dataset}/comparison, and the numbers as correlations.csv and correlations.json.
+
+  python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss
+  python plot_proxies.py --dataset=cifar10 --scores_folder=examples/scores --reference=src/metrics
+"""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from src.artifacts import label_hash, save_figure, score_path, write_json, write_text
+from src.datasets import load_dataset
+from src.errors import FileError, FlagError
+from src.metrics import MODES, Proxy, find_scores
+from src.metrics.compare import against_reference, comparison_table
+from src.metrics.plots import comparison
+from src.settings import (
+    Parser,
+    add_data_flags,
+    add_folder_flags,
+    add_score_flags,
+    run_script,
+    score_folders,
+    start_logging,
+)
+
+log = logging.getLogger("plot_proxies")
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser, subset=False)
+    add_score_flags(parser)
+    group = parser.add_argument_group("figures")
+    names = {"nargs": "+", "choices": tuple(MODES), "metavar": "MODE"}
+    group.add_argument("--modes", **names, help=f"which scores, of {', '.join(MODES)} (default: all that are found)")
+    group.add_argument("--reference", type=Path, metavar="DIR", help="metrics folder of the scores to compare with")
+    group.add_argument("--reference_modes", **names, help="which of its scores (default: all that are found)")
+    group.add_argument("--plot", choices=("scatter", "line"), default="scatter", help="how shares are drawn")
+    add_folder_flags(parser, "datasets", "metrics", "plots")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, read, draw, compare, print."""
+    args = parse()
+    start_logging()
+    dataset, labels = read_labels(args)
+    proxies = read_proxies(args, dataset, labels)
+    references = read_references(args, dataset, labels) if args.reference else proxies
+    first = next(iter(proxies.values()))
+    for proxy in (*proxies.values(), *references.values()):
+        proxy.check(len(first))
+
+    folder = args.plots_folder / "proxies" / dataset
+    for mode, proxy in proxies.items():
+        paths = [
+            *proxy.plot_scores_hist(folder=folder / mode),
+            *(proxy.plot_scores_kde(folder=folder / mode) if np.ptp(proxy.scores[proxy.indices]) else []),
+            *proxy.plot_prob_dist(plot=args.plot, folder=folder / mode),
+        ]
+        print(*paths, sep="\n")
+
+    table = {
+        mode: {
+            other: against_reference(proxy.scores, reference.scores, labels)
+            for other, reference in references.items()
+        }
+        for mode, proxy in proxies.items()
+    }
+    headings = {"spearman": "rank correlation"}
+    if labels is not None:
+        headings["spearman_within_class"] = "rank correlation, mean within class"
+    matrices = {
+        heading: np.array([[cell[key] for cell in row.values()] for row in table.values()])
+        for key, heading in headings.items()
+    }
+    suffix = f" against {args.reference.name}" if args.reference else ""
+    figure = comparison(
+        [proxy.scores for proxy in proxies.values()],
+        [proxy.label for proxy in proxies.values()],
+        [reference.label for reference in references.values()],
+        matrices,
+        f"{dataset}: scores compared{suffix}",
+    )
+    print(*save_figure(figure, folder / "comparison"), sep="\n")
+    print(write_json(folder / "correlations.json", table))
+    print(write_text(folder / "correlations.csv", comparison_table(table)))
+
+
+def read_labels(args: Namespace) -> tuple[str, np.ndarray | None]:
+    """The data set's name in paths and, if it can be loaded, the labels of its training part."""
+    try:
+        train, _ = load_dataset(
+            args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels
+        )
+    except FileError as error:
+        if ":" in args.dataset:
+            raise
+        log.warning("%s; correlations within classes are left out", error)
+        return args.dataset, None
+    return train.entry.name, train.labels.numpy()
+
+
+def read_proxies(args: Namespace, dataset: str, labels: np.ndarray | None) -> dict[str, Proxy]:
+    """The chosen scores, or all that are found."""
+    checks = {} if labels is None else {"n": len(labels), "label_hash": label_hash(labels)}
+    proxies = {}
+    for mode in args.modes or MODES:
+        folders = score_folders(args.scores_folder, mode, args.metrics_folder)
+        try:
+            find_scores(mode, dataset, folders)
+        except FileError:
+            if args.modes:
+                raise
+            continue
+        proxies[mode] = Proxy(mode, dataset, folder=folders, **checks)
+    if not proxies:
+        raise FileError(f"{args.metrics_folder}: no scores of {dataset} there, nor in the other folders searched")
+    return proxies
+
+
+def read_references(args: Namespace, dataset: str, labels: np.ndarray | None) -> dict[str, Proxy]:
+    """The chosen scores of the reference folder, or all that stand there; no other folder is searched."""
+    checks = {} if labels is None else {"n": len(labels), "label_hash": label_hash(labels)}
+    paths = {mode: score_path(args.reference, mode, dataset) for mode in args.reference_modes or MODES}
+    missing = [path for path in paths.values() if not path.exists()]
+    if args.reference_modes and missing:
+        raise FileError(f"{missing[0]}: there is no such score file; choose others with --reference_modes")
+    if len(missing) == len(paths):
+        raise FlagError(
+            f"--reference {args.reference}: holds no scores of {dataset}; give a metrics folder that does"
+        )
+    return {
+        mode: Proxy(mode, dataset, folder=args.reference, **checks) for mode, path in paths.items() if path.exists()
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

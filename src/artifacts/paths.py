@@ -1,0 +1,84 @@
+"""Where every file stands: the one place that knows folder and file names."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGED_SCORES = ROOT / "src" / "metrics"
+
+SCORE_FOLDERS = {
+    "mem": "memorization",
+    "flat": "flatness",
+    "eps": "flatness",
+    "forg": "forgettability",
+    "etl": "forgettability",
+    "samis_loss": "sam_sgd",
+    "samis_prob": "sam_sgd",
+    "mean_loss": "sam_sgd",
+    "csl": "dynamics",
+    "aum": "dynamics",
+    "dual": "dynamics",
+    "dyn_unc": "dynamics",
+    "el2n": "dynamics",
+    "tdds": "dynamics",
+    "mpe": "mpe",
+}
+
+SAMIS_FILES = {"loss": "nn_loss_diff_score.npz", "prob": "nn_prob_diff_score.npz"}
+
+
+def standard_experiment(model: str, dataset: str, optimizer: str, lr_sched: str) -> str:
+    """The name of a run on the whole training part."""
+    return f"standard_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}"
+
+
+def split_experiment(model: str, dataset: str, optimizer: str, lr_sched: str, index: int | str) -> str:
+    """The name of a run that leaves validation split ``index`` out."""
+    return f"split_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_val_split_{index}"
+
+
+def experiment_folder(models_folder: str | Path, experiment: str, seed: int | str) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(models_folder) / experiment / f"seed_{seed}"
+
+
+def checkpoint_path(models_folder: str | Path, experiment: str, seed: int, which: int | str) -> Path:
+    """A run's checkpoint: of an epoch (a number from 1), ``"best"`` or ``"last"``."""
+    name = f"epoch_{which}.pt" if isinstance(which, int) else f"{which}.pt"
+    return experiment_folder(models_folder, experiment, seed) / name
+
+
+def resume_folder(resume_ckpts_folder: str | Path, experiment: str, seed: int) -> Path:
+    """The folder of a run's resume states."""
+    return Path(resume_ckpts_folder) / experiment / f"seed_{seed}"
+
+
+def resume_path(resume_ckpts_folder: str | Path, experiment: str, seed: int, epoch: int) -> Path:
+    """A run's resume state after an epoch."""
+    return resume_folder(resume_ckpts_folder, experiment, seed) / f"epoch={epoch}.pth.tar"
+
+
+def splits_folder(datasets_folder: str | Path, dataset: str, seed: int) -> Path:
+    """The folder of the ten validation splits ``val_{1..10}.txt``."""
+    return Path(datasets_folder) / "splits" / dataset / f"seed_{seed}"
+
+
+def dynamics_folder(metrics_folder: str | Path, experiment: str, seed: int) -> Path:
+    """The folder of a run's recorded dynamics and per-seed proxies."""
+    return Path(metrics_folder) / experiment / f"seed_{seed}"
+
+
+def samis_path(metrics_folder: str | Path, dataset: str, model: str, seed: int, which: str) -> Path:
+    """The SAMIS scores of one seed; ``which`` is ``"loss"`` or ``"prob"``."""
+    return Path(metrics_folder) / dataset / model / str(seed) / SAMIS_FILES[which]
+
+
+def score_path(folder: str | Path, mode: str, dataset: str) -> Path:
+    """An averaged score file; ``mem`` is the memorisation archive."""
+    if mode == "mem":
+        return memorization_path(folder, dataset)
+    return Path(folder) / SCORE_FOLDERS[mode] / f"{mode}_{dataset}.pkl"
+
+
+def memorization_path(folder: str | Path, dataset: str) -> Path:
+    """Feldman and Zhang's memorisation estimates of a data set."""
+    return Path(folder) / SCORE_FOLDERS["mem"] / f"{dataset}_infl_matrix.npz"

@@ -1,0 +1,145 @@
+"""Safe reading: nothing that is read can run code, and every failure is one line that names the file."""
+
+import argparse
+import hashlib
+import importlib
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.errors import FileError
+
+# What a pickle of plain values may name: numpy scalars and arrays, under the module names of both major versions,
+# and the Namespace that older files hold.
+_NUMPY_GLOBALS = {
+    ("multiarray", "scalar"): ("numpy._core.multiarray", "scalar"),
+    ("multiarray", "_reconstruct"): ("numpy._core.multiarray", "_reconstruct"),
+    ("numeric", "_frombuffer"): ("numpy._core.numeric", "_frombuffer"),
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every global but numpy's scalars and arrays and ``argparse.Namespace``."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("numpy", "dtype"), ("numpy", "ndarray")):
+            return getattr(np, name)
+        if (module, name) == ("argparse", "Namespace"):
+            return argparse.Namespace
+        for prefix in ("numpy.core.", "numpy._core."):
+            target = _NUMPY_GLOBALS.get((module.removeprefix(prefix), name))
+            if module.startswith(prefix) and target:
+                return getattr(importlib.import_module(target[0]), target[1])
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
+
+
+def _read(path: str | Path, what: str, load: Callable[[Path], Any]) -> Any:
+    """Call ``load`` and turn every way in which it can fail into one line."""
+    path = Path(path)
+    if not path.exists():
+        raise FileError(f"{path}: there is no such file; {what} was expected there")
+    if path.is_dir():
+        raise FileError(f"{path}: is a folder; {what} was expected there")
+    try:
+        return load(path)
+    except FileError:
+        raise
+    except PermissionError as error:
+        raise FileError(f"{path}: may not be read ({error.strerror})") from error
+    except Exception as error:  # corrupt files raise nearly anything
+        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+        raise FileError(f"{path}: is not {what}, or is damaged ({reason}); make it anew") from error
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """Read every array of an npz file; object arrays are refused.
+
+    Raises:
+        FileError: The file is missing, damaged, or holds pickled objects.
+    """
+
+    def load(path: Path) -> dict[str, np.ndarray]:
+        with np.load(path, allow_pickle=False) as file:
+            if not hasattr(file, "files"):
+                raise ValueError("a single array, not an archive")
+            return {name: file[name] for name in file.files}
+
+    return _read(path, "an npz archive of arrays", load)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a json file.
+
+    Raises:
+        FileError: The file is missing or not json.
+    """
+    return _read(path, "a json file", lambda path: json.loads(path.read_text()))
+
+
+def read_pickle(path: str | Path) -> Any:
+    """Read a pickle of plain values: dicts, lists, numbers, strings, numpy arrays, ``argparse.Namespace``.
+
+    Raises:
+        FileError: The file is missing, damaged, or names anything else (it is not run).
+    """
+
+    def load(path: Path) -> Any:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file).load()
+
+    return _read(path, "a pickle of plain values", load)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, tensors and plain values only (``weights_only=True``).
+
+    Raises:
+        FileError: The file is missing, truncated, or not a checkpoint of this project.
+    """
+    import torch
+
+    def load(path: Path) -> dict[str, Any]:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("truncated, or not in torch's format")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("it holds no dictionary")
+        return state
+
+    return _read(path, "a checkpoint", load)
+
+
+def read_index_file(path: str | Path) -> np.ndarray:
+    """Read one non-negative integer per line.
+
+    Returns:
+        int64 array ``(m,)``, in the order of the file.
+
+    Raises:
+        FileError: The file is missing, empty, or a line is not a non-negative integer.
+    """
+
+    def load(path: Path) -> np.ndarray:
+        values = [int(line) for line in path.read_text().split()]
+        if not values or min(values) < 0:
+            raise ValueError("it is empty" if not values else "an index is negative")
+        return np.asarray(values, dtype=np.int64)
+
+    return _read(path, "a list of indices, one per line", load)
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def label_hash(labels: Any) -> str:
+    """16 hex digits that identify a data set's labels (and so their order)."""
+    plain = np.ascontiguousarray(np.asarray(labels, dtype="<i8"))
+    return hashlib.sha256(plain.tobytes()).hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""Atomic writing: a reader sees the old file or the new one, never a part of either."""
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from src.errors import FileError
+
+
+def write_with(path: str | Path, write: Callable[[BinaryIO], None]) -> Path:
+    """Write a file atomically: into a temporary file beside it, flushed to the disk, then renamed.
+
+    Args:
+        path: The file to write; its folder is made.
+        write: Called with the open binary file.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileError: The disk is full, or the folder cannot be written. The old file, if any, is untouched.
+    """
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) or _is_torch_write_error(error):
+            reason = getattr(error, "strerror", None) or "the disk may be full"
+            raise FileError(f"{path}: could not be written ({reason}); make room or choose another folder") from error
+        raise
+    return path
+
+
+def _umask() -> int:
+    """The process's file mode mask (reading it means setting it)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_torch_write_error(error: BaseException) -> bool:
+    """Whether torch's zip writer failed; it hides the operating system's error in a RuntimeError."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text)
+
+
+def write_npz(path: str | Path, **arrays: Any) -> Path:
+    """Write named arrays as an uncompressed npz file. Objects are refused: they would be pickled."""
+    plain = {name: np.asarray(value) for name, value in arrays.items()}
+    for name, value in plain.items():
+        if value.dtype.hasobject:
+            raise TypeError(f"array {name!r} holds Python objects")
+    return write_with(path, lambda file: np.savez(file, **plain))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a value as indented json; numpy scalars and paths are turned into plain ones."""
+    text = json.dumps(value, indent=2, default=_plain, allow_nan=True) + "\n"
+    return write_text(path, text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not belong in a json file")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file (UTF-8)."""
+    return write_with(path, lambda file: file.write(text.encode()) and None)
+
+
+def write_pickle(path: str | Path, value: Any) -> Path:
+    """Write plain values as a pickle, protocol 4 (the format of the published score files)."""
+    return write_with(path, lambda file: pickle.dump(value, file, protocol=4))
+
+
+def write_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint: tensors and plain values only, so that it loads with ``weights_only=True``."""
+    import torch
+
+    return write_with(path, lambda file: torch.save(dict(state), file))
+
+
+def save_figure(figure: Any, stem: str | Path) -> list[Path]:
+    """Write a matplotlib figure as ``stem.png`` (200 dpi) and ``stem.pdf``.
+
+    Returns:
+        The two paths.
+    """
+    stem = Path(stem)
+    written = []
+    for kind in ("png", "pdf"):
+        path = stem.with_name(f"{stem.name}.{kind}")
+        written.append(write_with(path, lambda file, kind=kind: figure.savefig(file, format=kind, dpi=200)))
+    return written

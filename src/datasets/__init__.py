@@ -1,0 +1,33 @@
+"""Data sets: the catalogue, loading, subsets, splits, and augmented batches."""
+
+from src.datasets.batches import Batch, Batches
+from src.datasets.catalogue import (
+    CATALOGUE,
+    Augmentation,
+    DatasetEntry,
+    Normalisation,
+    dataset_names,
+    lookup,
+)
+from src.datasets.images import ImageSet
+from src.datasets.loading import load_dataset
+from src.datasets.splits import make_splits, partition, split_path, validation_indices
+from src.datasets.subset import parse_subset
+
+__all__ = [
+    "CATALOGUE",
+    "Augmentation",
+    "Batch",
+    "Batches",
+    "DatasetEntry",
+    "ImageSet",
+    "Normalisation",
+    "dataset_names",
+    "load_dataset",
+    "lookup",
+    "make_splits",
+    "parse_subset",
+    "partition",
+    "split_path",
+    "validation_indices",
+]

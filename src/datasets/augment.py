@@ -1,0 +1,129 @@
+"""Augmentation of whole batches. Every function takes its random draws as arguments, one row per example."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Random resized crop: share of the area, aspect ratio, and tries before falling back to the centre
+# (Szegedy et al. 2015, "Going deeper with convolutions", section 6).
+AREA = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+CROP_DRAWS = 2 * TRIES + 2
+
+
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror the images marked in ``mirrored`` left to right.
+
+    Args:
+        images: ``(b, c, h, w)``.
+        mirrored: bool ``(b,)``.
+
+    Returns:
+        ``(b, c, h, w)``.
+    """
+    # Whole images are copied from a stack of both versions: far faster than a masked select.
+    count = len(images)
+    both = torch.cat([images, images.flip(-1)])
+    return both.index_select(0, torch.arange(count, device=images.device) + count * mirrored.long())
+
+
+def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
+    """Pad with zeros and cut a window of the original size from each image.
+
+    Args:
+        images: ``(b, c, h, w)``.
+        offsets: int64 ``(b, 2)``, top and left corner of each window, 0 to ``2 * padding``.
+        padding: Zeros on each side.
+
+    Returns:
+        ``(b, c, h, w)``.
+    """
+    count, _, height, width = images.shape
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    rows = torch.arange(count, device=images.device)
+    return windows[rows, :, offsets[:, 0], offsets[:, 1]]  # (b, c, 2p+1, 2p+1, h, w) -> (b, c, h, w)
+
+
+def cutout(images: Tensor, centres: Tensor, length: int) -> Tensor:
+    """Set squares to 0 (the mean colour), in place.
+
+    DeVries and Taylor 2017, "Improved regularization of convolutional neural networks with Cutout".
+
+    Args:
+        images: Normalised ``(b, c, h, w)``.
+        centres: int64 ``(b, holes, 2)``, row and column of each centre.
+        length: Side of a square; it reaches from centre - length//2 up to, not including, centre + length//2,
+            clipped at the border. Squares may overlap.
+
+    Returns:
+        ``images``.
+    """
+    half = length // 2
+
+    def inside(centre: Tensor, size: int) -> Tensor:
+        place = torch.arange(size, device=images.device)
+        return (place >= centre[..., None] - half) & (place < centre[..., None] + half)  # (b, holes, size)
+
+    rows = inside(centres[..., 0], images.shape[2])
+    columns = inside(centres[..., 1], images.shape[3])
+    holes = (rows[..., :, None] & columns[..., None, :]).any(dim=1)  # (b, h, w)
+    return images.masked_fill_(holes[:, None], 0)
+
+
+def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """The boxes of random resized crops.
+
+    The first of ten tries (area and log aspect ratio uniform) that fits is taken, at a uniform place; if none
+    fits, the largest centred box of an allowed shape.
+
+    Args:
+        draws: Uniform in [0, 1), ``(b, CROP_DRAWS)``: areas, ratios, and the place.
+        height: Height of the images, a number or ``(b,)``.
+        width: Width of the images, a number or ``(b,)``.
+
+    Returns:
+        int64 ``(b, 4)``: top, left, height, width.
+    """
+    draws = draws.double()
+    height = torch.as_tensor(height, device=draws.device).expand(len(draws))
+    width = torch.as_tensor(width, device=draws.device).expand(len(draws))
+    area = (AREA[0] + (AREA[1] - AREA[0]) * draws[:, :TRIES]) * (height * width)[:, None]
+    low, high = torch.tensor(RATIO, dtype=torch.float64).log().tolist()
+    ratio = (low + (high - low) * draws[:, TRIES : 2 * TRIES]).exp()
+    tall, wide = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
+    fits = (tall > 0) & (tall <= height[:, None]) & (wide > 0) & (wide <= width[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    some = fits.any(dim=1)
+    fallback_tall = torch.minimum(height, (width / RATIO[0]).round().long())
+    fallback_wide = torch.minimum(width, (height * RATIO[1]).round().long())
+    tall = torch.where(some, tall.gather(1, first)[:, 0], fallback_tall)
+    wide = torch.where(some, wide.gather(1, first)[:, 0], fallback_wide)
+    top = torch.where(some, (draws[:, -2] * (height - tall + 1)).long(), (height - tall) // 2)
+    left = torch.where(some, (draws[:, -1] * (width - wide + 1)).long(), (width - wide) // 2)
+    return torch.stack([top, left, tall, wide], dim=1)
+
+
+def resized_crop(images: Tensor, draws: Tensor) -> Tensor:
+    """Random resized crop of images in memory, to their own size (bilinear; boxes only grow, so no antialiasing).
+
+    Args:
+        images: uint8 ``(b, c, h, w)``.
+        draws: Uniform ``(b, CROP_DRAWS)``, see ``crop_boxes``.
+
+    Returns:
+        uint8 ``(b, c, h, w)``.
+    """
+    height, width = images.shape[2:]
+    boxes = crop_boxes(draws, height, width).to(torch.float32)  # (b, 4)
+
+    def places(start: Tensor, extent: Tensor, size: int) -> Tensor:
+        """Source coordinates of the output pixels, kept inside the box, as grid_sample counts them."""
+        steps = (torch.arange(size, device=images.device) + 0.5) / size
+        pixel = (steps * extent[:, None] - 0.5).clamp(min=0).minimum(extent[:, None] - 1) + start[:, None]
+        return (2 * pixel + 1) / size - 1
+
+    rows, columns = places(boxes[:, 0], boxes[:, 2], height), places(boxes[:, 1], boxes[:, 3], width)
+    grid = torch.stack([columns[:, None, :].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], dim=-1)
+    scaled = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return scaled.round_().clamp_(0, 255).to(torch.uint8)

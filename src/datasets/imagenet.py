@@ -1,0 +1,192 @@
+"""ImageNet (ILSVRC2012): from local archives or extracted folders, read ahead while training."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from src.datasets.augment import crop_boxes
+from src.datasets.catalogue import DatasetEntry
+from src.datasets.images import ImageSet
+from src.errors import FileError
+
+FOLDERS = {"train": "train", "test": "val"}
+RESIZE = 256 / 224  # of the shorter side to the crop, where nothing is random
+MOST_WORKERS = 8
+
+
+def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
+    """Train and test part (the validation part), streamed from ``folder/train/WNID`` and ``folder/val/WNID``.
+
+    Where those folders are missing they are extracted from the local archives ``ILSVRC2012_img_train.tar``,
+    ``ILSVRC2012_img_val.tar`` and ``ILSVRC2012_devkit_t12.tar.gz``, checked by md5. Classes are sorted by WordNet
+    id and files by name.
+
+    Raises:
+        FileError: Neither folders nor sound archives are there.
+    """
+    for name in FOLDERS.values():
+        if not (folder / name).is_dir():
+            _extract(folder, name)
+    classes = _classes(folder / FOLDERS["train"])
+    if len(classes) != entry.num_classes:
+        raise FileError(
+            f"{folder / FOLDERS['train']}: holds {len(classes)} class folders; {entry.name} has {entry.num_classes}"
+        )
+    return tuple(_scan(entry, part, folder / name, classes) for part, name in FOLDERS.items())
+
+
+def _extract(folder: Path, name: str) -> None:
+    """Extract one part beside its final place, then rename: an interrupted extraction is not taken for a part."""
+    from torchvision.datasets import imagenet as archives
+
+    partial = folder / f".{name}.part"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        if name == FOLDERS["train"]:
+            archives.parse_train_archive(folder, folder=partial.name)
+        else:
+            archives.parse_devkit_archive(folder)
+            archives.parse_val_archive(folder, folder=partial.name)
+        partial.rename(folder / name)
+    except Exception as error:  # a damaged archive raises nearly anything
+        reason = str(error).strip().split("\n")[0][:120]
+        wanted = ", ".join(file for file, _ in archives.ARCHIVE_META.values())
+        raise FileError(
+            f"{folder}: holds no {name}/ with a folder per class, and it could not be extracted ({reason}); put "
+            f"{wanted} there (from image-net.org, which asks for a login)"
+        ) from error
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _scan(entry: DatasetEntry, part: str, folder: Path, classes: list[str]) -> "StreamedImages":
+    names, labels = [], []
+    foreign = sorted(set(_classes(folder)) - set(classes))
+    if foreign:
+        raise FileError(f"{folder / foreign[0]}: is a class that {FOLDERS['train']}/ lacks")
+    for label, wnid in enumerate(classes):
+        found = sorted(os.listdir(folder / wnid)) if (folder / wnid).is_dir() else []
+        found = [name for name in found if not name.startswith(".")]
+        if not found and part == "train":
+            raise FileError(f"{folder / wnid}: holds no image; extract the archives anew")
+        names += [f"{wnid}/{name}" for name in found]
+        labels += [label] * len(found)
+    if not names:
+        raise FileError(f"{folder}: holds no image in a folder per class; extract the archives anew")
+    # Bytes in one array: a list of a million strings would be copied into every worker.
+    return StreamedImages(entry, part, folder, np.array([os.fsencode(name) for name in names]), labels, classes)
+
+
+def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
+    """Decode one image and cut it to ``size``.
+
+    Args:
+        path: The file.
+        size: Height and width wanted.
+        draws: Uniform ``(CROP_DRAWS,)`` for a random resized crop; without, the shorter side is scaled to
+            256/224 of ``size`` and the centre is cut.
+
+    Returns:
+        uint8 ``(3, size, size)``.
+
+    Raises:
+        FileError: The file cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileError(f"{path}: cannot be read as an image; extract the archives anew") from error
+    width, height = image.size
+    if draws is None:
+        short = round(size * RESIZE)
+        wide, tall = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        image = image.resize((wide, tall), Image.Resampling.BILINEAR)
+        left, top = round((wide - size) / 2), round((tall - size) / 2)
+        image = image.crop((left, top, left + size, top + size))
+    else:
+        top, left, tall, wide = crop_boxes(draws[None], height, width)[0].tolist()
+        image = image.crop((left, top, left + wide, top + tall)).resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Whole batches, decoded by one worker: an item is the rows of a batch and its draws."""
+
+    def __init__(self, folder: Path, names: np.ndarray, size: int) -> None:
+        self.folder, self.names, self.size = folder, names, size
+
+    def __getitem__(self, item: tuple[np.ndarray, np.ndarray | None]) -> Tensor:
+        rows, draws = item
+        images = torch.empty(len(rows), 3, self.size, self.size, dtype=torch.uint8)
+        for place, row in enumerate(rows):
+            path = self.folder / os.fsdecode(self.names[row])
+            images[place] = read_image(path, self.size, None if draws is None else torch.from_numpy(draws[place]))
+        return images
+
+
+class StreamedImages(ImageSet):
+    """A part whose images stay on the disk and are decoded by worker processes, ahead of their use."""
+
+    def __init__(
+        self,
+        entry: DatasetEntry,
+        part: str,
+        folder: Path,
+        names: np.ndarray,
+        labels: Tensor | list[int],
+        class_names: list[str],
+        *,
+        indices: Tensor | None = None,
+        total: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        super().__init__(entry, part, torch.empty(0), labels, class_names, indices=indices, total=total)
+        self.workers = min(MOST_WORKERS, os.cpu_count() or 1) if workers is None else workers
+        self._folder, self._names = folder, names
+
+    def fetch(self, positions: Tensor) -> Tensor:
+        """Images at ``positions``, scaled and cut at the centre, as uint8 ``(b, 3, s, s)``."""
+        return self._reader()[positions.cpu().numpy(), None].to(self.device)
+
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+        """As ``ImageSet.stream``, read ahead by ``workers`` processes (none: in this one)."""
+        items = ((p.cpu().numpy(), None if draws is None else draws.cpu().numpy()) for p, draws in batches)
+        loader = torch.utils.data.DataLoader(
+            self._reader(),
+            batch_size=None,
+            sampler=items,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from the global one
+        )
+        try:
+            yield from loader
+        except FileError as error:  # a worker's error carries its traceback
+            raise FileError(str(error).strip().split("\n")[-1].split("FileError: ")[-1]) from None
+
+    def subset(self, positions: Tensor) -> "StreamedImages":
+        """The examples at ``positions``, in that order; original indices are kept."""
+        positions = torch.as_tensor(positions, dtype=torch.int64).to(self.device)
+        names = self._names[positions.cpu().numpy()]
+        return self._like(names, self.labels[positions], self.indices[positions])
+
+    def to(self, device: str | torch.device) -> "StreamedImages":
+        """Labels and indices on a device; images follow batch by batch."""
+        return self._like(self._names, self.labels.to(device), self.indices.to(device))
+
+    def _like(self, names: np.ndarray, labels: Tensor, indices: Tensor) -> "StreamedImages":
+        settings = {"indices": indices, "total": self.total, "workers": self.workers}
+        return StreamedImages(self.entry, self.part, self._folder, names, labels, self.class_names, **settings)
+
+    def _reader(self) -> _Reader:
+        return _Reader(self._folder, self._names, self.entry.image_size)

@@ -1,0 +1,113 @@
+"""A part of a data set whose images lie in memory, as one tensor."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from src.datasets.catalogue import DatasetEntry
+
+
+class ImageSet:
+    """The training or the test part of a data set, or a subset of it.
+
+    Subsets share the storage; ``indices`` say where their examples stand in the whole part.
+
+    Attributes:
+        entry: The catalogue entry.
+        part: ``"train"`` or ``"test"``.
+        labels: int64 ``(n,)``.
+        indices: int64 ``(n,)``, the original position of each example in the whole part.
+        total: Length of the whole part.
+        class_names: One name per class.
+    """
+
+    def __init__(
+        self,
+        entry: DatasetEntry,
+        part: str,
+        storage: Tensor,
+        labels: Tensor,
+        class_names: Sequence[str] | None = None,
+        *,
+        indices: Tensor | None = None,
+        total: int | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        self.entry = entry
+        self.part = part
+        self.labels = labels
+        self.class_names = list(class_names or entry.class_names or map(str, range(entry.num_classes)))
+        self.total = len(labels) if total is None else total
+        self.indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
+        self._storage = storage
+        self._rows = rows  # rows of the storage; None for all of them in order
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where labels and indices lie, and the images too if they are in memory."""
+        return self.labels.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.entry.channels, self.entry.image_size, self.entry.image_size
+
+    def fetch(self, positions: Tensor) -> Tensor:
+        """Images at ``positions`` (0 to n-1, within this set), as uint8 ``(b, c, h, w)``, un-augmented."""
+        positions = positions.to(self.device)
+        rows = positions if self._rows is None else self._rows[positions]
+        return self._storage.index_select(0, rows)
+
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+        """Images batch by batch, for sets that are read ahead.
+
+        Args:
+            batches: Positions ``(b,)`` of each batch, and its uniform draws for random resized crops or None.
+
+        Yields:
+            uint8 ``(b, c, h, w)``, cropped where draws are given.
+        """
+        from src.datasets.augment import resized_crop
+
+        for positions, draws in batches:
+            images = self.fetch(positions)
+            yield images if draws is None else resized_crop(images, draws)
+
+    def subset(self, positions: Tensor) -> "ImageSet":
+        """The examples at ``positions``, in that order; the storage is shared, original indices are kept."""
+        positions = torch.as_tensor(positions, dtype=torch.int64).to(self.device)
+        return self._with(
+            labels=self.labels[positions],
+            indices=self.indices[positions],
+            rows=positions if self._rows is None else self._rows[positions],
+        )
+
+    def to(self, device: str | torch.device) -> "ImageSet":
+        """This set on a device (itself if it is there); of a subset only its own images are copied."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device == self.device:
+            return self
+        storage = self._storage if self._rows is None else self._storage.index_select(0, self._rows)
+        return self._with(
+            labels=self.labels.to(device), indices=self.indices.to(device), storage=storage.to(device), rows=None
+        )
+
+    def _with(
+        self, *, labels: Tensor, indices: Tensor, rows: Tensor | None, storage: Tensor | None = None
+    ) -> "ImageSet":
+        return type(self)(
+            self.entry,
+            self.part,
+            self._storage if storage is None else storage,
+            labels,
+            self.class_names,
+            indices=indices,
+            total=self.total,
+            rows=rows,
+        )

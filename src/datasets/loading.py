@@ -1,0 +1,79 @@
+"""From a name to a training and a test part."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from src.datasets.catalogue import DatasetEntry, lookup
+from src.datasets.digits import load_digits
+from src.datasets.image_folder import load_folder
+from src.datasets.imagenet import load_imagenet
+from src.datasets.images import ImageSet
+from src.datasets.npz import load_catalogue_npz, load_npz
+from src.datasets.tiny_imagenet import load_tiny_imagenet
+from src.datasets.vision import load_vision
+from src.errors import FileError, FlagError
+
+Parts = tuple[ImageSet, ImageSet]
+
+# Who loads a catalogue entry, by its source; the folder is {datasets_folder}/{name}.
+SOURCES: dict[str, Callable[[DatasetEntry, Path], Parts]] = {
+    "digits": load_digits,
+    "torchvision": load_vision,
+    "tiny_imagenet": load_tiny_imagenet,
+    "imagenet": load_imagenet,
+}
+
+# Who loads own data, by the word before the colon.
+OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], Parts]] = {
+    "npz": load_npz,
+    "folder": load_folder,
+}
+
+
+def load_dataset(
+    name: str, folder: str | Path, *, image_size: int | None = None, channels: int | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """Load a data set.
+
+    A catalogue name is read from ``{folder}/{name}.npz`` if that exists (of any length), else from its source
+    under ``{folder}/{name}/``, which downloads what is missing. ``npz:FILE`` and ``folder:DIR`` are own data.
+
+    Args:
+        name: A catalogue name in either case, ``npz:FILE`` or ``folder:DIR``.
+        folder: The folder of data sets.
+        image_size: Own data only: resize to this height and width.
+        channels: Own data only: turn into grey (1) or colour (3).
+
+    Returns:
+        The training and the test part.
+
+    Raises:
+        FlagError: The name is unknown, or a flag does not apply to it.
+        FileError: The data are missing, damaged, or not as they should be.
+    """
+    if image_size is not None and image_size < 1:
+        raise FlagError(f"--image_size {image_size}: must be at least 1")
+    if channels not in (None, 1, 3):
+        raise FlagError(f"--channels {channels}: must be 1 (grey) or 3 (colour)")
+    kind, colon, path = name.partition(":")
+    if colon and kind in OWN_SOURCES:
+        if not path:
+            raise FlagError(f"--dataset {name}: no path after the colon; npz:FILE or folder:DIR is needed")
+        return OWN_SOURCES[kind](Path(path).expanduser(), image_size, channels)
+    entry = lookup(name)
+    for flag, value, fixed in (
+        ("--image_size", image_size, entry.image_size),
+        ("--channels", channels, entry.channels),
+    ):
+        if value not in (None, fixed):
+            raise FlagError(f"{flag} {value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}")
+    folder = Path(folder)
+    local = folder / f"{entry.name}.npz"
+    try:
+        return (
+            load_catalogue_npz(entry, local) if local.exists() else SOURCES[entry.source](entry, folder / entry.name)
+        )
+    except OSError as error:
+        raise FileError(
+            f"{folder}: {entry.name} could not be read or made there ({error.strerror or error})"
+        ) from error

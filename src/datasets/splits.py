@@ -1,0 +1,154 @@
+"""The ten validation splits: which tenth of the training part a network does not see."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from src import artifacts
+from src.errors import FileError, FlagError
+
+COUNT = 10
+FLAG = "--samis_validation_split_index"
+
+
+def make_splits(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndarray]:
+    """Ten disjoint stratified splits that cover the training part.
+
+    Each of the first nine takes a tenth (rounded down) of each class; the tenth takes what remains. Bit-identical
+    to the SAMIS authors' splits: numpy's RandomState, drawn split by split and class by class.
+
+    Args:
+        labels: Labels of the whole training part ``(n,)``.
+        num_classes: Number of classes.
+        seed: The run's seed.
+
+    Returns:
+        Ten int64 arrays of positions, grouped by class, in drawn order inside a class.
+    """
+    generator = np.random.RandomState(seed)
+    remaining = [np.flatnonzero(np.asarray(labels) == label) for label in range(num_classes)]
+    sizes = [len(members) // COUNT for members in remaining]
+    splits = []
+    for number in range(1, COUNT + 1):
+        parts = []
+        for label, members in enumerate(remaining):
+            size = sizes[label] if number < COUNT else len(members)
+            # choice refuses an empty class even for no draws
+            drawn = generator.choice(members, size, replace=False) if len(members) else members
+            parts.append(drawn)
+            remaining[label] = np.setdiff1d(members, drawn)
+        splits.append(np.concatenate(parts).astype(np.int64))
+    return splits
+
+
+def split_path(datasets_folder: str | Path, dataset: str, seed: int, index: int) -> Path:
+    """The file of validation split ``index``."""
+    return artifacts.splits_folder(datasets_folder, dataset, seed) / f"val_{index}.txt"
+
+
+def validation_indices(
+    datasets_folder: str | Path, dataset: str, seed: int, index: int, labels: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """The held-out positions of split ``index``, from its file; all ten files are made if it is missing.
+
+    Several processes may call this at once: each makes all files in a folder of its own, the first to rename it
+    wins, and all read what stands there.
+
+    Args:
+        datasets_folder: The folder of data sets.
+        dataset: Name in paths.
+        seed: The run's seed.
+        index: 1 to 10.
+        labels: Labels of the whole training part ``(n,)`` (of the whole, not of a subset).
+        num_classes: Number of classes.
+
+    Returns:
+        int64 ``(m,)``, original positions in the file's order.
+
+    Raises:
+        FlagError: ``index`` is not 1 to 10, or there are too few examples for it.
+        FileError: A file is not a split of these data, or could not be written.
+    """
+    if not 1 <= index <= COUNT:
+        raise FlagError(f"{FLAG} {index}: must be from 1 to {COUNT}, or all")
+    labels = np.asarray(labels)
+    if index < COUNT and not (np.bincount(labels, minlength=num_classes) >= COUNT).any():
+        raise FlagError(
+            f"{FLAG} {index}: is empty, as no class of {dataset} has {COUNT} training examples; "
+            f"take split {COUNT}, or more data"
+        )
+    folder = artifacts.splits_folder(datasets_folder, dataset, seed)
+    paths = [split_path(datasets_folder, dataset, seed, number) for number in range(1, COUNT + 1)]
+    if not all(path.exists() for path in paths):
+        _write(folder, paths, make_splits(labels, num_classes, seed))
+    return _checked(paths, index, labels, num_classes)
+
+
+def partition(indices: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions within a set to train on and to leave out.
+
+    Args:
+        indices: Original positions of the set's examples ``(n,)``.
+        held_out: Original positions of the split.
+
+    Returns:
+        Two ascending int64 arrays that together are 0 to n-1.
+    """
+    inside = np.isin(np.asarray(indices), held_out)
+    return np.flatnonzero(~inside), np.flatnonzero(inside)
+
+
+def _text(split: np.ndarray) -> str:
+    return "".join(f"{position}\n" for position in split.tolist())
+
+
+def _write(folder: Path, paths: list[Path], splits: list[np.ndarray]) -> None:
+    """Write the missing files: all at once where the folder is new, else one by one."""
+    if not folder.exists():
+        temporary = None
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            for path, split in zip(paths, splits, strict=True):
+                artifacts.write_text(temporary / path.name, _text(split))
+            temporary.chmod(folder.parent.stat().st_mode & 0o777)
+            os.rename(temporary, folder)
+        except OSError as error:
+            if not folder.is_dir():  # else another process was faster, with the same content
+                raise FileError(
+                    f"{folder}: the splits could not be written ({error.strerror}); choose another --datasets_folder"
+                ) from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+    for path, split in zip(paths, splits, strict=True):
+        if not path.exists():
+            artifacts.write_text(path, _text(split))
+
+
+def _checked(paths: list[Path], index: int, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Read all splits, check that each has its share of each class and that they are disjoint; return one."""
+    sizes = np.bincount(labels, minlength=num_classes)
+    tenth = sizes // COUNT
+    owner = np.zeros(len(labels), dtype=np.int64)
+    wanted = None
+    for number, path in enumerate(paths, start=1):
+        share = tenth if number < COUNT else sizes - (COUNT - 1) * tenth
+        split = artifacts.read_index_file(path) if share.sum() else np.zeros(0, dtype=np.int64)
+        mend = f"{path}: is not split {number} of these {len(labels)} training examples"
+        advice = f"; delete {path.parent} to make the splits anew"
+        if len(split) and split.max() >= len(labels):
+            raise FileError(f"{mend} (it holds the index {split.max()}){advice}")
+        if not np.array_equal(np.bincount(labels[split], minlength=num_classes), share):
+            raise FileError(f"{mend} (it holds {len(split)} indices, or other classes, not {share.sum()}){advice}")
+        if len(np.unique(split)) < len(split) or owner[split].any():
+            other = owner[split][owner[split] > 0]
+            where = f"{paths[other[0] - 1].name} too" if len(other) else "twice"
+            raise FileError(f"{mend} (an index stands there {where}){advice}")
+        owner[split] = number
+        if number == index:
+            wanted = split
+    return wanted

@@ -1,0 +1,105 @@
+"""Where and how precisely to compute: devices, precisions, determinism. Scripts call this once, at their start."""
+
+import ctypes
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from src.errors import FlagError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the network computes.
+
+    Attributes:
+        name: The name of the flag's choice.
+        dtype: The type of the weights and inputs.
+        autocast: The type of matrix products and convolutions, or None for ``dtype``.
+        tf32: Whether an NVIDIA GPU may round the inputs of float32 products to TF32.
+        note: One line for the help text.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    tf32: bool = False
+    note: str = ""
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", note="float32"),
+        Precision("tf32", tf32=True, note="float32 with TF32 products on NVIDIA GPUs"),
+        Precision("bf16", autocast=torch.bfloat16, note="float32 weights, bfloat16 products"),
+        Precision("fp64", dtype=torch.float64, note="float64, for checks"),
+    )
+}
+
+
+def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
+    """Turn the value of ``--device`` into a device.
+
+    Args:
+        text: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU, else the CPU.
+        local_rank: The process's number on this machine; with None or ``"cuda"`` it chooses the GPU.
+
+    Raises:
+        FlagError: There is no such device on this machine.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text is None:
+        text = "cuda" if gpus else "cpu"
+    if text == "cpu":
+        return torch.device("cpu")
+    index = local_rank % max(gpus, 1) if text == "cuda" else text.removeprefix("cuda:")
+    if not str(index).isdigit():
+        raise FlagError(f"--device {text}: unknown; give cpu, cuda, or the index of a GPU")
+    if int(index) >= gpus:
+        found = f"{gpus} GPU(s)" if gpus else "no GPU"
+        raise FlagError(f"--device {text}: this machine has {found}; give cpu or an index below {gpus}")
+    return torch.device("cuda", int(index))
+
+
+def prepare(device: torch.device, precision: Precision, deterministic: bool) -> None:
+    """Set the process-wide switches for a run, and log the choice."""
+    if device.type == "cpu":
+        _keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
+    torch.backends.cudnn.allow_tf32 = precision.tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    log.info("device %s (%s), precision %s", device, name, precision.name)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed activations instead of returning them to the system after every step.
+
+    Otherwise each step maps its activations anew, and the page faults cost a good part of a small network's time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold = -3, -1  # the numbers of mallopt's parameters
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+@contextmanager
+def computing(device: torch.device, precision: Precision) -> Iterator[None]:
+    """The context in which a forward pass runs under ``precision``."""
+    if precision.autocast is None:
+        yield
+    else:
+        with torch.autocast(device.type, dtype=precision.autocast):
+            yield

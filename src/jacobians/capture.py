@@ -1,0 +1,181 @@
+"""Capture: what flows into each parameterised module, and the gradients that come back to its output.
+
+A module's Jacobian is a sum over positions t of ``g_t (x) a_t`` (inputs ``a``, gradients at the output ``g``), so
+these two tensors hold everything that a contraction needs, and the Jacobian itself is never built.
+
+Outputs are remembered as gradient edges (node and slot of the autograd graph), taken the moment the module
+returns: an activation that later works in place on that output moves the tensor, not the edge, so ``g`` stays
+the gradient at the module's own output.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from src.jacobians.contract import Kind
+from src.jacobians.independence import refuse_batch_statistics
+
+
+@dataclass(eq=False)
+class Record:
+    """One call of one captured module.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module.
+        kind: how its gradients are contracted.
+        inputs: what it was called with, (b, ...).
+        edge: where its output stands in the autograd graph.
+        output_shape: the output's shape.
+        version: version counter of ``inputs`` at the call.
+        gradient: (q, b, ...) gradients of q quantities at the output, None until `Capture.backward` filled it.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    inputs: Tensor
+    edge: GradientEdge
+    output_shape: torch.Size
+    version: int
+    gradient: Tensor | None = field(default=None)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The module's own parameters that require a gradient, by their name within the module."""
+        return trainable(self.module)
+
+    def intact(self) -> bool:
+        """Whether the inputs are still those that the module saw."""
+        return self.inputs._version == self.version
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that belong to the module itself (not to its children) and require a gradient."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+
+
+class Capture:
+    """Context manager: hooks on the modules of known kinds, recording while `forward` runs.
+
+    Modules of other kinds, subclasses, parametrised modules and modules with parameters of other names are left
+    alone: their parameters are nobody's here, and the caller must treat them in another way.
+
+    Args:
+        model: the network.
+        kinds: contraction rules by exact module type.
+    """
+
+    def __init__(self, model: nn.Module, kinds: Mapping[type[nn.Module], Kind]) -> None:
+        self.model = model
+        self.records: list[Record] = []
+        self._kinds = kinds
+        self._recording = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, module in self.model.named_modules():
+            kind = self._kinds.get(type(module))
+            own = {key for key, value in module._parameters.items() if value is not None}
+            # an instance that carries its own forward, or weights under other names (weight norm, pruning),
+            # computes something else than its type says
+            if kind is None or "forward" in vars(module) or not own <= kind.parameters or not trainable(module):
+                continue
+            self._handles.append(module.register_forward_hook(self._hook(name, kind), prepend=True, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.records = []
+
+    def _hook(self, name: str, kind: Kind):
+        def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            # without a gradient (a call under no_grad) this call adds nothing to any parameter's gradient
+            if not self._recording or not output.requires_grad:
+                return
+            inputs = args[0] if args else kwargs["input"]
+            edge = get_gradient_edge(output)
+            self.records.append(Record(name, module, kind, inputs.detach(), edge, output.shape, inputs._version))
+
+        return record
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run the model and record; recording stops before any backward pass (checkpointing calls modules again).
+
+        Args:
+            images: (b, ...) inputs.
+
+        Returns:
+            The model's outputs, with their graph.
+
+        Raises:
+            ValueError: a BatchNorm would use statistics of the batch.
+        """
+        refuse_batch_statistics(self.model)
+        self.records = []
+        self._recording = True
+        try:
+            return self.model(images)
+        finally:
+            self._recording = False
+
+    @staticmethod
+    def backward(rows: Tensor, records: Sequence[Record], keep_graph: bool = False) -> list[Tensor]:
+        """Gradients of each row's sum at the outputs of the records, one backward pass per row.
+
+        No gradient of a parameter is computed or left behind.
+
+        Args:
+            rows: (q, b) quantities with their graph; column i depends on example i alone.
+            records: those whose gradients are wanted.
+            keep_graph: whether the graph is still needed afterwards.
+
+        Returns:
+            For each record a tensor (q, *output shape).
+        """
+        if not records:
+            return []
+        edges = [record.edge for record in records]
+        found: list[list[Tensor]] = [[] for _ in records]
+        for q, row in enumerate(rows.unbind(0)):
+            keep = keep_graph or q + 1 < rows.shape[0]
+            gradients = torch.autograd.grad(row.sum(), edges, retain_graph=keep, allow_unused=True)
+            for record, gradient, per_row in zip(records, gradients, found, strict=True):
+                if gradient is None:
+                    gradient = record.inputs.new_zeros(record.output_shape)
+                per_row.append(gradient)
+        return [g[0].unsqueeze(0) if len(g) == 1 else torch.stack(g) for g in found]
+
+
+def graph_uses(rows: Tensor) -> tuple[Counter[int], set[torch.autograd.graph.Node]]:
+    """Walk the autograd graph under the rows.
+
+    Args:
+        rows: any tensor with a graph.
+
+    Returns:
+        How often each parameter enters the graph, by ``id``; and all nodes of the graph. A captured module enters
+        each of its parameters once per call; any further entry is a use that no hook saw.
+    """
+    uses: Counter[int] = Counter()
+    nodes = {rows.grad_fn}
+    stack = [rows.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is None:
+                continue
+            if node.name() == "torch::autograd::AccumulateGrad":
+                uses[id(node.variable)] += 1
+            elif node not in nodes:
+                nodes.add(node)
+                stack.append(node)
+    return uses, nodes

@@ -1,0 +1,271 @@
+"""Averaging per-seed scores: the mean over seeds in the published format, refusing what does not belong together."""
+
+import glob
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src import artifacts
+from src.errors import FileError, FlagError
+from src.metrics import samis, score_files
+from src.metrics.dynamics_scores import REDUCTIONS
+from src.metrics.end_of_training import PER_SEED_FILES
+from src.metrics.modes import score_mode
+from src.metrics.proxy import min_max
+from src.training.dynamics import read_dynamics
+
+DYNAMICS_FILE = "dynamics.npz"
+
+
+@dataclass(frozen=True)
+class SeedScores:
+    """The raw scores of one seed.
+
+    Attributes:
+        seed: The seed.
+        values: float64 ``(total,)``, oriented so that HIGH means atypical.
+        scored: bool ``(total,)``: which examples this seed scores (NaN in ``values`` elsewhere).
+        facts: What all seeds of an average must share: epoch, protocol, label hash, settings.
+        source: The file the scores come from.
+    """
+
+    seed: int
+    values: np.ndarray
+    scored: np.ndarray
+    facts: Mapping[str, Any]
+    source: Path
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a mode is averaged: divided by the epochs, filled where NaN, scaled to [0, 1]."""
+
+    per_epoch: bool = False
+    missing: float | None = None
+    scale: bool = True
+
+
+# The published files of these two are shares of the epochs and not scaled; all others are min-max scaled.
+_RULES = {
+    "forg": _Rule(per_epoch=True, scale=False),
+    "etl": _Rule(per_epoch=True, missing=1.0, scale=False),
+}
+
+
+# ------------------------------------------------------------------------------------------------ one seed's scores
+
+
+def read_pair_seed(
+    modes: Sequence[str], metrics_folder: str | Path, dataset: str, model: str, seed: int
+) -> dict[str, SeedScores]:
+    """One seed of the modes that a pair of models gives (``samis_loss``, ``samis_prob``, ``mean_loss``).
+
+    Raises:
+        FileError: The seed was not scored yet, or its files are damaged.
+    """
+    result = {}
+    for which in ("loss", "prob"):
+        wanted = [mode for mode in modes if (mode == "samis_prob") == (which == "prob")]
+        if not wanted:
+            continue
+        path = artifacts.samis_path(metrics_folder, dataset, model, seed, which)
+        if not path.exists():
+            raise FileError(
+                f"{path}: seed {seed} is not scored yet; run compute_sam_sgd.py --dataset {dataset} "
+                f"--model {model} --seed {seed} --epochs EPOCH"
+            )
+        content = samis.read_seed(path)
+        scored = np.zeros(len(content["arr_0"]), dtype=bool)
+        scored[content["indices"]] = True
+        facts = {name: content[name] for name in ("epoch", "protocol", "label_hash")}
+        facts["settings"] = json.loads(content["settings"])
+        values = {
+            "samis_loss": content["arr_0"],
+            "samis_prob": content["arr_0"],
+            "mean_loss": (content["loss_sgd"] + content["loss_sam"]) / 2,
+        }
+        for mode in wanted:
+            result[mode] = SeedScores(seed, values[mode], scored, _without_seed(facts), path)
+    return result
+
+
+def read_run_seed(
+    modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int
+) -> dict[str, SeedScores]:
+    """One seed of the modes that a training run with ``--measure_proxies`` gives.
+
+    Raises:
+        FileError: The run has no dynamics of this seed, or its files are damaged.
+    """
+    folder = artifacts.dynamics_folder(metrics_folder, experiment, seed)
+    path = folder / DYNAMICS_FILE
+    if not path.exists():
+        raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
+    run = read_dynamics(path)
+    visited = ~np.isnan(run["correct"]).all(axis=0)
+    facts = {"epoch": len(run["correct"]), "label_hash": run["label_hash"], "settings": run["settings"]}
+    result = {}
+    for mode in modes:
+        if mode in REDUCTIONS:
+            sign = -1.0 if score_mode(mode).negated else 1.0
+            values, scored, source = sign * REDUCTIONS[mode](run), visited, path
+        else:
+            source = folder / PER_SEED_FILES[mode]
+            values, scored = _end_scores(source, len(visited))
+        result[mode] = SeedScores(seed, values, scored, _without_seed(facts), source)
+    return result
+
+
+def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of an end-of-training file by index, and which examples it scores."""
+    content = artifacts.read_pickle(path)
+    if not isinstance(content, dict) or not all(isinstance(key, int | np.integer) for key in content):
+        raise FileError(f"{path}: is not a dict index -> score; train anew with --measure_proxies")
+    if not content or min(content) < 0 or max(content) >= total:
+        raise FileError(f"{path}: does not score examples 0 to {total - 1}; train anew with --measure_proxies")
+    values, scored = np.full(total, np.nan), np.zeros(total, dtype=bool)
+    keys = np.fromiter(content.keys(), np.int64, len(content))
+    values[keys], scored[keys] = np.fromiter(content.values(), np.float64, len(content)), True
+    return values, scored
+
+
+def _without_seed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with settings flattened, but for the one thing that seeds differ in."""
+    settings = facts.get("settings", {})
+    return {
+        **{name: value for name, value in facts.items() if name != "settings"},
+        "settings": {name: value for name, value in settings.items() if name != "seed"},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- the average
+
+
+def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[str, Any]]:
+    """The mean over seeds, scaled as the published files are.
+
+    Args:
+        mode: A name of ``MODES``.
+        seeds: The seeds' scores.
+
+    Returns:
+        float64 ``(total,)`` (NaN where nothing was scored), and how it was made.
+
+    Raises:
+        FileError: The seeds differ in epoch, protocol, data, settings or scored examples, or a score is not finite.
+    """
+    kind, rule, first = score_mode(mode), _RULES.get(mode, _Rule()), seeds[0]
+    for seed in seeds[1:]:
+        _refuse_mixture(first, seed)
+    for seed in seeds:
+        wrong = seed.scored & ~np.isfinite(seed.values)
+        if rule.missing is None and wrong.any():
+            example = np.flatnonzero(wrong)[0]
+            raise FileError(f"{seed.source}: example {example} has no finite {mode} score; train or score it anew")
+    epochs = first.facts["epoch"] if rule.per_epoch else 1
+    raw = np.mean([seed.values / epochs for seed in seeds], axis=0)
+    if rule.missing is not None:
+        raw = np.where(first.scored & np.isnan(raw), rule.missing, raw)
+    raw = np.where(first.scored, raw, np.nan)
+    record = {
+        "mode": mode,
+        "seeds": [seed.seed for seed in seeds],
+        **first.facts,
+        "orientation": "high is atypical",
+        "negated": kind.negated,
+        "scaling": "min-max of the mean over seeds" if rule.scale else "mean over seeds, divided by the epochs",
+        "raw_min": float(np.nanmin(raw)),
+        "raw_max": float(np.nanmax(raw)),
+    }
+    return (min_max(raw) if rule.scale else raw), record
+
+
+def _refuse_mixture(first: SeedScores, other: SeedScores) -> None:
+    """Stop if two seeds do not belong to one average."""
+    if len(first.values) != len(other.values):
+        found = [f"length ({len(first.values)} there, {len(other.values)} here)"]
+    else:
+        flat = [{**seed.facts, **seed.facts["settings"], "settings": None} for seed in (first, other)]
+        found = artifacts.differences(*flat)
+    if not found and not np.array_equal(first.scored, other.scored):
+        found = ["the scored examples"]
+    if found:
+        raise FileError(
+            f"{other.source}: cannot be averaged with {first.source}, they differ in {', '.join(found)}; "
+            "average seeds of one kind"
+        )
+
+
+def refuse_target(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Stop if a score file of other settings stands where an average would be written.
+
+    Args:
+        path: Where to.
+        record: How the average was made.
+
+    Raises:
+        FileError: A file of other, or of unknown, settings stands there.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    stored = score_files.read_sidecar(path)
+    if not stored:
+        raise FileError(
+            f"{path}: nothing says how these scores were made; "
+            "give --overwrite to replace them, or another --metrics_folder"
+        )
+    artifacts.refuse_other_settings(path, stored, record, ignore=("raw_min", "raw_max", "n", "total"))
+
+
+# ---------------------------------------------------------------------------------------------------- which run
+
+
+def find_run(
+    metrics_folder: str | Path,
+    dataset: str,
+    model: str,
+    optimizer: str | None = None,
+    lr_sched: str | None = None,
+    experiment: str | None = None,
+) -> str:
+    """The one training run with recorded dynamics that the flags mean.
+
+    Args:
+        metrics_folder: Where dynamics are kept.
+        dataset: The data set's name in paths.
+        model: The model's name.
+        optimizer: Only runs of this optimiser.
+        lr_sched: Only runs of this schedule.
+        experiment: The run's name; then the other flags do not matter.
+
+    Returns:
+        The experiment's name.
+
+    Raises:
+        FileError: There is no such run.
+        FlagError: There are several; they are listed.
+    """
+    folder = Path(metrics_folder)
+    if experiment is not None:
+        patterns = [experiment]
+    else:
+        names = (glob.escape(model), glob.escape(dataset), optimizer or "*", lr_sched or "*")
+        patterns = [artifacts.standard_experiment(*names), artifacts.split_experiment(*names, "*")]
+    runs = [folder / experiment] if experiment is not None else [run for p in patterns for run in folder.glob(p)]
+    found = sorted({run.name for run in runs if any(run.glob(f"seed_*/{DYNAMICS_FILE}"))})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FlagError(
+            f"--exp: {len(found)} runs match, choose one with --exp NAME, or --optimizer and --lr_sched: "
+            + ", ".join(found)
+        )
+    raise FileError(
+        f"{folder}: no recorded dynamics of {' or '.join(patterns)}; "
+        f"make them with train_full.py --dataset {dataset} --model {model} --measure_proxies"
+    )

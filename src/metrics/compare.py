@@ -1,0 +1,156 @@
+"""How well two scores agree. Pairs in which either score is NaN are left out everywhere."""
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from src.errors import FlagError
+
+
+class Overlap(NamedTuple):
+    """How many examples two rankings share in their lower and upper halves, and the halves' sizes."""
+
+    lower: int
+    upper: int
+    lower_size: int
+    upper_size: int
+
+
+def _pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both scores where neither is NaN, and the mask of those examples."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise FlagError(
+            f"scores of {a.shape} and {b.shape} examples cannot be compared: they are not of one data set"
+        )
+    both = ~(np.isnan(a) | np.isnan(b))
+    return a[both], b[both], both
+
+
+def spearman_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Spearman's rank correlation and its p-value; NaN where a score does not vary.
+
+    Args:
+        a: ``(n,)``.
+        b: ``(n,)``.
+    """
+    a, b, _ = _pairs(a, b)
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan"), float("nan")
+    result = stats.spearmanr(a, b)
+    return float(result.statistic), float(result.pvalue)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two scores ``(n,)``; NaN where one does not vary."""
+    return spearman_test(a, b)[0]
+
+
+def spearman_within_class(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over classes of Spearman's correlation within a class (classes that do not vary are left out).
+
+    Args:
+        a: ``(n,)``.
+        b: ``(n,)``.
+        labels: ``(n,)`` int.
+    """
+    a, b, both = _pairs(a, b)
+    labels = np.asarray(labels)[both]
+    each = [spearman(a[labels == c], b[labels == c]) for c in np.unique(labels)]
+    each = [rho for rho in each if not np.isnan(rho)]
+    return float(np.mean(each)) if each else float("nan")
+
+
+def half_overlaps(a: np.ndarray, b: np.ndarray) -> Overlap:
+    """How many examples both rankings put into their lower, and into their upper, half.
+
+    The lower half is the first floor(n/2) of a stable sort (ties by index).
+    """
+    a, b, _ = _pairs(a, b)
+    half = len(a) // 2
+    order_a, order_b = np.argsort(a, kind="stable"), np.argsort(b, kind="stable")
+    lower = len(np.intersect1d(order_a[:half], order_b[:half]))
+    upper = len(np.intersect1d(order_a[half:], order_b[half:]))
+    return Overlap(lower, upper, half, len(a) - half)
+
+
+def top_overlap(a: np.ndarray, b: np.ndarray, fraction: float = 0.1) -> float:
+    """The share of the ``fraction`` highest examples of ``a`` that are also among those of ``b``.
+
+    The highest are the last of a stable sort. 1 is full agreement, ``fraction`` is chance.
+
+    Raises:
+        FlagError: ``fraction`` is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise FlagError(f"--fraction: {fraction} is out of range; give a share in (0, 1]")
+    a, b, _ = _pairs(a, b)
+    k = max(1, round(fraction * len(a)))
+    top_a, top_b = np.argsort(a, kind="stable")[-k:], np.argsort(b, kind="stable")[-k:]
+    return len(np.intersect1d(top_a, top_b)) / k
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The chance that a positive example scores higher than a negative one (ties count half).
+
+    Args:
+        scores: ``(n,)``, NaN left out.
+        positive: ``(n,)`` bool.
+
+    Returns:
+        In [0, 1]; NaN if there are no positive or no negative examples.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    known = ~np.isnan(scores)
+    positive = np.asarray(positive, dtype=bool)[known]
+    ranks = stats.rankdata(scores[known])
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        return float("nan")
+    u = ranks[positive].sum() - n_positive * (n_positive + 1) / 2
+    return float(u / (n_positive * n_negative))
+
+
+def against_reference(
+    scores: np.ndarray, reference: np.ndarray, labels: np.ndarray | None = None
+) -> dict[str, float]:
+    """Everything that is reported about a score beside a yardstick such as memorization.
+
+    Returns:
+        ``spearman``, ``p_value``, ``lower_half`` and ``upper_half`` (shared examples) with their sizes,
+        ``top_tenth`` (shared share), and ``spearman_within_class`` where labels are given.
+    """
+    rho, p_value = spearman_test(scores, reference)
+    halves = half_overlaps(scores, reference)
+    report = {
+        "spearman": rho,
+        "p_value": p_value,
+        "lower_half": halves.lower,
+        "upper_half": halves.upper,
+        "lower_half_size": halves.lower_size,
+        "upper_half_size": halves.upper_size,
+        "top_tenth": top_overlap(scores, reference),
+    }
+    if labels is not None:
+        report["spearman_within_class"] = spearman_within_class(scores, reference, labels)
+    return report
+
+
+def comparison_table(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The csv text of comparisons: one line per score and reference.
+
+    Args:
+        table: Score to reference to the numbers of :func:`against_reference`.
+    """
+    text = io.StringIO()
+    first = next(iter(next(iter(table.values())).values()))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["score", "reference", *first])
+    for score, row in table.items():
+        for reference, numbers in row.items():
+            writer.writerow([score, reference, *numbers.values()])
+    return text.getvalue()

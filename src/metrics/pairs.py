@@ -1,0 +1,197 @@
+"""Pairs of trained networks, one by SGD and one by SAM: finding them on disk, and scoring examples with them."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from src.artifacts import checkpoint_path, differences, read_checkpoint, split_experiment, standard_experiment
+from src.datasets import Batches
+from src.errors import FileError, FlagError
+from src.metrics.samis import PairScores, score_batch
+from src.training import load_model, predictions
+
+SPLITS = tuple(range(1, 11))
+OPTIMIZERS = ("sgd", "sam")
+_MAY_DIFFER = ("optimizer", "rho", "adaptive", "measure_proxies")
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which networks are asked for.
+
+    Attributes:
+        models_folder: Where checkpoints are kept.
+        model: The architecture.
+        dataset: The data set's name in paths.
+        seed: The seed of both networks.
+        epoch: The epoch of both checkpoints.
+        lr_sched: The schedule in the runs' names, or None for the only one there is.
+        dataset_flag: What ``--dataset`` was given, for messages.
+    """
+
+    models_folder: Path
+    model: str
+    dataset: str
+    seed: int
+    epoch: int
+    lr_sched: str | None
+    dataset_flag: str
+
+    def experiment(self, optimizer: str, lr_sched: str, split: int | None) -> str:
+        """The name of a run; ``split`` None is the run on the whole training part."""
+        if split is None:
+            return standard_experiment(self.model, self.dataset, optimizer, lr_sched)
+        return split_experiment(self.model, self.dataset, optimizer, lr_sched, split)
+
+    def checkpoint(self, optimizer: str, lr_sched: str, split: int | None) -> Path | None:
+        """The run's checkpoint of the epoch: its own file, or ``last.pt`` if that is of the epoch."""
+        experiment = self.experiment(optimizer, lr_sched, split)
+        own = checkpoint_path(self.models_folder, experiment, self.seed, self.epoch)
+        if own.exists():
+            return own
+        last = checkpoint_path(self.models_folder, experiment, self.seed, "last")
+        if last.exists() and read_checkpoint(last).get("epoch") == self.epoch:
+            return last
+        return None
+
+    def schedules(self, split: int | None) -> list[str]:
+        """The schedules for which there are runs of either optimiser."""
+        if self.lr_sched is not None:
+            return [self.lr_sched]
+        found = set()
+        for optimizer in OPTIMIZERS:
+            pattern = self.experiment(optimizer, "*", split)
+            before, after = pattern.split("*")
+            for folder in self.models_folder.glob(pattern):
+                name = folder.name[len(before) : len(folder.name) - len(after)]
+                if (folder / f"seed_{self.seed}").is_dir():
+                    found.add(name)
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The checkpoints of one pair, and the split that both left out (None: they saw everything)."""
+
+    sgd: Path
+    sam: Path
+    split: int | None
+
+
+def find_pairs(query: Query, protocol: str) -> tuple[str, list[Pair]]:
+    """Find the pairs of networks of a protocol.
+
+    Args:
+        query: Which networks.
+        protocol: ``"split"``, ``"full"``, or ``"auto"``: the splits if all twenty checkpoints of one schedule exist,
+            else the runs on the whole training part.
+
+    Returns:
+        The protocol found, and its ten pairs or its one.
+
+    Raises:
+        FileError: Checkpoints are missing; the message says which, and the command that makes the first.
+        FlagError: Several schedules fit.
+    """
+    kinds = {"split": SPLITS, "full": (None,)}
+    wanted = ("split", "full") if protocol == "auto" else (protocol,)
+    missing: dict[str, list[tuple[str, str, int | None]]] = {}
+    for kind in wanted:
+        complete = []
+        for lr_sched in query.schedules(kinds[kind][0]) or [query.lr_sched or "*"]:
+            paths = {(o, s): query.checkpoint(o, lr_sched, s) for s in kinds[kind] for o in OPTIMIZERS}
+            absent = [(optimizer, lr_sched, split) for (optimizer, split), path in paths.items() if path is None]
+            if not absent:
+                complete.append([Pair(paths["sgd", s], paths["sam", s], s) for s in kinds[kind]])
+            elif kind not in missing or len(absent) < len(missing[kind]):
+                missing[kind] = absent
+        if len(complete) > 1:
+            raise FlagError(f"--lr_sched: runs of {len(complete)} schedules fit; choose one of them")
+        if complete:
+            return kind, complete[0]
+    # Speak of the protocol that lacks the smaller share of its runs.
+    kind = min(missing, key=lambda name: (len(missing[name]) / (2 * len(kinds[name])), name))
+    raise FileError(_what_is_missing(query, kind, missing[kind]))
+
+
+def _what_is_missing(query: Query, kind: str, absent: list[tuple[str, str, int | None]]) -> str:
+    """One line: the missing runs and the command that makes the first."""
+    optimizer, lr_sched, split = absent[0]
+    names = [query.experiment(o, sched, s) for o, sched, s in absent]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    script = "train_full.py" if split is None else "train_split.py"
+    command = [
+        "python",
+        script,
+        f"--dataset={query.dataset_flag}",
+        f"--model={query.model}",
+        f"--optimizer={optimizer}",
+        f"--seed={query.seed}",
+        f"--epochs={query.epoch}",
+        f"--lr_sched={lr_sched if lr_sched != '*' else 'const' if split is None else 'step'}",
+        *([] if split is None else [f"--samis_validation_split_index={split}"]),
+    ]
+    return (
+        f"{query.models_folder}: no checkpoint of epoch {query.epoch}, seed {query.seed} for {shown} "
+        f"(protocol {kind}); make the first with: {shlex.join(command)} (and your other training flags)"
+    )
+
+
+def load_pair(pair: Pair, expected: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Load both networks and check that they belong together and to the data.
+
+    Args:
+        pair: The checkpoints.
+        expected: What the data set says: ``num_classes``, ``channels``, ``image_size``, ``label_hash``.
+
+    Returns:
+        The SGD-trained and the SAM-trained network, and the SGD checkpoint's description, with ``differing``: the
+        settings in which the two differ beside the optimiser's own.
+
+    Raises:
+        FileError: A checkpoint is damaged, of other data, or the two do not match.
+    """
+    networks, states = [], []
+    for path in (pair.sgd, pair.sam):
+        network, state = load_model(path)
+        for name, value in expected.items():
+            if state[name] != value:
+                raise FileError(
+                    f"{path}: was trained on other data: its {name} is {state[name]}, the data set's is {value}; "
+                    "give the same --dataset, or train anew"
+                )
+        networks.append(network)
+        states.append(state)
+    if states[0]["normalisation"] != states[1]["normalisation"]:
+        raise FileError(f"{pair.sam}: was trained with another normalisation than {pair.sgd}; train one of them anew")
+    differing = differences(states[0]["settings"], states[1]["settings"], ignore=_MAY_DIFFER)
+    return networks[0], networks[1], {**states[0], "differing": differing}
+
+
+def score_pair(
+    sgd: nn.Module, sam: nn.Module, batches: Batches, *, precision: str = "fp32"
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Score every example of a set with one pair, both networks on the same batch, keeping no logits.
+
+    Args:
+        sgd: The SGD-trained network.
+        sam: The SAM-trained network.
+        batches: Un-augmented batches on the networks' device.
+        precision: A name of ``PRECISIONS``.
+
+    Returns:
+        The original indices ``(n,)`` of the scored examples, and the fields of ``PairScores``, each ``(n,)``.
+    """
+    indices, parts = [], []
+    sam_logits = predictions(sam, batches, precision=precision)
+    for (batch, logits), (_, other) in zip(predictions(sgd, batches, precision=precision), sam_logits, strict=True):
+        indices.append(batch.indices)
+        parts.append(score_batch(logits, other, batch.labels))
+    fields = {name: torch.cat([getattr(part, name) for part in parts]).cpu().numpy() for name in PairScores._fields}
+    return torch.cat(indices).cpu().numpy(), fields

@@ -1,0 +1,241 @@
+"""``Proxy``: the stored scores of a data set, whatever made them; ``Memorization``: those of one npz file.
+
+>>> Proxy("samis_loss", "digits").get_sorted_indices()[-5:]  # the five most atypical examples
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src import artifacts
+from src.errors import FileError
+from src.metrics import score_files
+from src.metrics.modes import score_mode
+
+log = logging.getLogger(__name__)
+
+Folders = str | Path | Iterable[str | Path] | None
+
+
+def min_max(scores: np.ndarray) -> np.ndarray:
+    """``(x - min) / (max - min)`` over what is not NaN; all zeros where nothing varies.
+
+    Args:
+        scores: ``(n,)``, at least one of them not NaN.
+    """
+    low, high = np.nanmin(scores), np.nanmax(scores)
+    return (scores - low) / (high - low) if high > low else scores - low
+
+
+class Scores:
+    """Scores by index, with the methods that the field's scripts expect.
+
+    Attributes:
+        scores: float64 ``(n,)`` by original index; NaN where an example is not scored.
+        indices: int64, the scored indices, ascending.
+        path: The file that was read.
+        label: The mode's symbol, for figures.
+        title: The mode and the data set in words, for figures.
+    """
+
+    def __init__(self, scores: np.ndarray, path: str | Path, label: str, title: str, plots: str | Path) -> None:
+        self.scores = scores
+        self.indices = np.flatnonzero(~np.isnan(scores))
+        self.path = Path(path)
+        self.label = label
+        self.title = title
+        self._plots = Path(plots)
+        # NaN sorts last, and a stable sort breaks ties by index.
+        self._order = np.argsort(scores, kind="stable")[: len(self.indices)]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def get(self, idx: Any) -> Any:
+        """The score of an index, or the scores of any numpy index (a slice, a list, a mask)."""
+        return self.scores[idx]
+
+    def full_list(self) -> list[float]:
+        """All scores by index, as a Python list."""
+        return self.scores.tolist()
+
+    def get_dict_form(self, sort: bool = True) -> dict[int, float]:
+        """Index to score, of the scored examples.
+
+        Args:
+            sort: Ascending by score, ties by index; otherwise in the order of the indices.
+        """
+        order = self._order if sort else self.indices
+        return dict(zip(order.tolist(), self.scores[order].tolist(), strict=True))
+
+    def get_sorted_indices(self, idx: Any = None) -> Any:
+        """The scored indices, ascending by score (ties by index).
+
+        Args:
+            idx: None for all of them; otherwise the element, or elements, at these positions of that order.
+        """
+        return self._order.copy() if idx is None else self._order[idx]
+
+    def check(self, n: int | None = None, label_hash: str | None = None) -> "Scores":
+        """Stop if these scores are not of a data set of ``n`` examples with these labels.
+
+        Returns:
+            Itself, so that the check can be chained.
+
+        Raises:
+            FileError: The length, or the label hash where it is known, differs.
+        """
+        score_files.refuse_foreign(self.path, self.scores, n, label_hash)
+        return self
+
+    def _chosen(self, idx: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and scores to plot."""
+        indices = self.indices if idx is None else np.atleast_1d(np.arange(len(self))[idx])
+        indices = indices[~np.isnan(self.scores[indices])]
+        return indices, self.scores[indices]
+
+    def _stem(self, folder: str | Path | None, idx: Any, name: str) -> Path:
+        return Path(folder or self._plots) / (f"all_{name}" if idx is None else name)
+
+    def plot_scores_hist(self, idx: Any = None, folder: str | Path | None = None) -> list[Path]:
+        """Draw a histogram of 50 bins into ``all_scores_hist`` (``scores_hist`` of a subset), PNG and PDF.
+
+        Args:
+            idx: The indices to draw; None for all.
+            folder: Where to; default the plots folder, ``proxies/{dataset}/{mode}``.
+
+        Returns:
+            The files.
+        """
+        from src.metrics import plots  # matplotlib takes a second to import, and most users never draw
+
+        figure = plots.histogram(self._chosen(idx)[1], self.label, self.title)
+        return artifacts.save_figure(figure, self._stem(folder, idx, "scores_hist"))
+
+    def plot_scores_kde(self, idx: Any = None, folder: str | Path | None = None) -> list[Path]:
+        """Draw a filled kernel density estimate into ``all_scores_distribution`` (``scores_distribution``)."""
+        from src.metrics import plots
+
+        figure = plots.density(self._chosen(idx)[1], self.label, self.title)
+        return artifacts.save_figure(figure, self._stem(folder, idx, "scores_distribution"))
+
+    def plot_prob_dist(self, idx: Any = None, plot: str = "scatter", folder: str | Path | None = None) -> list[Path]:
+        """Draw each example's share of the sum against its index into ``all_prob_dist`` (``prob_dist``).
+
+        Args:
+            idx: The indices to draw; None for all. Shares are of the sum over all examples.
+            plot: ``"scatter"`` or ``"line"``.
+            folder: Where to.
+        """
+        from src.metrics import plots
+
+        indices, scores = self._chosen(idx)
+        total = np.nansum(self.scores)
+        shares = scores / total if total else scores
+        figure = plots.shares(indices, shares, self.label, self.title, plot)
+        return artifacts.save_figure(figure, self._stem(folder, idx, "prob_dist"))
+
+
+class Proxy(Scores):
+    """The averaged scores of one mode of one data set. HIGH means atypical.
+
+    Files are sought in ``folder`` (in order), then in the metrics folder, then among the packaged ones.
+
+    Args:
+        mode: A name of ``MODES``.
+        dataset: The data set's name as in file names.
+        normalize: Scale to [0, 1].
+        folder: A metrics folder, or several, to search first.
+        n: Refuse a file that does not score a part of ``n`` examples.
+        label_hash: Refuse a file that is known to be of other labels.
+
+    Attributes:
+        mode: The mode's name.
+        dataset: The data set's name.
+        record: How the file was made, from the json beside it.
+
+    Raises:
+        FlagError: There is no such mode.
+        FileError: No such file (the message says how to get one), or it is damaged, incomplete or foreign.
+    """
+
+    def __init__(
+        self,
+        mode: str = "mem",
+        dataset: str = "cifar100",
+        normalize: bool = True,
+        folder: Folders = None,
+        *,
+        n: int | None = None,
+        label_hash: str | None = None,
+    ) -> None:
+        kind = score_mode(mode)
+        path = find_scores(mode, dataset, folder)
+        log.info("%s of %s: read from %s", mode, dataset, path)
+        if mode == "mem":
+            raw = score_files.read_memorization(path)
+            raw = raw / (raw.sum() or 1.0)  # a probability over the examples; the scaling below undoes it
+        else:
+            raw = score_files.read_scores(path)
+        plots = artifacts.ROOT / "plots" / "proxies" / dataset / mode
+        super().__init__(min_max(raw) if normalize else raw, path, kind.symbol, f"{kind.title}, {dataset}", plots)
+        self.mode = mode
+        self.dataset = dataset
+        self.record = score_files.read_sidecar(path)
+        self.check(n, label_hash)
+
+
+class Memorization(Scores):
+    """Raw memorization scores of one npz file, with :meth:`get_prob` and :meth:`full_prob`.
+
+    Args:
+        file: The npz file with ``tr_mem``.
+
+    Raises:
+        FileError: The file is missing, damaged, or holds no ``tr_mem``.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        kind = score_mode("mem")
+        dataset = Path(file).name.split("_infl_matrix")[0]
+        if not Path(file).exists():
+            raise FileError(f"{file}: there is no such memorization file; {kind.recipe(dataset)}")
+        plots = artifacts.ROOT / "plots" / "proxies" / dataset / "mem"
+        super().__init__(score_files.read_memorization(file), file, kind.symbol, f"{kind.title}, {dataset}", plots)
+        self._prob = self.scores / (self.scores.sum() or 1.0)
+
+    def get_prob(self, idx: Any) -> Any:
+        """The share of the sum of an index, or of any numpy index."""
+        return self._prob[idx]
+
+    def full_prob(self) -> list[float]:
+        """All shares of the sum by index, as a Python list."""
+        return self._prob.tolist()
+
+
+def find_scores(mode: str, dataset: str, folder: Folders = None) -> Path:
+    """The file that :class:`Proxy` reads.
+
+    Args:
+        mode: A name of ``MODES``.
+        dataset: The data set's name as in file names.
+        folder: A metrics folder, or several, to search before the default ones.
+
+    Raises:
+        FileError: There is none; the message says where was looked and how to get one.
+    """
+    kind = score_mode(mode)
+    given = [] if folder is None else [folder] if isinstance(folder, str | Path) else list(folder)
+    folders = [*map(Path, given), artifacts.ROOT / "metrics", artifacts.PACKAGED_SCORES]
+    paths = [artifacts.score_path(place, mode, dataset) for place in folders]
+    for path in paths:
+        if path.exists():
+            return path
+    looked = ", ".join(str(place) for place in dict.fromkeys(folders))
+    raise FileError(
+        f"{paths[-1].name}: no {kind.title} scores of {dataset} in {looked} "
+        f"(sub-folder {kind.folder}); {kind.recipe(dataset)}"
+    )

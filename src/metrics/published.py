@@ -1,0 +1,150 @@
+"""The score files that the SAMIS authors published: which there are, and how they are fetched and verified."""
+
+import csv
+import hashlib
+import http.client
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from src import artifacts
+from src.errors import FileError, FlagError
+
+COMMIT = "61b2ed3fbb1b25a4f1deeed0b415a0d3bfe4f942"
+BASE_URL = f"https://raw.githubusercontent.com/AndAgio/SAMIS/{COMMIT}/src/metrics"
+TABLE = Path(__file__).with_name("published_scores.tsv")
+CHUNK = 1 << 18  # bytes
+TIMEOUT = 60  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    r"""One published file. Size and sha256 are None where only its git blob id is known.
+
+    A git blob id is the sha1 of ``blob SIZE\0`` and the content.
+    """
+
+    mode: str
+    dataset: str
+    size: int | None
+    sha256: str | None
+    blob: str
+
+    def path(self, folder: str | Path) -> Path:
+        """Where the file belongs in a metrics folder."""
+        return artifacts.score_path(folder, self.mode, self.dataset)
+
+    def is_content_of(self, path: str | Path) -> bool:
+        """Whether a file on the disk is exactly this one."""
+        size = Path(path).stat().st_size
+        if self.size is not None and size != self.size:
+            return False
+        if self.sha256 is not None:
+            return artifacts.file_digest(path) == self.sha256
+        return _git_blob(path, size) == self.blob
+
+
+def _git_blob(path: str | Path, size: int) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % size)
+    with Path(path).open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@cache
+def published_table() -> tuple[PublishedFile, ...]:
+    """Every published file, from ``published_scores.tsv`` beside this module (``-`` where unknown)."""
+    rows = csv.DictReader(TABLE.read_text().splitlines(), delimiter="\t")
+    return tuple(
+        PublishedFile(
+            mode=row["mode"],
+            dataset=row["dataset"],
+            size=None if row["bytes"] == "-" else int(row["bytes"]),
+            sha256=None if row["sha256"] == "-" else row["sha256"],
+            blob=row["git_blob"],
+        )
+        for row in rows
+    )
+
+
+def published_files(dataset: str, modes: Iterable[str] | None = None) -> list[PublishedFile]:
+    """The published files of a data set.
+
+    Args:
+        dataset: ``cifar10``, ``cifar100`` or ``svhn``.
+        modes: Which modes; None for all that were published.
+
+    Raises:
+        FlagError: Nothing was published for the data set, or for one of the modes.
+    """
+    there = {file.mode: file for file in published_table() if file.dataset == dataset}
+    if not there:
+        known = ", ".join(dict.fromkeys(file.dataset for file in published_table()))
+        raise FlagError(f"--dataset: no scores of {dataset!r} were published; there are those of {known}")
+    missing = [mode for mode in modes or () if mode not in there]
+    if missing:
+        raise FlagError(f"--modes: {', '.join(missing)} of {dataset} was not published; there are {', '.join(there)}")
+    return [there[mode] for mode in modes] if modes else list(there.values())
+
+
+def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, overwrite: bool = False) -> bool:
+    """Bring one published file into a metrics folder, verified by size and hash.
+
+    Args:
+        file: Which one.
+        folder: The metrics folder.
+        base_url: Where the folders of the published scores stand.
+        overwrite: Replace a file of other content.
+
+    Returns:
+        Whether it was downloaded; False if the right file was there already.
+
+    Raises:
+        FileError: It could not be had, or is not the published one (nothing is written then); or a file of other
+            content stands in its place.
+    """
+    path = file.path(folder)
+    if path.exists():
+        if file.is_content_of(path):
+            return False
+        if not overwrite:
+            raise FileError(
+                f"{path}: holds other scores than the published ones; "
+                "give --overwrite to replace it, or another --folder"
+            )
+    url = f"{base_url.rstrip('/')}/{path.relative_to(folder).as_posix()}"
+    artifacts.write_with(path, lambda target: _download(file, url, target))
+    return True
+
+
+def _download(file: PublishedFile, url: str, target: BinaryIO) -> None:
+    """Stream a url into an open file and verify what came."""
+    for chunk in _chunks(url, file.size):
+        target.write(chunk)
+    target.flush()
+    if not file.is_content_of(target.name):
+        raise FileError(f"{url}: is not the published file (size or hash differ); nothing was written, try again")
+
+
+def _chunks(url: str, size: int | None) -> Iterator[bytes]:
+    """The content of a url, piece by piece, with a progress bar. What the network does wrong is one line."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            announced = answer.headers.get("Content-Length", "")
+            total = int(announced) if announced.isdigit() else size
+            with tqdm(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+                while chunk := answer.read(CHUNK):
+                    bar.update(len(chunk))
+                    yield chunk
+    except urllib.error.HTTPError as error:
+        raise FileError(f"{url}: the server answers {error.code} {error.reason}; check --base_url") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise FileError(f"{url}: could not be had ({reason}); check the connection or --base_url") from error

@@ -1,0 +1,178 @@
+"""SAMIS scores: how differently an SGD-trained and a SAM-trained copy of one network see an example.
+
+For logits ``z`` of example i: ``p = softmax(z)`` and ``l = -log p_y``. Logits stay float32 as the network makes them;
+softmax and logarithm are taken in float64, so that saturated examples do not tie.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src import artifacts
+from src.errors import FileError
+
+
+class PairScores(NamedTuple):
+    """What a pair of models says about a batch of b examples; each field is ``(b,)``."""
+
+    loss_sgd: Tensor
+    loss_sam: Tensor
+    s_l: Tensor
+    s_p: Tensor
+    correct_sgd: Tensor
+    correct_sam: Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per-example cross-entropy ``-log softmax(z)_y`` in float64.
+
+    Args:
+        logits: ``(b, C)``.
+        labels: ``(b,)`` int64.
+
+    Returns:
+        float64 ``(b,)``.
+    """
+    log_p = torch.log_softmax(logits.double(), dim=1)  # (b, C)
+    return -log_p.gather(1, labels[:, None]).squeeze(1)
+
+
+def samis_loss(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> Tensor:
+    """SAMIS-L: ``S_L(i) = | l_SGD(i) - l_SAM(i) |``.
+
+    Args:
+        logits_sgd: ``(b, C)`` of the SGD-trained model.
+        logits_sam: ``(b, C)`` of the SAM-trained model.
+        labels: ``(b,)`` int64.
+
+    Returns:
+        float64 ``(b,)``.
+    """
+    return (cross_entropy(logits_sgd, labels) - cross_entropy(logits_sam, labels)).abs()
+
+
+def samis_prob(logits_sgd: Tensor, logits_sam: Tensor) -> Tensor:
+    """SAMIS-P: ``S_P(i) = sum_c | p_SGD,c(i) - p_SAM,c(i) |``, an L1 distance in [0, 2].
+
+    Args:
+        logits_sgd: ``(b, C)`` of the SGD-trained model.
+        logits_sam: ``(b, C)`` of the SAM-trained model.
+
+    Returns:
+        float64 ``(b,)``.
+    """
+    p_sgd = torch.softmax(logits_sgd.double(), dim=1)
+    p_sam = torch.softmax(logits_sam.double(), dim=1)
+    return (p_sgd - p_sam).abs().sum(dim=1)
+
+
+@torch.no_grad()
+def score_batch(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> PairScores:
+    """Everything that is stored about one batch, so that logits can be thrown away at once.
+
+    Args:
+        logits_sgd: ``(b, C)`` of the SGD-trained model.
+        logits_sam: ``(b, C)`` of the SAM-trained model.
+        labels: ``(b,)`` int64.
+
+    Returns:
+        Losses and scores in float64, correctness as bool.
+    """
+    loss_sgd, loss_sam = cross_entropy(logits_sgd, labels), cross_entropy(logits_sam, labels)
+    return PairScores(
+        loss_sgd=loss_sgd,
+        loss_sam=loss_sam,
+        s_l=(loss_sgd - loss_sam).abs(),
+        s_p=samis_prob(logits_sgd, logits_sam),
+        correct_sgd=logits_sgd.argmax(dim=1) == labels,
+        correct_sam=logits_sam.argmax(dim=1) == labels,
+    )
+
+
+def save_seed(
+    metrics_folder: str | Path,
+    dataset: str,
+    model: str,
+    seed: int,
+    *,
+    s_l: np.ndarray,
+    s_p: np.ndarray,
+    loss_sgd: np.ndarray,
+    loss_sam: np.ndarray,
+    epoch: int,
+    protocol: str,
+    label_hash: str,
+    settings: str = "{}",
+) -> list[Path]:
+    """Store the SAMIS scores of one seed, un-normalised, as the two npz files that averaging reads.
+
+    Args:
+        metrics_folder: Where scores are kept.
+        dataset: The data set's name in paths.
+        model: The model's name.
+        seed: The seed of both models.
+        s_l: float64 ``(total,)``, NaN where an example was not scored; stored as ``arr_0`` of the loss file.
+        s_p: float64 ``(total,)``; stored as ``arr_0`` of the probability file.
+        loss_sgd: float64 ``(total,)``.
+        loss_sam: float64 ``(total,)``.
+        epoch: The epoch of both models' checkpoints.
+        protocol: ``"split"`` (out of sample) or ``"full"`` (premature, in sample).
+        label_hash: ``artifacts.label_hash`` of the whole part's labels.
+        settings: What else determines the scores, such as the schedule, as json; averaging refuses to mix them.
+
+    Returns:
+        The paths of the loss and the probability file.
+
+    Raises:
+        FileError: A score of a scored example is not finite, or nothing was scored; nothing is written then.
+    """
+    columns = np.stack([s_l, s_p, loss_sgd, loss_sam])
+    indices = np.flatnonzero(~np.isnan(columns).all(axis=0))
+    if not len(indices) or not np.isfinite(columns[:, indices]).all():
+        folder = artifacts.samis_path(metrics_folder, dataset, model, seed, "loss").parent
+        raise FileError(
+            f"{folder}: not written, a model gives losses that are not finite; train it with a lower rate"
+        )
+    facts = {"seed": seed, "epoch": epoch, "protocol": protocol, "label_hash": label_hash}
+    arrays = {"loss_sgd": loss_sgd, "loss_sam": loss_sam, "indices": indices}
+    return [
+        artifacts.write_npz(
+            artifacts.samis_path(metrics_folder, dataset, model, seed, which),
+            arr_0=scores,
+            settings=settings,
+            **arrays,
+            **facts,
+        )
+        for which, scores in (("loss", s_l), ("prob", s_p))
+    ]
+
+
+def read_seed(path: str | Path) -> dict[str, Any]:
+    """Read one file of :func:`save_seed`.
+
+    Returns:
+        ``arr_0``, ``loss_sgd``, ``loss_sam`` as float64 ``(total,)``, ``indices`` of the scored examples, and
+        ``seed``, ``epoch``, ``protocol``, ``label_hash`` and ``settings`` (json) as plain values.
+
+    Raises:
+        FileError: The file is missing, damaged, incomplete, or a score is not finite.
+    """
+    content: dict[str, Any] = artifacts.read_npz(path)
+    arrays, facts = (
+        ("arr_0", "loss_sgd", "loss_sam", "indices"),
+        ("seed", "epoch", "protocol", "label_hash", "settings"),
+    )
+    missing = [name for name in (*arrays, *facts) if name not in content]
+    if missing:
+        raise FileError(f"{path}: lacks {', '.join(missing)}; make it anew with compute_sam_sgd.py")
+    shape = content["arr_0"].shape
+    if len(shape) != 1 or any(content[name].shape != shape for name in arrays[1:3]):
+        raise FileError(f"{path}: its scores and losses differ in length; make it anew with compute_sam_sgd.py")
+    indices = content["indices"]
+    if not all(np.isfinite(content[name][indices]).all() for name in arrays[:3]):
+        raise FileError(f"{path}: holds scores that are not finite; make it anew with compute_sam_sgd.py")
+    content.update({name: content[name].item() for name in facts})
+    return content

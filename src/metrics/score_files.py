@@ -1,0 +1,143 @@
+"""Averaged score files: a pickle ``{index: score}`` in the published format, and a json that says how it was made.
+
+The format: protocol 4, plain int keys in ascending order, float values, nothing that is not finite. A file that was
+made on a subset holds the scored examples only, and its json gives the size of the whole part as ``total``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src import artifacts
+from src.errors import FileError
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """The json beside a score file."""
+    return Path(path).with_suffix(".json")
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """How a score file was made; empty where nothing is known (as for the published files).
+
+    Raises:
+        FileError: The json is damaged.
+    """
+    beside = sidecar_path(path)
+    if not beside.exists():
+        return {}
+    record = artifacts.read_json(beside)
+    if not isinstance(record, dict):
+        raise FileError(f"{beside}: holds no settings; delete it, or make the scores anew")
+    return record
+
+
+def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]) -> list[Path]:
+    """Write an averaged score file and its json.
+
+    Args:
+        path: The pickle's path.
+        scores: ``(total,)``, NaN where an example was not scored.
+        record: How the scores were made; ``n`` (scored) and ``total`` are added.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        FileError: Nothing was scored, or a score is infinite.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    indices = np.flatnonzero(~np.isnan(scores))
+    if not len(indices) or np.isinf(scores[indices]).any():
+        raise FileError(f"{path}: not written, {'a score is infinite' if len(indices) else 'nothing was scored'}")
+    values = dict(zip(indices.tolist(), scores[indices].tolist(), strict=True))
+    beside = {**record, "n": len(indices), "total": len(scores)}
+    return [artifacts.write_pickle(path, values), artifacts.write_json(sidecar_path(path), beside)]
+
+
+def read_scores(path: str | Path) -> np.ndarray:
+    """Read a score file into an array by index.
+
+    Returns:
+        float64 ``(total,)``; NaN where a file made on a subset does not score an example.
+
+    Raises:
+        FileError: The file is missing or damaged, has holes, or holds anything but finite numbers by index.
+    """
+    content = artifacts.read_pickle(path)
+    if not isinstance(content, dict) or not content:
+        raise FileError(f"{path}: is not a score file, which is a non-empty dict index -> score")
+    if any(not issubclass(kind, int | np.integer) or kind is bool for kind in set(map(type, content))):
+        raise FileError(f"{path}: is not a score file, its keys are not all whole numbers")
+    try:
+        keys = np.fromiter(content.keys(), np.int64, len(content))
+        values = np.fromiter(content.values(), np.float64, len(content))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FileError(f"{path}: is not a score file, its scores are not all numbers") from error
+    if keys.min() < 0:
+        raise FileError(f"{path}: has the negative index {keys.min()}; indices count from 0")
+    if not np.isfinite(values).all():
+        bad = keys[~np.isfinite(values)][0]
+        raise FileError(f"{path}: the score of example {bad} is {content[bad]}; make the file anew")
+    return _placed(path, keys, values)
+
+
+def _placed(path: str | Path, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values by index, after checking that no example is missing without reason."""
+    record = read_sidecar(path)
+    total, scored = record.get("total", len(keys)), record.get("n", len(keys))
+    if scored != len(keys):
+        raise FileError(f"{path}: holds {len(keys)} scores, its json says {scored}; make the file anew")
+    if keys.max() >= total:
+        holes = np.setdiff1d(np.arange(min(total, len(keys) + 1)), keys)
+        which = f"has no score of example {holes[0]}" if len(holes) else "is too long"
+        raise FileError(
+            f"{path}: {which} ({len(keys)} scores, highest index {keys.max()}); it is incomplete, make it anew"
+        )
+    scores = np.full(total, np.nan)
+    scores[keys] = values
+    return scores
+
+
+def read_memorization(path: str | Path) -> np.ndarray:
+    """Read Feldman and Zhang's estimates (key ``tr_mem``), un-normalised.
+
+    Returns:
+        float64 ``(n,)``.
+
+    Raises:
+        FileError: The file is missing, damaged, or holds no finite ``tr_mem``.
+    """
+    arrays = artifacts.read_npz(path)
+    if "tr_mem" not in arrays:
+        raise FileError(f"{path}: has no array 'tr_mem'; it is no memorization file, fetch it with fetch_scores.py")
+    scores = arrays["tr_mem"]
+    if scores.ndim != 1 or not len(scores) or scores.dtype.kind not in "fiu" or not np.isfinite(scores).all():
+        raise FileError(f"{path}: 'tr_mem' is not one finite number per example; fetch it with fetch_scores.py")
+    return scores.astype(np.float64)
+
+
+def refuse_foreign(path: str | Path, scores: np.ndarray, n: int | None = None, label_hash: str | None = None) -> None:
+    """Stop if a score file is not of this data set.
+
+    Args:
+        path: The file, for the message and its json.
+        scores: What was read from it.
+        n: The size of the whole training part.
+        label_hash: ``artifacts.label_hash`` of the whole part's labels; compared where the json knows its own.
+
+    Raises:
+        FileError: The length or the labels differ.
+    """
+    if n is not None and n != len(scores):
+        raise FileError(
+            f"{path}: scores {len(scores)} examples, the data set has {n}; give the scores of this data set"
+        )
+    known = read_sidecar(path).get("label_hash")
+    if label_hash and known and known != label_hash:
+        raise FileError(
+            f"{path}: was made for other labels (label hash {known}, this data set has {label_hash}); "
+            "give the scores of this data set"
+        )

@@ -1,0 +1,145 @@
+"""Inception-v3 for small images, and torchvision's from 224x224 on.
+
+Source: Szegedy et al. 2016, "Rethinking the Inception architecture for computer vision". The small-image network
+starts with strides of 1 and has no auxiliary head. Beside torchvision's it has a 3x3 convolution in the pooling
+branch of block A, 7x1 before 1x7 in block C, average pooling in block D, and PyTorch's defaults for normalisation.
+"""
+
+from functools import partial
+
+from torch import nn
+from torchvision.models import Inception3
+from torchvision.models import inception as blocks
+
+from src.models.branches import Branches, ConvUnit, halve, same
+from src.models.network import IMAGENET_SIZE, Network, stem_padding
+from src.models.registry import register
+
+Seq = nn.Sequential
+
+
+def _average() -> nn.AvgPool2d:
+    return nn.AvgPool2d(3, stride=1, padding=1)
+
+
+def block_a(c: int, pooled: int) -> Branches:
+    """Same size; 224 + ``pooled`` channels."""
+    return Branches(
+        [
+            same(c, 64, 1),
+            Seq(same(c, 48, 1), same(48, 64, 5)),
+            Seq(same(c, 64, 1), same(64, 96, 3), same(96, 96, 3)),
+            Seq(_average(), same(c, pooled, 3)),
+        ]
+    )
+
+
+def block_b(c: int) -> Branches:
+    """Halves the size; ``c`` + 480 channels."""
+    return Branches([halve(c, 384), Seq(same(c, 64, 1), same(64, 96, 3), halve(96, 96)), nn.MaxPool2d(3, 2)])
+
+
+def block_c(c: int, inner: int) -> Branches:
+    """Same size, 768 channels; factorised 7x7 convolutions of ``inner`` channels."""
+    return Branches(
+        [
+            same(c, 192, 1),
+            Seq(same(c, inner, 1), same(inner, inner, 7, 1), same(inner, 192, 1, 7)),
+            Seq(
+                same(c, inner, 1),
+                same(inner, inner, 7, 1),
+                same(inner, inner, 1, 7),
+                same(inner, inner, 7, 1),
+                same(inner, 192, 1, 7),
+            ),
+            Seq(_average(), same(c, 192, 1)),
+        ]
+    )
+
+
+def block_d(c: int) -> Branches:
+    """Halves the size; ``c`` + 512 channels."""
+    return Branches(
+        [
+            Seq(same(c, 192, 1), halve(192, 320)),
+            Seq(same(c, 192, 1), same(192, 192, 1, 7), same(192, 192, 7, 1), halve(192, 192)),
+            nn.AvgPool2d(3, 2),
+        ]
+    )
+
+
+def block_e(c: int) -> Branches:
+    """Same size, 2048 channels."""
+    return Branches(
+        [
+            same(c, 320, 1),
+            Seq(same(c, 384, 1), Branches([same(384, 384, 1, 3), same(384, 384, 3, 1)])),
+            Seq(same(c, 448, 1), same(448, 384, 3), Branches([same(384, 384, 1, 3), same(384, 384, 3, 1)])),
+            Seq(_average(), same(c, 192, 1)),
+        ]
+    )
+
+
+def _build_small_inception_v3(num_classes: int, in_channels: int) -> Network:
+    """Maps of 30, 14 and 6 pixels from 32x32 images; the embedding is averaged over positions, dropout 0.5."""
+    body = Seq(
+        ConvUnit(in_channels, 32, kernel_size=3, padding=stem_padding(in_channels)),
+        same(32, 32, 3),
+        same(32, 64, 3),
+        same(64, 80, 1),
+        ConvUnit(80, 192, kernel_size=3),
+        *(block_a(192, 32), block_a(256, 64), block_a(288, 64)),
+        block_b(288),
+        *(block_c(768, inner) for inner in (128, 160, 160, 192)),
+        block_d(768),
+        *(block_e(1280), block_e(2048)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Dropout2d(0.5),
+        nn.Flatten(),
+    )
+    return Network(body, nn.Linear(2048, num_classes))
+
+
+class ImageNetInception(Network):
+    """torchvision's Inception-v3, its auxiliary head kept aside.
+
+    ``forward`` returns one tensor, so the auxiliary head is never called. Its weights stay in the state dict, frozen,
+    so that the network's parameters are those of the published one.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        unit = [partial(block, conv_block=ConvUnit) for block in _TORCHVISION_BLOCKS]
+        body = Inception3(num_classes, inception_blocks=[ConvUnit, *unit], init_weights=True)
+        first = ConvUnit(in_channels, 32, kernel_size=3, stride=2)
+        nn.init.trunc_normal_(first.conv.weight, std=0.1, a=-2, b=2)
+        body.Conv2d_1a_3x3 = first
+        auxiliary, head = body.AuxLogits, body.fc
+        body.aux_logits, body.AuxLogits, body.fc = False, None, nn.Identity()
+        super().__init__(body, head)
+        self.auxiliary = auxiliary.requires_grad_(False)
+
+
+_TORCHVISION_BLOCKS = (
+    blocks.InceptionA,
+    blocks.InceptionB,
+    blocks.InceptionC,
+    blocks.InceptionD,
+    blocks.InceptionE,
+    blocks.InceptionAux,
+)
+
+
+def _smallest(in_channels: int) -> int:
+    # Blocks B and D halve without padding, so the maps before them need 7 pixels; the stem takes 2.
+    return 9 - 2 * (stem_padding(in_channels) - 1)
+
+
+@register("inception", smallest=_smallest, note="Inception-v3 for small images; from 224x224 on torchvision's")
+def inception(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """Inception-v3: the small-image network, or, from 224x224 on, torchvision's with a frozen auxiliary head.
+
+    Images of three channels need 9 pixels, those of one channel (which the stem pads by 3) need 5.
+    """
+    if image_size >= IMAGENET_SIZE:
+        return ImageNetInception(num_classes, in_channels)
+    return _build_small_inception_v3(num_classes, in_channels)

@@ -1,0 +1,62 @@
+"""VGG-19 with batch normalisation.
+
+Source: Simonyan and Zisserman 2015, "Very deep convolutional networks"; layers and initialisation are torchvision's.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torchvision.models.vgg import VGG, make_layers
+
+from src.models.network import IMAGENET_SIZE, Network, kaiming_fan_out_, make_out_of_place, stem_padding
+from src.models.registry import register
+
+LAYOUT = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
+
+
+def _fitting(layout: Sequence[int | str], size: int) -> list[int | str]:
+    """The layout without the max-pools ("M") that would meet 1x1 maps, for images of ``size`` pixels."""
+    kept: list[int | str] = []
+    for entry in layout:
+        if entry == "M" and size < 2:
+            continue
+        kept.append(entry)
+        size = size // 2 if entry == "M" else size
+    return kept
+
+
+def _convolutions(layout: Sequence[int | str], in_channels: int, padding: int, image_size: int) -> nn.Sequential:
+    layers = make_layers(_fitting(layout, image_size + 2 * (padding - 1)), batch_norm=True)
+    layers[0] = nn.Conv2d(in_channels, layout[0], 3, padding=padding)
+    return layers
+
+
+def build_small_vgg(
+    num_classes: int, in_channels: int, image_size: int, layout: Sequence[int | str] = LAYOUT
+) -> Network:
+    """VGG for small images: convolutions 3x3 with bias, BN, ReLU; max-pools of 2; one linear layer.
+
+    The first convolution pads 3 for one channel, so that 28x28 becomes 32x32. Max-pools that would meet 1x1 maps
+    are left out (as in 8x8 images), and larger maps (64x64 images) are averaged over positions.
+    """
+    layers = _convolutions(layout, in_channels, stem_padding(in_channels), image_size)
+    kaiming_fan_out_(layers)
+    head = nn.Linear(layout[-2] if layout[-1] == "M" else layout[-1], num_classes)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return Network(make_out_of_place(nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())), head)
+
+
+def _build_imagenet_vgg(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """Torchvision's VGG-19-BN: averages to 7x7, then 4096-4096-C with dropout 0.5."""
+    body = VGG(_convolutions(LAYOUT, in_channels, 1, image_size), num_classes)
+    head = body.classifier[-1]
+    body.classifier[-1] = nn.Identity()
+    return Network(make_out_of_place(body), head)
+
+
+@register("vgg19", note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head")
+def vgg19(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """VGG-19-BN: one linear layer after the convolutions, or, from 224x224 on, torchvision's 4096-4096 head."""
+    build = _build_imagenet_vgg if image_size >= IMAGENET_SIZE else build_small_vgg
+    return build(num_classes, in_channels, image_size)

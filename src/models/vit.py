@@ -1,0 +1,166 @@
+"""The vision transformer ViT-B/16, optionally with pre-trained weights.
+
+Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words". The layers are torchvision's. Changes:
+
+- patches of 16 on the native image, no resizing. As in any convolution of stride 16, only whole patches are seen
+  (of 28x28 images the top left 16x16); images under 16 pixels are padded with zeros to 16;
+- dropout 0.1 on the attention weights, the attention's output projection and the MLP's output; none after the
+  position sum or inside the MLP;
+- linear layers, the three attention projections each by itself, start from Xavier's uniform, biases from N(0, 1e-6).
+"""
+
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import VisionTransformer, ViT_B_16_Weights
+
+from src import artifacts
+from src.errors import FileError
+from src.models.network import Network, centre_pad
+from src.models.registry import register
+
+PRETRAINED_CLASSES = 1000
+
+
+class ViT(Network):
+    """A vision transformer whose head reads the normalised class token.
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images.
+        patch: Height and width of a patch.
+        layers: Number of encoder blocks.
+        heads: Attention heads of a block.
+        width: Width of the tokens.
+        mlp_width: Width of a block's hidden layer.
+        dropout: Rate of dropout, placed as the file's top says.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        *,
+        patch: int = 16,
+        layers: int = 12,
+        heads: int = 12,
+        width: int = 768,
+        mlp_width: int = 3072,
+        dropout: float = 0.1,
+    ) -> None:
+        side = max(image_size // patch, 1) * patch
+        encoder = VisionTransformer(side, patch, layers, heads, width, mlp_width, dropout, dropout)
+        encoder.conv_proj = nn.Conv2d(in_channels, width, patch, patch)
+        nn.init.trunc_normal_(encoder.conv_proj.weight, std=(in_channels * patch**2) ** -0.5)
+        nn.init.zeros_(encoder.conv_proj.bias)
+        encoder.heads = nn.Identity()
+        encoder.encoder.dropout = nn.Identity()
+        for block in encoder.encoder.layers:
+            block.mlp[2] = nn.Identity()  # the dropout after GELU
+        super().__init__(encoder, nn.Linear(width, num_classes))
+        _draw_linear_layers(self)
+        self.fit = nn.Sequential(centre_pad(image_size, patch), WholePatches(side))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """The normalised class token ``(n, width)`` of images ``(n, c, h, w)``."""
+        return self.body(self.fit(images))
+
+
+class WholePatches(nn.Module):
+    """Keeps the top left ``side`` x ``side`` pixels, which are the whole patches."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Crop ``(n, c, h, w)`` to ``(n, c, side, side)``."""
+        return images[..., : self.side, : self.side]
+
+
+def _draw_linear_layers(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for projection in module.in_proj_weight.chunk(3):  # query, key, value
+                nn.init.xavier_uniform_(projection)
+            nn.init.normal_(module.in_proj_bias, std=1e-6)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.normal_(module.bias, std=1e-6)
+
+
+def resize_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Resize a square grid of position embeddings bilinearly; the class token's stays as it is.
+
+    The corners of both grids coincide.
+
+    Args:
+        positions: ``(1, 1 + g * g, d)``, the class token first.
+        length: The wanted length, 1 + a square.
+
+    Returns:
+        ``(1, length, d)``.
+    """
+    if positions.shape[1] == length:
+        return positions
+    token, grid = positions[:, :1], positions[:, 1:]
+    old, new = round(grid.shape[1] ** 0.5), round((length - 1) ** 0.5)
+    grid = grid.transpose(1, 2).unflatten(2, (old, old))  # (1, d, g, g)
+    grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=True)
+    return torch.cat([token, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def load_pretrained(network: ViT, source: bool | str | Path) -> None:
+    """Fill a vision transformer with weights in torchvision's names.
+
+    Positions are resized to the network's grid, the patch convolution is taken for three channels only, and the
+    head for 1000 classes only; else the head starts at zero.
+
+    Args:
+        network: The network to fill.
+        source: True for torchvision's ``IMAGENET1K_V1`` weights (training from scratch on ImageNet-1k), which are
+            downloaded; or the path of a state dict.
+
+    Raises:
+        FileError: The weights cannot be downloaded or read, or are those of another architecture.
+    """
+    state = dict(_download() if source is True else artifacts.read_checkpoint(source))
+    where = "torchvision's vit_b_16 weights" if source is True else str(source)
+    own = network.body.state_dict()
+    head = {name: state.pop(f"heads.head.{name}", None) for name in ("weight", "bias")}
+    try:
+        state["encoder.pos_embedding"] = resize_positions(state["encoder.pos_embedding"], network.body.seq_length)
+        if network.body.conv_proj.in_channels != 3:
+            state.update({name: own[name] for name in ("conv_proj.weight", "conv_proj.bias")})
+        network.body.load_state_dict(state)
+        if network.head.out_features == PRETRAINED_CLASSES:
+            network.head.load_state_dict(head)
+        else:
+            nn.init.zeros_(network.head.weight)
+            nn.init.zeros_(network.head.bias)
+    except (KeyError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FileError(
+            f"--pretrained: {where} is not a state dict of torchvision's vit_b_16 ({reason}); give such a file"
+        ) from error
+
+
+def _download() -> dict[str, torch.Tensor]:
+    try:
+        return ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise FileError(
+            f"--pretrained: torchvision's vit_b_16 weights could not be downloaded ({error}); "
+            "give the path of a local state dict instead"
+        ) from error
+
+
+@register("vit", pretrain=load_pretrained, note="ViT-B/16 on the native image; can start pre-trained")
+def vit(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """ViT-B/16: 12 blocks, 12 heads, width 768, MLP 3072, learned positions, head on the normalised class token."""
+    return ViT(num_classes, in_channels, image_size)

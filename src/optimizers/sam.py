@@ -1,0 +1,158 @@
+"""Sharpness-aware minimisation (Foret et al., arXiv:2010.01412; adaptive: Kwon et al., arXiv:2102.11600)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+BaseOptimizer = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+
+
+class SAM(Optimizer):
+    """SAM around a plain torch optimiser.
+
+    A step takes two passes over the same batch::
+
+        loss(batch).backward()
+        with optimizer.climbed():           # at w + e; back at w if the block raises
+            with frozen_batchnorm(model):
+                loss(batch).backward()
+        optimizer.second_step()             # back to w, then the base step with the second gradient
+
+    with e = rho * T g / (||T' g|| + 1e-12), where T = T' = 1, or, if adaptive, T = w^2 and T' = |w|; the norm is over
+    all parameters together. Weight decay is the base optimiser's, so it acts on the step and not on the climb.
+    Gradients may be averaged between processes before either step: both start from ``.grad``.
+    ``param_groups`` and ``state`` are the base optimiser's own, so a rate set on either reaches the other.
+
+    Args:
+        params: The parameters. Those without a gradient stay where they are.
+        base: Builds the base optimiser from a list of parameters, or is one over the same parameters.
+        rho: Radius of the climb, at least 0.
+        adaptive: Whether to scale the climb by the weights.
+
+    Raises:
+        ValueError: If ``rho`` is negative or not finite, or ``base`` holds other parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        base: BaseOptimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+    ) -> None:
+        if not 0.0 <= rho < float("inf"):
+            raise ValueError(f"rho must be a finite number of at least 0, not {rho}")
+        params = list(params)
+        super().__init__([{"params": params}], {})
+        self.base = base if isinstance(base, Optimizer) else base(params)
+        self.rho = rho
+        self.adaptive = adaptive
+        self._moved: list[nn.Parameter] = []
+        self._saved: tuple[Tensor, ...] | None = None  # the weights at w while the model stands at w + e
+        self._share_base()
+        if {id(p) for p in self._parameters()} != {id(p) for p in params}:
+            raise ValueError("the base optimiser holds other parameters than SAM")
+
+    def _share_base(self) -> None:
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Save the weights w, climb to w + e along the present gradients, and use these up (they are None after).
+
+        Raises:
+            RuntimeError: If the weights already stand at w + e.
+        """
+        if self._saved is not None:
+            raise RuntimeError("first_step was called twice; second_step or restore must come in between")
+        moved = [p for p in self._parameters() if p.grad is not None]
+        self._moved, self._saved = moved, tuple(p.detach().clone() for p in moved)
+        if moved:
+            climb = [p.grad for p in moved]  # worked on in place: the gradients are cleared below
+            if self.adaptive:  # |w| g and w g have the same norm, and T g = w (w g)
+                torch._foreach_mul_(climb, moved)
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(climb)))
+            torch._foreach_mul_(climb, self.rho / (norm + 1e-12))
+            if self.adaptive:
+                torch._foreach_mul_(climb, moved)
+            torch._foreach_add_(moved, climb)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Return to the saved weights, bit for bit. Does nothing if the weights were not moved."""
+        if self._saved:
+            torch._foreach_copy_(self._moved, self._saved)
+        self._moved, self._saved = [], None
+
+    @contextmanager
+    def climbed(self) -> Iterator[None]:
+        """Run `first_step`, then the block at w + e. An exception in the block returns the weights to w.
+
+        Yields:
+            Nothing. After the block the weights still stand at w + e: `second_step` takes them back.
+        """
+        self.first_step()
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    def second_step(self) -> None:
+        """Return to w exactly and take the base optimiser's step with the present gradients.
+
+        Raises:
+            RuntimeError: If `first_step` did not come before.
+        """
+        if self._saved is None:
+            raise RuntimeError("second_step needs first_step before it")
+        self.restore()
+        self.base.step()
+
+    def step(self, closure: None = None) -> None:
+        """The same as `second_step`, under torch's name.
+
+        Args:
+            closure: Not supported: the two passes belong to the caller.
+
+        Raises:
+            RuntimeError: If `first_step` did not come before, or a closure is given.
+        """
+        if closure is not None:
+            raise RuntimeError("SAM takes no closure; run both passes around first_step and second_step")
+        self.second_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the base optimiser, with SAM's own settings.
+
+        Returns:
+            ``{"base": ..., "rho": ..., "adaptive": ...}``.
+
+        Raises:
+            RuntimeError: If the weights stand at w + e: a checkpoint made now would hold them.
+        """
+        if self._saved is not None:
+            raise RuntimeError("SAM cannot be saved between first_step and second_step")
+        return {"base": self.base.state_dict(), "rho": self.rho, "adaptive": self.adaptive}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state made by `state_dict`.
+
+        Args:
+            state_dict: The state; its tensors may lie on any device.
+        """
+        self.restore()
+        self.base.load_state_dict(state_dict["base"])
+        self.rho = state_dict["rho"]
+        self.adaptive = state_dict["adaptive"]
+        self._share_base()

@@ -1,0 +1,226 @@
+"""What the training scripts share: from parsed flags to a trained network and its files."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from src.artifacts import (
+    differences,
+    dynamics_folder,
+    experiment_folder,
+    label_hash,
+    read_json,
+    resume_folder,
+)
+from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, load_dataset, parse_subset
+from src.devices import PRECISIONS, prepare, resolve_device
+from src.metrics.end_of_training import write_end_of_training_scores
+from src.models import MODELS, build_model
+from src.settings import start_logging
+from src.training import Dynamics, Group, RunFiles, Trainer, TrainingConfig, model_description, run_training
+from src.training.sync_batchnorm import synchronise_batchnorm
+
+log = logging.getLogger(__name__)
+
+NORMALISATION = "samis"
+
+
+class Session:
+    """One start of a training script: its processes, device, data, and the runs that it makes.
+
+    Use it as a context manager: leaving it leaves the group of processes.
+
+    Args:
+        args: The flags of ``add_data_flags``, ``add_model_flags``, ``add_training_flags``, ``add_run_flags``,
+            ``add_compute_flags`` and the folders.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.group = Group.from_environment() if args.distributed_training else Group()
+        start_logging(quiet=not self.group.leads)
+        self.device = resolve_device(args.device, self.group.local_rank)
+        self.precision = PRECISIONS[args.precision]
+        prepare(self.device, self.precision, args.deterministic)
+        torch.manual_seed(args.seed)
+        np.random.seed(args.seed)
+        if args.distributed_training:
+            self.group.start(self.device)
+        self.train, self.test = self._load()
+        self.whole_train = self.train
+        if args.subset is not None:
+            self.train = self.train.subset(parse_subset(args.subset, self.train.total, self.train.labels))
+            log.info("training on %d of %d examples (--subset)", len(self.train), self.train.total)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.group.stop()
+
+    def _load(self) -> tuple[ImageSet, ImageSet]:
+        """The whole training and test part; the leading process loads first, so that data are fetched once."""
+        args = self.args
+        for turn in (True, False):
+            if self.group.leads == turn:
+                parts = load_dataset(
+                    args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels
+                )
+            self.group.wait()
+        return parts[0].to(self.device), parts[1].to(self.device)
+
+    @property
+    def entry(self) -> DatasetEntry:
+        """The data set."""
+        return self.train.entry
+
+    def config(self) -> TrainingConfig:
+        """The loop's settings, from the flags."""
+        names = TrainingConfig.__dataclass_fields__.keys() & vars(self.args).keys()
+        return TrainingConfig(**{name: getattr(self.args, name) for name in names})
+
+    def augmentation(self) -> Augmentation | None:
+        """What training images undergo, from the flags and the data set."""
+        args = self.args
+        return self.entry.training_augmentation(
+            args.data_augmentation, cutout_holes=args.cutout_holes, cutout_length=args.cutout_length
+        )
+
+    def run(
+        self,
+        experiment: str,
+        train: ImageSet,
+        *,
+        weights: torch.Tensor | None = None,
+        more_settings: Mapping[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train one network on ``train`` and write everything that a run writes.
+
+        Args:
+            experiment: The run's name in paths.
+            train: The training examples, with their original indices.
+            weights: Sample weights, one per example of ``train``.
+            more_settings: Settings beside those of the flags, such as the split left out.
+
+        Returns:
+            The history: one record per epoch.
+        """
+        args, config = self.args, self.config()
+        if self.group.leads:
+            start_logging(args.log_folder / experiment / f"seed_{args.seed}.log")
+        log.info("%s: %d training and %d test examples", experiment, len(train), len(self.test))
+        model = self._model()
+        dynamics = Dynamics(train.total, self.entry.num_classes, self.device) if args.measure_proxies else None
+        trainer = Trainer(
+            model,
+            self._batches(train, order="shuffled", augmentation=self.augmentation()),
+            self._batches(self.test),
+            config,
+            weights=weights,
+            dynamics=dynamics,
+            group=self.group,
+            compile_model=args.compile,
+        )
+        settings = self._settings(train, more_settings)
+        whole_labels = self.whole_train.labels.cpu().numpy()
+        history = run_training(
+            trainer,
+            self.files(experiment),
+            settings,
+            model_description(
+                args.model,
+                self.entry,
+                self.entry.normalisations[NORMALISATION],
+                label_hash(whole_labels),
+                self.whole_train.total,
+            ),
+            resume=args.resume,
+            overwrite=args.overwrite,
+            save_epochs=args.save_epochs,
+        )
+        if dynamics is not None and self.group.leads:
+            folder = dynamics_folder(args.metrics_folder, experiment, args.seed)
+            dynamics.write(folder / "dynamics.npz", whole_labels, settings)
+            write_end_of_training_scores(folder, model, self._batches(train, alone=True), dynamics.arrays())
+            log.info("per-example dynamics and scores are in %s", folder)
+        self.group.wait()
+        return history
+
+    def is_done(self, experiment: str, train: ImageSet, more_settings: Mapping[str, Any] | None = None) -> bool:
+        """Whether a run with these very settings has finished."""
+        path = self.files(experiment).results
+        if not path.exists():
+            return False
+        results = read_json(path)
+        return bool(results.get("finished")) and not differences(
+            results.get("settings", {}), self._settings(train, more_settings)
+        )
+
+    def files(self, experiment: str) -> RunFiles:
+        """Where a run keeps its files."""
+        args = self.args
+        return RunFiles(
+            experiment_folder(args.models_folder, experiment, args.seed),
+            resume_folder(args.resume_ckpts_folder, experiment, args.seed),
+        )
+
+    def _model(self) -> torch.nn.Module:
+        args, entry = self.args, self.entry
+        model = build_model(
+            args.model, entry.num_classes, entry.channels, entry.image_size, args.seed, pretrained=args.pretrained
+        ).to(self.device, self.precision.dtype)
+        if MODELS[args.model].channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if args.sync_bn and self.group.world > 1:
+            synchronise_batchnorm(model)
+        return model
+
+    def _batches(
+        self,
+        images: ImageSet,
+        *,
+        order: str = "sequential",
+        augmentation: Augmentation | None = None,
+        alone: bool = False,
+    ) -> Batches:
+        args, entry = self.args, self.entry
+        return Batches(
+            images,
+            args.batch_size,
+            normalisation=entry.normalisations[NORMALISATION],
+            device=self.device,
+            order=order,
+            augmentation=augmentation,
+            seed=args.seed,
+            dtype=self.precision.dtype,
+            channels_last=MODELS[args.model].channels_last,
+            rank=0 if alone else self.group.rank,
+            world=1 if alone else self.group.world,
+        )
+
+    def _settings(self, train: ImageSet, more: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Everything that determines a run's result."""
+        args, entry = self.args, self.entry
+        subset = None if args.subset is None else label_hash(self.train.indices.cpu().numpy())
+        return {
+            **self.config().as_dict(),
+            "dataset": entry.name,
+            "image_size": entry.image_size,
+            "channels": entry.channels,
+            "labels": label_hash(self.whole_train.labels.cpu().numpy()),
+            "examples": len(train),
+            "subset": subset,
+            "model": args.model,
+            "pretrained": str(args.pretrained),
+            "batch_size": args.batch_size,
+            "data_augmentation": args.data_augmentation,
+            "cutout_holes": args.cutout_holes,
+            "cutout_length": args.cutout_length if args.cutout_holes else None,
+            "sync_bn": args.sync_bn,
+            "measure_proxies": args.measure_proxies,
+            **(more or {}),
+        }

@@ -1,0 +1,353 @@
+"""Flag groups that scripts compose, and how a script starts and ends."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from src.artifacts import ROOT, SCORE_FOLDERS
+from src.devices import PRECISIONS
+from src.errors import FlagError, UserError
+
+FOLDERS = {
+    "datasets": ("data", "data sets and validation splits"),
+    "models": ("ckpts", "checkpoints"),
+    "metrics": ("metrics", "scores and recorded dynamics"),
+    "plots": ("plots", "figures"),
+    "log": ("logs", "logs"),
+    "resume_ckpts": ("resume_ckpts", "resume states"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a bad flag with one line, and never guesses what an abbreviation means."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            epilog="Default folders stand at the repository root; given ones are relative to the current folder.",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of the description, shows defaults, and default folders by their names."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.required:
+            return action.help
+        if isinstance(action.default, Path):
+            return f"{action.help} (default: {action.default.name})"
+        return super()._get_help_string(action)
+
+
+# ---------------------------------------------------------------------------------------------- kinds of value
+
+
+def number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False) -> Callable:
+    """A type for numbers within bounds (``low`` itself excluded if ``open_low``); NaN is refused."""
+
+    def parse(text: str) -> Any:
+        bounds = f"a{'n integer' if kind is int else ' number'}"
+        if low is not None:
+            bounds += f" {'above' if open_low else 'of at least'} {low:g}"
+        if high is not None:
+            bounds += f"{' and' if low is not None else ''} at most {high:g}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
+        too_low = low is not None and (value <= low if open_low else value < low)
+        if value != value or too_low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return parse
+
+
+def _dataset(text: str) -> str:
+    from src.datasets import dataset_names
+
+    if text.split(":", 1)[0] in ("npz", "folder") and ":" in text:
+        return text
+    names = {name.lower(): name for name in dataset_names()}
+    if text.lower() not in names:
+        raise argparse.ArgumentTypeError(
+            f"unknown data set {text!r}; choose from {', '.join(names)}, npz:FILE, folder:DIR"
+        )
+    return names[text.lower()]
+
+
+def _save_epochs(text: str) -> Any:
+    if text in ("all", "last"):
+        return text
+    try:
+        epochs = sorted({int(part) for part in text.replace(",", " ").split()})
+    except ValueError:
+        epochs = []
+    if not epochs or epochs[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not all, last, or epochs from 1 such as 10,11,40")
+    return epochs
+
+
+# -------------------------------------------------------------------------------------------------- flag groups
+
+
+def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True) -> None:
+    """Which data: ``--dataset``, ``--image_size``, ``--channels`` and, where it applies, ``--subset``."""
+    from src.datasets import dataset_names
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        type=_dataset,
+        default="cifar100",
+        metavar="NAME",
+        help=f"{', '.join(dataset_names())}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
+        "folder:DIR (train/ and test/ with a folder per class)",
+    )
+    group.add_argument(
+        "--image_size", type=number(int, 1), metavar="PIXELS", help="resize own data to this height and width"
+    )
+    group.add_argument("--channels", type=int, choices=(1, 3), help="turn own data into grey (1) or colour (3)")
+    if subset:
+        group.add_argument(
+            "--subset",
+            metavar="N|FILE",
+            help="use only N training examples (the same share of each class) or those whose indices stand in "
+            "FILE, one per line; indices stay those of the whole data set",
+        )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which network: ``--model``, ``--pretrained``."""
+    group = add_model_choice(parser)
+    group.add_argument(
+        "--pretrained",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start vit from ImageNet weights: torchvision's, downloaded, or those of FILE",
+    )
+
+
+def add_model_choice(parser: argparse.ArgumentParser) -> Any:
+    """``--model`` alone, for scripts that read trained networks."""
+    from src.models import model_names
+
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--model", choices=model_names(), default="resnet50", metavar="NAME", help=_listing(model_names())
+    )
+    return group
+
+
+def _listing(names: Sequence[str]) -> str:
+    return "one of " + ", ".join(names)
+
+
+def add_folder_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Folders by their short names, for example ``"datasets", "models"``."""
+    group = parser.add_argument_group("folders")
+    for name in names:
+        default, what = FOLDERS[name]
+        group.add_argument(
+            f"--{name}_folder", type=Path, default=ROOT / default, metavar="DIR", help=f"folder of {what}"
+        )
+
+
+def add_compute_flags(parser: argparse.ArgumentParser, *, training: bool = False) -> None:
+    """Where and how to compute: ``--device``, ``--precision``, ``--deterministic`` and, to train, ``--compile``."""
+    group = parser.add_argument_group("computing")
+    group.add_argument("--device", help="cpu, cuda, or the index of a GPU (default: the first GPU, else the CPU)")
+    notes = "; ".join(f"{name}: {precision.note}" for name, precision in PRECISIONS.items())
+    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=notes)
+    group.add_argument("--deterministic", action="store_true", help="only deterministic algorithms (slower on GPUs)")
+    if training:
+        group.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+        group.add_argument(
+            "--distributed_training",
+            action="store_true",
+            help="share each batch among the processes of torchrun",
+        )
+        group.add_argument(
+            "--sync_bn", action="store_true", help="BatchNorm statistics over the batches of all processes"
+        )
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """How to train: length, batches, optimiser, schedule, augmentation."""
+    from src.optimizers import OPTIMIZERS, SCHEDULES
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--seed", type=number(int, 0), default=1, help="seed of initial weights, order and augmentation")
+    add("--epochs", type=number(int, 1), default=160, help="passes over the training part")
+    add("--batch_size", type=number(int, 1), default=512, help="examples per step, over all processes")
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimiser")
+    add("--learning_rate", type=number(float, 0, open_low=True), default=0.4, help="base learning rate")
+    add(
+        "--lr_sched",
+        choices=tuple(SCHEDULES),
+        default="cosine",
+        help="schedule of the rate, stepped per epoch",
+    )
+    add("--lr_min", type=number(float, 0), default=0.0, help="floor of the rate (schedule cosine)")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="weight decay (the papers use none)")
+    add("--rho", type=number(float, 0, open_low=True), default=0.05, help="radius of SAM's perturbation")
+    add(
+        "--adaptive",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="adaptive SAM (scale-invariant)",
+    )
+    add(
+        "--delta",
+        type=number(float, 0, open_low=True),
+        help="prior precision of iBLR (default: weight_decay x examples, else 1)",
+    )
+    add("--hess_init", type=number(float, 0, open_low=True), default=0.1, help="initial Hessian of iBLR")
+    add(
+        "--data_augmentation",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the data set's random crops and flips",
+    )
+    add("--cutout_holes", type=number(int, 0), default=0, help="Cutout: squares blanked per image")
+    add("--cutout_length", type=number(int, 1), default=16, help="Cutout: side of a square in pixels")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What a training run keeps and measures, and how it goes on."""
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--resume", action="store_true", help="continue from the newest resume state, if there is one")
+    add_overwrite_flag(group)
+    add(
+        "--save_epochs",
+        type=_save_epochs,
+        default="all",
+        metavar="all|last|LIST",
+        help="epochs whose checkpoints are kept, such as 10,11,40; best and last are always kept",
+    )
+    add(
+        "--measure_proxies",
+        action="store_true",
+        help="record per-example dynamics, and measure forgetting, epochs to learn and flatness at the end",
+    )
+
+
+def add_overwrite_flag(group: Any) -> None:
+    """``--overwrite``."""
+    group.add_argument("--overwrite", action="store_true", help="replace results of other settings")
+
+
+def add_score_flags(parser: argparse.ArgumentParser) -> None:
+    """``--scores_folder``, repeatable."""
+    parser.add_argument_group("scores").add_argument(
+        "--scores_folder",
+        action="append",
+        default=[],
+        metavar="DIR|MODE=DIR",
+        help="look here first for score files, or for those of one mode; may be given several times",
+    )
+
+
+def score_folders(given: Sequence[str], mode: str, metrics_folder: Path) -> list[Path]:
+    """Where to look for a mode's score files, first to last.
+
+    Args:
+        given: The values of ``--scores_folder``.
+        mode: The score.
+        metrics_folder: The user's own folder of scores, searched after those given.
+
+    Raises:
+        FlagError: A given folder does not exist, or its mode is unknown.
+    """
+    folders = []
+    for text in given:
+        name, separator, folder = text.partition("=")
+        if separator and name not in SCORE_FOLDERS:
+            raise FlagError(f"--scores_folder {text}: unknown score {name!r}; choose from {', '.join(SCORE_FOLDERS)}")
+        path = Path(folder if separator else text)
+        if not path.is_dir():
+            raise FlagError(f"--scores_folder {text}: there is no folder {path}")
+        if not separator or name == mode:
+            folders.append(path)
+    return [*folders, metrics_folder]
+
+
+# ---------------------------------------------------------------------------------------------- start and end
+
+
+def settings_of(args: argparse.Namespace, *leave_out: str) -> dict[str, Any]:
+    """The flags as plain values, without folders and those named."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in sorted(vars(args).items())
+        if not name.endswith("_folder") and name not in leave_out
+    }
+
+
+class _BarHandler(logging.Handler):
+    """Writes log lines above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_logging(file: Path | None = None, quiet: bool = False) -> None:
+    """Send log lines to the console and, if given, to a file; ``quiet`` keeps the console to warnings."""
+    form = logging.Formatter("%(asctime)s | %(levelname)-9s | %(message)s", "%Y-%m-%d %H:%M:%S")
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    handlers: list[logging.Handler] = [_BarHandler()]
+    handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(file))
+        except OSError as error:
+            raise FlagError(f"--log_folder {file.parent}: cannot be written ({error.strerror})") from error
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's ``main`` and exit: 0, the status of a user error (one line), or 130 after Ctrl-C."""
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _end(f"{name}: {error}", error.status)
+    except KeyboardInterrupt:
+        _end(f"{name}: interrupted; what was finished is on disk, and --resume continues where it applies", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"{name}: {where}{error.strerror or error}", 1)
+    sys.exit(0)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(line.replace("\n", " "), file=sys.stderr, flush=True)  # noqa: T201
+    sys.exit(status)

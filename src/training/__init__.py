@@ -1,0 +1,23 @@
+"""Training networks: one loop for every script, evaluation, per-example dynamics, checkpoints, resume."""
+
+from src.training.checkpoints import load_model, model_description
+from src.training.config import TrainingConfig
+from src.training.dynamics import Dynamics, read_dynamics
+from src.training.evaluation import evaluate, predictions
+from src.training.group import Group
+from src.training.loop import Trainer
+from src.training.run import RunFiles, run_training
+
+__all__ = [
+    "Dynamics",
+    "Group",
+    "RunFiles",
+    "Trainer",
+    "TrainingConfig",
+    "evaluate",
+    "load_model",
+    "model_description",
+    "predictions",
+    "read_dynamics",
+    "run_training",
+]

@@ -1,0 +1,119 @@
+"""Per-example training dynamics, recorded from the passes that training makes anyway."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from src.artifacts import label_hash, read_npz, write_npz
+from src.errors import FileError
+from src.training.group import Group
+
+QUANTITIES = ("loss", "probability", "margin", "correct", "el2n", "divergence")
+_SMALLEST = 2.0**-24  # the smallest positive fp16 number: what the stored probabilities are clamped to
+
+
+class Dynamics:
+    """Records six numbers per example and epoch.
+
+    All are of the network in training mode on the augmented image, before the step (for SAM, from its first
+    pass). For logits z, probabilities p and label y: ``loss`` = -log p_y; ``probability`` = p_y; ``margin`` =
+    z_y - max of the other logits (Pleiss et al. 2020, eq. 1); ``correct`` = 1 if y has the largest logit, else
+    0; ``el2n`` = norm of p - onehot(y) (Paul et al. 2021, eq. 3); ``divergence`` = KL(p || p of the epoch
+    before) (Zhang et al. 2024), against probabilities kept in fp16.
+
+    Arrays are indexed by original position, with NaN where an example was not visited.
+    """
+
+    def __init__(self, total: int, num_classes: int, device: torch.device) -> None:
+        self.rows: dict[int, np.ndarray] = {}  # epoch -> (quantities, total)
+        self._now = torch.full((len(QUANTITIES), total), float("nan"), device=device)
+        self._before = torch.zeros((total, num_classes), dtype=torch.float16, device=device)
+        self._known = torch.zeros(total, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def record(self, logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, losses: torch.Tensor) -> None:
+        """Record a batch: logits ``(b, C)``, labels, original indices and losses ``(b,)``."""
+        if not len(labels):
+            return
+        logp = torch.log_softmax(logits.float(), dim=1)
+        p = logp.exp()  # (b, C)
+        mine = labels[:, None]
+        others = logits.float().scatter(1, mine, float("-inf")).amax(dim=1)
+        margin = logits.float().gather(1, mine)[:, 0] - others
+        p_label = p.gather(1, mine)[:, 0]
+        error = p.scatter_add(1, mine, torch.full_like(p_label, -1.0)[:, None])
+        before = self._before[indices].float().clamp_min(_SMALLEST)
+        divergence = (p * (logp - before.log())).sum(dim=1).clamp_min(0)
+        divergence = divergence.where(self._known[indices], divergence.new_tensor(float("nan")))
+        correct = (logits.argmax(dim=1) == labels).float()
+        columns = [losses.float(), p_label, margin, correct, error.norm(dim=1), divergence]
+        self._now[:, indices] = torch.stack(columns)
+        self._before[indices] = p.half()
+        self._known[indices] = True
+
+    def end_epoch(self, epoch: int, group: Group) -> np.ndarray:
+        """Close an epoch: gather the shares of all processes, keep the row ``(quantities, total)``, return it."""
+        if group.world > 1:
+            self._gather(group)
+        self.rows[epoch] = self._now.cpu().numpy().copy()
+        self._now.fill_(float("nan"))
+        return self.rows[epoch]
+
+    def _gather(self, group: Group) -> None:
+        """Sum the shares: each example was visited by one process, whose new probabilities all processes take."""
+        seen = (~self._now[0].isnan()).to(self._now.dtype)
+        new = torch.where(seen[:, None] > 0, self._before.float(), 0.0)
+        now = self._now.nan_to_num(nan=0.0)
+        lost = (self._now.isnan() & (seen > 0)).to(now.dtype)  # NaN that was recorded, such as a first divergence
+        group.sum_([now, seen, new, lost])
+        self._now = torch.where((seen > 0) & (lost == 0), now, float("nan"))
+        self._before = torch.where(seen[:, None] > 0, new.half(), self._before)
+        self._known |= seen > 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next epoch needs, for the resume state; the rows are kept in files of their own."""
+        return {"before": self._before.cpu(), "known": self._known.cpu()}
+
+    def restore(self, state: Mapping[str, torch.Tensor], rows: Mapping[int, np.ndarray]) -> None:
+        """Go on from a resume state and the rows of the epochs before it."""
+        self._before.copy_(state["before"])
+        self._known.copy_(state["known"])
+        self._now.fill_(float("nan"))
+        self.rows = dict(rows)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The recorded arrays by name, each float32 ``(epochs, total)``."""
+        epochs = sorted(self.rows)
+        return {name: np.stack([self.rows[epoch][i] for epoch in epochs]) for i, name in enumerate(QUANTITIES)}
+
+    def write(self, path: Path, labels: np.ndarray, settings: Mapping[str, Any]) -> Path:
+        """Write the arrays with the labels of the whole part ``(total,)`` and the run's settings."""
+        return write_npz(
+            path,
+            **self.arrays(),
+            labels=labels,
+            label_hash=label_hash(labels),
+            settings=json.dumps(dict(settings), sort_keys=True),
+        )
+
+
+def read_dynamics(path: str | Path) -> dict[str, Any]:
+    """Read recorded dynamics.
+
+    Returns:
+        The arrays of ``QUANTITIES``, ``labels``, ``label_hash`` (str) and ``settings`` (dict).
+
+    Raises:
+        FileError: The file is missing, damaged, or does not hold dynamics.
+    """
+    arrays: dict[str, Any] = read_npz(path)
+    missing = [name for name in (*QUANTITIES, "labels", "label_hash", "settings") if name not in arrays]
+    if missing:
+        raise FileError(f"{path}: does not hold recorded dynamics ({', '.join(missing)} missing)")
+    arrays["label_hash"] = str(arrays["label_hash"])
+    arrays["settings"] = json.loads(str(arrays["settings"]))
+    return arrays

@@ -1,0 +1,77 @@
+"""Predictions and mean loss of a trained network, un-augmented and in eval mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from src.datasets import Batch, Batches
+from src.devices import PRECISIONS, computing
+from src.training.group import Group
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time being; every module returns to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def predictions(
+    model: nn.Module, batches: Batches, *, precision: str = "fp32", forward: nn.Module | None = None
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Yield each batch with its logits.
+
+    Args:
+        model: The network; run in eval mode, left as it was.
+        batches: Un-augmented batches on the model's device.
+        precision: A name of ``PRECISIONS``.
+        forward: What is called in place of ``model``, for example its compiled form.
+
+    Yields:
+        The batch and its logits ``(b, C)``, in float32 (float64 under fp64).
+    """
+    chosen = PRECISIONS[precision]
+    call = model if forward is None else forward
+    with evaluating(model):
+        for batch in batches:
+            with torch.inference_mode(), computing(batch.images.device, chosen):
+                logits = call(batch.images)
+            yield batch, logits.to(chosen.dtype)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    precision: str = "fp32",
+    forward: nn.Module | None = None,
+    group: Group | None = None,
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy over a set.
+
+    Args:
+        model: The network.
+        batches: Un-augmented batches; each process of ``group`` sees its share.
+        precision: A name of ``PRECISIONS``.
+        forward: See ``predictions``.
+        group: The processes that share the set.
+
+    Returns:
+        Mean loss (nats per example) and accuracy in [0, 1].
+    """
+    totals: torch.Tensor | None = None
+    for batch, logits in predictions(model, batches, precision=precision, forward=forward):
+        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double()
+        correct = (logits.argmax(dim=1) == batch.labels).sum()
+        part = torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
+        totals = part if totals is None else totals + part
+    (group or Group()).sum_([totals])
+    loss, correct, count = totals.tolist()
+    return loss / count, correct / count

@@ -1,0 +1,73 @@
+"""The processes that train together, or the one that trains alone."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from src.errors import FlagError
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that share each batch.
+
+    Attributes:
+        rank: This process's number.
+        world: How many processes there are.
+        local_rank: This process's number on its machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Group":
+        """The group that torchrun describes in the environment.
+
+        Raises:
+            FlagError: The process was not started by torchrun.
+        """
+        try:
+            return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        except (KeyError, ValueError):
+            raise FlagError(
+                "--distributed_training: start the script with torchrun, for example "
+                "torchrun --nproc_per_node=2 train_full.py --distributed_training ..."
+            ) from None
+
+    def start(self, device: torch.device) -> None:
+        """Join the other processes: nccl for GPUs, gloo for CPUs."""
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=self.rank, world_size=self.world)
+
+    def stop(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, in one message per type."""
+        if self.world == 1:
+            return
+        by_type: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for group in by_type.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            dist.all_reduce(flat)
+            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.world > 1:
+            dist.barrier()

@@ -1,0 +1,248 @@
+"""A training run on disk: checkpoints, resume states, results; how it starts, goes on, and ends."""
+
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from src.artifacts import (
+    differences,
+    read_checkpoint,
+    read_json,
+    read_npz,
+    refuse_other_settings,
+    write_checkpoint,
+    write_json,
+    write_npz,
+)
+from src.errors import FileError
+from src.training.loop import Trainer
+
+log = logging.getLogger(__name__)
+
+STATE_FORMAT = "resume-1"
+_KEEP_STATES = 2  # the newest, and one before it in case the newest is damaged
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run keeps its files.
+
+    Attributes:
+        checkpoints: Folder of ``epoch_{e}.pt``, ``best.pt``, ``last.pt`` and ``results.json``.
+        resume: Folder of the resume states and of the recorded dynamics, one file per epoch.
+    """
+
+    checkpoints: Path
+    resume: Path
+
+    def epoch(self, epoch: int) -> Path:
+        """The checkpoint of an epoch."""
+        return self.checkpoints / f"epoch_{epoch}.pt"
+
+    def state(self, epoch: int) -> Path:
+        """The resume state after an epoch."""
+        return self.resume / f"epoch={epoch}.pth.tar"
+
+    def row(self, epoch: int) -> Path:
+        """The recorded dynamics of an epoch."""
+        return self.resume / f"dynamics_epoch={epoch}.npz"
+
+    @property
+    def results(self) -> Path:
+        """Settings, accuracies and times."""
+        return self.checkpoints / "results.json"
+
+    def states(self) -> list[int]:
+        """The epochs of the resume states on disk, newest first."""
+        found = []
+        for path in self.resume.glob("epoch=*.pth.tar"):
+            number = path.name.removeprefix("epoch=").removesuffix(".pth.tar")
+            if number.isdigit():
+                found.append(int(number))
+        return sorted(found, reverse=True)
+
+
+def run_training(
+    trainer: Trainer,
+    files: RunFiles,
+    settings: Mapping[str, Any],
+    description: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_epochs: str | list[int] = "all",
+) -> list[dict[str, Any]]:
+    """Train, or go on training, and write what a run writes.
+
+    Args:
+        trainer: The loop, at its beginning.
+        files: The run's folders.
+        settings: Everything that determines the result; stored, and compared with what stands there.
+        description: What checkpoints say about network and data (``model_description``).
+        resume: Whether to continue from the newest readable resume state, if there is one.
+        overwrite: Whether results of other settings may be replaced.
+        save_epochs: ``"all"``, ``"last"`` or the epochs whose checkpoints are kept beside best and last.
+
+    Returns:
+        The history: one record per epoch.
+
+    Raises:
+        FileError: The folders hold a run of other settings.
+        TrainingError: The loss is not finite.
+    """
+    run = _Run(trainer, files, dict(settings), dict(description), save_epochs)
+    started = resume and run.resume()
+    if not started:
+        run.start(overwrite)
+    trainer.group.wait()
+    trainer.fit(run.after_epoch)
+    trainer.group.wait()
+    return trainer.history
+
+
+class _Run:
+    """One run's files, written by the leading process."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        files: RunFiles,
+        settings: dict[str, Any],
+        description: dict[str, Any],
+        save_epochs: str | list[int],
+    ) -> None:
+        self.trainer, self.files, self.settings, self.description = trainer, files, settings, description
+        self.save_epochs = save_epochs
+
+    # ------------------------------------------------------------------------------------------------- start
+
+    def start(self, overwrite: bool) -> None:
+        """Begin a run from nothing; stop if the folders hold one of other settings."""
+        files = self.files
+        if not self.trainer.group.leads:
+            return
+        if files.results.exists():
+            stored = read_json(files.results).get("settings", {})
+            if not overwrite:
+                refuse_other_settings(files.checkpoints, stored, self.settings)
+            elif differences(stored, self.settings):
+                for path in (*files.checkpoints.glob("*.pt"), *files.resume.glob("*epoch=*")):
+                    path.unlink()
+        self._write_results()
+
+    def resume(self) -> bool:
+        """Go on from the newest readable state; returns whether there was one."""
+        for epoch in self.files.states():
+            path = self.files.state(epoch)
+            try:
+                state = self._read_state(path)
+                rows = self._read_rows(epoch)
+            except FileError as error:
+                log.warning("%s; using the state before it", error)
+                continue
+            self._check_settings(path, state["settings"], epoch)
+            self.trainer.restore(state, rows)
+            log.info("continuing after epoch %d of %d", epoch, self.trainer.config.epochs)
+            if self.trainer.group.leads:
+                self._finish_epoch()
+            return True
+        log.info("no resume state in %s: starting from the beginning", self.files.resume)
+        return False
+
+    def _read_state(self, path: Path) -> dict[str, Any]:
+        state = read_checkpoint(path)
+        if state.get("format") != STATE_FORMAT:
+            raise FileError(f"{path}: is not a resume state of this project")
+        return state
+
+    def _read_rows(self, epochs: int) -> dict[int, np.ndarray]:
+        if self.trainer.dynamics is None:
+            return {}
+        return {epoch: read_npz(self.files.row(epoch))["row"] for epoch in range(1, epochs + 1)}
+
+    def _check_settings(self, path: Path, stored: Mapping[str, Any], epoch: int) -> None:
+        config = self.trainer.config
+        longer = config.epochs >= epoch and not config.schedule_depends_on_epochs
+        found = differences(stored, self.settings, ignore=("epochs",) if longer else ())
+        if found:
+            raise FileError(
+                f"{path}: cannot be resumed under other settings: {', '.join(found)}; "
+                "start anew with --overwrite and without --resume, or choose other folders"
+            )
+
+    # ------------------------------------------------------------------------------------------- after epochs
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Write the epoch's dynamics, its resume state, checkpoints and results, in this order."""
+        if not trainer.group.leads:
+            return
+        files, epoch = self.files, trainer.epoch
+        if trainer.dynamics is not None:
+            write_npz(files.row(epoch), row=trainer.dynamics.rows[epoch])
+        state = {"format": STATE_FORMAT, "epoch": epoch, "settings": self.settings, **trainer.state()}
+        write_checkpoint(files.state(epoch), state)
+        self._finish_epoch()
+        for old in files.states()[_KEEP_STATES:]:
+            files.state(old).unlink(missing_ok=True)
+        record = trainer.history[-1]
+        log.info(
+            "epoch %d/%d: train loss %.5f accuracy %.2f %%, test loss %.5f accuracy %.2f %%, %.1f s",
+            epoch,
+            trainer.config.epochs,
+            record["train_loss"],
+            100 * record["train_accuracy"],
+            record["test_loss"],
+            100 * record["test_accuracy"],
+            record["seconds"],
+        )
+
+    def _finish_epoch(self) -> None:
+        """Write the newest epoch's checkpoints and results; after a crash in between, resume does it again."""
+        files, trainer = self.files, self.trainer
+        epoch, last = trainer.epoch, trainer.epoch == trainer.config.epochs
+        accuracies = [record["test_accuracy"] for record in trainer.history]
+        targets = []
+        if self.save_epochs == "all" or (isinstance(self.save_epochs, list) and epoch in self.save_epochs):
+            targets.append(files.epoch(epoch))
+        if accuracies[-1] > max(accuracies[:-1], default=-1.0):
+            targets.append(files.checkpoints / "best.pt")
+        if last:
+            targets.append(files.checkpoints / "last.pt")
+        if targets:
+            state = {**self.description, "model_state": trainer.model.state_dict(), "epoch": epoch}
+            for path in targets:
+                write_checkpoint(path, {**state, "settings": self.settings})
+        self._write_results()
+
+    def _write_results(self) -> None:
+        trainer = self.trainer
+        write_json(
+            self.files.results,
+            {
+                "settings": self.settings,
+                "finished": trainer.epoch == trainer.config.epochs,
+                "best_test_accuracy": max((r["test_accuracy"] for r in trainer.history), default=None),
+                "seconds": sum(record["seconds"] for record in trainer.history),
+                "machine": machine(trainer.device),
+                "history": trainer.history,
+            },
+        )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a run was computed on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type} ({name})",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,174 @@
+"""Files: written whole or not at all, read without running anything."""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from src import artifacts
+from src.errors import FileError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "scores.npz"
+    artifacts.write_npz(path, arr_0=np.arange(3.0))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(FileError, match=r"scores\.npz: could not be written \(No space left on device\)"):
+        artifacts.write_with(path, fail)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scores.npz"]
+    np.testing.assert_array_equal(artifacts.read_npz(path)["arr_0"], np.arange(3.0))
+
+
+@pytest.mark.parametrize("kind", ["npz", "checkpoint", "pickle"])
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, kind):
+    """The limit on file size makes every writer fail in the middle, as a full disk does."""
+    code = f"""
+import signal, resource, sys, numpy as np, torch
+sys.path.insert(0, {str(ROOT)!r})
+from src import artifacts
+from src.errors import FileError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+big = {{"npz": lambda p: artifacts.write_npz(p, a=np.zeros(10**6)),
+       "checkpoint": lambda p: artifacts.write_checkpoint(p, {{"a": torch.zeros(10**6)}}),
+       "pickle": lambda p: artifacts.write_pickle(p, b"0" * 10**7)}}[{kind!r}]
+artifacts.write_text(sys.argv[1], "old")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+try:
+    big(sys.argv[1])
+except FileError as error:
+    print(error)
+"""
+    target = tmp_path / "target"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(target)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.count("\n") == 1
+    assert "could not be written" in done.stdout
+    assert target.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(FileError, match="could not be written"):
+        artifacts.write_text(tmp_path / "a" / "b.txt", "x")
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(FileError, match="could not be written"):
+        artifacts.write_text(tmp_path / "a" / "b.txt", "x")
+
+
+class _Malicious:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps({0: _Malicious()}))
+    with pytest.raises(FileError, match=r"evil\.pkl.*system, which is not plain data"):
+        artifacts.read_pickle(path)
+
+
+@pytest.mark.parametrize("name", ["numpy.load", "builtins.eval", "numpy.core.multiarray.fromfile"])
+def test_only_plain_globals_are_known(tmp_path, name):
+    module, attribute = name.rsplit(".", 1)
+    path = tmp_path / "odd.pkl"
+    path.write_bytes(f"c{module}\n{attribute}\n.".encode())
+    with pytest.raises(FileError, match="not plain data"):
+        artifacts.read_pickle(path)
+
+
+def test_plain_pickles_of_old_and_new_numpy_are_read(tmp_path):
+    value = {np.int64(3): np.float64(0.5), 1: [1, "a", np.arange(4)], "args": argparse.Namespace(lr=0.1)}
+    path = tmp_path / "plain.pkl"
+    artifacts.write_pickle(path, value)
+    back = artifacts.read_pickle(path)
+    assert back[3] == 0.5
+    np.testing.assert_array_equal(back[1][2], np.arange(4))
+    assert back["args"].lr == 0.1
+    old = path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    # the shorter module name changes the length prefix of protocol 4's short strings
+    old = old.replace(b"\x8c\x16numpy.core.multiarray", b"\x8c\x15numpy.core.multiarray")
+    (tmp_path / "old.pkl").write_bytes(_without_frames(old))
+    assert artifacts.read_pickle(tmp_path / "old.pkl")[3] == 0.5
+
+
+def _without_frames(data: bytes) -> bytes:
+    """Drop protocol 4's frame header, whose length no longer fits."""
+    start = data.index(b"\x95")
+    return data[:start] + data[start + 9 :]
+
+
+@pytest.mark.parametrize(
+    ("read", "suffix"),
+    [
+        (artifacts.read_npz, "npz"),
+        (artifacts.read_pickle, "pkl"),
+        (artifacts.read_checkpoint, "pt"),
+        (artifacts.read_json, "json"),
+        (artifacts.read_index_file, "txt"),
+    ],
+)
+def test_missing_damaged_and_foreign_files_are_named(tmp_path, read, suffix):
+    path = tmp_path / f"x.{suffix}"
+    with pytest.raises(FileError, match=rf"x\.{suffix}: there is no such file"):
+        read(path)
+    path.write_bytes(b"\x80garbage")
+    with pytest.raises(FileError, match=rf"x\.{suffix}: is not .* or is damaged"):
+        read(path)
+    with pytest.raises(FileError, match="is a folder"):
+        read(tmp_path)
+
+
+def test_truncated_archives_are_named(tmp_path):
+    for name, write, read in (
+        ("a.npz", lambda p: artifacts.write_npz(p, a=np.zeros(1000)), artifacts.read_npz),
+        ("a.pt", lambda p: artifacts.write_checkpoint(p, {"a": torch.zeros(1000)}), artifacts.read_checkpoint),
+    ):
+        path = tmp_path / name
+        write(path)
+        path.write_bytes(path.read_bytes()[:2000])
+        with pytest.raises(FileError, match="damaged"):
+            read(path)
+
+
+def test_object_arrays_are_neither_written_nor_read(tmp_path):
+    with pytest.raises(TypeError, match="Python objects"):
+        artifacts.write_npz(tmp_path / "a.npz", a=np.array([{}, None]))
+    np.savez(tmp_path / "b.npz", a=np.array([{}, None]))
+    with pytest.raises(FileError, match=r"b\.npz"):
+        artifacts.read_npz(tmp_path / "b.npz")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    torch.save({"model": _Malicious()}, tmp_path / "evil.pt")
+    with pytest.raises(FileError, match=r"evil\.pt: is not a checkpoint"):
+        artifacts.read_checkpoint(tmp_path / "evil.pt")
+
+
+def test_label_hash_tells_orders_apart_and_ignores_the_type():
+    labels = np.array([0, 1, 2, 1])
+    assert artifacts.label_hash(labels) == artifacts.label_hash(torch.tensor(labels, dtype=torch.int32).numpy())
+    assert artifacts.label_hash(labels) != artifacts.label_hash(labels[::-1])
+
+
+def test_other_settings_are_named():
+    with pytest.raises(
+        FileError, match=r"x: holds results of other settings: b \(2 there, 3 here\); give --overwrite"
+    ):
+        artifacts.refuse_other_settings("x", {"a": [1], "b": 2}, {"a": (1,), "b": 3})
+    artifacts.refuse_other_settings("x", {"a": [1], "b": 2}, {"a": (1,), "b": 3}, ignore=["b"])

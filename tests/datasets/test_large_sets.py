@@ -1,0 +1,301 @@
+import hashlib
+import http.server
+import io
+import shutil
+import tarfile
+import threading
+import zipfile
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from src.datasets import Augmentation, Batches, load_dataset, lookup
+from src.datasets.imagenet import load_imagenet
+from src.datasets.tiny_imagenet import load_tiny_imagenet
+from src.errors import FileError
+
+TINY = replace(lookup("tiny_imagenet"), num_classes=3)
+IMAGENET = replace(lookup("imagenet"), num_classes=2, image_size=32)
+WNIDS = ("n03", "n01", "n02")
+
+
+def jpeg(number, size=64, mode="RGB"):
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG")
+    return file.getvalue()
+
+
+def tiny_files():
+    files = {}
+    for wnid in WNIDS:
+        for number in (0, 1, 10, 2):
+            content = jpeg(int(wnid[1:]) * 100 + number, mode="L" if number == 1 else "RGB")
+            files[f"train/{wnid}/images/{wnid}_{number}.JPEG"] = content
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = b"boxes"
+    for number in range(4):
+        files[f"val/images/val_{number}.JPEG"] = jpeg(number)
+    lines = [
+        f"val_{number}.JPEG\t{wnid}\t0\t0\t62\t57"
+        for number, wnid in ((3, "n02"), (0, "n03"), (1, "n01"), (2, "n01"))
+    ]
+    files["val/val_annotations.txt"] = "\n".join(lines).encode()
+    return files
+
+
+def write_zip(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder and the address under which it is served."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_arguments):
+            pass
+
+    root = tmp_path / "served"
+    root.mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=root)) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield root, f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def check_tiny(train, test):
+    assert train.class_names == ["n01", "n02", "n03"]
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert test.labels.tolist() == [2, 0, 0, 1]  # val_0 .. val_3
+    files = tiny_files()
+    for position, name in ((2, "train/n01/images/n01_10.JPEG"), (1, "train/n01/images/n01_1.JPEG")):
+        expected = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
+        assert torch.equal(
+            train.fetch(torch.tensor([position]))[0].permute(1, 2, 0), torch.from_numpy(expected.copy())
+        )
+
+
+def test_tiny_imagenet_is_downloaded_checked_and_kept(tmp_path, server, monkeypatch):
+    root, address = server
+    md5 = write_zip(root / "tiny.zip", tiny_files())
+    check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet", f"{address}/tiny.zip", md5))
+    check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet", "http://127.0.0.1:1/", md5))
+    monkeypatch.setitem(__import__("src.datasets.catalogue", fromlist=["x"]).CATALOGUE, "tiny_imagenet", TINY)
+    shutil.rmtree(tmp_path / "tiny_imagenet")
+    check_tiny(*load_dataset("tiny_imagenet", tmp_path))
+
+
+def test_tiny_imagenet_from_the_extracted_folder(tmp_path):
+    for name, content in tiny_files().items():
+        path = tmp_path / "tiny_imagenet" / "tiny-imagenet-200" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet"))
+
+
+def test_tiny_imagenet_downloads_that_fail(tmp_path, server):
+    root, address = server
+    write_zip(root / "tiny.zip", tiny_files())
+    folder = tmp_path / "tiny_imagenet"
+    with pytest.raises(FileError, match="has md5 .*, not 1234"):
+        load_tiny_imagenet(TINY, folder, f"{address}/tiny.zip", "1234")
+    with pytest.raises(FileError, match="could not be downloaded"):
+        load_tiny_imagenet(TINY, folder, f"{address}/none.zip", "1234")
+    assert list(folder.iterdir()) == []
+
+
+def _spoil(files, how):
+    if how == "no annotations":
+        del files["val/val_annotations.txt"]
+        return r"holds no val/val_annotations\.txt"
+    if how == "missing class":
+        for name in [name for name in files if "train/n02" in name]:
+            del files[name]
+        return "holds 2 classes below train/, not 3"
+    if how == "missing image":
+        del files["val/images/val_2.JPEG"]
+        return r"names 'val_2\.JPEG'"
+    if how == "other size":
+        files["train/n01/images/n01_0.JPEG"] = jpeg(0, size=32)
+        return r"n01_0\.JPEG is 32x32, not 64x64"
+    files["train/n01/images/n01_0.JPEG"] = b"no image"
+    return r"n01_0\.JPEG: cannot be read"
+
+
+@pytest.mark.parametrize("how", ["no annotations", "missing class", "missing image", "other size", "unreadable"])
+def test_tiny_imagenet_that_is_not_whole(tmp_path, how):
+    files = tiny_files()
+    message = _spoil(files, how)
+    path = tmp_path / "tiny_imagenet" / "tiny-imagenet-200.zip"
+    md5 = write_zip(path, files)
+    with pytest.raises(FileError, match=message):
+        load_tiny_imagenet(TINY, path.parent, md5=md5)
+    with pytest.raises(FileError, match="is damaged"):
+        load_tiny_imagenet(TINY, path.parent, md5="1234")
+
+
+SIZES = [(50, 70), (64, 40), (33, 33), (120, 37), (36, 36), (90, 100)]
+
+
+def imagenet_files():
+    """Images of six sizes in two classes, by part and path."""
+    files = {}
+    for part, first in (("train", 0), ("val", 100)):
+        for number, (height, width) in enumerate(SIZES):
+            pixels = np.random.default_rng(first + number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG")
+            wnid = ("n02", "n01")[number % 2]
+            files[f"{part}/{wnid}/{part}_{number}.JPEG"] = file.getvalue()
+    return files
+
+
+@pytest.fixture
+def imagenet_folder(tmp_path):
+    for name, content in imagenet_files().items():
+        path = tmp_path / "imagenet" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "imagenet"
+
+
+def epoch(images, augmentation, batch_size=4, order="shuffled", **settings):
+    normal = images.entry.normalisations["samis"]
+    batches = Batches(
+        images, batch_size, normalisation=normal, order=order, augmentation=augmentation, seed=2, **settings
+    )
+    return {
+        index: image
+        for batch in batches.epoch(1)
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+    }
+
+
+def test_imagenet_order_and_test_transform_equal_torchvision(imagenet_folder):
+    from torchvision.datasets import ImageFolder
+
+    train, test = load_imagenet(IMAGENET, imagenet_folder)
+    assert train.class_names == ["n01", "n02"]
+    size = IMAGENET.image_size
+    normal = IMAGENET.normalisations["samis"]
+    pipeline = transforms.Compose(
+        [
+            transforms.Resize(round(size * 256 / 224)),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(normal.mean, normal.std),
+        ]
+    )
+    for images, name in ((train, "train"), (test, "val")):
+        plain = ImageFolder(imagenet_folder / name, pipeline)
+        images.workers = 0
+        seen = epoch(images, None)
+        assert images.labels.tolist() == plain.targets
+        assert len(seen) == len(plain) == 6
+        for index, (image, _) in enumerate(plain):
+            assert torch.equal(seen[index], image)
+
+
+def test_imagenet_workers_batches_and_subsets_change_nothing(imagenet_folder):
+    train, _ = load_imagenet(IMAGENET, imagenet_folder)
+    augmentation = IMAGENET.training_augmentation(True)
+    train.workers = 0
+    before = torch.get_rng_state()
+    reference = epoch(train, augmentation)
+    assert torch.equal(torch.get_rng_state(), before)
+    plain = epoch(train, None)
+    assert not any(torch.equal(reference[index], plain[index]) for index in plain)
+    train.workers = 2
+    streamed = epoch(train, augmentation, 3, "sequential")
+    assert list(streamed) == list(range(6))
+    assert torch.equal(torch.get_rng_state(), before)
+    part = epoch(train.subset(torch.tensor([5, 1])), augmentation, 1, "sequential", rank=0, world=1)
+    assert list(part) == [5, 1]
+    assert all(torch.equal(streamed[index], reference[index]) for index in reference)
+    assert all(torch.equal(part[index], reference[index]) for index in part)
+    assert train.to("meta").labels.device.type == "meta"
+
+
+def test_imagenet_empty_shares(imagenet_folder):
+    train, _ = load_imagenet(IMAGENET, imagenet_folder)
+    train.workers = 0
+    augmentation = Augmentation(flip=True, random_resized_crop=True)
+    normal = IMAGENET.normalisations["samis"]
+    shares = Batches(train, 5, normalisation=normal, augmentation=augmentation, rank=2, world=3).epoch(1)
+    assert [len(batch.labels) for batch in shares] == [1, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_imagenet_unreadable_image_is_one_line(imagenet_folder, workers):
+    path = imagenet_folder / "train" / "n01" / "train_1.JPEG"
+    path.write_bytes(b"no image")
+    train, _ = load_imagenet(IMAGENET, imagenet_folder)
+    train.workers = workers
+    with pytest.raises(FileError) as caught:
+        epoch(train, None)
+    assert str(caught.value).startswith(f"{path}: cannot be read as an image")
+    assert "\n" not in str(caught.value)
+
+
+def test_imagenet_folders_that_are_not_whole(imagenet_folder):
+    with pytest.raises(FileError, match="holds 2 class folders; imagenet has 1000"):
+        load_imagenet(lookup("imagenet"), imagenet_folder)
+    (imagenet_folder / "val" / "n09").mkdir()
+    with pytest.raises(FileError, match="n09: is a class that train/ lacks"):
+        load_imagenet(IMAGENET, imagenet_folder)
+    shutil.rmtree(imagenet_folder / "val")
+    with pytest.raises(FileError, match=r"holds no val/.*ILSVRC2012_img_val\.tar"):
+        load_imagenet(IMAGENET, imagenet_folder)
+    shutil.rmtree(imagenet_folder / "train")
+    with pytest.raises(FileError, match=r"holds no train/.*ILSVRC2012_img_train\.tar"):
+        load_imagenet(IMAGENET, imagenet_folder)
+
+
+def _tar(files):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def test_imagenet_archives(tmp_path, monkeypatch):
+    from torchvision.datasets import imagenet as archives
+
+    files = imagenet_files()
+    inner = {
+        f"{wnid}.tar": _tar({n.split("/")[-1]: c for n, c in files.items() if n.startswith(f"train/{wnid}/")})
+        for wnid in ("n01", "n02")
+    }
+    validation = {name.split("/")[-1]: content for name, content in files.items() if name.startswith("val/")}
+    contents = {"train": _tar(inner), "val": _tar(validation), "devkit": b"devkit"}
+    wnids = [("n02", "n01")[number % 2] for number in range(6)]
+
+    def devkit(root):
+        torch.save(({}, wnids), f"{root}/meta.bin")
+
+    monkeypatch.setattr(archives, "parse_devkit_archive", devkit)
+    for part, content in contents.items():
+        name = archives.ARCHIVE_META[part][0]
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setitem(archives.ARCHIVE_META, part, (name, hashlib.md5(content).hexdigest()))
+    train, test = load_imagenet(IMAGENET, tmp_path)
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for part, images in (("train", train), ("val", test)):
+        assert len(list((tmp_path / part).rglob("*.JPEG"))) == len(images)
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(contents["train"][:-600])
+    with pytest.raises(FileError, match="could not be extracted"):
+        load_imagenet(IMAGENET, tmp_path)
+    assert not (tmp_path / "train").exists()

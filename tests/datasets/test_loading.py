@@ -1,0 +1,198 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.datasets import CATALOGUE, dataset_names, load_dataset, lookup
+from src.datasets.own import normalisation_of
+from src.errors import FileError, FlagError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+def write_cifar(path, count=20, classes=10, size=32, channels=3, **replaced):
+    generator = np.random.default_rng(0)
+    shape = (count, size, size, channels)
+    arrays = {
+        "x_train": generator.integers(0, 256, shape, dtype=np.uint8),
+        "y_train": (np.arange(count) % classes).reshape(-1, 1),
+        "x_test": generator.integers(0, 256, shape, dtype=np.uint8),
+        "y_test": np.arange(count) % classes,
+        **replaced,
+    }
+    np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
+    return arrays
+
+
+def test_catalogue_is_whole():
+    small = ["digits", "mnist", "fmnist", "cifar10", "cifar100", "svhn"]
+    assert dataset_names() == [*small, "tiny_imagenet", "imagenet"]
+    for name, entry in CATALOGUE.items():
+        assert entry.name == name
+        assert set(entry.normalisations) == {"samis", "mpe"}
+        for normalisation in entry.normalisations.values():
+            assert len(normalisation.mean) == len(normalisation.std) == entry.channels
+            assert all(0 < value < 1 for value in normalisation.mean + normalisation.std)
+        assert len(entry.class_names) in (0, entry.num_classes)
+    assert lookup("MNIST") is lookup("mnist")
+    assert lookup("fmnist").normalisations["mpe"].mean != lookup("fmnist").normalisations["samis"].mean
+
+
+def test_training_augmentation():
+    cifar, svhn, imagenet = lookup("cifar10"), lookup("svhn"), lookup("imagenet")
+    assert cifar.training_augmentation(True).flip
+    assert cifar.training_augmentation(False) is None
+    assert cifar.training_augmentation(False, cutout_holes=2, cutout_length=8).cutout_length == 8
+    assert svhn.training_augmentation(True) is None
+    assert imagenet.training_augmentation(False).random_resized_crop
+    assert not imagenet.training_augmentation(False).flip
+    with pytest.raises(FlagError, match=r"--cutout_holes 1: .*not for svhn"):
+        svhn.training_augmentation(True, cutout_holes=1)
+
+
+def test_digits():
+    train, test = load_dataset("digits", "no/such/folder")
+    again, _ = load_dataset("DIGITS", "no/such/folder")
+    assert (len(train), len(test)) == train.entry.sizes == (1438, 359)
+    assert torch.equal(train.fetch(torch.arange(1438)), again.fetch(torch.arange(1438)))
+    images = train.fetch(torch.arange(1438))
+    assert images.shape == (1438, 1, 8, 8)
+    assert images.dtype == torch.uint8
+    assert images.max() == 255
+    shares = test.labels.bincount() / (train.labels.bincount() + test.labels.bincount())
+    assert ((shares - 0.2).abs() < 0.004).all()
+    measured, stated = normalisation_of(images), train.entry.normalisations["samis"]
+    assert np.allclose(measured.mean + measured.std, stated.mean + stated.std, atol=5e-5)
+    everything = torch.cat([images, test.fetch(torch.arange(359))]).flatten(1)
+    assert len(everything.unique(dim=0)) == 1797
+
+
+def test_image_sets_keep_original_indices():
+    train, _ = load_dataset("digits", ".")
+    part = train.subset(torch.tensor([30, 4, 700])).subset(torch.tensor([2, 0]))
+    assert part.indices.tolist() == [700, 30]
+    assert part.total == 1438
+    assert len(part) == 2
+    assert torch.equal(part.labels, train.labels[[700, 30]])
+    assert torch.equal(part.fetch(torch.tensor([1])), train.fetch(torch.tensor([30])))
+    moved = part.to("meta").to("meta")
+    assert moved.device.type == "meta"
+    assert part.to("cpu") is part
+
+
+def test_catalogue_npz_of_any_length(tmp_path):
+    arrays = write_cifar(tmp_path / "cifar100.npz", 20)
+    train, test = load_dataset("cifar100", tmp_path)
+    assert (len(train), len(test), train.entry.num_classes, len(train.class_names)) == (20, 20, 100, 100)
+    assert train.entry is CATALOGUE["cifar100"]
+    assert torch.equal(train.fetch(torch.tensor([3]))[0].permute(1, 2, 0), torch.from_numpy(arrays["x_train"][3]))
+    assert train.labels.tolist() == (np.arange(20) % 10).tolist()
+    assert train.class_names[0] == "apple"
+
+
+CIFAR_SHAPE = (20, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"y_test": None}, "no array y_test"),
+        ({"x_train": np.zeros(CIFAR_SHAPE, np.float32)}, "x_train is float32; uint8"),
+        ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"x_train has shape \(20, 3, 32, 32\)"),
+        ({"x_train": np.zeros((20, 32), np.uint8)}, r"x_train has shape"),
+        ({"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": np.zeros(0, int)}, "holds no image"),
+        ({"y_train": np.array(["cat"] * 20)}, "y_train is <U3; whole numbers"),
+        ({"y_train": np.array([None] * 20)}, "npz"),
+        ({"y_train": np.full(20, 0.5)}, "y_train is float64; whole numbers"),
+        ({"y_train": np.full(20, -1)}, "y_train holds the label -1"),
+        ({"y_train": np.zeros(19, int)}, r"y_train has shape \(19,\) beside 20 images in x_train"),
+        ({"y_test": np.zeros((20, 10), int)}, r"y_test has shape \(20, 10\)"),
+        ({"y_test": np.full(20, 10)}, "label 10; cifar10 has classes 0 to 9"),
+        ({"x_test": np.zeros((20, 28, 28, 3), np.uint8)}, r"x_test \(3, 28, 28\)"),
+    ],
+)
+def test_bad_npz(tmp_path, replaced, message):
+    write_cifar(tmp_path / "cifar10.npz", **replaced)
+    with pytest.raises(FileError, match=message) as caught:
+        load_dataset("cifar10", tmp_path)
+    assert str(tmp_path / "cifar10.npz") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_npz_that_does_not_fit_the_catalogue(tmp_path):
+    write_cifar(tmp_path / "cifar10.npz", size=28)
+    with pytest.raises(FileError, match=r"\(3, 28, 28\); cifar10 has \(3, 32, 32\)"):
+        load_dataset("cifar10", tmp_path)
+    write_cifar(tmp_path / "cifar10.npz", channels=1)
+    with pytest.raises(FileError, match=r"\(1, 32, 32\)"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_corrupted_and_missing_npz(tmp_path):
+    path = tmp_path / "mine.npz"
+    with pytest.raises(FileError, match=r"mine\.npz: there is no such file"):
+        load_dataset(f"npz:{path}", tmp_path)
+    write_cifar(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(FileError, match=r"mine\.npz"):
+        load_dataset(f"npz:{path}", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("cifar11", {}, "--dataset cifar11: unknown; choose from digits, mnist"),
+        ("npz:", {}, "no path after the colon"),
+        ("zip:file", {}, "unknown"),
+        ("digits", {"image_size": 32}, "--image_size 32: applies to own data"),
+        ("digits", {"channels": 3}, "--channels 3: applies to own data"),
+        ("digits", {"channels": 2}, "--channels 2: must be 1"),
+        ("npz:file", {"image_size": 0}, "--image_size 0"),
+    ],
+)
+def test_bad_flags(name, arguments, message):
+    with pytest.raises(FlagError, match=message):
+        load_dataset(name, ".", **arguments)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
+def test_data_that_cannot_be_downloaded(tmp_path, monkeypatch, name):
+    def offline(*_arguments, **_settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
+    with pytest.raises(FileError, match=f"holds no {name}, and it could not be downloaded") as caught:
+        load_dataset(name, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert f"{name}.npz" in str(caught.value)
+
+
+def test_data_folder_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for name in ("fmnist", "cifar100"):
+        with pytest.raises(FileError, match="file"):
+            load_dataset(name, blocked)
+
+
+@pytest.mark.skipif(not (SHARED / "lay_out_data.py").exists(), reason="needs the shared Fashion-MNIST files")
+def test_fashion_mnist_files_without_network(tmp_path, monkeypatch):
+    subprocess.run([sys.executable, SHARED / "lay_out_data.py", tmp_path, "fmnist"], check=True, capture_output=True)
+
+    def refuse(*_arguments, **_settings):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    train, test = load_dataset("FMNIST", tmp_path)
+    assert (len(train), len(test)) == train.entry.sizes
+    assert train.labels.bincount().tolist() == [6000] * 10
+    assert train.labels[:5].tolist() == [9, 0, 0, 3, 0]
+    measured = normalisation_of(train.fetch(torch.arange(60000)))
+    assert np.allclose(measured.mean + measured.std, (0.2860, 0.3530), atol=1e-4)
+    raw = tmp_path / "fmnist" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    raw.write_bytes(raw.read_bytes()[:1000])
+    with pytest.raises(FileError, match=r"fmnist: the train files of fmnist are damaged"):
+        load_dataset("fmnist", tmp_path)

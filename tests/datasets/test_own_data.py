@@ -1,0 +1,238 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.datasets import load_dataset
+from src.datasets.own import convert_channels, resize
+from src.errors import FileError
+
+
+def write_npz(path, x=(8, 8, 3), labels=(0, 1, 2, 0, 1, 2), test_labels=(2, 1, 0), **replaced):
+    generator = np.random.default_rng(0)
+    arrays = {
+        "x_train": generator.integers(0, 256, (len(labels), *x), dtype=np.uint8),
+        "y_train": np.array(labels, dtype=np.uint8).reshape(-1, 1),
+        "x_test": generator.integers(0, 256, (len(test_labels), *x), dtype=np.uint8),
+        "y_test": np.array(test_labels),
+        **replaced,
+    }
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+def write_folder(root, mode="RGB", size=(8, 8), classes=("ant", "bee"), count=3):
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                shape = size if mode == "L" else (*size, 3)
+                pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    return f"folder:{root}"
+
+
+def pixels(images):
+    return images.fetch(torch.arange(len(images)))
+
+
+def test_npz(tmp_path):
+    name = write_npz(tmp_path / "my data.npz")
+    train, test = load_dataset(name, tmp_path)
+    stem, digest = train.entry.name.rsplit("-", 1)
+    assert stem == "my_data"
+    assert len(digest) == 8
+    assert int(digest, 16) >= 0
+    assert train.entry.num_classes == 3
+    assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert test.labels.tolist() == [2, 1, 0]
+    assert train.entry.training_augmentation(True, cutout_holes=1).crop_padding == 1
+    stated, values = train.entry.normalisations["samis"], pixels(train).double() / 255
+    assert np.allclose(stated.mean, values.mean(dim=(0, 2, 3)))
+    assert np.allclose(stated.std, values.std(dim=(0, 2, 3), correction=0))
+
+
+def test_name_follows_the_content(tmp_path):
+    first = load_dataset(write_npz(tmp_path / "a.npz"), ".")[0].entry.name
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "a.npz", tmp_path / "copy" / "a.npz")
+    assert load_dataset(f"npz:{tmp_path}/copy/a.npz", ".")[0].entry.name == first
+    assert load_dataset(f"npz:{tmp_path}/a.npz", ".", image_size=4)[0].entry.name == first
+    other = load_dataset(write_npz(tmp_path / "a.npz", test_labels=(2, 1, 1)), ".")[0].entry.name
+    assert other != first
+    assert other.startswith("a-")
+
+
+def test_grey_arrays_without_channel_axis(tmp_path):
+    train, _ = load_dataset(write_npz(tmp_path / "a.npz", x=(8, 8)), ".")
+    assert train.image_shape == (1, 8, 8)
+    colour, _ = load_dataset(f"npz:{tmp_path}/a.npz", ".", channels=3, image_size=16)
+    assert pixels(colour).shape == (6, 3, 16, 16)
+    assert len(colour.entry.normalisations["mpe"].mean) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": (0, 0, 1, 1, 3, 3), "test_labels": (0, 1, 3)}, "no image of class 2"),
+        ({"test_labels": (0, 1, 3)}, "y_test holds class 3, which y_train lacks"),
+        ({"x": (8, 6, 3)}, "8x6; make them square, or give --image_size"),
+    ],
+)
+def test_bad_npz(tmp_path, arguments, message):
+    name = write_npz(tmp_path / "a.npz", **arguments)
+    with pytest.raises(FileError, match=message) as caught:
+        load_dataset(name, ".")
+    assert f"{tmp_path}/a.npz" in str(caught.value)
+
+
+def test_image_size_makes_oblong_images_square(tmp_path):
+    train, test = load_dataset(write_npz(tmp_path / "a.npz", x=(8, 6, 3)), ".", image_size=5)
+    assert pixels(train).shape[1:] == pixels(test).shape[1:] == (3, 5, 5)
+
+
+def test_resize_equals_pillow():
+    ramp = np.linspace(0, 255, 20 * 30 * 3).reshape(20, 30, 3).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for image in (ramp, noise):
+        for size in (7, 20, 33):
+            wide = round(30 * size / 20)
+            slow = np.asarray(Image.fromarray(image).resize((wide, size), Image.Resampling.BILINEAR))
+            left = (wide - size) // 2
+            fast = resize(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
+            assert np.abs(fast.astype(int) - slow[:, left : left + size]).max() <= 1
+
+
+def test_convert_channels_equals_pillow():
+    image = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    grey = convert_channels(torch.from_numpy(image).permute(2, 0, 1)[None], 1)
+    expected = np.asarray(Image.fromarray(image).convert("L"))
+    assert np.abs(grey[0, 0].numpy().astype(int) - expected).max() <= 1
+    colour = convert_channels(grey, 3)
+    assert colour.shape == (1, 3, 9, 9)
+    assert (colour == grey).all()
+
+
+def test_folder(tmp_path):
+    name = write_folder(tmp_path / "pets")
+    (tmp_path / "pets" / "train" / ".hidden").write_text("")
+    (tmp_path / "pets" / "train" / "ant" / ".DS_Store").write_text("")
+    train, test = load_dataset(name, ".")
+    assert train.class_names == ["ant", "bee"]
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.entry.name.startswith("pets-")
+    expected = np.asarray(Image.open(tmp_path / "pets" / "train" / "bee" / "1.png"))
+    assert torch.equal(pixels(train)[4].permute(1, 2, 0), torch.from_numpy(expected.copy()))
+    shutil.rmtree(tmp_path / "pets" / "test" / "ant")
+    fewer, test = load_dataset(name, ".")
+    assert test.labels.tolist() == [1, 1, 1]
+    assert fewer.entry.name != train.entry.name
+
+
+def test_folder_name_depends_on_content(tmp_path):
+    name = write_folder(tmp_path / "pets")
+    before = load_dataset(name, ".")[0].entry.name
+    path = tmp_path / "pets" / "test" / "bee" / "2.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    after = load_dataset(name, ".")[0].entry.name
+    path.rename(path.with_name("3.png"))
+    assert len({before, after, load_dataset(name, ".")[0].entry.name}) == 3
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(FileError, match=r"none: there is no such folder"):
+        load_dataset(f"folder:{tmp_path}/none", ".")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileError, match=r"empty/train: there is no such folder"):
+        load_dataset(f"folder:{tmp_path}/empty", ".")
+    (tmp_path / "empty" / "train").mkdir()
+    with pytest.raises(FileError, match=r"empty/train: holds no class folder"):
+        load_dataset(f"folder:{tmp_path}/empty", ".")
+
+
+def _empty_class(root):
+    (root / "train" / "cat").mkdir()
+    return "train/cat: holds no image"
+
+
+def _foreign_class(root):
+    shutil.copytree(root / "test" / "bee", root / "test" / "cat")
+    return "test/cat: is a class that train/ lacks"
+
+
+def _no_test(root):
+    shutil.rmtree(root / "test")
+    return "test: there is no such folder"
+
+
+def _grey_among_colour(root):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "train" / "bee" / "1.png")
+    return "train/bee/1.png: is grey among colour images; give --channels"
+
+
+def _other_size(root):
+    Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(root / "test" / "bee" / "1.png")
+    return "test/bee/1.png: is 9x8 among images of 8x8; give --image_size"
+
+
+def _unreadable(root):
+    (root / "train" / "bee" / "1.png").write_bytes(b"not an image")
+    return "train/bee/1.png: cannot be read as an image"
+
+
+def _truncated(root):
+    path = root / "train" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return "train/bee/1.png: cannot be read as an image"
+
+
+def _deep(root):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(root / "train" / "bee" / "1.png")
+    return "train/bee/1.png: has more than 8 bits"
+
+
+def _nested(root):
+    (root / "train" / "bee" / "more").mkdir()
+    return "train/bee/more: is a folder inside a class folder"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _empty_class,
+        _foreign_class,
+        _no_test,
+        _grey_among_colour,
+        _other_size,
+        _unreadable,
+        _truncated,
+        _deep,
+        _nested,
+    ],
+)
+def test_spoilt_folder(tmp_path, spoil):
+    name = write_folder(tmp_path / "pets")
+    message = spoil(tmp_path / "pets")
+    with pytest.raises(FileError) as caught:
+        load_dataset(name, ".")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_mend_mixed_folders(tmp_path):
+    name = write_folder(tmp_path / "pets")
+    _grey_among_colour(tmp_path / "pets")
+    _other_size(tmp_path / "pets")
+    for channels in (1, 3):
+        train, test = load_dataset(name, ".", channels=channels, image_size=6)
+        assert pixels(train).shape == pixels(test).shape == (6, channels, 6, 6)
+
+
+def test_oblong_folder(tmp_path):
+    name = write_folder(tmp_path / "pets", size=(8, 6))
+    with pytest.raises(FileError, match="square images are needed, or give --image_size"):
+        load_dataset(name, ".")
+    assert load_dataset(name, ".", image_size=6)[0].image_shape == (3, 6, 6)

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+r"""Train a network on 90 % of the training part, leaving one of ten validation splits out.
+
+Makes the splits of a data set and seed at the first call, and reuses them afterwards:
+{datasets_folder}/splits/{dataset}/seed_{seed}/val_{1..10}.txt. Writes checkpoints and results.json to
+{models_folder}/split_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_val_split_{i}/seed_{seed}/.
+With --samis_validation_split_index all, the ten are trained in turn; what is done is skipped.
+
+  python train_split.py --dataset=digits --model=lenet --optimizer=sgd --samis_validation_split_index=all \
+      --epochs=20 --batch_size=128 --learning_rate=0.1 --lr_sched=step --resume
+  python train_split.py --dataset='cifar100' --data_augmentation --model='resnet50' --seed=1234 --optimizer='sgd' \
+      --samis_validation_split_index=1 --epochs=160 --batch_size=128 --learning_rate=0.1 --lr_sched='step' --resume
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+from src.artifacts import split_experiment
+from src.datasets import validation_indices
+from src.session import Session
+from src.settings import (
+    Parser,
+    add_compute_flags,
+    add_data_flags,
+    add_folder_flags,
+    add_model_flags,
+    add_run_flags,
+    add_training_flags,
+    run_script,
+)
+
+SPLITS = range(1, 11)
+
+
+def split_index(text: str) -> list[int]:
+    """The splits that the flag asks for."""
+    if text == "all":
+        return list(SPLITS)
+    if not text.isdigit() or int(text) not in SPLITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a split; give 1 to 10, or all")
+    return [int(text)]
+
+
+def main() -> None:
+    """Parse, make the splits, train, print."""
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_training_flags(parser)
+    parser.add_argument_group("splits").add_argument(
+        "--samis_validation_split_index",
+        type=split_index,
+        default="1",
+        metavar="1..10|all",
+        help="the validation split that is left out, or all ten in turn",
+    )
+    add_run_flags(parser)
+    add_compute_flags(parser, training=True)
+    add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
+    args = parser.parse_args()
+    with Session(args) as session:
+        for index in args.samis_validation_split_index:
+            train_one(session, index, skip_done=len(args.samis_validation_split_index) > 1)
+
+
+def train_one(session: Session, index: int, skip_done: bool) -> None:
+    """Train without split ``index``."""
+    args, name = session.args, session.entry.name
+    experiment = split_experiment(args.model, name, args.optimizer, args.lr_sched, index)
+    held_out = validation_indices(
+        args.datasets_folder,
+        name,
+        args.seed,
+        index,
+        session.whole_train.labels.cpu().numpy(),
+        session.entry.num_classes,
+    )
+    keep = ~np.isin(session.train.indices.cpu().numpy(), held_out)
+    train = session.train.subset(torch.from_numpy(np.flatnonzero(keep)))
+    more = {"validation_split": index}
+    if skip_done and session.is_done(experiment, train, more):
+        if session.group.leads:
+            print(f"split {index}: done already")
+        return
+    history = session.run(experiment, train, more_settings=more)
+    if session.group.leads:
+        print(f"split {index}: test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}")
+        print(session.files(experiment).checkpoints)
+
+
+if __name__ == "__main__":
+    run_script(main)
