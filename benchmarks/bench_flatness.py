@@ -24,7 +24,7 @@ from src.metrics.epsilon_flatness import epsilon_flatness
 from src.metrics.input_curvature import input_curvature
 from src.models import build_model
 
-EXAMPLES, BATCH = 2000, 250
+EXAMPLES, BATCH = 1000, 250
 
 
 def in_batches(images: Tensor, labels: Tensor) -> Iterator[Batch]:

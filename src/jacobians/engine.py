@@ -7,7 +7,7 @@ Each parameter takes one of three routes, found anew for every batch:
   added per example, then squared;
 - *fallback*: everything else (`src.jacobians.fallback`).
 That a record holds all uses is read off the autograd graph; that a module's first axis counts independent examples
-is tried once with a second backward pass.
+is tried once, on a few examples.
 """
 
 from collections import defaultdict
@@ -30,6 +30,27 @@ Weighting = Callable[[str, Tensor], Tensor] | None
 CAPTURED, SUMMED, FALLBACK = "captured", "summed", "fallback"
 
 
+TRIED = 8
+"""Examples on which the independence of examples is tried."""
+
+
+def covered(record: Record, b: int) -> bool:
+    """Whether the formulas cover a call, its first axis having the length of a batch of b."""
+    whole = record.inputs.shape[0] == record.output_shape[0] == b
+    return whole and record.intact() and record.kind.fits(record.module, record.inputs)
+
+
+def checked_rows(quantities: Tensor, b: int) -> Tensor:
+    """Quantities of b examples as rows (q, b); ValueError if they are not that, or have no gradient."""
+    rows = as_rows(quantities)
+    if rows.ndim != 2 or rows.shape[1] != b or not rows.requires_grad:
+        raise ValueError(
+            f"quantities must be (b,) or (q, b) with a gradient for a batch of {b}, "
+            f"got {tuple(quantities.shape)}, requires_grad={rows.requires_grad}"
+        )
+    return rows
+
+
 class SquaredNorms:
     """Context manager that computes ``sum over parameters of S * grad_i^2`` for each example i.
 
@@ -50,8 +71,8 @@ class SquaredNorms:
         self._budget = memory_mb * 2**20
         self._capture = Capture(self.model, KINDS)
         self._fallback = ExampleGradients(self.model)
-        self._tried_model = False
-        self._independent: dict[nn.Module, bool] = {}  # modules whose batch axis was tried, and the outcome
+        self._untried = True  # whether some module's examples may yet turn out to depend on each other
+        self._independent: dict[nn.Module, bool] = {}  # by trial; undecided modules are absent
 
     def __enter__(self) -> Self:
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -152,10 +173,17 @@ class SquaredNorms:
         rows = checked_rows(quantities(self._capture.forward(leaf.clone()), targets), len(images))
         if leaf.requires_grad:
             refuse_mixing(rows, leaf)
-        _, nodes = graph_uses(rows)
-        records = [r for r in self._capture.records if r.edge.node in nodes]
         row, scale = mixture(rows)
-        plain, scaled = self._capture.backward(torch.stack([row, row * scale]), records).unbind...
+        records = self._capture.records
+        plain, scaled = (self._capture.backward(r.unsqueeze(0), records, True) for r in (row, row * scale))
+        outcomes: dict[nn.Module, list[bool | None]] = defaultdict(list)
+        for record, before, after in zip(records, plain, scaled, strict=True):
+            shaped = covered(record, len(images))
+            outcomes[record.module].append(shaped and scales_by_example(before[0], after[0], scale))
+        for module, found in outcomes.items():  # None: its gradients vanish, which proves nothing
+            if False in found or None not in found:
+                self._independent[module] = False not in found
+
     # --------------------------------------------------------------------------------------------- contraction
 
     @torch.no_grad()

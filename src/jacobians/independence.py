@@ -15,20 +15,19 @@ TOLERANCE = 0.02
 def _far_apart(count: int, like: Tensor) -> Tensor:
     """Numbers in [0.5, 1.5), neighbours far from each other (multiples of the golden ratio)."""
     steps = torch.arange(1, count + 1, dtype=torch.float64)
-    return (0.5 + (0.6180339887498949 * steps) % 1.0).to(like)
+    return (0.5 + (0.6180339887498949 * steps) % 1.0).to(like.device, like.dtype)
 
 
-def mixture(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One row that mixes q quantities, and the numbers to mix and to scale with.
+def mixture(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One row that mixes q quantities, and numbers to scale its examples with.
 
     Args:
         rows: (q, b) quantities.
 
     Returns:
-        The mixed row (b,), the coefficients (q,), and the scale of each example (b,).
+        The mixed row (b,) with its graph, and the scale of each example (b,).
     """
-    coefficients, scale = _far_apart(rows.shape[0], rows), _far_apart(rows.shape[1], rows)
-    return coefficients @ rows, coefficients.detach(), scale.detach()
+    return _far_apart(rows.shape[0], rows) @ rows, _far_apart(rows.shape[1], rows)
 
 
 def scales_by_example(plain: Tensor, scaled: Tensor, scale: Tensor) -> bool | None:
@@ -56,7 +55,7 @@ def refuse_mixing(rows: Tensor, images: Tensor) -> None:
     Raises:
         ValueError: they do.
     """
-    row, _, scale = mixture(rows)
+    row, scale = mixture(rows)
     found = [
         torch.autograd.grad(values.sum(), images, retain_graph=True, allow_unused=True)[0]
         for values in (row, row * scale)

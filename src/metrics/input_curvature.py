@@ -17,6 +17,8 @@ from src.metrics.by_index import example_losses, scores_by_index
 
 OFFSET = 1e-7
 """Added to signs and to their norm."""
+TRIED = 8
+"""Examples on which it is tried whether the model keeps examples apart."""
 
 
 def input_curvature(
@@ -49,8 +51,10 @@ def input_curvature(
         def score(batch: Batch) -> Tensor:
             nonlocal tried
             images, labels = batch.images.detach(), batch.labels
-            before = input_gradients(model, images, labels, check=not tried)
-            tried = tried or len(images) > 1
+            if not tried and len(images) > 1:
+                input_gradients(model, images[:TRIED], labels[:TRIED], check=True)
+                tried = True
+            before = input_gradients(model, images, labels)
             signs = before.sign()
             directions = (signs + OFFSET) / (_norms(signs) + OFFSET)
             after = input_gradients(model, images + h * directions, labels)
@@ -66,7 +70,7 @@ def input_gradients(model: nn.Module, images: Tensor, labels: Tensor, check: boo
         model: the network, in eval mode.
         images: (b, c, h, w).
         labels: (b,).
-        check: whether to make sure, by two more backward passes, that the examples are independent.
+        check: whether to make sure, with two more backward passes, that the examples are independent.
 
     Returns:
         (b, c, h, w).

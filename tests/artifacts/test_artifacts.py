@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from support import ROOT
 
 from src import artifacts
 from src.errors import FileError

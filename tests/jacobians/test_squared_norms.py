@@ -296,3 +296,33 @@ def test_the_projects_networks_are_captured_whole(name):
     found, routes = norms(net, images, labels)
     assert set(routes.values()) == {"captured"}
     torch.testing.assert_close(found, loop_norms(net, images, labels, losses, FAMILIES), rtol=1e-9, atol=1e-12)
+
+
+def test_a_small_vision_transformer():
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    net = VisionTransformer(
+        image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=3
+    ).double()
+    nn.init.normal_(net.heads.head.weight)  # zeros at construction: no gradient would pass
+    images = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    found, routes = norms(net, images, labels)  # five examples, five tokens
+    assert routes["conv_proj.weight"] == routes["encoder.layers.encoder_layer_0.mlp.0.weight"] == "captured"
+    assert routes["encoder.pos_embedding"] == routes["encoder.ln.weight"] == "fallback"
+    torch.testing.assert_close(found, loop_norms(net.eval(), images, labels, losses, FAMILIES), **EXACT)
+
+
+def test_a_head_of_zeros_stops_all_gradients_and_stays_right():
+    net = network("mlp")
+    images, labels = images_and_labels()
+    with SquaredNorms(net) as squared:
+        nn.init.zeros_(net[3].weight)
+        found = squared(images, labels, losses, FAMILIES)[0]
+        torch.testing.assert_close(found, loop_norms(net, images, labels, losses, FAMILIES), **EXACT)
+        nn.init.normal_(net[3].weight)  # the trial that could not decide is made again
+        squared(images, labels, losses, FAMILIES)
+        found = squared(images, labels, losses, FAMILIES)[0]
+    assert squared.routes["1.weight"] == "captured"
+    torch.testing.assert_close(found, loop_norms(net, images, labels, losses, FAMILIES), **EXACT)

@@ -1,0 +1,157 @@
+"""The loop against the plain PyTorch loop, its weighting, its schedule, and what it records."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from src.errors import FlagError, TrainingError
+from src.optimizers import rate
+
+
+def plain_epochs(trainer, model, step):
+    """The obvious loop over the same batches; ``step(model, images, labels, weights)``."""
+    for epoch in range(1, trainer.config.epochs + 1):
+        model.train()
+        lr = rate(trainer.config.lr_sched, epoch, trainer.config.epochs, trainer.config.learning_rate)
+        for batch in trainer.train_batches.epoch(epoch, weights=trainer.weights):
+            step(model, lr, batch.images, batch.labels, batch.weights)
+
+
+def parameters(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_sgd_is_the_plain_loop_with_weights(make_trainer):
+    weights = torch.linspace(0.1, 2, 200)
+    trainer = make_trainer(dropout=0.0, weights=weights, dtype=torch.float64, precision="fp64", epochs=3)
+    twin = copy.deepcopy(trainer.model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=1.0, momentum=0.9)
+
+    def step(model, lr, images, labels, w):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        losses = nn.functional.cross_entropy(model(images), labels, reduction="none")
+        ((w * losses).sum() / w.sum()).backward()
+        optimizer.step()
+
+    plain_epochs(trainer, twin, step)
+    trainer.fit()
+    torch.testing.assert_close(parameters(trainer.model), parameters(twin), rtol=1e-12, atol=1e-14)
+
+
+def test_sam_is_two_passes_and_one_update_of_the_running_statistics(make_trainer):
+    trainer = make_trainer(dropout=0.0, dtype=torch.float64, precision="fp64", epochs=2, optimizer="sam", rho=0.1)
+    twin = copy.deepcopy(trainer.model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=1.0, momentum=0.9)
+
+    def step(model, lr, images, labels, w):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        grads = [p.grad.clone() for p in model.parameters()]
+        scale = 0.1 / (torch.sqrt(sum((g**2).sum() for g in grads)) + 1e-12)
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p.add_(scale * g)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        with torch.no_grad():
+            for p, w0 in zip(model.parameters(), before, strict=True):
+                p.copy_(w0)
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+        optimizer.step()
+
+    plain_epochs(trainer, twin, step)
+    trainer.fit()
+    torch.testing.assert_close(parameters(trainer.model), parameters(twin), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(trainer.model.norm.running_mean, twin.norm.running_mean, rtol=1e-11, atol=1e-13)
+    assert int(trainer.model.norm.num_batches_tracked) == 2 * 4
+
+
+def test_history_reports_mean_loss_per_example_and_accuracy(make_trainer):
+    trainer = make_trainer(dropout=0.0, epochs=2)
+    trainer.fit()
+    loss, correct = trainer.dynamics.arrays()["loss"], trainer.dynamics.arrays()["correct"]
+    for epoch, record in enumerate(trainer.history):
+        assert record["train_loss"] == pytest.approx(np.nanmean(loss[epoch]), rel=1e-5)
+        assert record["train_accuracy"] == pytest.approx(np.nanmean(correct[epoch]), rel=1e-6)
+        assert record["learning_rate"] == pytest.approx(rate("cosine", epoch + 1, 2, 0.05))
+
+
+def test_dynamics_are_those_of_the_first_pass(make_trainer):
+    """A learning rate of almost nothing keeps the network as it was, so that each pass can be done again."""
+    trainer = make_trainer(dropout=0.0, batchnorm=False, epochs=2, learning_rate=1e-30, lr_sched="const")
+    trainer.fit()
+    arrays = trainer.dynamics.arrays()
+    assert arrays["loss"].shape == (2, trainer.train_batches.images.total)
+    assert np.isnan(arrays["divergence"][0]).all()
+    before = None
+    for epoch in (1, 2):
+        p_all = torch.full((trainer.train_batches.images.total, 10), float("nan"))
+        for batch in trainer.train_batches.epoch(epoch):
+            with torch.no_grad():
+                z = trainer.model(batch.images)
+            p, rows = z.softmax(1), torch.arange(len(z))
+            others = z.clone()
+            others[rows, batch.labels] = -torch.inf
+            twins = {
+                "loss": nn.functional.cross_entropy(z, batch.labels, reduction="none"),
+                "probability": p[rows, batch.labels],
+                "margin": z[rows, batch.labels] - others.amax(1),
+                "correct": (z.argmax(1) == batch.labels).float(),
+                "el2n": (p - nn.functional.one_hot(batch.labels, 10)).norm(dim=1),
+            }
+            for name, value in twins.items():
+                got = arrays[name][epoch - 1, batch.indices.numpy()]
+                np.testing.assert_allclose(got, value.numpy(), rtol=2e-4, atol=1e-6, err_msg=name)
+            p_all[batch.indices] = p
+        if before is not None:
+            divergence = (p_all * (p_all.log() - before.log())).sum(1).numpy()
+            np.testing.assert_allclose(arrays["divergence"][1], divergence, rtol=0.02, atol=2e-3)
+        before = p_all
+    visited = np.zeros(trainer.train_batches.images.total, bool)
+    visited[trainer.train_batches.images.indices.numpy()] = True
+    assert (np.isnan(arrays["loss"][0]) == ~visited).all()
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_batch(make_trainer):
+    def spoil(trainer, epoch, step):
+        if step == 6:  # the seventh step is batch 3 of epoch 2
+            with torch.no_grad():
+                trainer.model.head.bias.fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match="not finite in epoch 2, batch 3"):
+        make_trainer(after_step=(spoil,)).fit()
+
+
+def test_library_code_leaves_the_global_generators_alone(make_trainer):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make_trainer(epochs=1, optimizer="iblr", learning_rate=0.01).fit()
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_a_last_batch_of_one_is_refused_where_batchnorm_cannot_take_it(make_trainer, digits):
+    train = digits[0].subset(torch.arange(65))
+
+    class OnePixel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.head(self.norm(x.flatten(1)))
+
+    good = make_trainer(train=train, epochs=1)  # 8x8 maps: one example has many values per channel
+    good.fit()
+    trainer = make_trainer(train=train, epochs=1)
+    trainer.model = OnePixel()
+    with pytest.raises(FlagError, match="--batch_size: 65 examples leave a last batch of one"):
+        trainer._check_last_batch()

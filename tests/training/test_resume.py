@@ -1,0 +1,125 @@
+"""A run that is killed and goes on ends with the very bits of one that was not."""
+
+import json
+
+import pytest
+import torch
+from training_tools import assert_same
+
+from src.artifacts import read_checkpoint
+from src.errors import FileError
+from src.training import RunFiles, run_training
+
+DESCRIPTION = {"format": "network-1", "model": "tiny"}
+RATES = {"sgd": 0.05, "adam": 0.003, "adamw": 0.003, "sam": 0.05, "iblr": 0.05}
+
+
+class KilledError(Exception):
+    pass
+
+
+def run(trainer, folder, **kwargs):
+    files = RunFiles(folder / "ckpts", folder / "resume")
+    settings = {**trainer.config.as_dict()}
+    run_training(trainer, files, settings, DESCRIPTION, **kwargs)
+    return files
+
+
+def kill_at(step):
+    def after(trainer, epoch, now):
+        if now == step:
+            raise KilledError
+
+    return (after,)
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+def test_resumed_run_is_bit_identical(make_trainer, tmp_path, optimizer):
+    settings = {"optimizer": optimizer, "learning_rate": RATES[optimizer]}
+    whole = make_trainer(**settings)
+    run(whole, tmp_path / "whole")
+    for step in (10, 13):  # in the third epoch, then in the fourth
+        with pytest.raises(KilledError):
+            run(make_trainer(after_step=kill_at(step), **settings), tmp_path / "killed", resume=True)
+    resumed = make_trainer(**settings)
+    files = run(resumed, tmp_path / "killed", resume=True)
+    assert_same(whole, resumed)
+    assert len(resumed.history) == 4
+    first, second = (read_checkpoint(f / "ckpts" / "last.pt") for f in (tmp_path / "whole", tmp_path / "killed"))
+    for name, value in first["model_state"].items():
+        assert torch.equal(value, second["model_state"][name])
+    assert files.states() == [4, 3]
+    assert json.loads(files.results.read_text())["finished"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "row"])
+def test_a_damaged_state_is_named_and_the_one_before_is_used(make_trainer, tmp_path, caplog, damage):
+    whole = make_trainer()
+    files = run(whole, tmp_path)
+    newest = files.state(4)
+    if damage == "truncated":
+        newest.write_bytes(newest.read_bytes()[:500])
+    elif damage == "foreign":
+        torch.save({"epoch": 4}, newest)
+    else:
+        newest = files.row(4)
+        newest.write_bytes(b"")
+    again = make_trainer()
+    run(again, tmp_path, resume=True)
+    assert_same(whole, again)
+    lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 1
+    assert str(newest) in lines[0]
+    assert "using the state before it" in lines[0]
+
+
+def test_resume_under_other_settings_is_refused_by_name(make_trainer, tmp_path):
+    run(make_trainer(), tmp_path)
+    with pytest.raises(FileError, match=r"cannot be resumed under other settings: learning_rate \(0.05 there, 0.1"):
+        run(make_trainer(learning_rate=0.1), tmp_path, resume=True)
+
+
+def test_more_epochs_only_where_the_schedule_allows_it(make_trainer, tmp_path):
+    run(make_trainer(lr_sched="const", epochs=2), tmp_path / "const")
+    longer = make_trainer(lr_sched="const", epochs=4)
+    run(longer, tmp_path / "const", resume=True)
+    whole = make_trainer(lr_sched="const", epochs=4)
+    whole.fit()
+    assert_same(whole, longer)
+    run(make_trainer(lr_sched="cosine", epochs=2), tmp_path / "cosine")
+    with pytest.raises(FileError, match=r"other settings: epochs \(2 there, 4 here\)"):
+        run(make_trainer(lr_sched="cosine", epochs=4), tmp_path / "cosine", resume=True)
+    with pytest.raises(FileError, match=r"other settings: epochs \(4 there, 3 here\)"):
+        run(make_trainer(lr_sched="const", epochs=3), tmp_path / "const", resume=True)
+
+
+def test_results_of_other_settings_are_kept_unless_overwritten(make_trainer, tmp_path):
+    files = run(make_trainer(epochs=4), tmp_path)
+    with pytest.raises(FileError, match=r"holds results of other settings: epochs \(4 there, 2 here\)"):
+        run(make_trainer(epochs=2), tmp_path)
+    assert (files.epoch(4)).exists()
+    run(make_trainer(epochs=2), tmp_path, overwrite=True)
+    assert not files.epoch(4).exists(), "a checkpoint of the old settings must not stay among the new"
+    assert files.states() == [2, 1]
+
+
+def test_save_epochs(make_trainer, tmp_path):
+    kept = {"all": [1, 2, 3, 4], "last": [], "list": [2, 3]}
+    for name, epochs in kept.items():
+        files = run(make_trainer(), tmp_path / name, save_epochs=[2, 3] if name == "list" else name)
+        assert sorted(int(p.stem[6:]) for p in files.checkpoints.glob("epoch_*.pt")) == epochs
+        assert (files.checkpoints / "last.pt").exists()
+        best = read_checkpoint(files.checkpoints / "best.pt")
+        history = json.loads(files.results.read_text())["history"]
+        accuracies = [record["test_accuracy"] for record in history]
+        assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+
+
+def test_a_kill_between_state_and_checkpoints_is_mended(make_trainer, tmp_path):
+    files = run(make_trainer(), tmp_path)
+    for path in files.checkpoints.glob("*.pt"):
+        if path.name in ("last.pt", "epoch_4.pt"):
+            path.unlink()
+    run(make_trainer(), tmp_path, resume=True)
+    assert files.epoch(4).exists()
+    assert (files.checkpoints / "last.pt").exists()
