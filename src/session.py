@@ -22,7 +22,6 @@ from src.metrics.end_of_training import write_end_of_training_scores
 from src.models import MODELS, build_model
 from src.settings import start_logging
 from src.training import Dynamics, Group, RunFiles, Trainer, TrainingConfig, model_description, run_training
-from src.training.sync_batchnorm import synchronise_batchnorm
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +123,7 @@ class Session:
             dynamics=dynamics,
             group=self.group,
             compile_model=args.compile,
+            sync_batchnorm=args.sync_bn,
         )
         settings = self._settings(train, more_settings)
         whole_labels = self.whole_train.labels.cpu().numpy()
@@ -175,8 +175,6 @@ class Session:
         ).to(self.device, self.precision.dtype)
         if MODELS[args.model].channels_last:
             model = model.to(memory_format=torch.channels_last)
-        if args.sync_bn and self.group.world > 1:
-            synchronise_batchnorm(model)
         return model
 
     def _batches(

@@ -2,6 +2,5 @@
 
 from src.jacobians.engine import SquaredNorms
 from src.jacobians.independence import refuse_batch_statistics, refuse_mixing
-from src.jacobians.modes import evaluating
 
-__all__ = ["SquaredNorms", "evaluating", "refuse_batch_statistics", "refuse_mixing"]
+__all__ = ["SquaredNorms", "refuse_batch_statistics", "refuse_mixing"]

@@ -22,7 +22,7 @@ from src.jacobians.capture import Capture, Record, graph_uses
 from src.jacobians.contract import KINDS, weighted_squares
 from src.jacobians.fallback import ExampleGradients, Quantities, as_rows
 from src.jacobians.independence import mixture, refuse_mixing, scales_by_example
-from src.jacobians.modes import evaluating
+from src.models.modes import evaluating
 
 Weighting = Callable[[str, Tensor], Tensor] | None
 """(name in the model, parameter) -> weights S of the parameter's shape; None stands for ones."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from src.datasets import Batch
-from src.jacobians import evaluating, refuse_batch_statistics, refuse_mixing
+from src.jacobians import refuse_batch_statistics, refuse_mixing
 from src.metrics.by_index import example_losses, scores_by_index
+from src.models.modes import evaluating
 
 OFFSET = 1e-7
 """Added to signs and to their norm."""

@@ -1,26 +1,14 @@
 """Predictions and mean loss of a trained network, un-augmented and in eval mode."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from src.datasets import Batch, Batches
 from src.devices import PRECISIONS, computing
+from src.models.modes import evaluating
 from src.training.group import Group
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time being; every module returns to the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def predictions(

@@ -67,6 +67,12 @@ class Group:
             for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def share_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by the leading process's."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def wait(self) -> None:
         """Wait for the other processes."""
         if self.world > 1:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from src.training.dynamics import Dynamics
 from src.training.evaluation import evaluate
 from src.training.group import Group
 from src.training.steps import plain_step, sam_step, sampled_step
+from src.training.sync_batchnorm import synchronised_batchnorm
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Trainer:
         weights: Sample weights, one per example of the training set; default 1.
         dynamics: Where to record per-example dynamics, or None.
         group: The processes that share each batch.
+        sync_batchnorm: Whether BatchNorm normalises over the batches of all processes.
         compile_model: Whether to run the network through ``torch.compile``.
         after_step: Called as ``f(trainer, epoch, step)`` after each step, steps counted from 1 over the run.
     """
@@ -51,6 +54,7 @@ class Trainer:
         weights: torch.Tensor | None = None,
         dynamics: Dynamics | None = None,
         group: Group | None = None,
+        sync_batchnorm: bool = False,
         compile_model: bool = False,
         after_step: Sequence[Callable[["Trainer", int, int], None]] = (),
     ) -> None:
@@ -58,6 +62,7 @@ class Trainer:
         self.config, self.weights, self.dynamics = config, weights, dynamics
         self.group = group or Group()
         self.after_step = tuple(after_step)
+        self.sync_batchnorm = sync_batchnorm and self.group.world > 1
         self.forward = torch.compile(model) if compile_model else model
         self.precision = PRECISIONS[config.precision]
         self.device = next(model.parameters()).device
@@ -133,7 +138,8 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         count, step = len(self.train_batches.images), 0
         self.model.train()
-        with torch.random.fork_rng(devices=devices):
+        synchronised = synchronised_batchnorm(self.model) if self.sync_batchnorm else nullcontext()
+        with torch.random.fork_rng(devices=devices), synchronised:
             # What can only draw from torch's global generators (dropout, iBLR's noise) draws from these.
             torch.manual_seed(derived_seed(self.config.seed, epoch, "global"))
             for step, batch in enumerate(self.train_batches.epoch(epoch, weights=self.weights), start=1):
@@ -151,25 +157,38 @@ class Trainer:
                     self._check_finite(bad, epoch)
                 bar.update()
         self.group.sum_([sums])
+        self.group.share_(self.model.buffers())  # running statistics, where each process keeps its own
         self._check_finite(bad, epoch)
         loss, weight, correct = sums.tolist()
         return loss / weight, correct / count
 
     def _one_pass(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward over this process's share; gradients end as those of the whole batch's loss."""
+        if not len(batch.labels) and not self.sync_batchnorm:
+            return self._empty_pass(batch)
         with computing(self.device, self.precision):
             logits = self.forward(batch.images)
         logits = logits.to(self.precision.dtype)
         losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
         # Dividing by the whole batch's weight makes the sum over processes the gradient of sum(w l) / sum(w).
         ((losses * batch.weights).sum() / batch.total_weight).backward()
-        if self.group.world > 1:
-            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self.group.sum_([parameter.grad for parameter in parameters])
+        self._share_gradients()
         return losses.detach(), logits.detach()
+
+    def _empty_pass(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pass of a process without a share: zero gradients, and its part in the exchange."""
+        self._share_gradients()
+        return batch.weights.new_zeros(0), batch.weights.new_zeros((0, 1))
+
+    def _share_gradients(self) -> None:
+        """Sum the gradients over the processes."""
+        if self.group.world == 1:
+            return
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.group.sum_([parameter.grad for parameter in parameters])
 
     def _check_finite(self, bad: torch.Tensor, epoch: int) -> None:
         bad = bad.clone()

@@ -1,5 +1,8 @@
 """BatchNorm over the batches of all processes, on CPUs and GPUs alike, for shares of any size."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -48,11 +51,17 @@ def _synchronised_forward(module: nn.modules.batchnorm._BatchNorm, x: torch.Tens
     return y
 
 
-def synchronise_batchnorm(model: nn.Module) -> None:
-    """Let every BatchNorm of a network normalise over the batches of all processes, in place.
+@contextmanager
+def synchronised_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Let every BatchNorm of a network normalise over the batches of all processes, for the time being.
 
     Names of parameters and buffers stay, so checkpoints are those of the plain network.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.forward = _synchronised_forward.__get__(module)
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for layer in layers:
+        layer.forward = _synchronised_forward.__get__(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
