@@ -244,3 +244,18 @@ def test_the_stored_images_are_not_changed():
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ValueError, match=r"order|batch_size"):
         Batches(made(), **{"batch_size": 4, "normalisation": NORMAL, **settings})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stored", ["cpu", "cuda"])
+def test_gpu_batches_equal_the_cpu_ones(stored):
+    images = made()
+    augmentation = Augmentation(2, True, 2, 4, random_resized_crop=False)
+    settings = {"normalisation": NORMAL, "order": "shuffled", "augmentation": augmentation, "seed": 5}
+    reference, order = by_example(Batches(images, 7, **settings))
+    moved = images.to(stored)
+    assert moved.to(stored) is moved
+    seen, gpu_order = by_example(Batches(moved, 7, device="cuda", **settings))
+    assert order == gpu_order
+    assert all(image.is_cuda for image in seen.values())
+    assert all(torch.allclose(seen[index].cpu(), reference[index], rtol=1e-6, atol=1e-6) for index in seen)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from src.datasets import Augmentation, Batches, load_dataset, lookup
+from src.datasets import CATALOGUE, Augmentation, Batches, load_dataset, lookup
 from src.datasets.imagenet import load_imagenet
 from src.datasets.tiny_imagenet import load_tiny_imagenet
 from src.errors import FileError
@@ -89,7 +89,7 @@ def test_tiny_imagenet_is_downloaded_checked_and_kept(tmp_path, server, monkeypa
     md5 = write_zip(root / "tiny.zip", tiny_files())
     check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet", f"{address}/tiny.zip", md5))
     check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet", "http://127.0.0.1:1/", md5))
-    monkeypatch.setitem(__import__("src.datasets.catalogue", fromlist=["x"]).CATALOGUE, "tiny_imagenet", TINY)
+    monkeypatch.setitem(CATALOGUE, "tiny_imagenet", TINY)
     shutil.rmtree(tmp_path / "tiny_imagenet")
     check_tiny(*load_dataset("tiny_imagenet", tmp_path))
 
@@ -106,7 +106,7 @@ def test_tiny_imagenet_downloads_that_fail(tmp_path, server):
     root, address = server
     write_zip(root / "tiny.zip", tiny_files())
     folder = tmp_path / "tiny_imagenet"
-    with pytest.raises(FileError, match="has md5 .*, not 1234"):
+    with pytest.raises(FileError, match=r"has md5 .*, not 1234"):
         load_tiny_imagenet(TINY, folder, f"{address}/tiny.zip", "1234")
     with pytest.raises(FileError, match="could not be downloaded"):
         load_tiny_imagenet(TINY, folder, f"{address}/none.zip", "1234")
