@@ -18,16 +18,8 @@ from src.errors import FlagError
 from src.metrics import MODES, modes_from
 from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
 from src.metrics.score_files import write_scores
-from src.settings import (
-    Parser,
-    add_data_flags,
-    add_folder_flags,
-    add_model_choice,
-    add_overwrite_flag,
-    number,
-    run_script,
-    start_logging,
-)
+from src.scripting import run_script, start_logging
+from src.settings import Parser, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number
 
 PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")
 

@@ -28,6 +28,7 @@ from src.metrics.compare import half_overlaps, spearman_test
 from src.metrics.pairs import Pair, Query, find_pairs, load_pair, score_pair
 from src.metrics.samis import PairScores, read_seed, save_seed
 from src.models import MODELS
+from src.scripting import run_script, start_logging
 from src.settings import (
     Parser,
     add_compute_flags,
@@ -37,9 +38,7 @@ from src.settings import (
     add_overwrite_flag,
     add_score_flags,
     number,
-    run_script,
     score_folders,
-    start_logging,
 )
 
 log = logging.getLogger("compute_sam_sgd")

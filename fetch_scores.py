@@ -14,7 +14,8 @@ from pathlib import Path
 from src.artifacts import PACKAGED_SCORES
 from src.metrics import MODES
 from src.metrics.published import BASE_URL, fetch, published_files
-from src.settings import Parser, add_overwrite_flag, run_script
+from src.scripting import run_script
+from src.settings import Parser, add_overwrite_flag
 
 
 def main() -> None:

@@ -22,15 +22,8 @@ from src.errors import FileError, FlagError
 from src.metrics import MODES, Proxy, find_scores
 from src.metrics.compare import against_reference, comparison_table
 from src.metrics.plots import comparison
-from src.settings import (
-    Parser,
-    add_data_flags,
-    add_folder_flags,
-    add_score_flags,
-    run_script,
-    score_folders,
-    start_logging,
-)
+from src.scripting import run_script, start_logging
+from src.settings import Parser, add_data_flags, add_folder_flags, add_score_flags, score_folders
 
 log = logging.getLogger("plot_proxies")
 
@@ -79,7 +72,7 @@ def main() -> None:
     }
     headings = {"spearman": "rank correlation"}
     if labels is not None:
-        headings["spearman_within_class"] = "rank correlation, mean within class"
+        headings["spearman_within_class"] = "mean within class"
     matrices = {
         heading: np.array([[cell[key] for cell in row.values()] for row in table.values()])
         for key, heading in headings.items()

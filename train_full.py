@@ -12,6 +12,7 @@ Reads the data set (downloaded if need be) under --datasets_folder. Writes check
 """
 
 from src.artifacts import standard_experiment
+from src.scripting import run_script
 from src.session import Session
 from src.settings import (
     Parser,
@@ -21,7 +22,6 @@ from src.settings import (
     add_model_flags,
     add_run_flags,
     add_training_flags,
-    run_script,
 )
 
 

@@ -19,6 +19,7 @@ import torch
 
 from src.artifacts import split_experiment
 from src.datasets import validation_indices
+from src.scripting import run_script
 from src.session import Session
 from src.settings import (
     Parser,
@@ -28,7 +29,6 @@ from src.settings import (
     add_model_flags,
     add_run_flags,
     add_training_flags,
-    run_script,
 )
 
 SPLITS = range(1, 11)

@@ -20,7 +20,7 @@ from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, load_dat
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.metrics.end_of_training import write_end_of_training_scores
 from src.models import MODELS, build_model
-from src.settings import start_logging
+from src.scripting import start_logging
 from src.training import Dynamics, Group, RunFiles, Trainer, TrainingConfig, model_description, run_training
 
 log = logging.getLogger(__name__)

@@ -133,7 +133,8 @@ def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int
             x = names + b * (names + block_width + apart)
             axes = _bare_axes(figure, x, 0.0, block_width, height, canvas)
             for r, (name, _, _) in enumerate(part):
-                axes.text(-0.15 * w, r * (h + gap) + h / 2, name, ha="right", va="center", fontsize=12)
+                size = _fitting(name, names - 0.2, 12)
+                axes.text(-0.15 * w, r * (h + gap) + h / 2, name, ha="right", va="center", fontsize=size)
             middle = n * (w + gap) / 2
             for at, text in ((middle, f"lowest {symbol}"), (canvas.shape[1] - middle, f"highest {symbol}")):
                 axes.text(at, -0.12 * h, text, ha="center", va="bottom", fontsize=14)
@@ -151,8 +152,13 @@ def _bare_axes(figure: Figure, x: float, y: float, width: float, height: float, 
 
 
 def _heading(figure: Figure, title: str) -> None:
-    height = figure.get_size_inches()[1]
-    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=16)
+    width, height = figure.get_size_inches()
+    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=_fitting(title, width - 0.2, 16))
+
+
+def _fitting(text: str, inches: float, largest: float) -> float:
+    """The font size, at most ``largest``, at which a text is no wider than so many inches (a letter is 0.6 high)."""
+    return min(largest, 72 * inches / (0.6 * max(len(text), 1)))
 
 
 def class_grids(

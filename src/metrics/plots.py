@@ -179,7 +179,7 @@ def comparison(
     """
     cell = 0.72
     height = cell * max(len(names), 3) + 2.4
-    map_width = cell * len(columns) + 1.6
+    map_width = max(cell * len(columns) + 1.6, 3.0)  # room for its heading
     widths = [4.6, *[map_width] * len(matrices)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(sum(widths), height), layout="constrained")

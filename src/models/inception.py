@@ -100,6 +100,16 @@ def _build_small_inception_v3(num_classes: int, in_channels: int) -> Network:
     return Network(body, nn.Linear(2048, num_classes))
 
 
+_TORCHVISION_BLOCKS = (
+    blocks.InceptionA,
+    blocks.InceptionB,
+    blocks.InceptionC,
+    blocks.InceptionD,
+    blocks.InceptionE,
+    blocks.InceptionAux,
+)
+
+
 class ImageNetInception(Network):
     """torchvision's Inception-v3, its auxiliary head kept aside.
 
@@ -119,22 +129,17 @@ class ImageNetInception(Network):
         self.auxiliary = auxiliary.requires_grad_(False)
 
 
-_TORCHVISION_BLOCKS = (
-    blocks.InceptionA,
-    blocks.InceptionB,
-    blocks.InceptionC,
-    blocks.InceptionD,
-    blocks.InceptionE,
-    blocks.InceptionAux,
-)
-
-
 def _smallest(in_channels: int) -> int:
     # Blocks B and D halve without padding, so the maps before them need 7 pixels; the stem takes 2.
     return 9 - 2 * (stem_padding(in_channels) - 1)
 
 
-@register("inception", smallest=_smallest, note="Inception-v3 for small images; from 224x224 on torchvision's")
+@register(
+    "inception",
+    channels_last=True,
+    smallest=_smallest,
+    note="Inception-v3 for small images; from 224x224 on torchvision's",
+)
 def inception(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Inception-v3: the small-image network, or, from 224x224 on, torchvision's with a frozen auxiliary head.
 

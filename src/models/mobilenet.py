@@ -59,13 +59,13 @@ def _network(factory: Callable[..., MobileNetV3], num_classes: int, in_channels:
     return Network(make_out_of_place(body), head)
 
 
-@register("mobile_small", note="MobileNetV3, small")
+@register("mobile_small", channels_last=True, note="MobileNetV3, small")
 def mobile_small(num_classes: int, in_channels: int, image_size: int) -> Network:
     """MobileNetV3-small: 11 blocks, 576 channels, a hidden layer of 1024; the same network for every image size."""
     return _network(mobilenet_v3_small, num_classes, in_channels)
 
 
-@register("mobile_large", note="MobileNetV3, large")
+@register("mobile_large", channels_last=True, note="MobileNetV3, large")
 def mobile_large(num_classes: int, in_channels: int, image_size: int) -> Network:
     """MobileNetV3-large: 15 blocks, 960 channels, a hidden layer of 1280; the same network for every image size."""
     return _network(mobilenet_v3_large, num_classes, in_channels)

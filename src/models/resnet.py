@@ -98,19 +98,19 @@ def _network(body: ResNetBody, num_classes: int) -> Network:
     return Network(body, nn.Linear(body.out_features, num_classes))
 
 
-@register("resnet18", note="ResNet-18 with the CIFAR stem")
+@register("resnet18", channels_last=True, note="ResNet-18 with the CIFAR stem")
 def resnet18(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-18: basic blocks 2-2-2-2, widths 64 to 512; the same network for every image size."""
     return _network(ResNetBody(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels), num_classes)
 
 
-@register("resnet50", note="ResNet-50 with the CIFAR stem")
+@register("resnet50", channels_last=True, note="ResNet-50 with the CIFAR stem")
 def resnet50(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-50: bottlenecks 3-4-6-3, widths 64 to 512 times 4; the same network for every image size."""
     return _network(ResNetBody(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), in_channels), num_classes)
 
 
-@register("resnet20", note="CIFAR's ResNet-20, widths 16-32-64")
+@register("resnet20", channels_last=True, note="CIFAR's ResNet-20, widths 16-32-64")
 def resnet20(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-20: basic blocks 3-3-3, widths 16-32-64, projection shortcuts (option B)."""
     return _network(ResNetBody(BasicBlock, (3, 3, 3), (16, 32, 64), in_channels), num_classes)

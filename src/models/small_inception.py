@@ -18,7 +18,7 @@ STAGES = (
 )
 
 
-@register("small_inception", note="the small Inception of Feldman and Zhang")
+@register("small_inception", channels_last=True, note="the small Inception of Feldman and Zhang")
 def small_inception(num_classes: int, in_channels: int, image_size: int) -> Network:
     """A 3x3 unit of 96 channels, three stages of two-branch blocks, maximum over positions, one linear layer.
 

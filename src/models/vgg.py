@@ -55,7 +55,7 @@ def _build_imagenet_vgg(num_classes: int, in_channels: int, image_size: int) -> 
     return Network(make_out_of_place(body), head)
 
 
-@register("vgg19", note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head")
+@register("vgg19", channels_last=True, note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head")
 def vgg19(num_classes: int, in_channels: int, image_size: int) -> Network:
     """VGG-19-BN: one linear layer after the convolutions, or, from 224x224 on, torchvision's 4096-4096 head."""
     build = _build_imagenet_vgg if image_size >= IMAGENET_SIZE else build_small_vgg

@@ -6,10 +6,10 @@ from torch import nn
 
 
 def spread(*shape: int, start: int = 0) -> torch.Tensor:
-    """Float64 values in [-0.5, 0.5) that fill the interval evenly: the fractional parts of multiples of the golden ratio."""
+    """Float64 values in [-0.5, 0.5): fractional parts of squares times the golden ratio, which look random."""
     count = torch.Size(shape).numel()
     steps = torch.arange(start + 1, start + count + 1, dtype=torch.float64)
-    return ((steps * 0.6180339887498949) % 1 - 0.5).reshape(shape)
+    return ((steps**2 * 0.6180339887498949) % 1 - 0.5).reshape(shape)
 
 
 def fill(network: nn.Module) -> nn.Module:
@@ -25,7 +25,7 @@ def fill(network: nn.Module) -> nn.Module:
             elif name.endswith(("weight", "running_var")):
                 tensor.copy_(1 + 0.8 * values)
             else:
-                tensor.copy_(0.8 * values)
+                tensor.copy_(0.2 * values)
     return network
 
 

@@ -99,9 +99,8 @@ def test_resnet_is_torchvisions_with_another_stem(name, fill, images):
     twin = copy_state(network, twin.to(torch.float64))
     torch.testing.assert_close(network(x), twin(x))
     # in training mode, too: the same batch statistics and the same gradients
-    network.train(), twin.train()
-    F.cross_entropy(network(x), torch.tensor([0, 3])).backward()
-    F.cross_entropy(twin(x), torch.tensor([0, 3])).backward()
+    for model in (network, twin):
+        F.cross_entropy(model.train()(x), torch.tensor([0, 3])).backward()
     torch.testing.assert_close(network.body.conv1.weight.grad, twin.conv1.weight.grad, rtol=1e-6, atol=1e-9)
 
 
@@ -115,11 +114,11 @@ def test_vgg_is_torchvisions_with_one_linear_layer(fill, images):
     torch.testing.assert_close(network.features(x), maps.mean((2, 3)))
 
 
-@pytest.mark.parametrize(("channels", "size", "sizes"), [(3, 8, 3), (1, 8, 3), (1, 28, 5), (3, 28, 4), (3, 32, 5)])
-def test_vgg_keeps_the_pools_that_fit(channels, size, sizes):
+@pytest.mark.parametrize(("channels", "size", "pools"), [(3, 8, 3), (1, 8, 3), (1, 28, 5), (3, 28, 4), (3, 32, 5)])
+def test_vgg_keeps_the_pools_that_fit(channels, size, pools):
     with torch.device("meta"):
         network = build_model("vgg19", 5, channels, size, seed=0)
-    assert len([m for m in network.modules() if isinstance(m, nn.MaxPool2d)]) == sizes
+    assert len([m for m in network.modules() if isinstance(m, nn.MaxPool2d)]) == pools
     first = network.body[0][0]
     assert first.padding == ((3, 3) if channels == 1 else (1, 1))
 

@@ -1,0 +1,112 @@
+"""Reductions of recorded dynamics: published test vectors, closed forms, slow twins, visits that are missing."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.errors import FlagError
+from src.metrics import dynamics_scores as ds
+
+NAN = np.nan
+
+
+def columns(*histories):
+    """One column per string of 0, 1 and - (not visited)."""
+    return np.array([[{"0": 0, "1": 1, "-": NAN}[c] for c in h] for h in histories], dtype=np.float32).T
+
+
+def test_published_vectors():
+    correct = columns("1111", "0000", "0101", "1011", "1110", "0111")
+    np.testing.assert_array_equal(ds.forgetting_events(correct), [0, 0, 1, 1, 1, 0])
+    np.testing.assert_array_equal(ds.epochs_to_learn(correct), [1, NAN, 4, 3, NAN, 2])
+
+
+def test_epochs_without_a_visit_neither_forget_nor_learn():
+    correct = columns("1-0", "1--", "0-1", "--1", "---", "10-", "-10", "01-")
+    np.testing.assert_array_equal(ds.forgetting_events(correct), [1, 0, 0, 0, NAN, 1, 1, 0])
+    np.testing.assert_array_equal(ds.epochs_to_learn(correct), [NAN, 1, 2, 1, NAN, NAN, NAN, 2])
+
+
+@given(st.lists(st.text("01-", min_size=6, max_size=6), min_size=1, max_size=8))
+def test_histories_against_a_loop(histories):
+    correct = columns(*histories)
+    for history, events, epochs in zip(
+        histories, ds.forgetting_events(correct), ds.epochs_to_learn(correct), strict=True
+    ):
+        seen = history.replace("-", "")
+        expected = seen.count("10") if seen else NAN
+        np.testing.assert_equal(events, expected)
+        np.testing.assert_equal(epochs, history.rfind("0") + 2.0 if seen.endswith("1") else NAN)
+
+
+@pytest.fixture
+def run():
+    rng = np.random.default_rng(0)
+    return rng.random((13, 5)).astype(np.float32)
+
+
+def test_window_scores_against_loops(run):
+    p, J = run.astype(np.float64), 10
+    dual, unc = np.zeros(5), np.zeros(5)
+    for k in range(13 - J + 1):
+        for i in range(5):
+            part = p[k : k + J, i]
+            dual[i] += (1 - part.mean()) * part.std(ddof=1) / (13 - J + 1)
+            unc[i] += part.std(ddof=1) / (13 - J + 1)
+    np.testing.assert_allclose(ds.dual(run), dual, rtol=1e-6)
+    np.testing.assert_allclose(ds.dyn_unc(run), unc, rtol=1e-6)
+
+
+def test_tdds_against_a_loop(run):
+    d, J, decay = run.astype(np.float64), 4, 0.9
+    d[0] = NAN
+    expected = np.zeros(5)
+    for i in range(5):
+        for end in range(J, 13):
+            part = d[end - J + 1 : end + 1, i]
+            expected[i] += decay * (1 - decay) ** (12 - end) * ((part - part.mean()) ** 2).sum()
+    np.testing.assert_allclose(ds.tdds(d, J), expected, rtol=1e-10)
+
+
+def test_a_short_run_shrinks_the_window_and_one_epoch_is_refused(run):
+    short = run[:4]
+    expected = (1 - short.mean(0)) * short.std(0, ddof=1)
+    np.testing.assert_allclose(ds.dual(short), expected, rtol=1e-5)
+    np.testing.assert_allclose(ds.el2n(short), short.mean(0), rtol=1e-6)
+    for score in (ds.dual, ds.dyn_unc):
+        with pytest.raises(FlagError, match=r"--epochs: .* at least 2"):
+            score(run[:1])
+    with pytest.raises(FlagError, match="at least 2"):
+        ds.tdds(run[:2])
+
+
+def test_sums_means_and_windows(run):
+    np.testing.assert_allclose(ds.csl(run), run.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(ds.aum(run - 0.5), (run - 0.5).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(ds.el2n(run), run[:10].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(ds.el2n(run, 3, 5), run[2:5].mean(0), rtol=1e-6)
+    for first, last in ((0, 5), (6, 5), (14, 20)):
+        with pytest.raises(FlagError, match="no window"):
+            ds.el2n(run, first, last)
+
+
+def test_missing_visits_are_left_out_of_every_score(run):
+    rare = np.full((13, 5), NAN, dtype=np.float32)
+    rare[3, 0], rare[8, 0] = 1.0, 3.0
+    np.testing.assert_allclose(ds.csl(rare)[0], 2.0 * 13)  # what was not seen counts with the mean
+    assert ds.aum(rare)[0] == 2.0
+    part = rare[:, :1]
+    holes = [part[k : k + 10][~np.isnan(part[k : k + 10])] for k in range(4)]
+    assert ds.dyn_unc(rare)[0] == pytest.approx(np.mean([h.std(ddof=1) for h in holes if len(h) > 1]))
+    for score in (ds.csl, ds.aum, ds.dual, ds.dyn_unc, ds.el2n, ds.tdds, ds.forgetting_events, ds.epochs_to_learn):
+        assert np.isnan(score(rare)[1:]).all()
+
+
+def test_every_score_follows_its_example(run):
+    order = np.array([3, 0, 4, 1, 2])
+    correct = (run > 0.5).astype(np.float32)
+    arrays = {name: run for name in ("loss", "margin", "probability", "el2n", "divergence")} | {"correct": correct}
+    for name, reduce in ds.REDUCTIONS.items():
+        moved = reduce({key: value[:, order] for key, value in arrays.items()})
+        np.testing.assert_array_equal(moved, reduce(arrays)[order], err_msg=name)
