@@ -1,30 +1,25 @@
 """Input curvature and epsilon-flatness over a data set, in batches and one example at a time.
 
-    python benchmarks/bench_flatness.py
+    python -m benchmarks.bench_flatness [--quick]
 
-Same network (lenet), same images, same process; seconds for the set and how many times faster the batches are,
-with one thread and with all. The largest difference between the two ways' scores stands beside them.
+The same network (lenet) and images both ways; the scores of both ways are compared on the way.
 """
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import Row, in_turn, run
 from src.datasets import Batch
 from src.metrics.epsilon_flatness import epsilon_flatness
 from src.metrics.input_curvature import input_curvature
 from src.models import build_model
 
-EXAMPLES, BATCH = 1000, 250
+BATCH = 250
+TARGET = 5.0
 
 
 def in_batches(images: Tensor, labels: Tensor) -> Iterator[Batch]:
@@ -57,37 +52,40 @@ def epsilon_loop(model: nn.Module, images: Tensor, labels: Tensor, rho: float = 
     return np.array(scores)
 
 
-def timed(work: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
-    """The best of several runs, and what it returned."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        found = work()
-        best = min(best, time.perf_counter() - start)
-    return best, found
+def measure(quick: bool = False) -> list[Row]:
+    """Time both scores both ways.
+
+    Raises:
+        RuntimeError: The two ways disagree.
+    """
+    torch.set_num_threads(1)
+    count, repeats = (20, 1) if quick else (1_000, 2)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 1, 28, 28, generator=draw)
+    labels = torch.randint(10, (count,), generator=draw)
+    model = build_model("lenet", 10, 1, 28, seed=0).eval()
+    rows = []
+    for name, batched, loop in (
+        ("input curvature, lenet", input_curvature, curvature_loop),
+        ("epsilon-flatness, lenet", epsilon_flatness, epsilon_loop),
+    ):
+        found: dict[str, np.ndarray] = {}
+        ways = (
+            lambda loop=loop, found=found: found.update(plain=loop(model, images, labels)),
+            lambda batched=batched, found=found: found.update(
+                ours=batched(model, in_batches(images, labels), total=count)
+            ),
+        )
+        plain, ours = in_turn(ways, repeats)
+        if not np.allclose(found["ours"], found["plain"], rtol=1e-3):
+            raise RuntimeError(f"{name}: the two ways disagree")
+        scale = 1_000 / count
+        rows.append(Row(name, plain * scale, ours * scale, "s per 1,000 images", TARGET))
+    return rows
 
 
 def main() -> None:
-    """Print the table."""
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randn(EXAMPLES, 1, 28, 28, generator=draw)
-    labels = torch.randint(10, (EXAMPLES,), generator=draw)
-    model = build_model("lenet", 10, 1, 28, seed=0).eval()
-    pairs = {
-        "input curvature": (input_curvature, curvature_loop),
-        "epsilon-flatness": (epsilon_flatness, epsilon_loop),
-    }
-    print(f"lenet, {EXAMPLES} images of 28x28, batches of {BATCH}")
-    for threads in sorted({1, os.cpu_count() or 1}):
-        torch.set_num_threads(threads)
-        for name, (batched, loop) in pairs.items():
-            fast, found = timed(lambda b=batched: b(model, in_batches(images, labels), total=EXAMPLES), 3)
-            slow, expected = timed(lambda s=loop: s(model, images, labels), 1)
-            gap = np.abs(found / expected - 1).max()
-            print(
-                f"{name:17s} {threads} thread(s): one by one {slow:6.2f} s, batches {fast:6.3f} s, "
-                f"{slow / fast:5.1f} times; largest relative difference {gap:.1e}"
-            )
+    run(measure, __doc__)
 
 
 if __name__ == "__main__":

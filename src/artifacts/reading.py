@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,9 +65,9 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """
 
     def load(path: Path) -> dict[str, np.ndarray]:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("truncated, or not in numpy's npz format")
         with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("a single array, not an archive")
             return {name: file[name] for name in file.files}
 
     return _read(path, "an npz archive of arrays", load)
@@ -106,7 +107,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     def load(path: Path) -> dict[str, Any]:
         if not zipfile.is_zipfile(path):
             raise ValueError("truncated, or not in torch's format")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
+            raise ValueError("it holds more than tensors and plain values, so reading it could run code") from error
         if not isinstance(state, dict):
             raise ValueError("it holds no dictionary")
         return state
@@ -125,12 +129,13 @@ def read_index_file(path: str | Path) -> np.ndarray:
     """
 
     def load(path: Path) -> np.ndarray:
-        values = [int(line) for line in path.read_text().split()]
-        if not values or min(values) < 0:
-            raise ValueError("it is empty" if not values else "an index is negative")
-        return np.asarray(values, dtype=np.int64)
+        words = path.read_text().split()
+        wrong = next((word for word in words if not re.fullmatch(r"\d{1,18}", word, re.ASCII)), None)
+        if not words or wrong is not None:
+            raise ValueError("it is empty" if not words else f"{wrong[:40]!r} is not an index from 0")
+        return np.asarray(words, dtype=np.int64)
 
-    return _read(path, "a list of indices, one per line", load)
+    return _read(path, "a list of indices (one per line)", load)
 
 
 def file_digest(path: str | Path) -> str:

@@ -47,6 +47,20 @@ def write_with(path: str | Path, write: Callable[[BinaryIO], None]) -> Path:
     return path
 
 
+def require_writable(folder: str | Path) -> None:
+    """Make a folder and try it, so that a long run does not end with a result that cannot be stored.
+
+    Raises:
+        FileError: It cannot be made, or not be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+
 def _umask() -> int:
     """The process's file mode mask (reading it means setting it)."""
     mask = os.umask(0)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import http.client
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -40,22 +41,18 @@ class PublishedFile:
         """Where the file belongs in a metrics folder."""
         return artifacts.score_path(folder, self.mode, self.dataset)
 
-    def is_content_of(self, path: str | Path) -> bool:
-        """Whether a file on the disk is exactly this one."""
-        size = Path(path).stat().st_size
+    def is_content_of(self, file: BinaryIO) -> bool:
+        """Whether an open file holds exactly this one."""
+        size = file.seek(0, os.SEEK_END)
         if self.size is not None and size != self.size:
             return False
+        file.seek(0)
         if self.sha256 is not None:
-            return artifacts.file_digest(path) == self.sha256
-        return _git_blob(path, size) == self.blob
-
-
-def _git_blob(path: str | Path, size: int) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % size)
-    with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        digest = hashlib.sha1(b"blob %d\0" % size)
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+        return digest.hexdigest() == self.blob
 
 
 @cache
@@ -112,8 +109,9 @@ def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, ove
     """
     path = file.path(folder)
     if path.exists():
-        if file.is_content_of(path):
-            return False
+        with path.open("rb") as there:
+            if file.is_content_of(there):
+                return False
         if not overwrite:
             raise FileError(
                 f"{path}: holds other scores than the published ones; "
@@ -129,7 +127,10 @@ def _download(file: PublishedFile, url: str, target: BinaryIO) -> None:
     for chunk in _chunks(url, file.size):
         target.write(chunk)
     target.flush()
-    if not file.is_content_of(target.name):
+    # The target is open for writing only; a second file object reads what was written.
+    with os.fdopen(os.dup(target.fileno()), "rb") as written:
+        right = file.is_content_of(written)
+    if not right:
         raise FileError(f"{url}: is not the published file (size or hash differ); nothing was written, try again")
 
 

@@ -68,8 +68,10 @@ def seed_file(folder, **changes):
 
 
 def test_seed_files_have_the_field_s_key_and_come_back(tmp_path):
-    loss, prob = seed_file(tmp_path, s_p=np.array([0, 1, np.nan, 3, 4, 5.0]), s_l=np.array([9, 8, np.nan, 6, 5, 4.0]),
-                           loss_sgd=np.array([1, 1, np.nan, 1, 1, 1]), loss_sam=np.array([2, 2, np.nan, 2, 2, 2]))  # fmt: skip
+    columns = {name: np.arange(6.0) for name in ("s_l", "s_p", "loss_sgd", "loss_sam")}
+    for column in columns.values():
+        column[2] = np.nan
+    loss, prob = seed_file(tmp_path, **columns)
     assert loss == samis_path(tmp_path, "digits", "mlp", 1, "loss")
     np.testing.assert_array_equal(read_npz(prob)["arr_0"], [0, 1, np.nan, 3, 4, 5])
     back = read_seed(loss)

@@ -1,0 +1,137 @@
+"""What the benchmarks share: rows of the table, and how times are taken.
+
+Times are processor seconds (of the user and the system) on one thread. Both ways of doing a thing take turns, and of
+each the smallest time counts, so that other work on the machine changes the ratio little.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from src.datasets import DatasetEntry, ImageSet, lookup
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: What is done.
+        plain: What the plain way takes.
+        ours: What the project takes.
+        unit: The unit of both.
+        target: The ratio ``plain / ours`` that is asked for; None where none is.
+    """
+
+    name: str
+    plain: float
+    ours: float
+    unit: str
+    target: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """How many times as much the plain way takes."""
+        return self.plain / self.ours
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None where there is none."""
+        return None if self.target is None else self.ratio >= self.target
+
+
+def processor_seconds(work: Work) -> float:
+    """What ``work`` takes of the processor."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def in_turn(ways: Sequence[Work], repeats: int) -> list[float]:
+    """Run the ways in turn and return the smallest time of each, in processor seconds.
+
+    Args:
+        ways: What to compare.
+        repeats: Turns that count; one more before them warms up.
+    """
+    for way in ways:
+        way()
+    return [min(column) for column in zip(*([processor_seconds(way) for way in ways] for _ in range(repeats)))]
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function(*arguments)`` returns in a process of its own, with an untouched allocator."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
+    """Noise in the shape of a catalogue data set's training part."""
+    entry = lookup(dataset)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, entry.channels, entry.image_size, entry.image_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return ImageSet(entry, "train", pixels, torch.randint(entry.num_classes, (count,), generator=generator))
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """The plain way: images in memory, turned one at a time into PIL images and transformed."""
+
+    def __init__(self, images: ImageSet, *, augmented: bool) -> None:
+        pixels = images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1)
+        self.pixels = (pixels[..., 0] if images.entry.channels == 1 else pixels).contiguous().numpy()
+        self.labels = images.labels.tolist()
+        self.transform = plain_transform(images.entry, augmented)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index], index
+
+
+def plain_transform(entry: DatasetEntry, augmented: bool) -> Callable[[Image.Image], torch.Tensor]:
+    """torchvision's transforms as papers write them: (crop, flip,) to a tensor, normalise."""
+    from torchvision import transforms
+
+    normal = entry.normalisations["samis"]
+    chosen = [transforms.ToTensor(), transforms.Normalize(normal.mean, normal.std)]
+    if augmented:
+        chosen[:0] = [transforms.RandomCrop(entry.image_size, 4), transforms.RandomHorizontalFlip()]
+    return transforms.Compose(chosen)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, one line each under a heading."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'what':{width}s}  {'plain':>10s}  {'ours':>10s}  {'ratio':>7s}  {'target':>6s}  met  unit"]
+    for row in rows:
+        target = "-" if row.target is None else f"{row.target:g}"
+        met = {True: "yes", False: "NO", None: "-"}[row.met]
+        lines.append(
+            f"{row.name:{width}s}  {row.plain:10.4g}  {row.ours:10.4g}  {row.ratio:7.2f}  {target:>6s}  {met:3s}  "
+            f"{row.unit}"
+        )
+    return "\n".join(lines)
+
+
+def quick_flag(description: str | None) -> bool:
+    """Parse a benchmark's one flag."""
+    first_line = (description or "").strip().splitlines()[0]
+    parser = argparse.ArgumentParser(description=first_line)
+    parser.add_argument("--quick", action="store_true", help="toy sizes: whether it runs, not how fast")
+    return parser.parse_args().quick
+
+
+def run(measure: Callable[[bool], list[Row]], description: str | None) -> None:
+    """Measure and print, as each benchmark does when it is run alone."""
+    print(table(measure(quick_flag(description))))

@@ -1,0 +1,188 @@
+"""Averaging over seeds: the published scaling, and what may not be mixed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src import artifacts
+from src.errors import FileError, FlagError
+from src.metrics.average import SeedScores, average, find_run, read_pair_seed, read_run_seed, refuse_target
+from src.metrics.end_of_training import PER_SEED_FILES
+from src.metrics.samis import save_seed
+from src.metrics.score_files import write_scores
+
+EPOCHS, TOTAL = 4, 6
+FACTS = {"epoch": EPOCHS, "label_hash": "ab", "settings": {"learning_rate": 0.1}}
+
+
+def seed(number, values, facts=FACTS, scored=None):
+    values = np.asarray(values, dtype=np.float64)
+    scored = np.ones(len(values), bool) if scored is None else np.asarray(scored)
+    return SeedScores(number, values, scored, facts, Path(f"seed_{number}.npz"))
+
+
+def test_the_mean_comes_before_the_scaling():
+    scores, record = average("samis_loss", [seed(1, [0, 2, 10]), seed(2, [2, 0, 4])])
+    np.testing.assert_allclose(scores, [0, 0, 1])  # means 1, 1, 7
+    assert (record["raw_min"], record["raw_max"]) == (1, 7)
+    assert record["seeds"] == [1, 2]
+    assert record["label_hash"] == "ab"
+    assert record["orientation"] == "high is atypical"
+
+
+def test_forgetting_and_epochs_to_learn_are_shares_of_the_epochs():
+    scores, _ = average("forg", [seed(1, [0, 1, 2]), seed(2, [0, 2, 2])])
+    np.testing.assert_allclose(scores, [0, 0.375, 0.5])
+    scores, _ = average("etl", [seed(1, [1, 2, np.nan]), seed(2, [1, 4, 3])])
+    np.testing.assert_allclose(scores, [0.25, 0.75, 1.0])  # never learned by one seed: 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({**FACTS, "epoch": 5}, r"epoch \(4 there, 5 here\)"),
+        ({**FACTS, "protocol": "split"}, "protocol"),
+        ({**FACTS, "label_hash": "cd"}, r"label_hash \(ab there, cd here\)"),
+        ({**FACTS, "settings": {"learning_rate": 0.4}}, r"learning_rate \(0.1 there, 0.4 here\)"),
+    ],
+)
+def test_seeds_of_different_kinds_are_refused(facts, named):
+    with pytest.raises(FileError, match=rf"seed_2.npz: cannot be averaged with seed_1.npz.*{named}"):
+        average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2, 3], facts)])
+
+
+def test_other_lengths_other_examples_and_nan_are_refused():
+    with pytest.raises(FileError, match=r"length \(3 there, 2 here\)"):
+        average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2])])
+    with pytest.raises(FileError, match="the scored examples"):
+        average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2, np.nan], scored=[True, True, False])])
+    with pytest.raises(FileError, match=r"seed_2.npz: example 1 has no finite csl score"):
+        average("csl", [seed(1, [1, 2, 3]), seed(2, [1, np.nan, 3])])
+
+
+def test_examples_that_no_seed_scores_stay_without_a_score():
+    scored = [True, False, True]
+    for mode in ("csl", "etl"):
+        scores, _ = average(mode, [seed(s, [1, np.nan, 3], scored=scored) for s in (1, 2)])
+        np.testing.assert_array_equal(np.isnan(scores), [False, True, False])
+
+
+def write_pair(folder, number, **changes):
+    rng = np.random.default_rng(number)
+    columns = {name: rng.random(TOTAL) for name in ("s_l", "s_p", "loss_sgd", "loss_sam")}
+    facts = {"epoch": 3, "protocol": "full", "label_hash": "ab"}
+    settings = json.dumps({"seed": number, "lr_sched": changes.pop("lr_sched", "const")})
+    save_seed(folder, "toy", "mlp", number, **{**columns, **facts, "settings": settings, **changes})
+    return columns
+
+
+def test_pair_seeds_give_samis_and_the_plain_mean_loss(tmp_path):
+    columns = [write_pair(tmp_path, number) for number in (1, 2)]
+    modes = ("samis_loss", "samis_prob", "mean_loss")
+    seeds = [read_pair_seed(modes, tmp_path, "toy", "mlp", number) for number in (1, 2)]
+    raw = {
+        "samis_loss": [c["s_l"] for c in columns],
+        "samis_prob": [c["s_p"] for c in columns],
+        "mean_loss": [(c["loss_sgd"] + c["loss_sam"]) / 2 for c in columns],
+    }
+    for mode in modes:
+        mean = np.mean(raw[mode], axis=0)
+        scores, record = average(mode, [one[mode] for one in seeds])
+        np.testing.assert_allclose(scores, (mean - mean.min()) / np.ptp(mean))
+        assert record["protocol"] == "full"
+        assert record["settings"] == {"lr_sched": "const"}
+
+
+def test_a_seed_that_is_not_scored_is_named_with_its_command(tmp_path):
+    write_pair(tmp_path, 1)
+    with pytest.raises(FileError, match=r"seed 7 is not scored yet; run compute_sam_sgd.py .*--model mlp --seed 7"):
+        read_pair_seed(("samis_loss",), tmp_path, "toy", "mlp", 7)
+
+
+def test_pairs_of_other_schedules_are_not_mixed(tmp_path):
+    write_pair(tmp_path, 1)
+    write_pair(tmp_path, 2, lr_sched="step")
+    seeds = [read_pair_seed(("samis_loss",), tmp_path, "toy", "mlp", number)["samis_loss"] for number in (1, 2)]
+    with pytest.raises(FileError, match="lr_sched"):
+        average("samis_loss", seeds)
+
+
+def write_run(folder, experiment, number, correct=None, **settings):
+    rng = np.random.default_rng(number)
+    names = ("loss", "probability", "margin", "correct", "el2n", "divergence")
+    arrays = {name: rng.random((EPOCHS, TOTAL)).astype(np.float32) for name in names}
+    arrays["correct"] = (arrays["correct"] > 0.5).astype(np.float32) if correct is None else correct
+    labels = np.arange(TOTAL) % 2
+    place = artifacts.dynamics_folder(folder, experiment, number)
+    text = json.dumps({"seed": number, "learning_rate": 0.1, **settings})
+    artifacts.write_npz(
+        place / "dynamics.npz", **arrays, labels=labels, label_hash=artifacts.label_hash(labels), settings=text
+    )
+    visited = np.flatnonzero(~np.isnan(arrays["correct"]).all(axis=0)).tolist()
+    for mode in ("flat", "eps"):
+        artifacts.write_pickle(place / PER_SEED_FILES[mode], {i: float(rng.random()) for i in visited})
+    return arrays
+
+
+def test_run_seeds_give_every_recorded_score(tmp_path):
+    name = artifacts.standard_experiment("mlp", "toy", "sgd", "const")
+    arrays = write_run(tmp_path, name, 1)
+    seeds = read_run_seed(("aum", "csl", "flat", "tdds"), tmp_path, name, 1)
+    np.testing.assert_allclose(seeds["aum"].values, -arrays["margin"].mean(0), rtol=1e-6)  # HIGH is atypical
+    assert average("aum", [seeds["aum"]])[1]["negated"] is True
+    flat = artifacts.read_pickle(artifacts.dynamics_folder(tmp_path, name, 1) / PER_SEED_FILES["flat"])
+    np.testing.assert_array_equal(seeds["flat"].values, list(flat.values()))
+    assert seeds["csl"].facts["epoch"] == EPOCHS
+    assert seeds["csl"].facts["settings"] == {"learning_rate": 0.1}
+
+
+def test_a_run_on_a_subset_scores_what_it_visited(tmp_path):
+    correct = np.ones((EPOCHS, TOTAL), dtype=np.float32)
+    correct[:, 2] = np.nan
+    write_run(tmp_path, "run", 1, correct)
+    for mode, one in read_run_seed(("etl", "flat"), tmp_path, "run", 1).items():
+        assert np.flatnonzero(~one.scored).tolist() == [2], mode
+
+
+def test_damaged_end_of_training_files_are_named(tmp_path):
+    write_run(tmp_path, "run", 1)
+    path = artifacts.dynamics_folder(tmp_path, "run", 1) / PER_SEED_FILES["eps"]
+    for content in ({TOTAL: 1.0}, [1.0], {"a": 1.0}, {}):
+        artifacts.write_pickle(path, content)
+        with pytest.raises(FileError, match=r"epsilon_flat_train.pkl: .*--measure_proxies"):
+            read_run_seed(("eps",), tmp_path, "run", 1)
+    with pytest.raises(FileError, match="no dynamics of seed 9"):
+        read_run_seed(("eps",), tmp_path, "run", 9)
+
+
+def test_the_run_is_found_or_the_matches_are_listed(tmp_path):
+    sgd, sam = (artifacts.standard_experiment("mlp", "toy", o, "const") for o in ("sgd", "sam"))
+    split = artifacts.split_experiment("mlp", "toy", "sgd", "step", 3)
+    write_run(tmp_path, sgd, 1)
+    (tmp_path / artifacts.standard_experiment("mlp", "toy", "adam", "const")).mkdir()  # nothing recorded
+    assert find_run(tmp_path, "toy", "mlp") == sgd
+    for name in (sam, split):
+        write_run(tmp_path, name, 1)
+    with pytest.raises(FlagError, match=rf"--exp: 3 runs match.*{split}.*{sam}.*{sgd}"):
+        find_run(tmp_path, "toy", "mlp")
+    assert find_run(tmp_path, "toy", "mlp", optimizer="sam") == sam
+    assert find_run(tmp_path, "toy", "mlp", lr_sched="step") == split
+    assert find_run(tmp_path, "toy", "mlp", experiment=sgd) == sgd
+    for wanted in ({"dataset": "other"}, {"optimizer": "adam"}, {"experiment": "nothing"}):
+        with pytest.raises(FileError, match=r"no recorded dynamics of .*--measure_proxies"):
+            find_run(tmp_path, **{"dataset": "toy", "model": "mlp", **wanted})
+
+
+def test_results_of_other_settings_are_not_replaced(tmp_path):
+    path = tmp_path / "csl_toy.pkl"
+    record = average("csl", [seed(1, [1, 2, 3])])[1]
+    refuse_target(path, record)  # nothing there
+    write_scores(path, np.array([0, 0.5, 1]), record)
+    refuse_target(path, record)  # the same again
+    with pytest.raises(FileError, match=r"seeds \(\[1\] there, \[1, 2\] here\); give --overwrite"):
+        refuse_target(path, {**record, "seeds": [1, 2]})
+    path.with_suffix(".json").unlink()
+    with pytest.raises(FileError, match="nothing says how these scores were made"):
+        refuse_target(path, record)

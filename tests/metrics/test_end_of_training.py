@@ -1,0 +1,59 @@
+"""What a run with --measure_proxies leaves behind, in the published formats."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from src.artifacts import read_pickle
+from src.datasets import Batches, Normalisation, load_dataset
+from src.metrics import end_of_training
+from src.metrics.end_of_training import HISTORY_FILES, PER_SEED_FILES, write_end_of_training_scores
+from src.models import build_model
+
+CHOSEN = [3, 8, 20, 41]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train, _ = load_dataset("digits", folder)
+    model = build_model("mlp", 10, 1, 8, seed=0)
+    correct = np.full((3, train.total), np.nan, np.float32)
+    correct[:, CHOSEN] = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 1]]).T
+    batches = Batches(
+        train.subset(torch.tensor(CHOSEN)), 3, normalisation=Normalisation((0.3,), (0.4,)), device="cpu"
+    )
+    paths = write_end_of_training_scores(folder, model, batches, {"correct": correct})
+    return folder, paths, correct, model
+
+
+def test_every_file_of_the_format_is_there(written):
+    folder, paths, _, _ = written
+    assert {path.name for path in paths} == {*PER_SEED_FILES.values(), *HISTORY_FILES}
+    assert all(path.parent == folder for path in paths)
+    for name in PER_SEED_FILES.values():
+        content = pickle.loads((folder / name).read_bytes())
+        assert list(content) == CHOSEN
+        assert all(type(key) is int and type(value) is float for key, value in content.items())
+
+
+def test_values_are_raw_counts_and_measured_flatness(written):
+    folder, _, _, _ = written
+    scores = {mode: list(read_pickle(folder / name).values()) for mode, name in PER_SEED_FILES.items()}
+    assert scores["forg"] == [0, 1, 1, 0]
+    np.testing.assert_array_equal(scores["etl"], [1, 3, np.nan, 3])
+    for mode in ("flat", "eps"):
+        assert np.isfinite(scores[mode]).all()
+        assert len(set(scores[mode])) == 4
+
+
+def test_histories_are_bytes_with_a_mark_for_not_visited(written):
+    folder, _, correct, _ = written
+    for name in HISTORY_FILES:
+        history = read_pickle(folder / name)
+        assert history.dtype == np.uint8
+        assert history.shape == correct.shape
+        np.testing.assert_array_equal(history[:, CHOSEN], correct[:, CHOSEN])
+        assert (np.delete(history, CHOSEN, axis=1) == end_of_training.NOT_VISITED).all()

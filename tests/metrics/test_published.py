@@ -1,0 +1,146 @@
+"""Fetching the published files, against a server on this machine."""
+
+import functools
+import hashlib
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+
+from src.errors import FileError, FlagError
+from src.metrics import published
+from src.metrics.published import PublishedFile, fetch, published_files, published_table
+
+SHARED_SCORES = Path(__file__).resolve().parents[3] / "shared" / "published_scores"
+CONTENT = b"scores" * 100_000  # more than one chunk
+MEM = b"memorization"
+
+
+def blob(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+FILES = (
+    PublishedFile("eps", "cifar10", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), blob(CONTENT)),
+    PublishedFile("mem", "cifar100", None, None, blob(MEM)),
+)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder that is served, and its address."""
+    root = tmp_path / "served"
+    for file, content in zip(FILES, (CONTENT, MEM), strict=True):
+        file.path(root).parent.mkdir(parents=True)
+        file.path(root).write_bytes(content)
+    handler = functools.partial(QuietHandler, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as service:
+        thread = threading.Thread(target=service.serve_forever, daemon=True)
+        thread.start()
+        yield root, f"http://127.0.0.1:{service.server_port}"
+        service.shutdown()
+        thread.join()
+
+
+def everything(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_files_are_fetched_verified_and_not_fetched_twice(server, tmp_path):
+    root, url = server
+    target = tmp_path / "metrics"
+    for file, content in zip(FILES, (CONTENT, MEM), strict=True):
+        assert fetch(file, target, url) is True
+        assert file.path(target).read_bytes() == content
+        file.path(root).unlink()  # a second download would fail
+        assert fetch(file, target, url + "/") is False
+    assert len(everything(target)) == 2
+
+
+def test_a_file_that_is_not_the_published_one_is_not_written(server, tmp_path):
+    root, url = server
+    target = tmp_path / "metrics"
+    for file, wrong in zip(FILES, (CONTENT[:-1] + b"!", MEM + b"!"), strict=True):
+        file.path(root).write_bytes(wrong)
+        with pytest.raises(FileError, match=r"is not the published file .*nothing was written"):
+            fetch(file, target, url)
+        file.path(root).write_bytes(wrong[: len(wrong) // 2])
+        with pytest.raises(FileError, match="is not the published file"):
+            fetch(file, target, url)
+    assert everything(target) == []
+
+
+def test_a_missing_file_and_an_absent_server_are_one_line_each(server, tmp_path):
+    root, url = server
+    FILES[0].path(root).unlink()
+    with pytest.raises(FileError, match=r"eps_cifar10.pkl: the server answers 404 .*--base_url"):
+        fetch(FILES[0], tmp_path / "metrics", url)
+    for address in ("http://127.0.0.1:9", "nonsense"):
+        with pytest.raises(FileError, match=r"could not be had .*--base_url") as caught:
+            fetch(FILES[0], tmp_path / "metrics", address)
+        assert "\n" not in str(caught.value)
+    assert everything(tmp_path / "metrics") == []
+
+
+def test_other_scores_are_not_replaced_without_being_asked(server, tmp_path):
+    _, url = server
+    own = FILES[0].path(tmp_path / "metrics")
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"computed for a week")
+    with pytest.raises(FileError, match="--overwrite"):
+        fetch(FILES[0], tmp_path / "metrics", url)
+    assert own.read_bytes() == b"computed for a week"
+    fetch(FILES[0], tmp_path / "metrics", url, overwrite=True)
+    assert own.read_bytes() == CONTENT
+
+
+def test_a_failed_download_leaves_what_stood_there(server, tmp_path):
+    root, url = server
+    own = FILES[0].path(tmp_path / "metrics")
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"old")
+    FILES[0].path(root).write_bytes(b"garbled")
+    with pytest.raises(FileError, match="nothing was written"):
+        fetch(FILES[0], tmp_path / "metrics", url, overwrite=True)
+    assert [path.read_bytes() for path in everything(tmp_path / "metrics")] == [b"old"]
+
+
+def test_the_table_is_complete_and_well_formed():
+    table = published_table()
+    assert len(table) == 19
+    assert len({file.blob for file in table}) == 19
+    assert all(len(file.blob) == 40 for file in table)
+    assert [(f.mode, f.dataset) for f in table if f.sha256 is None] == [("mem", "cifar100")]
+    assert all(len(file.sha256) == 64 and file.size > 0 for file in table if file.sha256)
+    for dataset, count in (("cifar10", 6), ("cifar100", 7), ("svhn", 6)):
+        assert len(published_files(dataset)) == count
+
+
+def test_what_was_not_published_is_named():
+    with pytest.raises(FlagError, match=r"--dataset: .*'mnist'.*cifar10, cifar100, svhn"):
+        published_files("mnist")
+    with pytest.raises(FlagError, match=r"--modes: mem, csl of cifar10 was not published"):
+        published_files("cifar10", ["mem", "eps", "csl"])
+    assert [file.mode for file in published_files("svhn", ["forg", "eps"])] == ["forg", "eps"]
+
+
+def test_the_address_names_the_commit():
+    assert published.COMMIT in published.BASE_URL
+    assert len(published.COMMIT) == 40
+
+
+@pytest.mark.skipif(not SHARED_SCORES.is_dir(), reason="the published score files are not at hand")
+def test_the_table_fits_the_real_files():
+    there = [file for file in published_table() if file.sha256 and file.path(SHARED_SCORES).exists()]
+    assert len(there) >= 8
+    for file in there:
+        with file.path(SHARED_SCORES).open("rb") as content:
+            assert file.is_content_of(content)
+            content.seek(0)
+            assert blob(content.read()) == file.blob

@@ -1,0 +1,129 @@
+"""Figures: what is drawn is what was scored, and files come in both formats."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from scipy.stats import gaussian_kde
+
+from src import artifacts
+from src.errors import FlagError
+from src.metrics import Proxy, image_plots, plots
+from src.metrics.score_files import write_scores
+
+SCORES = np.random.default_rng(0).gamma(2.0, size=400)
+
+
+@pytest.fixture
+def proxy(tmp_path):
+    write_scores(artifacts.score_path(tmp_path, "csl", "toy"), SCORES, {})
+    return Proxy("csl", "toy", False, tmp_path)
+
+
+def test_the_histogram_holds_every_example_in_50_bins():
+    axes = plots.histogram(SCORES, "$s$", "scores, toy").axes[0]
+    counts = [patch.get_height() for patch in axes.patches]
+    assert len(counts) == 50
+    assert sum(counts) == 400
+    assert len({to_rgb(patch.get_facecolor()) for patch in axes.patches}) == 10
+    assert axes.get_yscale() == "linear"
+    assert axes.get_xlabel() == "$s$"
+    skewed = np.concatenate([np.zeros(300), SCORES[:100]])
+    assert plots.histogram(skewed, "$s$", "").axes[0].get_yscale() == "log"
+
+
+def test_the_binned_density_is_the_plain_one():
+    points, heights = plots.kernel_density(SCORES)
+    np.testing.assert_allclose(heights, gaussian_kde(SCORES)(points), rtol=0.01, atol=1e-4)
+    assert (points[0], points[-1]) == (SCORES.min(), SCORES.max())
+
+
+def test_a_density_of_equal_scores_is_refused():
+    with pytest.raises(FlagError, match="all equal"):
+        plots.density(np.ones(10), "$s$", "scores, toy")
+
+
+def test_shares_are_of_all_examples(proxy, tmp_path):
+    figure = plots.shares(np.arange(400), SCORES / SCORES.sum(), "$s$", "t")
+    offsets = figure.axes[0].collections[0].get_offsets()
+    np.testing.assert_allclose(offsets[:, 1].sum(), 1.0)
+    line = plots.shares(np.arange(5), SCORES[:5] / SCORES.sum(), "$s$", "t", "line").axes[0].lines[0]
+    np.testing.assert_allclose(line.get_ydata(), SCORES[:5] / SCORES.sum())
+    with pytest.raises(FlagError, match="choose scatter or line"):
+        proxy.plot_prob_dist(plot="bars", folder=tmp_path)
+
+
+def test_proxy_plots_go_into_a_folder_under_the_field_s_names(proxy, tmp_path):
+    out = tmp_path / "plots"
+    proxy.plot_scores_hist(folder=out)
+    proxy.plot_scores_kde(np.arange(50), folder=out)
+    proxy.plot_prob_dist([3, 7, 9], folder=out)
+    names = ("all_scores_hist", "scores_distribution", "prob_dist")
+    assert {path.name for path in out.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert (out / "all_scores_hist.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "all_scores_hist.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_default_plots_stand_in_the_plots_folder(proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "ROOT", tmp_path)
+    own = Proxy("csl", "toy", folder=tmp_path)
+    paths = own.plot_scores_hist([0, 1, 2])
+    assert paths[0] == tmp_path / "plots" / "proxies" / "toy" / "csl" / "scores_hist.png"
+
+
+def test_the_comparison_shows_its_numbers():
+    matrix = np.array([[0.123, -0.456], [np.nan, 1.0]])
+    names = ["$a$", "$b$"]
+    figure = plots.comparison([SCORES, SCORES[::-1]], names, ["$c$", "$d$"], {"rank correlation": matrix}, "title")
+    ridges, heat = figure.axes
+    assert [text.get_text() for text in heat.texts] == ["0.12", "-0.46", "–", "1.00"]
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["$c$", "$d$"]
+    assert [label.get_text() for label in ridges.get_yticklabels()] == names
+
+
+def test_extremes_per_class_by_score_then_index():
+    scores = np.array([5.0, 1.0, 1.0, np.nan, 3.0, 9.0, 2.0, 0.0])
+    indices = np.array([7, 5, 4, 3, 2, 1, 0])  # a subset in its own order
+    labels = np.array([0, 1, 0, 0, 0, 0, 1])
+    result = image_plots.extremes(scores, labels, indices, 2)
+    lowest, highest = result[0]
+    assert indices[lowest].tolist() == [7, 1]
+    assert indices[highest].tolist() == [4, 2]
+    assert [indices[end].tolist() for end in result[1]] == [[0, 5], [5, 0]]
+
+
+def test_ties_go_to_the_lower_index_whatever_the_order():
+    scores = np.zeros(6)
+    for indices in (np.arange(6), np.arange(6)[::-1], np.array([2, 0, 5, 1, 4, 3])):
+        lowest, highest = image_plots.extremes(scores, np.zeros(6, int), indices, 3)[0]
+        assert indices[lowest].tolist() == [0, 1, 2]
+        assert indices[highest].tolist() == [5, 4, 3]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_mosaic_places_every_image_untouched(channels):
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, channels, 4, 5), dtype=np.uint8)
+    canvas = image_plots.mosaic(images, 3, 2, 1, split=2)
+    assert canvas.shape == (12, 3 * 5 + 2 + 2, 3)
+    for r in range(2):
+        for k, left in enumerate((0, 6, 14)):
+            part = canvas[6 * r : 6 * r + 4, left : left + 5].transpose(2, 0, 1)
+            np.testing.assert_array_equal(part, np.broadcast_to(images[r, k], (3, 4, 5)))
+    assert (canvas[4:6] == 255).all()
+    assert (canvas[:, 11:14] == 255).all()
+
+
+def test_grids_name_rows_and_scores_and_take_short_rows(tmp_path):
+    images = [np.zeros((3, 1, 8, 8), np.uint8), np.zeros((2, 1, 8, 8), np.uint8)]
+    figure = image_plots.image_grid(images, [["0.1", "0.2", "0.3"], ["1", "2"]], ["$a$", "$b$"], "zero: lowest 3")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["$a$", "0.1", "0.2", "0.3", "$b$", "1", "2"]
+    assert len(artifacts.save_figure(figure, tmp_path / "grid")) == 2
+
+
+def test_the_overview_takes_pages_for_many_classes():
+    image = np.zeros((2, 3, 8, 8), np.uint8)
+    classes = [(f"class {c}", image, image) for c in range(130)]
+    figures = image_plots.overview(classes, 2, "$s$", "title")
+    shown = [[text.get_text() for axes in figure.axes for text in axes.texts] for figure in figures]
+    assert [sum(text.startswith("class") for text in page) for page in shown] == [100, 30]
+    assert [len(figure.axes) for figure in figures] == [4, 2]

@@ -1,0 +1,148 @@
+"""The scripts that average, fetch and draw scores, as users call them."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import call, folders, succeed, write_blobs
+
+from src import artifacts
+from src.datasets import load_dataset
+from src.metrics import Proxy
+from src.metrics.samis import save_seed
+from src.metrics.score_files import write_scores
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Blobs with two made-up scores; the place, the data set's flag and its name in paths."""
+    base = tmp_path_factory.mktemp("toy")
+    path = write_blobs(base / "blobs.npz", n=30)
+    train, _ = load_dataset(f"npz:{path}", base)
+    rng = np.random.default_rng(0)
+    difficulty = rng.random(30)
+    for mode, noise in (("csl", 0.1), ("aum", 0.3)):
+        target = artifacts.score_path(base / "metrics", mode, train.entry.name)
+        record = {"label_hash": artifacts.label_hash(train.labels)}
+        write_scores(target, difficulty + noise * rng.random(30), record)
+    return base, f"--dataset=npz:{path}", train.entry.name
+
+
+def test_plot_proxies_draws_and_tabulates_what_is_there(toy, tmp_path):
+    base, dataset, name = toy
+    done = succeed("plot_proxies.py", dataset, f"--metrics_folder={base / 'metrics'}", f"--plots_folder={tmp_path}")
+    folder = tmp_path / "proxies" / name
+    assert all(Path(path).is_file() for path in done.out.split())
+    stems = ("all_scores_hist", "all_scores_distribution", "all_prob_dist")
+    for mode in ("csl", "aum"):
+        assert {p.name for p in (folder / mode).iterdir()} == {f"{s}.{k}" for s in stems for k in ("png", "pdf")}
+    rows = list(csv.DictReader((folder / "correlations.csv").read_text().splitlines()))
+    assert [(row["score"], row["reference"]) for row in rows] == [
+        ("csl", "csl"), ("csl", "aum"), ("aum", "csl"), ("aum", "aum"),
+    ]  # fmt: skip
+    table = json.loads((folder / "correlations.json").read_text())
+    assert table["csl"]["csl"]["spearman"] == pytest.approx(1.0)
+    assert float(rows[1]["spearman_within_class"]) == table["csl"]["aum"]["spearman_within_class"]
+    assert (folder / "comparison.png").exists()
+    assert (folder / "comparison.pdf").exists()
+
+
+def test_plot_proxies_against_a_reference_folder(toy, tmp_path):
+    base, dataset, name = toy
+    flags = (dataset, f"--metrics_folder={tmp_path}", f"--plots_folder={tmp_path}", "--modes", "csl")
+    folder = ("--scores_folder", base / "metrics", "--reference", base / "metrics")
+    succeed("plot_proxies.py", *flags, *folder, "--reference_modes", "aum")
+    table = json.loads((tmp_path / "proxies" / name / "correlations.json").read_text())
+    assert {score: list(row) for score, row in table.items()} == {"csl": ["aum"]}
+    refused = call("plot_proxies.py", *flags, *folder, "--reference_modes", "mem")
+    assert (refused.status, "--reference_modes" in refused.complaint) == (1, True)
+    refused = call("plot_proxies.py", *flags, "--scores_folder", base / "metrics", "--reference", tmp_path)
+    assert (refused.status, "--reference" in refused.complaint) == (2, True)
+
+
+def test_scores_of_other_labels_are_refused_by_both_figures(toy, tmp_path):
+    base, dataset, name = toy
+    for change, named in (({"label_hash": "0" * 16}, "other labels"), ({}, "scores 29 examples")):
+        write_scores(artifacts.score_path(tmp_path, "csl", name), np.arange(30.0 if change else 29.0), change)
+        for script in ("plot_proxies.py", "plot_images.py"):
+            place = (f"--plots_folder={tmp_path / 'plots'}", f"--metrics_folder={base / 'metrics'}")
+            refused = call(script, dataset, "--modes", "csl", f"--scores_folder={tmp_path}", *place)
+            assert refused.status == 1
+            assert named in refused.complaint
+            assert "csl_" in refused.complaint
+
+
+def test_plot_images_draws_each_class_and_the_overview(toy, tmp_path):
+    base, dataset, name = toy
+    flags = (dataset, f"--metrics_folder={base / 'metrics'}", f"--plots_folder={tmp_path}", "--n=2")
+    succeed("plot_images.py", *flags, "--modes", "csl", "aum")
+    folder = tmp_path / "images" / name
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    stems = [f"{end}_2/{label}" for end in ("lowest", "highest") for label in range(3)] + ["overview_csl_2"]
+    assert found == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
+
+
+def test_plot_images_of_chosen_classes_and_a_subset(toy, tmp_path):
+    base, dataset, name = toy
+    flags = (dataset, f"--metrics_folder={base / 'metrics'}", f"--plots_folder={tmp_path}", "--modes", "csl")
+    succeed("plot_images.py", *flags, "--classes", "1", "--subset=6")
+    assert [p.name for p in sorted((tmp_path / "images" / name / "lowest_5").iterdir())] == ["1.pdf", "1.png"]
+    refused = call("plot_images.py", *flags, "--classes", "zebra")
+    assert (refused.status, "'zebra'" in refused.complaint) == (2, True)
+    refused = call("plot_images.py", *flags, "--n=0")
+    assert (refused.status, "--n" in refused.complaint) == (2, True)
+
+
+def test_missing_scores_name_the_commands_that_make_them(toy, tmp_path):
+    base, dataset, _ = toy
+    refused = call("plot_images.py", dataset, "--modes", "samis_loss", f"--metrics_folder={base / 'metrics'}")
+    assert refused.status == 1
+    assert "compute_sam_sgd.py and average_scores.py" in refused.complaint
+
+
+def test_average_scores_answers_bad_flags_in_one_line(toy, tmp_path):
+    _, dataset, _ = toy
+    place = folders(tmp_path, "datasets", "metrics")
+    for flags, status, named in (
+        (("--seeds", 1, 1), 2, "names a seed twice"),
+        (("--seeds", "-1"), 2, "--seeds"),
+        (("--seeds", 1, "--modes", "mem"), 2, "--modes"),
+        (("--seeds", 1, "--modes", "csl"), 1, "no recorded dynamics"),
+        (("--seeds", 3), 1, "seed 3 is not scored yet"),
+    ):
+        refused = call("average_scores.py", dataset, "--model=mlp", *flags, *place)
+        assert (refused.status, named in refused.complaint) == (status, True), refused.err
+    assert not (tmp_path / "metrics").exists()
+
+
+def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_path):
+    _, dataset, name = toy
+    for seed in (1, 2):
+        columns = {key: np.random.default_rng(seed).random(30) for key in ("s_l", "s_p", "loss_sgd", "loss_sam")}
+        save_seed(
+            tmp_path / "metrics", name, "mlp", seed, **columns, epoch=2, protocol="full", label_hash="ab",
+            settings=json.dumps({"seed": seed}),
+        )  # fmt: skip
+    flags = ("average_scores.py", dataset, "--model=mlp", *folders(tmp_path, "datasets", "metrics"))
+    succeed(*flags, "--seeds", 1, "--modes", "samis_prob")
+    refused = call(*flags, "--seeds", 1, 2)
+    assert refused.status == 1
+    assert "seeds ([1] there, [1, 2] here)" in refused.complaint
+    assert not artifacts.score_path(tmp_path / "metrics", "samis_loss", name).exists()
+    succeed(*flags, "--seeds", 1, 2, "--overwrite")
+    proxy = Proxy("samis_loss", name, folder=tmp_path / "metrics")
+    assert proxy.record["seeds"] == [1, 2]
+    assert proxy.record["model"] == "mlp"
+    assert proxy.record["sources"] == [f"{name}/mlp/{seed}/nn_loss_diff_score.npz" for seed in (1, 2)]
+    assert str(tmp_path) not in json.dumps(proxy.record)
+
+
+def test_fetch_scores_answers_in_one_line(tmp_path):
+    refused = call("fetch_scores.py", "--dataset=cifar10", "--base_url=http://127.0.0.1:9", f"--folder={tmp_path}")
+    assert refused.status == 1
+    assert "could not be had" in refused.complaint
+    refused = call("fetch_scores.py", "--dataset=digits", f"--folder={tmp_path}")
+    assert (refused.status, "--dataset" in refused.complaint) == (2, True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
