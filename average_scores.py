@@ -18,8 +18,9 @@ from src.errors import FlagError
 from src.metrics import MODES, modes_from
 from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
 from src.metrics.score_files import write_scores
-from src.scripting import run_script, start_logging
-from src.settings import Parser, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number
+from src.optimizers import OPTIMIZERS, SCHEDULES
+from src.scripting import Parser, run_script, start_logging
+from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag
 
 PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")
 
@@ -30,7 +31,7 @@ def parse() -> Namespace:
     add_data_flags(parser, subset=False)
     add_model_choice(parser)
     group = parser.add_argument_group("scores")
-    group.add_argument("--seeds", type=number(int, 0), nargs="+", required=True, help="the seeds to average")
+    group.add_argument("--seeds", type=SEED, nargs="+", required=True, help="the seeds to average")
     group.add_argument(
         "--modes",
         nargs="+",
@@ -39,9 +40,13 @@ def parse() -> Namespace:
         help=f"of a pair of networks: {', '.join(PAIR_MODES)} (the default); of a training run: "
         f"{', '.join(RUN_MODES)} (the default where a flag below chooses a run)",
     )
-    group.add_argument("--optimizer", help="only runs of this optimiser")
-    group.add_argument("--lr_sched", help="only runs of this schedule")
-    group.add_argument("--exp", metavar="NAME", help="the run's name, its folder under --metrics_folder")
+    group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help="only runs of this optimiser (default: any)")
+    group.add_argument("--lr_sched", choices=tuple(SCHEDULES), help="only runs of this schedule (default: any)")
+    group.add_argument(
+        "--exp",
+        metavar="NAME",
+        help="the run's name, its folder under --metrics_folder (default: the only one there is)",
+    )
     add_overwrite_flag(group)
     add_folder_flags(parser, "datasets", "metrics")
     return parser.parse_args()
@@ -53,7 +58,7 @@ def main() -> None:
     start_logging(quiet=True)
     if len(set(args.seeds)) < len(args.seeds):
         raise FlagError(f"--seeds: {' '.join(map(str, args.seeds))} names a seed twice; name each once")
-    of_run = any((args.optimizer, args.lr_sched, args.exp))
+    of_run = any(choice is not None for choice in (args.optimizer, args.lr_sched, args.exp))
     modes = args.modes or (RUN_MODES if of_run else PAIR_MODES)
     dataset = args.dataset
     if ":" in dataset:  # own data are named by their content

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src.artifacts import differences, label_hash, samis_path
+from src.artifacts import differences, label_hash, parse_settings, samis_path
 from src.datasets import Batches, ImageSet, load_dataset, parse_subset, validation_indices
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FileError
@@ -28,9 +28,10 @@ from src.metrics.compare import half_overlaps, spearman_test
 from src.metrics.pairs import Pair, Query, find_pairs, load_pair, score_pair
 from src.metrics.samis import PairScores, read_seed, save_seed
 from src.models import MODELS
-from src.scripting import run_script, start_logging
+from src.optimizers import SCHEDULES
+from src.scripting import Parser, run_script, start_logging
 from src.settings import (
-    Parser,
+    SEED,
     add_compute_flags,
     add_data_flags,
     add_folder_flags,
@@ -50,7 +51,7 @@ def parse() -> Namespace:
     add_data_flags(parser)
     add_model_choice(parser)
     group = parser.add_argument_group("networks")
-    group.add_argument("--seed", type=number(int, 0), default=1, help="seed of both networks")
+    group.add_argument("--seed", type=SEED, default=1, help="seed of both networks")
     group.add_argument("--epochs", type=number(int, 1), default=160, help="epoch whose checkpoints are compared")
     group.add_argument(
         "--protocol",
@@ -59,7 +60,11 @@ def parse() -> Namespace:
         help="split: ten validation splits, out of sample; full: one pair trained on everything, in sample; "
         "auto: split if all its checkpoints exist, else full",
     )
-    group.add_argument("--lr_sched", help="schedule in the runs' names (default: the only one there is)")
+    group.add_argument(
+        "--lr_sched",
+        choices=tuple(SCHEDULES),
+        help="schedule in the runs' names (default: the only one there is)",
+    )
     group.add_argument("--batch_size", type=number(int, 1), default=512, help="examples scored at a time")
     add_overwrite_flag(group)
     add_score_flags(parser)
@@ -78,6 +83,7 @@ def main() -> None:
     whole_labels = train.labels.numpy()
     name = train.entry.name
     query = Query(args.models_folder, args.model, name, args.seed, args.epochs, args.lr_sched, args.dataset)
+    memorization = read_memorization(args, name, train.total)
     protocol, pairs = find_pairs(query, args.protocol)
     facts = {
         "dataset": name,
@@ -85,7 +91,7 @@ def main() -> None:
         "seed": args.seed,
         "epoch": args.epochs,
         "protocol": protocol,
-        "lr_sched": pairs[0].sgd.parent.parent.name.split("_sched_")[1].split("_val_split_")[0],
+        "lr_sched": pairs[0].lr_sched,
         "precision": args.precision,
         "subset": None,
     }
@@ -97,7 +103,6 @@ def main() -> None:
     scores = {field: np.full(train.total, np.nan) for field in PairScores._fields}
     for pair in tqdm(pairs, unit="pair", disable=None):
         score_one(args, pair, chosen, whole_labels, facts, scores)
-    report(scores, name, args)
     written = save_seed(
         args.metrics_folder,
         name,
@@ -112,16 +117,32 @@ def main() -> None:
         label_hash=label_hash(whole_labels),
         settings=json.dumps(facts, sort_keys=True),
     )
+    report(scores, memorization)
     print(*written, sep="\n")
+
+
+def read_memorization(args: Namespace, dataset: str, total: int) -> Proxy | None:
+    """The memorisation scores to compare with, where there are any; a bad file is found before the work."""
+    folders = score_folders(args.scores_folder, "mem", args.metrics_folder)
+    try:
+        find_scores("mem", dataset, folders)
+    except FileError:
+        return None
+    return Proxy("mem", dataset, folder=folders, n=total)
 
 
 def check_target(path: Path, facts: dict, overwrite: bool) -> None:
     """Stop if the seed's file holds scores of other settings."""
     if not path.exists() or overwrite:
         return
-    found = differences(json.loads(str(read_seed(path).get("settings", "{}"))), facts)
+    try:
+        found = differences(parse_settings(path, read_seed(path)["settings"]), facts)
+    except FileError as error:
+        raise FileError(f"{error}, with --overwrite") from error
     if found:
-        raise FileError(f"{path}: holds scores of other settings: {', '.join(found)}; give --overwrite to replace them")
+        raise FileError(
+            f"{path}: holds scores of other settings: {', '.join(found)}; give --overwrite to replace them"
+        )
 
 
 def score_one(
@@ -146,6 +167,8 @@ def score_one(
             args.datasets_folder, entry.name, args.seed, pair.split, whole_labels, entry.num_classes
         )
         images = chosen.subset(torch.from_numpy(np.flatnonzero(np.isin(chosen.indices.cpu().numpy(), held_out))))
+    if not len(images):
+        return
     layout = torch.channels_last if MODELS[args.model].channels_last else torch.contiguous_format
     dtype = PRECISIONS[args.precision].dtype
     networks = [network.to(images.labels.device, dtype, memory_format=layout) for network in (sgd, sam)]
@@ -158,6 +181,9 @@ def score_one(
         channels_last=MODELS[args.model].channels_last,
     )
     indices, fields = score_pair(*networks, batches, precision=args.precision)
+    for optimizer, path in (("sgd", pair.sgd), ("sam", pair.sam)):
+        if not np.isfinite(fields[f"loss_{optimizer}"]).all():
+            raise FileError(f"{path}: gives losses that are not finite; train it anew with a lower --learning_rate")
     for field, values in fields.items():
         scores[field][indices] = values
     where = "all examples, in sample" if pair.split is None else f"split {pair.split}, out of sample"
@@ -169,7 +195,7 @@ def score_one(
     tqdm.write(f"{where} ({len(indices)}): {', '.join(parts)}")
 
 
-def report(scores: dict[str, np.ndarray], dataset: str, args: Namespace) -> None:
+def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:
     """Print the scores' statistics and, where memorisation is known, how well they agree with it."""
     scored = np.flatnonzero(~np.isnan(scores["s_l"]))
     for title, field in (("SAMIS-L", "s_l"), ("SAMIS-P", "s_p")):
@@ -178,14 +204,10 @@ def report(scores: dict[str, np.ndarray], dataset: str, args: Namespace) -> None
             f"{title}: mean {values.mean():.6g}, median {np.median(values):.6g}, "
             f"smallest {values.min():.6g}, largest {values.max():.6g}"
         )
-    folders = score_folders(args.scores_folder, "mem", args.metrics_folder)
-    try:
-        find_scores("mem", dataset, folders)
-    except FileError:
+    if memorization is None:
         return
-    mem = Proxy("mem", dataset, folder=folders, n=len(scores["s_l"]))
     for title, field in (("SAMIS-L", "s_l"), ("SAMIS-P", "s_p")):
-        a, b = scores[field][scored], mem.scores[scored]
+        a, b = scores[field][scored], memorization.scores[scored]
         rho, p_value = spearman_test(a, b)
         shared = half_overlaps(a, b)
         print(

@@ -12,17 +12,18 @@ A file that is there already and is right is skipped; a file that is not the pub
 from pathlib import Path
 
 from src.artifacts import PACKAGED_SCORES
+from src.errors import FlagError
 from src.metrics import MODES
 from src.metrics.published import BASE_URL, fetch, published_files
-from src.scripting import run_script
-from src.settings import Parser, add_overwrite_flag
+from src.scripting import Parser, run_script
+from src.settings import add_overwrite_flag
 
 
 def main() -> None:
     """Parse, fetch, print."""
     parser = Parser(__doc__)
     group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", default="cifar100", help="cifar10, cifar100 or svhn")
+    group.add_argument("--dataset", default="cifar100", metavar="NAME", help="cifar10, cifar100 or svhn")
     group.add_argument(
         "--modes", nargs="+", choices=tuple(MODES), metavar="MODE", help="which scores (default: all published ones)"
     )
@@ -30,6 +31,8 @@ def main() -> None:
     group.add_argument("--base_url", default=BASE_URL, metavar="URL", help="where the published folders stand")
     add_overwrite_flag(group)
     args = parser.parse_args()
+    if "://" not in args.base_url:
+        raise FlagError(f"--base_url {args.base_url}: is no address; give one such as {BASE_URL}")
     for file in published_files(args.dataset, args.modes):
         fresh = fetch(file, args.folder, args.base_url, args.overwrite)
         print(f"{file.path(args.folder)}: {'fetched and verified' if fresh else 'there already'}")

@@ -22,8 +22,8 @@ from src.datasets import ImageSet, load_dataset, parse_subset
 from src.errors import FlagError
 from src.metrics import MODES, Proxy
 from src.metrics.image_plots import class_grids, extremes, overview
-from src.scripting import run_script, start_logging
-from src.settings import Parser, add_data_flags, add_folder_flags, add_score_flags, number, score_folders
+from src.scripting import Parser, run_script, start_logging
+from src.settings import add_data_flags, add_folder_flags, add_score_flags, number, score_folders
 
 ENDS = ("lowest", "highest")
 

@@ -22,8 +22,8 @@ from src.errors import FileError, FlagError
 from src.metrics import MODES, Proxy, find_scores
 from src.metrics.compare import against_reference, comparison_table
 from src.metrics.plots import comparison
-from src.scripting import run_script, start_logging
-from src.settings import Parser, add_data_flags, add_folder_flags, add_score_flags, score_folders
+from src.scripting import Parser, run_script, start_logging
+from src.settings import add_data_flags, add_folder_flags, add_score_flags, score_folders
 
 log = logging.getLogger("plot_proxies")
 
@@ -47,6 +47,8 @@ def main() -> None:
     """Parse, read, draw, compare, print."""
     args = parse()
     start_logging()
+    if ":" not in args.dataset:
+        found_modes(args, args.dataset)  # before anything is downloaded
     dataset, labels = read_labels(args)
     proxies = read_proxies(args, dataset, labels)
     references = read_references(args, dataset, labels) if args.reference else proxies
@@ -104,10 +106,9 @@ def read_labels(args: Namespace) -> tuple[str, np.ndarray | None]:
     return train.entry.name, train.labels.numpy()
 
 
-def read_proxies(args: Namespace, dataset: str, labels: np.ndarray | None) -> dict[str, Proxy]:
-    """The chosen scores, or all that are found."""
-    checks = {} if labels is None else {"n": len(labels), "label_hash": label_hash(labels)}
-    proxies = {}
+def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path]]:
+    """The chosen scores, or all that are found, with the folders to search."""
+    found = {}
     for mode in args.modes or MODES:
         folders = score_folders(args.scores_folder, mode, args.metrics_folder)
         try:
@@ -116,15 +117,28 @@ def read_proxies(args: Namespace, dataset: str, labels: np.ndarray | None) -> di
             if args.modes:
                 raise
             continue
-        proxies[mode] = Proxy(mode, dataset, folder=folders, **checks)
-    if not proxies:
-        raise FileError(f"{args.metrics_folder}: no scores of {dataset} there, nor in the other folders searched")
-    return proxies
+        found[mode] = folders
+    if not found:
+        raise FileError(
+            f"{args.metrics_folder}: no scores of {dataset} there, nor in the other folders searched; "
+            + MODES["samis_loss"].recipe(dataset)
+        )
+    return found
+
+
+def read_proxies(args: Namespace, dataset: str, labels: np.ndarray | None) -> dict[str, Proxy]:
+    """The chosen scores, or all that are found."""
+    checks = {} if labels is None else {"n": len(labels), "label_hash": label_hash(labels)}
+    return {
+        mode: Proxy(mode, dataset, folder=folders, **checks) for mode, folders in found_modes(args, dataset).items()
+    }
 
 
 def read_references(args: Namespace, dataset: str, labels: np.ndarray | None) -> dict[str, Proxy]:
     """The chosen scores of the reference folder, or all that stand there; no other folder is searched."""
     checks = {} if labels is None else {"n": len(labels), "label_hash": label_hash(labels)}
+    if not args.reference.is_dir():
+        raise FlagError(f"--reference {args.reference}: there is no such folder; give a metrics folder")
     paths = {mode: score_path(args.reference, mode, dataset) for mode in args.reference_modes or MODES}
     missing = [path for path in paths.values() if not path.exists()]
     if args.reference_modes and missing:

@@ -12,10 +12,9 @@ Reads the data set (downloaded if need be) under --datasets_folder. Writes check
 """
 
 from src.artifacts import standard_experiment
-from src.scripting import run_script
+from src.scripting import Parser, run_script
 from src.session import Session
 from src.settings import (
-    Parser,
     add_compute_flags,
     add_data_flags,
     add_folder_flags,

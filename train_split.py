@@ -19,10 +19,10 @@ import torch
 
 from src.artifacts import split_experiment
 from src.datasets import validation_indices
-from src.scripting import run_script
+from src.errors import FlagError
+from src.scripting import Parser, run_script
 from src.session import Session
 from src.settings import (
-    Parser,
     add_compute_flags,
     add_data_flags,
     add_folder_flags,
@@ -79,6 +79,10 @@ def train_one(session: Session, index: int, skip_done: bool) -> None:
     )
     keep = ~np.isin(session.train.indices.cpu().numpy(), held_out)
     train = session.train.subset(torch.from_numpy(np.flatnonzero(keep)))
+    if not len(train):
+        raise FlagError(
+            f"--samis_validation_split_index {index}: leaves no training example; take another split, or more data"
+        )
     more = {"validation_split": index}
     if skip_done and session.is_done(experiment, train, more):
         if session.group.leads:

@@ -64,8 +64,8 @@ def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
     if not str(index).isdigit():
         raise FlagError(f"--device {text}: unknown; give cpu, cuda, or the index of a GPU")
     if int(index) >= gpus:
-        found = f"{gpus} GPU(s)" if gpus else "no GPU"
-        raise FlagError(f"--device {text}: this machine has {found}; give cpu or an index below {gpus}")
+        found = f"{gpus} GPU(s); give cpu or an index below {gpus}" if gpus else "no GPU; give cpu"
+        raise FlagError(f"--device {text}: this machine has {found}")
     return torch.device("cuda", int(index))
 
 

@@ -1,5 +1,7 @@
-"""How a script starts and ends: log lines, one line for what the user can mend, exit statuses."""
+"""How a script starts and ends: its parser, log lines, one line for what the user can mend, exit statuses."""
 
+import argparse
+import difflib
 import logging
 import os
 import signal
@@ -10,7 +12,41 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from src.errors import FlagError, UserError
+from src.artifacts import ROOT
+from src.errors import FileError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a bad flag with one line, and never guesses what an abbreviation means."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            epilog="Default folders stand at the repository root; given ones are relative to the current folder.",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            close = difflib.get_close_matches(unknown.split("=")[0].split()[0], self._option_string_actions)
+            message = f"{unknown}: unknown" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of the description, shows defaults, and default folders by their names."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, []) or action.required or "(default: " in (action.help or ""):
+            return action.help
+        if isinstance(action.default, bool):
+            return f"{action.help} (default: {'on' if action.default else 'off'})"
+        if isinstance(action.default, Path):
+            return f"{action.help} (default: {action.default.relative_to(ROOT)})"
+        return super()._get_help_string(action)
 
 
 class _BarHandler(logging.Handler):
@@ -34,7 +70,9 @@ def start_logging(file: Path | None = None, quiet: bool = False) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(file))
         except OSError as error:
-            raise FlagError(f"--log_folder {file.parent}: cannot be written ({error.strerror})") from error
+            raise FileError(
+                f"{file}: the log cannot be written ({error.strerror}); choose another --log_folder"
+            ) from error
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)
@@ -54,10 +92,24 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end(f"{name}: not enough memory ({_first_line(error)}); a smaller --batch_size may help", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{name}: {where}{error.strerror or error}", 1)
     sys.exit(0)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy, a GPU or torch's CPU allocator (which has no error of its own) found no memory."""
+    gpu = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in str(error)
+    return isinstance(error, MemoryError) or gpu or "can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
 def _end(line: str, status: int) -> NoReturn:

@@ -13,11 +13,12 @@ from src.artifacts import (
     dynamics_folder,
     experiment_folder,
     label_hash,
-    read_json,
+    require_writable,
     resume_folder,
 )
 from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, load_dataset, parse_subset
 from src.devices import PRECISIONS, prepare, resolve_device
+from src.errors import FileError, FlagError
 from src.metrics.end_of_training import write_end_of_training_scores
 from src.models import MODELS, build_model
 from src.scripting import start_logging
@@ -40,6 +41,7 @@ class Session:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
+        _check_save_epochs(args.save_epochs, args.epochs)
         self.group = Group.from_environment() if args.distributed_training else Group()
         start_logging(quiet=not self.group.leads)
         self.device = resolve_device(args.device, self.group.local_rank)
@@ -112,6 +114,8 @@ class Session:
         if self.group.leads:
             start_logging(args.log_folder / experiment / f"seed_{args.seed}.log")
         log.info("%s: %d training and %d test examples", experiment, len(train), len(self.test))
+        if args.measure_proxies and self.group.leads:
+            require_writable(dynamics_folder(args.metrics_folder, experiment, args.seed))
         model = self._model()
         dynamics = Dynamics(train.total, self.entry.num_classes, self.device) if args.measure_proxies else None
         trainer = Trainer(
@@ -152,12 +156,12 @@ class Session:
 
     def is_done(self, experiment: str, train: ImageSet, more_settings: Mapping[str, Any] | None = None) -> bool:
         """Whether a run with these very settings has finished."""
-        path = self.files(experiment).results
-        if not path.exists():
+        try:
+            results = self.files(experiment).read_results()
+        except FileError:  # starting the run says so, or replaces it
             return False
-        results = read_json(path)
         return bool(results.get("finished")) and not differences(
-            results.get("settings", {}), self._settings(train, more_settings)
+            results["settings"], self._settings(train, more_settings)
         )
 
     def files(self, experiment: str) -> RunFiles:
@@ -222,3 +226,10 @@ class Session:
             "measure_proxies": args.measure_proxies,
             **(more or {}),
         }
+
+
+def _check_save_epochs(chosen: str | list[int], epochs: int) -> None:
+    if isinstance(chosen, list) and chosen[-1] > epochs:
+        raise FlagError(
+            f"--save_epochs {chosen[-1]}: the run ends after --epochs {epochs}; give epochs from 1 to {epochs}"
+        )

@@ -1,9 +1,10 @@
-"""Flag groups that scripts compose: the one place in the packages that knows argparse."""
+"""Flag groups that scripts compose."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from src.artifacts import ROOT, SCORE_FOLDERS
 from src.devices import PRECISIONS
@@ -18,42 +19,14 @@ FOLDERS = {
     "resume_ckpts": ("resume_ckpts", "resume states"),
 }
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser that answers a bad flag with one line, and never guesses what an abbreviation means."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-            epilog="Default folders stand at the repository root; given ones are relative to the current folder.",
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of the description, shows defaults, and default folders by their names."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.required:
-            return action.help
-        if isinstance(action.default, Path):
-            return f"{action.help} (default: {action.default.name})"
-        return super()._get_help_string(action)
-
-
 # ---------------------------------------------------------------------------------------------- kinds of value
 
 
 def number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False) -> Callable:
-    """A type for numbers within bounds (``low`` itself excluded if ``open_low``); NaN is refused."""
+    """A type for finite numbers within bounds (``low`` itself excluded if ``open_low``)."""
 
     def parse(text: str) -> Any:
-        bounds = f"a{'n integer' if kind is int else ' number'}"
+        bounds = "an integer" if kind is int else "a finite number"
         if low is not None:
             bounds += f" {'above' if open_low else 'of at least'} {low:g}"
         if high is not None:
@@ -63,11 +36,14 @@ def number(kind: type, low: float | None = None, high: float | None = None, open
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
         too_low = low is not None and (value <= low if open_low else value < low)
-        if value != value or too_low or (high is not None and value > high):
+        if not math.isfinite(value) or too_low or (high is not None and value > high):
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
     return parse
+
+
+SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
 
 
 def _dataset(text: str) -> str:
@@ -112,15 +88,23 @@ def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True) -> N
         "folder:DIR (train/ and test/ with a folder per class)",
     )
     group.add_argument(
-        "--image_size", type=number(int, 1), metavar="PIXELS", help="resize own data to this height and width"
+        "--image_size",
+        type=number(int, 1),
+        metavar="PIXELS",
+        help="resize own data to this height and width (default: as they are)",
     )
-    group.add_argument("--channels", type=int, choices=(1, 3), help="turn own data into grey (1) or colour (3)")
+    group.add_argument(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        help="turn own data into grey (1) or colour (3) (default: as they are)",
+    )
     if subset:
         group.add_argument(
             "--subset",
             metavar="N|FILE",
             help="use only N training examples (the same share of each class) or those whose indices stand in "
-            "FILE, one per line; indices stay those of the whole data set",
+            "FILE, one per line; indices stay those of the whole data set (default: all)",
         )
 
 
@@ -187,7 +171,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--seed", type=number(int, 0), default=1, help="seed of initial weights, order and augmentation")
+    add("--seed", type=SEED, default=1, help="seed of initial weights, order and augmentation")
     add("--epochs", type=number(int, 1), default=160, help="passes over the training part")
     add("--batch_size", type=number(int, 1), default=512, help="examples per step, over all processes")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimiser")
@@ -255,7 +239,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR|MODE=DIR",
-        help="look here first for score files, or for those of one mode; may be given several times",
+        help="look here first for score files, or for those of one mode; may be given several times (default: none)",
     )
 
 

@@ -25,8 +25,9 @@ from src.artifacts.reading import (
     read_npz,
     read_pickle,
 )
-from src.artifacts.sidecar import differences, refuse_other_settings
+from src.artifacts.sidecar import differences, parse_settings, refuse_other_settings
 from src.artifacts.writing import (
+    require_writable,
     save_figure,
     write_checkpoint,
     write_json,
@@ -47,12 +48,14 @@ __all__ = [
     "file_digest",
     "label_hash",
     "memorization_path",
+    "parse_settings",
     "read_checkpoint",
     "read_index_file",
     "read_json",
     "read_npz",
     "read_pickle",
     "refuse_other_settings",
+    "require_writable",
     "resume_folder",
     "resume_path",
     "samis_path",

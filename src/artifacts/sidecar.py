@@ -8,6 +8,21 @@ from typing import Any
 from src.errors import FileError
 
 
+def parse_settings(path: str | Path, text: Any) -> dict[str, Any]:
+    """The settings that a result carries as json text.
+
+    Raises:
+        FileError: The text is no json object; ``path`` is named.
+    """
+    try:
+        settings = json.loads(str(text))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise FileError(f"{path}: is damaged, its settings cannot be read; make it anew")
+    return settings
+
+
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
     """Name the settings that differ, as ``name (stored value there, wanted value here)``.
 

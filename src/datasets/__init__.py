@@ -6,6 +6,7 @@ from src.datasets.catalogue import (
     Augmentation,
     DatasetEntry,
     Normalisation,
+    dataset_flag,
     dataset_names,
     lookup,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "DatasetEntry",
     "ImageSet",
     "Normalisation",
+    "dataset_flag",
     "dataset_names",
     "load_dataset",
     "lookup",

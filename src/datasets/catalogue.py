@@ -95,6 +95,11 @@ def dataset_names() -> list[str]:
     return list(CATALOGUE)
 
 
+def dataset_flag(name: str) -> str:
+    """What ``--dataset`` takes for a data set's name in paths: own data are called otherwise there."""
+    return name if name in CATALOGUE else "npz:FILE or folder:DIR"
+
+
 def lookup(name: str) -> DatasetEntry:
     """The entry of a catalogue name, in either case (``MNIST`` is ``mnist``).
 

@@ -74,7 +74,9 @@ def _load_part(
 ) -> Tensor:
     """All images of a part as uint8 ``(n, c, s, s)``, like ``shape`` if given; file contents go into ``digest``."""
     storage = None
-    for number, path in enumerate(tqdm(files, desc=f"reading {root.name}", disable=len(files) < PROGRESS_FROM)):
+    for number, path in enumerate(
+        tqdm(files, desc=f"reading {root.name}", disable=True if len(files) < PROGRESS_FROM else None)
+    ):
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -122,6 +124,8 @@ def load_folder(root: Path, image_size: int | None, channels: int | None) -> tup
     if not root.is_dir():
         raise FileError(f"{root}: there is no such folder; one with train/ and test/ is needed")
     names = _classes(root / "train")
+    if len(names) == 1:
+        raise FileError(f"{root / 'train'}: holds class {names[0]} only; two classes are needed at least")
     foreign = sorted(set(_classes(root / "test")) - set(names))
     if foreign:
         raise FileError(

@@ -28,13 +28,24 @@ def _images(path: Path, key: str, array: np.ndarray) -> Tensor:
         )
     if not all(array.shape):
         raise FileError(f"{path}: {key} has shape {array.shape}, so it holds no image")
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(_channels_first(np.ascontiguousarray(array)))
+
+
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """``(n, c, h, w)`` from contiguous ``(n, h, w, c)``, in the same memory, so that there is never a second copy."""
+    count, height, width, channels = array.shape
+    result = array.reshape(count, channels, height, width)
+    for start in range(0, count, 1024):
+        block = slice(start, start + 1024)
+        result[block] = array[block].transpose(0, 3, 1, 2).copy()
+    return result
 
 
 def _labels(path: Path, key: str, array: np.ndarray, count: int) -> np.ndarray:
     """int64 ``(n,)`` from whole numbers of shape (n,) or (n, 1)."""
     if array.dtype.kind not in "iu":
-        raise FileError(f"{path}: {key} is {array.dtype}; whole numbers from 0 are needed as labels")
+        kind = "text" if array.dtype.kind in "US" else array.dtype
+        raise FileError(f"{path}: {key} is {kind}; whole numbers from 0 are needed as labels")
     if array.shape not in ((count,), (count, 1)):
         images = key.replace("y_", "x_")
         raise FileError(
@@ -94,6 +105,11 @@ def load_catalogue_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, Image
     return _sets(entry, images, labels, names)
 
 
+def _bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return memoryview(array).cast("B")
+
+
 def load_npz(path: Path, image_size: int | None, channels: int | None) -> tuple[ImageSet, ImageSet]:
     """Own data from an npz file.
 
@@ -114,7 +130,7 @@ def load_npz(path: Path, image_size: int | None, channels: int | None) -> tuple[
         [
             part
             for name, x, y in parts
-            for part in ((f"x_{name}{tuple(x.shape)}", x.numpy().tobytes()), (f"y_{name}", y.tobytes()))
+            for part in ((f"x_{name}{tuple(x.shape)}", _bytes(x.numpy())), (f"y_{name}", _bytes(y)))
         ]
     )
     height, width = images[0].shape[2:]

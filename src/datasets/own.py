@@ -89,7 +89,7 @@ def own_entry(stem: str, digest: str, source: str, images: Tensor, num_classes: 
     )
 
 
-def content_digest(parts: Sequence[tuple[str, bytes]]) -> str:
+def content_digest(parts: Sequence[tuple[str, bytes | memoryview]]) -> str:
     """The sha256 of named byte strings, in their order."""
     digest = hashlib.sha256()
     for name, content in parts:
@@ -110,7 +110,9 @@ def check_classes(where: str, train: np.ndarray, test: np.ndarray) -> int:
         raise FileError(
             f"{where}: y_test holds class {foreign[0]}, which y_train lacks; every test class needs training images"
         )
-    gaps = np.setdiff1d(np.arange(present[-1] + 1), present)
+    if len(present) == 1:
+        raise FileError(f"{where}: y_train holds class {present[0]} only; two classes are needed at least")
+    gaps = np.flatnonzero(present != np.arange(len(present)))
     if len(gaps):
         raise FileError(
             f"{where}: y_train holds no image of class {gaps[0]}, though its labels go up to {present[-1]}; "

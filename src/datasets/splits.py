@@ -137,7 +137,10 @@ def _checked(paths: list[Path], index: int, labels: np.ndarray, num_classes: int
     wanted = None
     for number, path in enumerate(paths, start=1):
         share = tenth if number < COUNT else sizes - (COUNT - 1) * tenth
-        split = artifacts.read_index_file(path) if share.sum() else np.zeros(0, dtype=np.int64)
+        try:
+            split = artifacts.read_index_file(path) if share.sum() else np.zeros(0, dtype=np.int64)
+        except FileError as error:
+            raise FileError(f"{error}: delete {path.parent} to make all splits anew") from error
         mend = f"{path}: is not split {number} of these {len(labels)} training examples"
         advice = f"; delete {path.parent} to make the splits anew"
         if len(split) and split.max() >= len(labels):
@@ -146,8 +149,8 @@ def _checked(paths: list[Path], index: int, labels: np.ndarray, num_classes: int
             raise FileError(f"{mend} (it holds {len(split)} indices, or other classes, not {share.sum()}){advice}")
         if len(np.unique(split)) < len(split) or owner[split].any():
             other = owner[split][owner[split] > 0]
-            where = f"{paths[other[0] - 1].name} too" if len(other) else "twice"
-            raise FileError(f"{mend} (an index stands there {where}){advice}")
+            where = f"in {paths[other[0] - 1].name} too" if len(other) else "there twice"
+            raise FileError(f"{mend} (an index stands {where}){advice}")
         owner[split] = number
         if number == index:
             wanted = split

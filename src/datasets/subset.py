@@ -30,6 +30,8 @@ def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
         FileError: The file is missing, or holds an index out of range or twice.
     """
     text = str(text).strip()
+    if not text or re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", text):
+        raise FlagError(f"--subset {text!r}: give a whole number from 1 to {total}, or a file of indices")
     if not re.fullmatch(r"[+-]?\d+", text):
         return _from_file(Path(text).expanduser(), total)
     count = int(text)

@@ -70,7 +70,9 @@ def _download(url: str, archive: Path, md5: str) -> None:
     def save(file: BinaryIO) -> None:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             length = int(answer.headers.get("Content-Length") or 0) or None
-            with tqdm(total=length, unit="B", unit_scale=True, desc=f"downloading {archive.name}") as bar:
+            with tqdm(
+                total=length, unit="B", unit_scale=True, desc=f"downloading {archive.name}", disable=None
+            ) as bar:
                 while block := answer.read(BLOCK):
                     digest.update(block)
                     bar.update(len(block))
@@ -163,7 +165,7 @@ def _decode(
     """uint8 ``(n, h, w, c)``; the grey ones among the images are made colour."""
     size = entry.image_size
     images = np.empty((len(files), size, size, entry.channels), dtype=np.uint8)
-    for index, (name, _) in enumerate(tqdm(files, desc=f"reading {entry.name}", mininterval=1)):
+    for index, (name, _) in enumerate(tqdm(files, desc=f"reading {entry.name}", mininterval=1, disable=None)):
         image = decode(f"{where}: {name}", BytesIO(read(name)), entry.channels)
         if image.shape[1:] != (size, size):
             raise FileError(f"{where}: {name} is {image.shape[1]}x{image.shape[2]}, not {size}x{size}")

@@ -1,6 +1,8 @@
 """Data sets that torchvision reads, and downloads where they are missing."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from torch import Tensor
 from src.datasets.catalogue import DatasetEntry
 from src.datasets.images import ImageSet
 from src.errors import FileError
+
+TIMEOUT = 60  # seconds without an answer
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,24 @@ def _open(entry: DatasetEntry, folder: Path, reader: _Reader, part: str) -> Any:
         ) from reason
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return make(str(folder), **arguments, download=True)
+        with _impatience():
+            return make(str(folder), **arguments, download=True)
     except Exception as error:
         raise FileError(
             f"{folder}: holds no {entry.name}, and it could not be downloaded ({_line(error)}); "
             f"put torchvision's files there, or {entry.name}.npz into {folder.parent}"
         ) from error
+
+
+@contextmanager
+def _impatience() -> Iterator[None]:
+    """Give up where a server does not answer; torchvision itself would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """Averaging per-seed scores: the mean over seeds in the published format, refusing what does not belong together."""
 
 import glob
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from src import artifacts
+from src.datasets import dataset_flag
 from src.errors import FileError, FlagError
 from src.metrics import samis, score_files
 from src.metrics.dynamics_scores import REDUCTIONS
@@ -75,14 +75,14 @@ def read_pair_seed(
         path = artifacts.samis_path(metrics_folder, dataset, model, seed, which)
         if not path.exists():
             raise FileError(
-                f"{path}: seed {seed} is not scored yet; run compute_sam_sgd.py --dataset {dataset} "
+                f"{path}: seed {seed} is not scored yet; run compute_sam_sgd.py --dataset {dataset_flag(dataset)} "
                 f"--model {model} --seed {seed} --epochs EPOCH"
             )
         content = samis.read_seed(path)
         scored = np.zeros(len(content["arr_0"]), dtype=bool)
         scored[content["indices"]] = True
         facts = {name: content[name] for name in ("epoch", "protocol", "label_hash")}
-        facts["settings"] = json.loads(content["settings"])
+        facts["settings"] = artifacts.parse_settings(path, content["settings"])
         values = {
             "samis_loss": content["arr_0"],
             "samis_prob": content["arr_0"],
@@ -115,6 +115,8 @@ def read_run_seed(
             values, scored, source = sign * REDUCTIONS[mode](run), visited, path
         else:
             source = folder / PER_SEED_FILES[mode]
+            if not source.exists():
+                raise FileError(f"{source}: is missing; train seed {seed} with --measure_proxies to its end")
             values, scored = _end_scores(source, len(visited))
         result[mode] = SeedScores(seed, values, scored, _without_seed(facts), source)
     return result
@@ -129,7 +131,11 @@ def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
         raise FileError(f"{path}: does not score examples 0 to {total - 1}; train anew with --measure_proxies")
     values, scored = np.full(total, np.nan), np.zeros(total, dtype=bool)
     keys = np.fromiter(content.keys(), np.int64, len(content))
-    values[keys], scored[keys] = np.fromiter(content.values(), np.float64, len(content)), True
+    try:
+        values[keys] = np.fromiter(content.values(), np.float64, len(content))
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{path}: its scores are not all numbers; train anew with --measure_proxies") from error
+    scored[keys] = True
     return values, scored
 
 
@@ -189,7 +195,7 @@ def _refuse_mixture(first: SeedScores, other: SeedScores) -> None:
     if len(first.values) != len(other.values):
         found = [f"length ({len(first.values)} there, {len(other.values)} here)"]
     else:
-        flat = [{**seed.facts, **seed.facts["settings"], "settings": None} for seed in (first, other)]
+        flat = [{**seed.facts["settings"], **seed.facts, "settings": None} for seed in (first, other)]
         found = artifacts.differences(*flat)
     if not found and not np.array_equal(first.scored, other.scored):
         found = ["the scored examples"]
@@ -267,5 +273,5 @@ def find_run(
         )
     raise FileError(
         f"{folder}: no recorded dynamics of {' or '.join(patterns)}; "
-        f"make them with train_full.py --dataset {dataset} --model {model} --measure_proxies"
+        f"make them with train_full.py --dataset {dataset_flag(dataset)} --model {model} --measure_proxies"
     )

@@ -41,7 +41,7 @@ def scores_by_index(
     """
     length = batches.images.total if total is None else total
     scores = np.full(length, np.nan)
-    for batch in tqdm(batches, desc=title, leave=False, disable=not progress):
+    for batch in tqdm(batches, desc=title, leave=False, disable=None if progress else True):
         if not len(batch.labels):  # a rank without a share
             continue
         scores[batch.indices.cpu().numpy()] = score(batch).to("cpu", torch.float64).numpy()

@@ -34,7 +34,9 @@ def _std(values: np.ndarray) -> np.ndarray:
 def _window(epochs: int, wanted: int, score: str) -> int:
     """The window's length: ``wanted``, or all epochs of a shorter run."""
     if min(epochs, wanted) < 2:
-        raise FlagError(f"--epochs: {score} needs at least 2 recorded epochs, there are {epochs}; train longer")
+        raise FlagError(
+            f"--modes: {score} needs at least 2 recorded epochs, there are {epochs}; leave it out, or train longer"
+        )
     return min(epochs, wanted)
 
 

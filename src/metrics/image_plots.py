@@ -90,7 +90,7 @@ def image_grid(
             middle = r * (h + gap_y) + h / 2
             axes.text(-0.08 * w, middle, row_labels[r], ha="right", va="center", fontsize=20)
             for k, caption in enumerate(captions[r]):
-                at = (k * (w + gap_x) + w / 2 - 0.5, r * (h + gap_y) + h + gap_y * 0.42)
+                at = (k * (w + gap_x) + w / 2 - 0.5, r * (h + gap_y) + h - 0.5 + gap_y * 0.46)
                 axes.text(*at, caption, ha="center", va="center", fontsize=10)
         _heading(figure, title)
         return figure
@@ -113,7 +113,8 @@ def overview(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symb
 
 
 def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symbol: str, title: str) -> Figure:
-    side, names, top, apart = 0.62, 1.75, 0.95, 0.25  # inches
+    side, top, apart = 0.62, 0.95, 0.25  # inches
+    names = 0.35 + min(1.4, 0.1 * max(len(name) for name, _, _ in classes))  # room for the longest, within reason
     blocks = -(-len(classes) // ROWS_PER_BLOCK)
     rows = -(-len(classes) // blocks)
     c, h, w = classes[0][1].shape[1:]
@@ -137,7 +138,8 @@ def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int
                 axes.text(-0.15 * w, r * (h + gap) + h / 2, name, ha="right", va="center", fontsize=size)
             middle = n * (w + gap) / 2
             for at, text in ((middle, f"lowest {symbol}"), (canvas.shape[1] - middle, f"highest {symbol}")):
-                axes.text(at, -0.12 * h, text, ha="center", va="bottom", fontsize=14)
+                size = _fitting("highest S(x_i)", n * side + 0.25, 14)
+                axes.text(at, -0.12 * h, text, ha="center", va="bottom", fontsize=size)
         _heading(figure, title)
         return figure
 

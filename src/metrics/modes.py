@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from src.artifacts import SCORE_FOLDERS
+from src.datasets import dataset_flag
 from src.errors import FlagError
 
 
@@ -34,7 +35,7 @@ class ScoreMode:
 
     def recipe(self, dataset: str) -> str:
         """The command (or place) that a score file of this mode comes from."""
-        return _RECIPES[self.source].format(mode=self.name, dataset=dataset)
+        return _RECIPES[self.source].format(mode=self.name, dataset=dataset_flag(dataset))
 
 
 _RECIPES = {

@@ -14,7 +14,8 @@ from src.artifacts import checkpoint_path, differences, read_checkpoint, split_e
 from src.datasets import Batches
 from src.errors import FileError, FlagError
 from src.metrics.samis import PairScores, score_batch
-from src.training import load_model, predictions
+from src.models.modes import evaluating
+from src.training import load_model, logits_of
 
 SPLITS = tuple(range(1, 11))
 OPTIMIZERS = ("sgd", "sam")
@@ -77,11 +78,12 @@ class Query:
 
 @dataclass(frozen=True)
 class Pair:
-    """The checkpoints of one pair, and the split that both left out (None: they saw everything)."""
+    """The checkpoints of one pair, the split that both left out (None: they saw everything), their schedule."""
 
     sgd: Path
     sam: Path
     split: int | None
+    lr_sched: str
 
 
 def find_pairs(query: Query, protocol: str) -> tuple[str, list[Pair]]:
@@ -108,11 +110,12 @@ def find_pairs(query: Query, protocol: str) -> tuple[str, list[Pair]]:
             paths = {(o, s): query.checkpoint(o, lr_sched, s) for s in kinds[kind] for o in OPTIMIZERS}
             absent = [(optimizer, lr_sched, split) for (optimizer, split), path in paths.items() if path is None]
             if not absent:
-                complete.append([Pair(paths["sgd", s], paths["sam", s], s) for s in kinds[kind]])
+                complete.append([Pair(paths["sgd", s], paths["sam", s], s, lr_sched) for s in kinds[kind]])
             elif kind not in missing or len(absent) < len(missing[kind]):
                 missing[kind] = absent
         if len(complete) > 1:
-            raise FlagError(f"--lr_sched: runs of {len(complete)} schedules fit; choose one of them")
+            names = ", ".join(pairs[0].lr_sched for pairs in complete)
+            raise FlagError(f"--lr_sched: runs of {len(complete)} schedules fit; choose one of {names}")
         if complete:
             return kind, complete[0]
     # Speak of the protocol that lacks the smaller share of its runs.
@@ -189,9 +192,10 @@ def score_pair(
         The original indices ``(n,)`` of the scored examples, and the fields of ``PairScores``, each ``(n,)``.
     """
     indices, parts = [], []
-    sam_logits = predictions(sam, batches, precision=precision)
-    for (batch, logits), (_, other) in zip(predictions(sgd, batches, precision=precision), sam_logits, strict=True):
-        indices.append(batch.indices)
-        parts.append(score_batch(logits, other, batch.labels))
+    with evaluating(sgd), evaluating(sam):
+        for batch in batches:
+            logits_sgd, logits_sam = (logits_of(network, batch.images, precision) for network in (sgd, sam))
+            indices.append(batch.indices)
+            parts.append(score_batch(logits_sgd, logits_sam, batch.labels))
     fields = {name: torch.cat([getattr(part, name) for part in parts]).cpu().numpy() for name in PairScores._fields}
     return torch.cat(indices).cpu().numpy(), fields

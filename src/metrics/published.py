@@ -140,7 +140,7 @@ def _chunks(url: str, size: int | None) -> Iterator[bytes]:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             announced = answer.headers.get("Content-Length", "")
             total = int(announced) if announced.isdigit() else size
-            with tqdm(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+            with tqdm(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], disable=None) as bar:
                 while chunk := answer.read(CHUNK):
                     bar.update(len(chunk))
                     yield chunk

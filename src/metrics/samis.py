@@ -171,7 +171,11 @@ def read_seed(path: str | Path) -> dict[str, Any]:
     shape = content["arr_0"].shape
     if len(shape) != 1 or any(content[name].shape != shape for name in arrays[1:3]):
         raise FileError(f"{path}: its scores and losses differ in length; make it anew with compute_sam_sgd.py")
+    if any(content[name].dtype.kind != kind for name, kind in zip(arrays, "fffi", strict=True)):
+        raise FileError(f"{path}: its scores are not numbers; make it anew with compute_sam_sgd.py")
     indices = content["indices"]
+    if not len(indices) or indices.min() < 0 or indices.max() >= shape[0]:
+        raise FileError(f"{path}: its indices do not fit its scores; make it anew with compute_sam_sgd.py")
     if not all(np.isfinite(content[name][indices]).all() for name in arrays[:3]):
         raise FileError(f"{path}: holds scores that are not finite; make it anew with compute_sam_sgd.py")
     content.update({name: content[name].item() for name in facts})

@@ -68,14 +68,14 @@ def read_scores(path: str | Path) -> np.ndarray:
     """
     content = artifacts.read_pickle(path)
     if not isinstance(content, dict) or not content:
-        raise FileError(f"{path}: is not a score file, which is a non-empty dict index -> score")
+        raise FileError(f"{path}: is not a score file, which is a non-empty dict index -> score; make it anew")
     if any(not issubclass(kind, int | np.integer) or kind is bool for kind in set(map(type, content))):
-        raise FileError(f"{path}: is not a score file, its keys are not all whole numbers")
+        raise FileError(f"{path}: is not a score file, its keys are not all whole numbers; make it anew")
     try:
         keys = np.fromiter(content.keys(), np.int64, len(content))
         values = np.fromiter(content.values(), np.float64, len(content))
     except (TypeError, ValueError, OverflowError) as error:
-        raise FileError(f"{path}: is not a score file, its scores are not all numbers") from error
+        raise FileError(f"{path}: is not a score file, its scores are not all numbers; make it anew") from error
     if keys.min() < 0:
         raise FileError(f"{path}: has the negative index {keys.min()}; indices count from 0")
     if not np.isfinite(values).all():
@@ -88,14 +88,14 @@ def _placed(path: str | Path, keys: np.ndarray, values: np.ndarray) -> np.ndarra
     """The values by index, after checking that no example is missing without reason."""
     record = read_sidecar(path)
     total, scored = record.get("total", len(keys)), record.get("n", len(keys))
+    if not isinstance(total, int) or total < 1:
+        raise FileError(f"{sidecar_path(path)}: says that the part has {total} examples; make the scores anew")
     if scored != len(keys):
         raise FileError(f"{path}: holds {len(keys)} scores, its json says {scored}; make the file anew")
     if keys.max() >= total:
         holes = np.setdiff1d(np.arange(min(total, len(keys) + 1)), keys)
-        which = f"has no score of example {holes[0]}" if len(holes) else "is too long"
-        raise FileError(
-            f"{path}: {which} ({len(keys)} scores, highest index {keys.max()}); it is incomplete, make it anew"
-        )
+        which = f"has no score of example {holes[0]}" if len(holes) else f"scores more than {total} examples"
+        raise FileError(f"{path}: {which} ({len(keys)} scores, highest index {keys.max()}); make it anew")
     scores = np.full(total, np.nan)
     scores[keys] = values
     return scores

@@ -3,7 +3,7 @@
 from src.training.checkpoints import load_model, model_description
 from src.training.config import TrainingConfig
 from src.training.dynamics import Dynamics, read_dynamics
-from src.training.evaluation import evaluate, predictions
+from src.training.evaluation import evaluate, logits_of, predictions
 from src.training.group import Group
 from src.training.loop import Trainer
 from src.training.run import RunFiles, run_training
@@ -16,6 +16,7 @@ __all__ = [
     "TrainingConfig",
     "evaluate",
     "load_model",
+    "logits_of",
     "model_description",
     "predictions",
     "read_dynamics",

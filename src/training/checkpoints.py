@@ -7,7 +7,7 @@ from torch import nn
 
 from src.artifacts import read_checkpoint
 from src.datasets import DatasetEntry, Normalisation
-from src.errors import FileError
+from src.errors import FileError, FlagError
 from src.models import build_model
 
 FORMAT = "network-1"
@@ -65,13 +65,16 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     missing = [key for key in _KEYS if key not in state]
     if missing:
         raise FileError(f"{path}: is not a checkpoint of this project ({', '.join(missing)} missing)")
-    weights = state.pop("model_state")
-    model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
+    weights, stored = state.pop("model_state"), state["normalisation"]
+    if not all(isinstance(value, dict) for value in (weights, stored, state["settings"])):
+        raise FileError(f"{path}: is not a checkpoint of this project (weights, normalisation or settings are none)")
     try:
+        model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         model.load_state_dict(weights)
-    except RuntimeError as error:
+        state["normalisation"] = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
+    except FlagError as error:  # the file says it, not a flag
+        raise FileError(f"{path}: is not a checkpoint of this project ({error})") from error
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path}: its weights do not fit the network {state['model']}; train it anew") from error
     model.to(next(value for value in weights.values() if value.is_floating_point()).dtype).eval()
-    stored = state["normalisation"]
-    state["normalisation"] = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
     return model, state

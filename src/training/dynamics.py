@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.artifacts import label_hash, read_npz, write_npz
+from src.artifacts import label_hash, parse_settings, read_npz, write_npz
 from src.errors import FileError
 from src.training.group import Group
 
@@ -74,6 +74,10 @@ class Dynamics:
         self._before = torch.where(seen[:, None] > 0, new.half(), self._before)
         self._known |= seen > 0
 
+    def fits(self, row: Any) -> bool:
+        """Whether an array has the shape and kind of a row."""
+        return isinstance(row, np.ndarray) and row.shape == tuple(self._now.shape) and row.dtype.kind == "f"
+
     def state(self) -> dict[str, torch.Tensor]:
         """What the next epoch needs, for the resume state; the rows are kept in files of their own."""
         return {"before": self._before.cpu(), "known": self._known.cpu()}
@@ -114,6 +118,11 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
     missing = [name for name in (*QUANTITIES, "labels", "label_hash", "settings") if name not in arrays]
     if missing:
         raise FileError(f"{path}: does not hold recorded dynamics ({', '.join(missing)} missing)")
+    shape = arrays["loss"].shape
+    if any(arrays[name].shape != shape or arrays[name].dtype.kind != "f" for name in QUANTITIES):
+        raise FileError(f"{path}: is damaged, its arrays differ in shape or are not numbers; train anew")
+    if len(shape) != 2 or not shape[0] or shape[1:] != arrays["labels"].shape:
+        raise FileError(f"{path}: is damaged, it holds no epochs of {len(arrays['labels'])} examples; train anew")
     arrays["label_hash"] = str(arrays["label_hash"])
-    arrays["settings"] = json.loads(str(arrays["settings"]))
+    arrays["settings"] = parse_settings(path, arrays["settings"])
     return arrays

@@ -11,6 +11,19 @@ from src.models.modes import evaluating
 from src.training.group import Group
 
 
+def logits_of(forward: nn.Module, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
+    """The logits ``(b, C)`` of a network in eval mode, in float32 (float64 under fp64), for no gradient.
+
+    Args:
+        forward: The network, or its compiled form.
+        images: ``(b, c, h, w)``, on its device.
+        precision: A name of ``PRECISIONS``.
+    """
+    chosen = PRECISIONS[precision]
+    with torch.inference_mode(), computing(images.device, chosen):
+        return forward(images).to(chosen.dtype)
+
+
 def predictions(
     model: nn.Module, batches: Batches, *, precision: str = "fp32", forward: nn.Module | None = None
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
@@ -25,13 +38,9 @@ def predictions(
     Yields:
         The batch and its logits ``(b, C)``, in float32 (float64 under fp64).
     """
-    chosen = PRECISIONS[precision]
-    call = model if forward is None else forward
     with evaluating(model):
         for batch in batches:
-            with torch.inference_mode(), computing(batch.images.device, chosen):
-                logits = call(batch.images)
-            yield batch, logits.to(chosen.dtype)
+            yield batch, logits_of(model if forward is None else forward, batch.images, precision)
 
 
 def evaluate(

@@ -83,6 +83,7 @@ class Trainer:
         if self.group.world > 1 and entry.needs_sampling:
             raise FlagError(f"--optimizer {config.optimizer}: its noise is not shared; train it in one process")
         self.history: list[dict[str, Any]] = []
+        self._rate(1)  # a wrong floor is found before anything is written
         self._check_last_batch()
 
     @property
@@ -104,11 +105,14 @@ class Trainer:
                 self.history.append(self._one_epoch(epoch, bar))
                 after_epoch(self)
 
+    def _rate(self, epoch: int) -> float:
+        config = self.config
+        return rate(config.lr_sched, epoch, config.epochs, config.learning_rate, config.lr_min)
+
     def _one_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         """Train and test once; returns the epoch's record."""
         started = time.perf_counter()
-        config = self.config
-        current = rate(config.lr_sched, epoch, config.epochs, config.learning_rate, config.lr_min)
+        config, current = self.config, self._rate(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = current
         bar.set_description(f"epoch {epoch}/{config.epochs}")

@@ -17,6 +17,7 @@ from src.artifacts import (
     read_json,
     read_npz,
     refuse_other_settings,
+    require_writable,
     write_checkpoint,
     write_json,
     write_npz,
@@ -58,6 +59,19 @@ class RunFiles:
     def results(self) -> Path:
         """Settings, accuracies and times."""
         return self.checkpoints / "results.json"
+
+    def read_results(self) -> dict[str, Any]:
+        """What ``results.json`` holds; empty where no epoch was finished, as such a start left nothing to keep.
+
+        Raises:
+            FileError: The file is damaged.
+        """
+        if not self.results.exists():
+            return {}
+        results = read_json(self.results)
+        if not isinstance(results, dict) or not isinstance(results.get("settings"), dict):
+            raise FileError(f"{self.results}: is damaged, it holds no settings")
+        return results if results.get("history") or self.states() else {}
 
     def states(self) -> list[int]:
         """The epochs of the resume states on disk, newest first."""
@@ -128,13 +142,18 @@ class _Run:
         files = self.files
         if not self.trainer.group.leads:
             return
-        if files.results.exists():
-            stored = read_json(files.results).get("settings", {})
+        try:
+            stored = files.read_results().get("settings")
+        except FileError as error:
             if not overwrite:
-                refuse_other_settings(files.checkpoints, stored, self.settings)
-            elif differences(stored, self.settings):
-                for path in (*files.checkpoints.glob("*.pt"), *files.resume.glob("*epoch=*")):
-                    path.unlink()
+                raise FileError(f"{error}; give --overwrite to train anew") from error
+            stored = {}
+        if stored is not None and not overwrite:
+            refuse_other_settings(files.checkpoints, stored, self.settings)
+        elif stored is not None and differences(stored, self.settings):
+            for path in (*files.checkpoints.glob("*.pt"), *files.resume.glob("*epoch=*")):
+                path.unlink()
+        require_writable(files.resume)
         self._write_results()
 
     def resume(self) -> bool:
@@ -148,7 +167,12 @@ class _Run:
                 log.warning("%s; using the state before it", error)
                 continue
             self._check_settings(path, state["settings"], epoch)
-            self.trainer.restore(state, rows)
+            try:
+                self.trainer.restore(state, rows)
+            except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise FileError(
+                    f"{path}: does not fit this network and optimiser; delete it to go on from the state before it"
+                ) from error
             log.info("continuing after epoch %d of %d", epoch, self.trainer.config.epochs)
             if self.trainer.group.leads:
                 self._finish_epoch()
@@ -158,14 +182,20 @@ class _Run:
 
     def _read_state(self, path: Path) -> dict[str, Any]:
         state = read_checkpoint(path)
-        if state.get("format") != STATE_FORMAT:
+        if state.get("format") != STATE_FORMAT or not isinstance(state.get("settings"), dict):
             raise FileError(f"{path}: is not a resume state of this project")
         return state
 
     def _read_rows(self, epochs: int) -> dict[int, np.ndarray]:
         if self.trainer.dynamics is None:
             return {}
-        return {epoch: read_npz(self.files.row(epoch))["row"] for epoch in range(1, epochs + 1)}
+        rows = {}
+        for epoch in range(1, epochs + 1):
+            path = self.files.row(epoch)
+            rows[epoch] = read_npz(path).get("row")
+            if not self.trainer.dynamics.fits(rows[epoch]):
+                raise FileError(f"{path}: does not hold the dynamics of these training examples")
+        return rows
 
     def _check_settings(self, path: Path, stored: Mapping[str, Any], epoch: int) -> None:
         config = self.trainer.config

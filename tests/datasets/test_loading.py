@@ -104,7 +104,7 @@ CIFAR_SHAPE = (20, 32, 32, 3)
         ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"x_train has shape \(20, 3, 32, 32\)"),
         ({"x_train": np.zeros((20, 32), np.uint8)}, r"x_train has shape"),
         ({"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": np.zeros(0, int)}, "holds no image"),
-        ({"y_train": np.array(["cat"] * 20)}, "y_train is <U3; whole numbers"),
+        ({"y_train": np.array(["cat"] * 20)}, "y_train is text; whole numbers"),
         ({"y_train": np.array([None] * 20)}, "npz"),
         ({"y_train": np.full(20, 0.5)}, "y_train is float64; whole numbers"),
         ({"y_train": np.full(20, -1)}, "y_train holds the label -1"),
