@@ -36,8 +36,9 @@ samis: $(STAMP)
 	  $(BIN)/python compute_sam_sgd.py $(DATA) --seed=$$seed --epochs=$(EPOCHS) --protocol=full $(READING); \
 	done; \
 	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics; \
-	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob $(DRAWING); \
-	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss $(DRAWING); \
+	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics --optimizer=sgd; \
+	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob csl $(DRAWING); \
+	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss csl forg $(DRAWING); \
 	echo; echo "Written:"; find $(RUNS) -type f -newer $$started | sort; rm -f $$started
 
 test: $(STAMP)

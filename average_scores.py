@@ -17,10 +17,11 @@ from src.datasets import load_dataset
 from src.errors import FlagError
 from src.metrics import MODES, modes_from
 from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
+from src.metrics.dynamics_scores import WINDOW, Windows
 from src.metrics.score_files import write_scores
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.scripting import Parser, run_script, start_logging
-from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag
+from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number
 
 PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")
 
@@ -47,6 +48,17 @@ def parse() -> Namespace:
         metavar="NAME",
         help="the run's name, its folder under --metrics_folder (default: the only one there is)",
     )
+    group.add_argument(
+        "--window", type=number(int, 2), default=WINDOW, help="epochs in a window of dual, dyn_unc and tdds"
+    )
+    group.add_argument(
+        "--el2n_epochs",
+        type=number(int, 1),
+        nargs=2,
+        default=[1, WINDOW],
+        metavar=("FIRST", "LAST"),
+        help="the epochs that el2n averages over",
+    )
     add_overwrite_flag(group)
     add_folder_flags(parser, "datasets", "metrics")
     return parser.parse_args()
@@ -70,12 +82,13 @@ def main() -> None:
     pair_modes, run_modes = ([mode for mode in modes if mode in kind] for kind in (PAIR_MODES, RUN_MODES))
     if run_modes:
         run = find_run(args.metrics_folder, dataset, args.model, args.optimizer, args.lr_sched, args.exp)
+    windows = Windows(args.window, tuple(args.el2n_epochs))
     for seed in args.seeds:
         scores = {}
         if pair_modes:
             scores |= read_pair_seed(pair_modes, args.metrics_folder, dataset, args.model, seed)
         if run_modes:
-            scores |= read_run_seed(run_modes, args.metrics_folder, run, seed)
+            scores |= read_run_seed(run_modes, args.metrics_folder, run, seed, windows)
         for mode, values in scores.items():
             per_seed[mode].append(values)
 

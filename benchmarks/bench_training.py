@@ -11,6 +11,7 @@ Each way runs in a process of its own, because the allocator's setting cannot be
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -104,7 +105,8 @@ def measure(quick: bool = False) -> list[Row]:
     small = Way("resnet8", steps=20, channels_last=MODELS["resnet8"].channels_last, dynamics=True)
     rounds = 2
     if quick:
-        large, small, rounds = (replace(way, model="resnet8", steps=1, batch=4) for way in (large, small)), 1
+        large, small = (replace(way, model="resnet8", steps=1, batch=4) for way in (large, small))
+        rounds = 1
     unit = f"s per step of {large.batch}"
     # name, plain way, ours, target
     pairs = [
@@ -122,7 +124,8 @@ def measure(quick: bool = False) -> list[Row]:
         (f"training, {small.model}, with dynamics: ready batch", replace(small, loop="ready"), small, None),
     ]
     ways = list(dict.fromkeys(way for _, plain, ours, _ in pairs for way in (plain, ours)))
-    times = [[in_fresh_process(seconds_per_step, way) for way in ways] for _ in range(rounds)]
+    once = seconds_per_step if quick else partial(in_fresh_process, seconds_per_step)
+    times = [[once(way) for way in ways] for _ in range(rounds)]
     best = dict(zip(ways, map(min, zip(*times, strict=True)), strict=True))
     return [Row(name, best[plain], best[ours], unit, target) for name, plain, ours, target in pairs]
 

@@ -65,7 +65,8 @@ def in_turn(ways: Sequence[Work], repeats: int) -> list[float]:
     """
     for way in ways:
         way()
-    return [min(column) for column in zip(*([processor_seconds(way) for way in ways] for _ in range(repeats)))]
+    times = [[processor_seconds(way) for way in ways] for _ in range(repeats)]
+    return [min(column) for column in zip(*times, strict=True)]
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -100,7 +101,7 @@ class PlainImages(torch.utils.data.Dataset):
 
 
 def plain_transform(entry: DatasetEntry, augmented: bool) -> Callable[[Image.Image], torch.Tensor]:
-    """torchvision's transforms as papers write them: (crop, flip,) to a tensor, normalise."""
+    """Torchvision's transforms as papers write them: (crop, flip,) to a tensor, normalise."""
     from torchvision import transforms
 
     normal = entry.normalisations["samis"]

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -31,8 +32,13 @@ class Parser(argparse.ArgumentParser):
         """Print one line and exit with status 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            close = difflib.get_close_matches(unknown.split("=")[0].split()[0], self._option_string_actions)
-            message = f"{unknown}: unknown" + (f"; did you mean {close[0]}?" if close else "")
+            given, flags = unknown.split("=")[0].split()[0], self._option_string_actions
+            close = [flag for flag in flags if flag.startswith(given)] or difflib.get_close_matches(
+                given, flags, 1, 0.75
+            )
+            message = f"{unknown}: unknown" + (f"; did you mean {' or '.join(close)}?" if close else "")
+        if not _speaks():
+            sys.exit(2)
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
@@ -56,6 +62,13 @@ class _BarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines, and says nothing: results on a full disk speak for themselves."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on."""
+
+
 def start_logging(file: Path | None = None, quiet: bool = False) -> None:
     """Send log lines to the console and, if given, to a file; ``quiet`` keeps the console to warnings."""
     form = logging.Formatter("%(asctime)s | %(levelname)-9s | %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -68,7 +81,7 @@ def start_logging(file: Path | None = None, quiet: bool = False) -> None:
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(file))
+            handlers.append(_LogFile(file))
         except OSError as error:
             raise FileError(
                 f"{file}: the log cannot be written ({error.strerror}); choose another --log_folder"
@@ -86,6 +99,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         main()
         sys.stdout.flush()
     except UserError as error:
+        if not _speaks() and not isinstance(error, FileError):
+            sys.exit(error.status)
         _end(f"{name}: {error}", error.status)
     except KeyboardInterrupt:
         _end(f"{name}: interrupted; what was finished is on disk, and --resume continues where it applies", 130)
@@ -93,6 +108,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (MemoryError, RuntimeError) as error:
+        if "RANK" in os.environ and re.search("(closed|reset) by peer|Broken pipe", str(error)):
+            _end(f"{name}: another of the processes that train together has ended; its message says why", 1)
         if not _is_out_of_memory(error):
             raise
         _end(f"{name}: not enough memory ({_first_line(error)}); a smaller --batch_size may help", 1)
@@ -100,6 +117,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{name}: {where}{error.strerror or error}", 1)
     sys.exit(0)
+
+
+def _speaks() -> bool:
+    """Whether this process answers for those of torchrun, which all find the same flags wrong."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

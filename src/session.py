@@ -42,7 +42,7 @@ class Session:
     def __init__(self, args: Namespace) -> None:
         self.args = args
         _check_save_epochs(args.save_epochs, args.epochs)
-        self.group = Group.from_environment() if args.distributed_training else Group()
+        self.group = Group.from_environment() if args.distributed_training else Group.alone()
         start_logging(quiet=not self.group.leads)
         self.device = resolve_device(args.device, self.group.local_rank)
         self.precision = PRECISIONS[args.precision]

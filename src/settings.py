@@ -28,9 +28,9 @@ def number(kind: type, low: float | None = None, high: float | None = None, open
     def parse(text: str) -> Any:
         bounds = "an integer" if kind is int else "a finite number"
         if low is not None:
-            bounds += f" {'above' if open_low else 'of at least'} {low:g}"
+            bounds += f" {'above' if open_low else 'of at least'} {low}"
         if high is not None:
-            bounds += f"{' and' if low is not None else ''} at most {high:g}"
+            bounds += f"{' and' if low is not None else ''} at most {high}"
         try:
             value = kind(text)
         except ValueError:

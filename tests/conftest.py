@@ -1,7 +1,11 @@
 """Shared fixtures. The torchvision shim must run before anything imports torchvision."""
 
+import os
 import sys
 from pathlib import Path
+
+# Tests run beside each other: one thread each, also in the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -12,7 +12,7 @@ from src import artifacts
 from src.datasets import dataset_flag
 from src.errors import FileError, FlagError
 from src.metrics import samis, score_files
-from src.metrics.dynamics_scores import REDUCTIONS
+from src.metrics.dynamics_scores import REDUCTIONS, Windows
 from src.metrics.end_of_training import PER_SEED_FILES
 from src.metrics.modes import score_mode
 from src.metrics.proxy import min_max
@@ -94,13 +94,14 @@ def read_pair_seed(
 
 
 def read_run_seed(
-    modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int
+    modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int, windows: Windows | None = None
 ) -> dict[str, SeedScores]:
     """One seed of the modes that a training run with ``--measure_proxies`` gives.
 
     Raises:
         FileError: The run has no dynamics of this seed, or its files are damaged.
     """
+    windows = windows or Windows()
     folder = artifacts.dynamics_folder(metrics_folder, experiment, seed)
     path = folder / DYNAMICS_FILE
     if not path.exists():
@@ -112,13 +113,13 @@ def read_run_seed(
     for mode in modes:
         if mode in REDUCTIONS:
             sign = -1.0 if score_mode(mode).negated else 1.0
-            values, scored, source = sign * REDUCTIONS[mode](run), visited, path
+            values, scored, source = sign * REDUCTIONS[mode](run, windows), visited, path
         else:
             source = folder / PER_SEED_FILES[mode]
             if not source.exists():
                 raise FileError(f"{source}: is missing; train seed {seed} with --measure_proxies to its end")
             values, scored = _end_scores(source, len(visited))
-        result[mode] = SeedScores(seed, values, scored, _without_seed(facts), source)
+        result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **windows.facts(mode)}), source)
     return result
 
 

@@ -7,6 +7,7 @@ a deviation is taken.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -155,14 +156,33 @@ def tdds(divergence: np.ndarray, window: int = WINDOW, decay: float = 0.9) -> np
     return np.where((~np.isnan(divergence[1:])).sum(axis=0) > 1, scores, np.nan)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Which epochs the windowed scores look at.
+
+    Attributes:
+        length: J of DUAL, Dyn-Unc and TDDS.
+        el2n_epochs: First and last epoch of EL2N, from 1.
+    """
+
+    length: int = WINDOW
+    el2n_epochs: tuple[int, int] = (1, WINDOW)
+
+    def facts(self, mode: str) -> dict[str, object]:
+        """What of this determines a mode's scores."""
+        if mode == "el2n":
+            return {"el2n_epochs": list(self.el2n_epochs)}
+        return {"window": self.length} if mode in ("dual", "dyn_unc", "tdds") else {}
+
+
 # mode -> the reduction of one run's arrays; the names are those of the recorded arrays
-REDUCTIONS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
-    "forg": lambda run: forgetting_events(run["correct"]),
-    "etl": lambda run: epochs_to_learn(run["correct"]),
-    "csl": lambda run: csl(run["loss"]),
-    "aum": lambda run: aum(run["margin"]),
-    "dual": lambda run: dual(run["probability"]),
-    "dyn_unc": lambda run: dyn_unc(run["probability"]),
-    "el2n": lambda run: el2n(run["el2n"]),
-    "tdds": lambda run: tdds(run["divergence"]),
+REDUCTIONS: dict[str, Callable[[Mapping[str, np.ndarray], Windows], np.ndarray]] = {
+    "forg": lambda run, windows: forgetting_events(run["correct"]),
+    "etl": lambda run, windows: epochs_to_learn(run["correct"]),
+    "csl": lambda run, windows: csl(run["loss"]),
+    "aum": lambda run, windows: aum(run["margin"]),
+    "dual": lambda run, windows: dual(run["probability"], windows.length),
+    "dyn_unc": lambda run, windows: dyn_unc(run["probability"], windows.length),
+    "el2n": lambda run, windows: el2n(run["el2n"], *windows.el2n_epochs),
+    "tdds": lambda run, windows: tdds(run["divergence"], windows.length),
 }

@@ -64,16 +64,19 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     state = read_checkpoint(path)
     missing = [key for key in _KEYS if key not in state]
     if missing:
-        raise FileError(f"{path}: is not a checkpoint of this project ({', '.join(missing)} missing)")
+        raise FileError(f"{path}: is not a checkpoint of this project ({', '.join(missing)} missing); train it anew")
     weights, stored = state.pop("model_state"), state["normalisation"]
     if not all(isinstance(value, dict) for value in (weights, stored, state["settings"])):
-        raise FileError(f"{path}: is not a checkpoint of this project (weights, normalisation or settings are none)")
+        raise FileError(
+            f"{path}: is not a checkpoint of this project (weights, normalisation or settings are no dictionary); "
+            "train it anew"
+        )
     try:
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         model.load_state_dict(weights)
         state["normalisation"] = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
     except FlagError as error:  # the file says it, not a flag
-        raise FileError(f"{path}: is not a checkpoint of this project ({error})") from error
+        raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it anew") from error
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path}: its weights do not fit the network {state['model']}; train it anew") from error
     model.to(next(value for value in weights.values() if value.is_floating_point()).dtype).eval()

@@ -117,7 +117,9 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
     arrays: dict[str, Any] = read_npz(path)
     missing = [name for name in (*QUANTITIES, "labels", "label_hash", "settings") if name not in arrays]
     if missing:
-        raise FileError(f"{path}: does not hold recorded dynamics ({', '.join(missing)} missing)")
+        raise FileError(
+            f"{path}: does not hold recorded dynamics ({', '.join(missing)} missing); train with --measure_proxies"
+        )
     shape = arrays["loss"].shape
     if any(arrays[name].shape != shape or arrays[name].dtype.kind != "f" for name in QUANTITIES):
         raise FileError(f"{path}: is damaged, its arrays differ in shape or are not numbers; train anew")

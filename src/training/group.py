@@ -39,6 +39,18 @@ class Group:
                 "torchrun --nproc_per_node=2 train_full.py --distributed_training ..."
             ) from None
 
+    @classmethod
+    def alone(cls) -> "Group":
+        """The group of one process.
+
+        Raises:
+            FlagError: torchrun has started several, which would all train the same network.
+        """
+        count = os.environ.get("WORLD_SIZE", "1")
+        if "LOCAL_RANK" in os.environ and count != "1":
+            raise FlagError(f"--distributed_training: is missing, though torchrun started {count} processes; give it")
+        return cls()
+
     def start(self, device: torch.device) -> None:
         """Join the other processes: nccl for GPUs, gloo for CPUs."""
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -186,3 +186,28 @@ def test_results_of_other_settings_are_not_replaced(tmp_path):
     path.with_suffix(".json").unlink()
     with pytest.raises(FileError, match="nothing says how these scores were made"):
         refuse_target(path, record)
+
+
+def test_the_windows_are_honoured_and_recorded(tmp_path):
+    from support import TRAIN, folders, succeed, write_blobs
+
+    from src.artifacts import read_json, read_pickle
+    from src.training import read_dynamics
+
+    data = f"--dataset=npz:{write_blobs(tmp_path / 'blobs.npz', n=60)}"
+    succeed("train_full.py", data, "--model=mlp", "--epochs=5", "--measure_proxies", "--batch_size=20",
+            "--learning_rate=0.01", *folders(tmp_path, *TRAIN))  # fmt: skip
+    flags = ("average_scores.py", data, "--model=mlp", "--seeds", 1, *folders(tmp_path, "datasets", "metrics"))
+    succeed(*flags, "--modes", "el2n", "dyn_unc", "--el2n_epochs", 2, 3, "--window", 4)
+    (path,) = (tmp_path / "metrics").glob("*/seed_1/dynamics.npz")
+    run = read_dynamics(path)
+    (el2n,) = (tmp_path / "metrics" / "dynamics").glob("el2n_*.pkl")
+    expected = run["el2n"][1:3].mean(axis=0, dtype=np.float64)
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    np.testing.assert_allclose(list(read_pickle(el2n).values()), expected, rtol=1e-6, atol=1e-9)
+    assert read_json(el2n.with_suffix(".json"))["el2n_epochs"] == [2, 3]
+    (unc,) = (tmp_path / "metrics" / "dynamics").glob("dyn_unc_*.pkl")
+    p = run["probability"].astype(np.float64)
+    expected = (p[:4].std(axis=0, ddof=1) + p[1:].std(axis=0, ddof=1)) / 2
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    np.testing.assert_allclose(list(read_pickle(unc).values()), expected, rtol=1e-6, atol=1e-9)

@@ -78,7 +78,9 @@ def test_folders_are_searched_in_order_then_metrics_then_packaged(tmp_path, monk
 def test_a_missing_file_tells_how_to_get_it(tmp_path):
     with pytest.raises(FileError, match=r"no SAMIS-L scores of toy in .*compute_sam_sgd.py and average_scores.py"):
         Proxy("samis_loss", "toy", folder=tmp_path)
-    with pytest.raises(FileError, match=r"train_full.py --measure_proxies and average_scores.py --dataset svhn .*csl"):
+    with pytest.raises(
+        FileError, match=r"train_full.py --measure_proxies and average_scores.py --dataset svhn .*csl"
+    ):
         Proxy("csl", "svhn", folder=tmp_path)
     with pytest.raises(FileError, match=r"fetch_scores.py --dataset svhn .*pluskid.github.io/influence-memorization"):
         Proxy("mem", "svhn", folder=tmp_path)

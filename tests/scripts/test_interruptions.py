@@ -45,7 +45,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(blobs, tmp_path):
         process.kill()
         process.communicate()
     process = start("train_full.py", *flags, *killed)
-    out, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     states = [read_checkpoint(only(tmp_path / n / "models", "*/seed_1/last.pt"))["model_state"]
               for n in ("whole", "killed")]  # fmt: skip
