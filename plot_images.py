@@ -43,7 +43,9 @@ def parse() -> Namespace:
         help=f"which scores, one row each, of {', '.join(MODES)}",
     )
     group.add_argument("--n", type=number(int, 1, 50), default=5, help="images at each end of each class")
-    group.add_argument("--classes", nargs="+", metavar="NAME", help="only these classes, by name or number")
+    group.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="only these classes, by name or number (default: all)"
+    )
     group.add_argument("--only_overview", action="store_true", help="draw no figures of single classes")
     add_folder_flags(parser, "datasets", "metrics", "plots")
     return parser.parse_args()

@@ -36,7 +36,9 @@ def parse() -> Namespace:
     group = parser.add_argument_group("figures")
     names = {"nargs": "+", "choices": tuple(MODES), "metavar": "MODE"}
     group.add_argument("--modes", **names, help=f"which scores, of {', '.join(MODES)} (default: all that are found)")
-    group.add_argument("--reference", type=Path, metavar="DIR", help="metrics folder of the scores to compare with")
+    group.add_argument(
+        "--reference", type=Path, metavar="DIR", help="metrics folder of the scores to compare with (default: none)"
+    )
     group.add_argument("--reference_modes", **names, help="which of its scores (default: all that are found)")
     group.add_argument("--plot", choices=("scatter", "line"), default="scatter", help="how shares are drawn")
     add_folder_flags(parser, "datasets", "metrics", "plots")

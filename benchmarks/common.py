@@ -1,7 +1,8 @@
 """What the benchmarks share: rows of the table, and how times are taken.
 
-Times are processor seconds (of the user and the system) on one thread. Both ways of doing a thing take turns, and of
-each the smallest time counts, so that other work on the machine changes the ratio little.
+Times are processor seconds (of the user and the system) on one thread, where a row does not say otherwise. Both ways
+of doing a thing take turns, and of each the smallest time counts, so that other work on the machine changes the ratio
+little.
 """
 
 import argparse
@@ -49,23 +50,24 @@ class Row:
         return None if self.target is None else self.ratio >= self.target
 
 
-def processor_seconds(work: Work) -> float:
-    """What ``work`` takes of the processor."""
-    start = time.process_time()
+def seconds(work: Work, clock: Callable[[], float]) -> float:
+    """What ``work`` takes by a clock."""
+    start = clock()
     work()
-    return time.process_time() - start
+    return clock() - start
 
 
-def in_turn(ways: Sequence[Work], repeats: int) -> list[float]:
-    """Run the ways in turn and return the smallest time of each, in processor seconds.
+def in_turn(ways: Sequence[Work], repeats: int, clock: Callable[[], float] = time.process_time) -> list[float]:
+    """Run the ways in turn and return the smallest time of each, in seconds.
 
     Args:
         ways: What to compare.
         repeats: Turns that count; one more before them warms up.
+        clock: The processor's clock, or the wall's for work on several threads.
     """
     for way in ways:
         way()
-    times = [[processor_seconds(way) for way in ways] for _ in range(repeats)]
+    times = [[seconds(way, clock) for way in ways] for _ in range(repeats)]
     return [min(column) for column in zip(*times, strict=True)]
 
 

@@ -86,13 +86,14 @@ def prepare(device: torch.device, precision: Precision, deterministic: bool) -> 
 def _keep_freed_memory() -> None:
     """Let glibc keep freed activations instead of returning them to the system after every step.
 
-    Otherwise each step maps its activations anew, and the page faults cost a good part of a small network's time.
+    Otherwise each step maps its activations anew, and the page faults cost a good part of the time: of large
+    tensors in particular, which are mapped one by one however high the threshold of mapping is set.
     """
     if platform.libc_ver()[0] == "glibc":
-        mmap_threshold, trim_threshold = -3, -1  # the numbers of mallopt's parameters
+        trim_threshold, mmap_max = -1, -4  # the numbers of mallopt's parameters
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 * 2**20)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)  # no mapping: everything comes from the heap
+        libc.mallopt(trim_threshold, -1)  # which never shrinks
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The training loop: epochs of steps, evaluation, schedule, dynamics."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -121,6 +122,8 @@ class Trainer:
         test_loss, test_accuracy = evaluate(
             self.model, self.test_batches, precision=config.precision, forward=self.forward, group=self.group
         )
+        if not math.isfinite(test_loss):
+            raise TrainingError(f"the test loss is not finite after epoch {epoch}; {self._advice()}")
         if self.dynamics is not None:
             self.dynamics.end_epoch(epoch, self.group)
         bar.set_postfix(loss=f"{train_loss:.4f}", test=f"{100 * test_accuracy:.2f}%")
@@ -201,10 +204,10 @@ class Trainer:
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
             bad = torch.where(bad == torch.iinfo(torch.int64).max, 0, bad)
         if step := int(bad):
-            raise TrainingError(
-                f"the loss is not finite in epoch {epoch}, batch {step}; a smaller --learning_rate may help "
-                f"(it is {self.config.learning_rate:g})"
-            )
+            raise TrainingError(f"the loss is not finite in epoch {epoch}, batch {step}; {self._advice()}")
+
+    def _advice(self) -> str:
+        return f"a smaller --learning_rate may help (it is {self.config.learning_rate:g})"
 
     def _check_last_batch(self) -> None:
         """Refuse a last batch of one example where BatchNorm cannot normalise it."""

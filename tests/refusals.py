@@ -1,0 +1,90 @@
+"""What every answer to bad input must be: one clear line, the right status, and nothing lost."""
+
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from support import ROOT, Result, call
+
+LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| INFO ")
+FLAG, FILE = 2, 1  # exit statuses
+
+
+def check(result: Result, script: str, status: int, *patterns: str) -> str:
+    """Check that a script ended with one line that contains all patterns; returns the line."""
+    lines = [line for line in result.err.splitlines() if line.strip() and not LOG_LINE.match(line)]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith(f"{script}: "), lines[0]
+    assert result.status == status, lines[0]
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), f"{pattern!r} is not in: {lines[0]}"
+    return lines[0]
+
+
+def refuse(script: str, *flags: object, status: int, says: tuple[str, ...], keep: Path | None = None) -> str:
+    """Run a script that must refuse its input.
+
+    Args:
+        script: Its file name.
+        flags: Its flags.
+        status: The exit status: ``FLAG`` or ``FILE``.
+        says: Regular expressions that the one line must contain: what is named, what is wrong, what would be right.
+        keep: A folder whose files (but logs) must stay as they are, with no half-written ones beside them.
+    """
+    before = snapshot(keep) if keep else {}
+    line = check(call(script, *flags), script, status, *says)
+    if keep:
+        assert_kept(before, keep)
+    return line
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    """The files below a folder, without logs."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+
+def assert_kept(before: dict[Path, bytes], folder: Path) -> None:
+    """Check that no file changed or went, and that none is half-written."""
+    after = snapshot(folder)
+    for path, content in before.items():
+        assert after.get(path) == content, f"{path} changed"
+    assert not [path for path in after if path.name.endswith(".part")]
+
+
+def on_a_full_disk(limit: int, script: str, *flags: object) -> Result:
+    """Run a script in a process in which no file can grow beyond ``limit`` bytes."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def spoilt(path: Path, content: bytes | None) -> Iterator[None]:
+    """Put other content in a file's place (None: remove it), and put the old one back afterwards."""
+    old = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(old)
+
+
+class RunsCode:
+    """Pickled, it runs a command when it is read."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        return (Path.write_text, (self.proof, "code ran"))

@@ -1,0 +1,180 @@
+"""Scores that are missing, damaged or of other data, for every script that reads or writes them."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from refusals import FILE, FLAG, RunsCode, assert_kept, check, on_a_full_disk, refuse, snapshot, spoilt
+
+from src.artifacts import score_path
+
+N = 60
+
+
+def arrays_with(path, **changes):
+    """The bytes of an npz file with other arrays in it; None removes one."""
+    with np.load(path) as old:
+        arrays = {**dict(old), **changes}
+    file = io.BytesIO()
+    np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------- average_scores
+
+
+def test_seeds_that_are_missing(world):
+    for flags, says in (
+        (("--seeds", "1", "3"), (r"small_mlp/3/nn_loss_diff_score\.npz: seed 3", "compute_sam_sgd.py .*--seed 3")),
+        (
+            ("--seeds", "1", "3", "--optimizer=sgd"),
+            (r"seed_3/dynamics\.npz: no dynamics", "--measure_proxies --seed 3"),
+        ),
+        (("--exp=nope",), ("no recorded dynamics of nope", "train_full.py .*--measure_proxies")),
+    ):
+        refuse("average_scores.py", *world.average(*flags), status=FILE, says=says, keep=world.base)
+
+
+def test_several_runs_are_listed(world):
+    says = ("--exp: 2 runs match", f"{world.run('sam')}, {world.run('sgd')}", "--optimizer and --lr_sched")
+    refuse("average_scores.py", *world.average("--modes", "forg"), status=FLAG, says=says, keep=world.base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epoch": 1}, r"differ in epoch \(1 there, 3 here\)"),
+        ({"protocol": "split"}, r"differ in protocol \(split there, full here\)"),
+        ({"label_hash": "0" * 16}, "differ in label_hash"),
+        ({"settings": '{"lr_sched": "step"}'}, r"differ in .*lr_sched \(step there, const here\)"),
+        ({"settings": "{broken"}, "settings cannot be read"),
+        ({"arr_0": np.zeros(5)}, "differ in length"),
+        ({"arr_0": np.full(N, np.nan)}, "not finite"),
+        ({"arr_0": np.array(["a"] * N)}, "not numbers"),
+        ({"indices": np.array([N])}, "indices do not fit"),
+        ({"loss_sam": None}, "lacks loss_sam"),
+    ],
+)
+def test_seeds_that_do_not_belong_together(world, changes, says):
+    with spoilt(world.seed_file, arrays_with(world.seed_file, **changes)):
+        refuse("average_scores.py", *world.average("--overwrite"), status=FILE, keep=world.base,
+               says=(r"score\.npz: ", says, "anew|average seeds of one kind"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loss": None}, "loss missing"),
+        ({"loss": np.zeros((2, 5), np.float32)}, "differ in shape"),
+        ({"labels": np.zeros(5, int)}, "no epochs of 5 examples"),
+        ({"settings": "[1]"}, "settings cannot be read"),
+    ],
+)
+def test_damaged_dynamics(world, changes, says):
+    with spoilt(world.dynamics, arrays_with(world.dynamics, **changes)):
+        refuse("average_scores.py", *world.average("--optimizer=sgd"), status=FILE, keep=world.base,
+               says=(r"dynamics\.npz: ", says))  # fmt: skip
+
+
+def test_damaged_scores_of_a_run(world, tmp_path):
+    path, proof = world.dynamics.with_name("hessian_flat_train.pkl"), tmp_path / "proof"
+    for bad, says in (
+        (b"junk", "is damaged"),
+        (path.read_bytes()[:200], "is damaged"),
+        (pickle.dumps(RunsCode(proof)), "not plain data"),
+        (pickle.dumps([1, 2]), "not a dict"),
+        (pickle.dumps(dict.fromkeys(range(N), "a")), "not all numbers"),
+        (pickle.dumps(dict.fromkeys(range(N + 5), 1.0)), "does not score examples 0 to 59"),
+        (pickle.dumps(dict.fromkeys(range(N), float("nan"))), "no finite flat score"),
+        (None, "is missing"),
+    ):
+        with spoilt(path, bad):
+            refuse("average_scores.py", *world.average("--optimizer=sgd", "--modes", "flat"), status=FILE,
+                   says=(r"hessian_flat_train\.pkl: ", says), keep=world.base)  # fmt: skip
+    assert not proof.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- plots
+
+GOOD = {index: index / N for index in range(N)}
+
+
+@pytest.mark.parametrize("script", ["plot_proxies.py", "plot_images.py"])
+def test_bad_score_files(world, tmp_path, script):
+    proof = tmp_path / "proof"
+    for content, says in (
+        (dict.fromkeys(range(50), 0.5), ("scores 50 examples, the data set has 60",)),
+        (dict.fromkeys(range(70), 0.5), ("scores 70 examples, the data set has 60",)),
+        ({**GOOD, 3: float("nan")}, ("score of example 3 is nan", "anew")),
+        ({**GOOD, 3: "x"}, ("not all numbers", "anew")),
+        ({"a": 1.0}, ("not all whole numbers", "anew")),
+        ({index: score for index, score in GOOD.items() if index != 7}, ("no score of example 7", "anew")),
+        ([1, 2], ("not a score file", "anew")),
+        (RunsCode(proof), ("not plain data", "anew")),
+    ):
+        with spoilt(world.scores, pickle.dumps(content)), spoilt(world.scores.with_suffix(".json"), None):
+            refuse(script, *world.plot(tmp_path), status=FILE, says=(r"samis_loss_.*\.pkl: ", *says), keep=world.base)
+    for content, says in ((b"{broken", "is damaged"), (b"[]", "no settings"), (b'{"total": "x"}', "has x examples")):
+        with spoilt(world.scores.with_suffix(".json"), content):
+            refuse(script, *world.plot(tmp_path), status=FILE, says=(r"samis_loss_.*\.json: ", says, "anew"))
+    with spoilt(world.scores.with_suffix(".json"), b'{"label_hash": "0"}'):
+        refuse(script, *world.plot(tmp_path), status=FILE, says=("made for other labels", "of this data set"))
+    assert not list(tmp_path.iterdir()), "nothing was drawn, and no code ran"
+
+
+@pytest.mark.parametrize("script", ["plot_proxies.py", "plot_images.py"])
+def test_scores_that_nobody_made(world, tmp_path, script):
+    for mode, command in (
+        ("samis_prob", "compute_sam_sgd.py and average_scores.py --dataset npz:FILE"),
+        ("csl", "train_full.py --measure_proxies and average_scores.py"),
+        ("mem", "fetch_scores.py"),
+        ("mpe", "examples/"),
+    ):
+        flags = (world.dataset, f"--metrics_folder={tmp_path}", f"--plots_folder={tmp_path}", "--modes", mode)
+        refuse(script, *flags, status=FILE, says=(f"{mode}|infl_matrix", "no .* scores of", command), keep=tmp_path)
+
+
+def test_figures_of_what_is_not_there(world, tmp_path):
+    for script, flags, status, says in (
+        (
+            "plot_images.py",
+            ("--classes", "nope"),
+            FLAG,
+            ("--classes: there is no class 'nope'", "choose from 0, 1, 2"),
+        ),
+        ("plot_images.py", ("--subset=0",), FLAG, ("--subset 0", "1 to 60")),
+        ("plot_proxies.py", ("--reference=/none",), FLAG, ("--reference /none", "no such folder")),
+        ("plot_proxies.py", (f"--reference={tmp_path}",), FLAG, ("--reference", "holds no scores", "that does")),
+    ):
+        refuse(script, *world.plot(tmp_path, *flags), status=status, says=says, keep=world.base)
+    flags = (world.dataset, f"--metrics_folder={tmp_path}", f"--plots_folder={tmp_path}")
+    refuse("plot_proxies.py", *flags, status=FILE, says=("no scores of", "compute_sam_sgd.py and average_scores.py"))
+    (tmp_path / "taken").write_text("")
+    for script in ("plot_proxies.py", "plot_images.py"):
+        refuse(script, *world.plot(tmp_path / "taken"), status=FILE, says=("could not be written", "another folder"))
+
+
+# ------------------------------------------------------------------------------------- the network, and the disk
+
+
+def test_published_scores_that_cannot_be_had(tmp_path):
+    flags = ("--dataset=cifar10", "--modes=forg", f"--folder={tmp_path}")
+    says = (r"forg_cifar10\.pkl: could not be had", "check the connection or --base_url")
+    refuse("fetch_scores.py", *flags, "--base_url=http://127.0.0.1:9", status=FILE, says=says, keep=tmp_path)
+    path = score_path(tmp_path, "forg", "cifar10")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("the user's own")
+    says = (r"forg_cifar10\.pkl: holds other scores", "--overwrite", "--folder")
+    refuse("fetch_scores.py", *flags, "--base_url=http://127.0.0.1:9", status=FILE, says=says, keep=tmp_path)
+
+
+def test_a_disk_that_is_full_when_scores_are_written(world):
+    for script, flags, limit in (
+        ("compute_sam_sgd.py", world.compute("--overwrite"), 1000),
+        ("average_scores.py", world.average("--overwrite"), 300),
+    ):
+        before = snapshot(world.base)
+        done = on_a_full_disk(limit, script, *flags)
+        check(done, script, FILE, f"{world.base / 'metrics'}/.*: could not be written", "make room")
+        assert_kept(before, world.base)
