@@ -97,6 +97,8 @@ def main() -> None:
         values, record = average(mode, per_seed[mode])
         sources = [str(seed.source.relative_to(args.metrics_folder)) for seed in per_seed[mode]]
         record = {**origin, **record, "sources": sources}
+        if mode in run_modes:
+            record["model"] = check_run(args.exp, dataset, record)
         path = score_path(args.metrics_folder, mode, dataset)
         if not args.overwrite:
             refuse_target(path, record)
@@ -107,6 +109,14 @@ def main() -> None:
             f"{MODES[mode].title}: mean of {len(args.seeds)} seeds, "
             f"before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
         )
+
+
+def check_run(experiment: str | None, dataset: str, record: dict) -> str:
+    """The model of the run, whose name alone may have chosen it; stop if it is of other data."""
+    settings = record["settings"]
+    if settings.get("dataset", dataset) != dataset:
+        raise FlagError(f"--exp {experiment}: is a run on {settings['dataset']}; give it as --dataset, not {dataset}")
+    return settings.get("model", record["model"])
 
 
 if __name__ == "__main__":

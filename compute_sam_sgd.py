@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src.artifacts import differences, label_hash, parse_settings, samis_path
+from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path
 from src.datasets import Batches, ImageSet, load_dataset, parse_subset, validation_indices
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FileError
 from src.metrics import Proxy, find_scores
 from src.metrics.compare import half_overlaps, spearman_test
-from src.metrics.pairs import Pair, Query, find_pairs, load_pair, score_pair
+from src.metrics.pairs import Pair, Query, find_pairs, load_pair, score_pair, training_settings
 from src.metrics.samis import PairScores, read_seed, save_seed
 from src.models import MODELS
 from src.optimizers import SCHEDULES
@@ -94,12 +94,14 @@ def main() -> None:
         "lr_sched": pairs[0].lr_sched,
         "precision": args.precision,
         "subset": None,
+        **training_settings(pairs[0]),
     }
     chosen = train.to(device)
     if args.subset is not None:
         chosen = chosen.subset(parse_subset(args.subset, train.total, train.labels))
         facts["subset"] = label_hash(chosen.indices.cpu().numpy())
-    check_target(samis_path(args.metrics_folder, name, args.model, args.seed, "loss"), facts, args.overwrite)
+    for which in SAMIS_FILES:
+        check_target(samis_path(args.metrics_folder, name, args.model, args.seed, which), facts, args.overwrite)
     scores = {field: np.full(train.total, np.nan) for field in PairScores._fields}
     for pair in tqdm(pairs, unit="pair", disable=None):
         score_one(args, pair, chosen, whole_labels, facts, scores)

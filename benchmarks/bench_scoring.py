@@ -41,7 +41,7 @@ CASES = (
     Case("mlp", "mnist", 2_000, 20.0),
     Case("lenet", "mnist", 2_000, 8.0),
     Case("resnet18", "cifar10", 128, None),
-    Case("resnet18", "cifar10", 128, 2.0, all_cores=True),
+    Case("resnet18", "cifar10", 64, 2.0, all_cores=True),
 )
 
 
@@ -104,7 +104,7 @@ def measure(quick: bool = False) -> list[Row]:
         return [
             measure_case(replace(case, model=case.model.replace("resnet18", "resnet8"), count=4), 1) for case in CASES
         ]
-    return [measure_case(case, 3) for case in CASES]
+    return [measure_case(case, 2) for case in CASES]
 
 
 def main() -> None:

@@ -76,6 +76,7 @@ def start_logging(file: Path | None = None, quiet: bool = False) -> None:
     root.setLevel(logging.INFO)
     for handler in list(root.handlers):
         root.removeHandler(handler)
+        handler.close()
     handlers: list[logging.Handler] = [_BarHandler()]
     handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
     if file is not None:

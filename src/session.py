@@ -12,6 +12,7 @@ from src.artifacts import (
     differences,
     dynamics_folder,
     experiment_folder,
+    file_digest,
     label_hash,
     require_writable,
     resume_folder,
@@ -19,10 +20,24 @@ from src.artifacts import (
 from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, load_dataset, parse_subset
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FileError, FlagError
-from src.metrics.end_of_training import write_end_of_training_scores
+from src.metrics.end_of_training import (
+    has_end_of_training_scores,
+    remove_end_of_training_scores,
+    write_end_of_training_scores,
+)
 from src.models import MODELS, build_model
 from src.scripting import start_logging
-from src.training import Dynamics, Group, RunFiles, Trainer, TrainingConfig, model_description, run_training
+from src.training import (
+    DYNAMICS_FILE,
+    Dynamics,
+    Group,
+    RunFiles,
+    Trainer,
+    TrainingConfig,
+    model_description,
+    read_dynamics,
+    run_training,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +59,8 @@ class Session:
         _check_save_epochs(args.save_epochs, args.epochs)
         self.group = Group.from_environment() if args.distributed_training else Group.alone()
         start_logging(quiet=not self.group.leads)
+        if self.group.world > 1 and args.device not in (None, "cpu", "cuda"):
+            raise FlagError(f"--device {args.device}: several processes need a GPU each; give cuda or cpu")
         self.device = resolve_device(args.device, self.group.local_rank)
         self.precision = PRECISIONS[args.precision]
         prepare(self.device, self.precision, args.deterministic)
@@ -54,7 +71,7 @@ class Session:
         self.train, self.test = self._load()
         self.whole_train = self.train
         if args.subset is not None:
-            self.train = self.train.subset(parse_subset(args.subset, self.train.total, self.train.labels))
+            self.train = self.train.subset(parse_subset(args.subset, self.train.total, self.train.labels.cpu()))
             log.info("training on %d of %d examples (--subset)", len(self.train), self.train.total)
 
     def __enter__(self) -> "Session":
@@ -148,21 +165,27 @@ class Session:
         )
         if dynamics is not None and self.group.leads:
             folder = dynamics_folder(args.metrics_folder, experiment, args.seed)
-            dynamics.write(folder / "dynamics.npz", whole_labels, settings)
+            remove_end_of_training_scores(folder)  # an older run's, which would pass for this run's
+            dynamics.write(folder / DYNAMICS_FILE, whole_labels, settings)
             write_end_of_training_scores(folder, model, self._batches(train, alone=True), dynamics.arrays())
             log.info("per-example dynamics and scores are in %s", folder)
         self.group.wait()
         return history
 
     def is_done(self, experiment: str, train: ImageSet, more_settings: Mapping[str, Any] | None = None) -> bool:
-        """Whether a run with these very settings has finished."""
+        """Whether a run with these very settings has finished, and left all its scores."""
+        settings = self._settings(train, more_settings)
         try:
             results = self.files(experiment).read_results()
+            if not results.get("finished") or differences(results["settings"], settings):
+                return False
+            if not self.args.measure_proxies:
+                return True
+            folder = dynamics_folder(self.args.metrics_folder, experiment, self.args.seed)
+            stored = read_dynamics(folder / DYNAMICS_FILE)["settings"]
         except FileError:  # starting the run says so, or replaces it
             return False
-        return bool(results.get("finished")) and not differences(
-            results["settings"], self._settings(train, more_settings)
-        )
+        return has_end_of_training_scores(folder) and not differences(stored, settings)
 
     def files(self, experiment: str) -> RunFiles:
         """Where a run keeps its files."""
@@ -217,7 +240,7 @@ class Session:
             "examples": len(train),
             "subset": subset,
             "model": args.model,
-            "pretrained": str(args.pretrained),
+            "pretrained": file_digest(args.pretrained) if isinstance(args.pretrained, str) else args.pretrained,
             "batch_size": args.batch_size,
             "data_augmentation": args.data_augmentation,
             "cutout_holes": args.cutout_holes,

@@ -184,12 +184,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--lr_min", type=number(float, 0), default=0.0, help="floor of the rate (schedule cosine)")
     add("--weight_decay", type=number(float, 0), default=0.0, help="weight decay (the papers use none)")
-    add("--rho", type=number(float, 0, open_low=True), default=0.05, help="radius of SAM's perturbation")
+    add("--rho", type=number(float, 0, open_low=True), default=0.05, help="radius of SAM's perturbation (sam only)")
     add(
         "--adaptive",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="adaptive SAM (scale-invariant)",
+        help="adaptive SAM, scale-invariant (sam only)",
     )
     add(
         "--delta",

@@ -43,8 +43,7 @@ def experiment_folder(models_folder: str | Path, experiment: str, seed: int | st
 
 def checkpoint_path(models_folder: str | Path, experiment: str, seed: int, which: int | str) -> Path:
     """A run's checkpoint: of an epoch (a number from 1), ``"best"`` or ``"last"``."""
-    name = f"epoch_{which}.pt" if isinstance(which, int) else f"{which}.pt"
-    return experiment_folder(models_folder, experiment, seed) / name
+    return experiment_folder(models_folder, experiment, seed) / checkpoint_name(which)
 
 
 def resume_folder(resume_ckpts_folder: str | Path, experiment: str, seed: int) -> Path:
@@ -52,9 +51,19 @@ def resume_folder(resume_ckpts_folder: str | Path, experiment: str, seed: int) -
     return Path(resume_ckpts_folder) / experiment / f"seed_{seed}"
 
 
-def resume_path(resume_ckpts_folder: str | Path, experiment: str, seed: int, epoch: int) -> Path:
-    """A run's resume state after an epoch."""
-    return resume_folder(resume_ckpts_folder, experiment, seed) / f"epoch={epoch}.pth.tar"
+def checkpoint_name(which: int | str) -> str:
+    """The file of a checkpoint: of an epoch (a number from 1), ``"best"`` or ``"last"``."""
+    return f"epoch_{which}.pt" if isinstance(which, int) else f"{which}.pt"
+
+
+def resume_name(epoch: int | str) -> str:
+    """The file of the resume state after an epoch, or the pattern of all with ``"*"``."""
+    return f"epoch={epoch}.pth.tar"
+
+
+def dynamics_row_name(epoch: int) -> str:
+    """The file of one epoch's recorded dynamics, beside the resume states."""
+    return f"dynamics_epoch={epoch}.npz"
 
 
 def splits_folder(datasets_folder: str | Path, dataset: str, seed: int) -> Path:

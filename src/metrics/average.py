@@ -16,9 +16,7 @@ from src.metrics.dynamics_scores import REDUCTIONS, Windows
 from src.metrics.end_of_training import PER_SEED_FILES
 from src.metrics.modes import score_mode
 from src.metrics.proxy import min_max
-from src.training.dynamics import read_dynamics
-
-DYNAMICS_FILE = "dynamics.npz"
+from src.training.dynamics import DYNAMICS_FILE, read_dynamics
 
 
 @dataclass(frozen=True)

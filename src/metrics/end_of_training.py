@@ -22,6 +22,17 @@ HISTORY_FILES = ("forgettability_history.pkl", "epochs_to_learn_history.pkl")
 NOT_VISITED = 255
 
 
+def has_end_of_training_scores(folder: str | Path) -> bool:
+    """Whether a run's folder of dynamics holds every file of ``write_end_of_training_scores``."""
+    return all((Path(folder) / name).exists() for name in (*PER_SEED_FILES.values(), *HISTORY_FILES))
+
+
+def remove_end_of_training_scores(folder: str | Path) -> None:
+    """Remove what an earlier run left in a folder of dynamics."""
+    for name in (*PER_SEED_FILES.values(), *HISTORY_FILES):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def write_end_of_training_scores(
     folder: str | Path, model: nn.Module, batches: Batches, dynamics: Mapping[str, np.ndarray]
 ) -> list[Path]:

@@ -21,6 +21,12 @@ SPLITS = tuple(range(1, 11))
 OPTIMIZERS = ("sgd", "sam")
 _MAY_DIFFER = ("optimizer", "rho", "adaptive", "measure_proxies")
 
+# Settings that seeds and splits of one kind differ in, or that the scores' own facts say.
+_NOT_OF_THE_KIND = (
+    "seed", "validation_split", "examples", "epochs", "optimizer", "measure_proxies", "dataset", "model", "labels",
+    "lr_sched", "subset",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Query:
@@ -144,6 +150,20 @@ def _what_is_missing(query: Query, kind: str, absent: list[tuple[str, str, int |
         f"{query.models_folder}: no checkpoint of epoch {query.epoch}, seed {query.seed} for {shown} "
         f"(protocol {kind}); make the first with: {shlex.join(command)} (and your other training flags)"
     )
+
+
+def training_settings(pair: Pair) -> dict[str, Any]:
+    """How a pair was trained, but for what differs from seed to seed and split to split, as ``training_{name}``.
+
+    The values are the SAM-trained network's, SAM's own among them; ``load_pair`` names where the other differs.
+
+    Raises:
+        FileError: The checkpoint is damaged.
+    """
+    settings = read_checkpoint(pair.sam).get("settings")
+    if not isinstance(settings, dict):  # load_pair says what is wrong
+        return {}
+    return {f"training_{name}": value for name, value in settings.items() if name not in _NOT_OF_THE_KIND}
 
 
 def load_pair(pair: Pair, expected: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, dict[str, Any]]:

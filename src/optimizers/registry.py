@@ -136,6 +136,8 @@ def build_optimizer(
     _check("--rho", rho, at_least=0.0)
     _check("--delta", delta, above=0.0)
     _check("--hess_init", hess_init, above=0.0)
+    if delta is not None and not OPTIMIZERS[name].needs_sampling:
+        raise FlagError(f"--delta: is the prior precision of iblr; leave it out with --optimizer {name}")
     settings = OptimizerSettings(lr, momentum, weight_decay, rho, adaptive, num_examples, delta, hess_init)
     return OPTIMIZERS[name].build(list(parameters), settings)
 

@@ -2,13 +2,14 @@
 
 from src.training.checkpoints import load_model, model_description
 from src.training.config import TrainingConfig
-from src.training.dynamics import Dynamics, read_dynamics
+from src.training.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
 from src.training.evaluation import evaluate, logits_of, predictions
 from src.training.group import Group
 from src.training.loop import Trainer
 from src.training.run import RunFiles, run_training
 
 __all__ = [
+    "DYNAMICS_FILE",
     "Dynamics",
     "Group",
     "RunFiles",

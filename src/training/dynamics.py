@@ -12,7 +12,9 @@ from src.artifacts import label_hash, parse_settings, read_npz, write_npz
 from src.errors import FileError
 from src.training.group import Group
 
+DYNAMICS_FILE = "dynamics.npz"
 QUANTITIES = ("loss", "probability", "margin", "correct", "el2n", "divergence")
+_SLICE = 2**16  # examples exchanged between processes at a time, to bound the memory
 _SMALLEST = 2.0**-24  # the smallest positive fp16 number: what the stored probabilities are clamped to
 
 
@@ -65,14 +67,18 @@ class Dynamics:
 
     def _gather(self, group: Group) -> None:
         """Sum the shares: each example was visited by one process, whose new probabilities all processes take."""
-        seen = (~self._now[0].isnan()).to(self._now.dtype)
-        new = torch.where(seen[:, None] > 0, self._before.float(), 0.0)
-        now = self._now.nan_to_num(nan=0.0)
-        lost = (self._now.isnan() & (seen > 0)).to(now.dtype)  # NaN that was recorded, such as a first divergence
-        group.sum_([now, seen, new, lost])
-        self._now = torch.where((seen > 0) & (lost == 0), now, float("nan"))
-        self._before = torch.where(seen[:, None] > 0, new.half(), self._before)
-        self._known |= seen > 0
+        for start in range(0, self._now.shape[1], _SLICE):
+            part = slice(start, start + _SLICE)
+            mine = ~self._now[0, part].isnan()
+            seen = mine.float()
+            new = torch.where(mine[:, None], self._before[part].float(), 0.0)
+            now = self._now[:, part].nan_to_num(nan=0.0)
+            lost = (self._now[:, part].isnan() & mine).float()  # NaN that was recorded, such as a first divergence
+            group.sum_([now, seen, new, lost])
+            visited = seen > 0
+            self._now[:, part] = torch.where(visited & (lost == 0), now, float("nan"))
+            self._before[part] = torch.where(visited[:, None], new.half(), self._before[part])
+            self._known[part] |= visited
 
     def fits(self, row: Any) -> bool:
         """Whether an array has the shape and kind of a row."""

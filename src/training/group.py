@@ -3,11 +3,14 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from src.errors import FlagError
+
+_PATIENCE = timedelta(days=1)  # others wait while the leading process downloads data, or scores a trained network
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,13 @@ class Group:
     def start(self, device: torch.device) -> None:
         """Join the other processes: nccl for GPUs, gloo for CPUs."""
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=self.rank, world_size=self.world)
+        dist.init_process_group(
+            backend,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=_PATIENCE,
+            device_id=device if device.type == "cuda" else None,
+        )
 
     def stop(self) -> None:
         """Leave the group."""

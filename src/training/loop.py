@@ -148,7 +148,9 @@ class Trainer:
         synchronised = synchronised_batchnorm(self.model) if self.sync_batchnorm else nullcontext()
         with torch.random.fork_rng(devices=devices), synchronised:
             # What can only draw from torch's global generators (dropout, iBLR's noise) draws from these.
-            torch.manual_seed(derived_seed(self.config.seed, epoch, "global"))
+            # Processes draw differently: the same dropout for all would tie their examples together.
+            purpose = "global" if self.group.leads else f"global {self.group.rank}"
+            torch.manual_seed(derived_seed(self.config.seed, epoch, purpose))
             for step, batch in enumerate(self.train_batches.epoch(epoch, weights=self.weights), start=1):
                 losses, logits = self._step(self.optimizer, self.model, lambda batch=batch: self._one_pass(batch))
                 weighted = (losses * batch.weights).sum()
@@ -210,8 +212,9 @@ class Trainer:
         return f"a smaller --learning_rate may help (it is {self.config.learning_rate:g})"
 
     def _check_last_batch(self) -> None:
-        """Refuse a last batch of one example where BatchNorm cannot normalise it."""
-        if self.train_batches.last_batch_size != 1 or self.group.world > 1:
+        """Refuse a last batch that leaves a process one example where BatchNorm cannot normalise it."""
+        last, world = self.train_batches.last_batch_size, self.group.world
+        if last >= 2 * world if not self.sync_batchnorm else last > 1:  # every share has two, or none needs them
             return
         probe = next(iter(self.train_batches.epoch(1))).images[:1]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -221,8 +224,9 @@ class Trainer:
                 self.model(probe)
         except ValueError as error:
             raise FlagError(
-                f"--batch_size: {len(self.train_batches.images)} examples leave a last batch of one, "
-                "which this network's BatchNorm cannot normalise; give another size"
+                f"--batch_size: {len(self.train_batches.images)} examples leave a last batch of one"
+                + (", " if world == 1 else " for a process, ")
+                + "which this network's BatchNorm cannot normalise; give another size"
             ) from error
         finally:
             for name, buffer in self.model.named_buffers():

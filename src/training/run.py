@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 from src.artifacts import (
+    checkpoint_name,
     differences,
+    dynamics_row_name,
     read_checkpoint,
     read_json,
     read_npz,
     refuse_other_settings,
     require_writable,
+    resume_name,
     write_checkpoint,
     write_json,
     write_npz,
@@ -45,15 +48,15 @@ class RunFiles:
 
     def epoch(self, epoch: int) -> Path:
         """The checkpoint of an epoch."""
-        return self.checkpoints / f"epoch_{epoch}.pt"
+        return self.checkpoints / checkpoint_name(epoch)
 
     def state(self, epoch: int) -> Path:
         """The resume state after an epoch."""
-        return self.resume / f"epoch={epoch}.pth.tar"
+        return self.resume / resume_name(epoch)
 
     def row(self, epoch: int) -> Path:
         """The recorded dynamics of an epoch."""
-        return self.resume / f"dynamics_epoch={epoch}.npz"
+        return self.resume / dynamics_row_name(epoch)
 
     @property
     def results(self) -> Path:
@@ -143,13 +146,14 @@ class _Run:
         if not self.trainer.group.leads:
             return
         try:
-            stored = files.read_results().get("settings")
+            stored = files.read_results().get("settings") or self._settings_of_states()
         except FileError as error:
             if not overwrite:
                 raise FileError(f"{error}; give --overwrite to train anew") from error
             stored = {}
+        where = files.checkpoints if files.results.exists() else files.resume
         if stored is not None and not overwrite:
-            refuse_other_settings(files.checkpoints, stored, self.settings)
+            refuse_other_settings(where, stored, self.settings)
         elif stored is not None and differences(stored, self.settings):
             for path in (*files.checkpoints.glob("*.pt"), *files.resume.glob("*epoch=*")):
                 path.unlink()
@@ -179,6 +183,15 @@ class _Run:
             return True
         log.info("no resume state in %s: starting from the beginning", self.files.resume)
         return False
+
+    def _settings_of_states(self) -> dict[str, Any] | None:
+        """The settings of the resume states, for a run whose checkpoints are gone or in another folder."""
+        for epoch in self.files.states():
+            try:
+                return self._read_state(self.files.state(epoch))["settings"]
+            except FileError:
+                continue
+        return None
 
     def _read_state(self, path: Path) -> dict[str, Any]:
         state = read_checkpoint(path)
@@ -219,8 +232,9 @@ class _Run:
         state = {"format": STATE_FORMAT, "epoch": epoch, "settings": self.settings, **trainer.state()}
         write_checkpoint(files.state(epoch), state)
         self._finish_epoch()
-        for old in files.states()[_KEEP_STATES:]:
-            files.state(old).unlink(missing_ok=True)
+        for old in files.states():  # also later ones, of a run that this one replaces: they would be resumed first
+            if not epoch - _KEEP_STATES < old <= epoch:
+                files.state(old).unlink(missing_ok=True)
         record = trainer.history[-1]
         log.info(
             "epoch %d/%d: train loss %.5f accuracy %.2f %%, test loss %.5f accuracy %.2f %%, %.1f s",

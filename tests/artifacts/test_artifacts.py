@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -172,3 +173,15 @@ def test_other_settings_are_named():
     ):
         artifacts.refuse_other_settings("x", {"a": [1], "b": 2}, {"a": (1,), "b": 3})
     artifacts.refuse_other_settings("x", {"a": [1], "b": 2}, {"a": (1,), "b": 3}, ignore=["b"])
+
+
+def test_an_interruption_waits_until_the_file_is_whole(tmp_path):
+    def write(file):
+        file.write(b"first ")
+        os.kill(os.getpid(), signal.SIGINT)
+        file.write(b"last")
+
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.write_with(tmp_path / "a.txt", write)
+    # the signal is delivered once the content is on the disk; the old name then has nothing or all of it
+    assert [path.read_text() for path in tmp_path.iterdir()] in ([], ["first last"])

@@ -59,6 +59,7 @@ def test_state_round_trip_and_rate(name):
         ("sgd", {"weight_decay": -1e-4}, "--weight_decay"),
         ("sam", {"rho": -0.1}, "--rho"),
         ("iblr", {"delta": 0.0}, "--delta"),
+        ("sgd", {"delta": 2.0}, "--delta: .* leave it out"),
         ("iblr", {"hess_init": 0.0}, "--hess_init"),
         ("iblr", {"delta": 2.0, "weight_decay": 0.1}, "give one of them"),
     ],

@@ -9,6 +9,7 @@ from torch import nn
 
 from src.errors import FlagError, TrainingError
 from src.optimizers import rate
+from src.training import Group
 
 
 def plain_epochs(trainer, model, step):
@@ -138,16 +139,17 @@ def test_library_code_leaves_the_global_generators_alone(make_trainer):
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
+class OnePixel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.norm(x.flatten(1)))
+
+
 def test_a_last_batch_of_one_is_refused_where_batchnorm_cannot_take_it(make_trainer, digits):
     train = digits[0].subset(torch.arange(65))
-
-    class OnePixel(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 10)
-
-        def forward(self, x):
-            return self.head(self.norm(x.flatten(1)))
 
     good = make_trainer(train=train, epochs=1)  # 8x8 maps: one example has many values per channel
     good.fit()
@@ -155,3 +157,12 @@ def test_a_last_batch_of_one_is_refused_where_batchnorm_cannot_take_it(make_trai
     trainer.model = OnePixel()
     with pytest.raises(FlagError, match="--batch_size: 65 examples leave a last batch of one"):
         trainer._check_last_batch()
+
+
+def test_a_last_batch_that_leaves_a_process_one_example_is_refused(make_trainer, digits):
+    trainer = make_trainer(train=digits[0].subset(torch.arange(67)), epochs=1)  # 64 and 3: shares of 2 and 1
+    trainer.model, trainer.group = OnePixel(), Group(rank=0, world=2)
+    with pytest.raises(FlagError, match="--batch_size: 67 examples leave a last batch of one for a process"):
+        trainer._check_last_batch()
+    trainer.sync_batchnorm = True
+    trainer._check_last_batch()

@@ -123,3 +123,21 @@ def test_a_kill_between_state_and_checkpoints_is_mended(make_trainer, tmp_path):
     run(make_trainer(), tmp_path, resume=True)
     assert files.epoch(4).exists()
     assert (files.checkpoints / "last.pt").exists()
+
+
+def test_a_run_that_starts_anew_is_not_resumed_from_the_states_it_replaces(make_trainer, tmp_path):
+    run(make_trainer(), tmp_path)
+    with pytest.raises(KilledError):
+        run(make_trainer(after_step=kill_at(10)), tmp_path)  # in the third epoch
+    assert RunFiles(tmp_path / "ckpts", tmp_path / "resume").states() == [2, 1]
+
+
+def test_states_of_other_settings_are_not_replaced_when_checkpoints_are_elsewhere(make_trainer, tmp_path):
+    files = run(make_trainer(), tmp_path)
+    elsewhere = RunFiles(tmp_path / "other", files.resume)
+    trainer = make_trainer(learning_rate=0.01)
+    with pytest.raises(FileError, match="learning_rate"):
+        run_training(trainer, elsewhere, trainer.config.as_dict(), DESCRIPTION)
+    assert files.states() == [4, 3]
+    run_training(trainer, elsewhere, trainer.config.as_dict(), DESCRIPTION, overwrite=True)
+    assert read_checkpoint(files.state(4))["settings"]["learning_rate"] == 0.01
