@@ -85,6 +85,7 @@ def main() -> None:
     query = Query(args.models_folder, args.model, name, args.seed, args.epochs, args.lr_sched, args.dataset)
     memorization = read_memorization(args, name, train.total)
     protocol, pairs = find_pairs(query, args.protocol)
+    log.info("protocol %s: %d pair(s) of networks", protocol, len(pairs))
     facts = {
         "dataset": name,
         "model": args.model,

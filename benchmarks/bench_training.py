@@ -101,25 +101,30 @@ def our_epoch(way: Way, model: nn.Module, moments: list[float]) -> None:
 
 def measure(quick: bool = False) -> list[Row]:
     """Time every way, and pair them."""
-    large = Way("resnet18", steps=2, channels_last=MODELS["resnet18"].channels_last)
+    large = Way("resnet18", steps=1, channels_last=MODELS["resnet18"].channels_last)
     small = Way("resnet8", steps=20, channels_last=MODELS["resnet8"].channels_last, dynamics=True)
     rounds = 2
     if quick:
         large, small = (replace(way, model="resnet8", steps=1, batch=4) for way in (large, small))
         rounds = 1
-    narrow = replace(large, steps=1, batch=16)  # bf16 is very slow where the processor does not compute in it
+    narrow = replace(large, batch=4)  # bf16 is very slow where the processor does not compute in it
     # name, plain way, ours, target
     pairs = [
         (f"training, {large.model}: DataLoader loop", replace(large, loop="loader"), large, 1.0),
         (f"training, {large.model}: loop on a ready batch", replace(large, loop="ready"), large, None),
-        (f"training, {large.model}: memory given back", replace(large, keep_memory=False), large, None),
         (
-            f"training, {large.model}: contiguous, channels_last",
+            f"training, {large.model}: ours with memory given back, kept",
+            replace(large, keep_memory=False),
+            large,
+            None,
+        ),
+        (
+            f"training, {large.model}: ours contiguous, channels_last",
             replace(large, channels_last=False),
             replace(large, channels_last=True),
             None,
         ),
-        (f"training, {large.model}: fp32, bf16", narrow, replace(narrow, precision="bf16"), None),
+        (f"training, {large.model}: ours in fp32, bf16", narrow, replace(narrow, precision="bf16"), None),
         (f"training, {small.model}, with dynamics: DataLoader loop", replace(small, loop="loader"), small, 1.0),
         (f"training, {small.model}, with dynamics: ready batch", replace(small, loop="ready"), small, None),
     ]
