@@ -7,6 +7,7 @@ workers or ranks change nothing, and a resumed run needs no generator states.
 
 import hashlib
 
+import numpy as np
 import torch
 
 
@@ -28,3 +29,8 @@ def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
         A fresh ``torch.Generator`` on the CPU.
     """
     return torch.Generator().manual_seed(derived_seed(seed, epoch, purpose))
+
+
+def numpy_generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
+    """The same for numpy."""
+    return np.random.default_rng(derived_seed(seed, epoch, purpose))

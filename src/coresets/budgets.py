@@ -1,0 +1,82 @@
+"""How many examples to choose, and among which."""
+
+import numpy as np
+
+from src.coresets.material import Group
+from src.errors import FlagError
+
+_ROUNDING = 1e-9  # 0.55 * 6000 is a hair above 3300; the budget is 3300
+
+
+def class_budgets(sizes: np.ndarray, fraction: float) -> np.ndarray:
+    """``ceil(fraction * n_c)`` of each class, free of rounding noise; 0 for empty classes.
+
+    Args:
+        sizes: ``(C,)``.
+        fraction: Share to keep, in (0, 1].
+    """
+    sizes = np.asarray(sizes, dtype=np.int64)
+    wanted = np.ceil(fraction * sizes - _ROUNDING).astype(np.int64)
+    return np.clip(wanted, np.minimum(sizes, 1), sizes)
+
+
+def total_budget(count: int, fraction: float) -> int:
+    """``fraction * n``, rounded half up."""
+    return min(int(np.floor(fraction * count + 0.5 + _ROUNDING)), count)
+
+
+def make_groups(
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    fraction: float | None = None,
+    shots: int | None = None,
+    per_class: bool = True,
+) -> list[Group]:
+    """The groups that a selection is made in.
+
+    Args:
+        labels: int64 ``(n,)`` of the candidates.
+        num_classes: C.
+        fraction: Share to keep, in (0, 1].
+        shots: Examples per class, in place of a fraction.
+        per_class: A group per class that has candidates; else one group of all.
+
+    Returns:
+        Groups in the order of the labels.
+
+    Raises:
+        FlagError: The fraction or the shots do not fit the candidates.
+    """
+    labels = np.asarray(labels)
+    sizes = np.bincount(labels, minlength=num_classes)
+    if shots is not None:
+        _check_shots(shots, sizes, per_class)
+        budgets = np.where(sizes > 0, shots, 0)
+    elif fraction is None or not 0.0 < fraction <= 1.0:
+        raise FlagError(f"--coreset_fraction {fraction}: must be above 0 and at most 1")
+    elif not per_class:
+        budget = total_budget(len(labels), fraction)
+        if not budget:
+            raise FlagError(
+                f"--coreset_fraction {fraction:g}: keeps none of {len(labels)} examples; give a larger one"
+            )
+        return [Group(np.arange(len(labels)), budget)]
+    else:
+        budgets = class_budgets(sizes, fraction)
+    order = np.argsort(labels, kind="stable")
+    members = np.split(order, np.cumsum(sizes)[:-1])
+    return [Group(members[c], int(budgets[c]), c) for c in range(num_classes) if sizes[c]]
+
+
+def _check_shots(shots: int, sizes: np.ndarray, per_class: bool) -> None:
+    if shots < 1:
+        raise FlagError(f"--shots {shots}: must be at least 1")
+    if not per_class:
+        raise FlagError("--shots: counts examples per class; leave --per_class on")
+    present = np.flatnonzero(sizes)
+    smallest = present[sizes[present].argmin()]
+    if shots > sizes[smallest]:
+        raise FlagError(
+            f"--shots {shots}: class {smallest} has only {sizes[smallest]} examples; give at most that many"
+        )

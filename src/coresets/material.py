@@ -1,0 +1,174 @@
+"""What selection methods read, and what they return."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from src.errors import UserError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen examples.
+
+    Attributes:
+        indices: int64 ``(k,)``, ascending, each once: positions among the candidates while methods compute,
+            original indices in files.
+        weights: float64 ``(k,)``, the sample weights of training; all 1, or with mean 1 where a method weights.
+    """
+
+    indices: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, picks: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None) -> "Selection":
+        """Put the picks of all groups together, in the order of the data set.
+
+        Args:
+            picks: One array of positions per group, each in any order.
+            weights: Weights of the same shapes; default 1.
+        """
+        indices = np.concatenate([np.asarray(part, dtype=np.int64) for part in picks])
+        values = np.ones(len(indices)) if weights is None else np.concatenate(weights).astype(np.float64)
+        order = np.argsort(indices, kind="stable")
+        return cls(indices[order], values[order])
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the weights differ from 1."""
+        return bool((self.weights != 1).any())
+
+    def rescaled(self) -> "Selection":
+        """The same selection with weights of mean 1.
+
+        Raises:
+            UserError: All weights are 0.
+        """
+        mean = self.weights.mean()
+        if not mean > 0:
+            raise UserError("the selection's weights are all 0; choose another method or a larger fraction")
+        return Selection(self.indices, self.weights / mean)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Candidates among which a method chooses at once: a class, or all of them.
+
+    Attributes:
+        positions: int64 ``(m,)``, ascending.
+        budget: How many to choose, from 1 to m.
+        label: The class; None for the group of all.
+    """
+
+    positions: np.ndarray
+    budget: int
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """What a pre-trained network's last layer sees and says of each candidate, un-augmented, in eval mode.
+
+    The gradient of an example's cross-entropy in the last layer's bias and weights is ``[e, e (x) h]``.
+
+    Attributes:
+        logits: ``(n, C)``.
+        labels: int64 ``(n,)``.
+        embeddings: h, ``(n, d)``; None where the method needs none.
+        gradient_norms: ``(n,)``, norms of the gradients in all parameters; None where the method needs none.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    embeddings: torch.Tensor | None = None
+    gradient_norms: torch.Tensor | None = None
+
+    @cached_property
+    def errors(self) -> torch.Tensor:
+        """e = softmax(z) - onehot(y), ``(n, C)``, in the logits' type."""
+        return errors_of(self.logits, self.labels)
+
+    @cached_property
+    def losses(self) -> torch.Tensor:
+        """Cross-entropies ``(n,)``, float64."""
+        return torch.nn.functional.cross_entropy(self.logits.double(), self.labels, reduction="none")
+
+    def at(self, positions: np.ndarray) -> "LastLayer":
+        """The same of some candidates."""
+        chosen = torch.from_numpy(np.ascontiguousarray(positions)).to(self.labels.device)
+        optional = [None if t is None else t[chosen] for t in (self.embeddings, self.gradient_norms)]
+        return LastLayer(self.logits[chosen], self.labels[chosen], *optional)
+
+
+def errors_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """``softmax(z) - onehot(y)``, ``(n, C)``; the softmax is taken in float64, so that small errors keep digits."""
+    errors = torch.softmax(logits.double(), dim=1)
+    # 1 - p as the sum of the others: exact where p rounds to 1
+    errors.scatter_(1, labels[:, None], 0.0)
+    errors.scatter_(1, labels[:, None], -errors.sum(dim=1, keepdim=True))
+    return errors.to(logits.dtype)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What users can set of the methods; each reads what its registry entry names.
+
+    Attributes:
+        coreset_mode: ``"large"`` or ``"few_shot"`` (stored scores only).
+        grand_gradient: ``"last"`` layer or ``"full"`` gradient (GraNd).
+        glister_eta: Step of GLISTER's one-step model.
+        glister_refresh: Picks between two refreshes of the validation gradient.
+        gradmatch_lambda: Ridge of GradMatch.
+        ccs_cutoff: Share of hardest examples that CCS leaves out; None for the paper's choice by pruning rate.
+        ccs_bins: Strata of CCS.
+        d2_neighbors: k of D2's graph.
+        d2_gamma: Decay of D2's reverse messages.
+        dual_beta: Whether DUAL samples by its Beta density (else the highest scores are kept).
+        dual_c: How fast DUAL's Beta distribution moves to easy examples as more is pruned.
+        score_window: Epochs of a window of DUAL and TDDS.
+        selection_memory: MiB that pairwise similarities may take; above, they are computed in blocks.
+    """
+
+    coreset_mode: str = "large"
+    grand_gradient: str = "last"
+    glister_eta: float = 0.1
+    glister_refresh: int = 1
+    gradmatch_lambda: float = 1.0
+    ccs_cutoff: float | None = None
+    ccs_bins: int = 50
+    d2_neighbors: int = 5
+    d2_gamma: float = 1.0
+    dual_beta: bool = True
+    dual_c: float = 4.0
+    score_window: int = 10
+    selection_memory: int = 2048
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a selection may depend on; what a method's entry does not ask for is absent.
+
+    Attributes:
+        labels: int64 ``(n,)`` of the candidates.
+        num_classes: C.
+        seed: Seed of what a method draws.
+        scores: ``(n,)``, the stored score, or the reduction of the dynamics that the entry names.
+        dynamics: Recorded arrays ``(epochs, n)`` by name.
+        networks: The pre-trained networks' last layers.
+        names: Original indices of the candidates, ``(n,)``, for messages; default the positions.
+    """
+
+    labels: np.ndarray
+    num_classes: int
+    seed: int = 1
+    scores: np.ndarray | None = None
+    dynamics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    networks: Sequence[LastLayer] = ()
+    names: np.ndarray | None = None
+
+    def name(self, position: int) -> int:
+        """An example's original index."""
+        return int(position if self.names is None else self.names[position])
