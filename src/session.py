@@ -1,5 +1,6 @@
 """What the training scripts share: from parsed flags to a trained network and its files."""
 
+import copy
 import logging
 from argparse import Namespace
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from src.scripting import start_logging
 from src.training import (
     DYNAMICS_FILE,
     Dynamics,
+    EpochPlan,
     Group,
     RunFiles,
     Trainer,
@@ -80,6 +82,12 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.group.stop()
 
+    def variant(self, **changes: Any) -> "Session":
+        """This session under other flags, with the same data, device and processes."""
+        other = copy.copy(self)
+        other.args = Namespace(**{**vars(self.args), **changes})
+        return other
+
     def _load(self) -> tuple[ImageSet, ImageSet]:
         """The whole training and test part; the leading process loads first, so that data are fetched once."""
         args = self.args
@@ -114,7 +122,9 @@ class Session:
         train: ImageSet,
         *,
         weights: torch.Tensor | None = None,
+        plan: EpochPlan | None = None,
         more_settings: Mapping[str, Any] | None = None,
+        final_scores: bool = True,
     ) -> list[dict[str, Any]]:
         """Train one network on ``train`` and write everything that a run writes.
 
@@ -122,7 +132,9 @@ class Session:
             experiment: The run's name in paths.
             train: The training examples, with their original indices.
             weights: Sample weights, one per example of ``train``.
+            plan: Which examples each epoch visits, where that is not all of them.
             more_settings: Settings beside those of the flags, such as the split left out.
+            final_scores: With ``--measure_proxies``, whether to measure the scores of the trained network too.
 
         Returns:
             The history: one record per epoch.
@@ -137,16 +149,17 @@ class Session:
         dynamics = Dynamics(train.total, self.entry.num_classes, self.device) if args.measure_proxies else None
         trainer = Trainer(
             model,
-            self._batches(train, order="shuffled", augmentation=self.augmentation()),
-            self._batches(self.test),
+            self.batches(train, order="shuffled", augmentation=self.augmentation()),
+            self.batches(self.test),
             config,
             weights=weights,
+            plan=plan,
             dynamics=dynamics,
             group=self.group,
             compile_model=args.compile,
             sync_batchnorm=args.sync_bn,
         )
-        settings = self._settings(train, more_settings)
+        settings = self.settings(train, more_settings)
         whole_labels = self.whole_train.labels.cpu().numpy()
         history = run_training(
             trainer,
@@ -167,14 +180,21 @@ class Session:
             folder = dynamics_folder(args.metrics_folder, experiment, args.seed)
             remove_end_of_training_scores(folder)  # an older run's, which would pass for this run's
             dynamics.write(folder / DYNAMICS_FILE, whole_labels, settings)
-            write_end_of_training_scores(folder, model, self._batches(train, alone=True), dynamics.arrays())
+            if final_scores:
+                write_end_of_training_scores(folder, model, self.batches(train, alone=True), dynamics.arrays())
             log.info("per-example dynamics and scores are in %s", folder)
         self.group.wait()
         return history
 
-    def is_done(self, experiment: str, train: ImageSet, more_settings: Mapping[str, Any] | None = None) -> bool:
+    def is_done(
+        self,
+        experiment: str,
+        train: ImageSet,
+        more_settings: Mapping[str, Any] | None = None,
+        final_scores: bool = True,
+    ) -> bool:
         """Whether a run with these very settings has finished, and left all its scores."""
-        settings = self._settings(train, more_settings)
+        settings = self.settings(train, more_settings)
         try:
             results = self.files(experiment).read_results()
             if not results.get("finished") or differences(results["settings"], settings):
@@ -185,7 +205,8 @@ class Session:
             stored = read_dynamics(folder / DYNAMICS_FILE)["settings"]
         except FileError:  # starting the run says so, or replaces it
             return False
-        return has_end_of_training_scores(folder) and not differences(stored, settings)
+        complete = not final_scores or has_end_of_training_scores(folder)
+        return complete and not differences(stored, settings)
 
     def files(self, experiment: str) -> RunFiles:
         """Where a run keeps its files."""
@@ -204,7 +225,7 @@ class Session:
             model = model.to(memory_format=torch.channels_last)
         return model
 
-    def _batches(
+    def batches(
         self,
         images: ImageSet,
         *,
@@ -212,6 +233,7 @@ class Session:
         augmentation: Augmentation | None = None,
         alone: bool = False,
     ) -> Batches:
+        """Batches of ``--batch_size``, shared among the processes unless ``alone``."""
         args, entry = self.args, self.entry
         return Batches(
             images,
@@ -227,7 +249,7 @@ class Session:
             world=1 if alone else self.group.world,
         )
 
-    def _settings(self, train: ImageSet, more: Mapping[str, Any] | None) -> dict[str, Any]:
+    def settings(self, train: ImageSet, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Everything that determines a run's result."""
         args, entry = self.args, self.entry
         subset = None if args.subset is None else label_hash(self.train.indices.cpu().numpy())

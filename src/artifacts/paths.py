@@ -36,6 +36,31 @@ def split_experiment(model: str, dataset: str, optimizer: str, lr_sched: str, in
     return f"split_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_val_split_{index}"
 
 
+def pretrain_experiment(dataset: str, model: str, key: str) -> str:
+    """The name of a pre-training run, in which ``key`` stands for all its settings but the seed."""
+    return f"pretrain/{dataset}/{model}/{key}"
+
+
+def coreset_experiment(func: str, mode: str, share: float | str, model: str, dataset: str) -> str:
+    """The name of a run on a chosen part of the training set; ``share`` is the fraction, or what else says how much."""
+    return f"{func}_static_coreset_{mode}_{share}_{model}_over_{dataset}"
+
+
+def selection_path(models_folder: str | Path, experiment: str, seed: int) -> Path:
+    """The chosen indices and weights of a run on a part of the training set."""
+    return experiment_folder(models_folder, experiment, seed) / "selection.npz"
+
+
+def claim_path(models_folder: str | Path, experiment: str, seed: int) -> Path:
+    """The lock of the process that works on a run."""
+    return experiment_folder(models_folder, experiment, seed) / "claim.lock"
+
+
+def comparison_stem(plots_folder: str | Path, dataset: str, model: str, name: str) -> Path:
+    """A comparison of selection methods: its table (csv, json, md) and figure (png, pdf), without the ending."""
+    return Path(plots_folder) / "pruning" / f"{model}_over_{dataset}" / name
+
+
 def experiment_folder(models_folder: str | Path, experiment: str, seed: int | str) -> Path:
     """The folder of a run's checkpoints."""
     return Path(models_folder) / experiment / f"seed_{seed}"

@@ -8,9 +8,12 @@ import torch
 
 
 def gradient_norms(errors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """``||g_i|| = ||e_i|| sqrt(1 + ||h_i||^2)``, ``(n,)`` float64, from errors ``(n, C)`` and embeddings ``(n, d)``."""
-    squared_h = torch.einsum("nd,nd->n", embeddings, embeddings).double()
-    return torch.linalg.vector_norm(errors, dim=1).double() * (1.0 + squared_h).sqrt()
+    """``||g_i|| = ||e_i|| sqrt(1 + ||h_i||^2)``, float64 ``(n,)``, from errors ``(n, C)`` and embeddings ``(n, d)``.
+
+    The squares are summed in float64, where those of small errors do not vanish.
+    """
+    error, embedding = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (errors, embeddings))
+    return error * (1.0 + embedding.square()).sqrt()
 
 
 def inner_products(

@@ -129,6 +129,7 @@ class Options:
         dual_beta: Whether DUAL samples by its Beta density (else the highest scores are kept).
         dual_c: How fast DUAL's Beta distribution moves to easy examples as more is pruned.
         score_window: Epochs of a window of DUAL and TDDS.
+        infobatch_delta: Share of the epochs after which InfoBatch prunes no more.
         selection_memory: MiB that pairwise similarities may take; above, they are computed in blocks.
     """
 
@@ -144,6 +145,7 @@ class Options:
     dual_beta: bool = True
     dual_c: float = 4.0
     score_window: int = 10
+    infobatch_delta: float = 0.875
     selection_memory: int = 2048
 
 

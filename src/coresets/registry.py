@@ -120,3 +120,18 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise FlagError(f"--coreset_func {name}: unknown; choose from {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def method_table() -> str:
+    """The registry as a Markdown table; methods that differ only in the stored score share a row."""
+    rows = ["| `--coreset_func` | paper | what it keeps | needs | cost | options |", "|---|---|---|---|---|---|"]
+    stored = [m for m in METHODS.values() if m.needs.stored]
+    for entry in METHODS.values():
+        names, needs, paper = f"`{entry.name}`", str(entry.needs), entry.paper
+        if entry.needs.stored:
+            if entry is not stored[0]:
+                continue
+            names, needs, paper = ", ".join(f"`{m.name}`" for m in stored), "a stored score", "SAMIS, and each score's"
+        cells = (names, paper, entry.equation, needs, entry.cost, ", ".join(f"`--{name}`" for name in entry.options))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)

@@ -28,6 +28,7 @@ class OptimizerSettings:
     num_examples: int | None
     delta: float | None
     hess_init: float | None
+    nesterov: bool
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,24 @@ class OptimizerEntry:
         build: Makes the optimiser.
         passes: Forward and backward passes per batch; with 2, the first lies before ``first_step``.
         needs_sampling: Whether the pass runs inside ``sampled_params()``.
+        has_nesterov: Whether its momentum can be Nesterov's.
     """
 
     name: str
     build: Callable[[list[nn.Parameter], OptimizerSettings], Optimizer]
     passes: int = 1
     needs_sampling: bool = False
+    has_nesterov: bool = False
 
 
 def _sgd(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
-    return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+    )
 
 
 def _adam(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
@@ -78,7 +87,7 @@ def _iblr(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimi
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     entry.name: entry
     for entry in (
-        OptimizerEntry("sgd", _sgd),
+        OptimizerEntry("sgd", _sgd, has_nesterov=True),
         OptimizerEntry("adam", _adam),
         OptimizerEntry("adamw", _adamw),
         OptimizerEntry("sam", _sam, passes=2),
@@ -104,6 +113,7 @@ def build_optimizer(
     num_examples: int | None = None,
     delta: float | None = None,
     hess_init: float | None = None,
+    nesterov: bool = False,
 ) -> Optimizer:
     """Build an optimiser by name.
 
@@ -111,7 +121,7 @@ def build_optimizer(
         name: A name from `OPTIMIZERS`.
         parameters: The model's parameters, on their final device.
         lr: The base learning rate.
-        momentum: Of sgd, and of the SGD inside sam; never Nesterov's.
+        momentum: Of sgd, and of the SGD inside sam.
         weight_decay: As the torch optimiser of that name defines it, taken as given also for adamw (where torch's own
             default is 0.01). For iblr it is the prior's: delta = weight_decay * num_examples.
         rho: Radius of sam.
@@ -119,6 +129,7 @@ def build_optimizer(
         num_examples: Number of training examples (iblr).
         delta: Prior precision of iblr. Without it and without weight decay: 1.
         hess_init: Initial Hessian of iblr, default 0.1.
+        nesterov: Whether the momentum of sgd is Nesterov's (Sutskever et al. 2013, as torch has it).
 
     Returns:
         The optimiser.
@@ -138,7 +149,12 @@ def build_optimizer(
     _check("--hess_init", hess_init, above=0.0)
     if delta is not None and not OPTIMIZERS[name].needs_sampling:
         raise FlagError(f"--delta: is the prior precision of iblr; leave it out with --optimizer {name}")
-    settings = OptimizerSettings(lr, momentum, weight_decay, rho, adaptive, num_examples, delta, hess_init)
+    if nesterov and not OPTIMIZERS[name].has_nesterov:
+        able = ", ".join(entry.name for entry in OPTIMIZERS.values() if entry.has_nesterov)
+        raise FlagError(f"--nesterov: is a momentum of {able} alone; leave it out with --optimizer {name}")
+    if nesterov and momentum == 0.0:
+        raise FlagError("--nesterov: needs a momentum; give --momentum above 0, or leave it out")
+    settings = OptimizerSettings(lr, momentum, weight_decay, rho, adaptive, num_examples, delta, hess_init, nesterov)
     return OPTIMIZERS[name].build(list(parameters), settings)
 
 

@@ -6,11 +6,13 @@ from src.training.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
 from src.training.evaluation import evaluate, logits_of, predictions
 from src.training.group import Group
 from src.training.loop import Trainer
+from src.training.plan import EpochPlan
 from src.training.run import RunFiles, run_training
 
 __all__ = [
     "DYNAMICS_FILE",
     "Dynamics",
+    "EpochPlan",
     "Group",
     "RunFiles",
     "Trainer",

@@ -24,6 +24,7 @@ class TrainingConfig:
         hess_init: Initial Hessian of iBLR.
         seed: Seed of what is random within epochs.
         precision: A name of ``PRECISIONS``.
+        nesterov: Whether SGD's momentum is Nesterov's.
     """
 
     epochs: int
@@ -39,10 +40,14 @@ class TrainingConfig:
     hess_init: float = 0.1
     seed: int = 1
     precision: str = "fp32"
+    nesterov: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return asdict(self)
+        """The settings as plain values; ``nesterov`` only where it is on, as runs older than it do not name it."""
+        settings = asdict(self)
+        if not self.nesterov:
+            del settings["nesterov"]
+        return settings
 
     @property
     def schedule_depends_on_epochs(self) -> bool:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from src.training.config import TrainingConfig
 from src.training.dynamics import Dynamics
 from src.training.evaluation import evaluate
 from src.training.group import Group
+from src.training.plan import EpochPlan
 from src.training.steps import plain_step, sam_step, sampled_step
 from src.training.sync_batchnorm import synchronised_batchnorm
 
@@ -34,10 +36,11 @@ class Trainer:
 
     Args:
         model: The network, on its device and of the precision's type.
-        train: Training batches (their weights enter the loss as sum(w l) / sum(w)).
+        train: Training batches (their weights enter the loss as sum(w l) / sum(w), which is 0 where all w are 0).
         test: Un-augmented test batches.
         config: The settings.
         weights: Sample weights, one per example of the training set; default 1.
+        plan: Which examples each epoch visits, and with which weights; default all, with ``weights``.
         dynamics: Where to record per-example dynamics, or None.
         group: The processes that share each batch.
         sync_batchnorm: Whether BatchNorm normalises over the batches of all processes.
@@ -53,6 +56,7 @@ class Trainer:
         config: TrainingConfig,
         *,
         weights: torch.Tensor | None = None,
+        plan: EpochPlan | None = None,
         dynamics: Dynamics | None = None,
         group: Group | None = None,
         sync_batchnorm: bool = False,
@@ -60,7 +64,9 @@ class Trainer:
         after_step: Sequence[Callable[["Trainer", int, int], None]] = (),
     ) -> None:
         self.model, self.train_batches, self.test_batches = model, train, test
-        self.config, self.weights, self.dynamics = config, weights, dynamics
+        self.config, self.weights, self.plan, self.dynamics = config, weights, plan, dynamics
+        if plan is not None and weights is not None:
+            raise ValueError("an epoch plan brings weights of its own; give one of the two")
         self.group = group or Group()
         self.after_step = tuple(after_step)
         self.sync_batchnorm = sync_batchnorm and self.group.world > 1
@@ -78,11 +84,18 @@ class Trainer:
             num_examples=len(train.images),
             delta=config.delta,
             hess_init=config.hess_init,
+            nesterov=config.nesterov,
         )
         entry = OPTIMIZERS[config.optimizer]
         self._step = sampled_step if entry.needs_sampling else sam_step if entry.passes == 2 else plain_step
         if self.group.world > 1 and entry.needs_sampling:
             raise FlagError(f"--optimizer {config.optimizer}: its noise is not shared; train it in one process")
+        if plan is not None and plan.divide_by_size and entry.needs_sampling:
+            # on average sum(w l) / b is n / k of the mean loss, for an epoch that visits k of n
+            raise FlagError(
+                f"--optimizer {config.optimizer}: its posterior needs the mean loss, which dynamic pruning scales; "
+                "choose another optimiser"
+            )
         self.history: list[dict[str, Any]] = []
         self._rate(1)  # a wrong floor is found before anything is written
         self._check_last_batch()
@@ -92,12 +105,22 @@ class Trainer:
         """Epochs finished."""
         return len(self.history)
 
+    @property
+    def steps(self) -> int:
+        """Steps taken in the finished epochs."""
+        return sum(record.get("steps", len(self.train_batches)) for record in self.history)
+
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Whether another number of epochs would have changed the epochs already trained."""
+        return self.config.schedule_depends_on_epochs or (self.plan is not None and self.plan.depends_on_epochs)
+
     def fit(self, after_epoch: Callable[["Trainer"], None] = lambda trainer: None) -> None:
         """Train from the epoch after the last finished one to the end; ``after_epoch`` saves."""
-        steps = len(self.train_batches)
+        taken = self.steps
         with tqdm(
-            total=steps * self.config.epochs,
-            initial=steps * self.epoch,
+            total=taken + len(self.train_batches) * (self.config.epochs - self.epoch),
+            initial=taken,
             unit="step",
             disable=None if self.group.leads else True,
             dynamic_ncols=True,
@@ -117,7 +140,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = current
         bar.set_description(f"epoch {epoch}/{config.epochs}")
-        train_loss, train_accuracy = self._train_pass(epoch, bar)
+        positions, weights = (None, self.weights) if self.plan is None else self.plan.choose(epoch, self._fits)
+        train_loss, train_accuracy = self._train_pass(epoch, bar, positions, weights)
+        if self.plan is not None:
+            self.plan.end_epoch(self.group)
         trained = time.perf_counter()
         test_loss, test_accuracy = evaluate(
             self.model, self.test_batches, precision=config.precision, forward=self.forward, group=self.group
@@ -127,7 +153,7 @@ class Trainer:
         if self.dynamics is not None:
             self.dynamics.end_epoch(epoch, self.group)
         bar.set_postfix(loss=f"{train_loss:.4f}", test=f"{100 * test_accuracy:.2f}%")
-        return {
+        record = {
             "epoch": epoch,
             "learning_rate": current,
             "train_loss": train_loss,
@@ -137,13 +163,20 @@ class Trainer:
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
+        if positions is not None:
+            record |= {"examples": len(positions), "steps": self.train_batches.steps(len(positions))}
+        return record
 
-    def _train_pass(self, epoch: int, bar: tqdm) -> tuple[float, float]:
+    def _train_pass(
+        self, epoch: int, bar: tqdm, positions: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> tuple[float, float]:
         """All steps of an epoch; returns mean loss and accuracy of the first passes, before each step."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, weight, correct
         bad = torch.zeros((), dtype=torch.int64, device=self.device)  # first step with a loss that is not finite
         devices = [self.device] if self.device.type == "cuda" else []
-        count, step = len(self.train_batches.images), 0
+        count = len(self.train_batches.images) if positions is None else len(positions)
+        batches, taken, size = self.train_batches, self.steps, self.train_batches.batch_size
+        bar.total = taken + batches.steps(count) + len(batches) * (self.config.epochs - epoch)  # fewer, if pruned
         self.model.train()
         synchronised = synchronised_batchnorm(self.model) if self.sync_batchnorm else nullcontext()
         with torch.random.fork_rng(devices=devices), synchronised:
@@ -151,8 +184,10 @@ class Trainer:
             # Processes draw differently: the same dropout for all would tie their examples together.
             purpose = "global" if self.group.leads else f"global {self.group.rank}"
             torch.manual_seed(derived_seed(self.config.seed, epoch, purpose))
-            for step, batch in enumerate(self.train_batches.epoch(epoch, weights=self.weights), start=1):
-                losses, logits = self._step(self.optimizer, self.model, lambda batch=batch: self._one_pass(batch))
+            for step, batch in enumerate(batches.epoch(epoch, positions, weights), start=1):
+                divisor = self._divisor(batch, min(size, count - (step - 1) * size))
+                one_pass = partial(self._one_pass, batch, divisor)
+                losses, logits = self._step(self.optimizer, self.model, one_pass)
                 weighted = (losses * batch.weights).sum()
                 sums += torch.stack(
                     [weighted, batch.weights.sum(), (logits.argmax(1) == batch.labels).sum()]
@@ -160,8 +195,10 @@ class Trainer:
                 bad = torch.where((bad == 0) & ~weighted.isfinite(), step, bad)
                 if self.dynamics is not None:
                     self.dynamics.record(logits, batch.labels, batch.indices, losses)
+                if self.plan is not None:
+                    self.plan.record(batch.indices, losses)
                 for call in self.after_step:
-                    call(self, epoch, (epoch - 1) * len(self.train_batches) + step)
+                    call(self, epoch, taken + step)
                 if step % _CHECK_EVERY == 0:
                     self._check_finite(bad, epoch)
                 bar.update()
@@ -169,9 +206,16 @@ class Trainer:
         self.group.share_(self.model.buffers())  # running statistics, where each process keeps its own
         self._check_finite(bad, epoch)
         loss, weight, correct = sums.tolist()
-        return loss / weight, correct / count
+        return loss / (weight or 1.0), correct / count
 
-    def _one_pass(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _divisor(self, batch: Batch, size: int) -> torch.Tensor:
+        """What turns a batch's sum(w l) into its loss; ``size`` is the batch's over all processes."""
+        total = batch.total_weight
+        if self.plan is not None and self.plan.divide_by_size:
+            return total.new_full((), size)
+        return total.clamp_min(torch.finfo(total.dtype).tiny)  # weights that are all 0 make a loss of 0, not 0 / 0
+
+    def _one_pass(self, batch: Batch, divisor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward over this process's share; gradients end as those of the whole batch's loss."""
         if not len(batch.labels) and not self.sync_batchnorm:
             return self._empty_pass(batch)
@@ -179,8 +223,8 @@ class Trainer:
             logits = self.forward(batch.images)
         logits = logits.to(self.precision.dtype)
         losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        # Dividing by the whole batch's weight makes the sum over processes the gradient of sum(w l) / sum(w).
-        ((losses * batch.weights).sum() / batch.total_weight).backward()
+        # The divisor is the whole batch's, so the sum over processes is the gradient of the whole batch's loss.
+        ((losses * batch.weights).sum() / divisor).backward()
         self._share_gradients()
         return losses.detach(), logits.detach()
 
@@ -213,24 +257,36 @@ class Trainer:
 
     def _check_last_batch(self) -> None:
         """Refuse a last batch that leaves a process one example where BatchNorm cannot normalise it."""
-        last, world = self.train_batches.last_batch_size, self.group.world
-        if last >= 2 * world if not self.sync_batchnorm else last > 1:  # every share has two, or none needs them
-            return
-        probe = next(iter(self.train_batches.epoch(1))).images[:1]
+        count = len(self.train_batches.images)
+        if not self._fits(count):
+            raise FlagError(
+                f"--batch_size: {count} examples leave a last batch of one"
+                + (", " if self.group.world == 1 else " for a process, ")
+                + "which this network's BatchNorm cannot normalise; give another size"
+            )
+
+    def _fits(self, examples: int) -> bool:
+        """Whether the last batch of so many examples can be trained on."""
+        size, world = self.train_batches.batch_size, self.group.world
+        last = examples % size or size
+        enough = 2 if self.sync_batchnorm else 2 * world  # so that every share has two
+        return last >= enough or self._takes_one()
+
+    def _takes_one(self) -> bool:
+        """Whether the network can be trained on one example, which BatchNorm of single values per channel cannot."""
+        entry, dtype = self.train_batches.images.entry, self.train_batches.dtype
+        probe = torch.zeros(1, entry.channels, entry.image_size, entry.image_size, dtype=dtype, device=self.device)
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.model.train()
         try:
             with torch.no_grad(), torch.random.fork_rng():
                 self.model(probe)
-        except ValueError as error:
-            raise FlagError(
-                f"--batch_size: {len(self.train_batches.images)} examples leave a last batch of one"
-                + (", " if world == 1 else " for a process, ")
-                + "which this network's BatchNorm cannot normalise; give another size"
-            ) from error
+        except ValueError:
+            return False
         finally:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
+        return True
 
     def state(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, but the settings and the data."""
@@ -239,12 +295,18 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "dynamics": None if self.dynamics is None else self.dynamics.state(),
+            "plan": None if self.plan is None else self.plan.state(),
         }
 
     def restore(self, state: dict[str, Any], rows: dict[int, np.ndarray]) -> None:
         """Go on from a state; ``rows`` are the dynamics of its epochs (empty without dynamics)."""
+        plan = state.get("plan")  # states older than plans have none
+        if (plan is None) != (self.plan is None):
+            raise ValueError("the state is of a run with an epoch plan, or this run is; the other is not")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
         if self.dynamics is not None:
             self.dynamics.restore(state["dynamics"], rows)
+        if self.plan is not None:
+            self.plan.restore(plan)

@@ -212,7 +212,7 @@ class _Run:
 
     def _check_settings(self, path: Path, stored: Mapping[str, Any], epoch: int) -> None:
         config = self.trainer.config
-        longer = config.epochs >= epoch and not config.schedule_depends_on_epochs
+        longer = config.epochs >= epoch and not self.trainer.depends_on_epochs
         found = differences(stored, self.settings, ignore=("epochs",) if longer else ())
         if found:
             raise FileError(

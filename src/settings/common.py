@@ -1,14 +1,14 @@
-"""Flag groups that scripts compose."""
+"""Flag groups that most scripts take."""
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from src.artifacts import ROOT, SCORE_FOLDERS
 from src.devices import PRECISIONS
 from src.errors import FlagError
+from src.settings import values
 
 FOLDERS = {
     "datasets": ("data", "data sets and validation splits"),
@@ -19,60 +19,6 @@ FOLDERS = {
     "resume_ckpts": ("resume_ckpts", "resume states"),
 }
 
-# ---------------------------------------------------------------------------------------------- kinds of value
-
-
-def number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False) -> Callable:
-    """A type for finite numbers within bounds (``low`` itself excluded if ``open_low``)."""
-
-    def parse(text: str) -> Any:
-        bounds = "an integer" if kind is int else "a finite number"
-        if low is not None:
-            bounds += f" {'above' if open_low else 'of at least'} {low}"
-        if high is not None:
-            bounds += f"{' and' if low is not None else ''} at most {high}"
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
-        too_low = low is not None and (value <= low if open_low else value < low)
-        if not math.isfinite(value) or too_low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return value
-
-    return parse
-
-
-SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
-
-
-def _dataset(text: str) -> str:
-    from src.datasets import dataset_names
-
-    if text.split(":", 1)[0] in ("npz", "folder") and ":" in text:
-        return text
-    names = {name.lower(): name for name in dataset_names()}
-    if text.lower() not in names:
-        raise argparse.ArgumentTypeError(
-            f"unknown data set {text!r}; choose from {', '.join(names)}, npz:FILE, folder:DIR"
-        )
-    return names[text.lower()]
-
-
-def _save_epochs(text: str) -> Any:
-    if text in ("all", "last"):
-        return text
-    try:
-        epochs = sorted({int(part) for part in text.replace(",", " ").split()})
-    except ValueError:
-        epochs = []
-    if not epochs or epochs[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not all, last, or epochs from 1 such as 10,11,40")
-    return epochs
-
-
-# -------------------------------------------------------------------------------------------------- flag groups
-
 
 def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True) -> None:
     """Which data: ``--dataset``, ``--image_size``, ``--channels`` and, where it applies, ``--subset``."""
@@ -81,7 +27,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True) -> N
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
-        type=_dataset,
+        type=values.dataset,
         default="cifar100",
         metavar="NAME",
         help=f"{', '.join(dataset_names())}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
@@ -89,7 +35,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True) -> N
     )
     group.add_argument(
         "--image_size",
-        type=number(int, 1),
+        type=values.number(int, 1),
         metavar="PIXELS",
         help="resize own data to this height and width (default: as they are)",
     )
@@ -146,8 +92,14 @@ def add_folder_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         )
 
 
-def add_compute_flags(parser: argparse.ArgumentParser, *, training: bool = False) -> None:
-    """Where and how to compute: ``--device``, ``--precision``, ``--deterministic`` and, to train, ``--compile``."""
+def add_compute_flags(parser: argparse.ArgumentParser, *, training: bool = False, distributed: bool = True) -> None:
+    """Where and how to compute: ``--device``, ``--precision``, ``--deterministic`` and, to train, ``--compile``.
+
+    Args:
+        parser: The script's parser.
+        training: Whether the script trains.
+        distributed: Whether several processes may share its batches.
+    """
     group = parser.add_argument_group("computing")
     group.add_argument("--device", help="cpu, cuda, or the index of a GPU (default: the first GPU, else the CPU)")
     notes = "; ".join(f"{name}: {precision.note}" for name, precision in PRECISIONS.items())
@@ -155,6 +107,9 @@ def add_compute_flags(parser: argparse.ArgumentParser, *, training: bool = False
     group.add_argument("--deterministic", action="store_true", help="only deterministic algorithms (slower on GPUs)")
     if training:
         group.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    if training and not distributed:
+        parser.set_defaults(distributed_training=False, sync_bn=False)
+    elif training:
         group.add_argument(
             "--distributed_training",
             action="store_true",
@@ -165,26 +120,39 @@ def add_compute_flags(parser: argparse.ArgumentParser, *, training: bool = False
         )
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """How to train: length, batches, optimiser, schedule, augmentation."""
+def add_training_flags(parser: argparse.ArgumentParser, *, epochs: bool = True, seed: bool = True) -> None:
+    """How to train: length, batches, optimiser, schedule, augmentation.
+
+    Args:
+        parser: The script's parser.
+        epochs: Whether ``--epochs`` is the length; else the script has a flag of its own for it.
+        seed: Whether ``--seed`` is the seed; else the script takes several.
+    """
     from src.optimizers import OPTIMIZERS, SCHEDULES
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--seed", type=SEED, default=1, help="seed of initial weights, order and augmentation")
-    add("--epochs", type=number(int, 1), default=160, help="passes over the training part")
-    add("--batch_size", type=number(int, 1), default=512, help="examples per step, over all processes")
+    if seed:
+        add_seed_flag(group)
+    if epochs:
+        add("--epochs", type=values.number(int, 1), default=160, help="passes over the training part")
+    add("--batch_size", type=values.number(int, 1), default=512, help="examples per step, over all processes")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimiser")
-    add("--learning_rate", type=number(float, 0, open_low=True), default=0.4, help="base learning rate")
+    add("--learning_rate", type=values.number(float, 0, open_low=True), default=0.4, help="base learning rate")
     add(
         "--lr_sched",
         choices=tuple(SCHEDULES),
         default="cosine",
         help="schedule of the rate, stepped per epoch",
     )
-    add("--lr_min", type=number(float, 0), default=0.0, help="floor of the rate (schedule cosine)")
-    add("--weight_decay", type=number(float, 0), default=0.0, help="weight decay (the papers use none)")
-    add("--rho", type=number(float, 0, open_low=True), default=0.05, help="radius of SAM's perturbation (sam only)")
+    add("--lr_min", type=values.number(float, 0), default=0.0, help="floor of the rate (schedule cosine)")
+    add("--weight_decay", type=values.number(float, 0), default=0.0, help="weight decay (the papers use none)")
+    add(
+        "--rho",
+        type=values.number(float, 0, open_low=True),
+        default=0.05,
+        help="radius of SAM's perturbation (sam only)",
+    )
     add(
         "--adaptive",
         action=argparse.BooleanOptionalAction,
@@ -193,18 +161,29 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--delta",
-        type=number(float, 0, open_low=True),
+        type=values.number(float, 0, open_low=True),
         help="prior precision of iBLR (default: weight_decay x examples, else 1)",
     )
-    add("--hess_init", type=number(float, 0, open_low=True), default=0.1, help="initial Hessian of iBLR")
+    add("--hess_init", type=values.number(float, 0, open_low=True), default=0.1, help="initial Hessian of iBLR")
+    add_augmentation_flags(group)
+
+
+def add_seed_flag(group: Any) -> None:
+    """``--seed``."""
+    group.add_argument("--seed", type=values.SEED, default=1, help="seed of initial weights, order and augmentation")
+
+
+def add_augmentation_flags(group: Any) -> None:
+    """What training images undergo."""
+    add = group.add_argument
     add(
         "--data_augmentation",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="the data set's random crops and flips",
     )
-    add("--cutout_holes", type=number(int, 0), default=0, help="Cutout: squares blanked per image")
-    add("--cutout_length", type=number(int, 1), default=16, help="Cutout: side of a square in pixels")
+    add("--cutout_holes", type=values.number(int, 0), default=0, help="Cutout: squares blanked per image")
+    add("--cutout_length", type=values.number(int, 1), default=16, help="Cutout: side of a square in pixels")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +194,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_overwrite_flag(group)
     add(
         "--save_epochs",
-        type=_save_epochs,
+        type=values.save_epochs,
         default="all",
         metavar="all|last|LIST",
         help="epochs whose checkpoints are kept, such as 10,11,40; best and last are always kept",

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+r"""Choose a part of the training set, without training on it.
+
+Reads what the method needs as train_prune.py does, and pre-trains the same networks where they are not on disk.
+Writes an npz file: indices (int64, original), weights (float64), label_hash, total, settings (json), seconds; by
+default to where train_prune.py of the same flags looks for it.
+
+  python select_coreset.py --dataset=digits --model=lenet --coreset_func=craig --coreset_fraction=0.3 \
+      --coreset_pretrain_epochs=10 --out=craig.npz
+  python train_prune.py --dataset=digits --model=lenet --selection=craig.npz --coreset_epochs=20 --batch_size=64 \
+      --learning_rate=0.1 --lr_sched=const
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from src.errors import FlagError
+from src.pruning import Choice, select
+from src.scripting import Parser, run_script
+from src.session import Session
+from src.settings import (
+    add_augmentation_flags,
+    add_compute_flags,
+    add_data_flags,
+    add_folder_flags,
+    add_method_flags,
+    add_model_flags,
+    add_overwrite_flag,
+    add_score_flags,
+    add_seed_flag,
+    add_selection_flags,
+)
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_method_flags(parser)
+    add_selection_flags(parser)
+    group = parser.add_argument_group("run")
+    add_seed_flag(group)
+    add_augmentation_flags(group)
+    group.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: train_prune.py's)")
+    add_overwrite_flag(group)
+    add_score_flags(parser)
+    add_compute_flags(parser, training=True, distributed=False)
+    add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
+    parser.set_defaults(save_epochs="last", epochs=1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, select, write, print."""
+    args = parse()
+    with Session(args) as session:
+        choice = Choice.of(session, args.out)
+        if choice.method.dynamic:
+            raise FlagError(
+                f"--coreset_func {args.coreset_func}: chooses anew in each epoch of training; use train_prune.py"
+            )
+        selection, seconds = select(choice, overwrite=args.overwrite)
+        print(f"{len(selection.indices)} of {len(session.train)} examples by {args.coreset_func} in {seconds:.2f} s")
+        labels = session.train.labels.cpu().numpy()[selection.indices]
+        counts = np.bincount(labels, minlength=session.entry.num_classes)
+        print(f"per class: {counts.min()} to {counts.max()}")
+        print(choice.path)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,199 @@
+"""D2: difficult and diverse examples by messages over a graph of neighbours (Maharana et al., ICLR 2024)."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from src.coresets.ccs import finite_scores
+from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.registry import Needs, method
+from src.errors import FlagError
+
+_FORWARD_DECAY = 1.0  # gamma_f
+_ROWS = 256  # of distances at once, at most: more is not faster
+_NOISE = 1e-12  # of the largest squared norm: squared distances closer than that are ties
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An undirected graph over m examples, each edge in both directions, sorted by start, then end.
+
+    Attributes:
+        starts: ``(m + 1,)``: the edges of example i are ``starts[i]`` to ``starts[i + 1]``.
+        ends: int64 ``(e,)``.
+        squares: Squared distances ``(e,)``, scaled to mean 1.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    squares: np.ndarray
+
+
+def nearest_neighbours(embeddings: torch.Tensor, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest others of each example, of equally near ones those of the lowest index.
+
+    Exhaustive, in float64, in blocks of rows. Distances that differ by no more than rounding count as equal.
+
+    Args:
+        embeddings: ``(m, d)``.
+        k: From 1 to m - 1.
+        memory: MiB that a block may take (one row is the least).
+
+    Returns:
+        Their places, int64 ``(m, k)``, ascending, and their squared distances, float64 ``(m, k)``.
+    """
+    points = embeddings.double()
+    points = points - points.mean(dim=0)  # less cancellation in |a|^2 + |b|^2 - 2ab
+    norms = torch.einsum("md,md->m", points, points)
+    step = norms.max() * _NOISE
+    row = 8 * (3 * len(points) + 2 * k * points.shape[1])  # bytes: distances and differences with temporaries
+    rows = int(np.clip(memory * 2**20 // row, 1, _ROWS))
+    places, squares = [], []
+    for first in range(0, len(points), rows):
+        block = points[first : first + rows]
+        distances = torch.addmm(norms, block, points.T, alpha=-2.0).add_(norms[first : first + rows, None])
+        if step > 0:
+            distances.div_(step).round_()
+        else:
+            distances.zero_()
+        distances.diagonal(offset=first).fill_(torch.inf)
+        near = _lowest(distances, k)
+        places.append(near.cpu())
+        difference = points[near] - block[:, None]  # b k d
+        squares.append(torch.einsum("bkd,bkd->bk", difference, difference).cpu())
+    return torch.cat(places).numpy(), torch.cat(squares).numpy()
+
+
+def _lowest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Columns of the k lowest values of each row ``(b, m)``, ascending; of ties the first columns (k < m)."""
+    bound, beyond = values.topk(k + 1, dim=1, largest=False, sorted=True).values[:, k - 1 :].split(1, dim=1)
+    chosen = values <= bound
+    crowded = (bound == beyond).nonzero()[:, 0]
+    if len(crowded):
+        part, bound = values[crowded], bound[crowded]
+        ties = part == bound
+        room = k - (part < bound).sum(dim=1, keepdim=True)
+        chosen[crowded] = (part < bound) | (ties & (ties.cumsum(dim=1) <= room))
+    return chosen.nonzero()[:, 1].view(len(values), k)
+
+
+def neighbour_graph(embeddings: torch.Tensor, k: int, memory: int) -> Graph:
+    """The graph that joins two examples where either is among the other's k nearest.
+
+    Args:
+        embeddings: ``(m, d)``.
+        k: Neighbours; all others where there are fewer.
+        memory: MiB of a block of distances.
+    """
+    size = len(embeddings)
+    k = min(k, size - 1)
+    if k < 1:
+        return Graph(np.zeros(size + 1, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
+    places, squares = nearest_neighbours(embeddings, k, memory)
+    one, other = np.repeat(np.arange(size), k), places.ravel()
+    _, first = np.unique(np.minimum(one, other) * size + np.maximum(one, other), return_index=True)
+    one, other, squares = one[first], other[first], squares.ravel()[first]
+    mean = squares.mean()
+    squares = squares / mean if mean > 0 else squares
+    begin, end = np.concatenate([one, other]), np.concatenate([other, one])
+    order = np.lexsort((end, begin))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(begin, minlength=size))])
+    return Graph(starts, end[order], np.tile(squares, 2)[order])
+
+
+def forward_messages(difficulty: np.ndarray, graph: Graph) -> np.ndarray:
+    """``x_u + sum over neighbours v of exp(-gamma_f d_uv^2) x_v``, ``(m,)``, with gamma_f = 1."""
+    begin = np.repeat(np.arange(len(difficulty)), np.diff(graph.starts))
+    messages = np.exp(-_FORWARD_DECAY * graph.squares) * difficulty[graph.ends]
+    return difficulty + np.bincount(begin, weights=messages, minlength=len(difficulty))
+
+
+def greedy_picks(values: np.ndarray, graph: Graph, gamma: float, budget: int) -> np.ndarray:
+    """Takes the highest value ``budget`` times; each pick u sends ``-exp(-gamma d_uv^2) x_u`` to its neighbours v.
+
+    A heap holds a new entry for each change of a value; entries that no longer tell the value are passed over.
+
+    Args:
+        values: x, ``(m,)``.
+        graph: The graph.
+        gamma: gamma_r.
+        budget: From 1 to m.
+
+    Returns:
+        Places in the order of choice; of equal values the lower place comes first.
+    """
+    x, starts, ends = values.tolist(), graph.starts.tolist(), graph.ends.tolist()
+    weights = np.exp(-gamma * graph.squares).tolist()
+    heap = [(-value, place) for place, value in enumerate(x)]
+    heapq.heapify(heap)
+    taken, picks = [False] * len(x), []
+    while len(picks) < budget:
+        negative, place = heapq.heappop(heap)
+        if taken[place] or -negative != x[place]:
+            continue
+        taken[place] = True
+        picks.append(place)
+        for edge in range(starts[place], starts[place + 1]):
+            end = ends[edge]
+            if not taken[end]:
+                x[end] -= weights[edge] * x[place]
+                heapq.heappush(heap, (-x[end], end))
+    return np.array(picks, dtype=np.int64)
+
+
+def scaled_difficulty(scores: np.ndarray) -> np.ndarray:
+    """Scores moved and scaled to [0, 1]; 1 where all are equal."""
+    width = np.ptp(scores)
+    return (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
+
+
+@method(
+    "d2",
+    needs=Needs(reduced="aum", embeddings=True),
+    paper="Maharana et al. 2024",
+    equation="highest x_u + sum_v exp(-d_uv^2) x_v; each pick u takes exp(-gamma d_uv^2) x_u from its neighbours v",
+    cost="n^2 d + k n log n",
+    options=("d2_neighbors", "d2_gamma", "selection_memory"),
+)
+def d2(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+    """D2 pruning (Maharana et al., ICLR 2024): message passing for diversity and difficulty.
+
+    From the paper: examples are nodes of an undirected graph of k nearest neighbours in embedding space, with
+    difficulty as feature x; a forward pass adds to each node its neighbours' features times
+    ``exp(-gamma_f d^2)`` (gamma_f = 1); then the highest node is taken again and again, and takes
+    ``exp(-gamma_r d^2)`` times its feature from its neighbours' (gamma_r = ``d2_gamma``).
+
+    Our reading: the difficulty is the negated AUM, moved and scaled to [0, 1] in each group (messages add up only
+    if they are not negative); two examples are joined where either is among the other's k nearest; squared
+    distances are divided by their mean over the group's edges, so that the embeddings' scale does not matter; all
+    groups are chosen apart, with the graph of their own members. A feature may fall below 0 by the subtractions;
+    then it is sent as it is, as the paper's formula says. ``d2_neighbors`` 0 leaves the highest difficulty.
+
+    Memory: the group's embeddings in float64, and blocks of at most 256 rows of distances, within
+    ``selection_memory``. Time: the distances of all pairs, then O((m + e) log(m + e)) for e edges.
+
+    Args:
+        material: ``scores`` ``(n,)``, the negated AUM, HIGH is hard; one network with ``embeddings`` ``(n, d)``.
+        groups: The groups.
+        options: ``d2_neighbors`` and ``d2_gamma``, at least 0; ``selection_memory``.
+
+    Raises:
+        FlagError: An option is out of range.
+        FileError: A candidate has no finite score.
+    """
+    if options.d2_neighbors < 0:
+        raise FlagError(f"--d2_neighbors {options.d2_neighbors}: must be at least 0")
+    if not 0 <= options.d2_gamma < np.inf:
+        raise FlagError(f"--d2_gamma {options.d2_gamma}: must be a number of at least 0")
+    scores = finite_scores(material, "d2")
+    embeddings = material.networks[0].embeddings
+    picks = []
+    for group in groups:
+        members = torch.from_numpy(np.ascontiguousarray(group.positions)).to(embeddings.device)
+        graph = neighbour_graph(embeddings[members], options.d2_neighbors, options.selection_memory)
+        values = forward_messages(scaled_difficulty(scores[group.positions]), graph)
+        picks.append(group.positions[greedy_picks(values, graph, options.d2_gamma, group.budget)])
+    return Selection.of(picks)

@@ -1,0 +1,119 @@
+"""DUAL: difficult and uncertain examples, and easier ones the more is pruned (Cho et al., ICML 2025)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from src import draws
+from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.ranked import checked_scores, keep_by_rank
+from src.coresets.registry import Needs, method
+from src.errors import FlagError
+
+_CONCENTRATION = 15.0  # C = alpha + beta
+_EDGE = 1e-6  # the density has poles at 0 and 1
+
+
+def beta_parameters(mu: float, pruned: float, c: float) -> tuple[float, float]:
+    """The alpha and beta of the density of mean predictions (Cho et al., section 4.3).
+
+    ``beta = C (1 - mu) (1 - r^c)`` and ``alpha = C - beta`` with C = 15: the mean is mu where nothing is pruned, and
+    goes to 1, the easy examples, as r goes to 1.
+
+    Args:
+        mu: Mean prediction around which the density starts.
+        pruned: r, the share that is not kept, in [0, 1).
+        c: How late the density moves, above 0.
+    """
+    beta = _CONCENTRATION * (1.0 - mu) * (1.0 - pruned**c)
+    return _CONCENTRATION - beta, beta
+
+
+def log_density(predictions: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    """Log of the Beta(alpha, beta) density without its constant, which no choice depends on; ``(m,)``."""
+    p = np.clip(predictions, _EDGE, 1.0 - _EDGE)
+    return (alpha - 1.0) * np.log(p) + (beta - 1.0) * np.log1p(-p)
+
+
+def mean_predictions(probability: np.ndarray) -> np.ndarray:
+    """Each example's mean over the epochs that visited it of the true label's probability.
+
+    Args:
+        probability: ``(epochs, n)``, NaN where not visited.
+
+    Returns:
+        float64 ``(n,)``; NaN where no epoch visited it.
+    """
+    seen = ~np.isnan(probability)
+    total = np.where(seen, probability, 0.0).sum(axis=0, dtype=np.float64)
+    count = seen.sum(axis=0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def weighted_choice(
+    scores: np.ndarray, log_factors: np.ndarray, budget: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Places drawn one by one without replacement, with probability in proportion to ``score * exp(log_factor)``.
+
+    By the largest sums of log weight and Gumbel noise, which are distributed as such draws are, and which neither
+    overflow nor underflow. Scores of 0 come last, in random order.
+
+    Args:
+        scores: ``(m,)``, at least 0.
+        log_factors: ``(m,)``, finite.
+        budget: From 1 to m.
+        generator: m numbers are drawn of it.
+    """
+    noise = generator.gumbel(size=len(scores))
+    positive = scores > 0
+    logs = np.log(scores, out=np.zeros(len(scores)), where=positive)
+    keys = np.where(positive, logs + log_factors, 0.0) + noise
+    return np.lexsort((-keys, ~positive))[:budget]  # stable: of equal keys the lower place
+
+
+@method(
+    "dual",
+    needs=Needs(reduced="dual", dynamics=True),
+    paper="Cho et al. 2025",
+    equation="drawn by (1 - mean p) std p over windows, times a Beta density of mean p that turns to easy examples",
+    cost="n T + n log n for T epochs",
+    options=("dual_beta", "dual_c", "score_window"),
+)
+def dual(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+    """DUAL pruning (Cho et al., ICML 2025, section 4): difficulty and uncertainty, with Beta sampling.
+
+    From the paper: the score ``S_i`` is the mean over windows of ``(1 - mean p) * std p`` for p the true label's
+    probability; an example is drawn without replacement with probability in proportion to ``phi(p_i) S_i``, p_i its
+    mean prediction and phi the Beta density of :func:`beta_parameters`. Without ``dual_beta`` the highest scores
+    are kept.
+
+    From memory, not certain: the form of alpha and beta, C = 15, that mu is the mean prediction of the
+    highest-scoring example, and c of 5.5 for CIFAR-10, 4 for CIFAR-100 and 11 for ImageNet (larger: the turn to easy
+    examples comes at larger r). Our reading: mu is taken once over all candidates, the mean over those that share the
+    highest score; r is the share pruned in the group; p_i is the mean over all recorded epochs, kept 1e-6 away from 0
+    and 1; examples of score 0 are drawn, uniformly, only once all others are.
+
+    Args:
+        material: ``scores`` ``(n,)``; ``dynamics["probability"]`` ``(epochs, n)`` where ``dual_beta``.
+        groups: The groups.
+        options: ``dual_beta``, ``dual_c`` above 0 (``score_window`` is read where the scores are made).
+
+    Raises:
+        FlagError: ``dual_c`` is out of range.
+        FileError: A candidate has no score.
+    """
+    scores = checked_scores(material, "dual")
+    if not options.dual_beta:
+        return keep_by_rank(scores, groups, highest=True, what="dual")
+    if not 0 < options.dual_c < np.inf:
+        raise FlagError(f"--dual_c {options.dual_c}: must be a number above 0")
+    predictions = mean_predictions(np.asarray(material.dynamics["probability"]))
+    mu = float(predictions[scores == scores.max()].mean())
+    generator = draws.numpy_generator(material.seed, 0, "dual")
+    picks = []
+    for group in groups:
+        members = group.positions
+        density = beta_parameters(mu, 1 - group.budget / len(members), options.dual_c)
+        factors = log_density(predictions[members], *density)
+        picks.append(members[weighted_choice(scores[members], factors, group.budget, generator)])
+    return Selection.of(picks)

@@ -1,0 +1,163 @@
+"""GLISTER: the examples whose gradient steps most lower the loss on held-out data (Killamsetty et al., AAAI 2021)."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from src import draws
+from src.coresets.budgets import total_budget
+from src.coresets.gradmatch import first_largest
+from src.coresets.last_layer import gradient_sum, products_with
+from src.coresets.material import Group, LastLayer, Material, Options, Selection, errors_of
+from src.coresets.registry import Needs, method
+from src.errors import FlagError
+
+log = logging.getLogger(__name__)
+
+_HELD_OUT = 0.1  # of each class
+_TIE = 1e-12  # of the largest gain: differences below are rounding, and the index decides
+_LONG = 60.0  # seconds of a group above which the log says how to shorten it
+_TIMED = 5  # refreshes that the estimate is made from
+
+
+@method(
+    "glister",
+    needs=Needs(embeddings=True),
+    paper="Killamsetty et al. 2021 (GLISTER)",
+    equation="greedy in <g_x, v>, v = mean gradient of 10 % held out after a step eta along the picks (alg. 2, eq. 6)",
+    cost="k/r n C min(d, |V|), r picks between two refreshes",
+    options=("glister_eta", "glister_refresh", "selection_memory"),
+)
+def glister(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+    """GLISTER on last-layer gradients, group by group (Killamsetty et al. 2021, online GreedyDSS, algorithm 2).
+
+    A seeded tenth of each class is held out as V. The first-order gain of a candidate is <g_x, v>, v the mean gradient
+    of V where the last layer has taken a step of ``glister_eta`` along the mean gradient of the picks; ``v`` is
+    brought up to date every ``glister_refresh`` picks (1 is exact). A class is judged by the held-out examples of its
+    own, or by all of V where it has none (a single example); where no class has two, the candidates serve as V.
+    Budgets count the whole group: once its candidates are used up, its held-out examples follow in the same way.
+
+    A refresh costs (n + 2 |V|) C min(d, |V|) multiplications for a group of n and its |V|, a pick n comparisons.
+    Memory: n (C + d) numbers of 8 bytes, and n |V| where |V| is below d and those fit in ``selection_memory``.
+
+    Raises:
+        FlagError: The step is negative, or there is no pick between two refreshes.
+    """
+    if not 0.0 <= options.glister_eta < math.inf:
+        raise FlagError(f"--glister_eta {options.glister_eta}: must be at least 0 and finite")
+    if options.glister_refresh < 1:
+        raise FlagError(f"--glister_refresh {options.glister_refresh}: must be at least 1")
+    network, labels = material.networks[0], np.asarray(material.labels)
+    held = held_out(labels, material.num_classes, material.seed)
+    picks = []
+    for group in groups:
+        inside = held[group.positions]
+        pool = np.concatenate([group.positions[~inside], group.positions[inside]])
+        judges = np.flatnonzero(held if group.label is None else held & (labels == group.label))
+        if not len(judges):
+            judges = np.flatnonzero(held) if held.any() else np.arange(len(labels))
+        chosen = greedy(network.at(pool), int((~inside).sum()), network.at(judges), group.budget, options)
+        picks.append(pool[chosen])
+    return Selection.of(picks)
+
+
+def held_out(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
+    """Which candidates are held out, bool ``(n,)``: a tenth of each class, at least 1 where it has 2 or more."""
+    generator = draws.numpy_generator(seed, 0, "glister hold-out")
+    held = np.zeros(len(labels), dtype=bool)
+    for label in range(num_classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) > 1:
+            held[generator.choice(members, max(total_budget(len(members), _HELD_OUT), 1), replace=False)] = True
+    return held
+
+
+def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options: Options) -> np.ndarray:
+    """Pick from the pool the largest gain again and again (of equals the first).
+
+    Args:
+        pool: Members of the group, candidates before held-out examples.
+        first: How many of them are candidates; the others are picked only when these are used up.
+        judges: V.
+        budget: How many to pick.
+        options: Step, refresh and memory.
+
+    Returns:
+        Places in the pool in the order of the picks, int64 ``(budget,)``.
+    """
+    validation = Validation(pool, judges, options.glister_eta, options.selection_memory)
+    picks = np.empty(budget, dtype=np.int64)
+    started = time.perf_counter()
+    for count in range(budget):
+        if count % options.glister_refresh == 0:
+            fresh = picks[max(count - options.glister_refresh, 0) : count]
+            gains = validation.gains(fresh)
+            slack = _TIE * float(gains.abs().max())
+            gains[picks[:count]] = -math.inf
+        if count == _TIMED * options.glister_refresh:
+            _announce((time.perf_counter() - started) * budget / count, budget)
+        start, stop = (0, first) if count < first else (first, len(gains))
+        pick = start + first_largest(gains[start:stop], slack)
+        gains[pick] = -math.inf
+        picks[count] = pick
+    return picks
+
+
+class Validation:
+    """The mean gradient v of V after a step along the picks, and the gains of a pool's examples.
+
+    With M the matrix of ``1 + <h_x, h_v>``, ``(n, |V|)``, the logits of V after the step are
+    ``z_v - eta / |S| sum_{s in S} M_sv e_s`` and the gains ``<e_x, sum_v M_xv e_v'> / |V|``. M is kept where |V| is
+    below d and it fits; else both go through the C x d matrices ``sum_s e_s h_s^T`` and ``sum_v e_v' h_v^T``.
+
+    Args:
+        pool: What is picked from.
+        judges: V.
+        eta: The step.
+        memory: MiB that M may take.
+    """
+
+    def __init__(self, pool: LastLayer, judges: LastLayer, eta: float, memory: int = 2048) -> None:
+        self.eta, self.count = eta, 0
+        self.errors, self.embeddings = pool.errors.double(), pool.embeddings.double()
+        self.logits, self.labels = judges.logits.double(), judges.labels
+        self.judges = judges.embeddings.double()
+        self.effect = torch.zeros_like(self.logits)  # sum_{s in S} M_sv e_s, (|V|, C)
+        sizes = len(self.errors), len(self.labels)
+        small = sizes[1] < self.embeddings.shape[1] and 8 * sizes[0] * sizes[1] <= memory * 2**20
+        self.kernel = (self.embeddings @ self.judges.T).add_(1.0) if small else None
+
+    def gains(self, fresh: np.ndarray) -> torch.Tensor:
+        """Count some more picks in, and return ``<g_x, v>`` of the whole pool, ``(n,)``."""
+        errors = self.judged(fresh) / len(self.labels)
+        if self.kernel is not None:
+            return (self.kernel @ errors).mul_(self.errors).sum(dim=1)
+        return products_with(*gradient_sum(errors, self.judges), self.errors, self.embeddings)
+
+    def judged(self, fresh: np.ndarray) -> torch.Tensor:
+        """Count some more picks in, and return V's errors after the step along all of them, ``(|V|, C)``."""
+        if len(fresh):
+            chosen = torch.from_numpy(fresh).to(self.labels.device)
+            errors = self.errors[chosen]
+            if self.kernel is not None:
+                self.effect.addmm_(self.kernel[chosen].T, errors)
+            else:
+                bias, weight = gradient_sum(errors, self.embeddings[chosen])
+                self.effect.addmm_(self.judges, weight.T).add_(bias)
+            self.count += len(fresh)
+        return errors_of(self.logits - self.eta / max(self.count, 1) * self.effect, self.labels)
+
+
+def _announce(seconds: float, budget: int) -> None:
+    """Say how long a group takes, where it takes long."""
+    if seconds > _LONG:
+        log.info(
+            "glister: about %.0f minutes for %d picks; a larger --glister_refresh (picks between two updates of the "
+            "validation gradient) divides that",
+            seconds / 60,
+            budget,
+        )

@@ -1,0 +1,136 @@
+"""Graph cut: examples like the whole but unlike each other (Iyer et al., ALT 2021)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from src.coresets.last_layer import gradient_sum, inner_products, products_with
+from src.coresets.material import Group, LastLayer, Material, Options, Selection
+from src.coresets.registry import Needs, method
+
+_LAMBDA = 1.0
+_NOISE = 1e-12  # per candidate: gains are sums over all; closer than that they are ties
+_ROWS = 1024  # of the dense matrix at once
+_DENSE_SHARE = 0.2  # of candidates chosen; below, single columns cost less than the matrix
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """``s_ij = (1 + cos(g_i, g_j)) / 2`` of last-layer gradients, as factors.
+
+    With errors scaled by gradient norms, ``cos(g_i, g_j) = <e_i, e_j> (1 + <h_i, h_j>)``. A gradient of zero has
+    the cosine 0, so s = 0.5, with all others and with itself.
+
+    Memory: ``n (C + d)`` float64 numbers.
+
+    Attributes:
+        errors: ``e_i / ||g_i||``, float64 ``(n, C)``; zeros where the gradient is zero.
+        embeddings: h, float64 ``(n, d)``.
+    """
+
+    errors: torch.Tensor
+    embeddings: torch.Tensor
+
+    @classmethod
+    def of(cls, network: LastLayer) -> "Similarities":
+        """The similarities of a network's candidates."""
+        errors, embeddings = network.errors.double(), network.embeddings.double()
+        largest = errors.abs().amax(dim=1, keepdim=True)
+        errors = errors / largest.where(largest > 0, 1.0)  # squares of tiny errors would vanish
+        norms = torch.linalg.vector_norm(errors, dim=1) * (1.0 + embeddings.square().sum(dim=1)).sqrt()
+        return cls(errors / norms.where(norms > 0, 1.0)[:, None], embeddings)
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def sums(self) -> np.ndarray:
+        """``sum_i s_ij`` over all candidates i, ``(n,)``: a product with the sum of the normalised gradients."""
+        bias, weight = gradient_sum(self.errors, self.embeddings)
+        cosines = products_with(bias, weight, self.errors, self.embeddings)
+        return ((len(self) + cosines) / 2.0).cpu().numpy()
+
+    def column(self, place: int) -> np.ndarray:
+        """``s_ij`` of one j, ``(n,)``, in time n (C + d)."""
+        cosines = inner_products(
+            self.errors, self.embeddings, self.errors[place : place + 1], self.embeddings[place : place + 1]
+        )
+        return cosines[:, 0].add_(1.0).div_(2.0).cpu().numpy()
+
+    def matrix(self) -> np.ndarray:
+        """All of them, ``(n, n)``."""
+        matrix = np.empty((len(self), len(self)))
+        for first in range(0, len(self), _ROWS):
+            rows = slice(first, first + _ROWS)
+            block = inner_products(self.errors[rows], self.embeddings[rows], self.errors, self.embeddings)
+            matrix[rows] = block.add_(1.0).div_(2.0).cpu().numpy()
+        return matrix
+
+
+def greedy_graph_cut(sums: np.ndarray, column: Callable[[int], np.ndarray], budget: int) -> np.ndarray:
+    """Greedy maximisation of ``lambda sum_{i in V, j in S} s_ij - sum_{i, j in S} s_ij``.
+
+    The gain of x is ``lambda sum_i s_ix - 2 sum_{j in S} s_jx`` (without the self term ``s_xx``, as in the published
+    code); gains are kept and lowered by one column per pick. They only fall, and picks go on when they are
+    negative. Gains that differ by no more than rounding count as equal; of equal ones the lower index wins.
+
+    Time: ``k n`` and k columns. Memory: a few times n.
+
+    Args:
+        sums: ``sum_i s_ij``, float64 ``(n,)``.
+        column: Gives ``s_ij`` ``(n,)`` of a place j.
+        budget: k, at most n.
+
+    Returns:
+        Places ``(k,)`` in the order of the picks.
+    """
+    halves = _LAMBDA / 2.0 * sums  # half the gain
+    noise = _NOISE * len(sums)
+    picks = np.empty(budget, dtype=np.int64)
+    for step in range(budget):
+        place = picks[step] = (halves >= halves.max() - noise).argmax()  # numpy promises the first
+        halves -= column(place)
+        halves[place] = -np.inf
+    return picks
+
+
+def choose(network: LastLayer, budget: int, memory: int) -> np.ndarray:
+    """Picks ``(k,)`` among a network's candidates, in their order.
+
+    Args:
+        network: The candidates.
+        budget: k.
+        memory: MiB that the dense matrix may take; without it, columns are computed from the factors.
+    """
+    similarities = Similarities.of(network)
+    size = len(similarities)
+    if 8 * size**2 <= memory * 2**20 and budget > _DENSE_SHARE * size:
+        return greedy_graph_cut(similarities.sums(), similarities.matrix().__getitem__, budget)
+    return greedy_graph_cut(similarities.sums(), similarities.column, budget)
+
+
+@method(
+    "graph_cut",
+    needs=Needs(embeddings=True),
+    paper="Iyer et al. 2021",
+    equation="greedy for sum_{i in V, j in S} s_ij - sum_{i,j in S} s_ij, s = (1 + cos of last-layer gradients) / 2",
+    cost="n^2 (C + d) + n k; beyond selection_memory: n k (C + d)",
+    options=("selection_memory",),
+)
+def graph_cut(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+    """Graph cut (Iyer et al., ALT 2021, generalised graph cut with lambda 1; the form of Guo et al., 2022).
+
+    In float64. Memory: ``n (C + d)`` numbers of a group and the n x n matrix of similarities, kept in the main
+    memory, where that fits ``selection_memory`` and more than a fifth is chosen; else no n x n array exists. Both
+    ways choose the same.
+
+    Args:
+        material: One network with ``embeddings``.
+        groups: The groups.
+        options: ``selection_memory`` in MiB.
+    """
+    network = material.networks[0]
+    return Selection.of(
+        [g.positions[choose(network.at(g.positions), g.budget, options.selection_memory)] for g in groups]
+    )

@@ -1,0 +1,62 @@
+"""Moderate: the examples neither near to nor far from the centre of their class (Xia et al., ICLR 2023)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.registry import Needs, method
+
+
+def centre_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray:
+    """``||h_i - mean of h over the examples of label y_i||``, float64 ``(n,)``.
+
+    Class by class, so that beside the embeddings only one class is held in float64, and so that no atomic sums make
+    the result depend on the order of a GPU's threads.
+
+    Args:
+        embeddings: h, ``(n, d)``.
+        labels: ``(n,)``.
+    """
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order])) + 1
+    distances = np.empty(len(labels))
+    for members in np.split(order, starts):
+        rows = embeddings[torch.from_numpy(members).to(embeddings.device)].double()
+        distances[members] = torch.linalg.vector_norm(rows - rows.mean(dim=0), dim=1).cpu().numpy()
+    return distances
+
+
+def nearest_to_median(values: np.ndarray, budget: int) -> np.ndarray:
+    """Places of the ``budget`` values closest to their median (of an even number: the mean of the middle two).
+
+    Of equally close values the lower place wins.
+    """
+    return np.argsort(np.abs(values - np.median(values)), kind="stable")[:budget]
+
+
+@method(
+    "moderate",
+    needs=Needs(embeddings=True),
+    paper="Xia et al. 2023",
+    equation="smallest |d_i - median d| with d_i = ||h_i - mean of h over the class of i||",
+    cost="n d + n log n",
+)
+def moderate(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+    """Moderate coreset (Xia et al., ICLR 2023): distances to the class centre closest to their median.
+
+    From the paper: an example's score is the Euclidean distance of its embedding to the mean embedding of its
+    class; the examples with scores close to the median of the scores are kept.
+
+    Our reading: close is by the value ``|d_i - median d|``, not by equal ranks below and above (the two differ where
+    distances are skewed), and the median is the group's. One group of all takes one median for all classes; the
+    centres always are those of all candidates of a label.
+
+    Args:
+        material: One network with ``embeddings`` ``(n, d)``.
+        groups: The groups.
+        options: None is read.
+    """
+    distances = centre_distances(material.networks[0].embeddings, np.asarray(material.labels))
+    return Selection.of([g.positions[nearest_to_median(distances[g.positions], g.budget)] for g in groups])

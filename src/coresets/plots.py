@@ -1,0 +1,172 @@
+"""The figure that compares selection methods: accuracy against what is kept.
+
+Built on matplotlib's object interface: no global state, no window, no back end to choose.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
+
+from src.coresets.comparison import EVERYTHING, REFERENCE, Row
+from src.errors import FlagError
+
+STYLE = {
+    "font.size": 15,
+    "axes.titlesize": 16,
+    "axes.labelsize": 17,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "pdf.fonttype": 42,
+}
+_GRID = {"color": "0.88", "linewidth": 0.8}
+
+# Paul Tol's "muted" scheme, told apart with any colour vision; pale ones last
+COLOURS = ("#332288", "#CC6677", "#44AA99", "#882255", "#999933", "#117733", "#AA4499", "#88CCEE", "#DDCC77")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
+_BLACK = "black"
+_TEXT = 13  # points, of the names beside the lines
+_GAP = 1.22 * _TEXT  # points between their middles
+_WIDTH, _HEIGHT = 7.0, 4.8  # inches: printed in a column, half as large, the smallest text has 6.5 points
+_KEY = (1.03, 1.075, 1.12)  # begin, marker and end of the piece of a line before its name, in widths of the axes
+_CROWDED = 0.12  # least distance of two ticks, in widths of the axes
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name beside the axes: at what accuracy its line ends, and how the line is drawn."""
+
+    text: str
+    end: float
+    style: dict
+
+
+def accuracy_figure(
+    rows: Sequence[Row], *, title: str, full: float | None = None, full_std: float | None = None
+) -> Figure:
+    """Test accuracy against the share kept, or the examples kept of each class: a line per method.
+
+    Bands are one standard deviation over seeds to either side; one seed has none. The names stand beside the lines'
+    right ends, from the highest accuracy there to the lowest.
+
+    Args:
+        rows: Of :func:`src.coresets.comparison.summarise`; those without a finished cell are left out.
+        title: What was trained on what.
+        full: Mean accuracy of training on everything, in [0, 1], for a dotted line.
+        full_std: Its standard deviation.
+
+    Raises:
+        FlagError: Some rows keep shares, and others examples per class.
+    """
+    shots = {row["shots"] is not None for row in rows}
+    if len(shots) > 1:
+        raise FlagError("shares and examples per class have no common axis; draw them in two figures")
+    key = "shots" if True in shots else "share"
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    styles = line_styles(methods)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, max(_HEIGHT, 1.4 + (len(methods) + 1) * _GAP / 72)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        axes.grid(axis="y", **_GRID)
+        names = []
+        for method in methods:
+            own = [row for row in rows if row["method"] == method and row["mean"] is not None]
+            if own:
+                names.append(_line(axes, sorted(own, key=lambda row: row[key]), key, method, styles[method]))
+        axes.set_ylabel("test accuracy (%)")
+        axes.set_xlabel("examples per class" if key == "shots" else "share of examples kept")
+        _ticks(axes, sorted({row[key] for row in rows}))
+        if full is not None:
+            names.append(_level(axes, full, full_std))
+        _names(figure, axes, names)
+        return figure
+
+
+def line_styles(methods: Sequence[str]) -> dict[str, dict]:
+    """How each method's line is drawn: ``random`` black and dashed, the others by colour and marker.
+
+    From the tenth on, colours come again, with other markers, hollow, and dash-dotted lines.
+    """
+    styles = {REFERENCE: {"color": _BLACK, "marker": "o", "markersize": 5, "linestyle": "--", "zorder": 4}}
+    for place, method in enumerate(m for m in methods if m != REFERENCE):
+        again = (place // len(COLOURS)) % 2
+        styles[method] = {
+            "color": COLOURS[place % len(COLOURS)],
+            "marker": MARKERS[place % len(MARKERS)],
+            "markersize": 8,
+            "linestyle": "-." if again else "-",
+            "markerfacecolor": "white" if again else COLOURS[place % len(COLOURS)],
+            "markeredgecolor": COLOURS[place % len(COLOURS)] if again else "white",
+            "zorder": 3,
+        }
+    return {method: styles[method] for method in methods}
+
+
+def _line(axes: Axes, rows: Sequence[Row], key: str, method: str, style: dict) -> _Name:
+    """A method's line, markers and band."""
+    x = np.array([row[key] for row in rows], dtype=float)
+    mean = 100 * np.array([row["mean"] for row in rows])
+    std = 100 * np.array([np.nan if row["std"] is None else row["std"] for row in rows])
+    axes.plot(x, mean, label=method, lw=2, **style)
+    if not np.isnan(std).all():
+        axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.16, lw=0, label=f"_{method}")
+    return _Name(method, mean[-1], style)
+
+
+def _level(axes: Axes, full: float, std: float | None) -> _Name:
+    """The accuracy of training on everything."""
+    style = {"color": "0.25", "linestyle": ":"}
+    axes.axhline(100 * full, lw=2, label="all examples", zorder=2, **style)
+    if std is not None:
+        axes.axhspan(100 * (full - std), 100 * (full + std), color="0.25", alpha=0.1, lw=0, label="_all examples")
+    return _Name("all examples", 100 * full, style)
+
+
+def _ticks(axes: Axes, values: Sequence[float]) -> None:
+    """A tick at each value; on a logarithmic axis where the values would else stand on each other."""
+    texts = [f"{value:g}" for value in values]
+    if len(values) > 1:
+        linear, logarithmic = (np.diff(v).min() / np.ptp(v) for v in (values, np.log(values)))
+        if linear < min(_CROWDED, logarithmic):
+            axes.set_xscale("log")
+        axes.set_xticks(values, texts, rotation=0 if max(linear, logarithmic) >= _CROWDED / 2 else 45)
+    else:
+        axes.set_xticks(values, texts)
+        axes.set_xlim(values[0] * 0.5, min(values[0] * 1.5, EVERYTHING) if values[0] <= EVERYTHING else None)
+    axes.set_xticks([], minor=True)
+
+
+def _names(figure: Figure, axes: Axes, names: Sequence[_Name]) -> None:
+    """Write each name beside its line's end, moved up and down as little as keeps them apart."""
+    figure.draw_without_rendering()  # settles limits and heights
+    low, high = axes.get_ylim()
+    gap = _GAP / (axes.get_window_extent().height / figure.dpi * 72)
+    names = sorted(names, key=lambda name: name.end)
+    for name, height in zip(names, spread([(name.end - low) / (high - low) for name in names], gap), strict=True):
+        axes.plot(_KEY, [height] * 3, lw=2, transform=axes.transAxes, clip_on=False, markevery=[1], **name.style)
+        weight = "bold" if name.text == REFERENCE else "normal"
+        axes.text(
+            _KEY[2] + 0.02, height, name.text, transform=axes.transAxes, fontsize=_TEXT, va="center", weight=weight
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> np.ndarray:
+    """The heights closest to the given ones (least squares) that are ``gap`` apart and within [0, 1].
+
+    Args:
+        heights: Ascending, ``(n,)``.
+        gap: Least distance of neighbours; made smaller where n of them do not fit.
+    """
+    count = len(heights)
+    if count < 2:
+        return np.clip(heights, 0, 1)
+    steps = min(gap, 1 / (count - 1)) * np.arange(count)
+    return np.clip(isotonic_regression(np.asarray(heights) - steps).x, 0, 1 - steps[-1]) + steps

@@ -1,0 +1,211 @@
+"""Pre-trained networks of the selection methods: trained once, kept under a hash of all that determines them."""
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from src.artifacts import (
+    claim,
+    claim_path,
+    claimed,
+    dynamics_folder,
+    pretrain_experiment,
+    read_npz,
+    write_npz,
+)
+from src.coresets import LastLayer
+from src.devices import computing
+from src.errors import FileError
+from src.jacobians import SquaredNorms
+from src.models.modes import evaluating
+from src.session import Session
+from src.training import DYNAMICS_FILE, load_model, read_dynamics
+
+log = logging.getLogger(__name__)
+
+SEED_STEP = 5  # between the seeds of independently initialised networks
+WEIGHT_DECAY = 5e-4
+LARGEST_FILE = 2**31  # bytes; larger features are computed anew by each run that needs them
+
+
+class PretrainedNetwork:
+    """One pre-trained network: SGD with Nesterov momentum 0.9 and weight decay 5e-4 on all training examples.
+
+    Args:
+        session: The session whose data and flags (``--coreset_pretrain_*``, augmentation, model) it follows.
+        number: Which of the independently initialised networks, from 0: its seed is ``seed + 5 number``.
+    """
+
+    def __init__(self, session: Session, number: int = 0) -> None:
+        args = session.args
+        self.session = session.variant(
+            seed=args.seed + SEED_STEP * number,
+            epochs=args.coreset_pretrain_epochs,
+            learning_rate=args.coreset_pretrain_lr,
+            lr_sched=args.coreset_pretrain_lr_sched,
+            batch_size=args.coreset_pretrain_batch_size,
+            optimizer="sgd",
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=WEIGHT_DECAY,
+            lr_min=0.0,
+            rho=0.05,
+            adaptive=False,
+            delta=None,
+            hess_init=0.1,
+            save_epochs="last",
+            measure_proxies=True,
+            resume=True,
+            overwrite=False,
+        )
+        self.train = session.train
+        facts = {key: value for key, value in self.session.settings(self.train).items() if key != "seed"}
+        self.key = settings_hash(facts)
+        self.experiment = pretrain_experiment(session.entry.name, args.model, self.key)
+
+    @property
+    def claim(self) -> Any:
+        """The lock of whoever trains or scores this network."""
+        args = self.session.args
+        return claim_path(args.models_folder, self.experiment, args.seed)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the finished network and its dynamics are on disk."""
+        return self.session.is_done(self.experiment, self.train, final_scores=False)
+
+    def train_or_load(self) -> None:
+        """Train the network, or go on with it, unless it is on disk. All processes of the group must call."""
+        if self.is_trained:
+            log.info("pre-training: %s, seed %d, is on disk", self.experiment, self.session.args.seed)
+            return
+        self.session.group.wait()  # nobody starts before everybody has seen that there is something to do
+        for name in _QUANTITIES:
+            self._file(name).unlink(missing_ok=True)
+        self.session.run(self.experiment, self.train, final_scores=False)
+
+    def dynamics(self) -> dict[str, np.ndarray]:
+        """The arrays recorded in pre-training, ``(epochs, n)`` in the order of the training examples."""
+        args = self.session.args
+        arrays = read_dynamics(dynamics_folder(args.metrics_folder, self.experiment, args.seed) / DYNAMICS_FILE)
+        places = self.train.indices.cpu().numpy()
+        return {name: values[:, places] for name, values in arrays.items() if getattr(values, "ndim", 0) == 2}
+
+    def last_layer(self, *, embeddings: bool = False, gradient_norms: bool = False) -> LastLayer:
+        """The network's last layer on the un-augmented training examples, from disk where it was stored before."""
+        wanted = ["logits", *["embeddings"] * embeddings, *["gradient_norms"] * gradient_norms]
+        found = {name: self._stored(name) for name in wanted}
+        if found["logits"] is None or (embeddings and found["embeddings"] is None):
+            found.update(self._forward(embeddings))
+        if gradient_norms and found["gradient_norms"] is None:
+            found["gradient_norms"] = self._gradient_norms()
+        device = self.session.device
+        return LastLayer(
+            found["logits"].to(device),
+            self.train.labels.to(device),
+            *(found[name].to(device) if name in wanted else None for name in ("embeddings", "gradient_norms")),
+        )
+
+    # ------------------------------------------------------------------------------------------------- features
+
+    def _file(self, name: str) -> Any:
+        return self.session.files(self.experiment).checkpoints / f"{name}.npz"
+
+    def _stored(self, name: str) -> torch.Tensor | None:
+        try:
+            values = read_npz(self._file(name))["values"]
+        except (FileError, KeyError):
+            return None
+        return torch.from_numpy(values) if len(values) == len(self.train) else None
+
+    def _store(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        if values.numel() * values.element_size() <= LARGEST_FILE:
+            write_npz(self._file(name), values=values.numpy())
+        return values
+
+    def _network(self) -> torch.nn.Module:
+        model, _ = load_model(self.session.files(self.experiment).checkpoints / "last.pt")
+        return model.to(self.session.device)
+
+    def _forward(self, embeddings: bool) -> dict[str, torch.Tensor]:
+        """Logits ``(n, C)`` and embeddings ``(n, d)``, in one pass."""
+        model, session = self._network(), self.session
+        logits, features = [], []
+        batches = session.batches(self.train, alone=True)
+        with torch.inference_mode(), evaluating(model):
+            for batch in tqdm(batches, desc="last layer", unit="batch", disable=None, dynamic_ncols=True):
+                with computing(session.device, session.precision):
+                    h = model.features(batch.images)  # (b, d)
+                    z = model.head(h)  # (b, C)
+                logits.append(z.to(session.precision.dtype).cpu())
+                if embeddings:
+                    features.append(h.to(session.precision.dtype).cpu())
+        found = {"logits": torch.cat(logits)}
+        if embeddings:
+            found["embeddings"] = torch.cat(features)
+        # copies: tensors of inference mode cannot be used outside it
+        return {name: self._store(name, values.clone()) for name, values in found.items()}
+
+    def _gradient_norms(self) -> torch.Tensor:
+        """Norms of each example's gradient in all parameters, ``(n,)``."""
+        batches, parts = self.session.batches(self.train, alone=True), []
+        with SquaredNorms(self._network()) as squared_norms:
+            for batch in tqdm(batches, desc="gradient norms", unit="batch", disable=None, dynamic_ncols=True):
+                norms, _ = squared_norms(batch.images, batch.labels, _losses)
+                parts.append(norms[0, 0].sqrt().cpu())
+        return self._store("gradient_norms", torch.cat(parts))
+
+
+_QUANTITIES = ("logits", "embeddings", "gradient_norms")
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """16 hex digits that stand for settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _losses(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
+
+
+class Busy(Exception):  # noqa: N818  (no error: the caller does something else first)
+    """Another process trains a network that is needed."""
+
+
+def train_networks(session: Session, count: int, *, wait: bool = True) -> list[PretrainedNetwork]:
+    """The first ``count`` pre-trained networks of a session, trained where they are not on disk yet.
+
+    All processes of the group must call.
+
+    Args:
+        session: The session.
+        count: How many independently initialised networks.
+        wait: Whether to wait for another process that trains one of them.
+
+    Raises:
+        Busy: Another process trains one of them, and ``wait`` is off.
+    """
+    networks = [PretrainedNetwork(session, number) for number in range(count)]
+    for network in networks:
+        if not session.group.leads:
+            _train_as_group(session, network)
+        elif wait:
+            with claimed(network.claim, waiting="another process is pre-training this network"):
+                _train_as_group(session, network)
+        elif not network.is_trained:
+            with claim(network.claim) as mine:
+                if not mine:
+                    raise Busy
+                _train_as_group(session, network)
+    return networks
+
+
+def _train_as_group(session: Session, network: PretrainedNetwork) -> None:
+    session.group.wait()  # for the leading process's claim
+    network.train_or_load()
+    session.group.wait()

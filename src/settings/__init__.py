@@ -1,0 +1,42 @@
+"""Flag groups that scripts compose: the one place in a package that knows argparse."""
+
+from src.settings.common import (
+    FOLDERS,
+    add_augmentation_flags,
+    add_compute_flags,
+    add_data_flags,
+    add_folder_flags,
+    add_model_choice,
+    add_model_flags,
+    add_overwrite_flag,
+    add_run_flags,
+    add_score_flags,
+    add_seed_flag,
+    add_training_flags,
+    score_folders,
+)
+from src.settings.selection import add_downstream_flags, add_method_flags, add_selection_flags
+from src.settings.values import SEED, fraction, method_name, number
+
+__all__ = [
+    "FOLDERS",
+    "SEED",
+    "add_augmentation_flags",
+    "add_compute_flags",
+    "add_data_flags",
+    "add_downstream_flags",
+    "add_folder_flags",
+    "add_method_flags",
+    "add_model_choice",
+    "add_model_flags",
+    "add_overwrite_flag",
+    "add_run_flags",
+    "add_score_flags",
+    "add_seed_flag",
+    "add_selection_flags",
+    "add_training_flags",
+    "fraction",
+    "method_name",
+    "number",
+    "score_folders",
+]

@@ -1,0 +1,141 @@
+"""Flags of the scripts that choose training examples."""
+
+import argparse
+from pathlib import Path
+
+from src.settings import values
+
+
+def add_method_flags(parser: argparse.ArgumentParser, *, file: bool = False) -> None:
+    """``--coreset_func`` and, with ``file``, ``--selection`` in its place."""
+    from src.coresets import METHODS
+
+    group = parser.add_argument_group("method").add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--coreset_func", type=values.method_name, metavar="NAME", help=f"how to choose: {', '.join(METHODS)}"
+    )
+    if file:
+        group.add_argument(
+            "--selection", type=Path, metavar="FILE", help="train on the indices and weights of this npz file"
+        )
+
+
+def add_downstream_flags(parser: argparse.ArgumentParser) -> None:
+    """``--coreset_epochs``, the length of training on the chosen examples."""
+    parser.add_argument_group("downstream training").add_argument(
+        "--coreset_epochs",
+        type=values.number(int, 1),
+        default=160,
+        help="passes over the chosen examples; the schedule runs over them",
+    )
+
+
+def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) -> None:
+    """How to choose training examples: mode, share, pre-training, and the options of the methods.
+
+    Args:
+        parser: The script's parser.
+        share: Whether ``--coreset_fraction`` and ``--shots`` say how much to keep; else the script takes several.
+    """
+    from src.coresets import Options
+    from src.optimizers import SCHEDULES
+
+    group = parser.add_argument_group("selection")
+    add = group.add_argument
+    add(
+        "--coreset_mode",
+        choices=("large", "few_shot"),
+        default="large",
+        help="pruning or few-shot summarization: stored scores keep their highest (large) or lowest (few_shot); "
+        "the other methods keep what their papers keep",
+    )
+    if share:
+        amount = group.add_mutually_exclusive_group()
+        amount.add_argument(
+            "--coreset_fraction", type=values.fraction, default=0.1, metavar="SHARE", help="share to keep, in (0, 1]"
+        )
+        amount.add_argument("--shots", type=values.number(int, 1), metavar="N", help="examples to keep of each class")
+    add(
+        "--per_class",
+        type=values.yes_or_no,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="1|0",
+        help="choose in each class",
+    )
+    add("--coreset_pretrain_epochs", type=values.number(int, 1), default=160, help="epochs of pre-training")
+    add("--coreset_pretrain_lr", type=values.number(float, 0, open_low=True), default=0.4, help="its learning rate")
+    add("--coreset_pretrain_lr_sched", choices=tuple(SCHEDULES), default="const", help="its schedule")
+    add(
+        "--coreset_pretrain_batch_size",
+        type=values.number(int, 1),
+        default=256,
+        help="its batch size, and that of scoring",
+    )
+    add(
+        "--coreset_networks",
+        type=values.number(int, 1),
+        default=5,
+        metavar="R",
+        help="independently initialised networks of grand and el2n, of seeds seed, seed + 5, seed + 10, ...",
+    )
+    plain = Options()
+    add("--grand_gradient", choices=("last", "full"), default=plain.grand_gradient, help="grand: gradient of what")
+    add(
+        "--glister_eta",
+        type=values.number(float, 0, open_low=True),
+        default=plain.glister_eta,
+        help="glister: its step",
+    )
+    add(
+        "--glister_refresh",
+        type=values.number(int, 1),
+        default=plain.glister_refresh,
+        help="glister: picks between two refreshes of the validation gradient",
+    )
+    add(
+        "--gradmatch_lambda",
+        type=values.number(float, 0),
+        default=plain.gradmatch_lambda,
+        help="gradmatch: its ridge",
+    )
+    add(
+        "--ccs_cutoff",
+        type=values.number(float, 0, 1),
+        help="ccs: share of hardest examples to leave out (default: the paper's, by fraction)",
+    )
+    add("--ccs_bins", type=values.number(int, 1), default=plain.ccs_bins, help="ccs: strata")
+    add("--d2_neighbors", type=values.number(int, 0), default=plain.d2_neighbors, help="d2: neighbours in its graph")
+    add("--d2_gamma", type=values.number(float, 0), default=plain.d2_gamma, help="d2: decay of its reverse messages")
+    add(
+        "--dual_beta",
+        action=argparse.BooleanOptionalAction,
+        default=plain.dual_beta,
+        help="dual: sample by its Beta density; else keep the highest scores",
+    )
+    add(
+        "--dual_c",
+        type=values.number(float, 0),
+        default=plain.dual_c,
+        help="dual: how fast its density moves with pruning",
+    )
+    add(
+        "--score_window",
+        type=values.number(int, 2),
+        default=plain.score_window,
+        help="dual, tdds: epochs of a window",
+    )
+    add(
+        "--infobatch_delta",
+        type=values.number(float, 0, 1),
+        default=plain.infobatch_delta,
+        help="infobatch_dynamic: share of the epochs after which everything is trained on",
+    )
+    add(
+        "--selection_memory",
+        type=values.number(int, 1),
+        default=plain.selection_memory,
+        metavar="MIB",
+        help="memory for pairwise similarities; larger ones are computed in blocks",
+    )

@@ -1,0 +1,78 @@
+"""Kinds of value that flags take: each turns text into a value, or says in a line what would be right."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False) -> Callable:
+    """A type for finite numbers within bounds (``low`` itself excluded if ``open_low``)."""
+
+    def parse(text: str) -> Any:
+        bounds = "an integer" if kind is int else "a finite number"
+        if low is not None:
+            bounds += f" {'above' if open_low else 'of at least'} {low}"
+        if high is not None:
+            bounds += f"{' and' if low is not None else ''} at most {high}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
+        too_low = low is not None and (value <= low if open_low else value < low)
+        if not math.isfinite(value) or too_low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return parse
+
+
+SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
+
+
+def dataset(text: str) -> str:
+    """A type for ``--dataset``."""
+    from src.datasets import dataset_names
+
+    if text.split(":", 1)[0] in ("npz", "folder") and ":" in text:
+        return text
+    names = {name.lower(): name for name in dataset_names()}
+    if text.lower() not in names:
+        raise argparse.ArgumentTypeError(
+            f"unknown data set {text!r}; choose from {', '.join(names)}, npz:FILE, folder:DIR"
+        )
+    return names[text.lower()]
+
+
+def save_epochs(text: str) -> Any:
+    """A type for ``--save_epochs``."""
+    if text in ("all", "last"):
+        return text
+    try:
+        epochs = sorted({int(part) for part in text.replace(",", " ").split()})
+    except ValueError:
+        epochs = []
+    if not epochs or epochs[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not all, last, or epochs from 1 such as 10,11,40")
+    return epochs
+
+
+fraction = number(float, 0, 1, open_low=True)
+
+
+def method_name(text: str) -> str:
+    """A type for ``--coreset_func``."""
+    from src.coresets import METHODS
+
+    if text not in METHODS:
+        raise argparse.ArgumentTypeError(f"unknown method {text!r}; choose from {', '.join(METHODS)}")
+    return text
+
+
+def yes_or_no(text: str) -> bool:
+    """A type for flags that take 1 or 0, or a word for it."""
+    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
+    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no; give 1 or 0")
+    return words[text.lower()]

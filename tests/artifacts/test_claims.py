@@ -1,0 +1,221 @@
+"""Claims: one process at a time, freed by whatever ends it."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import filelock._unix
+import pytest
+from support import ROOT
+
+from src.artifacts import claim, claim_holder, claimed
+from src.errors import FileError
+
+SERVER = multiprocessing.get_context("forkserver")  # fresh processes that inherit no open file
+SERVER.set_forkserver_preload(["src.artifacts"])  # once, not in each of them
+
+
+def work(path, pipe):
+    """Do what the test asks for, in a process of its own; a forked child lives on."""
+    held = None
+    while (order := pipe.recv()) != "end":
+        if order == "hold":
+            held = claim(path)
+            pipe.send(held.__enter__())
+        elif order == "release":
+            held.__exit__(None, None, None)
+            pipe.send(True)
+        elif order == "try":
+            with claim(path) as mine:
+                pass
+            pipe.send(mine)  # after its end
+        elif order == "fork":
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            pipe.send(child.pid)
+        elif order == "crash":
+            with claim(path):
+                os.close(2)  # keep the traceback out of the tests' output
+                raise ValueError
+
+
+class Worker:
+    """Another process."""
+
+    def __init__(self, path):
+        self.pipe, other = SERVER.Pipe()
+        self.process = SERVER.Process(target=work, args=(path, other), daemon=False)
+        self.process.start()
+        other.close()
+
+    def ask(self, order):
+        self.pipe.send(order)
+        assert self.pipe.poll(60)
+        return self.pipe.recv()
+
+    def end(self, order="end"):
+        if self.process.is_alive():
+            self.pipe.send(order)
+        self.process.join(60)
+
+
+@pytest.fixture
+def start(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the server looks there for what it preloads
+    workers = []
+
+    def begin(path):
+        workers.append(Worker(path))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.end()
+
+
+@contextmanager
+def in_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_one_of_two_processes_gets_it_and_the_name_of_the_holder_is_known(tmp_path, start):
+    path = tmp_path / "run" / "seed_1" / "claim.lock"  # its folder is made
+    first, second = start(path), start(path)
+    assert first.ask("hold")
+    assert not second.ask("try")
+    with claim(path) as mine:
+        assert not mine
+    assert claim_holder(path) == f"host {socket.gethostname()}, process {first.process.pid}"
+    assert first.ask("release")
+    assert second.ask("try")
+    with claim(path) as mine:
+        assert mine
+    assert path.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+
+
+def test_a_killed_holder_and_a_crashed_one_free_it_also_while_a_forked_child_lives(tmp_path, start):
+    path = tmp_path / "claim.lock"
+    killed = start(path)
+    assert killed.ask("hold")
+    child = killed.ask("fork")
+    try:
+        with claim(path) as mine:
+            assert not mine
+        os.kill(killed.process.pid, signal.SIGKILL)
+        killed.process.join(60)
+        with claim(path) as mine:
+            assert mine
+        os.kill(child, 0)  # the child was alive all along
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+    crashed = start(path)
+    crashed.end("crash")
+    assert crashed.process.exitcode == 1
+    with claim(path) as mine:
+        assert mine
+
+
+def test_waiting_logs_one_line_that_names_the_holder(tmp_path, start, caplog):
+    path = tmp_path / "claim.lock"
+    holder = start(path)
+    assert holder.ask("hold")
+    got = threading.Event()
+
+    def wait():
+        with claimed(path, waiting="another process pre-trains this network"):
+            got.set()
+
+    with caplog.at_level(logging.INFO, logger="src"), in_thread(wait):
+        assert not got.wait(0.6)
+        assert holder.ask("release")
+    assert got.is_set()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"waiting: another process pre-trains this network (host {socket.gethostname()}, "
+        f"process {holder.process.pid}; {path})"
+    )
+
+
+def test_a_free_claim_does_not_wait_and_says_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="src"), claimed(tmp_path / "claim.lock"):
+        pass
+    assert not caplog.records
+
+
+def test_claims_of_one_process_nest_and_end_with_the_last(tmp_path, start, monkeypatch):
+    path = tmp_path / "claim.lock"
+    other = start(path)
+    monkeypatch.chdir(tmp_path)
+    with claim(path) as outer:
+        with claim("claim.lock") as inner, claimed(path):  # however the path is spelled
+            assert outer
+            assert inner
+        assert not other.ask("try")
+        answers = []
+
+        def within():
+            with claim(path) as mine:
+                answers.append(mine)
+
+        with in_thread(within):
+            pass
+        assert answers == [True]
+        assert not other.ask("try")
+    assert other.ask("try")
+
+
+def test_an_exception_frees_it_and_passes(tmp_path):
+    path = tmp_path / "claim.lock"
+    for context in (claim, claimed):
+        with pytest.raises(OSError, match="of the work"), context(path):
+            raise OSError("of the work")
+        inode = path.stat().st_ino
+        with claim(path) as mine:
+            assert mine
+        assert path.stat().st_ino == inode  # never removed: whoever waits has this very file open
+
+
+def test_folders_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "claim.lock", tmp_path / "folder"):
+        for context in (claim, claimed):
+            said = r"cannot be locked \(.*\); choose a folder that can be"
+            with pytest.raises(FileError, match=said) as caught, context(path):
+                pass
+            assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock._unix.fcntl, "flock", refuse)
+    said = r"claim\.lock: cannot be locked, its file system has no locks"
+    with pytest.raises(FileError, match=said) as caught, claim(tmp_path / "claim.lock"):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_takes_no_name_still_takes_the_claim(tmp_path, monkeypatch, start):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "claim.lock"
+    monkeypatch.setattr(os, "pwrite", full)
+    with claim(path) as mine:
+        assert mine
+    assert claim_holder(path) == "an unknown process"
+    assert claim_holder(tmp_path / "missing") == "an unknown process"

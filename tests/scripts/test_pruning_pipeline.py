@@ -1,0 +1,215 @@
+"""Selecting and training on the selection, as a user does: every method, both modes, per class and over all."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import TRAIN, call, folders, succeed, write_blobs
+
+from src.artifacts import read_checkpoint, read_json, read_npz, score_path, write_json, write_pickle
+from src.coresets import METHODS
+from src.datasets import load_dataset
+
+N, CLASSES = 90, 3
+PRETRAIN = ("--coreset_pretrain_epochs=4", "--coreset_pretrain_lr=0.05", "--coreset_pretrain_batch_size=32",
+            "--coreset_networks=2")  # fmt: skip
+DOWNSTREAM = ("--coreset_epochs=2", "--batch_size=16", "--learning_rate=0.05", "--lr_sched=const")
+STATIC = [name for name, method in METHODS.items() if not method.dynamic]
+
+
+class Place:
+    """A data set of the user's own with a file of every stored score, and folders that the tests share."""
+
+    def __init__(self, base):
+        self.base = base
+        data = write_blobs(base / "blobs.npz", n=N, classes=CLASSES)
+        self.data = f"--dataset=npz:{data}"
+        self.train = load_dataset(f"npz:{data}", base)[0]
+        self.name = self.train.entry.name
+        self.scores = np.random.default_rng(0).random(N)
+        for method in METHODS.values():
+            if method.needs.stored == "mem":
+                path = score_path(base / "metrics", "mem", self.name)
+                path.parent.mkdir(parents=True)
+                np.savez(path, tr_mem=self.scores)
+            elif method.needs.stored:
+                write_pickle(
+                    score_path(base / "metrics", method.needs.stored, self.name), dict(enumerate(self.scores))
+                )
+
+    def flags(self, func, *more):
+        return (self.data, "--model=small_mlp", f"--coreset_func={func}", *PRETRAIN, *more)
+
+    def train_flags(self, func, *more, base=None):
+        base = base or self.base
+        own = [f"--metrics_folder={self.base / 'metrics'}"] if base != self.base else []
+        return (*self.flags(func, *more), *DOWNSTREAM, *folders(base, *TRAIN), *own)
+
+    def folder(self, func, share, mode="large", base=None):
+        run = f"{func}_static_coreset_{mode}_{share}_small_mlp_over_{self.name}"
+        return (base or self.base) / "models" / run / "seed_1"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("pruning"))
+
+
+def chosen(place, func, share, **where):
+    return read_npz(place.folder(func, share, **where) / "selection.npz")
+
+
+@pytest.mark.parametrize("func", STATIC)
+def test_every_method_selects_and_trains(place, func):
+    result = succeed("train_prune.py", *place.train_flags(func, "--coreset_fraction=0.31"))
+    assert "test accuracy" in result.out
+    selection = chosen(place, func, 0.31)
+    indices, weights = selection["indices"], selection["weights"]
+    assert indices.tolist() == sorted(set(indices.tolist()))
+    assert np.bincount(indices % CLASSES).tolist() == [10] * CLASSES  # ceil(0.31 * 30) of each class
+    assert np.isfinite(weights).all()
+    assert (weights >= 0).all()
+    if not METHODS[func].weighted:
+        assert (weights == 1).all()
+    results = read_json(place.folder(func, 0.31) / "results.json")
+    assert results["finished"]
+    assert [record["epoch"] for record in results["history"]] == [1, 2]
+    assert all(0 <= record["test_accuracy"] <= 1 for record in results["history"])
+    assert results["settings"]["examples"] == len(indices)
+    assert (place.folder(func, 0.31) / "last.pt").exists()
+
+
+@pytest.mark.parametrize("func", STATIC)
+def test_over_all_classes_at_once_and_few_shot(place, func):
+    flags = place.flags(func, "--coreset_fraction=0.25", "--per_class=0", "--coreset_mode=few_shot")
+    result = succeed("select_coreset.py", *flags, *folders(place.base, *TRAIN))
+    assert f"of {N} examples by {func}" in result.out
+    assert len(chosen(place, func, 0.25, mode="few_shot")["indices"]) == 23  # 22.5, rounded half up
+    assert ("changes nothing" in result.err) == (not METHODS[func].has_modes)
+
+
+def test_modes_keep_opposite_ends(place):
+    for mode, end in (("large", slice(-5, None)), ("few_shot", slice(0, 5))):
+        flags = place.flags("min_sam-sgd-loss", "--shots=5", f"--coreset_mode={mode}")
+        succeed("select_coreset.py", *flags, *folders(place.base, *TRAIN))
+        indices = chosen(place, "min_sam-sgd-loss", "shots_5", mode=mode)["indices"]
+        for label in range(CLASSES):
+            members = np.arange(label, N, CLASSES)
+            wanted = members[np.argsort(place.scores[members], kind="stable")[end]]
+            assert set(indices[indices % CLASSES == label]) == set(wanted)
+
+
+def test_pretraining_is_shared_and_keyed(place, tmp_path):
+    where = folders(tmp_path, *TRAIN)
+    for func in ("el2n", "forget", "ccs"):
+        succeed("select_coreset.py", *place.flags(func, "--coreset_fraction=0.5"), *where)
+    runs = list((tmp_path / "models" / "pretrain").glob("*/small_mlp/*/seed_*"))
+    keys = {path.parent.name for path in runs}
+    assert len(keys) == 1  # one set of settings, whatever the method
+    assert {path.name for path in runs} == {"seed_1", "seed_6"}  # independent networks of el2n and grand
+    states = [read_checkpoint(path / "last.pt")["model_state"] for path in runs]
+    assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
+    before = {path: path.stat().st_mtime_ns for path in runs[0].glob("last.pt")}
+    succeed("select_coreset.py", *place.flags("craig", "--coreset_fraction=0.5"), *where)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    flags = ("--coreset_pretrain_lr=0.06", "--coreset_fraction=0.6")
+    succeed("select_coreset.py", *place.flags("craig", *flags), *where)
+    assert len(list((tmp_path / "models" / "pretrain").glob("*/small_mlp/*"))) == 2
+
+
+@pytest.mark.parametrize("func", ["random", "forget", "k_center", "min_etl"])
+def test_everything_kept_trains_as_train_full(place, func, tmp_path):
+    succeed("train_prune.py", *place.train_flags(func, "--coreset_fraction=1.0", "--data_augmentation"))
+    full = ("train_full.py", place.data, "--model=small_mlp", "--epochs=2", *DOWNSTREAM[1:], "--data_augmentation")
+    succeed(*full, *folders(tmp_path, *TRAIN))
+    (path,) = (tmp_path / "models").glob("standard_*/seed_1/last.pt")
+    ours, theirs = (read_checkpoint(p)["model_state"] for p in (place.folder(func, 1.0) / "last.pt", path))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("func", ["random", "craig", "gradmatch", "ccs", "dual", "infobatch", "glister"])
+def test_a_seed_gives_the_same_bits(place, func, tmp_path):
+    flags = place.flags(func, "--coreset_fraction=0.4")
+    succeed("select_coreset.py", *flags, *folders(place.base, *TRAIN))
+    succeed("select_coreset.py", *flags, *folders(tmp_path, *TRAIN), f"--out={tmp_path / 'again.npz'}")
+    first, second = chosen(place, func, 0.4), read_npz(tmp_path / "again.npz")
+    np.testing.assert_array_equal(first["indices"], second["indices"])
+    np.testing.assert_array_equal(first["weights"], second["weights"])
+
+
+def test_selections_of_anyones_making(place, tmp_path):
+    np.savez(tmp_path / "mine.npz", indices=np.array([50, 3, 4, 8, 20, 21, 1, 0]))
+    flags = (place.data, "--model=small_mlp", f"--selection={tmp_path / 'mine.npz'}", *DOWNSTREAM)
+    succeed("train_prune.py", *flags, *folders(tmp_path, *TRAIN))
+    (run,) = (tmp_path / "models").glob("selection_*_static_coreset_large_8_small_mlp_over_*/seed_1/results.json")
+    assert read_json(run)["settings"]["examples"] == 8
+
+
+def test_a_stored_selection_trains_as_its_method(place, tmp_path):
+    out = tmp_path / "craig.npz"
+    flags = place.flags("craig", "--coreset_fraction=0.31", f"--out={out}")
+    succeed("select_coreset.py", *flags, *folders(place.base, *TRAIN))
+    succeed("train_prune.py", place.data, "--model=small_mlp", f"--selection={out}", *DOWNSTREAM,
+            *folders(tmp_path, *TRAIN))  # fmt: skip
+    (path,) = (tmp_path / "models").glob("selection_*/seed_1/last.pt")
+    succeed("train_prune.py", *place.train_flags("craig", "--coreset_fraction=0.31"))
+    ours, theirs = (read_checkpoint(p)["model_state"] for p in (path, place.folder("craig", 0.31) / "last.pt"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_subset_keeps_original_indices(place, tmp_path):
+    subset = np.arange(30, 90)
+    (tmp_path / "subset.txt").write_text("\n".join(map(str, subset)))
+    flags = (*place.flags("forget", "--coreset_fraction=0.5"), f"--subset={tmp_path / 'subset.txt'}")
+    succeed("train_prune.py", *flags, *DOWNSTREAM, *folders(tmp_path, *TRAIN))
+    indices = chosen(place, "forget", 0.5, base=tmp_path)["indices"]
+    assert len(indices) == 30
+    assert indices.min() >= 30
+
+
+def test_dynamic_infobatch_visits_fewer_and_ends_on_all(place, tmp_path):
+    flags = ("--coreset_fraction=0.3", "--infobatch_delta=0.75")
+    epochs = ("--coreset_epochs=8", *DOWNSTREAM[1:])
+    succeed("train_prune.py", *place.flags("infobatch_dynamic", *flags), *epochs, *folders(tmp_path, *TRAIN))
+    (path,) = (tmp_path / "models").glob("infobatch_dynamic_static_coreset_large_0.3_*/seed_1/results.json")
+    visited = [record["examples"] for record in read_json(path)["history"]]
+    assert visited[0] == N  # nothing is known yet
+    assert max(visited[1:6]) < N
+    assert visited[6:] == [N, N]
+
+
+def test_resume_goes_on_with_the_same_selection(place, tmp_path):
+    flags = place.train_flags("infobatch", "--coreset_fraction=0.6", base=tmp_path)
+    succeed("train_prune.py", *flags)
+    whole = read_checkpoint(place.folder("infobatch", 0.6, base=tmp_path) / "last.pt")["model_state"]
+    resume = tmp_path / "resume_ckpts" / place.folder("infobatch", 0.6).parent.name / "seed_1"
+    (resume / "epoch=2.pth.tar").unlink()
+    result = succeed("train_prune.py", *flags, "--resume")
+    assert "selection: read from" in result.err
+    assert "continuing after epoch 1" in result.err
+    again = read_checkpoint(place.folder("infobatch", 0.6, base=tmp_path) / "last.pt")["model_state"]
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_scores_of_a_subset_serve_that_subset_alone(place, tmp_path):
+    path = score_path(tmp_path / "metrics", "csl", place.name)
+    write_pickle(path, {index: float(index) for index in range(60)})
+    write_json(path.with_suffix(".json"), {"n": 60, "total": N})
+    (tmp_path / "subset.txt").write_text("\n".join(map(str, range(60))))
+    flags = place.flags("min_csl", "--coreset_fraction=0.5", f"--scores_folder={tmp_path / 'metrics'}")
+    refused = call("select_coreset.py", *flags, *folders(tmp_path, *TRAIN))
+    assert refused.status == 1
+    assert "scores 60 of 90 examples" in refused.complaint
+    succeed("select_coreset.py", *flags, f"--subset={tmp_path / 'subset.txt'}", *folders(tmp_path, *TRAIN))
+    assert chosen(place, "min_csl", 0.5, base=tmp_path)["indices"].tolist() == list(range(30, 60))
+
+
+def test_selection_files_say_how_they_were_made(place, tmp_path):
+    succeed("select_coreset.py", *place.flags("el2n", "--coreset_fraction=0.31"), *folders(tmp_path, *TRAIN))
+    selection = chosen(place, "el2n", 0.31, base=tmp_path)
+    settings = json.loads(str(selection["settings"]))
+    assert settings["coreset_func"] == "el2n"
+    assert settings["coreset_networks"] == 2
+    assert int(selection["total"]) == N

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+r"""Choose a part of the training set, and train a fresh network on it.
+
+Reads the data set under --datasets_folder; methods called min_* read a stored score (--scores_folder,
+--metrics_folder, then those that ship); others pre-train networks, which are kept under {models_folder}/pretrain/ and
+shared by all methods of the same settings. Writes selection.npz (indices, weights), checkpoints and results.json
+(test accuracy per epoch) to
+{models_folder}/{coreset_func}_static_coreset_{coreset_mode}_{coreset_fraction}_{model}_over_{dataset}/seed_{seed}/.
+With --selection FILE it trains on a selection of anyone's making.
+
+  python train_prune.py --dataset=digits --model=lenet --coreset_func=min_sam-sgd-loss --coreset_fraction=0.5 \
+      --coreset_epochs=20 --batch_size=64 --learning_rate=0.1 --lr_sched=const
+  python train_prune.py --dataset='cifar100' --data_augmentation --model='resnet50' --seed=1234 --optimizer='sgd' \
+      --coreset_mode='large' --coreset_func='min_mem' --coreset_fraction=0.8 --coreset_epochs=80 \
+      --coreset_pretrain_epochs=40 --batch_size=256 --per_class=1 --learning_rate=0.1 --lr_sched='step'
+"""
+
+from argparse import Namespace
+
+from src.artifacts import claim
+from src.errors import FileError
+from src.pruning import Choice, PrunedRun
+from src.scripting import Parser, run_script
+from src.session import Session
+from src.settings import (
+    add_compute_flags,
+    add_data_flags,
+    add_downstream_flags,
+    add_folder_flags,
+    add_method_flags,
+    add_model_flags,
+    add_run_flags,
+    add_score_flags,
+    add_selection_flags,
+    add_training_flags,
+)
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_method_flags(parser, file=True)
+    add_selection_flags(parser)
+    add_downstream_flags(parser)
+    add_training_flags(parser, epochs=False)
+    add_run_flags(parser)
+    add_score_flags(parser)
+    add_compute_flags(parser, training=True)
+    add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
+    args = parser.parse_args()
+    args.epochs = args.coreset_epochs
+    return args
+
+
+def main() -> None:
+    """Parse, select, train, print."""
+    args = parse()
+    with Session(args) as session:
+        run = PrunedRun(session, None if args.selection else Choice.of(session), args.selection)
+        if not session.group.leads:
+            run.train()
+            return
+        with claim(run.claim) as mine:
+            if not mine:
+                raise FileError(f"{run.claim.parent}: another process is training this run; wait for it")
+            history = run.train()
+        print(f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}")
+        print(session.files(run.experiment).checkpoints)
+
+
+if __name__ == "__main__":
+    run_script(main)
