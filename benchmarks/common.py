@@ -6,6 +6,7 @@ little.
 """
 
 import argparse
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ class Row:
 
     Attributes:
         name: What is done.
-        plain: What the plain way takes.
+        plain: What the plain way takes; NaN where it is out of reach.
         ours: What the project takes.
         unit: The unit of both.
         target: The ratio ``plain / ours`` that is asked for; None where none is.
@@ -120,9 +121,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         target = "-" if row.target is None else f"{row.target:g}"
         met = {True: "yes", False: "NO", None: "-"}[row.met]
+        plain, ratio = ("-", "-") if math.isnan(row.plain) else (f"{row.plain:.4g}", f"{row.ratio:.2f}")
         lines.append(
-            f"{row.name:{width}s}  {row.plain:10.4g}  {row.ours:10.4g}  {row.ratio:7.2f}  {target:>6s}  {met:3s}  "
-            f"{row.unit}"
+            f"{row.name:{width}s}  {plain:>10s}  {row.ours:10.4g}  {ratio:>7s}  {target:>6s}  {met:3s}  {row.unit}"
         )
     return "\n".join(lines)
 

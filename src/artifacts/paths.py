@@ -42,7 +42,7 @@ def pretrain_experiment(dataset: str, model: str, key: str) -> str:
 
 
 def coreset_experiment(func: str, mode: str, share: float | str, model: str, dataset: str) -> str:
-    """The name of a run on a chosen part of the training set; ``share`` is the fraction, or what else says how much."""
+    """The name of a run on a chosen part of the training set; ``share`` is the fraction, or what says how much."""
     return f"{func}_static_coreset_{mode}_{share}_{model}_over_{dataset}"
 
 

@@ -11,7 +11,7 @@ for _file in (
     "random_choice",
     "ranked",
     # "craig",
-    # "glister",
+    "glister",
     "gradmatch",
     "graph_cut",
     "infobatch",

@@ -82,7 +82,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Means and spreads over seeds of each method and share.
 
     Args:
-        records: Cells as of :class:`Record`, in any order; those that are not finished are left out of all means.
+        records: Cells as of :class:`Record`; those that are not finished are left out of all means.
 
     Returns:
         One row per method and share that has a cell: methods in the order in which they first appear, examples per
@@ -100,7 +100,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     order = {name: place for place, name in enumerate(dict.fromkeys(record["method"] for record in records))}
     of_seeds = len({record["seed"] for record in records})
     rows = [
-        _row(method, share, [cell for cell in cells[method, share].values() if cell["finished"]], of_seeds)
+        _row(method, share, [cell for _, cell in sorted(cells[method, share].items()) if cell["finished"]], of_seeds)
         for method, share in sorted(cells, key=lambda key: (order[key[0]], _place(key[1])))
     ]
     reference = {share_of(row): row["mean"] for row in rows if row["method"] == REFERENCE}

@@ -14,7 +14,7 @@ from src.coresets.gradmatch import first_largest
 from src.coresets.last_layer import gradient_sum, products_with
 from src.coresets.material import Group, LastLayer, Material, Options, Selection, errors_of
 from src.coresets.registry import Needs, method
-from src.errors import FlagError
+from src.errors import FlagError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ _TIMED = 5  # refreshes that the estimate is made from
     "glister",
     needs=Needs(embeddings=True),
     paper="Killamsetty et al. 2021 (GLISTER)",
-    equation="greedy in <g_x, v>, v = mean gradient of 10 % held out after a step eta along the picks (alg. 2, eq. 6)",
+    equation="greedy in <g_x, v>, v the mean gradient of 10 % held out, after a step eta along the picks (alg. 2)",
     cost="k/r n C min(d, |V|), r picks between two refreshes",
     options=("glister_eta", "glister_refresh", "selection_memory"),
 )
 def glister(material: Material, groups: Sequence[Group], options: Options) -> Selection:
-    """GLISTER on last-layer gradients, group by group (Killamsetty et al. 2021, online GreedyDSS, algorithm 2).
+    """GLISTER on last-layer gradients, group by group (Killamsetty et al. 2021, GreedyDSS, algorithm 2).
 
-    A seeded tenth of each class is held out as V. The first-order gain of a candidate is <g_x, v>, v the mean gradient
-    of V where the last layer has taken a step of ``glister_eta`` along the mean gradient of the picks; ``v`` is
-    brought up to date every ``glister_refresh`` picks (1 is exact). A class is judged by the held-out examples of its
-    own, or by all of V where it has none (a single example); where no class has two, the candidates serve as V.
+    A seeded tenth of each class is held out as V. To first order, training on x lowers the loss on V by ``<g_x, v>``,
+    v the mean gradient of V where the last layer has taken a step of ``glister_eta`` along the mean gradient of the
+    picks; v is brought up to date every ``glister_refresh`` picks (1 is exact). A class is judged by its own held-out
+    examples, or by all of V where it has none (a single example); where no class has two, the candidates serve as V.
     Budgets count the whole group: once its candidates are used up, its held-out examples follow in the same way.
 
     A refresh costs (n + 2 |V|) C min(d, |V|) multiplications for a group of n and its |V|, a pick n comparisons.
@@ -46,6 +46,7 @@ def glister(material: Material, groups: Sequence[Group], options: Options) -> Se
 
     Raises:
         FlagError: The step is negative, or there is no pick between two refreshes.
+        UserError: The network's gradients are not finite.
     """
     if not 0.0 <= options.glister_eta < math.inf:
         raise FlagError(f"--glister_eta {options.glister_eta}: must be at least 0 and finite")
@@ -88,6 +89,9 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
 
     Returns:
         Places in the pool in the order of the picks, int64 ``(budget,)``.
+
+    Raises:
+        UserError: A gain is not finite.
     """
     validation = Validation(pool, judges, options.glister_eta, options.selection_memory)
     picks = np.empty(budget, dtype=np.int64)
@@ -97,6 +101,10 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
             fresh = picks[max(count - options.glister_refresh, 0) : count]
             gains = validation.gains(fresh)
             slack = _TIE * float(gains.abs().max())
+            if not math.isfinite(slack):
+                raise UserError(
+                    "glister: the pre-trained network's gradients are not finite; pre-train at a lower rate"
+                )
             gains[picks[:count]] = -math.inf
         if count == _TIMED * options.glister_refresh:
             _announce((time.perf_counter() - started) * budget / count, budget)

@@ -37,7 +37,7 @@ _ROUNDS = 100  # of block pivoting; it settles in about ten
     "gradmatch",
     needs=Needs(embeddings=True),
     paper="Killamsetty et al. 2021 (GradMatch)",
-    equation="orthogonal matching pursuit for min_w ||sum_i w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
+    equation="orthogonal matching pursuit: min ||sum_S w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
     cost="n k (C + d) + n k^2",
     options=("gradmatch_lambda", "selection_memory"),
     weighted=True,
@@ -236,7 +236,7 @@ class _Stored(_State):
 
 
 class _Recomputed(_State):
-    """With the residual as bias and weight part: nothing of size n k is kept, a pick costs n C d + k (C + d) + k^2."""
+    """With the residual itself, C (d + 1) numbers: nothing of size n k is kept, a pick costs (n + k) C d + k^2."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -17,7 +17,8 @@ class Selection:
     Attributes:
         indices: int64 ``(k,)``, ascending, each once: positions among the candidates while methods compute,
             original indices in files.
-        weights: float64 ``(k,)``, the sample weights of training; all 1, or with mean 1 where a method weights.
+        weights: float64 ``(k,)``, the sample weights of training; all 1, or with mean 1 where a method weights
+            (InfoBatch: with a sum of n). Training divides by their sum.
     """
 
     indices: np.ndarray
@@ -88,7 +89,7 @@ class LastLayer:
 
     @cached_property
     def errors(self) -> torch.Tensor:
-        """e = softmax(z) - onehot(y), ``(n, C)``, in the logits' type."""
+        """``softmax(z) - onehot(y)``, ``(n, C)``, in the logits' type."""
         return errors_of(self.logits, self.labels)
 
     @cached_property

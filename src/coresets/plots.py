@@ -12,26 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
-from src.coresets.comparison import EVERYTHING, REFERENCE, Row
+from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
+from src.coresets.comparison import REFERENCE, Row
 from src.errors import FlagError
-
-STYLE = {
-    "font.size": 15,
-    "axes.titlesize": 16,
-    "axes.labelsize": 17,
-    "xtick.labelsize": 13,
-    "ytick.labelsize": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "pdf.fonttype": 42,
-}
-_GRID = {"color": "0.88", "linewidth": 0.8}
 
 # Paul Tol's "muted" scheme, told apart with any colour vision; pale ones last
 COLOURS = ("#332288", "#CC6677", "#44AA99", "#882255", "#999933", "#117733", "#AA4499", "#88CCEE", "#DDCC77")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
 _BLACK = "black"
+_DASH_DOT = (0, (3, 1, 1, 1))  # short, so that the piece beside a name shows it
 _TEXT = 13  # points, of the names beside the lines
 _GAP = 1.22 * _TEXT  # points between their middles
 _WIDTH, _HEIGHT = 7.0, 4.8  # inches: printed in a column, half as large, the smallest text has 6.5 points
@@ -53,8 +42,8 @@ def accuracy_figure(
 ) -> Figure:
     """Test accuracy against the share kept, or the examples kept of each class: a line per method.
 
-    Bands are one standard deviation over seeds to either side; one seed has none. The names stand beside the lines'
-    right ends, from the highest accuracy there to the lowest.
+    Bands (bars, where a line is one point) are one standard deviation over seeds to either side; one seed has none.
+    The names stand beside the lines' right ends, from the highest accuracy there to the lowest.
 
     Args:
         rows: Of :func:`src.coresets.comparison.summarise`; those without a finished cell are left out.
@@ -71,11 +60,12 @@ def accuracy_figure(
     key = "shots" if True in shots else "share"
     methods = list(dict.fromkeys(row["method"] for row in rows))
     styles = line_styles(methods)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(_WIDTH, max(_HEIGHT, 1.4 + (len(methods) + 1) * _GAP / 72)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1)
         axes = figure.add_subplot()
         axes.set_title(title)
-        axes.grid(axis="y", **_GRID)
+        axes.grid(axis="y", **FIGURE_GRID)
         names = []
         for method in methods:
             own = [row for row in rows if row["method"] == method and row["mean"] is not None]
@@ -101,8 +91,8 @@ def line_styles(methods: Sequence[str]) -> dict[str, dict]:
         styles[method] = {
             "color": COLOURS[place % len(COLOURS)],
             "marker": MARKERS[place % len(MARKERS)],
-            "markersize": 8,
-            "linestyle": "-." if again else "-",
+            "markersize": 9,
+            "linestyle": _DASH_DOT if again else "-",
             "markerfacecolor": "white" if again else COLOURS[place % len(COLOURS)],
             "markeredgecolor": COLOURS[place % len(COLOURS)] if again else "white",
             "zorder": 3,
@@ -116,7 +106,11 @@ def _line(axes: Axes, rows: Sequence[Row], key: str, method: str, style: dict) -
     mean = 100 * np.array([row["mean"] for row in rows])
     std = 100 * np.array([np.nan if row["std"] is None else row["std"] for row in rows])
     axes.plot(x, mean, label=method, lw=2, **style)
-    if not np.isnan(std).all():
+    if np.isnan(std).all():
+        return _Name(method, mean[-1], style)
+    if len(x) == 1:  # a band would have no width
+        axes.errorbar(x, mean, std, color=style["color"], fmt="none", capsize=4, label=f"_{method}")
+    else:
         axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.16, lw=0, label=f"_{method}")
     return _Name(method, mean[-1], style)
 
@@ -140,7 +134,7 @@ def _ticks(axes: Axes, values: Sequence[float]) -> None:
         axes.set_xticks(values, texts, rotation=0 if max(linear, logarithmic) >= _CROWDED / 2 else 45)
     else:
         axes.set_xticks(values, texts)
-        axes.set_xlim(values[0] * 0.5, min(values[0] * 1.5, EVERYTHING) if values[0] <= EVERYTHING else None)
+        axes.set_xlim(0.5 * values[0], 1.5 * values[0])
     axes.set_xticks([], minor=True)
 
 
@@ -154,7 +148,13 @@ def _names(figure: Figure, axes: Axes, names: Sequence[_Name]) -> None:
         axes.plot(_KEY, [height] * 3, lw=2, transform=axes.transAxes, clip_on=False, markevery=[1], **name.style)
         weight = "bold" if name.text == REFERENCE else "normal"
         axes.text(
-            _KEY[2] + 0.02, height, name.text, transform=axes.transAxes, fontsize=_TEXT, va="center", weight=weight
+            _KEY[2] + 0.02,
+            height,
+            name.text,
+            transform=axes.transAxes,
+            fontsize=_TEXT,
+            va="center_baseline",
+            weight=weight,
         )
 
 

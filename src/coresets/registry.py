@@ -131,7 +131,11 @@ def method_table() -> str:
         if entry.needs.stored:
             if entry is not stored[0]:
                 continue
-            names, needs, paper = ", ".join(f"`{m.name}`" for m in stored), "a stored score", "SAMIS, and each score's"
+            names, needs, paper = (
+                ", ".join(f"`{m.name}`" for m in stored),
+                "a stored score",
+                "SAMIS, and each score's",
+            )
         cells = (names, paper, entry.equation, needs, entry.cost, ", ".join(f"`--{name}`" for name in entry.options))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)

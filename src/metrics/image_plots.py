@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from src.metrics.plots import STYLE
+from src.artifacts.figures import FIGURE_STYLE
 
 ROWS_PER_BLOCK = 25  # of the overview; more classes go into further blocks beside the first
 CLASSES_PER_PAGE = 100
@@ -83,7 +83,7 @@ def image_grid(
     canvas = mosaic(grid, columns, gap_y, gap_x)
     side, left, top = 1.15, 1.5, 0.55  # inches per image, for the row labels, for the title
     width, height = side * canvas.shape[1] / w, side * canvas.shape[0] / w
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(width + left + 0.1, height + top + 0.05))
         axes = _bare_axes(figure, left, 0.05, width, height, canvas)
         for r in range(rows):
@@ -121,7 +121,7 @@ def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int
     gap = max(1, round(0.05 * w))
     block_width = side * (2 * n * (w + gap) - gap + w // 2) / w
     height = side * rows * (h + gap) / w
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         width = blocks * (names + block_width + apart)
         figure = Figure(figsize=(width, height + top))
         for b in range(blocks):

@@ -11,23 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
+from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
 from src.errors import FlagError
 
 BINS = 50
 PASTEL = matplotlib.colormaps["tab20"].colors[1::2]  # ten light colours
 INK = "#1f4e79"
-STYLE = {
-    "font.size": 15,
-    "axes.titlesize": 16,
-    "axes.labelsize": 17,
-    "xtick.labelsize": 13,
-    "ytick.labelsize": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "pdf.fonttype": 42,
-}
-_GRID = {"color": "0.88", "linewidth": 0.8}
 _KDE_BINS, _KDE_POINTS = 2048, 512
 
 
@@ -35,7 +24,7 @@ def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
-    axes.grid(axis="y", **_GRID)
+    axes.grid(axis="y", **FIGURE_GRID)
     return figure, axes
 
 
@@ -47,7 +36,7 @@ def histogram(scores: np.ndarray, label: str, title: str) -> Figure:
         label: The score's symbol.
         title: What it is, and of which data.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure, axes = _figure(10, 6, f"{title} ({len(scores):,} examples)")
         counts, edges = np.histogram(scores, bins=BINS)
         colours = [PASTEL[i % len(PASTEL)] for i in range(BINS)]
@@ -89,7 +78,7 @@ def density(scores: np.ndarray, label: str, title: str) -> Figure:
     if len(scores) < 2 or np.ptp(scores) == 0:
         raise FlagError(f"{title}: the chosen scores are all equal, so they have no density; choose more examples")
     points, heights = kernel_density(scores)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure, axes = _figure(10, 6, f"{title} ({len(scores):,} examples)")
         axes.fill_between(points, heights, color=PASTEL[0], alpha=0.8, lw=0)
         axes.plot(points, heights, color=INK, lw=2)
@@ -115,7 +104,7 @@ def shares(indices: np.ndarray, values: np.ndarray, label: str, title: str, plot
     """
     if plot not in ("scatter", "line"):
         raise FlagError(f"plot: {plot!r} is not known; choose scatter or line")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure, axes = _figure(12, 6, f"{title} ({len(indices):,} examples)")
         style = {"s": 9, "lw": 0} if plot == "scatter" else {"lw": 0.6}
         draw = axes.scatter if plot == "scatter" else axes.plot
@@ -181,7 +170,7 @@ def comparison(
     height = cell * max(len(names), 3) + 2.4
     map_width = max(cell * len(columns) + 1.6, 3.0)  # room for its heading
     widths = [4.6, *[map_width] * len(matrices)]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(sum(widths), height), layout="constrained")
         axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         _ridges(axes[0], scores, names)

@@ -82,7 +82,7 @@ class Grid:
         for cell in self.cells:
             if cell.seed == self.args.seeds[0]:
                 self.run_of(cell).check()
-        stored = self._stem.with_suffix(".json")
+        stored = self._stem.with_name(f"{self._stem.name}.json")
         if stored.exists() and not self.args.overwrite:
             refuse_other_settings(stored, read_json(stored).get("settings", {}), self.settings())
 
@@ -130,7 +130,7 @@ class Grid:
                 log.error("%s: %s", cell, error)
                 failures[cell] = str(error)
                 return False
-            run.remove_resume_states()
+            run.session.files(run.experiment).remove_states()
         return True
 
     # ------------------------------------------------------------------------------------------------- comparing

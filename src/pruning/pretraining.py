@@ -88,6 +88,8 @@ class PretrainedNetwork:
         for name in _QUANTITIES:
             self._file(name).unlink(missing_ok=True)
         self.session.run(self.experiment, self.train, final_scores=False)
+        if self.session.group.leads:
+            self.session.files(self.experiment).remove_states()
 
     def dynamics(self) -> dict[str, np.ndarray]:
         """The arrays recorded in pre-training, ``(epochs, n)`` in the order of the training examples."""

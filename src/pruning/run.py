@@ -68,12 +68,6 @@ class PrunedRun:
         found = None if self.choice is None or self.dynamic else self.choice.stored()
         return float("nan") if found is None else found[1]
 
-    def remove_resume_states(self) -> None:
-        """Remove what only an unfinished run needs."""
-        files = self.session.files(self.experiment)
-        for epoch in files.states():
-            files.state(epoch).unlink(missing_ok=True)
-
     def selection(self, *, overwrite: bool = False, wait: bool = True) -> tuple[Selection, float]:
         """The chosen examples, and the seconds that choosing took (NaN where unknown)."""
         if self.file is not None:

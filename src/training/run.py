@@ -85,6 +85,11 @@ class RunFiles:
                 found.append(int(number))
         return sorted(found, reverse=True)
 
+    def remove_states(self) -> None:
+        """Remove what only an unfinished run needs."""
+        for path in self.resume.glob("*epoch=*"):
+            path.unlink(missing_ok=True)
+
 
 def run_training(
     trainer: Trainer,

@@ -1,0 +1,149 @@
+"""The grid of pruning runs: filled once, by one process or several, whatever is killed in between."""
+
+import csv
+import time
+
+import numpy as np
+import pytest
+from refusals import FILE, FLAG, refuse
+from support import TRAIN, call, folders, start, succeed, write_blobs
+
+from src.artifacts import read_json
+
+TRAINING = ("--coreset_epochs=2", "--batch_size=16", "--learning_rate=0.05", "--lr_sched=const",
+            "--coreset_pretrain_epochs=2", "--coreset_pretrain_lr=0.05", "--coreset_networks=2")  # fmt: skip
+GRID = ("--model=small_mlp", "--funcs", "random", "el2n", "infobatch_dynamic", "--fractions", "0.2", "0.5",
+        "--seeds", "1", "2", *TRAINING)  # fmt: skip
+CELLS = 3 * 2 * 2
+
+
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory):
+    return write_blobs(tmp_path_factory.mktemp("blobs") / "blobs.npz", n=90)
+
+
+def flags(blobs, base, *more):
+    return (f"--dataset=npz:{blobs}", *GRID, *more, *folders(base, *TRAIN, "plots"))
+
+
+def comparison(base, ending):
+    (path,) = (base / "plots" / "pruning").glob(f"*/comparison.{ending}")
+    return path
+
+
+def results(base):
+    return {path.parent: path for path in (base / "models").glob("*_static_coreset_*/seed_*/results.json")}
+
+
+def test_a_grid_is_filled_once(blobs, tmp_path):
+    result = succeed("compare_pruning.py", *flags(blobs, tmp_path, "--full"))
+    assert result.err.count("cell ") >= CELLS + 2
+    content = read_json(comparison(tmp_path, "json"))
+    assert len(content["cells"]) == CELLS + 2
+    assert all(cell["finished"] for cell in content["cells"])
+    for cell in content["cells"]:
+        run = (
+            f"{cell['method']}_static_coreset_large_{cell['share']}_small_mlp_over_*/seed_{cell['seed']}/results.json"
+        )
+        (path,) = (tmp_path / "models").glob(run)
+        assert cell["accuracy"] == read_json(path)["history"][-1]["test_accuracy"]
+    with comparison(tmp_path, "csv").open() as file:
+        rows = list(csv.DictReader(file))
+    row = next(row for row in rows if row["method"] == "el2n" and row["share"] == "0.5")
+    accuracies = [c["accuracy"] for c in content["cells"] if (c["method"], c["share"]) == ("el2n", 0.5)]
+    assert float(row["mean"]) == pytest.approx(np.mean(accuracies))
+    assert float(row["std"]) == pytest.approx(np.std(accuracies, ddof=1))
+    assert "| el2n" in comparison(tmp_path, "md").read_text()
+    assert comparison(tmp_path, "png").stat().st_size > 10_000
+    assert comparison(tmp_path, "pdf").exists()
+    assert not list((tmp_path / "resume_ckpts").rglob("*.pth.tar"))  # of finished runs
+    before = {folder: path.stat().st_mtime_ns for folder, path in results(tmp_path).items()}
+    again = succeed("compare_pruning.py", *flags(blobs, tmp_path, "--full"))
+    assert "cell 1 of" not in again.err
+    assert {folder: path.stat().st_mtime_ns for folder, path in results(tmp_path).items()} == before
+    more = succeed("compare_pruning.py", *flags(blobs, tmp_path), "--fractions", "0.2", "0.5", "0.9")
+    assert more.err.count(" of 18: ") == 6  # the cells that are new
+
+
+def test_train_prune_makes_the_same_cell(blobs, tmp_path):
+    single = ("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=el2n",
+              "--coreset_fraction=0.5", "--seed=2", *TRAINING)  # fmt: skip
+    succeed(*single, *folders(tmp_path / "single", *TRAIN))
+    succeed("compare_pruning.py", *flags(blobs, tmp_path / "grid"), "--funcs", "el2n", "--seeds", "2")
+    name = "el2n_static_coreset_large_0.5_*/seed_2/results.json"
+    histories = [
+        [(record["train_loss"], record["test_accuracy"]) for record in read_json(path)["history"]]
+        for where in ("single", "grid")
+        for path in (tmp_path / where / "models").glob(name)
+    ]
+    assert len(histories) == 2
+    assert histories[0] == histories[1]
+
+
+def test_processes_share_a_grid_though_one_is_killed(blobs, tmp_path):
+    """Two start together, one dies in the middle of it: the other does what is left, and nothing twice."""
+    first, second = (start("compare_pruning.py", *flags(blobs, tmp_path)) for _ in range(2))
+    deadline = time.monotonic() + 300
+    while len(results(tmp_path)) < 3 and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.05)
+    first.kill()
+    _, killed_log = first.communicate()
+    _, log = second.communicate(timeout=500)
+    assert second.returncode == 0, log
+    content = read_json(comparison(tmp_path, "json"))
+    assert all(cell["finished"] for cell in content["cells"])
+    starts = [
+        line.split(": ", 1)[1] for text in (killed_log, log) for line in text.splitlines() if " of 12: " in line
+    ]
+    twice = {name for name in starts if starts.count(name) > 1}
+    assert len(twice) <= 2  # the one that was killed, and those that waited for its pre-training
+    assert len(set(starts)) == CELLS
+
+
+def test_a_partial_grid_is_a_table_too(blobs, tmp_path):
+    succeed("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=random",
+            "--coreset_fraction=0.2", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
+    result = succeed("compare_pruning.py", *flags(blobs, tmp_path), "--table_only")
+    assert "1 of 2 seeds" in result.out
+    assert len(results(tmp_path)) == 1
+
+
+def test_a_grid_of_shots(blobs, tmp_path):
+    shots = [
+        flag for flag in flags(blobs, tmp_path) if flag not in ("--fractions", "0.2", "0.5", "infobatch_dynamic")
+    ]
+    succeed("compare_pruning.py", *shots, "--shots", "2", "5")
+    cells = read_json(comparison(tmp_path, "json"))["cells"]
+    assert {cell["examples"] for cell in cells} == {6, 15}
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "says"),
+    [
+        (("--fractions", "0"), FLAG, ("--fractions", "above 0")),
+        (("--funcs", "nope"), FLAG, ("--funcs", "unknown method 'nope'")),
+        (("--funcs", "min_csl"), FILE, ("no cumulative sample loss scores", "average_scores.py")),
+        (("--funcs", "tdds"), FLAG, ("--coreset_pretrain_epochs 2", "tdds")),
+        (("--shots", "2"), FLAG, ("not allowed with",)),
+        (("--seeds", "-1"), FLAG, ("--seeds",)),
+    ],
+)
+def test_what_cannot_be_is_found_before_the_first_run(blobs, tmp_path, more, status, says):
+    refuse("compare_pruning.py", *flags(blobs, tmp_path), *more, status=status, says=says)
+    assert not results(tmp_path)
+
+
+def test_a_table_of_other_settings_is_kept(blobs, tmp_path):
+    small = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "1")
+    succeed("compare_pruning.py", *small)
+    says = (r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
+    refuse("compare_pruning.py", *small, "--learning_rate=0.1", status=FILE, says=says, keep=tmp_path)
+    succeed("compare_pruning.py", *small, "--learning_rate=0.1", "--overwrite")
+
+
+def test_cells_that_diverge_do_not_stop_the_others(blobs, tmp_path):
+    wild = (*flags(blobs, tmp_path), "--funcs", "random", "--seeds", "1", "--learning_rate=1e38")
+    result = call("compare_pruning.py", *wild)
+    assert result.status == FILE
+    assert "2 of 2 cells failed" in result.complaint
+    assert "--learning_rate" in result.complaint
