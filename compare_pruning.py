@@ -47,8 +47,12 @@ def parse() -> Namespace:
     add = grid.add_argument
     add("--funcs", type=method_name, nargs="+", required=True, metavar="NAME", help="methods, see train_prune.py")
     share = grid.add_mutually_exclusive_group(required=True)
-    share.add_argument("--fractions", type=fraction, nargs="+", metavar="SHARE", help="shares to keep, in (0, 1]")
-    share.add_argument("--shots", type=number(int, 1), nargs="+", metavar="N", help="examples to keep of each class")
+    share.add_argument(
+        "--fractions", type=fraction, nargs="+", metavar="SHARE", help="shares to keep, in (0, 1] (default: none)"
+    )
+    share.add_argument(
+        "--shots", type=number(int, 1), nargs="+", metavar="N", help="examples to keep of each class (default: none)"
+    )
     add("--seeds", type=SEED, nargs="+", default=[1, 2, 3], metavar="SEED", help="seeds of selection and training")
     add("--full", action="store_true", help="train on everything too, as the reference")
     add("--name", default="comparison", help="name of table and figure")

@@ -6,9 +6,11 @@ Writes the table to ``runs/bench.json``.
 """
 
 import importlib
+import math
 import platform
 import time
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,7 +18,18 @@ from tqdm import tqdm
 from benchmarks.common import Row, in_fresh_process, quick_flag, table
 from src import artifacts
 
-MODULES = ("bench_batches", "bench_scoring", "bench_flatness", "bench_training", "bench_memory")
+MODULES = (
+    "bench_batches",
+    "bench_scoring",
+    "bench_flatness",
+    "bench_training",
+    "bench_memory",
+    "bench_last_layer",
+    "bench_ranked",
+    "bench_graph_cut",
+    "bench_gradmatch",
+    "bench_craig",
+)
 
 
 def measure_module(name: str, quick: bool) -> list[Row]:
@@ -34,6 +47,12 @@ def measure(quick: bool = False) -> list[Row]:
     return rows
 
 
+def _plain_values(row: Row) -> dict[str, Any]:
+    """A row as json, in which NaN (a plain way that was not run) has no place."""
+    values = {**asdict(row), "ratio": row.ratio, "met": row.met}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+
+
 def main() -> None:
     """Measure, print the table, and write it."""
     quick = quick_flag(__doc__)
@@ -47,7 +66,7 @@ def main() -> None:
         "quick": quick,
         "seconds": seconds,
         "machine": machine,
-        "rows": [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in rows],
+        "rows": [_plain_values(row) for row in rows],
     }
     print(f"{artifacts.write_json(artifacts.ROOT / 'runs' / 'bench.json', content)} ({seconds:.0f} s)")
 

@@ -20,7 +20,7 @@ from src.artifacts import (
 )
 from src.coresets import LastLayer
 from src.devices import computing
-from src.errors import FileError
+from src.errors import FileError, TrainingError
 from src.jacobians import SquaredNorms
 from src.models.modes import evaluating
 from src.session import Session
@@ -106,6 +106,12 @@ class PretrainedNetwork:
             found.update(self._forward(embeddings))
         if gradient_norms and found["gradient_norms"] is None:
             found["gradient_norms"] = self._gradient_norms()
+        for name, values in found.items():
+            if values is not None and not values.isfinite().all():
+                raise TrainingError(
+                    f"the pre-trained network's {name.replace('_', ' ')} are not finite; "
+                    f"a smaller --coreset_pretrain_lr may help (it is {self.session.args.learning_rate:g})"
+                )
         device = self.session.device
         return LastLayer(
             found["logits"].to(device),

@@ -10,14 +10,18 @@ def add_method_flags(parser: argparse.ArgumentParser, *, file: bool = False) -> 
     """``--coreset_func`` and, with ``file``, ``--selection`` in its place."""
     from src.coresets import METHODS
 
-    group = parser.add_argument_group("method").add_mutually_exclusive_group(required=True)
-    group.add_argument(
-        "--coreset_func", type=values.method_name, metavar="NAME", help=f"how to choose: {', '.join(METHODS)}"
+    group, listing = parser.add_argument_group("method"), f"how to choose: {', '.join(METHODS)}"
+    if not file:
+        group.add_argument("--coreset_func", type=values.method_name, required=True, metavar="NAME", help=listing)
+        return
+    either = group.add_mutually_exclusive_group(required=True)
+    either.add_argument("--coreset_func", type=values.method_name, metavar="NAME", help=f"{listing} (default: none)")
+    either.add_argument(
+        "--selection",
+        type=Path,
+        metavar="FILE",
+        help="train on the indices and weights of this npz file (default: none)",
     )
-    if file:
-        group.add_argument(
-            "--selection", type=Path, metavar="FILE", help="train on the indices and weights of this npz file"
-        )
 
 
 def add_downstream_flags(parser: argparse.ArgumentParser) -> None:

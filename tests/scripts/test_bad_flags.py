@@ -149,9 +149,18 @@ def test_flags_of_the_other_scripts(blobs, tmp_path, script, flags, says):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_abbreviations_are_refused_everywhere(script):
-    required = ("--seeds=1",) if script == "average_scores.py" else ()
+    required = {
+        "average_scores.py": ("--seeds=1",),
+        "train_prune.py": ("--coreset_func=random",),
+        "select_coreset.py": ("--coreset_func=random",),
+        "compare_pruning.py": ("--funcs=random", "--fractions=0.5"),
+    }
     refuse(
-        script, "--datas=digits", *required, status=FLAG, says=("--datas=digits: unknown", "did you mean --dataset")
+        script,
+        "--datas=digits",
+        *required.get(script, ()),
+        status=FLAG,
+        says=("--datas=digits: unknown", "did you mean --dataset"),
     )
 
 

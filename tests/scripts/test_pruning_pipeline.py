@@ -1,11 +1,13 @@
 """Selecting and training on the selection, as a user does: every method, both modes, per class and over all."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
-from support import TRAIN, call, folders, succeed, write_blobs
+from PIL import Image
+from support import TRAIN, call, folders, start, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, read_json, read_npz, score_path, write_json, write_pickle
 from src.coresets import METHODS
@@ -178,6 +180,37 @@ def test_dynamic_infobatch_visits_fewer_and_ends_on_all(place, tmp_path):
     assert visited[0] == N  # nothing is known yet
     assert max(visited[1:6]) < N
     assert visited[6:] == [N, N]
+
+
+def test_interrupted_pretraining_goes_on(place, tmp_path):
+    """Killed after its second epoch, it starts with the third, and the selection is that of an unbroken run."""
+    flags = place.flags("forget", "--coreset_fraction=0.5", "--coreset_pretrain_epochs=40")
+    succeed("select_coreset.py", *flags, *folders(tmp_path / "whole", *TRAIN))
+    process = start("select_coreset.py", *flags, *folders(tmp_path / "killed", *TRAIN))
+    states = tmp_path / "killed" / "resume_ckpts" / "pretrain"
+    while process.poll() is None and not list(states.rglob("epoch=2.pth.tar")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    result = succeed("select_coreset.py", *flags, *folders(tmp_path / "killed", *TRAIN))
+    assert "continuing after epoch" in result.err
+    whole, killed = (chosen(place, "forget", 0.5, base=tmp_path / name) for name in ("whole", "killed"))
+    np.testing.assert_array_equal(whole["indices"], killed["indices"])
+
+
+def test_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 4)):
+        for label in ("cat", "dog"):
+            (tmp_path / "pets" / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / part / label / f"{number}.png")
+    flags = (f"--dataset=folder:{tmp_path / 'pets'}", "--model=small_mlp", "--coreset_func=k_center", "--shots=3",
+             "--coreset_pretrain_epochs=1", *DOWNSTREAM)  # fmt: skip
+    succeed("train_prune.py", *flags, *folders(tmp_path, *TRAIN))
+    (path,) = (tmp_path / "models").glob("k_center_static_coreset_large_shots_3_*/seed_1/selection.npz")
+    assert np.bincount(read_npz(path)["indices"] // 12).tolist() == [3, 3]
 
 
 def test_resume_goes_on_with_the_same_selection(place, tmp_path):

@@ -14,6 +14,7 @@ SHORT = {
     "train_full.py": ["--epochs=1", "--save_epochs=last", SMALL],
     "compute_sam_sgd.py": ["--epochs=1", SMALL],
     "average_scores.py": [SMALL],
+    "train_prune.py": ["--coreset_epochs=1", "--coreset_pretrain_epochs=1", "--save_epochs=last", SMALL],
 }
 
 
@@ -80,6 +81,26 @@ def test_a_command_of_the_split_protocol(folder):
         "--dataset=digits",
         "--model=mlp",
     )
+
+
+def test_the_pruning_commands(folder, tmp_path):
+    """The paper's, then selection alone and training on its file, then a grid."""
+    paper, select, train, compare = commands(section("Pruning and few-shot summarization"))
+    names = [command[0] for command in (paper, select, train, compare)]
+    assert names == ["train_prune.py", "select_coreset.py", "train_prune.py", "compare_pruning.py"]
+    where = folders(tmp_path, "datasets", "models", "metrics", "log", "resume_ckpts")
+    memorization = tmp_path / "metrics" / "memorization" / "cifar100_infl_matrix.npz"
+    memorization.parent.mkdir(parents=True)
+    np.savez(memorization, tr_mem=np.linspace(0, 1, 200))
+    data = f"--datasets_folder={folder / 'datasets'}"
+    succeed(*paper, *SHORT["train_prune.py"], *where, data)
+    (run,) = (tmp_path / "models").glob("min_mem_static_coreset_large_0.8_resnet8_over_cifar100/seed_1234")
+    assert (run / "selection.npz").exists()
+    succeed(*select, "--coreset_pretrain_epochs=1", f"--out={tmp_path / 'craig.npz'}", *where)
+    succeed(*train, f"--selection={tmp_path / 'craig.npz'}", "--coreset_epochs=1", *where)
+    short = ("--fractions", "0.1", "--seeds", "1", "--coreset_epochs=1", "--coreset_pretrain_epochs=1")
+    succeed(*compare, *short, *where, *folders(tmp_path, "plots"))
+    assert (tmp_path / "plots" / "pruning" / "lenet_over_digits" / "comparison.png").exists()
 
 
 def test_the_python_example():
