@@ -10,7 +10,7 @@ from src.coresets.registry import METHODS, Method, Needs, find_method, method_ta
 for _file in (
     "random_choice",
     "ranked",
-    # "craig",
+    "craig",
     "glister",
     "gradmatch",
     "graph_cut",

@@ -185,7 +185,7 @@ class Choice:
             return None
         try:
             selection, settings = read_selection(self.path, self.session)
-            seconds = float(read_npz(self.path).get("seconds", np.nan))
+            seconds = _seconds(self.path)
             if differences(settings, self.settings()):
                 refuse_other_settings(self.path, settings, self.settings())
         except FileError:
@@ -228,6 +228,18 @@ class Choice:
                 "make scores of all, or give the same --subset as they were made with"
             )
         return scores
+
+
+def _seconds(path: Path) -> float:
+    """What a stored selection took; NaN where its file does not say.
+
+    Raises:
+        FileError: It says something else.
+    """
+    seconds = np.asarray(read_npz(path).get("seconds", np.nan))
+    if seconds.shape or seconds.dtype.kind not in "fiu":
+        raise FileError(f"{path}: 'seconds' is no number; make it anew with --overwrite")
+    return float(seconds)
 
 
 def _fewest_epochs(reduced: str, options: Options) -> int:

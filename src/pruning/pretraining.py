@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class PretrainedNetwork:
             save_epochs="last",
             measure_proxies=True,
             resume=True,
-            overwrite=False,
+            overwrite=True,  # of these settings only, by the hash in its path: what is damaged is made anew
         )
         self.train = session.train
         facts = {key: value for key, value in self.session.settings(self.train).items() if key != "seed"}
@@ -69,7 +70,7 @@ class PretrainedNetwork:
         self.experiment = pretrain_experiment(session.entry.name, args.model, self.key)
 
     @property
-    def claim(self) -> Any:
+    def claim(self) -> Path:
         """The lock of whoever trains or scores this network."""
         args = self.session.args
         return claim_path(args.models_folder, self.experiment, args.seed)
@@ -77,7 +78,11 @@ class PretrainedNetwork:
     @property
     def is_trained(self) -> bool:
         """Whether the finished network and its dynamics are on disk."""
-        return self.session.is_done(self.experiment, self.train, final_scores=False)
+        return self._checkpoint.exists() and self.session.is_done(self.experiment, self.train, final_scores=False)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.session.files(self.experiment).checkpoints / "last.pt"
 
     def train_or_load(self) -> None:
         """Train the network, or go on with it, unless it is on disk. All processes of the group must call."""
@@ -121,7 +126,7 @@ class PretrainedNetwork:
 
     # ------------------------------------------------------------------------------------------------- features
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> Path:
         return self.session.files(self.experiment).checkpoints / f"{name}.npz"
 
     def _stored(self, name: str) -> torch.Tensor | None:
@@ -137,7 +142,7 @@ class PretrainedNetwork:
         return values
 
     def _network(self) -> torch.nn.Module:
-        model, _ = load_model(self.session.files(self.experiment).checkpoints / "last.pt")
+        model, _ = load_model(self._checkpoint)
         return model.to(self.session.device)
 
     def _forward(self, embeddings: bool) -> dict[str, torch.Tensor]:

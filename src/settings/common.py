@@ -218,12 +218,13 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR|MODE=DIR",
-        help="look here first for score files, or for those of one mode; may be given several times (default: none)",
+        help="look here first for score files, or, before that, for those of one mode; may be given several times "
+        "(default: none)",
     )
 
 
 def score_folders(given: Sequence[str], mode: str, metrics_folder: Path) -> list[Path]:
-    """Where to look for a mode's score files, first to last.
+    """Where to look for a mode's score files, first to last: folders given for this mode come before those for all.
 
     Args:
         given: The values of ``--scores_folder``.
@@ -233,7 +234,7 @@ def score_folders(given: Sequence[str], mode: str, metrics_folder: Path) -> list
     Raises:
         FlagError: A given folder does not exist, or its mode is unknown.
     """
-    folders = []
+    general, own = [], []
     for text in given:
         name, separator, folder = text.partition("=")
         if separator and name not in SCORE_FOLDERS:
@@ -241,6 +242,8 @@ def score_folders(given: Sequence[str], mode: str, metrics_folder: Path) -> list
         path = Path(folder if separator else text)
         if not path.is_dir():
             raise FlagError(f"--scores_folder {text}: there is no folder {path}")
-        if not separator or name == mode:
-            folders.append(path)
-    return [*folders, metrics_folder]
+        if not separator:
+            general.append(path)
+        elif name == mode:
+            own.append(path)
+    return [*own, *general, metrics_folder]

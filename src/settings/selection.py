@@ -106,7 +106,7 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
     )
     add(
         "--ccs_cutoff",
-        type=values.number(float, 0, 1),
+        type=values.number(float, 0, 1, open_high=True),
         help="ccs: share of hardest examples to leave out (default: the paper's, by fraction)",
     )
     add("--ccs_bins", type=values.number(int, 1), default=plain.ccs_bins, help="ccs: strata")
@@ -120,7 +120,7 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
     )
     add(
         "--dual_c",
-        type=values.number(float, 0),
+        type=values.number(float, 0, open_low=True),
         default=plain.dual_c,
         help="dual: how fast its density moves with pruning",
     )

@@ -6,21 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 
-def number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False) -> Callable:
-    """A type for finite numbers within bounds (``low`` itself excluded if ``open_low``)."""
+def number(
+    kind: type,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Callable:
+    """A type for finite numbers within bounds (a bound itself is excluded if it is open)."""
 
     def parse(text: str) -> Any:
         bounds = "an integer" if kind is int else "a finite number"
         if low is not None:
             bounds += f" {'above' if open_low else 'of at least'} {low}"
         if high is not None:
-            bounds += f"{' and' if low is not None else ''} at most {high}"
+            bounds += f"{' and' if low is not None else ''} {'below' if open_high else 'at most'} {high}"
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
         too_low = low is not None and (value <= low if open_low else value < low)
-        if not math.isfinite(value) or too_low or (high is not None and value > high):
+        too_high = high is not None and (value >= high if open_high else value > high)
+        if not math.isfinite(value) or too_low or too_high:
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 

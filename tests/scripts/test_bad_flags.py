@@ -60,7 +60,7 @@ def trained(blobs, *flags):
         ("--save_epochs=0", ("--save_epochs", "all, last, or epochs from 1")),
         ("--save_epochs=sometimes", ("--save_epochs", "'sometimes'", "10,11,40")),
         ("--save_epochs=", ("--save_epochs", "all, last")),
-        ("--save_epochs=1,9", ("--save_epochs 9", "--epochs 2", "from 1 to 2")),
+        ("--save_epochs=1,9", ("--save_epochs 9", "ends after epoch 2", "from 1 to 2")),
         ("--image_size=0", ("--image_size", "at least 1")),
         ("--channels=2", ("--channels", "choose from 1, 3")),
         ("--cutout_holes=-1", ("--cutout_holes", "at least 0")),

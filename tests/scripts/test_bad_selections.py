@@ -1,5 +1,7 @@
 """Shares, methods, scores and selections that cannot be."""
 
+import io
+
 import numpy as np
 import pytest
 from refusals import FILE, FLAG, assert_kept, refuse, snapshot
@@ -48,6 +50,8 @@ def flags(blobs, base, *more):
         (("--coreset_func=tdds",), ("--coreset_pretrain_epochs 1", "too few for tdds", "at least 3")),
         (("--coreset_func=dual",), ("--coreset_pretrain_epochs 1", "too few for dual", "at least 2")),
         (("--coreset_func=infobatch_dynamic", "--shots=2"), ("--shots", "infobatch_dynamic", "--coreset_fraction")),
+        (("--coreset_func=ccs", "--ccs_cutoff=1"), ("--ccs_cutoff", "at least 0 and below 1")),
+        (("--coreset_func=dual", "--dual_c=0"), ("--dual_c", "above 0")),
         (("--coreset_func=grand", "--coreset_networks=0"), ("--coreset_networks", "at least 1")),
         (("--coreset_func=random", "--epochs=3"), ("--epochs=3", "did you mean")),
     ],
@@ -132,6 +136,36 @@ def test_other_settings_are_not_overwritten(blobs, tmp_path):
     refuse("train_prune.py", *run, "--learning_rate=0.1", status=FILE, says=says, keep=tmp_path)
     assert_kept(before, tmp_path)
     succeed("train_prune.py", *run, "--per_class=0", "--overwrite")
+
+
+@pytest.mark.parametrize("seconds", ["long", np.zeros(3)])
+def test_a_damaged_stored_selection_is_replaced_on_request(blobs, tmp_path, seconds):
+    run = flags(blobs, tmp_path, "--coreset_func=random", "--coreset_fraction=0.5")
+    succeed("train_prune.py", *run)
+    (path,) = tmp_path.rglob("selection.npz")
+    before = path.read_bytes()
+    with np.load(path) as arrays:
+        np.savez(path, **{**arrays, "seconds": seconds})
+    refuse("train_prune.py", *run, status=FILE, says=("'seconds' is no number", "--overwrite"))
+    succeed("train_prune.py", *run, "--overwrite")
+    with np.load(path) as after, np.load(io.BytesIO(before)) as wanted:
+        np.testing.assert_array_equal(after["indices"], wanted["indices"])
+
+
+def test_damaged_pretraining_is_made_anew(blobs, tmp_path):
+    run = (f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=herding", "--coreset_pretrain_epochs=1",
+           *folders(tmp_path, *TRAIN))  # fmt: skip
+    succeed("select_coreset.py", *run, f"--out={tmp_path / 'first.npz'}")
+    (folder,) = (tmp_path / "models" / "pretrain").rglob("seed_1")
+    for number, spoil in enumerate((lambda: (folder / "results.json").write_text("{"), (folder / "last.pt").unlink)):
+        spoil()
+        for name in ("logits", "embeddings"):
+            (folder / f"{name}.npz").unlink()
+        out = tmp_path / f"{number}.npz"
+        succeed("select_coreset.py", *run, f"--out={out}")
+        assert (folder / "last.pt").exists()
+        with np.load(out) as again, np.load(tmp_path / "first.npz") as first:
+            np.testing.assert_array_equal(again["indices"], first["indices"])
 
 
 def test_dynamic_pruning_is_no_selection(blobs, tmp_path):

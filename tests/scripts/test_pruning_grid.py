@@ -141,6 +141,18 @@ def test_a_table_of_other_settings_is_kept(blobs, tmp_path):
     succeed("compare_pruning.py", *small, "--learning_rate=0.1", "--overwrite")
 
 
+def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
+    """A run that still has its resume states, as one that was interrupted has, and other settings."""
+    succeed("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=random",
+            "--coreset_fraction=0.5", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
+    small = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")
+    says = ("cannot be resumed", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
+    refuse("compare_pruning.py", *small, status=FILE, says=says)
+    succeed("compare_pruning.py", *small, "--overwrite")
+    (path,) = results(tmp_path).values()
+    assert read_json(path)["settings"]["learning_rate"] == 0.1
+
+
 def test_cells_that_diverge_do_not_stop_the_others(blobs, tmp_path):
     wild = (*flags(blobs, tmp_path), "--funcs", "random", "--seeds", "1", "--learning_rate=1e38")
     result = call("compare_pruning.py", *wild)
