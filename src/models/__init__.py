@@ -6,7 +6,7 @@ Each family's file registers its models when it is imported, so importing this p
 # The order here is the order in which names are listed to users: the papers' large networks first.
 # isort: off
 from src.models import resnet, wideresnet, inception, vgg, mobilenet, vit  # noqa: F401
-from src.models import lenet, perceptron, small_inception  # noqa: F401
+from src.models import lenet, perceptron, small_inception, cnn_deepobs, resnet_frn  # noqa: F401
 
 # isort: on
 from src.models.network import Network

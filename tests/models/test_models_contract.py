@@ -22,7 +22,7 @@ def build(name, size=32):
 def test_every_model_of_the_project_is_registered():
     expected = (
         "resnet18 resnet50 vgg19 wideresnet inception mobile_small mobile_large vit mlp lenet small_inception "
-        "resnet20 resnet8 small_mlp large_mlp"
+        "resnet20 resnet8 small_mlp large_mlp cnn_deepobs resnet20_frn"
     )
     assert set(expected.split()) <= set(model_names())
 

@@ -19,6 +19,8 @@ PUBLISHED = {
     "small_inception": (1895786, None, None, None, None),
     "large_mlp": (None, None, 545810, None, None),
     "small_mlp": (None, None, 25818, None, None),
+    "cnn_deepobs": (895210, None, None, None, None),
+    "resnet20_frn": (274042, None, None, None, None),
     # 269,722 with identity shortcuts, plus the projections 16-32 and 32-64 with their norms (576 + 2,176)
     "resnet20": (272474, None, None, None, None),
 }
@@ -39,6 +41,8 @@ EMBEDDINGS = {
     "vit": 768,
     "lenet": 84,
     "small_inception": 336,
+    "cnn_deepobs": 256,
+    "resnet20_frn": 64,
 }
 
 
