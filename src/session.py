@@ -276,5 +276,5 @@ class Session:
 def _check_save_epochs(chosen: str | list[int], epochs: int) -> None:
     if isinstance(chosen, list) and chosen[-1] > epochs:
         raise FlagError(
-            f"--save_epochs {chosen[-1]}: the run ends after --epochs {epochs}; give epochs from 1 to {epochs}"
+            f"--save_epochs {chosen[-1]}: the run ends after epoch {epochs}; give epochs from 1 to {epochs}"
         )

@@ -52,6 +52,7 @@ class Grid:
         self.session, self.args = session, args
         self.cells = list(self._cells())
         self._runs: dict[Cell, PrunedRun] = {}
+        self._finished: dict[Cell, dict[str, Any]] = {}
 
     def _cells(self) -> Iterator[Cell]:
         """Seed by seed, so that an unfinished grid compares all methods on the seeds that it has."""
@@ -151,8 +152,10 @@ class Grid:
         return facts
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per cell, of what its files say."""
-        return [self._record(cell) for cell in self.cells]
+        """One record per cell, of what its files say; those of finished cells are read once."""
+        records = {cell: self._finished.get(cell) or self._record(cell) for cell in self.cells}
+        self._finished.update((cell, record) for cell, record in records.items() if record["finished"])
+        return list(records.values())
 
     def _record(self, cell: Cell) -> dict[str, Any]:
         run = self.run_of(cell)

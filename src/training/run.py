@@ -109,7 +109,7 @@ def run_training(
         settings: Everything that determines the result; stored, and compared with what stands there.
         description: What checkpoints say about network and data (``model_description``).
         resume: Whether to continue from the newest readable resume state, if there is one.
-        overwrite: Whether results of other settings may be replaced.
+        overwrite: Whether results, and with ``resume`` states, of other settings may be replaced.
         save_epochs: ``"all"``, ``"last"`` or the epochs whose checkpoints are kept beside best and last.
 
     Returns:
@@ -120,7 +120,7 @@ def run_training(
         TrainingError: The loss is not finite.
     """
     run = _Run(trainer, files, dict(settings), dict(description), save_epochs)
-    started = resume and run.resume()
+    started = resume and run.resume(overwrite)
     if not started:
         run.start(overwrite)
     trainer.group.wait()
@@ -165,8 +165,8 @@ class _Run:
         require_writable(files.resume)
         self._write_results()
 
-    def resume(self) -> bool:
-        """Go on from the newest readable state; returns whether there was one."""
+    def resume(self, overwrite: bool) -> bool:
+        """Go on from the newest readable state; False where there is none, or one of other settings to replace."""
         for epoch in self.files.states():
             path = self.files.state(epoch)
             try:
@@ -175,7 +175,8 @@ class _Run:
             except FileError as error:
                 log.warning("%s; using the state before it", error)
                 continue
-            self._check_settings(path, state["settings"], epoch)
+            if not self._same_settings(path, state["settings"], epoch, overwrite):
+                return False
             try:
                 self.trainer.restore(state, rows)
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -215,15 +216,19 @@ class _Run:
                 raise FileError(f"{path}: does not hold the dynamics of these training examples")
         return rows
 
-    def _check_settings(self, path: Path, stored: Mapping[str, Any], epoch: int) -> None:
+    def _same_settings(self, path: Path, stored: Mapping[str, Any], epoch: int, overwrite: bool) -> bool:
+        """Whether a state is of these settings; one of others stops the run, unless it may be replaced."""
         config = self.trainer.config
         longer = config.epochs >= epoch and not self.trainer.depends_on_epochs
         found = differences(stored, self.settings, ignore=("epochs",) if longer else ())
-        if found:
+        if found and not overwrite:
             raise FileError(
                 f"{path}: cannot be resumed under other settings: {', '.join(found)}; "
-                "start anew with --overwrite and without --resume, or choose other folders"
+                "give --overwrite to start anew, or choose other folders"
             )
+        if found:
+            log.info("%s: is of other settings: starting from the beginning", path)
+        return not found
 
     # ------------------------------------------------------------------------------------------- after epochs
 

@@ -145,7 +145,8 @@ def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
     """A run that still has its resume states, as one that was interrupted has, and other settings."""
     succeed("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=random",
             "--coreset_fraction=0.5", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
-    small = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")
+    other = ("--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")
+    small = (*flags(blobs, tmp_path), *other)
     says = ("cannot be resumed", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
     refuse("compare_pruning.py", *small, status=FILE, says=says)
     succeed("compare_pruning.py", *small, "--overwrite")

@@ -79,6 +79,15 @@ def test_resume_under_other_settings_is_refused_by_name(make_trainer, tmp_path):
         run(make_trainer(learning_rate=0.1), tmp_path, resume=True)
 
 
+def test_overwriting_replaces_a_state_of_other_settings(make_trainer, tmp_path):
+    run(make_trainer(), tmp_path)
+    other = make_trainer(learning_rate=0.1)
+    run(other, tmp_path, resume=True, overwrite=True)
+    whole = make_trainer(learning_rate=0.1)
+    whole.fit()
+    assert_same(whole, other)
+
+
 def test_more_epochs_only_where_the_schedule_allows_it(make_trainer, tmp_path):
     run(make_trainer(lr_sched="const", epochs=2), tmp_path / "const")
     longer = make_trainer(lr_sched="const", epochs=4)
