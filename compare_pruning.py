@@ -32,6 +32,7 @@ from src.settings import (
     add_score_flags,
     add_selection_flags,
     add_training_flags,
+    file_name,
     fraction,
     method_name,
     number,
@@ -55,14 +56,14 @@ def parse() -> Namespace:
     )
     add("--seeds", type=SEED, nargs="+", default=[1, 2, 3], metavar="SEED", help="seeds of selection and training")
     add("--full", action="store_true", help="train on everything too, as the reference")
-    add("--name", default="comparison", help="name of table and figure")
+    add("--name", type=file_name, default="comparison", help="name of table and figure")
     add("--table_only", action="store_true", help="train nothing: table and figure of what is done")
     add_data_flags(parser)
     add_model_flags(parser)
     add_selection_flags(parser, share=False)
     add_downstream_flags(parser)
     add_training_flags(parser, epochs=False, seed=False)
-    add_run_flags(parser)
+    add_run_flags(parser, resume=False)
     add_score_flags(parser)
     add_compute_flags(parser, training=True, distributed=False)
     add_folder_flags(parser, "datasets", "models", "metrics", "plots", "log", "resume_ckpts")

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from src.artifacts import write_json, write_text
+from src.coresets.registry import METHODS
 
 REFERENCE = "random"
 EVERYTHING = 1.0  # the share that keeps all
@@ -208,6 +209,11 @@ def caption(rows: Sequence[Row], title: str = "") -> str:
     places = len({row["method"] for row in rows}) * len({share_of(row) for row in rows})
     if places > sum(row["mean"] is not None for row in rows):
         marks.append("-: none finished")
+    marks += [
+        f"{name} visits that share of each epoch's low-loss examples, and all others"
+        for name in dict.fromkeys(row["method"] for row in rows)
+        if name in METHODS and METHODS[name].dynamic
+    ]
     start = f"{title}: test" if title else "Test"
     return f"{start} accuracy in percent after the last epoch, {spread}; columns: {columns}; {'; '.join(marks)}."
 

@@ -1,6 +1,8 @@
 """From flags to a selection: what a method needs is found, made or refused; the choice is stored."""
 
+import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -129,15 +131,12 @@ class Choice:
         if needs.stored:
             self._stored_scores()
         if needs.reduced:
-            epochs = args.coreset_pretrain_epochs
-            nothing = dict.fromkeys(("correct", "loss", "margin", "probability", "divergence"), np.zeros((epochs, 1)))
-            try:
-                REDUCTIONS[needs.reduced](nothing, self.options)
-            except FlagError as error:
+            epochs, fewest = args.coreset_pretrain_epochs, fewest_epochs(needs.reduced, self.options)
+            if epochs < fewest:
                 raise FlagError(
                     f"--coreset_pretrain_epochs {epochs}: too few for {self.method.name}, "
-                    f"which compares epochs; give at least {_fewest_epochs(needs.reduced, self.options)}"
-                ) from error
+                    f"which compares epochs; give at least {fewest}"
+                )
         if args.coreset_mode == "few_shot" and not self.method.has_modes:
             log.warning(
                 "--coreset_mode few_shot: changes nothing for %s, which keeps what its paper keeps", self.method.name
@@ -187,12 +186,28 @@ class Choice:
             selection, settings = read_selection(self.path, self.session)
             seconds = _seconds(self.path)
             if differences(settings, self.settings()):
-                refuse_other_settings(self.path, settings, self.settings())
+                refuse_other_settings(self.path, *self._spelt_out(settings, self.settings()))
         except FileError:
             if overwrite:
                 return None
             raise
         return selection, seconds
+
+    def _spelt_out(self, stored: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Both settings with those of the pre-training in place of its hash, where the other one's are on disk."""
+        there, here = str(stored.get("pretraining")), wanted.get("pretraining")
+        if here is None or there == here:
+            return stored, wanted
+        network = PretrainedNetwork(self.session)
+        facts = network.settings_of(there)
+        if not facts:
+            return stored, wanted
+        sides = ((stored, facts), (wanted, network.settings))
+        return tuple(
+            {**{key: value for key, value in side.items() if key != "pretraining"},
+             **{f"pretraining {key}": value for key, value in more.items()}}
+            for side, more in sides
+        )  # fmt: skip
 
     def groups(self) -> list[Group]:
         """Among which examples is chosen, and how many."""
@@ -242,9 +257,14 @@ def _seconds(path: Path) -> float:
     return float(seconds)
 
 
-def _fewest_epochs(reduced: str, options: Options) -> int:
-    """The shortest pre-training that a reduced score can be computed from."""
-    return {"dual": 2, "tdds": 3}.get(reduced, 1)
+def fewest_epochs(reduced: str, options: Options) -> int:
+    """The shortest pre-training that a reduced score can be computed from, found by trying."""
+    for epochs in itertools.count(1):
+        nothing = dict.fromkeys(("correct", "loss", "margin", "probability", "divergence"), np.zeros((epochs, 1)))
+        with contextlib.suppress(FlagError):
+            REDUCTIONS[reduced](nothing, options)
+            return epochs
+    raise AssertionError
 
 
 def select(choice: Choice, *, overwrite: bool = False, wait: bool = True) -> tuple[Selection, float]:

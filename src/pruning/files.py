@@ -14,6 +14,8 @@ from src.errors import FileError
 from src.pruning.pretraining import settings_hash
 from src.session import Session
 
+_LARGEST = 1e30  # of a weight: training computes in float32
+
 
 def write_selection(
     path: Path, selection: Selection, session: Session, settings: Mapping[str, Any], seconds: float
@@ -83,8 +85,8 @@ def _check_selection(
     if len(np.unique(indices)) < len(indices):
         raise FileError(f"{path}: holds an index twice; each may stand there once")
     right = weights.shape == indices.shape and weights.dtype.kind in "fiu" and np.isfinite(weights).all()
-    if not right or (weights < 0).any() or not (weights > 0).any():
-        raise FileError(f"{path}: 'weights' is not one finite number of at least 0 per index; make it anew")
+    if not right or (weights < 0).any() or not (weights > 0).any() or weights.max() > _LARGEST:
+        raise FileError(f"{path}: 'weights' is not one number from 0 to {_LARGEST:g} per index; make it anew")
 
 
 def selection_digest(selection: Selection) -> str:

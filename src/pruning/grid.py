@@ -12,9 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from src.artifacts import claim, comparison_stem, read_json, refuse_other_settings, save_figure
+from src.coresets import find_method
 from src.coresets.comparison import markdown, summarise, write_table
 from src.coresets.plots import accuracy_figure
-from src.errors import FileError, TrainingError
+from src.errors import FileError, TrainingError, UserError
 from src.pruning.choice import Choice
 from src.pruning.pretraining import Busy
 from src.pruning.run import PrunedRun
@@ -78,11 +79,14 @@ class Grid:
 
         Raises:
             FlagError: A share does not fit the data, or a method.
-            FileError: A stored score is missing, or the table of other settings stands where this one belongs.
+            FileError: A stored score is missing, or runs or a table of other settings stand where this grid's belong.
         """
         for cell in self.cells:
+            run = self.run_of(cell)
             if cell.seed == self.args.seeds[0]:
-                self.run_of(cell).check()
+                run.check()
+            if not self.args.overwrite:
+                run.refuse_other_settings()
         stored = self._stem.with_name(f"{self._stem.name}.json")
         if stored.exists() and not self.args.overwrite:
             refuse_other_settings(stored, read_json(stored).get("settings", {}), self.settings())
@@ -116,6 +120,7 @@ class Grid:
         """Train a cell; True if it was trained here, False if it is done or failed, None if it must be seen again."""
         run = self.run_of(cell)
         if run.is_done():
+            run.session.files(run.experiment).remove_states()
             return False
         with claim(run.claim) as mine:
             if not mine:
@@ -127,7 +132,7 @@ class Grid:
                 run.train(wait=False)
             except Busy:
                 return None
-            except TrainingError as error:
+            except UserError as error:
                 log.error("%s: %s", cell, error)
                 failures[cell] = str(error)
                 return False
@@ -145,8 +150,9 @@ class Grid:
         """What all cells share."""
         args, session = self.args, self.session
         facts = session.settings(session.train)
-        facts.update({key: value for key, value in vars(args).items() if key.startswith("coreset_")})
-        facts.update(per_class=args.per_class, networks=args.coreset_networks)
+        read = {option for func in args.funcs for option in find_method(func).options}
+        facts.update({key: value for key, value in vars(args).items() if key.startswith("coreset_") or key in read})
+        facts.update(per_class=args.per_class)
         for key in ("seed", "coreset_func", "coreset_fraction"):
             facts.pop(key, None)
         return facts
@@ -178,7 +184,7 @@ class Grid:
             accuracy=history[-1]["test_accuracy"],
             best=results["best_test_accuracy"],
             epoch=len(history),
-            examples=results["settings"]["examples"],
+            examples=sum(r.get("examples", results["settings"]["examples"]) for r in history) / len(history),
             selection_seconds=None if math.isnan(seconds) else seconds,
             training_seconds=results["seconds"],
         )

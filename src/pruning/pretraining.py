@@ -66,7 +66,9 @@ class PretrainedNetwork:
         )
         self.train = session.train
         facts = {key: value for key, value in self.session.settings(self.train).items() if key != "seed"}
-        self.key = settings_hash(facts)
+        if session.group.world > 1 and not args.sync_bn:  # BatchNorm then normalises smaller batches
+            facts["processes"] = session.group.world
+        self.settings, self.key = facts, settings_hash(facts)
         self.experiment = pretrain_experiment(session.entry.name, args.model, self.key)
 
     @property
@@ -74,6 +76,15 @@ class PretrainedNetwork:
         """The lock of whoever trains or scores this network."""
         args = self.session.args
         return claim_path(args.models_folder, self.experiment, args.seed)
+
+    def settings_of(self, key: str) -> dict[str, Any]:
+        """What another key stands for, from the results of its network; empty where they are not on disk."""
+        experiment = pretrain_experiment(self.session.entry.name, self.session.args.model, key)
+        try:
+            stored = self.session.files(experiment).read_results().get("settings", {})
+        except FileError:
+            return {}
+        return {name: value for name, value in stored.items() if name != "seed"}
 
     @property
     def is_trained(self) -> bool:
@@ -88,11 +99,15 @@ class PretrainedNetwork:
         """Train the network, or go on with it, unless it is on disk. All processes of the group must call."""
         if self.is_trained:
             log.info("pre-training: %s, seed %d, is on disk", self.experiment, self.session.args.seed)
+            self._forget_states()
             return
         self.session.group.wait()  # nobody starts before everybody has seen that there is something to do
         for name in _QUANTITIES:
             self._file(name).unlink(missing_ok=True)
         self.session.run(self.experiment, self.train, final_scores=False)
+        self._forget_states()
+
+    def _forget_states(self) -> None:
         if self.session.group.leads:
             self.session.files(self.experiment).remove_states()
 
@@ -134,7 +149,10 @@ class PretrainedNetwork:
             values = read_npz(self._file(name))["values"]
         except (FileError, KeyError):
             return None
-        return torch.from_numpy(values) if len(values) == len(self.train) else None
+        right = values.dtype.kind == "f" and values.ndim == (1 if name == "gradient_norms" else 2)
+        if name == "logits":
+            right = right and values.shape[-1] == self.session.entry.num_classes
+        return torch.from_numpy(values) if right and len(values) == len(self.train) else None
 
     def _store(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if values.numel() * values.element_size() <= LARGEST_FILE:
@@ -142,7 +160,10 @@ class PretrainedNetwork:
         return values
 
     def _network(self) -> torch.nn.Module:
-        model, _ = load_model(self._checkpoint)
+        try:
+            model, _ = load_model(self._checkpoint)
+        except FileError as error:
+            raise FileError(f"{error}; delete it, and it is trained anew") from error
         return model.to(self.session.device)
 
     def _forward(self, embeddings: bool) -> dict[str, torch.Tensor]:

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.artifacts import claim_path, coreset_experiment, file_digest
+from src.artifacts import claim_path, coreset_experiment, file_digest, refuse_other_settings
 from src.coresets import Selection
 from src.coresets.infobatch_dynamic import InfoBatchPlan
 from src.errors import FileError, FlagError
+from src.optimizers import OPTIMIZERS
 from src.pruning.choice import Choice, select
 from src.pruning.files import read_selection, selection_digest, weights_tensor
 from src.session import Session
+from src.settings import FRACTION
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,18 @@ class PrunedRun:
             self.experiment = choice.experiment
         else:
             args = session.args
+            self._refuse_idle_flags()
             name = f"selection_{file_digest(file)[:8]}"
             share = len(read_selection(file, session)[0].indices)
             self.experiment = coreset_experiment(name, args.coreset_mode, share, args.model, session.entry.name)
+
+    def _refuse_idle_flags(self) -> None:
+        """Stop at flags that say how much to choose, where a file says what."""
+        args = self.session.args
+        for flag, given in (("--shots", args.shots is not None), ("--coreset_mode", args.coreset_mode != "large"),
+                            ("--coreset_fraction", args.coreset_fraction != FRACTION)):  # fmt: skip
+            if given:
+                raise FlagError(f"{flag}: has no place beside --selection, which says what is kept; leave it out")
 
     @property
     def claim(self) -> Path:
@@ -58,10 +69,36 @@ class PrunedRun:
         """
         if self.choice is not None:
             self.choice.check()
-        if self.dynamic and self.session.args.shots is not None:
+        if self.dynamic:
+            self._check_dynamic()
+
+    def _check_dynamic(self) -> None:
+        args, name = self.session.args, self.choice.method.name
+        if args.shots is not None:
+            raise FlagError(f"--shots: {name} visits a share of all examples; give --coreset_fraction")
+        if OPTIMIZERS[args.optimizer].needs_sampling:
             raise FlagError(
-                f"--shots: {self.choice.method.name} visits a share of all examples; give --coreset_fraction"
+                f"--optimizer {args.optimizer}: does not go with {name}, which scales the loss; choose sgd"
             )
+        if not args.per_class:
+            log.warning("--per_class: changes nothing for %s, which looks at all examples at once", name)
+
+    def refuse_other_settings(self) -> None:
+        """Stop where a run or a selection of other settings stands, before anything is trained.
+
+        Raises:
+            FileError: One does; the message names the settings that differ.
+        """
+        if self.choice is None:
+            return
+        if not self.dynamic:
+            self.choice.stored()
+        files = self.session.files(self.experiment)
+        stored = files.read_results().get("settings", {})
+        if stored:
+            more = self._dynamic_settings() if self.dynamic else self._selection_settings()
+            wanted = self.session.settings(self.session.train, more)
+            refuse_other_settings(files.checkpoints, stored, wanted, ignore=("examples", "selection"))
 
     def selection_seconds(self) -> float:
         """The seconds that the stored selection took; NaN where there is none."""
@@ -110,9 +147,12 @@ class PrunedRun:
 
     def _settings(self, selection: Selection) -> dict[str, Any]:
         """The run's settings beside those of the flags."""
+        return {**self._selection_settings(), "selection": selection_digest(selection)}
+
+    def _selection_settings(self) -> dict[str, Any]:
+        """Those of them that are known before the selection is made."""
         chosen = {"selection_file": file_digest(self.file)} if self.file is not None else self.choice.settings()
-        return {**{f"selection_{key}": value for key, value in chosen.items() if key not in _SHARED},
-                "selection": selection_digest(selection)}  # fmt: skip
+        return {f"selection_{key}": value for key, value in chosen.items() if key not in _SHARED}
 
     def _dynamic_settings(self) -> dict[str, Any]:
         options = self.choice.options

@@ -15,11 +15,12 @@ from src.settings.common import (
     add_training_flags,
     score_folders,
 )
-from src.settings.selection import add_downstream_flags, add_method_flags, add_selection_flags
-from src.settings.values import SEED, fraction, method_name, number
+from src.settings.selection import FRACTION, add_downstream_flags, add_method_flags, add_selection_flags
+from src.settings.values import SEED, file_name, fraction, method_name, number
 
 __all__ = [
     "FOLDERS",
+    "FRACTION",
     "SEED",
     "add_augmentation_flags",
     "add_compute_flags",
@@ -35,6 +36,7 @@ __all__ = [
     "add_seed_flag",
     "add_selection_flags",
     "add_training_flags",
+    "file_name",
     "fraction",
     "method_name",
     "number",

@@ -186,11 +186,12 @@ def add_augmentation_flags(group: Any) -> None:
     add("--cutout_length", type=values.number(int, 1), default=16, help="Cutout: side of a square in pixels")
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """What a training run keeps and measures, and how it goes on."""
+def add_run_flags(parser: argparse.ArgumentParser, *, resume: bool = True) -> None:
+    """What a training run keeps and measures, and how it goes on (``resume``: whether a flag says so)."""
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--resume", action="store_true", help="continue from the newest resume state, if there is one")
+    if resume:
+        add("--resume", action="store_true", help="continue from the newest resume state, if there is one")
     add_overwrite_flag(group)
     add(
         "--save_epochs",

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from src.settings import values
 
+FRACTION = 0.1  # kept where neither --coreset_fraction nor --shots says otherwise
+
 
 def add_method_flags(parser: argparse.ArgumentParser, *, file: bool = False) -> None:
     """``--coreset_func`` and, with ``file``, ``--selection`` in its place."""
@@ -56,7 +58,11 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
     if share:
         amount = group.add_mutually_exclusive_group()
         amount.add_argument(
-            "--coreset_fraction", type=values.fraction, default=0.1, metavar="SHARE", help="share to keep, in (0, 1]"
+            "--coreset_fraction",
+            type=values.fraction,
+            default=FRACTION,
+            metavar="SHARE",
+            help="share to keep, in (0, 1]",
         )
         amount.add_argument("--shots", type=values.number(int, 1), metavar="N", help="examples to keep of each class")
     add(

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -83,3 +84,10 @@ def yes_or_no(text: str) -> bool:
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no; give 1 or 0")
     return words[text.lower()]
+
+
+def file_name(text: str) -> str:
+    """A type for the name of a file, without a folder."""
+    if not text or text.startswith(".") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give one without folders")
+    return text

@@ -176,3 +176,26 @@ def test_dynamic_pruning_is_no_selection(blobs, tmp_path):
         *folders(tmp_path, *TRAIN),
     )
     refuse("select_coreset.py", *run, status=FLAG, says=("infobatch_dynamic", "use train_prune.py"))
+
+
+def test_the_settings_of_another_pretraining_are_named(blobs, tmp_path):
+    run = (f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=forget", "--coreset_pretrain_epochs=1",
+           *folders(tmp_path, *TRAIN))  # fmt: skip
+    succeed("select_coreset.py", *run, "--coreset_pretrain_lr=0.05")
+    says = (r"pretraining learning_rate \(0.05 there, 0.06 here\)", "--overwrite")
+    refuse("select_coreset.py", *run, "--coreset_pretrain_lr=0.06", status=FILE, says=says, keep=tmp_path)
+    succeed("select_coreset.py", *run, "--coreset_pretrain_lr=0.06", "--overwrite")
+
+
+@pytest.mark.parametrize("flag", ["--shots=2", "--coreset_fraction=0.5", "--coreset_mode=few_shot"])
+def test_flags_that_a_selection_file_leaves_no_place_for(blobs, tmp_path, flag):
+    np.savez(tmp_path / "chosen.npz", indices=[1, 2])
+    more = (f"--selection={tmp_path / 'chosen.npz'}", flag)
+    refuse("train_prune.py", *flags(blobs, tmp_path, *more), status=FLAG, says=(flag.split("=")[0], "leave it out"))
+
+
+def test_dynamic_pruning_without_a_posterior(blobs, tmp_path):
+    more = ("--coreset_func=infobatch_dynamic", "--optimizer=iblr")
+    refuse(
+        "train_prune.py", *flags(blobs, tmp_path, *more), status=FLAG, says=("--optimizer iblr", "infobatch_dynamic")
+    )

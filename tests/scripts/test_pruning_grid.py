@@ -126,6 +126,9 @@ def test_a_grid_of_shots(blobs, tmp_path):
         (("--funcs", "tdds"), FLAG, ("--coreset_pretrain_epochs 2", "tdds")),
         (("--shots", "2"), FLAG, ("not allowed with",)),
         (("--seeds", "-1"), FLAG, ("--seeds",)),
+        (("--name=../table",), FLAG, ("--name", "without folders")),
+        (("--resume",), FLAG, ("--resume: unknown",)),
+        (("--optimizer=iblr",), FLAG, ("--optimizer iblr", "infobatch_dynamic")),
     ],
 )
 def test_what_cannot_be_is_found_before_the_first_run(blobs, tmp_path, more, status, says):
@@ -147,11 +150,21 @@ def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
             "--coreset_fraction=0.5", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
     other = ("--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")
     small = (*flags(blobs, tmp_path), *other)
-    says = ("cannot be resumed", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
+    says = ("holds results of other settings", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
     refuse("compare_pruning.py", *small, status=FILE, says=says)
     succeed("compare_pruning.py", *small, "--overwrite")
     (path,) = results(tmp_path).values()
     assert read_json(path)["settings"]["learning_rate"] == 0.1
+
+
+def test_cells_of_other_settings_are_found_before_the_first_run(blobs, tmp_path):
+    one = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "2", "--name=one")
+    succeed("compare_pruning.py", *one)
+    says = (r"weight_decay \(0.0 there, 0.01 here\)", "--overwrite")
+    refuse(
+        "compare_pruning.py", *flags(blobs, tmp_path, "--weight_decay=0.01"), status=FILE, says=says, keep=tmp_path
+    )
+    assert len(results(tmp_path)) == 1
 
 
 def test_cells_that_diverge_do_not_stop_the_others(blobs, tmp_path):
