@@ -121,7 +121,8 @@ def test_two_processes_choose_and_train_as_one(blobs, tmp_path):
     """The networks of el2n are trained by both, the leading process chooses, and both train on its choice."""
     flags = (f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=el2n", "--coreset_fraction=0.5",
              "--coreset_epochs=2", "--coreset_pretrain_epochs=2", "--coreset_networks=2",
-             "--coreset_pretrain_lr=0.05", "--batch_size=8", "--learning_rate=0.05", "--lr_sched=const", "--precision=fp64")  # fmt: skip
+             "--coreset_pretrain_lr=0.05", "--batch_size=8",
+             "--learning_rate=0.05", "--lr_sched=const", "--precision=fp64")  # fmt: skip
     succeed("train_prune.py", *flags, *folders(tmp_path / "one", *TRAIN))
     torchrun(2, "train_prune.py", *flags, "--distributed_training", *folders(tmp_path / "two", *TRAIN))
     for one in (tmp_path / "one" / "models").glob("el2n_*/seed_1/selection.npz"):
