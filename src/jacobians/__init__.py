@@ -1,6 +1,24 @@
 """Per-example gradient and Jacobian contractions; never the Jacobian itself."""
 
-from src.jacobians.engine import SquaredNorms
+from src.jacobians.ggn import ggn_diagonal, kronecker_factors
 from src.jacobians.independence import refuse_batch_statistics, refuse_mixing
+from src.jacobians.kinds import register_kind
+from src.jacobians.norms import plain_kind
+from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, Posterior, Rotated
+from src.jacobians.squared_norms import SquaredNorms
+from src.jacobians.variances import OutputVariances
 
-__all__ = ["SquaredNorms", "refuse_batch_statistics", "refuse_mixing"]
+__all__ = [
+    "DiagonalCurvature",
+    "KroneckerCurvature",
+    "OutputVariances",
+    "Posterior",
+    "Rotated",
+    "SquaredNorms",
+    "ggn_diagonal",
+    "kronecker_factors",
+    "plain_kind",
+    "refuse_batch_statistics",
+    "refuse_mixing",
+    "register_kind",
+]

@@ -140,20 +140,28 @@ class Capture:
             keep_graph: whether the graph is still needed afterwards.
 
         Returns:
-            For each record a tensor (q, *output shape).
+            For each record a tensor (q, *output shape); in memory an example's rows lie beside each other, as batched
+            products per example want them.
         """
         if not records:
             return []
         edges = [record.edge for record in records]
-        found: list[list[Tensor]] = [[] for _ in records]
+        count = rows.shape[0]
+        found: list[Tensor] = []
         for q, row in enumerate(rows.unbind(0)):
-            keep = keep_graph or q + 1 < rows.shape[0]
+            keep = keep_graph or q + 1 < count
             gradients = torch.autograd.grad(row.sum(), edges, retain_graph=keep, allow_unused=True)
-            for record, gradient, per_row in zip(records, gradients, found, strict=True):
-                if gradient is None:
-                    gradient = record.inputs.new_zeros(record.output_shape)
-                per_row.append(gradient)
-        return [g[0].unsqueeze(0) if len(g) == 1 else torch.stack(g) for g in found]
+            filled = [
+                record.inputs.new_zeros(record.output_shape) if gradient is None else gradient
+                for record, gradient in zip(records, gradients, strict=True)
+            ]
+            if count == 1:
+                return [gradient.unsqueeze(0) for gradient in filled]
+            if q == 0:
+                found = [g.new_empty(g.shape[0], count, *g.shape[1:]) for g in filled]
+            for stacked, gradient in zip(found, filled, strict=True):
+                stacked[:, q] = gradient
+        return [stacked.transpose(0, 1) for stacked in found]
 
 
 def graph_uses(rows: Tensor) -> tuple[Counter[int], set[torch.autograd.graph.Node]]:

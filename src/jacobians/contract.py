@@ -4,7 +4,9 @@ Letters: q quantities (the loss: one; the logits: one per class), b examples, n 
 group, t positions (pixels, tokens), f families of weights. A weight's gradient is ``G = sum_t g_t a_t^T``.
 
 Each kind of module has two functions: `squares` (what the engine wants) and `gradients` (the same gradients in
-full, for parameters whose parts must be added up before squaring). `KINDS` maps exact module types to kinds.
+full, for parameters whose parts must be added up before squaring). Where the weight's gradient is that sum of outer
+products, the kind also says how to bring ``a`` and ``g`` into one form (`Outer`), which posteriors and curvatures
+use.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -28,6 +30,7 @@ class Kind:
             ``weights`` holds for each name a tensor (f, *shape), or None for a single family of ones.
         gradients: (module, a, g, names) -> per name (q, b, *shape).
         bytes_per_example: (module, a, g) -> memory that either function takes per example.
+        outer: the one form of ``a`` and ``g``, where the weight's gradient is a sum of outer products; else None.
     """
 
     parameters: frozenset[str]
@@ -35,6 +38,7 @@ class Kind:
     squares: Callable[[nn.Module, Tensor, Tensor, Weights], Tensor]
     gradients: Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
     bytes_per_example: Callable[[nn.Module, Tensor, Tensor], int]
+    outer: "Outer | None" = None
 
 
 # ---------------------------------------------------------------------------------------------- full gradients
@@ -198,53 +202,11 @@ def pad(module: nn.Conv2d, a: Tensor) -> Tensor:
     return F.pad(a, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
-# ---------------------------------------------------------------------------- normalisation with fixed statistics
-
-
-def batchnorm_gradients(module: nn.BatchNorm2d, a: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Scale: ``sum_t g * xhat``, shift: ``sum_t g``, with xhat from the running statistics; each (q, b, c)."""
-    found = {}
-    if "weight" in names:
-        shape = (1, -1) + (1,) * (a.ndim - 2)
-        deviation = (module.running_var + module.eps).sqrt().view(shape)
-        xhat = (a - module.running_mean.view(shape)) / deviation
-        found["weight"] = (g * xhat).flatten(2).unflatten(2, (a.shape[1], -1)).sum(-1)
-    if "bias" in names:
-        found["bias"] = g.flatten(2).unflatten(2, (a.shape[1], -1)).sum(-1)
-    return found
-
-
-def batchnorm_squares(module: nn.BatchNorm2d, a: Tensor, g: Tensor, weights: Weights) -> Tensor:
-    """See `Kind.squares`."""
-    found = batchnorm_gradients(module, a, g, weights)
-    return sum(weighted_squares(found[name], weights[name]) for name in weights)
-
-
-def batchnorm_bytes(module: nn.BatchNorm2d, a: Tensor, g: Tensor) -> int:
-    """See `Kind.bytes_per_example`."""
-    return a.element_size() * (2 + g.shape[0]) * a[0].numel()
-
-
-_LINEAR = Outer(linear_inputs, linear_outputs)
-_CONV = Outer(conv_inputs, conv_outputs)
-_AFFINE = frozenset({"weight", "bias"})
-
-
 def _outer_kind(outer: Outer, fits: Callable[[nn.Module, Tensor], bool]) -> Kind:
-    return Kind(_AFFINE, fits, outer.squares, outer.gradients, outer.bytes_per_example)
+    names = frozenset({"weight", "bias"})
+    return Kind(names, fits, outer.squares, outer.gradients, outer.bytes_per_example, outer)
 
 
-def _normalises(module: nn.Module, a: Tensor) -> bool:
-    return a.ndim >= 2
-
-
-BATCHNORM = Kind(_AFFINE, _normalises, batchnorm_squares, batchnorm_gradients, batchnorm_bytes)
-
-KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: _outer_kind(_LINEAR, lambda module, a: a.ndim >= 2),
-    nn.Conv2d: _outer_kind(_CONV, lambda module, a: a.ndim == 4),  # three axes would be one unbatched image
-    nn.BatchNorm1d: BATCHNORM,
-    nn.BatchNorm2d: BATCHNORM,
-    nn.BatchNorm3d: BATCHNORM,
-    nn.SyncBatchNorm: BATCHNORM,
-}
+LINEAR = _outer_kind(Outer(linear_inputs, linear_outputs), lambda module, a: a.ndim >= 2)
+# three axes would be one image without a batch
+CONVOLUTION = _outer_kind(Outer(conv_inputs, conv_outputs), lambda module, a: a.ndim == 4)

@@ -94,7 +94,8 @@ def _vectorised(
 
     # plain attention: the fused kernels have no batching rule
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        return vmap(single, out_dims=1)(images, targets)
+        found = vmap(single)(images, targets)  # (b, q, *shape); gradients that are equal for all are spread over b
+    return {name: gradients.transpose(0, 1) for name, gradients in found.items()}
 
 
 def _one_by_one(

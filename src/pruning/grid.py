@@ -53,6 +53,7 @@ class Grid:
         self.session, self.args = session, args
         self.cells = list(self._cells())
         self._runs: dict[Cell, PrunedRun] = {}
+        self._announced: set[Cell] = set()
         self._finished: dict[Cell, dict[str, Any]] = {}
 
     def _cells(self) -> Iterator[Cell]:
@@ -127,7 +128,9 @@ class Grid:
                 return None
             if run.is_done():  # by another process, since the look above
                 return False
-            log.info("cell %d of %d: %s", self.cells.index(cell) + 1, len(self.cells), cell)
+            if cell not in self._announced:  # it may have to wait for another process's pre-training, and come again
+                log.info("cell %d of %d: %s", self.cells.index(cell) + 1, len(self.cells), cell)
+                self._announced.add(cell)
             try:
                 run.train(wait=False)
             except Busy:

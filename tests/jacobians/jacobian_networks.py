@@ -205,6 +205,19 @@ class Bare(nn.Module):
         return x.flatten(1) @ self.weight
 
 
+class Shifted(nn.Module):
+    """A parameter added to the outputs: its gradients are the same for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(72, 3)
+        self.shift = nn.Parameter(torch.randn(3))
+        self.gain = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + self.shift + self.gain.square()
+
+
 class Folded(nn.Module):
     """A linear module that sees (positions, batch, features), and one that sees both axes merged."""
 
@@ -257,6 +270,7 @@ NETWORKS = {
     "branching": Branching,
     "folded": Folded,
     "bare": Bare,
+    "shifted": Shifted,
     "weight norm": weight_normed,
     "subclass": subclassed,
 }

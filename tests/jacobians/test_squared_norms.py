@@ -6,7 +6,8 @@ from jacobian_networks import NETWORKS, images_and_labels, logits, loop_norms, l
 from torch import nn
 
 from src.jacobians import SquaredNorms
-from src.jacobians.contract import KINDS, outer_gradients, outer_squares, prefers_pairs
+from src.jacobians.contract import outer_gradients, outer_squares, prefers_pairs
+from src.jacobians.kinds import KINDS
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
@@ -84,8 +85,9 @@ def test_permuting_and_rebatching_examples(name):
         ("autoencoding", "captured", {"code.bias", "head.weight"}),
         ("embedded", "fallback", {"table.weight"}),
         ("in place", "captured", {"conv.weight", "conv.bias", "head.weight"}),
-        ("layernorm", "fallback", {"1.weight", "1.bias"}),
+        ("layernorm", "captured", {"1.weight", "1.bias"}),
         ("encoder", "captured", {"embed.weight", "encoder.linear1.weight", "encoder.linear2.bias"}),
+        ("encoder", "captured", {"encoder.norm1.weight", "encoder.norm2.bias"}),
         (
             "encoder",
             "fallback",
@@ -116,6 +118,16 @@ def test_summed_gradients_are_the_gradient_of_the_sum():
                 expected = torch.autograd.grad(rows.sum(), list(own.values()), retain_graph=True)
                 for local, gradient in zip(own, expected, strict=True):
                     torch.testing.assert_close(found[local].sum((0, 1)), gradient, **EXACT)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])  # as many examples as quantities, and not
+def test_gradients_that_are_the_same_for_all_examples(count, caplog):
+    net = network("shifted")
+    images, labels = images_and_labels(count)
+    found, routes = norms(net, images, labels, logits)
+    assert routes["shift"] == routes["gain"] == "fallback"
+    torch.testing.assert_close(found, loop_norms(net, images, labels, logits, FAMILIES), **EXACT)
+    assert not caplog.records  # nor are they taken one by one
 
 
 def test_frozen_parameters_do_not_count():
@@ -310,7 +322,8 @@ def test_a_small_vision_transformer():
     labels = torch.tensor([0, 2, 1, 1, 0])
     found, routes = norms(net, images, labels)  # five examples, five tokens
     assert routes["conv_proj.weight"] == routes["encoder.layers.encoder_layer_0.mlp.0.weight"] == "captured"
-    assert routes["encoder.pos_embedding"] == routes["encoder.ln.weight"] == "fallback"
+    assert routes["encoder.ln.weight"] == "captured"
+    assert routes["encoder.pos_embedding"] == "fallback"
     torch.testing.assert_close(found, loop_norms(net.eval(), images, labels, losses, FAMILIES), **EXACT)
 
 

@@ -1,17 +1,17 @@
-"""Per-example squared gradient norms of a whole network: captured modules, the fallback, and nothing left out.
+"""Routing: per-example gradients of a whole network, part by part; captured modules, the fallback, nothing left out.
 
 Each parameter takes one of three routes, found anew for every batch:
 - *captured*: one recorded call of one module holds all its uses; contracted without forming its gradient
   where that is possible;
 - *summed*: several recorded calls (a module called twice, modules that share a weight): the calls' gradients are
-  added per example, then squared;
+  added per example, then used;
 - *fallback*: everything else (`src.jacobians.fallback`).
 That a record holds all uses is read off the autograd graph; that a module's first axis counts independent examples
 is tried once, on a few examples.
 """
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,19 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from src.jacobians.capture import Capture, Record, graph_uses
-from src.jacobians.contract import KINDS, weighted_squares
 from src.jacobians.fallback import ExampleGradients, Quantities, as_rows
 from src.jacobians.independence import mixture, refuse_mixing, scales_by_example
+from src.jacobians.kinds import KINDS
 from src.models.modes import evaluating
-
-Weighting = Callable[[str, Tensor], Tensor] | None
-"""(name in the model, parameter) -> weights S of the parameter's shape; None stands for ones."""
 
 CAPTURED, SUMMED, FALLBACK = "captured", "summed", "fallback"
 
-
 TRIED = 8
 """Examples on which the independence of examples is tried."""
+
+RECYCLED = 24 * 2**20
+"""Largest block in bytes that glibc's allocator keeps for the next use by all means; a larger one goes back to the
+system, and touching it anew costs more than the work done in it."""
+
+Calls = dict[str, list[tuple[Record, str]]]
+"""For each parameter its recorded calls, with the parameter's name in the module; none: the fallback."""
 
 
 def covered(record: Record, b: int) -> bool:
@@ -51,15 +54,19 @@ def checked_rows(quantities: Tensor, b: int) -> Tensor:
     return rows
 
 
-class SquaredNorms:
-    """Context manager that computes ``sum over parameters of S * grad_i^2`` for each example i.
+class Routing(ABC):
+    """Context manager: what any contraction of per-example gradients has in common.
 
     Covers the parameters that require a gradient. Inside the context the model is in eval mode; on leaving it,
-    hooks are gone and every module is in the mode it had. No ``.grad`` is written.
+    hooks are gone and every module is in the mode it had. No ``.grad`` is written. A subclass says what becomes of
+    a captured module (`take_captured`) and of gradients that exist in full (`take_gradients`).
 
     Args:
-        model: the network; its outputs' first axis is the batch.
+        model: the network.
         memory_mb: how many MB of per-example gradients may be alive at a time.
+
+    Attributes:
+        routes: of the last batch: parameter's name -> captured, summed or fallback.
 
     Raises:
         ValueError: on entering, if no parameter requires a gradient.
@@ -73,6 +80,7 @@ class SquaredNorms:
         self._fallback = ExampleGradients(self.model)
         self._untried = True  # whether some module's examples may yet turn out to depend on each other
         self._independent: dict[nn.Module, bool] = {}  # by trial; undecided modules are absent
+        self._sizes: dict[torch.Size, tuple[int, int]] = {}  # image shape -> see `sub_batches`
 
     def __enter__(self) -> Self:
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -90,23 +98,33 @@ class SquaredNorms:
         self._capture.__exit__(kind, error, trace)
         self._evaluating.__exit__(kind, error, trace)
 
-    def __call__(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        quantities: Quantities,
-        weightings: Sequence[Weighting] = (None,),
-    ) -> tuple[Tensor, Tensor]:
-        """Squared norms of one batch.
+    @abstractmethod
+    def begin(self, rows: Tensor) -> None:
+        """A batch with quantities ``rows`` (q, b) is about to come."""
+
+    @abstractmethod
+    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+        """Examples ``part`` of one captured call.
+
+        Args:
+            record: with its ``gradient``.
+            names: the parameters whose only call this is: name in the module -> name in the model.
+            part: which examples.
+        """
+
+    @abstractmethod
+    def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
+        """Gradients (q, len(part), *shape) of the parameter ``name`` for the examples ``part``."""
+
+    # ----------------------------------------------------------------------------------------------- one batch
+
+    def run(self, images: Tensor, targets: Tensor, quantities: Quantities) -> Tensor:
+        """Hand out all per-example gradients of one batch; returns the model's outputs without their graph.
 
         Args:
             images: (b, ...) inputs.
-            targets: (b, ...) what ``quantities`` takes beside the outputs, labels for a loss.
+            targets: (b, ...) what ``quantities`` takes beside the outputs.
             quantities: (outputs, targets) -> (b,) or (q, b) values to differentiate.
-            weightings: f families of weights that share every per-example gradient.
-
-        Returns:
-            (f, q, b) float64 squared norms, and the model's outputs without their graph.
 
         Raises:
             ValueError: a BatchNorm would use statistics of the batch, the model mixes the examples of a batch, or the
@@ -115,30 +133,29 @@ class SquaredNorms:
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             if self._untried and len(images) > 1:
                 self._try_independence(images[:TRIED], targets[:TRIED], quantities)
-            outputs = self._capture.forward(images.clone())  # a network may work on its input in place
-            rows = checked_rows(quantities(outputs, targets), len(images))
-            routes = self._route(rows)
-            norms = torch.zeros(len(weightings), *rows.shape, dtype=torch.float64, device=rows.device)
-            done = self._add_recorded(norms, routes, weightings)
+            outputs, rows, calls = self._record(images, targets, quantities)
+            if self._untried and len(images) > TRIED:  # a module through which the few tried let no gradient pass
+                self._try_independence(images, targets, quantities)
+                outputs, rows, calls = self._record(images, targets, quantities)
+            self.routes = {name: (FALLBACK, CAPTURED, SUMMED)[min(len(found), 2)] for name, found in calls.items()}
+            self.begin(rows)
+            done = self._hand_out_recorded(calls, rows.shape[0])
             rest = [name for name, route in self.routes.items() if route == FALLBACK]
-            done += self._add_fallback(norms, rest, images, targets, quantities, weightings)
+            done += self._hand_out_fallback(rest, images, targets, quantities, rows.shape[0])
         self._capture.records = []
         if sorted(done) != sorted(self._parameters):
             odd = sorted(set(self._parameters) ^ set(done)) or "some parameter counted twice"
             raise RuntimeError(f"captured and fallback parameters are not all parameters: {odd}")
-        return norms, outputs.detach()
+        return outputs.detach()
 
-    # ------------------------------------------------------------------------------------------------- routing
-
-    def _route(self, rows: Tensor) -> dict[str, list[tuple[Record, str]]]:
-        """For each parameter its recorded calls with the parameter's name in the module; none: the fallback.
-
-        Also fills the records' gradients, and `routes`.
-        """
+    def _record(self, images: Tensor, targets: Tensor, quantities: Quantities) -> tuple[Tensor, Tensor, Calls]:
+        """Outputs, rows and each parameter's recorded calls, with gradients, of one batch."""
+        outputs = self._capture.forward(images.clone())  # a network may work on its input in place
+        rows = checked_rows(quantities(outputs, targets), len(images))
         uses, nodes = graph_uses(rows)
         records = [r for r in self._capture.records if r.edge.node in nodes]
         self._differentiate(rows, records)
-        calls: dict[str, list[tuple[Record, str]]] = {name: [] for name in self._parameters}
+        calls: Calls = {name: [] for name in self._parameters}
         for record in records:
             for local, parameter in record.parameters().items():
                 calls[self._names[id(parameter)]].append((record, local))
@@ -146,8 +163,7 @@ class SquaredNorms:
             seen_whole = len(calls[name]) == uses[id(parameter)]
             if not seen_whole or any(record.gradient is None for record, _ in calls[name]):
                 calls[name] = []
-        self.routes = {name: (FALLBACK, CAPTURED, SUMMED)[min(len(records), 2)] for name, records in calls.items()}
-        return calls
+        return outputs, rows, calls
 
     def _differentiate(self, rows: Tensor, records: list[Record]) -> None:
         """Fill the gradients of the records that the formulas cover; leave the others None."""
@@ -184,75 +200,71 @@ class SquaredNorms:
             if False in found or None not in found:
                 self._independent[module] = False not in found
 
-    # --------------------------------------------------------------------------------------------- contraction
+    def sub_batches(self, images: Tensor) -> list[slice]:
+        """Cuts of a batch such that the gradients of all logits at the captured modules' outputs fit into the memory.
+
+        Args:
+            images: (b, ...) inputs.
+        """
+        shape = images.shape[1:]
+        if shape not in self._sizes and len(images):
+            with torch.enable_grad():
+                q = self._capture.forward(images[:1].clone()).numel()
+            records, self._capture.records = self._capture.records, []
+            rows = [r.output_shape.numel() * r.inputs.element_size() for r in records] or [0]
+            # and about three times the outputs in the graph
+            self._sizes[shape] = (q + 3) * sum(rows), q * max(rows)
+        return self._chunks(len(images), *self._sizes.get(shape, (0, 0)), images.device)
+
+    # ---------------------------------------------------------------------------------------------- handing out
+
+    def _chunks(self, count: int, bytes_per_example: int, largest: int, device: torch.device) -> list[slice]:
+        """Cuts of ``count`` examples, each with so many bytes in all and in its largest block."""
+        step = self._budget // max(bytes_per_example, 1)
+        if device.type == "cpu":
+            step = min(step, RECYCLED // max(largest, 1))
+        step = max(1, int(step))
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     @torch.no_grad()
-    def _add_recorded(
-        self, norms: Tensor, routes: dict[str, list[tuple[Record, str]]], weightings: Sequence[Weighting]
-    ) -> list[str]:
-        """Add what the records hold; returns the names of the parameters added."""
+    def _hand_out_recorded(self, calls: Calls, q: int) -> list[str]:
+        """Hand out what the records hold; returns the names of the parameters done."""
         done: list[str] = []
         alone: dict[Record, dict[str, str]] = defaultdict(dict)  # record -> name in its module -> name
-        for name, calls in routes.items():
-            if len(calls) == 1:
-                record, local = calls[0]
+        for name, found in calls.items():
+            if len(found) == 1:
+                record, local = found[0]
                 alone[record][local] = name
-            elif calls:
-                self._add_summed(norms, name, calls, weightings)
+            elif found:
+                self._hand_out_summed(name, found, q)
                 done.append(name)
         for record, names in alone.items():
-            self._add_captured(norms, record, names, weightings)
+            size = record.kind.bytes_per_example(record.module, record.inputs, record.gradient)
+            for part in self._chunks(record.inputs.shape[0], size, size // 2, record.inputs.device):
+                self.take_captured(record, names, part)
             done += names.values()
         return done
 
-    def _weights(self, name: str, weightings: Sequence[Weighting]) -> Tensor | None:
-        """The families' weights of one parameter, (f, *shape), or None if all are ones."""
-        if all(weighting is None for weighting in weightings):
-            return None
-        p = self._parameters[name].detach()
-        return torch.stack([torch.ones_like(p) if w is None else w(name, p).to(p) for w in weightings])
-
-    def _chunks(self, count: int, bytes_per_example: int) -> list[slice]:
-        step = max(1, int(self._budget // max(bytes_per_example, 1)))
-        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-    def _add_captured(
-        self, norms: Tensor, record: Record, names: dict[str, str], weightings: Sequence[Weighting]
-    ) -> None:
-        weights = {local: self._weights(name, weightings) for local, name in names.items()}
-        kind, a, g = record.kind, record.inputs, record.gradient
-        for part in self._chunks(a.shape[0], kind.bytes_per_example(record.module, a, g)):
-            norms[:, :, part] += kind.squares(record.module, a[part], g[:, part], weights)
-
-    def _add_summed(
-        self, norms: Tensor, name: str, calls: list[tuple[Record, str]], weightings: Sequence[Weighting]
-    ) -> None:
-        weights = self._weights(name, weightings)
+    def _hand_out_summed(self, name: str, calls: list[tuple[Record, str]], q: int) -> None:
         size = sum(r.kind.bytes_per_example(r.module, r.inputs, r.gradient) for r, _ in calls)
-        size += 2 * norms.shape[1] * self._parameters[name].nbytes
-        for part in self._chunks(norms.shape[2], size):
+        size += 2 * q * self._parameters[name].nbytes
+        first = calls[0][0].inputs
+        for part in self._chunks(first.shape[0], size, size // 2, first.device):
             total = sum(
                 r.kind.gradients(r.module, r.inputs[part], r.gradient[:, part], [local])[local] for r, local in calls
             )
-            norms[:, :, part] += weighted_squares(total, weights)
+            self.take_gradients(name, total, part)
 
-    def _add_fallback(
-        self,
-        norms: Tensor,
-        names: list[str],
-        images: Tensor,
-        targets: Tensor,
-        quantities: Quantities,
-        weightings: Sequence[Weighting],
+    def _hand_out_fallback(
+        self, names: list[str], images: Tensor, targets: Tensor, quantities: Quantities, q: int
     ) -> list[str]:
-        """Add the named parameters' part; returns the names added."""
+        """Hand out the named parameters' gradients; returns the names done."""
         if not names:
             return []
-        size = 3 * norms.shape[1] * sum(self._parameters[name].nbytes for name in names)
+        size = 3 * q * sum(self._parameters[name].nbytes for name in names)
         step = max(1, int(self._budget // size))
-        weights = {name: self._weights(name, weightings) for name in names}
         for part, found in self._fallback(names, images, targets, quantities, step):
             with torch.no_grad():
                 for name, gradients in found.items():
-                    norms[:, :, part] += weighted_squares(gradients, weights[name])
+                    self.take_gradients(name, gradients, part)
         return names

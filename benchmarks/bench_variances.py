@@ -1,0 +1,190 @@
+"""Variances of a network's logits under a Gaussian posterior, without and with Jacobians.
+
+    python -m benchmarks.bench_variances [--quick]
+
+Diagonal posterior: the plain way builds the Jacobian of a batch by ``vmap(jacrev)`` and contracts it to all pairs of
+classes. Kronecker posterior: the plain way is laplace-torch's fit, its backend's Jacobians and its functional
+variance; times cover fit, eigendecomposition and variances, on the examples of the run. Batches of the plain way have
+the size that the Memory-Perturbation Equation's commands give them (but for resnet20_frn, whose 300 do not fit into
+the memory of small machines); ours are cut by the engine. Both ways' variances are compared on the way.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from benchmarks.bench_memory import peak
+from benchmarks.common import Row, in_fresh_process, in_turn, run
+from src.jacobians import OutputVariances, Posterior, kronecker_factors
+from src.models import build_model
+
+DELTA = 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network.
+
+    Attributes:
+        channels: Of its images.
+        size: Of its images.
+        batch: Examples of the plain way's batch.
+        ours: Examples of our batch.
+        target: Ratio asked for under a diagonal posterior.
+        kronecker: Ratio asked for under a Kronecker posterior; None where it is not measured.
+    """
+
+    channels: int
+    size: int
+    batch: int
+    ours: int
+    target: float
+    kronecker: float | None = None
+
+
+CASES = {
+    "large_mlp": Case(1, 28, 50, 1_000, 200.0, 150.0),
+    "lenet": Case(1, 28, 500, 1_000, 6.0, 8.0),
+    "cnn_deepobs": Case(3, 32, 20, 100, 8.0),
+    "resnet20_frn": Case(3, 32, 30, 30, 1.5),
+}
+QUICK = {"large_mlp": Case(1, 8, 3, 5, 200.0, 150.0), "lenet": Case(1, 28, 3, 5, 6.0)}
+
+
+def prepared(name: str, case: Case, count: int) -> tuple[nn.Module, Tensor, Posterior]:
+    """The network, noise images, and a diagonal posterior."""
+    model = build_model(name, 10, case.channels, case.size, seed=0).eval()
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(count, case.channels, case.size, case.size, generator=draw)
+    variances = {n: 1.0 / (100.0 * torch.rand(p.shape, generator=draw) + DELTA) for n, p in model.named_parameters()}
+    return model, images, Posterior(variances)
+
+
+def jacobian_variances(model: nn.Module, images: Tensor, posterior: Posterior) -> Tensor:
+    """The whole batch's Jacobian (b, C, P), its full contraction (b, C, C), and the diagonal of that."""
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def logits(chosen: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, chosen, (image.unsqueeze(0),))[0]
+
+    jacobians = vmap(jacrev(logits), (None, 0))(values, images)
+    found = 0.0
+    for name, jacobian in jacobians.items():
+        jacobian = jacobian.flatten(2)
+        found = found + (jacobian * posterior.blocks[name].flatten()) @ jacobian.mT
+    return found.diagonal(dim1=1, dim2=2)
+
+
+def our_variances(model: nn.Module, images: Tensor, posterior: Posterior) -> Tensor:
+    with OutputVariances(model, posterior) as engine:
+        return engine(images)[1]
+
+
+def laplace_variances(model: nn.Module, images: Tensor, batch: int) -> Tensor:
+    """laplace-torch with its fastest backend, as the paper's authors call it but for the slower default Jacobians."""
+    from laplace import Laplace
+    from laplace.curvature.asdl import AsdlGGN
+    from torch.utils.data import DataLoader, TensorDataset
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = Laplace(
+            model, "classification", subset_of_weights="all", hessian_structure="kron", prior_precision=DELTA,
+            backend=AsdlGGN,
+        )  # fmt: skip
+        labels = torch.zeros(len(images), dtype=torch.long)
+        posterior.fit(DataLoader(TensorDataset(images, labels), batch_size=batch))
+        found = []
+        for part in images.split(batch):
+            jacobians, _ = posterior.backend.jacobians(part)
+            found.append(posterior.functional_variance(jacobians).diagonal(dim1=1, dim2=2).detach())
+    return torch.cat(found)
+
+
+def our_kronecker_variances(model: nn.Module, images: Tensor) -> Tensor:
+    return our_variances(model, images, kronecker_factors(model, [images]).posterior(DELTA))
+
+
+def compare(name: str, plain: Tensor, ours: Tensor) -> None:
+    """Raise if two ways' variances differ by more than single precision explains."""
+    if not torch.allclose(plain.double(), ours, rtol=1e-3):
+        raise RuntimeError(f"{name}: the two ways disagree")
+
+
+def timed(name: str, target: float, counts: tuple[int, int], plain: Callable, ours: Callable, repeats: int) -> Row:
+    """One row, in milliseconds per example; the ways work on different numbers of examples."""
+    times = in_turn((plain, ours), repeats)
+    per_example = [1_000 * t / count for t, count in zip(times, counts, strict=True)]
+    return Row(name, *per_example, "ms per example", target)
+
+
+def peak_of(way: str, name: str, case: Case, count: int) -> float:
+    """Peak memory in MiB of one way on one batch; ``count`` 1 for what it takes to do anything."""
+    torch.set_num_threads(1)
+    model, images, posterior = prepared(name, case, count)
+    {"plain": jacobian_variances, "ours": our_variances}[way](model, images, posterior)
+    return peak()
+
+
+def measure(quick: bool = False) -> list[Row]:
+    """Time both posteriors both ways, and measure the memory of one case.
+
+    The memory is not measured where ``quick``: it takes processes of their own.
+
+    Raises:
+        RuntimeError: The two ways disagree.
+    """
+    torch.set_num_threads(1)
+    rows = []
+    repeats = 1 if quick else 2
+    cases = QUICK if quick else CASES
+    for name, case in cases.items():
+        model, images, posterior = prepared(name, case, max(case.batch, case.ours))
+        few, many = images[: case.batch], images[: case.ours]
+        compare(name, jacobian_variances(model, few, posterior), our_variances(model, few, posterior))
+        rows.append(
+            timed(
+                f"variances of the logits, diagonal posterior, {name}",
+                case.target,
+                (len(few), len(many)),
+                lambda model=model, few=few, posterior=posterior: jacobian_variances(model, few, posterior),
+                lambda model=model, many=many, posterior=posterior: our_variances(model, many, posterior),
+                repeats,
+            )
+        )
+        if case.kronecker is None:
+            continue
+        # the plain way leaves attributes on its model
+        other, batch = prepared(name, case, 1)[0], case.batch
+        compare(name, laplace_variances(other, few, batch), our_kronecker_variances(model, few))
+        rows.append(
+            timed(
+                f"fit and variances, Kronecker posterior, {name}",
+                case.kronecker,
+                (len(few), len(many)),
+                lambda other=other, few=few, batch=batch: laplace_variances(other, few, batch),
+                lambda model=model, many=many: our_kronecker_variances(model, many),
+                1,
+            )
+        )
+    if quick:
+        return rows
+    case = cases["lenet"]
+    grown = [
+        in_fresh_process(peak_of, way, "lenet", case, case.batch) - in_fresh_process(peak_of, way, "lenet", case, 1)
+        for way in ("plain", "ours")
+    ]
+    rows.append(Row(f"memory of variances, lenet, {case.batch} images", *(max(g, 0.1) for g in grown), "MiB"))
+    return rows
+
+
+def main() -> None:
+    run(measure, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Generalised Gauss-Newton matrices of the summed cross-entropy: their diagonal, and their Kronecker factors (KFAC).
+
+``GGN = sum_n J_n^T Lambda_n J_n`` with ``Lambda = diag(p) - p p^T``, exact (labels do not enter), neither averaged
+nor damped. With a square root ``Lambda = R^T R`` of C - 1 rows, differentiating ``R z`` in place of the logits z
+makes every sum below a sum of squares or of outer products.
+
+Sources: Martens and Grosse 2015 (KFAC), Grosse and Martens 2016 (convolutions); scaled as in laplace-torch
+(Daxberger et al. 2021): weight and bias are blocks of their own, see `KroneckerFactors`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from src.jacobians.capture import Record
+from src.jacobians.contract import outer_gradients
+from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, KroneckerFactors
+from src.jacobians.routing import CAPTURED, Routing
+from src.jacobians.variances import logit_rows
+
+Batches = Iterable[Tensor | Sequence[Tensor]]
+"""Images, or sequences that begin with images (labels are not needed)."""
+
+
+def root_of_softmax_covariance(logits: Tensor) -> Tensor:
+    """R with ``R^T R = diag(p) - p p^T``, the transposed Cholesky factor in closed form, in logarithms.
+
+    With tails ``s_j = sum_{i >= j} p_i``: ``R_jj = sqrt(p_j s_{j+1} / s_j)``, ``R_ji = -R_jj p_i / s_{j+1}`` (i > j).
+
+    Args:
+        logits: (b, C), C >= 2.
+
+    Returns:
+        (b, C - 1, C) in the logits' type, computed in float64.
+    """
+    log_p = logits.detach().double().log_softmax(1)
+    log_s = log_p.flip(1).logcumsumexp(1).flip(1)  # (b, C)
+    scale = (0.5 * (log_p[:, :-1] + log_s[:, 1:] - log_s[:, :-1])).exp()  # (b, C-1)
+    ratio = (log_p.unsqueeze(1) - log_s[:, 1:].unsqueeze(2)).clamp(max=0.0).exp()  # (b, C-1, C); below the diagonal
+    root = torch.eye(log_p.shape[1], dtype=ratio.dtype, device=ratio.device)[:-1] - ratio.triu(1)
+    return (scale.unsqueeze(2) * root).to(logits.dtype)
+
+
+def ggn_rows(outputs: Tensor, targets: Tensor) -> Tensor:
+    """``R z`` as quantities to differentiate, (C - 1, b); R is a constant.
+
+    Raises:
+        ValueError: the outputs are not (b, C) with two classes or more.
+    """
+    if logit_rows(outputs, targets).shape[0] < 2:
+        raise ValueError("the cross-entropy of a model with a single output has no curvature")
+    return (root_of_softmax_covariance(outputs) @ outputs.unsqueeze(2)).squeeze(2).T
+
+
+class _Fit(Routing):
+    """Sums of squared gradients per parameter entry over all batches, and what a subclass collects besides."""
+
+    def __enter__(self):
+        super().__enter__()
+        self._diagonals: dict[str, Tensor] = {}
+        self._count = 0
+        return self
+
+    def add(self, images: Tensor) -> None:
+        """Add one batch of images (b, ...)."""
+        images = images.to(next(iter(self._parameters.values())).device)
+        for part in self.sub_batches(images):
+            self.run(images[part], images.new_empty(part.stop - part.start), ggn_rows)
+        self._count += len(images)
+
+    def begin(self, rows: Tensor) -> None:
+        """See `Routing`."""
+
+    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+        """See `Routing`."""
+        kind, module, a, g = record.kind, record.module, record.inputs[part], record.gradient[:, part]
+        if kind.outer is None:
+            for local, gradients in kind.gradients(module, a, g, list(names)).items():
+                self.take_gradients(names[local], gradients, part)
+            return
+        a, g = kind.outer.inputs(module, a), kind.outer.outputs(module, g)
+        if "bias" in names:
+            self.take_gradients(names["bias"], g.sum(-1).flatten(2), part)
+        if "weight" in names:
+            self._add_diagonal(names["weight"], outer_squares_of_entries(a, g))
+
+    def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
+        """See `Routing`."""
+        self._add_diagonal(name, gradients.square().sum((0, 1)))
+
+    def _add_diagonal(self, name: str, diagonal: Tensor) -> None:
+        if name not in self._diagonals:
+            self._diagonals[name] = torch.zeros_like(self._parameters[name], dtype=torch.float64)
+        self._diagonals[name] += diagonal.view_as(self._diagonals[name])
+
+
+def outer_squares_of_entries(a: Tensor, g: Tensor) -> Tensor:
+    """``G * G`` summed over quantities and examples, for ``G = sum_t g_t a_t^T``.
+
+    Args:
+        a: (b, n, k, t).
+        g: (q, b, n, o, t).
+
+    Returns:
+        (n, o, k).
+    """
+    if g.shape[-1] == 1:
+        return torch.einsum("bno,bnk->nok", g[..., 0].square().sum(0), a[..., 0].square())
+    return outer_gradients(a, g).square_().sum((0, 2))
+
+
+def second_moments(x: Tensor) -> Tensor:
+    """``sum_t x x^T``, summed over the first axis too.
+
+    Args:
+        x: (m, n, d, t).
+
+    Returns:
+        (n, d, d).
+    """
+    _, n, d, t = x.shape
+    rows = x[..., 0].transpose(0, 1) if t == 1 else x.permute(1, 0, 3, 2).reshape(n, -1, d)  # (n, m * t, d)
+    return rows.mT @ rows
+
+
+class _KroneckerFit(_Fit):
+    """Also factors of modules whose weight gradient is a sum of outer products, if one call holds all its uses."""
+
+    def __enter__(self):
+        super().__enter__()
+        self._factors: dict[str, KroneckerFactors] = {}
+        self._chosen: set[str] | None = None  # parameters with factors: those that the first batch captured
+        return self
+
+    def begin(self, rows: Tensor) -> None:
+        """See `Routing`.
+
+        Raises:
+            ValueError: a module is used in another way than in the first batch.
+        """
+        calls = {self._names[id(p)]: r for r in self._capture.records for p in r.parameters().values()}
+        found = {
+            name
+            for name, route in self.routes.items()
+            if route == CAPTURED and calls[name].kind.outer is not None and self._alone(calls[name])
+        }
+        if self._chosen is None:
+            self._chosen = found
+        elif self._chosen - found:
+            raise ValueError(
+                f"Kronecker factors need every batch to use {min(self._chosen - found)!r} in the same way; "
+                "take the diagonal instead"
+            )
+
+    def _alone(self, record: Record) -> bool:
+        """Whether all the module's trained parameters belong to this one call."""
+        return all(self.routes[self._names[id(p)]] == CAPTURED for p in record.parameters().values())
+
+    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+        """See `Routing`."""
+        if not self._chosen.issuperset(names.values()):
+            super().take_captured(record, names, part)
+            return
+        a = record.kind.outer.inputs(record.module, record.inputs[part])
+        g = record.kind.outer.outputs(record.module, record.gradient[:, part])
+        t = g.shape[-1]
+        inputs = second_moments(a)
+        outputs = second_moments(g.transpose(0, 1).reshape(-1, *g.shape[2:])) / t
+        if record.name not in self._factors:
+            empty = (torch.zeros_like(x, dtype=torch.float64) for x in (inputs, outputs))
+            self._factors[record.name] = KroneckerFactors(*empty, t, names.get("weight"), names.get("bias"))
+        factors = self._factors[record.name]
+        if factors.positions != t:
+            raise ValueError(
+                f"Kronecker factors need images of one size; {record.name!r} has {t} positions and had "
+                f"{factors.positions}"
+            )
+        factors.inputs.add_(inputs)
+        factors.outputs.add_(outputs)
+
+    def curvature(self) -> KroneckerCurvature:
+        """The factors of all batches so far, decomposed."""
+        for factors in self._factors.values():
+            factors.inputs.div_(self._count)
+        return KroneckerCurvature.of(self._factors, self._diagonals, self._count)
+
+
+def _run(fit: _Fit, batches: Batches) -> None:
+    for batch in batches:
+        fit.add(batch if isinstance(batch, Tensor) else batch[0])
+    if fit._count == 0:
+        raise ValueError("a curvature needs at least one example")
+
+
+def ggn_diagonal(model: nn.Module, batches: Batches, memory_mb: float = 128.0) -> DiagonalCurvature:
+    """Diagonal of the GGN of the summed cross-entropy.
+
+    Args:
+        model: the network; its outputs are logits (b, C).
+        batches: the examples, cut in any way.
+        memory_mb: see `src.jacobians.OutputVariances`.
+
+    Returns:
+        For each trainable parameter its diagonal.
+
+    Raises:
+        ValueError: there are no examples, or `Routing` refuses the model.
+    """
+    with _Fit(model, memory_mb) as fit:
+        _run(fit, batches)
+        return DiagonalCurvature(fit._diagonals, fit._count)
+
+
+def kronecker_factors(model: nn.Module, batches: Batches, memory_mb: float = 128.0) -> KroneckerCurvature:
+    """KFAC of the summed cross-entropy, with all C classes, decomposed in float64.
+
+    Modules of whose weight one call in each batch holds all uses get Kronecker factors (linear layers, convolutions,
+    these group by group); every other parameter gets the diagonal of its GGN.
+
+    Args:
+        model: the network; its outputs are logits (b, C).
+        batches: the examples, cut in any way.
+        memory_mb: see `src.jacobians.OutputVariances`.
+
+    Raises:
+        ValueError: there are no examples, a module is used in different ways or at different image sizes, or
+            `Routing` refuses the model.
+    """
+    with _KroneckerFit(model, memory_mb) as fit:
+        _run(fit, batches)
+        return fit.curvature()
