@@ -6,9 +6,9 @@ Writes an npz file: indices (int64, original), weights (float64), label_hash, to
 default to where train_prune.py of the same flags looks for it.
 
   python select_coreset.py --dataset=digits --model=lenet --coreset_func=craig --coreset_fraction=0.3 \
-      --coreset_pretrain_epochs=10 --out=craig.npz
+      --coreset_pretrain_epochs=10 --coreset_pretrain_lr=0.05 --out=craig.npz
   python train_prune.py --dataset=digits --model=lenet --selection=craig.npz --coreset_epochs=20 --batch_size=64 \
-      --learning_rate=0.1 --lr_sched=const
+      --learning_rate=0.05 --lr_sched=const
 """
 
 from argparse import Namespace

@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             given, flags = unknown.split("=")[0].split()[0], self._option_string_actions
-            close = [flag for flag in flags if flag.startswith(given)] or difflib.get_close_matches(
-                given, flags, 1, 0.75
-            )
+            close = [flag for flag in flags if flag.startswith(given)]
+            close = close or [flag for flag in flags if flag.endswith(f"_{given.lstrip('-')}")]
+            close = close or difflib.get_close_matches(given, flags, 1, 0.75)
             message = f"{unknown}: unknown" + (f"; did you mean {' or '.join(close)}?" if close else "")
         if not _speaks():
             sys.exit(2)
@@ -104,7 +104,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             sys.exit(error.status)
         _end(f"{name}: {error}", error.status)
     except KeyboardInterrupt:
-        _end(f"{name}: interrupted; what was finished is on disk, and --resume continues where it applies", 130)
+        _end(
+            f"{name}: interrupted; what was finished is on disk, --resume goes on with it (grids do so unasked)", 130
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

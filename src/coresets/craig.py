@@ -4,9 +4,10 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from src import draws
-from src.coresets.facility_location import Distances, greedy_by_sample, greedy_on_matrix
+from src.coresets.facility_location import NOTHING, ROWS, WIDTH, Distances, filled, greedy_on_matrix, lazy_greedy
 from src.coresets.material import Group, LastLayer, Material, Options, Selection
 from src.coresets.registry import Needs, method
 
@@ -16,6 +17,8 @@ _SAMPLE = 5_000  # of a large group: its matrix takes 200 MB
 _LEAST_SAMPLE = 1_000
 _PAIRS = 2**25  # at most, of a large group: 256 MiB
 _LEAST_PAIRS = 2**20
+_PER_LEADER = 16  # examples of a sample for each pick by it
+_PROBES = 256  # candidates by which the number of near pairs is estimated
 
 
 def fits(count: int, memory: int) -> bool:
@@ -30,7 +33,7 @@ def choose(distances: Distances, budget: int, memory: int, generator: np.random.
         distances: Of the group.
         budget: k.
         memory: MiB that pairwise distances may take.
-        generator: Draws the sample of a large group.
+        generator: Draws the sample, and examples, of a large group.
     """
     size = len(distances)
     if budget == size:
@@ -39,7 +42,7 @@ def choose(distances: Distances, budget: int, memory: int, generator: np.random.
         return greedy_on_matrix(distances.matrix(), budget)
     sample = int(np.clip((memory * 2**17) ** 0.5, min(_LEAST_SAMPLE, size), min(_SAMPLE, size)))
     places = np.sort(generator.choice(size, sample, replace=False))
-    return greedy_by_sample(distances, budget, places, int(np.clip(memory * 2**17, _LEAST_PAIRS, _PAIRS)))
+    return greedy_by_sample(distances, budget, places, int(np.clip(memory * 2**17, _LEAST_PAIRS, _PAIRS)), generator)
 
 
 def weigh(distances: Distances, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -55,6 +58,121 @@ def choose_weighted(
     distances = Distances.of(network, group.positions)
     picks, weights = weigh(distances, choose(distances, group.budget, memory, generator))
     return group.positions[picks], weights
+
+
+def greedy_by_sample(
+    distances: Distances, budget: int, sample: np.ndarray, pairs: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Greedy picks for groups whose matrix of distances is too large.
+
+    The first picks, one for 16 of a sample, are those of the exact greedy on the sample. After them an example i is
+    nearer to few candidates x than to its pick, and only pairs with ``d_ix < near_i`` can ever add to a gain. One
+    pass over all distances keeps those pairs, and the greedy goes on with them, over all candidates: given the first
+    picks it is exact (distances rounded to float32).
+
+    Where the pairs are still too many (a crowd of small gradients is a crowd of near pairs), examples are drawn at
+    random, with a probability p in proportion to ``near_i`` over the number of i's pairs, and their savings weigh
+    ``1 / p``: estimates of the gains without bias. After up to eight times as many picks, examples are drawn anew.
+
+    Time: ``n^2 (C + d)`` for each pass. Memory: the factors, once more for drawn examples, 8 bytes a pair, the
+    sample's matrix, 128 rows of n distances.
+
+    Args:
+        distances: Of the group, n.
+        budget: k, at most n.
+        sample: Places ``(m,)``, ascending.
+        pairs: About how many pairs may be kept.
+        generator: Draws the examples.
+
+    Returns:
+        Places ``(k,)`` in the order of the picks.
+    """
+    leaders = min(budget, max(1, len(sample) // _PER_LEADER))
+    picks = sample[greedy_on_matrix(distances.at(distances.indices(sample)).matrix(), leaders)]
+    near = distances.nearest(picks)[0]
+    probes = distances.at(distances.indices(sample[:: max(1, len(sample) // _PROBES)]))
+    while len(picks) < budget:
+        shares = _shares(near, _near_candidates(distances, probes, near), pairs)
+        drawn = np.flatnonzero(generator.random(len(shares)) < shares)
+        whole = len(drawn) == len(distances)
+        goal = budget if whole else min(budget, max(2 * len(picks), min(8 * len(picks), len(drawn) // 4)))
+        log.info("craig: picks from %d to %d of %d on %d examples", len(picks), goal, budget, len(drawn))
+        found = _greedy_on_pairs(distances, drawn, near[drawn], shares[drawn], picks, goal - len(picks))
+        if len(found):
+            np.minimum(near, distances.nearest(found)[0], out=near)
+            picks = np.concatenate([picks, found])
+        if not len(found) or (whole and len(picks) < goal):
+            break  # no gain is left
+    return filled(picks, near, budget)
+
+
+def _near_candidates(distances: Distances, probes: Distances, near: np.ndarray) -> np.ndarray:
+    """About how many candidates x have ``d_ix < near_i``, for each i; half a probe more, so never 0."""
+    limits = torch.from_numpy(near).to(distances.squares.device)
+    counts = np.empty(len(near))
+    for first in range(0, len(near), WIDTH):
+        part = slice(first, first + WIDTH)
+        counts[part] = (probes.to(distances.at(part)) < limits[part]).sum(dim=0).cpu().numpy()
+    return (counts + 0.5) * (len(near) / len(probes))
+
+
+def _shares(near: np.ndarray, counts: np.ndarray, pairs: int) -> np.ndarray:
+    """Probabilities ``min(1, c near_i / counts_i)`` of examples that keep the expected number of pairs; 1 if all fit.
+
+    The half probe is left out where only the total matters.
+    """
+    if (counts - counts.min()).sum() <= pairs or not near.any():
+        return np.ones(len(near))
+    rates = near / counts
+    low, high = -60.0, 60.0  # of log c, in units of the largest rate
+    rates /= rates.max()
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        fits = np.minimum(1.0, np.exp(middle) * rates) @ counts <= pairs
+        low, high = (middle, high) if fits else (low, middle)
+    return np.minimum(1.0, np.exp(low) * rates)
+
+
+def _greedy_on_pairs(
+    distances: Distances,
+    drawn: np.ndarray,
+    near: np.ndarray,
+    shares: np.ndarray,
+    taken: np.ndarray,
+    budget: int,
+) -> np.ndarray:
+    """The greedy after the picks ``taken``, for drawn examples; ``near`` and ``shares`` are theirs."""
+    weights = 1.0 / shares
+    examples = distances if len(drawn) == len(distances) else distances.at(distances.indices(drawn))
+    limits = torch.from_numpy(near.copy()).to(distances.squares.device)
+    lists: list[tuple[np.ndarray, np.ndarray]] = []
+    for first in range(0, len(distances), ROWS):
+        lists += _lists(distances.at(slice(first, first + ROWS)), examples, limits)
+
+    def gain(place: int) -> float:
+        members, found = lists[place]
+        savings = near[members] - found
+        return float(np.maximum(savings, 0.0, out=savings) @ weights[members])
+
+    def take(place: int) -> None:
+        members, found = lists[place]
+        near[members] = np.minimum(near[members], found)
+
+    bounds = np.array([gain(place) for place in range(len(distances))])
+    bounds[taken] = -np.inf
+    return np.array(lazy_greedy(bounds, gain, take, budget, NOTHING * float(near @ weights)), dtype=np.int64)
+
+
+def _lists(candidates: Distances, examples: Distances, limits: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each candidate, the examples it is nearer to than their limits, and how near."""
+    block = limits.new_empty(len(candidates), len(examples))
+    for first in range(0, len(examples), WIDTH):
+        part = slice(first, first + WIDTH)
+        block[:, part] = candidates.to(examples.at(part))
+    row, member = (block < limits).nonzero(as_tuple=True)
+    found = block[row, member].float().cpu().numpy()
+    ends = torch.bincount(row, minlength=len(candidates)).cumsum(0).cpu().numpy()[:-1]
+    return list(zip(np.split(member.int().cpu().numpy(), ends), np.split(found, ends), strict=True))
 
 
 @method(
@@ -77,8 +195,8 @@ def craig(material: Material, groups: Sequence[Group], options: Options) -> Sele
 
     Groups whose matrix of distances (float64, ``8 n^2`` bytes) fits ``selection_memory`` are chosen from by the exact
     lazy greedy, one matrix at a time. Larger ones get their first picks by the exact greedy on a random sample, and
-    the others by the greedy on all examples (see :func:`~src.coresets.facility_location.greedy_by_sample`).
-    Memory then: the group's factors in float64 (``8 n (C + d)`` bytes) and up to 0.6 GB.
+    the others by the greedy on all examples (see :func:`greedy_by_sample`).
+    Memory then: the group's factors in float64 (``8 n (C + d)`` bytes) and up to 0.8 GB.
 
     Args:
         material: One network with ``embeddings``.

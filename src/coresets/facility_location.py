@@ -6,7 +6,6 @@ pick has the smallest sum of distances, and from then on the constant cancels: t
 """
 
 import heapq
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,16 +15,13 @@ import torch
 from src.coresets.material import LastLayer
 from src.errors import UserError
 
-log = logging.getLogger(__name__)
-
 _ROUNDING = 1e-14  # of ||g_i||^2 + ||g_j||^2: squared distances below that are noise, hence 0
 _TIE = 1e-9  # relative: gains closer than that are equal
-_NOTHING = 1e-12  # of the distances' sum after the first pick: smaller gains are rounding
+NOTHING = 1e-12  # of the sum of distances to the nearest pick: smaller gains are rounding
 _TILE = 512  # sides of the tiles of distances that are computed at once: they stay in a processor's cache
-_WIDTH = 2048
-_ROWS = 64  # rows of distances to all that exist at once when columns are recomputed
+WIDTH = 2048  # of tiles that are narrow
+ROWS = 128  # rows of distances to all that exist at once when columns are recomputed
 _CACHED = 2**16  # numbers of a matrix that one step of a sum takes, likewise
-_PROBES = 256  # rows by which the number of near pairs is estimated
 
 
 @dataclass(frozen=True)
@@ -106,14 +102,14 @@ class Distances:
         """Of each example, the distance to its nearest pick and that pick's place in ``picks``.
 
         Of equally near ones the first in ``picks`` counts, where distances that differ by rounding are equal.
-        Time: ``n k (C + d)``. Memory: ``4 k`` numbers for each of 64 rows.
+        Time: ``n k (C + d)``. Memory: a few MB, or ``4 k`` numbers for each of 128 rows.
 
         Returns:
             float64 ``(n,)`` and int64 ``(n,)``.
         """
         chosen = self.at(self.indices(picks))
         near, owner = np.empty(len(self)), np.empty(len(self), dtype=np.int64)
-        rows = max(_ROWS, min(_TILE, _TILE * _WIDTH // len(picks)))
+        rows = max(ROWS, min(_TILE, _TILE * WIDTH // len(picks)))
         for first in range(0, len(self), rows):
             part = slice(first, first + rows)
             found = self.at(part).to(chosen)
@@ -130,15 +126,14 @@ def lazy_greedy(
 ) -> list[int]:
     """Lazy greedy (Minoux, 1978): gains only fall, so a gain that tops all older ones is the largest.
 
-    Gains that differ by 1e-9 relative count as equal; of equal ones the lower place wins. When no gain is left, the
-    rest of the budget goes to the lowest places.
+    Gains that differ by 1e-9 relative count as equal; of equal ones the lower place wins.
 
     Args:
         bounds: Gains ``(n,)`` before the first pick, or bounds from above; -inf for what is taken.
         gain: The present gain of a place.
         take: Is told of each pick with a gain.
-        budget: How many to pick, at most the finite bounds.
-        nothing: Gains up to this are none.
+        budget: How many to pick.
+        nothing: Gains up to this are none: the choice ends there.
 
     Returns:
         Places in the order of the picks.
@@ -148,7 +143,7 @@ def lazy_greedy(
     heapq.heapify(heap)
     fresh = np.full(len(bounds), -1).tolist()  # the number of picks when a place's gain was computed
     picks: list[int] = []
-    while len(picks) < budget:
+    while heap and len(picks) < budget:
         value, place = heap[0]
         if -value <= nothing:
             break
@@ -163,8 +158,7 @@ def lazy_greedy(
             continue
         picks.append(entry[1])
         take(entry[1])
-    rest = sorted(place for _, place in heap)
-    return picks + rest[: budget - len(picks)]
+    return picks
 
 
 def _lowest_of_equals(heap: list[tuple[float, int]], value: float) -> tuple[float, int]:
@@ -182,8 +176,9 @@ def _lowest_of_equals(heap: list[tuple[float, int]], value: float) -> tuple[floa
 def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
     """The exact greedy picks on a dense matrix of distances.
 
-    The gain of x is ``sum_i near_i - sum_i min(near_i, d_ix)``, two passes over a row. Time: n^2, and n for each gain
-    that is evaluated again (one to five times n on the gradients we measured, for a tenth of the examples).
+    The gain of x is ``sum_i near_i - sum_i min(near_i, d_ix)``, two passes over a row. When no gain is left,
+    the budget is filled by place. Time: n^2, and n for each gain that is evaluated again (for a tenth of the
+    examples, one to five times n gains on random and on clustered gradients).
 
     Args:
         matrix: ``(n, n)``, symmetric with zeros on the diagonal, of C order.
@@ -212,85 +207,12 @@ def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
         np.minimum(matrix[place], near, out=near)
         total = float(near.dot(ones))
 
-    return np.array([first, *lazy_greedy(bounds, gain, take, budget - 1, _NOTHING * total)])
+    picks = np.array([first, *lazy_greedy(bounds, gain, take, budget - 1, NOTHING * total)])
+    return filled(picks, near, budget)
 
 
-def greedy_by_sample(distances: Distances, budget: int, sample: np.ndarray, pairs: int) -> np.ndarray:
-    """Greedy picks for groups whose matrix of distances is too large.
-
-    Once there are a few dozen picks, an example i is nearer to few candidates x than to its pick: only the pairs
-    with ``d_ix < near_i`` can ever add to a gain. So (1) the first picks are made by the exact greedy on a sample,
-    as many as bring the number of such pairs, estimated from 256 rows, down to ``pairs`` (or as the sample can
-    give); (2) one pass over all distances keeps those pairs; (3) the greedy goes on with them, over all candidates
-    and all examples: given the first picks, its picks are those of the exact greedy (distances rounded to float32).
-
-    Time: ``n^2 (C + d)`` once. Memory: the factors, 8 bytes a pair, the sample's matrix, 64 rows of n distances.
-
-    Args:
-        distances: Of the group, n.
-        budget: k, at most n.
-        sample: Places ``(m,)``, ascending.
-        pairs: How many pairs may be kept.
-
-    Returns:
-        Places ``(k,)`` in the order of the picks.
-    """
-    order = greedy_on_matrix(distances.at(distances.indices(sample)).matrix(), min(budget, len(sample)))
-    leaders = sample[order]
-    probes = distances.at(distances.indices(sample[:: max(1, len(sample) // _PROBES)]))
-    near, used = np.full(len(distances), np.inf), 0
-    while used < len(leaders):
-        count = min(max(1, 2 * used), len(leaders))
-        np.minimum(near, distances.nearest(leaders[used:count])[0], out=near)
-        used = count
-        if _near_pairs(distances, probes, near) <= pairs:
-            break
-    log.info("craig: %d of %d picks by a sample of %d, the others on near pairs", used, budget, len(sample))
-    if used == budget:
-        return leaders
-    leaders = leaders[:used]
-    return np.concatenate([leaders, _greedy_on_pairs(distances, near, leaders, budget - used)])
-
-
-def _near_pairs(distances: Distances, probes: Distances, near: np.ndarray) -> float:
-    """About how many pairs have ``d_ix < near_i``, by some candidates x."""
-    limits = torch.from_numpy(near).to(distances.squares.device)
-    found = 0
-    for first in range(0, len(distances), _WIDTH):
-        part = slice(first, first + _WIDTH)
-        found += int((probes.to(distances.at(part)) < limits[part]).sum())
-    return found / len(probes) * len(distances)
-
-
-def _greedy_on_pairs(distances: Distances, near: np.ndarray, leaders: np.ndarray, budget: int) -> np.ndarray:
-    """The greedy after the first picks, on the pairs with ``d_ix < near_i``; ``near`` is used up."""
-    limits = torch.from_numpy(near.copy()).to(distances.squares.device)
-    lists: list[tuple[np.ndarray, np.ndarray]] = []
-    for first in range(0, len(distances), _ROWS):
-        lists += _lists(distances, slice(first, first + _ROWS), limits)
-
-    def gain(place: int) -> float:
-        examples, found = lists[place]
-        savings = near[examples] - found
-        return float(np.maximum(savings, 0.0, out=savings).sum())
-
-    def take(place: int) -> None:
-        examples, found = lists[place]
-        near[examples] = np.minimum(near[examples], found)
-
-    bounds = np.array([gain(place) for place in range(len(distances))])
-    bounds[leaders] = -np.inf
-    return np.array(lazy_greedy(bounds, gain, take, budget, _NOTHING * float(near.sum())), dtype=np.int64)
-
-
-def _lists(distances: Distances, rows: slice, limits: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each candidate among ``rows``, the examples it is nearer to than their limits, and how near."""
-    candidates = distances.at(rows)
-    block = limits.new_empty(len(candidates), len(distances))
-    for first in range(0, len(distances), _WIDTH):
-        part = slice(first, first + _WIDTH)
-        block[:, part] = candidates.to(distances.at(part))
-    row, example = (block < limits).nonzero(as_tuple=True)
-    found = block[row, example].float().cpu().numpy()
-    ends = torch.bincount(row, minlength=len(candidates)).cumsum(0).cpu().numpy()[:-1]
-    return list(zip(np.split(example.int().cpu().numpy(), ends), np.split(found, ends), strict=True))
+def filled(picks: np.ndarray, near: np.ndarray, budget: int) -> np.ndarray:
+    """The picks and, up to the budget, the examples farthest from them (of equal ones the lower place)."""
+    far = near.copy()
+    far[picks] = -np.inf
+    return np.concatenate([picks, np.argsort(-far, kind="stable")[: budget - len(picks)]])

@@ -53,8 +53,8 @@ _RECIPES = {
     ),
     "mpe": "make it with the scripts in examples/",
     "download": (
-        "get it with fetch_scores.py --dataset {dataset} --modes {mode}, "
-        "or from https://pluskid.github.io/influence-memorization/"
+        "get it with fetch_scores.py --dataset {dataset} --modes {mode} (published for cifar100), "
+        "or from https://pluskid.github.io/influence-memorization/, or store estimates of your own (array tr_mem)"
     ),
 }
 

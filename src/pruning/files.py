@@ -79,7 +79,9 @@ def _check_selection(
     if stored != wanted:
         raise FileError(f"{path}: was made for other data (its labels differ); make it with --dataset of this run")
     if indices.ndim != 1 or not len(indices) or indices.dtype.kind not in "iu":
-        raise FileError(f"{path}: 'indices' is no list of whole numbers; make it anew")
+        raise FileError(
+            f"{path}: 'indices' is no list of whole numbers (of a mask, take numpy's flatnonzero); make it anew"
+        )
     if indices.min() < 0 or indices.max() >= whole.total:
         raise FileError(f"{path}: holds indices outside 0 to {whole.total - 1}, the training part's; make it anew")
     if len(np.unique(indices)) < len(indices):

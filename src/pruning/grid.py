@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.artifacts import claim, comparison_stem, read_json, refuse_other_settings, save_figure
+from src.artifacts import claim, comparison_stem, differences, read_json, save_figure
 from src.coresets import find_method
 from src.coresets.comparison import markdown, summarise, write_table
 from src.coresets.plots import accuracy_figure
@@ -88,9 +88,29 @@ class Grid:
                 run.check()
             if not self.args.overwrite:
                 run.refuse_other_settings()
-        stored = self._stem.with_name(f"{self._stem.name}.json")
-        if stored.exists() and not self.args.overwrite:
-            refuse_other_settings(stored, read_json(stored).get("settings", {}), self.settings())
+        if not self.args.overwrite:
+            self._refuse_other_table()
+
+    def _refuse_other_table(self) -> None:
+        """Stop where another table would be lost: one of other settings, or with cells that this grid lacks."""
+        path = self._stem.with_name(f"{self._stem.name}.json")
+        if not path.exists():
+            return
+        content = read_json(path)
+        advice = "give this one another --name, or --overwrite to replace it"
+        if found := differences(content.get("settings", {}), self.settings(), ignore=self._unread()):
+            raise FileError(f"{path}: is a table of other settings: {', '.join(found)}; {advice}")
+        own = {(cell.func, cell.fraction, cell.shots, cell.seed) for cell in self.cells}
+        other = {(c["method"], c["share"], c["shots"], c["seed"]) for c in content.get("cells", ())} - own
+        if other:
+            cell = Cell(*min(other, key=str))
+            raise FileError(f"{path}: has {len(other)} cells that this grid lacks, such as {cell}; {advice}")
+
+    def _unread(self) -> list[str]:
+        """Settings of pre-training, where no method of the grid pre-trains."""
+        needs = [find_method(func).needs for func in self.args.funcs]
+        names = [] if any(need.pretraining for need in needs) else ["epochs", "lr", "lr_sched", "batch_size"]
+        return [*(f"coreset_pretrain_{name}" for name in names), *(["coreset_networks"] if names else [])]
 
     # ------------------------------------------------------------------------------------------------- running
 

@@ -64,7 +64,9 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
             metavar="SHARE",
             help="share to keep, in (0, 1]",
         )
-        amount.add_argument("--shots", type=values.number(int, 1), metavar="N", help="examples to keep of each class")
+        amount.add_argument(
+            "--shots", type=values.number(int, 1), metavar="N", help="examples to keep of each class (default: none)"
+        )
     add(
         "--per_class",
         type=values.yes_or_no,

@@ -1,6 +1,7 @@
 """Kinds of value that flags take: each turns text into a value, or says in a line what would be right."""
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -69,12 +70,15 @@ fraction = number(float, 0, 1, open_low=True)
 
 
 def method_name(text: str) -> str:
-    """A type for ``--coreset_func``."""
+    """A type for ``--coreset_func``; ``min_`` before a stored score's name is understood in both spellings."""
     from src.coresets import METHODS
 
-    if text not in METHODS:
-        raise argparse.ArgumentTypeError(f"unknown method {text!r}; choose from {', '.join(METHODS)}")
-    return text
+    names = {**{name: name for name in METHODS}, **{f"min_{m.needs.stored}": m.name for m in METHODS.values()}}
+    if text not in names:
+        close = difflib.get_close_matches(text, names, 1)
+        hint = "several are separated by spaces; " if "," in text else f"did you mean {close[0]}? " if close else ""
+        raise argparse.ArgumentTypeError(f"unknown method {text!r}; {hint}choose from {', '.join(METHODS)}")
+    return names[text]
 
 
 def yes_or_no(text: str) -> bool:

@@ -144,6 +144,15 @@ def test_a_table_of_other_settings_is_kept(blobs, tmp_path):
     succeed("compare_pruning.py", *small, "--learning_rate=0.1", "--overwrite")
 
 
+def test_a_table_with_more_cells_is_kept(blobs, tmp_path):
+    grid = (*flags(blobs, tmp_path), "--funcs", "random", "--seeds", "1")
+    succeed("compare_pruning.py", *grid)
+    fewer = (*grid, "--fractions", "0.5", "--table_only")
+    says = ("1 cells that this grid lacks, such as random 0.2 seed 1", "another --name")
+    refuse("compare_pruning.py", *fewer, status=FILE, says=says, keep=tmp_path)
+    succeed("compare_pruning.py", *fewer, "--name=half", "--coreset_pretrain_epochs=9")  # which nothing reads
+
+
 def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
     """A run that still has its resume states, as one that was interrupted has, and other settings."""
     succeed("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=random",
