@@ -119,7 +119,7 @@ def table(rows: Sequence[Row]) -> str:
     width = max(len(row.name) for row in rows)
     lines = [f"{'what':{width}s}  {'plain':>10s}  {'ours':>10s}  {'ratio':>7s}  {'target':>6s}  met  unit"]
     for row in rows:
-        target = "-" if row.target is None else f"{row.target:g}"
+        target = "-" if row.target is None else f"{row.target:.3g}"
         met = {True: "yes", False: "NO", None: "-"}[row.met]
         plain, ratio = ("-", "-") if math.isnan(row.plain) else (f"{row.plain:.4g}", f"{row.ratio:.2f}")
         lines.append(
