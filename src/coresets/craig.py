@@ -74,8 +74,8 @@ def greedy_by_sample(
     random, with a probability p in proportion to ``near_i`` over the number of i's pairs, and their savings weigh
     ``1 / p``: estimates of the gains without bias. After up to eight times as many picks, examples are drawn anew.
 
-    Time: ``n^2 (C + d)`` for each pass. Memory: the factors, once more for drawn examples, 8 bytes a pair, the
-    sample's matrix, 128 rows of n distances.
+    Time: ``n^2 (C + d)`` for each pass. Memory: the factors, half of them again for drawn examples, 8 bytes a pair,
+    the sample's matrix, 128 rows of n distances.
 
     Args:
         distances: Of the group, n.
@@ -97,7 +97,7 @@ def greedy_by_sample(
         whole = len(drawn) == len(distances)
         goal = budget if whole else min(budget, max(2 * len(picks), min(8 * len(picks), len(drawn) // 4)))
         log.info("craig: picks from %d to %d of %d on %d examples", len(picks), goal, budget, len(drawn))
-        found = _greedy_on_pairs(distances, drawn, near[drawn], shares[drawn], picks, goal - len(picks))
+        found = _greedy_on_pairs(distances, drawn, near, shares, picks, goal - len(picks))
         if len(found):
             np.minimum(near, distances.nearest(found)[0], out=near)
             picks = np.concatenate([picks, found])
@@ -141,9 +141,16 @@ def _greedy_on_pairs(
     taken: np.ndarray,
     budget: int,
 ) -> np.ndarray:
-    """The greedy after the picks ``taken``, for drawn examples; ``near`` and ``shares`` are theirs."""
-    weights = 1.0 / shares
-    examples = distances if len(drawn) == len(distances) else distances.at(distances.indices(drawn))
+    """The greedy after the picks ``taken``, for the examples ``drawn`` by their ``shares``.
+
+    Where most are drawn, the others stay with savings of none, which saves a copy of the factors.
+    """
+    if 2 * len(drawn) > len(distances):
+        inside = np.bincount(drawn, minlength=len(distances)) > 0
+        examples, near = distances, np.where(inside, near, 0.0)
+        weights = np.divide(1.0, shares, out=np.zeros(len(shares)), where=inside)
+    else:
+        examples, near, weights = distances.at(distances.indices(drawn)), near[drawn], 1.0 / shares[drawn]
     limits = torch.from_numpy(near.copy()).to(distances.squares.device)
     lists: list[tuple[np.ndarray, np.ndarray]] = []
     for first in range(0, len(distances), ROWS):
