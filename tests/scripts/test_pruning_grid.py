@@ -61,8 +61,8 @@ def test_a_grid_is_filled_once(blobs, tmp_path):
     again = succeed("compare_pruning.py", *flags(blobs, tmp_path, "--full"))
     assert "cell 1 of" not in again.err
     assert {folder: path.stat().st_mtime_ns for folder, path in results(tmp_path).items()} == before
-    more = succeed("compare_pruning.py", *flags(blobs, tmp_path), "--fractions", "0.2", "0.5", "0.9")
-    assert more.err.count(" of 18: ") == 6  # the cells that are new
+    more = succeed("compare_pruning.py", *flags(blobs, tmp_path, "--full"), "--fractions", "0.2", "0.5", "0.9")
+    assert more.err.count(" of 20: ") == 6  # the cells that are new
 
 
 def test_train_prune_makes_the_same_cell(blobs, tmp_path):
