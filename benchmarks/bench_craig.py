@@ -25,7 +25,7 @@ import torch
 from benchmarks.bench_memory import peak
 from benchmarks.common import Row, in_fresh_process, in_turn, run
 from src import draws
-from src.coresets.craig import choose, greedy_by_sample, weigh
+from src.coresets.craig import choose_weighted, greedy_by_sample, weigh
 from src.coresets.facility_location import Distances, greedy_on_matrix
 from src.coresets.material import LastLayer
 
@@ -98,8 +98,7 @@ def plain_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarra
 
 def our_choice(network: LastLayer, budget: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
     """Our picks and weights."""
-    distances = Distances.of(network)
-    return weigh(distances, choose(distances, budget, memory, draws.numpy_generator(1, 0, "craig")))
+    return choose_weighted(Distances.of(network), budget, memory, draws.numpy_generator(1, 0, "craig"))
 
 
 def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +106,8 @@ def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndar
     distances, count = Distances.of(network), len(network.labels)
     generator = draws.numpy_generator(1, 0, "craig")
     sample = np.sort(generator.choice(count, count // SAMPLED, replace=False))
-    return weigh(distances, greedy_by_sample(distances, budget, sample, count**2 // KEPT, generator))
+    picks = np.sort(greedy_by_sample(distances, budget, sample, count**2 // KEPT, generator))
+    return picks, weigh(distances, picks)
 
 
 def compare(name: str, network: LastLayer, repeats: int) -> list[Row]:

@@ -8,7 +8,7 @@ import torch
 
 from src import draws
 from src.coresets.facility_location import NOTHING, ROWS, WIDTH, Distances, filled, greedy_on_matrix, lazy_greedy
-from src.coresets.material import Group, LastLayer, Material, Options, Selection
+from src.coresets.material import Group, Material, Options, Selection
 from src.coresets.registry import Needs, method
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,13 @@ def fits(count: int, memory: int) -> bool:
     return 8 * count**2 <= memory * 2**20
 
 
-def choose(distances: Distances, budget: int, memory: int, generator: np.random.Generator) -> np.ndarray:
+def choose(
+    distances: Distances,
+    budget: int,
+    memory: int,
+    generator: np.random.Generator,
+    matrix: np.ndarray | None = None,
+) -> np.ndarray:
     """Picks ``(k,)`` of a group, in their order.
 
     Args:
@@ -34,30 +40,33 @@ def choose(distances: Distances, budget: int, memory: int, generator: np.random.
         budget: k.
         memory: MiB that pairwise distances may take.
         generator: Draws the sample, and examples, of a large group.
+        matrix: All distances, where they are known.
     """
     size = len(distances)
     if budget == size:
         return np.arange(size)
-    if fits(size, memory):
-        return greedy_on_matrix(distances.matrix(), budget)
+    if matrix is None and fits(size, memory):
+        matrix = distances.matrix()
+    if matrix is not None:
+        return greedy_on_matrix(matrix, budget)
     sample = int(np.clip((memory * 2**17) ** 0.5, min(_LEAST_SAMPLE, size), min(_SAMPLE, size)))
     places = np.sort(generator.choice(size, sample, replace=False))
     return greedy_by_sample(distances, budget, places, int(np.clip(memory * 2**17, _LEAST_PAIRS, _PAIRS)), generator)
 
 
-def weigh(distances: Distances, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The picks ``(k,)`` in ascending order, and of each how many examples have it as their nearest pick."""
-    picks = np.sort(picks)
-    return picks, np.bincount(distances.nearest(picks)[1], minlength=len(picks)).astype(np.float64)
-
-
 def choose_weighted(
-    network: LastLayer, group: Group, memory: int, generator: np.random.Generator
+    distances: Distances, budget: int, memory: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A group's picks as positions, ascending, and their weights, which sum to the group's size."""
-    distances = Distances.of(network, group.positions)
-    picks, weights = weigh(distances, choose(distances, group.budget, memory, generator))
-    return group.positions[picks], weights
+    """A group's picks ``(k,)``, ascending, and of each how many examples have it as their nearest pick."""
+    size = len(distances)
+    matrix = distances.matrix() if budget < size and fits(size, memory) else None
+    picks = np.sort(choose(distances, budget, memory, generator, matrix))
+    return picks, weigh(distances, picks, matrix)
+
+
+def weigh(distances: Distances, picks: np.ndarray, matrix: np.ndarray | None = None) -> np.ndarray:
+    """Of each of the picks, given in ascending order, how many examples have it as their nearest."""
+    return np.bincount(distances.nearest(picks, matrix)[1], minlength=len(picks)).astype(np.float64)
 
 
 def greedy_by_sample(
@@ -152,9 +161,10 @@ def _greedy_on_pairs(
     else:
         examples, near, weights = distances.at(distances.indices(drawn)), near[drawn], 1.0 / shares[drawn]
     limits = torch.from_numpy(near.copy()).to(distances.squares.device)
+    block = limits.new_empty(ROWS, len(examples))  # one for all: large ones between small lists would fragment memory
     lists: list[tuple[np.ndarray, np.ndarray]] = []
     for first in range(0, len(distances), ROWS):
-        lists += _lists(distances.at(slice(first, first + ROWS)), examples, limits)
+        lists += _lists(distances.at(slice(first, first + ROWS)), examples, limits, block)
 
     def gain(place: int) -> float:
         members, found = lists[place]
@@ -170,9 +180,11 @@ def _greedy_on_pairs(
     return np.array(lazy_greedy(bounds, gain, take, budget, NOTHING * float(near @ weights)), dtype=np.int64)
 
 
-def _lists(candidates: Distances, examples: Distances, limits: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each candidate, the examples it is nearer to than their limits, and how near."""
-    block = limits.new_empty(len(candidates), len(examples))
+def _lists(
+    candidates: Distances, examples: Distances, limits: torch.Tensor, block: torch.Tensor
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each candidate, the examples it is nearer to than their limits, and how near; ``block`` is written over."""
+    block = block[: len(candidates)]
     for first in range(0, len(examples), WIDTH):
         part = slice(first, first + WIDTH)
         block[:, part] = candidates.to(examples.at(part))
@@ -220,5 +232,10 @@ def craig(material: Material, groups: Sequence[Group], options: Options) -> Sele
     if large:
         log.info("craig: greedy from a sample's picks in %d groups that exceed --selection_memory", len(large))
     network = material.networks[0]
-    chosen = [choose_weighted(network, group, options.selection_memory, generator) for group in groups]
-    return Selection.of(*zip(*chosen, strict=True)).rescaled()
+    chosen, weights = [], []
+    for group in groups:
+        distances = Distances.of(network, group.positions)
+        picks, counts = choose_weighted(distances, group.budget, options.selection_memory, generator)
+        chosen.append(group.positions[picks])
+        weights.append(counts)
+    return Selection.of(chosen, weights).rescaled()

@@ -18,7 +18,7 @@ from src.errors import UserError
 _ROUNDING = 1e-14  # of ||g_i||^2 + ||g_j||^2: squared distances below that are noise, hence 0
 _TIE = 1e-9  # relative: gains closer than that are equal
 NOTHING = 1e-12  # of the sum of distances to the nearest pick: smaller gains are rounding
-_TILE = 512  # sides of the tiles of distances that are computed at once: they stay in a processor's cache
+_TILE = 256  # sides of the tiles of distances that are computed at once: they stay in a processor's cache
 WIDTH = 2048  # of tiles that are narrow
 ROWS = 128  # rows of distances to all that exist at once when columns are recomputed
 _CACHED = 2**16  # numbers of a matrix that one step of a sum takes, likewise
@@ -98,11 +98,15 @@ class Distances:
                 matrix[rows, parts[b]] = tile
         return matrix
 
-    def nearest(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(self, picks: np.ndarray, matrix: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Of each example, the distance to its nearest pick and that pick's place in ``picks``.
 
         Of equally near ones the first in ``picks`` counts, where distances that differ by rounding are equal.
-        Time: ``n k (C + d)``. Memory: a few MB, or ``4 k`` numbers for each of 128 rows.
+        Time: ``n k (C + d)``, with the matrix ``n k``. Memory: a few MB, or ``4 k`` numbers for each of 128 rows.
+
+        Args:
+            picks: Places ``(k,)``.
+            matrix: All distances, where they are known.
 
         Returns:
             float64 ``(n,)`` and int64 ``(n,)``.
@@ -112,7 +116,10 @@ class Distances:
         rows = max(ROWS, min(_TILE, _TILE * WIDTH // len(picks)))
         for first in range(0, len(self), rows):
             part = slice(first, first + rows)
-            found = self.at(part).to(chosen)
+            if matrix is None:
+                found = self.at(part).to(chosen)
+            else:
+                found = torch.from_numpy(matrix[part][:, picks]).to(self.squares.device)
             least = found.amin(dim=1)
             near[part] = least.cpu().numpy()
             noise = _ROUNDING * (self.squares[part, None] + chosen.squares)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from src.coresets import craig
 from src.coresets.budgets import make_groups
-from src.coresets.craig import choose, greedy_by_sample, weigh
+from src.coresets.craig import choose, choose_weighted, greedy_by_sample, weigh
 from src.coresets.facility_location import Distances, greedy_on_matrix
 from src.coresets.material import Group, LastLayer, Material, Options
 from src.coresets.registry import find_method
@@ -120,7 +120,7 @@ def test_weights_count_whom_each_pick_stands_for(per_class, memory):
 def test_weights_of_a_group_sum_to_its_size_exactly():
     distances = Distances.of(clustered(500))
     for budget in (1, 7, 123, 500):
-        picks, weights = weigh(distances, choose(distances, budget, EXACT, generator()))
+        picks, weights = choose_weighted(distances, budget, EXACT, generator())
         assert weights.sum() == 500
         assert (np.diff(picks) > 0).all()
         assert (weights >= 1).all()
@@ -136,7 +136,9 @@ def test_of_duplicates_the_lower_index_comes_first_and_stands_for_all(dtype, mem
     assert sorted(picks[:25]) == list(range(25))  # all that differ, then copies by index
     assert picks[25:] == list(range(25, 70))
     assert all(place[x] < place[x + 25] for x in range(25))
-    chosen, weights = weigh(distances, np.array(picks))
+    chosen = np.sort(picks)
+    weights = weigh(distances, chosen)
+    assert (weights == weigh(distances, chosen, distances.matrix())).all()
     assert (weights[chosen < 25] == 3).all()
     assert (weights[chosen >= 25] == 0).all()
 
@@ -298,7 +300,7 @@ def test_budgets_are_exact_and_nothing_is_picked_twice(sizes, classes, seed, mem
     (count, budget), draw = sizes, np.random.default_rng(seed)
     layer = network(40, classes, 2, seed).at(draw.integers(0, 40, count))  # with duplicates
     distances = Distances.of(layer)
-    picks, weights = weigh(distances, choose(distances, budget, memory, generator()))
+    picks, weights = choose_weighted(distances, budget, memory, generator())
     assert len(picks) == len(np.unique(picks)) == budget
     assert picks.min() >= 0
     assert picks.max() < count
