@@ -13,12 +13,12 @@ says how it was made. Seeds of different epochs, protocols, data or settings are
 from argparse import Namespace
 
 from src.artifacts import score_path
+from src.artifacts.score_files import write_scores
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.metrics import MODES, modes_from
 from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
 from src.metrics.dynamics_scores import WINDOW, Windows
-from src.metrics.score_files import write_scores
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.scripting import Parser, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from src import artifacts
+from src.artifacts import score_files
 from src.datasets import dataset_flag
 from src.errors import FileError, FlagError
-from src.metrics import samis, score_files
+from src.metrics import samis
 from src.metrics.dynamics_scores import REDUCTIONS, Windows
 from src.metrics.end_of_training import PER_SEED_FILES
 from src.metrics.modes import score_mode

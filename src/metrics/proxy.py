@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from src import artifacts
+from src.artifacts import score_files
 from src.errors import FileError
-from src.metrics import score_files
 from src.metrics.modes import score_mode
 
 log = logging.getLogger(__name__)

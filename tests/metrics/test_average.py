@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from src import artifacts
+from src.artifacts.score_files import write_scores
 from src.errors import FileError, FlagError
 from src.metrics.average import SeedScores, average, find_run, read_pair_seed, read_run_seed, refuse_target
 from src.metrics.end_of_training import PER_SEED_FILES
 from src.metrics.samis import save_seed
-from src.metrics.score_files import write_scores
 
 EPOCHS, TOTAL = 4, 6
 FACTS = {"epoch": EPOCHS, "label_hash": "ab", "settings": {"learning_rate": 0.1}}

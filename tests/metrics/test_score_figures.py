@@ -6,9 +6,9 @@ from matplotlib.colors import to_rgb
 from scipy.stats import gaussian_kde
 
 from src import artifacts
+from src.artifacts.score_files import write_scores
 from src.errors import FlagError
 from src.metrics import Proxy, image_plots, plots
-from src.metrics.score_files import write_scores
 
 SCORES = np.random.default_rng(0).gamma(2.0, size=400)
 

@@ -9,10 +9,10 @@ import pytest
 from support import call, folders, succeed, write_blobs
 
 from src import artifacts
+from src.artifacts.score_files import write_scores
 from src.datasets import load_dataset
 from src.metrics import Proxy
 from src.metrics.samis import save_seed
-from src.metrics.score_files import write_scores
 
 
 @pytest.fixture(scope="module")

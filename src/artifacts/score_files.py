@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from src import artifacts
+from src.artifacts.reading import read_json, read_npz, read_pickle
+from src.artifacts.writing import write_json, write_pickle
 from src.errors import FileError
 
 
@@ -28,7 +29,7 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     beside = sidecar_path(path)
     if not beside.exists():
         return {}
-    record = artifacts.read_json(beside)
+    record = read_json(beside)
     if not isinstance(record, dict):
         raise FileError(f"{beside}: holds no settings; delete it, or make the scores anew")
     return record
@@ -54,7 +55,7 @@ def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]
         raise FileError(f"{path}: not written, {'a score is infinite' if len(indices) else 'nothing was scored'}")
     values = dict(zip(indices.tolist(), scores[indices].tolist(), strict=True))
     beside = {**record, "n": len(indices), "total": len(scores)}
-    return [artifacts.write_pickle(path, values), artifacts.write_json(sidecar_path(path), beside)]
+    return [write_pickle(path, values), write_json(sidecar_path(path), beside)]
 
 
 def read_scores(path: str | Path) -> np.ndarray:
@@ -66,7 +67,7 @@ def read_scores(path: str | Path) -> np.ndarray:
     Raises:
         FileError: The file is missing or damaged, has holes, or holds anything but finite numbers by index.
     """
-    content = artifacts.read_pickle(path)
+    content = read_pickle(path)
     if not isinstance(content, dict) or not content:
         raise FileError(f"{path}: is not a score file, which is a non-empty dict index -> score; make it anew")
     if any(not issubclass(kind, int | np.integer) or kind is bool for kind in set(map(type, content))):
@@ -110,7 +111,7 @@ def read_memorization(path: str | Path) -> np.ndarray:
     Raises:
         FileError: The file is missing, damaged, or holds no finite ``tr_mem``.
     """
-    arrays = artifacts.read_npz(path)
+    arrays = read_npz(path)
     if "tr_mem" not in arrays:
         raise FileError(f"{path}: has no array 'tr_mem'; it is no memorization file, fetch it with fetch_scores.py")
     scores = arrays["tr_mem"]
