@@ -90,11 +90,11 @@ def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
 class PlainImages(torch.utils.data.Dataset):
     """The plain way: images in memory, turned one at a time into PIL images and transformed."""
 
-    def __init__(self, images: ImageSet, *, augmented: bool) -> None:
+    def __init__(self, images: ImageSet, *, augmented: bool, normalisation: str = "samis") -> None:
         pixels = images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1)
         self.pixels = (pixels[..., 0] if images.entry.channels == 1 else pixels).contiguous().numpy()
         self.labels = images.labels.tolist()
-        self.transform = plain_transform(images.entry, augmented)
+        self.transform = plain_transform(images.entry, augmented, normalisation)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,11 +103,13 @@ class PlainImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index], index
 
 
-def plain_transform(entry: DatasetEntry, augmented: bool) -> Callable[[Image.Image], torch.Tensor]:
+def plain_transform(
+    entry: DatasetEntry, augmented: bool, normalisation: str = "samis"
+) -> Callable[[Image.Image], torch.Tensor]:
     """Torchvision's transforms as papers write them: (crop, flip,) to a tensor, normalise."""
     from torchvision import transforms
 
-    normal = entry.normalisations["samis"]
+    normal = entry.normalisations[normalisation]
     chosen = [transforms.ToTensor(), transforms.Normalize(normal.mean, normal.std)]
     if augmented:
         chosen[:0] = [transforms.RandomCrop(entry.image_size, 4), transforms.RandomHorizontalFlip()]

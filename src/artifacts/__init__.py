@@ -3,6 +3,8 @@
 from src.artifacts.claims import claim, claim_holder, claimed
 from src.artifacts.paths import (
     PACKAGED_SCORES,
+    PICKLE_PLOTS,
+    PICKLES,
     ROOT,
     SAMIS_FILES,
     SCORE_FOLDERS,
@@ -15,6 +17,8 @@ from src.artifacts.paths import (
     dynamics_row_name,
     experiment_folder,
     memorization_path,
+    mpe_experiment,
+    pickle_path,
     pretrain_experiment,
     resume_folder,
     resume_name,
@@ -48,6 +52,8 @@ from src.artifacts.writing import (
 
 __all__ = [
     "PACKAGED_SCORES",
+    "PICKLES",
+    "PICKLE_PLOTS",
     "ROOT",
     "SAMIS_FILES",
     "SCORE_FOLDERS",
@@ -66,7 +72,9 @@ __all__ = [
     "file_digest",
     "label_hash",
     "memorization_path",
+    "mpe_experiment",
     "parse_settings",
+    "pickle_path",
     "pretrain_experiment",
     "read_checkpoint",
     "read_index_file",

@@ -4,6 +4,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED_SCORES = ROOT / "src" / "metrics"
+PICKLES = ROOT / "examples" / "pickles"
+PICKLE_PLOTS = ROOT / "examples" / "plots"
 
 SCORE_FOLDERS = {
     "mem": "memorization",
@@ -44,6 +46,16 @@ def pretrain_experiment(dataset: str, model: str, key: str) -> str:
 def coreset_experiment(func: str, mode: str, share: float | str, model: str, dataset: str) -> str:
     """The name of a run on a chosen part of the training set; ``share`` is the fraction, or what says how much."""
     return f"{func}_static_coreset_{mode}_{share}_{model}_over_{dataset}"
+
+
+def mpe_experiment(name: str, kind: str) -> str:
+    """The name of the base run of a sensitivity experiment; ``kind`` is that of its pickle."""
+    return f"mpe/{name}_{kind}"
+
+
+def pickle_path(pickles_folder: str | Path, name: str, kind: str) -> Path:
+    """A result of a sensitivity experiment; ``kind`` is iter, cv, scores, retrain, evolving or leaveclassout."""
+    return Path(pickles_folder) / f"{name}_{kind}.pkl"
 
 
 def selection_path(models_folder: str | Path, experiment: str, seed: int) -> Path:

@@ -15,6 +15,13 @@ from src.settings.common import (
     add_training_flags,
     score_folders,
 )
+from src.settings.experiments import (
+    add_ensemble_flags,
+    add_experiment_flags,
+    add_laplace_flags,
+    add_pickles_flag,
+    add_retraining_flags,
+)
 from src.settings.selection import FRACTION, add_downstream_flags, add_method_flags, add_selection_flags
 from src.settings.values import SEED, file_name, fraction, method_name, number
 
@@ -26,11 +33,16 @@ __all__ = [
     "add_compute_flags",
     "add_data_flags",
     "add_downstream_flags",
+    "add_ensemble_flags",
+    "add_experiment_flags",
     "add_folder_flags",
+    "add_laplace_flags",
     "add_method_flags",
     "add_model_choice",
     "add_model_flags",
     "add_overwrite_flag",
+    "add_pickles_flag",
+    "add_retraining_flags",
     "add_run_flags",
     "add_score_flags",
     "add_seed_flag",

@@ -20,7 +20,7 @@ FOLDERS = {
 }
 
 
-def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True) -> None:
+def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True, default: str = "cifar100") -> None:
     """Which data: ``--dataset``, ``--image_size``, ``--channels`` and, where it applies, ``--subset``."""
     from src.datasets import dataset_names
 
@@ -28,7 +28,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True) -> N
     group.add_argument(
         "--dataset",
         type=values.dataset,
-        default="cifar100",
+        default=default,
         metavar="NAME",
         help=f"{', '.join(dataset_names())}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
         "folder:DIR (train/ and test/ with a folder per class)",
@@ -67,13 +67,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_choice(parser: argparse.ArgumentParser) -> Any:
+def add_model_choice(parser: argparse.ArgumentParser, default: str = "resnet50") -> Any:
     """``--model`` alone, for scripts that read trained networks."""
     from src.models import model_names
 
     group = parser.add_argument_group("network")
     group.add_argument(
-        "--model", choices=model_names(), default="resnet50", metavar="NAME", help=_listing(model_names())
+        "--model", choices=model_names(), default=default, metavar="NAME", help=_listing(model_names())
     )
     return group
 

@@ -50,6 +50,7 @@ def evaluate(
     precision: str = "fp32",
     forward: nn.Module | None = None,
     group: Group | None = None,
+    loss_cap: float | None = None,
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy over a set.
 
@@ -59,13 +60,15 @@ def evaluate(
         precision: A name of ``PRECISIONS``.
         forward: See ``predictions``.
         group: The processes that share the set.
+        loss_cap: The most that one example may add to the loss, in nats; default no limit.
 
     Returns:
         Mean loss (nats per example) and accuracy in [0, 1].
     """
     totals: torch.Tensor | None = None
     for batch, logits in predictions(model, batches, precision=precision, forward=forward):
-        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double()
+        losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        loss = (losses if loss_cap is None else losses.clamp(max=loss_cap)).sum().double()
         correct = (logits.argmax(dim=1) == batch.labels).sum()
         part = torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
         totals = part if totals is None else totals + part

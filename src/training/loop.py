@@ -46,6 +46,7 @@ class Trainer:
         sync_batchnorm: Whether BatchNorm normalises over the batches of all processes.
         compile_model: Whether to run the network through ``torch.compile``.
         after_step: Called as ``f(trainer, epoch, step)`` after each step, steps counted from 1 over the run.
+        test_loss_cap: The most that one example may add to the test loss, in nats; default no limit.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer:
         sync_batchnorm: bool = False,
         compile_model: bool = False,
         after_step: Sequence[Callable[["Trainer", int, int], None]] = (),
+        test_loss_cap: float | None = None,
     ) -> None:
         self.model, self.train_batches, self.test_batches = model, train, test
         self.config, self.weights, self.plan, self.dynamics = config, weights, plan, dynamics
@@ -69,6 +71,7 @@ class Trainer:
             raise ValueError("an epoch plan brings weights of its own; give one of the two")
         self.group = group or Group()
         self.after_step = tuple(after_step)
+        self.test_loss_cap = test_loss_cap
         self.sync_batchnorm = sync_batchnorm and self.group.world > 1
         self.forward = torch.compile(model) if compile_model else model
         self.precision = PRECISIONS[config.precision]
@@ -146,7 +149,12 @@ class Trainer:
             self.plan.end_epoch(self.group)
         trained = time.perf_counter()
         test_loss, test_accuracy = evaluate(
-            self.model, self.test_batches, precision=config.precision, forward=self.forward, group=self.group
+            self.model,
+            self.test_batches,
+            precision=config.precision,
+            forward=self.forward,
+            group=self.group,
+            loss_cap=self.test_loss_cap,
         )
         if not math.isfinite(test_loss):
             raise TrainingError(f"the test loss is not finite after epoch {epoch}; {self._advice()}")

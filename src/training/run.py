@@ -3,7 +3,7 @@
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def run_training(
     resume: bool = False,
     overwrite: bool = False,
     save_epochs: str | list[int] = "all",
+    measure: Callable[[Trainer], None] = lambda trainer: None,
 ) -> list[dict[str, Any]]:
     """Train, or go on training, and write what a run writes.
 
@@ -111,6 +112,8 @@ def run_training(
         resume: Whether to continue from the newest readable resume state, if there is one.
         overwrite: Whether results, and with ``resume`` states, of other settings may be replaced.
         save_epochs: ``"all"``, ``"last"`` or the epochs whose checkpoints are kept beside best and last.
+        measure: Called after each epoch before its state is written, by the leading process: what it writes is
+            complete up to any epoch that a resume goes on from.
 
     Returns:
         The history: one record per epoch.
@@ -119,7 +122,7 @@ def run_training(
         FileError: The folders hold a run of other settings.
         TrainingError: The loss is not finite.
     """
-    run = _Run(trainer, files, dict(settings), dict(description), save_epochs)
+    run = _Run(trainer, files, dict(settings), dict(description), save_epochs, measure)
     started = resume and run.resume(overwrite)
     if not started:
         run.start(overwrite)
@@ -139,7 +142,9 @@ class _Run:
         settings: dict[str, Any],
         description: dict[str, Any],
         save_epochs: str | list[int],
+        measure: Callable[[Trainer], None],
     ) -> None:
+        self.measure = measure
         self.trainer, self.files, self.settings, self.description = trainer, files, settings, description
         self.save_epochs = save_epochs
 
@@ -233,9 +238,10 @@ class _Run:
     # ------------------------------------------------------------------------------------------- after epochs
 
     def after_epoch(self, trainer: Trainer) -> None:
-        """Write the epoch's dynamics, its resume state, checkpoints and results, in this order."""
+        """Measure, then write the epoch's dynamics, its resume state, checkpoints and results, in this order."""
         if not trainer.group.leads:
             return
+        self.measure(trainer)
         files, epoch = self.files, trainer.epoch
         if trainer.dynamics is not None:
             write_npz(files.row(epoch), row=trainer.dynamics.rows[epoch])

@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+r"""Check estimated sensitivities against retraining without the example (paper: Figure 2).
+
+Trains a network, estimates from Laplace's posterior how much its output at every training example would change if
+that example were left out, and retrains without --n_retrain random ones, one each, many networks side by side.
+Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_scores.pkl (the estimates) and, as
+networks are retrained, {name_exp}_retrain.pkl (the true deviations); plot_validation_sensitivities.py draws them.
+
+  python 3_validation_sensitivities.py --name_exp mnist_mlp --dataset MNIST --model large_mlp --lr 1e-2 --lrmin 1e-3 \
+      --bs 256 --epochs 500 --delta 100 --lr_retrain 1e-3 --lrmin_retrain 1e-4 --epochs_retrain 300 --n_retrain 1000 \
+      --bs_jacs 50
+  python 3_validation_sensitivities.py --name_exp digits --dataset digits --model small_mlp --epochs 30 --bs 32 \
+      --delta 1 --n_retrain 20 --epochs_retrain 20
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from mpe.experiment import Experiment, plain_args
+from mpe.results import Result
+from mpe.validation import (
+    drawn_examples,
+    estimates_of,
+    measure_removed,
+    retrain_content,
+    score_content,
+    spread_examples,
+)
+from src.errors import FlagError
+from src.scripting import Parser, run_script, start_logging
+from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags, number
+
+DEFAULTS = {
+    "name_exp": "mnist_mlp",
+    "dataset": "mnist",
+    "model": "large_mlp",
+    "lr": 1e-2,
+    "lrmin": 1e-3,
+    "bs": 256,
+    "epochs": 500,
+    "delta": 100,
+    "bs_jacs": 50,
+}
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_experiment_flags(parser, DEFAULTS)
+    add_laplace_flags(parser)
+    add_retraining_flags(parser, lr=1e-3, lrmin=1e-4, epochs=300)
+    group = parser.add_argument_group("examples left out")
+    group.add_argument(
+        "--n_retrain", type=number(int, 0), default=1000, help="random examples to leave out, one each"
+    )
+    group.add_argument(
+        "--n_spread",
+        type=number(int, 0),
+        default=0,
+        help="as many more, spread evenly over the range of the estimated sensitivities",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, train, estimate, retrain, print."""
+    args = parse()
+    start_logging(args.log_folder / "mpe" / f"{args.name_exp}_retrain.log")
+    experiment = Experiment(args, "retrain")
+    wanted = args.n_retrain + args.n_spread
+    if not 0 < wanted <= experiment.count:
+        raise FlagError(
+            f"--n_retrain {args.n_retrain} and --n_spread {args.n_spread}: {wanted} of {experiment.count} training "
+            f"examples cannot be left out; give 1 to {experiment.count} together"
+        )
+    experiment.check_retraining()
+    experiment.check_variances(args.delta, "kfac")
+    settings = experiment.settings()
+    flags = {"resume": args.resume, "overwrite": args.overwrite}
+    scores = Result(experiment.path("scores"), plain_args(args), settings, **flags)
+    retrained = Result(experiment.path("retrain"), plain_args(args), settings, **flags)
+
+    experiment.train_base("sgd")
+    predictions = experiment.laplace(args.delta)
+    content = score_content(predictions, estimates_of(predictions, args.class_cov), args.class_cov)
+    print(scores.write(**content))
+    print(f"train accuracy {100 * predictions.accuracy:.2f} %, NLL {predictions.nll:.6f}")
+    print("test accuracy {:.2f} %, NLL {:.6f}".format(*experiment.test_percent()))
+
+    removed = drawn_examples(experiment.count, args.n_retrain, args.seed)
+    removed = np.concatenate([removed, spread_examples(content["sensitivities"], args.n_spread, removed)])
+    base, indices = predictions.probabilities.numpy(), predictions.indices.numpy()
+
+    def write(rows: dict[str, np.ndarray]) -> None:
+        retrained.write(**retrain_content(rows, removed, args.n_spread, base, indices))
+
+    images = experiment.prepared(experiment.train)
+    leave_out = [np.empty(0, np.int64), *removed[:, None]]
+    write(experiment.retrain(images, leave_out, measure_removed(images, removed), write))
+    print(retrained.path)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+r"""Draw how sensitivities evolve during training, over examples ranked by the last checkpoint (Figs. 3b, 11b, 11c).
+
+Reads {pickles_folder}/{name_exp}_evolving.pkl, which 4_evolving_sensitivities.py writes. Writes, as PNG and PDF,
+{plots_folder}/{name_exp}_evolving, with --class_cov {name_exp}_evolving_{class_cov}.
+
+  python examples/plot_evolving_sensitivities.py --name_exp fmnist_lenet
+  python examples/plot_evolving_sensitivities.py --name_exp mnist_mlp --pickles_folder my_pickles
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
+
+from mpe.figure_parts import show
+from mpe.plots import evolving
+from mpe.stored import StoredResult
+from src.artifacts import save_figure
+from src.scripting import Parser, run_script, start_logging
+from src.settings.mpe_plots import add_class_cov_flag, add_experiment_flag, add_figure_flags
+
+ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_experiment_flag(parser, "fmnist_lenet")
+    add_class_cov_flag(parser)
+    add_figure_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, read, draw, print."""
+    args = parse()
+    start_logging()
+    result = StoredResult(args.pickles_folder, args.name_exp, "evolving")
+    sensitivities = result.array(result.of("sensitivity", args.class_cov), 2, low=0)  # (K, N)
+    figure = evolving(sensitivities, checkpoints(result, len(sensitivities)))
+    suffix = f"_{args.class_cov}" if args.class_cov else ""
+    print(*save_figure(figure, args.plots_folder / f"{args.name_exp}_evolving{suffix}"), sep="\n")
+    if args.show:
+        show(figure)
+
+
+def checkpoints(result: StoredResult, count: int) -> list[str]:
+    """What the checkpoints are called: the steps taken, or their order where a file does not tell."""
+    if "steps" in result:
+        steps = result.integers("steps", 0)
+    elif "iterations_list" in result:
+        steps = result.integers("iterations_list", 1) - 1  # stored one too high, for the papers' users
+    else:
+        return [ORDINALS[k] if k < len(ORDINALS) else f"{k + 1}." for k in range(count)]
+    if len(steps) != count:
+        raise result.error(f"holds {count} checkpoints, but {len(steps)} steps")
+    return [f"step {step:,}" for step in steps]
+
+
+if __name__ == "__main__":
+    run_script(main)

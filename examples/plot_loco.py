@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+r"""Draw the estimated loss of each class against the test loss after training without it (Figs. 3a, 11d).
+
+Reads {pickles_folder}/{name}_leaveclassout.pkl of each experiment, which 5_loco.py writes. Writes, as PNG and PDF,
+{plots_folder}/{plot_name}_leaveclassout, with --class_cov {plot_name}_leaveclassout_{class_cov}.
+Numbers are classes; the larger a marker, the more test accuracy goes with its class.
+
+  python examples/plot_loco.py --names_exp fmnist_mlp fmnist_lenet --plot_name fmnist
+  python examples/plot_loco.py --names_exp fmnist_small_mlp --plot_name small --labels "MLP (32, 16)"
+"""
+
+import logging
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
+
+import numpy as np
+
+from mpe.figure_parts import show
+from mpe.plots import LeaveClassOut, loco
+from mpe.stored import StoredResult
+from src.artifacts import save_figure
+from src.errors import FlagError
+from src.scripting import Parser, run_script, start_logging
+from src.settings import file_name
+from src.settings.mpe_plots import add_class_cov_flag, add_figure_flags
+
+log = logging.getLogger("plot_loco")
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--names_exp",
+        nargs="+",
+        type=file_name,
+        default=["fmnist_mlp", "fmnist_lenet"],
+        metavar="NAME",
+        help="the experiments' names (default: fmnist_mlp fmnist_lenet)",
+    )
+    parser.add_argument("--plot_name", type=file_name, default="fmnist", metavar="NAME", help="the figure's name")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="TEXT",
+        help="what the legend calls them (default: their networks where these differ, else their names)",
+    )
+    add_class_cov_flag(parser)
+    add_figure_flags(parser)
+    args = parser.parse_args()
+    if args.labels and len(args.labels) != len(args.names_exp):
+        raise FlagError(
+            f"--labels: {len(args.labels)} texts for {len(args.names_exp)} experiments; give one for each"
+        )
+    return args
+
+
+def main() -> None:
+    """Parse, read, draw, print."""
+    args = parse()
+    start_logging()
+    results = [StoredResult(args.pickles_folder, name, "leaveclassout") for name in args.names_exp]
+    labels = args.labels or legend_labels(results)
+    figure = loco([read(result, label, args.class_cov) for result, label in zip(results, labels, strict=True)])
+    suffix = f"_{args.class_cov}" if args.class_cov else ""
+    print(*save_figure(figure, args.plots_folder / f"{args.plot_name}_leaveclassout{suffix}"), sep="\n")
+    if args.show:
+        show(figure)
+
+
+def legend_labels(results: list[StoredResult]) -> list[str]:
+    """The experiments' networks, where all are stored and different; else the experiments' names."""
+    models = [result.setting("model") for result in results]
+    if all(isinstance(model, str) for model in models) and len(set(models)) == len(models):
+        return models
+    return [result.name for result in results]
+
+
+def read(result: StoredResult, label: str, class_cov: str | None) -> LeaveClassOut:
+    """One experiment's classes that have results: some have no examples, or are still to come."""
+    estimated = result.array(result.of("est_nll", class_cov), gaps=True)  # (C,), as the two below
+    test_nlls = result.array("perturb_nll", gaps=True)
+    drops = result.number("org_acc", low=0, high=1) - result.array("perturb_acc", low=0, high=1, gaps=True)
+    result.same_length(est_nll=estimated, perturb_nll=test_nlls, perturb_acc=drops)
+    known = np.flatnonzero(~np.isnan(estimated + test_nlls + drops))
+    if len(known) == 0:
+        raise result.error("holds no class with all results yet")
+    if len(known) < len(drops):
+        log.warning("%s: %d of %d classes have results", result.path, len(known), len(drops))
+    return LeaveClassOut(label, known, test_nlls[known], estimated[known], drops[known])
+
+
+if __name__ == "__main__":
+    run_script(main)

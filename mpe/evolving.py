@@ -1,0 +1,105 @@
+"""Sensitivities of all examples at chosen steps of iBLR's training (paper, Eq. 13; Figures 3b, 11b, 11c)."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpe.estimates import estimate, sampled_errors, sensitivity
+from mpe.predictions import Predictions
+from mpe.results import Result
+from src.draws import generator
+from src.errors import FlagError
+from src.training import Trainer
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 150
+CHECKPOINTS = {  # the paper's optimiser steps
+    "mnist": (10, 1000, 5000, 12250),
+    "fmnist": (10, 1000, 5000, 12250),
+    "cifar10": (10, 2000, 10000, 24500),
+}
+_SHARES = tuple(step / 23500 for step in CHECKPOINTS["mnist"])  # of the steps of the paper's MNIST and FMNIST runs
+
+
+def checkpoints_of(dataset: str, steps: int, given: Sequence[int] | None = None) -> list[int]:
+    """The steps to measure at, ascending.
+
+    Args:
+        dataset: A data set's name.
+        steps: Steps of the whole run.
+        given: The user's choice. Otherwise the paper's steps where the run reaches them all, and elsewhere the same
+            shares of the run as in the paper.
+
+    Raises:
+        FlagError: A given step lies beyond the run.
+    """
+    if given:
+        chosen = sorted(set(given))
+        if chosen[-1] > steps:
+            raise FlagError(f"--checkpoints {chosen[-1]}: the run has {steps} steps; give steps from 1 to {steps}")
+        return chosen
+    papers = CHECKPOINTS.get(dataset, ())
+    if papers and papers[-1] <= steps:
+        return list(papers)
+    return sorted({max(1, round(share * steps)) for share in _SHARES})
+
+
+class Evolving:
+    """Measures after chosen steps, and writes what it has each time.
+
+    Args:
+        result: Where to write; rows that it already holds are kept up to the step that training goes on from.
+        predictions: Gives, at the network as it is, predictions with variances on the training examples.
+        checkpoints: The steps to measure after.
+        class_cov: The form of the covariance between classes.
+        seed: Seed of the 150 samples of the logits.
+    """
+
+    def __init__(
+        self,
+        result: Result,
+        predictions: Callable[[Trainer], Predictions],
+        checkpoints: Sequence[int],
+        class_cov: str,
+        seed: int,
+    ) -> None:
+        self.result, self.predictions, self.class_cov, self.seed = result, predictions, class_cov, seed
+        self.checkpoints = set(checkpoints)
+        stored = result.stored
+        self.rows: dict[int, np.ndarray] = dict(
+            zip(map(int, stored.get("steps", ())), stored.get("sensitivity", ()), strict=True)
+        )
+
+    def __call__(self, trainer: Trainer, epoch: int, step: int) -> None:
+        """After a step: measure if it is one of those to measure after, and write."""
+        if step not in self.checkpoints:
+            return
+        self.rows = {known: row for known, row in self.rows.items() if known < step}
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # the training goes on as if nothing had been measured
+            found = self.predictions(trainer)
+            errors = sampled_errors(found, samples=SAMPLES, generator=generator(self.seed, step, "logit samples"))
+        self.rows[step] = sensitivity(estimate(found, self.class_cov, errors)).numpy()
+        log.info(
+            "step %d (epoch %d): train accuracy %.2f %% NLL %.6f; mean sensitivity %.6f",
+            step,
+            epoch,
+            100 * found.accuracy,
+            found.nll,
+            self.rows[step].mean(),
+        )
+        self.write()
+
+    def write(self, **more: Any) -> None:
+        """Write the rows so far, and with them what ``more`` holds."""
+        steps = sorted(self.rows)
+        self.result.write(
+            sensitivity=np.array([self.rows[step] for step in steps], dtype=np.float64),
+            iterations_list=np.array(steps, dtype=np.int64) + 1,  # as the paper's files count
+            steps=np.array(steps, dtype=np.int64),
+            **more,
+        )

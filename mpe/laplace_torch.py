@@ -1,0 +1,261 @@
+"""The same variances through laplace-torch (Daxberger et al. 2021): an oracle, and a backend to choose.
+
+Its fit, its backend's Jacobians and its functional variance; much slower than the engine of this project, and for
+fewer networks: which of its backends can treat a network is tried on two examples before any long work.
+"""
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mpe.posteriors import STRUCTURES
+from src.errors import FlagError, UserError
+from src.models.modes import evaluating
+
+TRIED = 2
+"""Examples of the trial."""
+
+AGREES = 1e-3
+"""Relative difference that a backend's trial may show; rounding is far below, a wrong rule far above."""
+
+
+class LaplaceTorchVariances:
+    """Context manager, called like `src.jacobians.OutputVariances`: logits and variances under a Laplace posterior.
+
+    Works on a copy of the model, so that nothing that laplace-torch does to a model (attributes, gradients, modes,
+    hooks) remains. Everything is in the model's own precision; the Jacobians of ``memory_mb`` are alive at a time.
+
+    Args:
+        model: the network, with outputs (b, C).
+        batches: the training examples, ``(images, labels, ...)``; run through several times.
+        delta: prior precision.
+        structure: a name of ``mpe.posteriors.STRUCTURES``.
+        full: the (C, C) covariance of each example instead of its diagonal.
+        memory_mb: see above.
+
+    Raises:
+        FlagError: on entering, if laplace-torch cannot treat the model.
+        UserError: on entering, if the package is missing or its eigendecomposition fails.
+        ValueError: on entering, if there are no examples, or batches that can be run through only once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Sequence[Tensor]],
+        delta: float,
+        *,
+        structure: str = "kfac",
+        full: bool = False,
+        memory_mb: float = 512.0,
+    ) -> None:
+        if not 0.0 < delta < float("inf"):
+            raise ValueError(f"the prior precision delta must be positive and finite, got {delta}")
+        self.model = getattr(model, "_orig_mod", model)
+        self._batches = batches
+        self._delta = delta
+        self._structure = structure
+        self._full = full
+        self._budget = memory_mb * 2**20
+
+    def __enter__(self) -> Self:
+        loader = _Loader(self._batches, next(self.model.parameters()).device)
+        backend = laplace_backend(self.model, loader.first[:TRIED], self._structure)
+        slow = not _is_asdl(backend)
+        if slow and self._structure == "diag":
+            loader.cut = 1  # its diagonal takes Jacobians whose memory grows with the square of the batch
+        with _foreign_code():
+            self._posterior = _fitted(self.model, loader, self._delta, self._structure, backend)
+        example = self._posterior.n_outputs * self._posterior.mean.nbytes  # bytes of one example's Jacobian
+        self._step = 1 if slow else max(1, int(self._budget // (3 * example)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._posterior
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and variances of one batch.
+
+        Args:
+            images: (b, ...) inputs.
+
+        Returns:
+            (b, C) logits without their graph, and float64 variances (b, C), or covariances (b, C, C) where ``full``.
+        """
+        logits, variances = [], []
+        with _foreign_code():
+            for part in images.split(self._step):
+                jacobians, outputs = self._posterior.backend.jacobians(part)
+                with torch.no_grad():
+                    found = self._posterior.functional_variance(jacobians).double()
+                logits.append(outputs.detach())
+                variances.append(found if self._full else found.diagonal(dim1=1, dim2=2))
+        return torch.cat(logits), torch.cat(variances)
+
+
+def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
+    """The backend class of laplace-torch that treats a network rightly.
+
+    ASDL's is the faster; the other (curvlinops, with torch.func's Jacobians) serves where ASDL's Jacobians or
+    diagonals differ from torch.func's on the given images.
+
+    Args:
+        model: the network; left as it was.
+        images: a few examples (b, ...).
+        structure: a name of ``mpe.posteriors.STRUCTURES``.
+
+    Raises:
+        FlagError: there is none.
+        UserError: the package is missing.
+        ValueError: an unknown structure.
+    """
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure {structure!r} is not one of {', '.join(STRUCTURES)}")
+    try:
+        from laplace.curvature.asdl import AsdlGGN
+        from laplace.curvature.curvlinops import CurvlinopsGGN
+    except ImportError as error:
+        raise UserError(
+            "--laplace_backend laplace-torch: needs the package laplace-torch; install it with "
+            "'pip install laplace-torch', or use fast"
+        ) from error
+    model = getattr(model, "_orig_mod", model)
+    if structure == "kfac":
+        _refuse_without_factors(model, images)
+    device = next(model.parameters()).device
+    images = images[:TRIED].to(device)
+    reason = ""
+    for backend in (AsdlGGN, CurvlinopsGGN):
+        try:
+            with _foreign_code():
+                agrees = _tried(model, images, structure, backend, CurvlinopsGGN)
+        except Exception as error:  # whatever a library raises on what it does not know
+            reason = f" ({type(error).__name__})"
+            continue
+        if agrees:
+            return backend
+    raise FlagError(f"--laplace_backend laplace-torch: cannot fit {structure} to this network{reason}; use fast")
+
+
+def _refuse_without_factors(model: nn.Module, images: Tensor) -> None:
+    """Raise unless each trainable parameter belongs to one Linear or Conv2d that runs once.
+
+    For any other, laplace-torch leaves blocks out without a word, or means something else by KFAC.
+    """
+    calls: Counter[nn.Module] = Counter()
+    named = {name: module for name, module in model.named_modules() if _trains(module)}
+    handles = [module.register_forward_hook(lambda own, *_: calls.update([own])) for module in named.values()]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(images[:1].to(next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, module in named.items():
+        what = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+        shared = any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
+        if type(module) not in (nn.Linear, nn.Conv2d):
+            why = f"has no Kronecker factors for {what}"
+        elif shared or calls[module] != 1:
+            why = f"has no Kronecker factors for {what}, which runs more than once or shares its weights"
+        elif not all(p.requires_grad for p in module.parameters(recurse=False)):
+            why = f"has no Kronecker factors for the partly frozen {what}"
+        else:
+            continue
+        raise FlagError(f"--laplace_backend laplace-torch: {why}; use fast")
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _tried(model: nn.Module, images: Tensor, structure: str, backend: type, exact: type) -> bool:
+    """Whether a backend runs on a few examples, with the Jacobians and diagonals of torch.func."""
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    loader = _Loader([(images, labels)], images.device)
+    posterior = _fitted(model, loader, 1.0, structure, backend)
+    jacobians, _ = posterior.backend.jacobians(images)
+    posterior.functional_variance(jacobians.detach())
+    if backend is exact:
+        return True
+    other = exact(copy.deepcopy(model).eval(), "classification")
+    expected, _ = other.jacobians(images)
+    pairs = [(jacobians.detach(), expected)]
+    if structure == "diag":
+        pairs.append((posterior.H, other.diag(images, labels)[1]))
+    return all(a.shape == b.shape and (a - b).norm() <= AGREES * b.norm() for a, b in pairs)
+
+
+def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, backend: type) -> Any:
+    """laplace-torch's posterior, fitted on a copy of the model."""
+    import laplace
+
+    posterior = laplace.Laplace(
+        copy.deepcopy(model).eval(),
+        "classification",
+        subset_of_weights="all",
+        hessian_structure={"kfac": "kron", "diag": "diag"}[structure],
+        prior_precision=delta,
+        backend=backend,
+    )
+    try:
+        posterior.fit(loader)
+    except (SystemExit, torch.linalg.LinAlgError) as error:  # it leaves Python where eigh fails twice
+        raise UserError(
+            "--laplace_backend laplace-torch: its eigendecomposition does not converge in "
+            f"{next(model.parameters()).dtype}; use fast"
+        ) from error
+    return posterior
+
+
+def _is_asdl(backend: type) -> bool:
+    return backend.__name__.startswith("Asdl")
+
+
+@contextmanager
+def _foreign_code() -> Iterator[None]:
+    """Run their code with gradients on and its warnings (of old interfaces) off."""
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Loader:
+    """Batches as laplace-torch wants them: pairs on the device, and a ``dataset`` that has a length.
+
+    Attributes:
+        first: the images of the first batch that holds some.
+        dataset: something as long as the examples are many.
+        cut: how many examples a batch may hold.
+    """
+
+    def __init__(self, batches: Iterable[Sequence[Tensor]], device: torch.device) -> None:
+        if isinstance(batches, Iterator):
+            raise ValueError("laplace-torch runs through the batches several times; give a loader, not an iterator")
+        self._batches = batches
+        self._device = device
+        self.cut: int | None = None
+        self.first: Tensor | None = None
+        count = 0
+        for batch in batches:
+            self.first = batch[0] if self.first is None and len(batch[0]) else self.first
+            count += len(batch[0])
+        if self.first is None:
+            raise ValueError("a curvature needs at least one example")
+        self.dataset = range(count)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._batches:
+            images, labels = batch[0].to(self._device), torch.as_tensor(batch[1]).to(self._device)
+            size = self.cut or max(1, len(images))
+            yield from (pair for pair in zip(images.split(size), labels.split(size), strict=True) if len(pair[0]))

@@ -1,0 +1,47 @@
+"""Small problems that the tests of this folder share."""
+
+import torch
+from torch import nn
+
+from mpe.predictions import Predictions
+from src.jacobians import OutputVariances, ggn_diagonal
+
+
+def network(dtype=torch.float64, seed=0):
+    """A small convolutional network of images (2, 6, 6) with four classes, with weights that depend on ``seed``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(2, 3, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 4)
+        )
+    return net.to(dtype)
+
+
+def examples(n=7, dtype=torch.float64, seed=1):
+    """Images (n, 2, 6, 6) and labels (n,)."""
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 2, 6, 6, generator=draw, dtype=torch.float64).to(dtype)
+    return images, torch.randint(4, (n,), generator=draw)
+
+
+def batches(images, labels, size=3):
+    """Pairs of at most ``size`` examples; the last one is ragged."""
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def random_predictions(n=6, c=4, scale=0.3, seed=2, full=True):
+    """Predictions with random covariances, positive definite, of size ``scale``."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, c, generator=draw, dtype=torch.float64)
+    root = torch.randn(n, c, c, generator=draw, dtype=torch.float64)
+    variances = scale * root @ root.mT / c
+    labels = torch.randint(c, (n,), generator=draw)
+    variances = variances if full else variances.diagonal(dim1=1, dim2=2).clone()
+    return Predictions(torch.arange(n), labels, logits, variances)
+
+
+def diagonal_variances(net, images, labels, delta, full=False):
+    """This project's engine: logits and variances under the diagonal Laplace posterior."""
+    posterior = ggn_diagonal(net, batches(images, labels)).posterior(delta)
+    with OutputVariances(net, posterior, full=full) as engine:
+        return engine(images)

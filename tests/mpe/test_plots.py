@@ -1,0 +1,191 @@
+"""The figures: what is drawn where, and that nothing hides anything."""
+
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+from scipy.stats import rankdata
+
+from mpe.figure_parts import Decimals, place_labels
+from mpe.plots import (
+    LeaveClassOut,
+    correlations,
+    evolving,
+    loco,
+    loo_iterations,
+    loo_l2reg,
+    moving_average,
+    ranked_bins,
+    validation,
+)
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.lines}
+
+
+def overlap(figure, axes, artist):
+    """How many drawn points of the axes' lines lie within an artist."""
+    figure.draw_without_rendering()
+    box = artist.get_window_extent()
+    count = 0
+    for line in axes.lines:
+        x, y = line.get_xydata().T
+        at = np.linspace(x[0], x[-1], 400) if len(x) > 1 else x
+        points = axes.transData.transform(np.column_stack([at, np.interp(at, x, y)]))
+        count += np.count_nonzero((points > box.min).all(axis=1) & (points < box.max).all(axis=1))
+    return count
+
+
+def test_iterations_draw_all_epochs_and_estimates_at_theirs():
+    test_nlls, epochs = np.linspace(0.8, 0.3, 7), np.array([1, 2, 5])
+    figure = loo_iterations(epochs, {"diag": np.array([0.9, 0.8, 0.5])}, test_nlls)
+    drawn = lines(figure.axes[0])
+    assert np.array_equal(drawn["Test NLL"].get_xydata(), np.column_stack([np.arange(1, 8), test_nlls]))
+    assert drawn["LOO-CV"].get_xdata().tolist() == [1, 2, 5]
+    assert drawn["LOO-CV"].get_marker() == "s"
+    assert figure.get_size_inches().tolist() == [11, 6.5]
+
+
+@pytest.mark.parametrize("values", [(0.2, 0.9), (0.9, 0.2), (0.9, 0.9)])
+def test_a_legend_covers_no_curve(values):
+    epochs, curve = np.arange(1, 31), np.linspace(*values, 30)
+    figure = loo_iterations(epochs, {"diag": curve, "full": curve - 0.1, "woodbury": curve - 0.05}, curve)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "Test NLL", "LOO-CV, diag", "LOO-CV, full", "LOO-CV, woodbury"
+    ]  # fmt: skip
+    assert overlap(figure, axes, axes.get_legend()) == 0
+
+
+def test_moving_average_is_trailing():
+    values = np.array([3.0, 1.0, 5.0, 7.0, 2.0])
+    assert moving_average(values, 3).tolist() == [3.0, 13 / 3, 14 / 3]
+    assert moving_average(values, 1).tolist() == values.tolist()
+    for window in (0, 6):
+        with pytest.raises(ValueError, match=f"window of {window} does not fit 5"):
+            moving_average(values, window)
+
+
+def test_l2reg_marks_the_minima_of_the_smoothed_curves():
+    deltas = np.logspace(0, 3, 31)
+    estimated, test_nlls = (np.abs(np.log10(deltas) - best) for best in (1.0, 2.0))
+    axes = loo_l2reg(deltas, estimated, test_nlls, window=1).axes[0]
+    stems = {line.get_color(): line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2}
+    assert np.allclose(stems["black"], 10)
+    assert np.allclose(stems["0.7"], 100)
+    assert lines(axes)["LOO-CV"].get_xdata().tolist() == deltas.tolist()
+
+    axes = loo_l2reg(deltas, estimated, test_nlls, window=4).axes[0]
+    drawn = lines(axes)["LOO-CV"]
+    assert np.array_equal(drawn.get_xdata(), deltas[3:])
+    assert np.allclose(drawn.get_ydata(), [estimated[i - 3 : i + 1].mean() for i in range(3, 31)])
+
+
+def test_l2reg_overlays_the_error_in_percent_on_its_own_axis():
+    deltas, nll = np.logspace(0, 3, 9), np.linspace(1, 2, 9)
+    errors = np.linspace(0.02, 0.04, 9)
+    figure = loo_l2reg(deltas, nll, nll, window=3, test_errors=errors)
+    left, right = figure.axes
+    assert np.allclose(lines(right)["Test error"].get_ydata(), 100 * moving_average(errors, 3))
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["Test NLL", "LOO-CV", "Test error"]
+    for axes in (left, right):
+        assert overlap(figure, axes, right.get_legend()) == 0
+
+
+def test_validation_draws_points_and_an_identity_line_that_moves_no_limits():
+    true, estimated = np.array([0.0, 0.1, 0.2, 0.3]), np.array([0.0, 0.02, 0.01, 0.04])
+    axes = validation(true, estimated).axes[0]
+    points = next(c for c in axes.collections if isinstance(c, PathCollection))
+    assert np.array_equal(points.get_offsets(), np.column_stack([true, estimated]))
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert axes.get_xlim()[1] < 0.4
+    assert axes.get_ylim()[1] < 0.1
+    assert "Spearman 0.800" in axes.texts[0].get_text()
+
+
+def test_correlations_are_of_ranks_and_values():
+    rng = np.random.default_rng(0)
+    x = rng.random(50)
+    y = x**3 + 0.1 * rng.random(50)
+    text = correlations(x, y)
+    assert f"Pearson {np.corrcoef(x, y)[0, 1]:.3f}" in text
+    assert f"Spearman {np.corrcoef(rankdata(x), rankdata(y))[0, 1]:.3f}" in text
+    assert correlations(x, np.ones(50)) == "n = 50\nSpearman –\nPearson –"  # constant ones have none
+    assert correlations(x[:2], y[:2]).endswith("Pearson –")
+
+
+def test_bins_rank_all_checkpoints_by_the_last():
+    last = np.random.default_rng(0).permutation(205).astype(float)
+    bins = ranked_bins(np.stack([-last, last]), 100)
+    ranked = np.sort(last)[::-1]
+    expected = [ranked[:3].mean(), ranked[3:6].mean(), ranked[12:15].mean(), ranked[15:17].mean(), ranked[-2:].mean()]
+    assert bins[1, [0, 1, 4, 5, -1]].tolist() == expected  # 205 = 5 bins of 3 and 95 of 2
+    assert np.array_equal(bins[0], -bins[1])
+    assert ranked_bins(last[None, :37]).tolist() == [np.sort(last[:37])[::-1].tolist()]  # fewer examples than bins
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 17])
+def test_evolving_draws_any_number_of_checkpoints(count):
+    sensitivities = np.random.default_rng(0).random((count, 120))
+    figure = evolving(sensitivities, [f"step {k}" for k in range(count)])
+    axes = figure.axes[0]
+    assert list(lines(axes)) == [f"step {k}" for k in range(count)]
+    assert axes.xaxis.get_inverted()
+    assert overlap(figure, axes, axes.get_legend()) == 0
+    widths = [line.get_linewidth() for line in axes.lines]
+    greys = [float(line.get_color()) for line in axes.lines]
+    if count == 4:
+        assert (widths, greys) == ([7, 6, 5, 4], [0.6, 0.45, 0.25, 0.1])  # the paper's
+    assert (widths[-1], greys[-1]) == (4, 0.1)
+
+
+def experiment(label, classes, drops, seed=0):
+    rng = np.random.default_rng(seed)
+    return LeaveClassOut(label, np.asarray(classes), rng.random(len(classes)), rng.random(len(classes)), drops)
+
+
+def test_loco_sizes_marks_and_numbers():
+    drops = np.array([0.1, 0.0, -0.2])
+    axes = loco([experiment("a", [0, 4, 7], drops), experiment("b", [0, 1, 2], drops, 1)]).axes[0]
+    first, second = axes.collections
+    assert first.get_sizes().tolist() == [190.0, 12.0, 12.0]  # no accuracy lost, or some gained: small, still seen
+    assert len(first.get_facecolor()) == 1
+    assert len(second.get_facecolor()) == 0  # hollow
+    assert [text.get_text() for text in axes.texts] == ["0", "4", "7", "0", "1", "2"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("classes", [1, 30])
+def test_loco_of_any_number_of_classes_and_experiments(classes):
+    many = [experiment(str(k), range(classes), np.full(classes, 0.05), k) for k in range(1 + 6 * (classes == 1))]
+    axes = loco(many).axes[0]
+    assert len(axes.collections) == len(many)
+    assert len(axes.texts) == classes * len(many)
+
+
+def test_labels_keep_off_markers_and_each_other():
+    points = np.array([[100.0, 100.0], [112.0, 100.0], [104.0, 109.0], [300.0, 100.0], [395.0, 200.0]])
+    radii, sizes = np.full(5, 5.0), np.tile([14.0, 12.0], (5, 1))
+    frame = np.array([[0.0, 0.0], [400.0, 400.0]])
+    centres = place_labels(points, radii, sizes, frame)
+    for i in range(5):
+        low, high = centres[i] - sizes[i] / 2, centres[i] + sizes[i] / 2
+        assert (low >= frame[0]).all()
+        assert (high <= frame[1]).all()
+        assert (np.linalg.norm(np.clip(points, low, high) - points, axis=1) >= radii).all()
+        for j in range(i):
+            assert (np.abs(centres[i] - centres[j]) >= sizes[i]).any()
+    assert (centres[3] > points[3]).all()  # alone: at the upper right, as in the paper
+
+
+@pytest.mark.parametrize(
+    ("ticks", "texts"),
+    [
+        ([0.4, 0.6], ["0.4", "0.6"]),
+        ([0.05, 0.1, 0.15], ["0.05", "0.10", "0.15"]),
+        ([0.0005, 0.001], ["0.0005", "0.0010"]),
+        ([1, 2], ["1.0", "2.0"]),
+    ],
+)
+def test_tick_labels_tell_ticks_apart(ticks, texts):
+    assert Decimals().format_ticks(ticks) == texts

@@ -1,0 +1,221 @@
+"""The library's front: a user's own network and loader."""
+
+import numpy as np
+import pytest
+import torch
+from mpe_problems import batches, examples, network
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from mpe.estimates import Estimates, estimate, loo_losses, sensitivity
+from mpe.posteriors import laplace_posterior, optimizer_posterior
+from mpe.predictions import Predictions, predict
+from mpe.sensitivities import Sensitivities, sensitivities
+from src.artifacts import label_hash, score_files
+from src.jacobians import OutputVariances
+from src.metrics.proxy import Proxy
+from src.optimizers import IBLR
+
+
+class Own(nn.Module):
+    """A network that this project knows nothing about, with dropout and a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(72, 6)
+        self.norm = nn.LayerNorm(6)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.stem(x.flatten(1)).relu()
+        return self.head(h + self.drop(self.norm(h)))
+
+
+def own_network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Own().double()
+
+
+def loader(n=9, size=4, **options):
+    return DataLoader(TensorDataset(*examples(n)), batch_size=size, **options)
+
+
+def by_hand(net, given, posterior, class_cov):
+    with OutputVariances(net, posterior, full=class_cov != "diag") as engine:
+        predictions = predict(engine, given)
+    found = estimate(predictions, class_cov)
+    return sensitivity(found).numpy(), loo_losses(predictions, found).numpy()
+
+
+@pytest.mark.parametrize("class_cov", ["diag", "full", "woodbury"])
+@pytest.mark.parametrize("structure", ["kfac", "diag"])
+def test_laplace_on_a_users_network(structure, class_cov):
+    net, given = own_network().train(), loader()
+    found = sensitivities(net, given, structure, delta=60.0, class_cov=class_cov)
+    assert net.training
+    scores, losses = by_hand(net, given, laplace_posterior(net, given, 60.0, structure=structure), class_cov)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-12)
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-12)
+    assert found.loo_nll == pytest.approx(losses.mean(), rel=1e-12)
+    unclamped = loo_losses(found.predictions, found.estimates, clamp=False).mean().item()
+    assert found.unclamped_loo_nll == pytest.approx(unclamped, rel=1e-12)
+    assert found.predictions.nll < found.loo_nll <= found.unclamped_loo_nll
+    order = np.argsort(-scores)
+    assert found.most_sensitive(3).tolist() == order[:3].tolist()
+    assert found.least_sensitive(3).tolist() == order[:-4:-1].tolist()
+
+
+def trained(net, kind):
+    optimizer = IBLR(net.parameters(), 0.1, 9, 3.0) if kind == "iblr" else torch.optim.AdamW(net.parameters())
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for images, labels in loader():
+            optimizer.zero_grad()
+            if kind == "iblr":
+                with optimizer.sampled_params():
+                    nn.functional.cross_entropy(net(images), labels).backward()
+            else:
+                nn.functional.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+    return optimizer
+
+
+def test_posterior_of_the_optimizer():
+    net = own_network()
+    optimizer = trained(net, "iblr")
+    found = sensitivities(net, loader(), optimizer)
+    posterior = optimizer_posterior(optimizer, net)
+    np.testing.assert_allclose(found.scores, by_hand(net, loader(), posterior, "diag")[0], rtol=1e-12)
+    np.testing.assert_allclose(found.scores, sensitivities(net, loader(), posterior).scores, rtol=1e-12)
+    optimizer = trained(net, "adam")
+    posterior = optimizer_posterior(optimizer, net, num_examples=9, delta=3.0)
+    expected = by_hand(net, loader(), posterior, "diag")[0]
+    for options in ({}, {"num_examples": 9}):  # N is the loader's by default
+        found = sensitivities(net, loader(), optimizer, delta=3.0, **options)
+        np.testing.assert_allclose(found.scores, expected, rtol=1e-12)
+    other = sensitivities(net, loader(), optimizer, delta=3.0, num_examples=90)
+    assert (other.scores < 0.99 * expected).all()
+
+
+def test_batch_size_changes_nothing():
+    net = own_network()
+    first, second = (sensitivities(net, loader(size=size), "kfac", delta=3.0) for size in (9, 2))
+    np.testing.assert_allclose(first.scores, second.scores, rtol=1e-10)
+
+
+def test_shuffling_needs_indices():
+    net, (images, labels) = own_network(), examples(9)
+    with pytest.raises(ValueError, match="shuffle=False"):
+        sensitivities(net, loader(shuffle=True), "diag", delta=3.0)
+    with_indices = TensorDataset(images, labels, torch.arange(9) + 10)
+    shuffled = DataLoader(with_indices, batch_size=4, shuffle=True)
+    found = sensitivities(net, shuffled, "diag", delta=3.0)
+    plain = sensitivities(net, loader(), "diag", delta=3.0)
+    np.testing.assert_allclose(found.scores, plain.scores[found.indices - 10], rtol=1e-10)
+    assert found.most_sensitive(9).tolist() == (plain.most_sensitive(9) + 10).tolist()
+
+
+def test_permuting_examples_permutes_scores():
+    net, (images, labels) = network(), examples(9)
+    order = torch.tensor([4, 1, 8, 0, 2, 7, 5, 3, 6])
+    first = sensitivities(net, batches(images, labels), "diag", delta=3.0)
+    second = sensitivities(net, batches(images[order], labels[order]), "diag", delta=3.0)
+    np.testing.assert_allclose(first.scores[order], second.scores, rtol=1e-10)
+    np.testing.assert_allclose(first.losses[order], second.losses, rtol=1e-10)
+
+
+def test_planted_wrong_labels_are_among_the_most_sensitive():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 3
+    images = 2.5 * torch.eye(3, 5)[labels] + 0.5 * torch.randn(120, 5, generator=draw)
+    wrong = torch.tensor([7, 30, 61, 95])
+    labels[wrong] = (labels[wrong] + 1) % 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        penalty = sum(p.square().sum() for p in net.parameters())
+        (nn.functional.cross_entropy(net(images), labels) + 1.0 / 240 * penalty).backward()
+        optimizer.step()
+    for posterior in ("kfac", "diag", optimizer):
+        for class_cov in ("diag", "full"):
+            found = sensitivities(
+                net, batches(images, labels, 50), posterior, delta=1.0, num_examples=120, class_cov=class_cov
+            )
+            assert found.most_sensitive(1)[0] in wrong
+            assert set(wrong.tolist()) <= set(found.most_sensitive(8).tolist())  # of 120
+
+
+# -------------------------------------------------------------------------------------- ranking and score files
+
+
+def made(scores, indices, labels=None):
+    """Sensitivities with the given scores."""
+    n = len(scores)
+    labels = torch.zeros(n, dtype=torch.int64) if labels is None else torch.as_tensor(labels)
+    zeros = torch.zeros(n, 2, dtype=torch.float64)
+    change = torch.tensor(scores, dtype=torch.float64).unsqueeze(1) * torch.tensor([0.5, -0.5])
+    predictions = Predictions(torch.as_tensor(indices), labels, zeros, zeros)
+    return Sensitivities(predictions, Estimates(zeros, change, torch.zeros(n, dtype=torch.bool)), {"delta": 3.0})
+
+
+def test_ties_by_original_index():
+    found = made([1.0, 2.0, 1.0, 2.0, 0.5], [9, 8, 3, 4, 1])
+    assert found.most_sensitive(5).tolist() == [4, 8, 3, 9, 1]
+    assert found.least_sensitive(5).tolist() == [1, 3, 9, 4, 8]
+    assert found.most_sensitive(2).tolist() == [4, 8]
+    assert found.most_sensitive(0).tolist() == []
+
+
+def test_score_file_is_read_by_proxy(tmp_path):
+    net, (images, labels) = network(), examples()
+    found = sensitivities(net, batches(images, labels), "kfac", delta=3.0)
+    paths = found.write_scores(tmp_path, "toy", settings={"epochs": 5})
+    assert [path.name for path in paths] == ["mpe_toy.pkl", "mpe_toy.json"]
+    proxy = Proxy(mode="mpe", dataset="toy", normalize=False, folder=tmp_path, n=7, label_hash=label_hash(labels))
+    np.testing.assert_array_equal(proxy.scores, found.scores)
+    assert proxy.get_sorted_indices().tolist() == found.least_sensitive(7).tolist()
+    expected = {"mode": "mpe", "dataset": "toy", "posterior": "kfac", "class_cov": "diag", "delta": 3.0, "epochs": 5}
+    assert expected.items() <= proxy.record.items()
+    assert proxy.record["label_hash"] == label_hash(labels)
+
+
+def test_score_file_of_a_subset(tmp_path):
+    made([0.5, 0.25], [4, 1], labels=[1, 0]).write_scores(tmp_path, "toy", total=6)
+    proxy = Proxy(mode="mpe", dataset="toy", normalize=False, folder=tmp_path, n=6)
+    np.testing.assert_array_equal(proxy.scores, [np.nan, 0.25, np.nan, np.nan, 0.5, np.nan])
+    assert "label_hash" not in proxy.record  # the labels of the others are not known
+    with pytest.raises(ValueError, match="a part of 4 examples"):
+        made([0.5, 0.25], [4, 1]).write_scores(tmp_path, "toy", total=4)
+
+
+def test_score_file_hashes_labels_in_order(tmp_path):
+    made([0.1, 0.2, 0.3], [2, 0, 1], labels=[1, 0, 0]).write_scores(tmp_path, "toy")
+    record = score_files.read_sidecar(tmp_path / "mpe" / "mpe_toy.pkl")
+    assert record["label_hash"] == label_hash([0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("posterior", "options", "says"),
+    [
+        ("kfac", {}, "needs delta"),
+        ("kron", {"delta": 1.0}, "'kfac', 'diag'"),
+        ("kfac", {"delta": 1.0, "class_cov": "half"}, "diag, full, woodbury"),
+        (torch.optim.SGD, {}, "SGD learns no variances"),
+        (torch.optim.Adam, {}, "num_examples and delta"),
+    ],
+)
+def test_refusals(posterior, options, says):
+    net = network()
+    posterior = posterior if isinstance(posterior, str) else posterior(net.parameters())
+    with pytest.raises(ValueError, match=says):
+        sensitivities(net, batches(*examples()), posterior, **options)
+
+
+def test_iterators_are_refused():
+    with pytest.raises(ValueError, match="not an iterator"):
+        sensitivities(network(), iter(batches(*examples())), "diag", delta=1.0)

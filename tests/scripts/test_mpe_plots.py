@@ -1,0 +1,246 @@
+"""The scripts that draw the experiments' results, on files as the experiments and their older versions write them."""
+
+import pickle
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+from refusals import FILE, FLAG, RunsCode, check
+from support import ROOT, call
+
+from src.artifacts import write_pickle
+
+OLD = Namespace(name_exp="old", model="lenet", delta=60)
+E, N, C = 6, 250, 4
+VALUES = np.linspace(0.9, 0.4, E)
+
+
+def old_files():
+    """What the paper's scripts write: lists of numpy scalars, ``args`` a Namespace or missing."""
+    nlls = [np.float32(value) for value in VALUES]
+    return {
+        "iter": {
+            "estimated_nll": list(VALUES[[0, 1, 4]]),
+            "test_accs": [0.5] * E,
+            "test_nlls": nlls,
+            "epochs": np.array([1, 2, 5]),
+            "args": OLD,
+        },
+        "cv": {
+            "estimated_nll": list(VALUES),
+            "deltas": np.logspace(0, 3, E),
+            "test_accs": [0.9] * E,
+            "test_nlls": nlls,
+            "args": OLD,
+        },
+        "scores": {"sensitivities": np.linspace(0, 1, N)},
+        "retrain": {"indices_retrain": np.array([7, 200, 100]), "softmax_deviations": np.array([0.1, 0.7, 0.5])},
+        "evolving": {
+            "sensitivity": np.random.default_rng(0).random((3, N)),
+            "iterations_list": np.array([11, 1001, 5001]),
+            "test_acc": 0.9,
+            "test_nll": np.float32(0.3),
+            "args": OLD,
+        },
+        "leaveclassout": {
+            "org_acc": 0.9,
+            "est_nll": np.linspace(0.1, 0.5, C),
+            "perturb_nll": np.linspace(1, 2, C),
+            "perturb_acc": np.full(C, 0.7),
+        },
+    }
+
+
+SCRIPTS = {
+    "plot_loo_iterations.py": ("iter", "old_iter"),
+    "plot_loo_l2reg.py": ("cv", "old_cv"),
+    "plot_validation_sensitivities.py": ("retrain", "old_validation"),
+    "plot_evolving_sensitivities.py": ("evolving", "old_evolving"),
+    "plot_loco.py": ("leaveclassout", "fmnist_leaveclassout"),
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    for kind, content in old_files().items():
+        (tmp_path / f"old_{kind}.pkl").write_bytes(pickle.dumps(content, pickle.HIGHEST_PROTOCOL))
+    return tmp_path
+
+
+def flags(place, script, *more, name="old"):
+    which = "--names_exp" if script == "plot_loco.py" else "--name_exp"
+    return [which, name, "--pickles_folder", place, "--plots_folder", place / "plots", *more]
+
+
+def draw(place, script, *more):
+    result = call(f"examples/{script}", *flags(place, script, *more))
+    assert result.status == 0, result.err
+    return sorted(path.name for path in (place / "plots").iterdir()), result
+
+
+def refused(place, script, status, *says, more=(), name="old"):
+    line = check(call(f"examples/{script}", *flags(place, script, *more, name=name)), script, status, *says)
+    assert not (place / "plots").exists()
+    return line
+
+
+def change(place, kind, name="old", **changes):
+    """Another file, with other values; None removes one."""
+    content = {**old_files()[kind], **changes}
+    write_pickle(place / f"{name}_{kind}.pkl", {key: value for key, value in content.items() if value is not None})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_draws_old_files_from_any_folder(place, script):
+    inside = script in list(SCRIPTS)[::2]
+    command = [script] if inside else [f"examples/{script}"]
+    done = subprocess.run(
+        [sys.executable, *command, *map(str, flags(place, script))],
+        cwd=ROOT / "examples" if inside else ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stem = SCRIPTS[script][1]
+    assert {path.name for path in (place / "plots").iterdir()} == {f"{stem}.pdf", f"{stem}.png"}
+    assert str(place / "plots" / f"{stem}.pdf") in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_file_names_the_script_that_makes_it(place, script):
+    number = list(SCRIPTS).index(script) + 1
+    refused(place, script, FILE, r"nope_\w+\.pkl: there is no such file", rf"examples/{number}_\w+\.py",
+            rf"--name_exp nope --pickles_folder {place}", r"\(there: old\)", name="nope")  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_files_that_are_no_results(place, script):
+    path = place / f"old_{SCRIPTS[script][0]}.pkl"
+    write_pickle(path, [1, 2])
+    refused(place, script, FILE, f"{path}: holds no dictionary")
+    path.write_bytes(pickle.dumps(RunsCode(place / "proof")))
+    refused(place, script, FILE, "not plain data")
+    assert not (place / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "says"),
+    [
+        ("plot_loo_iterations.py", {"test_nlls": None}, "lacks test_nlls"),
+        ("plot_loo_iterations.py", {"epochs": np.array([1, 2, 7])}, "epochs goes from 1 to 7; .*at most 6"),
+        ("plot_loo_iterations.py", {"epochs": np.array([1, 5, 2])}, "epochs do not ascend"),
+        ("plot_loo_iterations.py", {"estimated_nll": [0.5]}, "lengths differ: 3 epochs, 1 estimates"),
+        (
+            "plot_loo_iterations.py",
+            {"estimated_nll": [0.5, np.nan, 1.0]},
+            "estimated_nll holds 1 values .* not finite",
+        ),
+        ("plot_loo_l2reg.py", {"deltas": np.array([0.0, *np.ones(E - 1)])}, "deltas are not all above 0"),
+        ("plot_loo_l2reg.py", {"deltas": "many"}, "deltas is not an array of numbers"),
+        ("plot_loo_l2reg.py", {"test_nlls": [1.0]}, "lengths differ: .*1 test_nlls"),
+        ("plot_validation_sensitivities.py", {"indices_retrain": np.array([1, 2, N])}, f"example {N} was left out"),
+        ("plot_validation_sensitivities.py", {"indices_retrain": np.array([1, 2.5, 3])}, "not whole"),
+        ("plot_validation_sensitivities.py", {"softmax_deviations": np.zeros((3, 4))}, r"shape \(3, 4\); 1 axes"),
+        ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros(N)}, r"shape \(250,\); 2 axes"),
+        ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros((0, N))}, "axes with values"),
+        ("plot_evolving_sensitivities.py", {"iterations_list": np.array([11])}, "3 checkpoints, but 1 steps"),
+        ("plot_evolving_sensitivities.py", {"sensitivity": -np.ones((3, N))}, "from -1 to -1; at least 0 was expected"),
+        ("plot_loco.py", {"org_acc": 90.0}, "org_acc goes from 90 to 90; at least 0 and at most 1"),
+        ("plot_loco.py", {"perturb_nll": np.full(C, np.nan)}, "perturb_nll holds no results yet"),
+        ("plot_loco.py", {"est_nll": np.full(C, np.inf)}, "not finite"),
+    ],
+)
+def test_results_that_cannot_be_drawn(place, script, changes, says):
+    change(place, SCRIPTS[script][0], **changes)
+    refused(place, script, FILE, rf"old_{SCRIPTS[script][0]}\.pkl: ", says, "python examples/.* makes it anew")
+
+
+def test_other_covariances_between_classes(place):
+    script = "plot_loo_iterations.py"
+    refused(
+        place, script, FLAG, "--class_cov full: .*has no estimated_nll_full, only diag;", more=("--class_cov", "full")
+    )
+    change(place, "iter", estimated_nll_full=VALUES[:3], estimated_nll_diag=VALUES[1:4], args={"class_cov": "full"})
+    refused(place, script, FLAG, "no estimated_nll_woodbury, only full and diag", more=("--class_cov", "woodbury"))
+    names, _ = draw(place, script, "--class_cov", "diag", "full")
+    assert names == ["old_iter_diag_full.pdf", "old_iter_diag_full.png"]
+
+
+def test_windows_of_the_moving_average(place):
+    script = "plot_loo_l2reg.py"
+    refused(place, script, FLAG, f"--window 7: .*old_cv.pkl holds {E} deltas; give at most {E}", more=("--window", 7))
+    refused(place, script, FLAG, "--window: 0 is not an integer of at least 1", more=("--window", 0))
+    _, result = draw(place, script, "--window", 1)
+    assert result.out.count("is least, 0.4000, at delta 1000") == 2
+    names, _ = draw(place, script, "--window", E, "--test_error")
+    assert "old_cv_error.png" in names
+
+
+def test_deviations_from_the_control(place):
+    script = "plot_validation_sensitivities.py"
+    refused(place, script, FLAG, "--corrected: .*has no softmax_deviations_corrected", more=("--corrected",))
+    change(place, "retrain", softmax_deviations_corrected=np.array([0.5, 0.1, 0.7]))
+    change(place, "scores", sensitivities_full=np.linspace(1, 0, N))
+    assert "Spearman 1.000" in draw(place, script)[1].out
+    assert "Spearman -0.500" in draw(place, script, "--corrected")[1].out
+    names, result = draw(place, script, "--class_cov", "full", "--corrected")
+    assert "Spearman 0.500" in result.out
+    assert "old_validation_full_corrected.pdf" in names
+
+
+def pdf_figures(monkeypatch):
+    """Collect the figures that scripts save."""
+    import src.artifacts
+
+    figures = []
+    monkeypatch.setattr(src.artifacts, "save_figure", lambda figure, stem: figures.append(figure) or [stem])
+    return figures
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({}, ["step 10", "step 1,000", "step 5,000"]),
+        ({"steps": np.array([1, 2, 3])}, ["step 1", "step 2", "step 3"]),
+        ({"iterations_list": None}, ["First", "Second", "Third"]),
+    ],
+)
+def test_checkpoints_are_called_by_their_steps(place, monkeypatch, changes, labels):
+    change(place, "evolving", **changes)
+    figures = pdf_figures(monkeypatch)
+    assert (
+        call("examples/plot_evolving_sensitivities.py", *flags(place, "plot_evolving_sensitivities.py")).status == 0
+    )
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == labels
+
+
+@pytest.mark.parametrize(
+    ("models", "more", "labels"),
+    [
+        (("lenet", "small_mlp"), (), ["lenet", "small_mlp"]),
+        (("lenet", "lenet"), (), ["one", "two"]),
+        (("lenet", None), (), ["one", "two"]),
+        (("lenet", "lenet"), ("--labels", "LeNet", "LeNet, again"), ["LeNet", "LeNet, again"]),
+    ],
+)
+def test_experiments_are_called_by_their_networks_or_names(place, monkeypatch, models, more, labels):
+    for name, model in zip(("one", "two"), models, strict=True):
+        change(place, "leaveclassout", name, args=model and {"model": model})
+    figures = pdf_figures(monkeypatch)
+    result = call("examples/plot_loco.py", "--names_exp", "one", "two", "--pickles_folder", place, *more)
+    assert result.status == 0, result.err
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == labels
+
+
+def test_classes_without_results_are_left_out(place, monkeypatch):
+    change(place, "leaveclassout", perturb_acc=np.array([0.7, np.nan, 0.7, np.nan]))
+    figures = pdf_figures(monkeypatch)
+    result = call("examples/plot_loco.py", *flags(place, "plot_loco.py"))
+    assert "2 of 4 classes have results" in result.err
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["0", "2"]
+    refused(place, "plot_loco.py", FLAG, "--labels: 2 texts for 1 experiments", more=("--labels", "a", "b"))
+
+
+def test_show_without_a_display_says_so_and_does_not_wait(place):
+    _, result = draw(place, "plot_evolving_sensitivities.py", "--show")
+    assert "--show: matplotlib finds no display" in result.err
