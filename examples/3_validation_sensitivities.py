@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from mpe.experiment import Experiment, plain_args
+from mpe.many_networks import check_retraining, retrain_without
 from mpe.results import Result
 from mpe.validation import (
     drawn_examples,
@@ -78,7 +79,7 @@ def main() -> None:
             f"--n_retrain {args.n_retrain} and --n_spread {args.n_spread}: {wanted} of {experiment.count} training "
             f"examples cannot be left out; give 1 to {experiment.count} together"
         )
-    experiment.check_retraining()
+    check_retraining(experiment)
     experiment.check_variances(args.delta, "kfac")
     settings = experiment.settings()
     flags = {"resume": args.resume, "overwrite": args.overwrite}
@@ -90,7 +91,8 @@ def main() -> None:
     content = score_content(predictions, estimates_of(predictions, args.class_cov), args.class_cov)
     print(scores.write(**content))
     print(f"train accuracy {100 * predictions.accuracy:.2f} %, NLL {predictions.nll:.6f}")
-    print("test accuracy {:.2f} %, NLL {:.6f}".format(*experiment.test_percent()))
+    accuracy, loss = experiment.test_metrics()
+    print(f"test accuracy {100 * accuracy:.2f} %, NLL {loss:.6f}")
 
     removed = drawn_examples(experiment.count, args.n_retrain, args.seed)
     removed = np.concatenate([removed, spread_examples(content["sensitivities"], args.n_spread, removed)])
@@ -101,7 +103,7 @@ def main() -> None:
 
     images = experiment.prepared(experiment.train)
     leave_out = [np.empty(0, np.int64), *removed[:, None]]
-    write(experiment.retrain(images, leave_out, measure_removed(images, removed), write))
+    write(retrain_without(experiment, images, leave_out, measure_removed(images, removed), write))
     print(retrained.path)
 
 

@@ -7,7 +7,8 @@ to {models_folder}/mpe/{name_exp}_evolving/seed_{seed}/.
 
   python 4_evolving_sensitivities.py --name_exp fmnist_lenet --dataset FMNIST --model lenet --lr 0.1 --lrmin 0 \
       --hess_init 0.1 --delta 60 --epochs 100 --bs 256 --bs_jacs 500
-  python 4_evolving_sensitivities.py --name_exp digits --dataset digits --model small_mlp --epochs 20 --bs 32 --delta 1
+  python 4_evolving_sensitivities.py --name_exp digits --dataset digits --model small_mlp --epochs 20 --bs 32 \
+      --delta 1
 """
 
 import sys
@@ -70,7 +71,7 @@ def main() -> None:
     evolving = Evolving(result, experiment.from_optimizer, checkpoints, args.class_cov, args.seed)
     trainer = experiment.train_base("iblr", after_step=[evolving])
     last = trainer.history[-1]
-    evolving.write(test_acc=last["test_accuracy"], test_nll=np.float32(last["test_loss"]))
+    evolving.finish(test_acc=last["test_accuracy"], test_nll=np.float32(last["test_loss"]))
     print(f"test accuracy {100 * last['test_accuracy']:.2f} %, test NLL {last['test_loss']:.6f}")
     print(f"{len(evolving.rows)} checkpoints, after steps {', '.join(map(str, sorted(evolving.rows)))}")
     print(result.path)

@@ -20,6 +20,7 @@ import numpy as np
 
 from mpe.class_removal import class_content, class_estimates, measure_test
 from mpe.experiment import Experiment, plain_args
+from mpe.many_networks import check_retraining, retrain_without
 from mpe.results import Result
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags
@@ -51,7 +52,7 @@ def main() -> None:
     args = parse()
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_leaveclassout.log")
     experiment = Experiment(args, "leaveclassout")
-    experiment.check_retraining()
+    check_retraining(experiment)
     experiment.check_variances(args.delta, "kfac")
     result = Result(
         experiment.path(), plain_args(args), experiment.settings(), resume=args.resume, overwrite=args.overwrite
@@ -72,14 +73,12 @@ def main() -> None:
 
     leave_out = [np.empty(0, np.int64), *(np.flatnonzero(labels == c) for c in classes)]
     measure = measure_test(test, experiment.test.labels)
-    rows = experiment.retrain(images, leave_out, measure, write, tests_between=True)
+    rows = retrain_without(experiment, images, leave_out, measure, write, extra_draws=1)
     write(rows)
     print(f"with all classes: test accuracy {100 * base[0]:.2f} %, NLL {base[1]:.6f}")
     for c, nll, acc in zip(classes, rows["nll"][1:], rows["acc"][1:], strict=True):
-        name, count = experiment.train.class_names[c], int((labels == c).sum())
-        print(
-            f"without {name} ({count}): estimated {estimated[c]:.4f}, test NLL {nll:.4f}, accuracy {100 * acc:.2f} %"
-        )
+        who = f"{experiment.train.class_names[c]} ({(labels == c).sum()})"
+        print(f"without {who}: estimated {estimated['est_nll'][c]:.4f}, test NLL {nll:.4f}, {100 * acc:.2f} %")
     print(result.path)
 
 

@@ -5,24 +5,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from src.training.ensemble import Ensemble
 from torch import Tensor
 
 from mpe.estimates import estimate, loo_losses
+from mpe.loo_iterations import forms_of
 from mpe.predictions import Predictions
+from src.training.ensemble import Ensemble
 
 LEAST_PROBABILITY = 1e-10  # inside logarithms
 
 
-def class_estimates(predictions: Predictions, class_cov: str, classes: int) -> np.ndarray:
-    """Leave-one-class-out estimate ``(C,)``: the mean over a class's examples of their leave-one-out losses.
+def class_estimates(predictions: Predictions, class_cov: str, classes: int) -> dict[str, np.ndarray]:
+    """Leave-one-class-out estimates: the mean over a class's examples of their leave-one-out losses.
 
-    The paper's formula (Section 4) with each example's own Jacobian in place of the class's; NaN for a class
-    without examples.
+    The paper's formula (Section 4) with each example's own Jacobian in place of the class's.
+
+    Returns:
+        ``est_nll`` ``(C,)`` of the form asked for, and ``est_nll_{form}`` of all that the same pass serves; NaN for a
+        class without examples.
     """
-    losses = loo_losses(predictions, estimate(predictions, class_cov)).numpy()
-    labels = predictions.labels.numpy()
-    return np.array([losses[labels == c].mean() if (labels == c).any() else np.nan for c in range(classes)])
+    labels, found = predictions.labels.numpy(), {}
+    for form in forms_of(class_cov):
+        losses = loo_losses(predictions, estimate(predictions, form)).numpy()
+        means = [losses[labels == c].mean() if (labels == c).any() else np.nan for c in range(classes)]
+        found[f"est_nll_{form}"] = np.array(means)
+    return {"est_nll": found[f"est_nll_{class_cov}"], **found}
 
 
 def measure_test(
@@ -44,23 +51,24 @@ def measure_test(
 
 
 def class_content(
-    rows: dict[str, np.ndarray], estimated: np.ndarray, classes: Sequence[int], base: tuple[float, float]
+    rows: dict[str, np.ndarray], estimated: dict[str, np.ndarray], classes: Sequence[int], base: tuple[float, float]
 ) -> dict[str, Any]:
     """What the result file holds, for the networks retrained so far.
 
     Args:
         rows: What ``measure_test`` gave for networks 0 (the control), 1 (without ``classes[0]``), ...
-        estimated: Leave-one-class-out estimates ``(C,)``.
+        estimated: Leave-one-class-out estimates, see ``class_estimates``.
         classes: The classes that are removed one at a time.
         base: Test accuracy and NLL of the network before.
     """
-    nll, acc = np.full(len(estimated), np.nan), np.full(len(estimated), np.nan)
+    nll = np.full(len(estimated["est_nll"]), np.nan)
+    acc = nll.copy()
     done = list(classes[: len(rows["nll"]) - 1])
     nll[done], acc[done] = rows["nll"][1:], rows["acc"][1:]
     return {
         "org_acc": base[0],
         "org_nll": base[1],
-        "est_nll": estimated,
+        **estimated,
         "perturb_nll": nll,
         "perturb_acc": acc,
         "control_acc": float(rows["acc"][0]),

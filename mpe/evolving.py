@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from mpe.estimates import estimate, sampled_errors, sensitivity
+from mpe.loo_iterations import forms_of
 from mpe.predictions import Predictions
 from mpe.results import Result
 from src.draws import generator
-from src.errors import FlagError
+from src.errors import FileError, FlagError
 from src.training import Trainer
 
 log = logging.getLogger(__name__)
@@ -70,35 +71,60 @@ class Evolving:
         self.result, self.predictions, self.class_cov, self.seed = result, predictions, class_cov, seed
         self.checkpoints = set(checkpoints)
         stored = result.stored
-        self.rows: dict[int, np.ndarray] = dict(
-            zip(map(int, stored.get("steps", ())), stored.get("sensitivity", ()), strict=True)
-        )
+        self.forms = forms_of(class_cov)
+        self.rows: dict[int, np.ndarray] = {}  # step -> (forms, N)
+        for place, step in enumerate(stored.get("steps", ())):
+            self.rows[int(step)] = np.array([stored[f"sensitivity_{form}"][place] for form in self.forms])
 
     def __call__(self, trainer: Trainer, epoch: int, step: int) -> None:
-        """After a step: measure if it is one of those to measure after, and write."""
+        """After a step: measure if it is one of those to measure after, and write.
+
+        Raises:
+            FileError: Training goes on from a later step than one whose row is missing.
+        """
         if step not in self.checkpoints:
             return
         self.rows = {known: row for known, row in self.rows.items() if known < step}
+        self._complete_below(step)
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # the training goes on as if nothing had been measured
             found = self.predictions(trainer)
             errors = sampled_errors(found, samples=SAMPLES, generator=generator(self.seed, step, "logit samples"))
-        self.rows[step] = sensitivity(estimate(found, self.class_cov, errors)).numpy()
+        self.rows[step] = np.array([sensitivity(estimate(found, form, errors)).numpy() for form in self.forms])
         log.info(
             "step %d (epoch %d): train accuracy %.2f %% NLL %.6f; mean sensitivity %.6f",
             step,
             epoch,
             100 * found.accuracy,
             found.nll,
-            self.rows[step].mean(),
+            self.rows[step][self.forms.index(self.class_cov)].mean(),
         )
         self.write()
+
+    def finish(self, **more: Any) -> None:
+        """Write the rows with what ``more`` holds, after the last step.
+
+        Raises:
+            FileError: A row is missing.
+        """
+        self._complete_below(max(self.checkpoints) + 1)
+        self.write(**more)
+
+    def _complete_below(self, step: int) -> None:
+        missing = sorted(wanted for wanted in self.checkpoints if wanted < step and wanted not in self.rows)
+        if missing:
+            raise FileError(
+                f"{self.result.path}: holds no sensitivities after step {missing[0]}, which training has passed; "
+                "start without --resume"
+            )
 
     def write(self, **more: Any) -> None:
         """Write the rows so far, and with them what ``more`` holds."""
         steps = sorted(self.rows)
+        found = {form: np.array([self.rows[s][i] for s in steps]) for i, form in enumerate(self.forms)}
         self.result.write(
-            sensitivity=np.array([self.rows[step] for step in steps], dtype=np.float64),
+            sensitivity=found[self.class_cov],
+            **{f"sensitivity_{form}": values for form, values in found.items()},
             iterations_list=np.array(steps, dtype=np.int64) + 1,  # as the paper's files count
             steps=np.array(steps, dtype=np.int64),
             **more,

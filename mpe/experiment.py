@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 NORMALISATION = "mpe"
 LOSS_CAP = -math.log(1e-10)  # nats: probabilities inside logarithms are at least 1e-10, as in the paper's experiments
-_ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
+ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
 _RESULT_FREE = (  # flags that change neither a result nor what it is called
     "device",
     "resume",
@@ -178,7 +178,7 @@ class Experiment:
         )
         trainer = Trainer(
             self.model,
-            self.batches(self.train, args.bs, _ORDERS[args.base_shuffle]),
+            self.batches(self.train, args.bs, ORDERS[args.base_shuffle]),
             self.batches(self.test, max(args.bs, 1000)),
             config,
             compile_model=args.compile,
@@ -210,10 +210,10 @@ class Experiment:
         shared = ("dataset", "image_size", "channels", "labels", "subset", "examples", "model", "base_shuffle")
         return {**config.as_dict(), **{name: own[name] for name in shared}, "batch_size": self.args.bs}
 
-    def test_metrics(self) -> tuple[float, float]:
-        """Test accuracy and mean NLL of ``self.model``."""
+    def test_metrics(self, model: nn.Module | None = None) -> tuple[float, float]:
+        """Test accuracy and mean NLL of a network, by default ``self.model``."""
         loss, accuracy = evaluate(
-            self.model,
+            model or self.model,
             self.batches(self.test, max(self.args.bs, 1000)),
             precision=self.args.precision,
             loss_cap=LOSS_CAP,

@@ -82,7 +82,9 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
     for i in order:
         direction = np.column_stack([np.cos(_ANGLES), np.sin(_ANGLES)])
         reach = radii[i] + np.asarray(_REACHES, dtype=float)
-        offsets = reach[:, None, None] * direction + direction * sizes[i] / 2  # (reaches, angles, 2)
+        offsets = (
+            reach[:, None, None] * direction + np.clip(1.42 * direction, -1, 1) * sizes[i] / 2
+        )  # (reaches, angles, 2)
         spots = (points[i] + offsets).reshape(-1, 2)
         low, high = spots - sizes[i] / 2, spots + sizes[i] / 2
         nearest = np.clip(points, low[:, None], high[:, None])  # (spots, n, 2)
@@ -95,6 +97,34 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
         turned = np.tile(np.arange(len(_ANGLES)) / 100, len(_REACHES))
         centres[i] = spots[np.argmin(3 * covered.sum(axis=1) + 6 * crossed + 6 * outside + far + turned)]
     return centres
+
+
+def number_markers(
+    figure: Figure, axes: Axes, data: np.ndarray, areas: np.ndarray, texts: list[str], colours: list[str]
+) -> None:
+    """Write each class's number beside its marker, with a thin line to it where they stand apart.
+
+    Args:
+        figure: The figure.
+        axes: Its axes, with limits as they stay.
+        data: ``(n, 2)`` centres of markers in data coordinates.
+        areas: ``(n,)`` square points, of the markers.
+        texts: n numbers.
+        colours: n colours.
+    """
+    font = 20 if len(data) <= 10 else 15 if len(data) <= 40 else 8
+    figure.draw_without_rendering()  # settles the limits
+    scale = 72 / figure.dpi
+    points = axes.transData.transform(data) * scale
+    frame = axes.get_window_extent().get_points() * scale
+    sizes = np.array([(0.62 * font * len(text), 0.8 * font) for text in texts])
+    radii = np.sqrt(areas) / 2 + 1
+    centres = place_labels(points, radii, sizes, frame)
+    for xy, point, centre, text, colour, radius in zip(data, points, centres, texts, colours, radii, strict=True):
+        far = np.linalg.norm(centre - point) > radius + 1.4 * font
+        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 3} if far else None
+        style = {"fontsize": font, "color": colour, "ha": "center", "va": "center", "zorder": 4, "arrowprops": arrow}
+        axes.annotate(text, xy, centre - point, textcoords="offset points", annotation_clip=False, **style)
 
 
 def show(figure: Figure) -> None:

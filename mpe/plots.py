@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
 from scipy.stats import pearsonr, spearmanr
 
-from mpe.figure_parts import Decimals, dense, keep_clear, place_labels
+from mpe.figure_parts import Decimals, dense, keep_clear, number_markers
 
 BINS = 100  # groups of examples along the axis of plot_evolving
 ESTIMATES = {  # how estimates of leave-one-out cross-validation are told apart where several are drawn
@@ -120,12 +120,9 @@ def loo_l2reg(
         axes.tick_params(pad=10)
         right = axes.twinx() if test_errors is not None else None
         if right is not None:
-            smooth = 100 * moving_average(test_errors, window)
-            handles += right.plot(x, smooth, color="tab:red", lw=5, ls=(0, (3, 1)), marker=marker, label="Test error")
-            right.yaxis.set_major_locator(MaxNLocator(3))
-            right.set_ylabel("Error (%)", color="tab:red")
-            right.tick_params(axis="y", labelcolor="tab:red", pad=10)
-            right.spines["top"].set_visible(False)
+            errors = 100 * moving_average(test_errors, window)
+            handles += right.plot(x, errors, color="tab:red", lw=5, ls=(0, (3, 1)), marker=marker, label="Test error")
+            _error_axis(right)
         small = {} if right is None else {"fontsize": 27, "ncols": 3, "columnspacing": 0.9}
         legend = (right or axes).legend(
             handles=handles, loc="upper center", frameon=False, handlelength=1.2, labelspacing=0.2, **small
@@ -133,8 +130,16 @@ def loo_l2reg(
         keep_clear(figure, axes, legend, curves, 12)
         _stems(axes, stems)
         if right is not None:
-            keep_clear(figure, right, legend, [dense(x, smooth, log_x=True)], 6)
+            keep_clear(figure, right, legend, [dense(x, errors, log_x=True)], 6)
         return figure
+
+
+def _error_axis(axes: Axes) -> None:
+    """The second axis, at the right."""
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.set_ylabel("Error (%)", color="tab:red")
+    axes.tick_params(axis="y", labelcolor="tab:red", pad=10)
+    axes.spines["top"].set_visible(False)
 
 
 def _stems(axes: Axes, stems: Sequence[tuple[float, float, str, float]]) -> None:
@@ -288,24 +293,5 @@ def loco(experiments: Sequence[LeaveClassOut]) -> Figure:
         legend = axes.legend(handles=handles, loc="upper left", handletextpad=0.2)
         everything = np.concatenate(points)
         keep_clear(figure, axes, legend, [tuple(everything.T)], 12)
-        _number(figure, axes, everything, np.concatenate(areas), texts, colours)
+        number_markers(figure, axes, everything, np.concatenate(areas), texts, colours)
         return figure
-
-
-def _number(
-    figure: Figure, axes: Axes, data: np.ndarray, areas: np.ndarray, texts: list[str], colours: list[str]
-) -> None:
-    """Write each class's number beside its marker."""
-    font = 20 if len(data) <= 10 else 15 if len(data) <= 40 else 8
-    figure.draw_without_rendering()  # settles the limits
-    scale = 72 / figure.dpi
-    points = axes.transData.transform(data) * scale
-    frame = axes.get_window_extent().get_points() * scale
-    sizes = np.array([(0.62 * font * len(text), 0.8 * font) for text in texts])
-    radii = np.sqrt(areas) / 2 + 1
-    centres = place_labels(points, radii, sizes, frame)
-    for xy, point, centre, text, colour, radius in zip(data, points, centres, texts, colours, radii, strict=True):
-        far = np.linalg.norm(centre - point) > radius + 1.4 * font
-        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 3} if far else None
-        style = {"fontsize": font, "color": colour, "ha": "center", "va": "center", "zorder": 4, "arrowprops": arrow}
-        axes.annotate(text, xy, centre - point, textcoords="offset points", annotation_clip=False, **style)

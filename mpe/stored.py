@@ -83,7 +83,9 @@ class StoredResult:
         if known.size == 0:
             raise self.error(f"{key} holds no results yet")
         if (low is not None and known.min() < low) or (high is not None and known.max() > high):
-            bounds = [f"{name} {bound:g}" for name, bound in (("at least", low), ("at most", high)) if bound is not None]
+            bounds = [
+                f"{name} {bound:g}" for name, bound in (("at least", low), ("at most", high)) if bound is not None
+            ]
             found = f"{known.min():g} to {known.max():g}"
             raise self.error(f"{key} goes from {found}; {' and '.join(bounds)} was expected")
         return values

@@ -142,6 +142,10 @@ class Batches:
             result._total_weight = weights[batch].sum()
             yield result
 
+    def visited(self, epoch: int) -> Tensor:
+        """Positions of all examples in the order of an epoch, int64 ``(n,)`` on the CPU."""
+        return self._ordered(torch.arange(len(self.images)), epoch)
+
     def _ordered(self, positions: Tensor, epoch: int) -> Tensor:
         """``positions`` in this epoch's order; ranks are drawn for the whole part, by original position."""
         if self.order == "sequential":

@@ -23,7 +23,7 @@ from src.settings.experiments import (
     add_retraining_flags,
 )
 from src.settings.selection import FRACTION, add_downstream_flags, add_method_flags, add_selection_flags
-from src.settings.values import SEED, file_name, fraction, method_name, number
+from src.settings.values import SEED, file_name, fraction, method_name, number, whole_number
 
 __all__ = [
     "FOLDERS",
@@ -53,4 +53,5 @@ __all__ = [
     "method_name",
     "number",
     "score_folders",
+    "whole_number",
 ]

@@ -36,6 +36,19 @@ def number(
     return parse
 
 
+def whole_number(low: int) -> Callable:
+    """A type for counts, which the paper's commands may write as 100 or 100.0."""
+    parse_any = number(float, low)
+
+    def parse(text: str) -> int:
+        value = parse_any(text)
+        if value != int(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
+        return int(value)
+
+    return parse
+
+
 SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
 
 

@@ -93,17 +93,26 @@ def change(place, kind, name="old", **changes):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_draws_old_files_from_any_folder(place, script):
-    inside = script in list(SCRIPTS)[::2]
-    command = [script] if inside else [f"examples/{script}"]
-    done = subprocess.run(
-        [sys.executable, *command, *map(str, flags(place, script))],
-        cwd=ROOT / "examples" if inside else ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_a_script_draws_old_files(place, script, monkeypatch):
+    path = [entry for entry in sys.path if entry != str(ROOT)]
+    monkeypatch.setattr(sys, "path", path)
+    monkeypatch.chdir(place)
+    names, result = draw(place, script)
     stem = SCRIPTS[script][1]
-    assert {path.name for path in (place / "plots").iterdir()} == {f"{stem}.pdf", f"{stem}.png"}
-    assert str(place / "plots" / f"{stem}.pdf") in done.stdout.splitlines()
+    assert names == [f"{stem}.pdf", f"{stem}.png"]
+    assert str(place / "plots" / f"{stem}.pdf") in result.out.splitlines()
+    assert path[0] == str(ROOT)  # found by the script itself, not by where it is run from
+
+
+@pytest.mark.parametrize(
+    ("folder", "script"), [("examples", "plot_loco.py"), (".", "examples/plot_loo_iterations.py")]
+)
+def test_as_a_user_runs_them(place, folder, script):
+    name = script.removeprefix("examples/")
+    command = [sys.executable, script, *map(str, flags(place, name))]
+    done = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (place / "plots" / f"{SCRIPTS[name][1]}.pdf").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -144,7 +153,11 @@ def test_files_that_are_no_results(place, script):
         ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros(N)}, r"shape \(250,\); 2 axes"),
         ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros((0, N))}, "axes with values"),
         ("plot_evolving_sensitivities.py", {"iterations_list": np.array([11])}, "3 checkpoints, but 1 steps"),
-        ("plot_evolving_sensitivities.py", {"sensitivity": -np.ones((3, N))}, "from -1 to -1; at least 0 was expected"),
+        (
+            "plot_evolving_sensitivities.py",
+            {"sensitivity": -np.ones((3, N))},
+            "from -1 to -1; at least 0 was expected",
+        ),
         ("plot_loco.py", {"org_acc": 90.0}, "org_acc goes from 90 to 90; at least 0 and at most 1"),
         ("plot_loco.py", {"perturb_nll": np.full(C, np.nan)}, "perturb_nll holds no results yet"),
         ("plot_loco.py", {"est_nll": np.full(C, np.inf)}, "not finite"),

@@ -1,0 +1,237 @@
+"""Which examples each retrained network sees, in which order.
+
+Each retrained network shuffles the examples that are left once and visits them in that order in every epoch. Batches
+are cut from that order, so every batch but the last is full.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src import draws
+
+SHUFFLES = ("seeded", "replay", "shared")
+"""How retrained networks shuffle.
+
+``seeded``: each by a generator of its own, seeded by (seed, what is removed), so that neither the other networks
+nor the order of their training matter. ``replay``: by the draws that the papers' scripts made, batch for batch.
+``shared``: all by one permutation of all examples, in which removed ones count nothing; this lowers the noise between
+networks and saves time, but the batches are not those of training without the removed examples.
+"""
+
+PASSES_BEFORE = 6
+"""Passes over loaders before the first retraining of the papers' scripts, each of which draws one number: training
+batches, evaluation on training and test data, a first look, the fit and the variances of the Laplace posterior."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which examples the members see in one step.
+
+    Attributes:
+        index: Positions in the data, int32 or int64 ``(m, b)``, or ``(b,)`` for all members; on the table's device.
+        weights: What they count, boolean ``(m, b)``; None where all count 1.
+        active: Which members see any, boolean ``(m,)`` on the CPU; None for all.
+    """
+
+    index: Tensor
+    weights: Tensor | None
+    active: Tensor | None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The orders of m members over L steps of one example.
+
+    Attributes:
+        table: Positions, int32 where they fit, ``(m, L)`` (padded with 0 at the end), or ``(L,)`` for all members.
+        counts: How many examples each member trains on, int64 ``(m,)``, on the CPU.
+        kept: With a shared table, which of its entries count, boolean ``(m, L)`` on the CPU; None where all do.
+    """
+
+    table: Tensor
+    counts: Tensor
+    kept: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all members see the same batches."""
+        return self.table.ndim == 1
+
+    def to(self, device: torch.device | str) -> "Orders":
+        """The same with the table on a device."""
+        return Orders(self.table.to(device), self.counts, self.kept)
+
+    def steps(self, batch_size: int) -> int:
+        """Batches in an epoch."""
+        return -(-self.table.shape[-1] // batch_size)
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """The examples of one step, counted from 0."""
+        start = step * batch_size
+        stop = min(start + batch_size, self.table.shape[-1])
+        index = self.table[..., start:stop]
+        if self.shared:
+            weights = None if self.kept is None else self.kept[:, start:stop]
+        else:
+            weights = torch.arange(start, stop) < self.counts.unsqueeze(1)
+        if weights is None or bool(weights.all()):
+            return Batch(index, None, None)
+        active = weights.any(1)
+        return Batch(index, weights, None if bool(active.all()) else active)
+
+
+def as_positions(removed: Sequence[int] | np.ndarray, total: int) -> np.ndarray:
+    """The positions that one network goes without, int64 and ascending.
+
+    Raises:
+        ValueError: They are no positions of ``total`` examples, repeat themselves, or leave nothing.
+    """
+    given = np.asarray(removed)
+    if given.size and not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(f"removed positions are {given.dtype}, not integers")
+    positions = np.sort(given.astype(np.int64).ravel())
+    if len(positions) and not 0 <= positions[0] <= positions[-1] < total:
+        raise ValueError(f"removed positions must lie between 0 and {total - 1}")
+    if (np.diff(positions) == 0).any():
+        raise ValueError("a position is removed twice")
+    if len(positions) >= total:
+        raise ValueError(f"nothing is left of {total} examples")
+    return positions
+
+
+def shuffle_seeds(
+    removed: Sequence[np.ndarray],
+    shuffle: str,
+    seed: int,
+    *,
+    replay: torch.Generator | None = None,
+    extra_draws: int = 0,
+) -> list[int]:
+    """The seed of each network's permutation.
+
+    Args:
+        removed: The positions that each network goes without, ascending; none for a control.
+        shuffle: One of ``SHUFFLES``.
+        seed: The run's seed.
+        replay: For ``replay``, the generator at the first retraining (``replay_generator``); it is not advanced.
+        extra_draws: For ``replay``, numbers that the script draws after each retraining: 1 where it evaluates the
+            test set (leaving out classes), 0 where it evaluates single images.
+
+    Returns:
+        As many seeds; under ``shared`` all are equal. Under ``replay`` a control, which the papers' scripts do not
+        have, takes the first retraining's seed, without advancing the sequence.
+
+    Raises:
+        ValueError: The shuffle is unknown, or ``replay`` lacks its generator.
+    """
+    if shuffle not in SHUFFLES:
+        raise ValueError(f"shuffle {shuffle!r} is not one of {', '.join(SHUFFLES)}")
+    if shuffle == "shared":
+        return [draws.derived_seed(seed, 0, "retraining, shared")] * len(removed)
+    if shuffle == "seeded":
+        return [draws.derived_seed(seed, 0, f"retraining without {','.join(map(str, left))}") for left in removed]
+    if replay is None:
+        raise ValueError("the replay of shuffles needs the generator at the first retraining")
+    sequence, first = replay.clone_state(), replay.clone_state()
+    _draw(first, 1)  # a loader draws for its workers, then its sampler draws the seed
+    control = _draw(first, 1)
+    seeds = []
+    for left in removed:
+        if not len(left):
+            seeds.append(control)
+            continue
+        _draw(sequence, 1)
+        seeds.append(_draw(sequence, 1))
+        _draw(sequence, extra_draws)
+    return seeds
+
+
+def own_orders(removed: Sequence[np.ndarray], seeds: Sequence[int], total: int) -> Orders:
+    """Each network's own permutation of the examples that are left for it.
+
+    Args:
+        removed: The positions that each network goes without.
+        seeds: Of each permutation.
+        total: N.
+    """
+    counts = torch.tensor([total - len(left) for left in removed])
+    table = torch.zeros(len(removed), int(counts.max()), dtype=_index_type(total))
+    for row, (left, seed) in enumerate(zip(removed, seeds, strict=True)):
+        order = torch.randperm(int(counts[row]), generator=torch.Generator().manual_seed(seed))
+        if len(left):
+            remaining = np.ones(total, dtype=bool)
+            remaining[left] = False
+            order = torch.from_numpy(remaining.nonzero()[0])[order]
+        table[row, : len(order)] = order
+    return Orders(table, counts)
+
+
+def shared_orders(removed: Sequence[np.ndarray], permutation: Tensor) -> Orders:
+    """One order for all networks; what one goes without counts nothing for it.
+
+    Args:
+        removed: The positions that each network goes without.
+        permutation: Of all N examples, ``(N,)``.
+
+    Raises:
+        ValueError: It is no permutation.
+    """
+    permutation = permutation.cpu().to(torch.int64)
+    total = len(permutation)
+    if not torch.equal(permutation.sort().values, torch.arange(total)):
+        raise ValueError(f"the order is no permutation of {total} examples")
+    counts = torch.tensor([total - len(left) for left in removed])
+    kept = None
+    if bool((counts < total).any()):
+        kept = torch.ones(len(removed), total, dtype=torch.bool)  # by position, then in the order of the table
+        for row, left in enumerate(removed):
+            kept[row, torch.from_numpy(left)] = False
+        kept = kept[:, permutation]
+    return Orders(permutation.to(_index_type(total)), counts, kept)
+
+
+def seeded_permutation(total: int, seed: int) -> Tensor:
+    """A permutation of N examples by a generator of its own."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+
+
+def replay_generator(build: Callable[[], object], *, seed: int = 1, passes: int = PASSES_BEFORE) -> torch.Generator:
+    """The random numbers of the papers' scripts, from the first retraining on.
+
+    Those scripts seed torch's global generator, build the network on the CPU and iterate over loaders, each of which
+    draws a number. The same numbers come here from a generator of its own; the global one is left as it was.
+
+    Args:
+        build: Builds the network, drawing from torch's global generator without seeding it: an entry of
+            ``src.models.MODELS``, not ``build_model``, which seeds.
+        seed: The scripts' seed.
+        passes: Passes over loaders between building and the first retraining.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+        with torch.device("cpu"):
+            build()
+        state = torch.default_generator.get_state()
+    generator = torch.Generator()
+    generator.set_state(state)
+    _draw(generator, passes)
+    return generator
+
+
+def _draw(generator: torch.Generator, times: int) -> int:
+    """What a loader draws, so many times; the last number."""
+    number = 0
+    for _ in range(times):
+        number = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+    return number
+
+
+def _index_type(total: int) -> torch.dtype:
+    return torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
