@@ -1,4 +1,5 @@
 # make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw
+# make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures
 # make test    the same set-up, then the tests
 # make lint    ruff, as CI runs it
 # make bench   speed and memory against the plain way, as ratios in one run
@@ -17,7 +18,12 @@ READING := --datasets_folder=$(RUNS)/data --models_folder=$(RUNS)/ckpts --metric
 FOLDERS := $(READING) --log_folder=$(RUNS)/logs --resume_ckpts_folder=$(RUNS)/resume_ckpts
 DRAWING := --datasets_folder=$(RUNS)/data --scores_folder=$(RUNS)/metrics --plots_folder=$(RUNS)/plots
 
-.PHONY: samis test lint bench setup clean
+MPE := runs/mpe_digits
+MPE_DATA := --dataset=digits --model=small_mlp --bs=32 --delta=2 --lr=0.02 --lrmin=0.001 --name_exp=digits --resume
+MPE_FOLDERS := --datasets_folder=$(MPE)/data --models_folder=$(MPE)/ckpts --log_folder=$(MPE)/logs --resume_ckpts_folder=$(MPE)/resume_ckpts
+MPE_PLOTS := --name_exp=digits --pickles_folder=$(MPE)/pickles --plots_folder=$(MPE)/plots
+
+.PHONY: samis mpe test lint bench setup clean
 
 setup: $(STAMP)
 
@@ -42,6 +48,16 @@ samis: $(STAMP)
 	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob csl $(DRAWING); \
 	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss csl forg $(DRAWING); \
 	echo; echo "Written:"; find $(RUNS) -type f -newer $$started | sort; rm -f $$started
+
+mpe: export OMP_NUM_THREADS = 1
+mpe: $(STAMP)
+	@set -e; started=$$(mktemp); \
+	$(BIN)/python examples/1_loo_iterations.py $(MPE_DATA) --epochs=50 $(MPE_FOLDERS) --pickles_folder=$(MPE)/pickles; \
+	$(BIN)/python examples/3_validation_sensitivities.py $(MPE_DATA) --epochs=100 --class_cov=full --n_retrain=20 --n_spread=20 \
+	  --epochs_retrain=100 --lr_retrain=0.01 --lrmin_retrain=0.001 $(MPE_FOLDERS) --pickles_folder=$(MPE)/pickles; \
+	$(BIN)/python examples/plot_loo_iterations.py $(MPE_PLOTS); \
+	$(BIN)/python examples/plot_validation_sensitivities.py $(MPE_PLOTS) --corrected; \
+	echo; echo "Written:"; find $(MPE) -type f -newer $$started | sort; rm -f $$started
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -29,6 +29,8 @@ MODULES = (
     "bench_graph_cut",
     "bench_gradmatch",
     "bench_craig",
+    "bench_variances",
+    "bench_ensemble",
 )
 
 

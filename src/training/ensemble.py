@@ -13,6 +13,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from src.training.members import OPTIMIZERS, SequentialMembers, StackedMembers
 from src.training.stacked import StackedBatch, perceptron_layers
 
+LONG_STEP = 20_000_000  # parameters times examples of a step; beyond, a CPU does not gain for certain
+
 
 class Ensemble:
     """M copies of one network, trained side by side.
@@ -184,12 +186,15 @@ def why_not_vectorised(model: nn.Module) -> str | None:
 
 
 def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_size: int) -> bool:
-    """Whether to vectorise: on a GPU every network that can be, on a CPU perceptrons alone.
+    """Whether to vectorise: on a GPU every network that can be, on a CPU perceptrons at small steps.
 
-    On a GPU the launch of a small network's kernels takes longer than the kernels, so that M members in one launch
-    cost little more than one. On one thread of a CPU, ``benchmarks/bench_ensemble.py`` measures: perceptrons, whose
-    gradients are written by hand, gain at every batch size, the more the smaller network and batch are; convolutions
-    under ``vmap`` become grouped ones, which take longer than one network after another.
+    On one thread of a CPU, ``benchmarks/bench_ensemble.py`` measures: perceptrons, whose gradients are written by
+    hand, gain while a step is short beside what it takes to call it (small_mlp 4.6 times at batch 32, twice at 256;
+    large_mlp 1.6 times at 32). Where parameters times batch exceed ``LONG_STEP`` the gain is not certain any more
+    (small_mlp at 1024 and large_mlp at 256: 0.8 to 1.1 from run to run; mlp at 256: 1.2 to 1.5). Convolutions under
+    ``vmap`` become grouped ones, which gain nothing and lose at large batches. On a GPU nothing was measured: the
+    launch of a small network's kernels is expected to take longer than the kernels, so that M members in one launch
+    cost little more than one; convolutions may be the exception there, too.
 
     Args:
         model: The network.
@@ -198,4 +203,7 @@ def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_siz
     """
     if why_not_vectorised(model) is not None:
         return False
-    return torch.device(device).type != "cpu" or perceptron_layers(model) is not None
+    if torch.device(device).type != "cpu":
+        return True
+    parameters = sum(value.numel() for value in model.parameters())
+    return perceptron_layers(model) is not None and parameters * batch_size <= LONG_STEP

@@ -86,3 +86,19 @@ def overfitted(noisy):
 @pytest.mark.parametrize("mode", FLATNESS_FLOORS)
 def test_flipped_labels_are_less_flat_where_they_are_overfitted(noisy, overfitted, mode, capsys):
     check(noisy, "small_mlp", mode, FLATNESS_FLOORS[mode], capsys)
+
+
+@pytest.fixture(scope="module")
+def sensitive(noisy):
+    """The sensitivities of a small network's training examples, from the Memory-Perturbation Equation."""
+    path, base, _ = noisy
+    base = base / "mpe"
+    succeed(
+        "examples/1_loo_iterations.py", f"--dataset=npz:{path}", "--model=small_mlp", "--epochs=30", "--bs=32",
+        "--lr=0.02", "--lrmin=0.001", "--delta=5", "--name_exp=noisy", "--write_scores",
+        *folders(base, "datasets", "models", "metrics", "log", "resume_ckpts", "pickles"),
+    )  # fmt: skip
+
+
+def test_flipped_labels_are_sensitive(noisy, sensitive, capsys):
+    check(noisy, "mpe", "mpe", 0.8, capsys)

@@ -256,10 +256,15 @@ def test_a_loss_that_is_not_finite_stays_with_its_member():
     assert ensemble.finite().tolist() == [True, False, True]
 
 
-def test_the_rule_of_what_is_faster():
-    assert vectorised_is_faster(network("small_mlp"), "cpu", 32)
-    assert not vectorised_is_faster(network("conv"), "cpu", 32)
-    assert vectorised_is_faster(network("conv"), torch.device("cuda"), 32)
+@pytest.mark.parametrize(
+    ("name", "batch_size", "faster"),
+    [("small_mlp", 32, True), ("small_mlp", 256, True), ("small_mlp", 1024, False), ("large_mlp", 32, True),
+     ("large_mlp", 256, False), ("lenet", 32, False)],
+)  # fmt: skip
+def test_the_rule_of_what_is_faster(name, batch_size, faster):
+    model = build_model(name, 10, 1, 28, seed=0)
+    assert vectorised_is_faster(model, "cpu", batch_size) == faster
+    assert vectorised_is_faster(model, torch.device("cuda"), batch_size)
 
 
 @pytest.mark.parametrize(
