@@ -239,7 +239,9 @@ class Experiment:
         batches = self.batches(self.train, args.bs_jacs)
         if args.laplace_backend == "laplace-torch":
             return self._predict(LaplaceTorchVariances(model, batches, delta, structure=structure, full=self.full))
-        posterior = laplace_posterior(model, batches, delta, structure=structure, memory_mb=args.memory_mb)
+        posterior = laplace_posterior(
+            model, batches, delta, structure=structure, memory_mb=args.memory_mb, progress=True
+        )
         return self._predict(OutputVariances(model, posterior, full=self.full, memory_mb=args.memory_mb))
 
     def from_optimizer(self, trainer: Trainer) -> Predictions:
@@ -255,6 +257,8 @@ class Experiment:
 
     def check_variances(self, delta: float, structure: str) -> None:
         """Compute variances of two examples, so that a network which cannot have them is refused before training."""
+        if self.args.laplace_backend == "fast":
+            structure = "diag"  # refuses the same networks, without eigendecompositions, which may take minutes
         whole, self.train = self.train, self.train.subset(torch.arange(min(2, self.count)))
         try:
             self.laplace(delta, structure)

@@ -21,9 +21,15 @@ def check_retraining(experiment: Experiment) -> None:
     """Refuse flags of retraining that cannot be followed, before anything is trained.
 
     Raises:
-        FlagError: The floor of the rate lies above it, or the network cannot be vectorised and is to be.
+        FlagError: The floor of the rate lies above it, nothing would be left to retrain on, or the network cannot be
+            vectorised and is to be.
     """
     args = experiment.args
+    if len(experiment.labels.unique()) < 2:
+        raise FlagError(
+            f"--subset {args.subset}: its {experiment.count} training examples are of one class; give some of two "
+            "classes or more"
+        )
     if args.lrmin_retrain > args.lr_retrain:
         raise FlagError(
             f"--lrmin_retrain {args.lrmin_retrain:g}: lies above --lr_retrain {args.lr_retrain:g}; give at most that"

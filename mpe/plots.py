@@ -181,8 +181,8 @@ def validation(true: np.ndarray, estimated: np.ndarray) -> Figure:
         axes.scatter(true, estimated, s=75, facecolor="white", edgecolor="red", zorder=3, rasterized=len(true) > 5000)
         axes.set(xlabel="True Deviation", ylabel="Estimated Deviation")
         axes.autoscale_view()
-        axes.set_autoscale_on(False)  # the line does not move the limits
-        axes.plot([0, 1], [0, 1], color="0.5", lw=5, ls="--", zorder=1)
+        axes.set_autoscale_on(False)  # the identity line, up to the largest L1 deviation, does not move the limits
+        axes.plot([0, 2], [0, 2], color="0.5", lw=5, ls="--", zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(3))
         text = axes.text(

@@ -156,6 +156,7 @@ def _all_chunks(
             parts.append(part)
             if files:
                 files.finish(numbers, part)
+            log.info("%d of %d networks are trained", numbers.stop, count)
             after_chunk(_joined(parts), numbers.stop)
     return _joined(parts)
 

@@ -8,6 +8,8 @@ returns: an activation that later works in place on that output moves the tensor
 the gradient at the module's own output.
 """
 
+import logging
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +19,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import vmap
 
 from src.jacobians.contract import Kind
 from src.jacobians.independence import refuse_batch_statistics
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -76,6 +82,7 @@ class Capture:
         self.records: list[Record] = []
         self._kinds = kinds
         self._recording = False
+        self._vectorises: bool | None = None  # whether one pass can carry all rows; None: not tried
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -98,13 +105,16 @@ class Capture:
         self.records = []
 
     def _hook(self, name: str, kind: Kind):
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             # without a gradient (a call under no_grad) this call adds nothing to any parameter's gradient
             if not self._recording or not output.requires_grad:
-                return
+                return None
             inputs = args[0] if args else kwargs["input"]
+            if kind.output is not None and kind.fits(module, inputs):
+                output = kind.output(module, inputs, output)
             edge = get_gradient_edge(output)
             self.records.append(Record(name, module, kind, inputs.detach(), edge, output.shape, inputs._version))
+            return output
 
         return record
 
@@ -128,11 +138,12 @@ class Capture:
         finally:
             self._recording = False
 
-    @staticmethod
-    def backward(rows: Tensor, records: Sequence[Record], keep_graph: bool = False) -> list[Tensor]:
-        """Gradients of each row's sum at the outputs of the records, one backward pass per row.
+    def backward(self, rows: Tensor, records: Sequence[Record], keep_graph: bool = False) -> list[Tensor]:
+        """Gradients of each row's sum at the outputs of the records.
 
-        No gradient of a parameter is computed or left behind.
+        One pass carries all rows along (`torch.func.vmap`): its layers see q times as many maps, and the examples can
+        be so few that these stay in the processor's caches. A network that cannot be differentiated so gets a pass
+        for each row. No gradient of a parameter is computed or left behind.
 
         Args:
             rows: (q, b) quantities with their graph; column i depends on example i alone.
@@ -140,28 +151,62 @@ class Capture:
             keep_graph: whether the graph is still needed afterwards.
 
         Returns:
-            For each record a tensor (q, *output shape); in memory an example's rows lie beside each other, as batched
-            products per example want them.
+            For each record a tensor (q, *output shape).
         """
         if not records:
             return []
-        edges = [record.edge for record in records]
-        count = rows.shape[0]
-        found: list[Tensor] = []
-        for q, row in enumerate(rows.unbind(0)):
-            keep = keep_graph or q + 1 < count
-            gradients = torch.autograd.grad(row.sum(), edges, retain_graph=keep, allow_unused=True)
-            filled = [
-                record.inputs.new_zeros(record.output_shape) if gradient is None else gradient
-                for record, gradient in zip(records, gradients, strict=True)
-            ]
-            if count == 1:
-                return [gradient.unsqueeze(0) for gradient in filled]
-            if q == 0:
-                found = [g.new_empty(g.shape[0], count, *g.shape[1:]) for g in filled]
-            for stacked, gradient in zip(found, filled, strict=True):
-                stacked[:, q] = gradient
-        return [stacked.transpose(0, 1) for stacked in found]
+        if self._vectorises is not False and rows.shape[0] > 1:
+            # the graph of the first trial may be needed for a second
+            found = _all_rows(rows, records, keep_graph or self._vectorises is None)
+            self._vectorises = found is not None
+            if found is not None:
+                return found
+        return _row_by_row(rows, records, keep_graph)
+
+
+def _zeros_if_none(gradients: Sequence[Tensor | None], records: Sequence[Record]) -> tuple[Tensor, ...]:
+    return tuple(
+        record.inputs.new_zeros(record.output_shape) if gradient is None else gradient
+        for record, gradient in zip(records, gradients, strict=True)
+    )
+
+
+def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list[Tensor] | None:
+    """`Capture.backward` in one pass; None where the graph holds what cannot be vectorised."""
+    edges = [record.edge for record in records]
+
+    def pull(weights: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(rows, edges, weights, retain_graph=keep_graph, allow_unused=True)
+        return _zeros_if_none(gradients, records)
+
+    units = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    try:
+        with warnings.catch_warnings():  # an operation without a batching rule is looped over, which is no loss here
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return list(vmap(pull)(units.unsqueeze(2).expand(-1, -1, rows.shape[1])))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        logger.info("gradients of the classes are taken one by one: %.160s", error)
+        return None
+
+
+def _row_by_row(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list[Tensor]:
+    """`Capture.backward` by one pass per row."""
+    edges = [record.edge for record in records]
+    count = len(rows)
+    found: list[Tensor] = []
+    for q, row in enumerate(rows.unbind(0)):
+        keep = keep_graph or q + 1 < count
+        gradients = torch.autograd.grad(row.sum(), edges, retain_graph=keep, allow_unused=True)
+        filled = _zeros_if_none(gradients, records)
+        if count == 1:
+            return [gradient.unsqueeze(0) for gradient in filled]
+        if q == 0:
+            found = [g.new_empty(count, *g.shape) for g in filled]
+        for stacked, gradient in zip(found, filled, strict=True):
+            stacked[q] = gradient
+    return found
 
 
 def graph_uses(rows: Tensor) -> tuple[Counter[int], set[torch.autograd.graph.Node]]:

@@ -31,6 +31,8 @@ class Kind:
         gradients: (module, a, g, names) -> per name (q, b, *shape).
         bytes_per_example: (module, a, g) -> memory that either function takes per example.
         outer: the one form of ``a`` and ``g``, where the weight's gradient is a sum of outer products; else None.
+        output: (module, inputs, output) -> the same output with a shorter way back to the inputs, and none to the
+            parameters (but in whose graph they still stand); None where autograd's own way is short.
     """
 
     parameters: frozenset[str]
@@ -39,6 +41,7 @@ class Kind:
     gradients: Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
     bytes_per_example: Callable[[nn.Module, Tensor, Tensor], int]
     outer: "Outer | None" = None
+    output: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
 
 
 # ---------------------------------------------------------------------------------------------- full gradients

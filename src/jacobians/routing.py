@@ -29,12 +29,23 @@ CAPTURED, SUMMED, FALLBACK = "captured", "summed", "fallback"
 TRIED = 8
 """Examples on which the independence of examples is tried."""
 
-RECYCLED = 24 * 2**20
-"""Largest block in bytes that glibc's allocator keeps for the next use by all means; a larger one goes back to the
-system, and touching it anew costs more than the work done in it."""
+RECYCLED = 31 * 2**20
+"""Largest block in bytes that glibc's allocator can be taught to keep for the next use (see `keep_freed_memory`)."""
+
+CACHED = 4 * 2**20
+"""Bytes that a processor works on without waiting for its memory."""
 
 Calls = dict[str, list[tuple[Record, str]]]
 """For each parameter its recorded calls, with the parameter's name in the module; none: the fallback."""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's allocator keep what is freed, blocks up to 31 MiB and 62 MiB in all, for the next use.
+
+    It raises both limits whenever a block that large is freed; until then it returns even small blocks to the system,
+    and touching them anew costs several times the convolution that is done in them.
+    """
+    torch.empty(RECYCLED, dtype=torch.uint8)
 
 
 def covered(record: Record, b: int) -> bool:
@@ -87,6 +98,7 @@ class Routing(ABC):
         if not self._parameters:
             raise ValueError("per-example gradients of a model none of whose parameters requires a gradient")
         self._names = {id(p): name for name, p in self._parameters.items()}
+        keep_freed_memory()
         self._evaluating = evaluating(self.model)
         self._evaluating.__enter__()
         self._capture.__enter__()
@@ -222,7 +234,7 @@ class Routing(ABC):
         """Cuts of ``count`` examples, each with so many bytes in all and in its largest block."""
         step = self._budget // max(bytes_per_example, 1)
         if device.type == "cpu":
-            step = min(step, RECYCLED // max(largest, 1))
+            step = min(step, CACHED // max(largest, 1))
         step = max(1, int(step))
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 

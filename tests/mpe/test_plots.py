@@ -97,7 +97,7 @@ def test_validation_draws_points_and_an_identity_line_that_moves_no_limits():
     axes = validation(true, estimated).axes[0]
     points = next(c for c in axes.collections if isinstance(c, PathCollection))
     assert np.array_equal(points.get_offsets(), np.column_stack([true, estimated]))
-    assert axes.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0], [2, 2]]
     assert axes.get_xlim()[1] < 0.4
     assert axes.get_ylim()[1] < 0.1
     assert "Spearman 0.800" in axes.texts[0].get_text()
