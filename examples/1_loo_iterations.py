@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpe.experiment import Experiment, plain_args
 from mpe.loo_iterations import LooIterations
 from mpe.results import Result
-from src.artifacts import label_hash
+from src.artifacts import label_hash, score_path
+from src.artifacts.score_files import refuse_other_scores
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_experiment_flags, add_folder_flags, add_laplace_flags, number
@@ -77,7 +78,10 @@ def main() -> None:
         resume=args.resume,
         overwrite=args.overwrite,
     )
+    if args.write_scores and not args.overwrite:
+        refuse_other_scores(score_path(args.metrics_folder, "mpe", experiment.entry.name), experiment.settings())
     if args.optim_var:
+        experiment.check_network()
         measure = experiment.from_optimizer
     else:
         experiment.check_variances(args.delta, args.var_version)
@@ -87,6 +91,7 @@ def main() -> None:
 
     iterations = LooIterations(result, measure, args.epochs, args.class_cov)
     trainer = experiment.train_base(args.optimizer, measure=iterations)
+    iterations.finish(trainer)
     last = trainer.history[-1]
     print(
         f"test accuracy {100 * last['test_accuracy']:.2f} %, test NLL {last['test_loss']:.6f} "

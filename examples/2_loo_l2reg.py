@@ -22,7 +22,7 @@ import numpy as np
 
 from mpe.experiment import Experiment, plain_args
 from mpe.l2_selection import l2_content, measure_deltas
-from mpe.many_networks import train_with_deltas, vectorised
+from mpe.many_networks import check_last_batches, train_with_deltas, vectorised
 from mpe.results import Result
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
@@ -64,7 +64,8 @@ def main() -> None:
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_cv.log")
     experiment = Experiment(args, "cv")
     deltas = np.logspace(args.deltas_start, args.deltas_stop, args.n_exp)
-    vectorised(experiment)
+    vectorised(experiment)  # refuses what cannot be
+    check_last_batches(experiment, [experiment.count])
     experiment.check_variances(deltas[0], "kfac")
     result = Result(
         experiment.path(), plain_args(args), experiment.settings(), resume=args.resume, overwrite=args.overwrite

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from mpe.experiment import Experiment, plain_args
-from mpe.many_networks import check_retraining, retrain_without
+from mpe.many_networks import check_last_batches, check_retraining, retrain_without
 from mpe.results import Result
 from mpe.validation import (
     drawn_examples,
@@ -80,11 +80,14 @@ def main() -> None:
             f"examples cannot be left out; give 1 to {experiment.count} together"
         )
     check_retraining(experiment)
+    check_last_batches(experiment, [experiment.count, experiment.count - 1])
     experiment.check_variances(args.delta, "kfac")
     settings = experiment.settings()
     flags = {"resume": args.resume, "overwrite": args.overwrite}
     scores = Result(experiment.path("scores"), plain_args(args), settings, **flags)
     retrained = Result(experiment.path("retrain"), plain_args(args), settings, **flags)
+    if args.overwrite:
+        retrained.remove_other()  # or it would stand beside scores of other settings
 
     experiment.train_base("sgd")
     predictions = experiment.laplace(args.delta)

@@ -61,6 +61,7 @@ def main() -> None:
     experiment = Experiment(args, "evolving")
     steps = args.epochs * -(-experiment.count // args.bs)
     checkpoints = checkpoints_of(experiment.entry.name, steps, args.checkpoints)
+    experiment.check_network()
     result = Result(
         experiment.path(),
         plain_args(args),

@@ -20,7 +20,7 @@ import numpy as np
 
 from mpe.class_removal import class_content, class_estimates, measure_test
 from mpe.experiment import Experiment, plain_args
-from mpe.many_networks import check_retraining, retrain_without
+from mpe.many_networks import check_last_batches, check_retraining, retrain_without
 from mpe.results import Result
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags
@@ -53,6 +53,8 @@ def main() -> None:
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_leaveclassout.log")
     experiment = Experiment(args, "leaveclassout")
     check_retraining(experiment)
+    sizes = experiment.labels.bincount().cpu().tolist()
+    check_last_batches(experiment, [experiment.count, *(experiment.count - size for size in sizes)])
     experiment.check_variances(args.delta, "kfac")
     result = Result(
         experiment.path(), plain_args(args), experiment.settings(), resume=args.resume, overwrite=args.overwrite

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from mpe.estimates import estimate, loo_losses
 from mpe.loo_iterations import forms_of
-from mpe.predictions import Predictions
+from mpe.predictions import EPS, Predictions
 from src.training.ensemble import Ensemble
-
-LEAST_PROBABILITY = 1e-10  # inside logarithms
 
 
 def class_estimates(predictions: Predictions, class_cov: str, classes: int) -> dict[str, np.ndarray]:
@@ -35,15 +33,19 @@ def class_estimates(predictions: Predictions, class_cov: str, classes: int) -> d
 def measure_test(
     images: Tensor, labels: Tensor, batch: int = 1000
 ) -> Callable[[Ensemble, Sequence[int]], dict[str, np.ndarray]]:
-    """Test NLL and accuracy ``(m,)`` of an ensemble's members, on images and labels on the device."""
+    """Test NLL and accuracy ``(m,)`` of an ensemble's members, on images and labels on the device.
+
+    ``batch`` counts an image once for each member, so that memory does not grow with the ensemble.
+    """
 
     def measure(ensemble: Ensemble, members: Sequence[int]) -> dict[str, np.ndarray]:
         nll = torch.zeros(len(members), dtype=torch.float64, device=images.device)
         correct = torch.zeros_like(nll)
-        for part, wanted in zip(images.split(batch), labels.split(batch), strict=True):
+        size = max(1, batch // len(ensemble))
+        for part, wanted in zip(images.split(size), labels.split(size), strict=True):
             p = ensemble.logits(part).detach().double().softmax(-1)  # (m, b, C)
             own = p.gather(2, wanted.expand(len(members), -1).unsqueeze(2)).squeeze(2)
-            nll -= own.clamp_min(LEAST_PROBABILITY).log().sum(1)
+            nll -= own.clamp_min(EPS).log().sum(1)
             correct += (p.argmax(2) == wanted).sum(1)
         return {"nll": (nll / len(labels)).cpu().numpy(), "acc": (correct / len(labels)).cpu().numpy()}
 

@@ -154,7 +154,8 @@ def sampled_errors(
         correlated: sample from the (C, C) covariances; by default each logit by itself, as the paper's experiments.
 
     Returns:
-        Float64 (n, C), clamped like `Predictions.errors`.
+        Float64 (n, C): clamped like `Predictions.errors` by default, and as they are where correlated, so that they
+        sum to 0 and nothing of what shifts all logits alike comes back through them.
 
     Raises:
         ValueError: no samples, or ``correlated`` without covariances.
@@ -170,10 +171,21 @@ def sampled_errors(
         for own in noise:
             own.normal_(generator=generator)  # a draw of a fixed size: a larger one orders its numbers in another way
         if correlated:
-            values, vectors = torch.linalg.eigh(predictions.variances[part])
-            noise = noise @ (vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)).mT
+            noise = noise @ _centred_root(predictions.variances[part])
         else:
             noise.mul_(predictions.diagonal[part].sqrt().unsqueeze(1))
         found[part] = noise.add_(predictions.logits[part].unsqueeze(1)).softmax(2).mean(1)
     found -= torch.nn.functional.one_hot(predictions.labels, c)
-    return clamped_errors(found)
+    return found if correlated else clamped_errors(found)
+
+
+def _centred_root(variances: Tensor) -> Tensor:
+    """Symmetric roots (n, C, C) of ``H V H`` with ``H = I - 11^T / C``: logits less their mean, the same softmax.
+
+    Not a root of V itself, so that a variance of all logits alike changes no sample; and the symmetric one, which
+    does not depend on the choice of eigenvectors.
+    """
+    centred = variances - variances.mean(1, keepdim=True)
+    centred = centred - centred.mean(2, keepdim=True)
+    values, vectors = torch.linalg.eigh(centred)
+    return (vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)) @ vectors.mT

@@ -89,8 +89,7 @@ class Evolving:
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # the training goes on as if nothing had been measured
             found = self.predictions(trainer)
-            errors = sampled_errors(found, samples=SAMPLES, generator=generator(self.seed, step, "logit samples"))
-        self.rows[step] = np.array([sensitivity(estimate(found, form, errors)).numpy() for form in self.forms])
+            self.rows[step] = self._sensitivities(found, step)
         log.info(
             "step %d (epoch %d): train accuracy %.2f %% NLL %.6f; mean sensitivity %.6f",
             step,
@@ -100,6 +99,21 @@ class Evolving:
             self.rows[step][self.forms.index(self.class_cov)].mean(),
         )
         self.write()
+
+    def _sensitivities(self, found: Predictions, step: int) -> np.ndarray:
+        """``(forms, N)``. The diagonal form takes the paper's errors, of independent logits and clamped.
+
+        The others take those of correlated logits as they are: the paper's would bring back the variance of a shift
+        of all logits, which no probability can see and which these forms leave out.
+        """
+        errors, rows = {}, []
+        for form in self.forms:
+            correlated = form != "diag"
+            if correlated not in errors:
+                draws = generator(self.seed, step, "logit samples")
+                errors[correlated] = sampled_errors(found, samples=SAMPLES, generator=draws, correlated=correlated)
+            rows.append(sensitivity(estimate(found, form, errors[correlated])).numpy())
+        return np.array(rows)
 
     def finish(self, **more: Any) -> None:
         """Write the rows with what ``more`` holds, after the last step.

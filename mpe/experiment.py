@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpe.laplace_torch import LaplaceTorchVariances
 from mpe.posteriors import laplace_posterior, optimizer_posterior
-from mpe.predictions import Predictions, predict
+from mpe.predictions import EPS, Predictions, predict
 from src.artifacts import (
     experiment_folder,
     label_hash,
@@ -25,15 +25,16 @@ from src.artifacts import (
 from src.datasets import Batches, ImageSet, load_dataset, parse_subset
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FlagError
-from src.jacobians import OutputVariances
+from src.jacobians import OutputVariances, Posterior
 from src.models import build_model
 from src.training import RunFiles, Trainer, TrainingConfig, evaluate, model_description, run_training
 
 log = logging.getLogger(__name__)
 
 NORMALISATION = "mpe"
-LOSS_CAP = -math.log(1e-10)  # nats: probabilities inside logarithms are at least 1e-10, as in the paper's experiments
+LOSS_CAP = -math.log(EPS)  # nats
 ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
+SHARED_SETTINGS = ("dataset", "image_size", "channels", "labels", "subset", "examples", "model", "base_shuffle")
 _RESULT_FREE = (  # flags that change neither a result nor what it is called
     "device",
     "resume",
@@ -52,6 +53,9 @@ _RESULT_FREE = (  # flags that change neither a result nor what it is called
 )
 
 
+_ENSEMBLES = ("cv", "retrain", "leaveclassout")  # the kinds that train many networks side by side
+
+
 class Experiment:
     """One experiment: its data, network and device, from the flags of ``add_experiment_flags``.
 
@@ -67,6 +71,10 @@ class Experiment:
         self.args, self.kind = args, kind
         if args.lrmin > args.lr:
             raise FlagError(f"--lrmin {args.lrmin:g}: lies above --lr {args.lr:g}; give at most that")
+        if args.precision == "bf16" and kind in _ENSEMBLES:
+            raise FlagError("--precision bf16: networks side by side are not trained so; give fp32, tf32 or fp64")
+        if args.compile and kind == "cv":
+            raise FlagError("--compile: networks side by side are not compiled; leave it out")
         self.device, self.precision = resolve_device(args.device), PRECISIONS[args.precision]
         prepare(self.device, self.precision, args.deterministic)
         torch.manual_seed(args.seed)
@@ -184,6 +192,8 @@ class Experiment:
             compile_model=args.compile,
             after_step=after_step,
             test_loss_cap=LOSS_CAP,
+            rate_flag="--lr",
+            size_flag="--bs",
         )
         description = model_description(
             args.model,
@@ -207,8 +217,7 @@ class Experiment:
     def base_settings(self, config: TrainingConfig) -> dict[str, Any]:
         """What determines the base run: the experiment's settings without those of what follows it."""
         own = self.settings()
-        shared = ("dataset", "image_size", "channels", "labels", "subset", "examples", "model", "base_shuffle")
-        return {**config.as_dict(), **{name: own[name] for name in shared}, "batch_size": self.args.bs}
+        return {**config.as_dict(), **{name: own[name] for name in SHARED_SETTINGS}, "batch_size": self.args.bs}
 
     def test_metrics(self, model: nn.Module | None = None) -> tuple[float, float]:
         """Test accuracy and mean NLL of a network, by default ``self.model``."""
@@ -238,7 +247,8 @@ class Experiment:
         model, args = model or self.model, self.args
         batches = self.batches(self.train, args.bs_jacs)
         if args.laplace_backend == "laplace-torch":
-            return self._predict(LaplaceTorchVariances(model, batches, delta, structure=structure, full=self.full))
+            more = {"structure": structure, "full": self.full, "memory_mb": args.memory_mb}
+            return self._predict(LaplaceTorchVariances(model, batches, delta, **more))
         posterior = laplace_posterior(
             model, batches, delta, structure=structure, memory_mb=args.memory_mb, progress=True
         )
@@ -254,6 +264,16 @@ class Experiment:
     def _predict(self, engine: Any) -> Predictions:
         with engine:
             return predict(engine, self.batches(self.train, self.args.bs_jacs), progress=True)
+
+    def check_network(self) -> None:
+        """Compute variances of two examples under a unit covariance; see ``check_variances``."""
+        ones = {name: torch.ones_like(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        engine = OutputVariances(self.model, Posterior(ones), memory_mb=self.args.memory_mb)
+        try:
+            with engine:
+                engine(next(iter(self.batches(self.train, 2))).images)
+        except ValueError as error:
+            raise FlagError(f"--model {self.args.model}: {error}") from error
 
     def check_variances(self, delta: float, structure: str) -> None:
         """Compute variances of two examples, so that a network which cannot have them is refused before training."""

@@ -85,6 +85,22 @@ class LooIterations:
         )
         return row
 
+    def finish(self, trainer: Trainer) -> None:
+        """Write the whole result after the last epoch, also where training had finished before.
+
+        Raises:
+            FileError: An estimate before the last epoch is missing.
+        """
+        missing = [epoch for epoch in self.evaluated if epoch < trainer.epoch and epoch not in self.rows]
+        if missing:
+            raise FileError(
+                f"{self.result.path}: holds no estimate of epoch {missing[0]}, which training has passed; start "
+                "without --resume"
+            )
+        if trainer.epoch not in self.rows:
+            self.rows[trainer.epoch] = self._measure(trainer)
+        self.write(trainer)
+
     def sensitivities(self, trainer: Trainer) -> Sensitivities:
         """Those of the trained network; computed now if this process has not measured it."""
         if self.last is None:

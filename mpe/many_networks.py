@@ -1,18 +1,19 @@
 """Many networks for one experiment: retrained without some examples, or trained with different L2 parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from mpe.experiment import ORDERS, Experiment
+from mpe.experiment import ORDERS, SHARED_SETTINGS, Experiment
 from mpe.orders import replay_generator
 from mpe.retraining import Measure, RetrainSettings, retrain
 from src.errors import FlagError
 from src.models import MODELS
-from src.training.ensemble import why_not_vectorised
+from src.models.modes import trains_on_one
+from src.training.ensemble import vectorised_is_faster, why_not_vectorised
 
 Rows = dict[str, np.ndarray]
 
@@ -37,8 +38,27 @@ def check_retraining(experiment: Experiment) -> None:
     vectorised(experiment)
 
 
-def vectorised(experiment: Experiment) -> bool | None:
-    """Whether networks are trained as one batch of networks; None for as is faster.
+def check_last_batches(experiment: Experiment, counts: Sequence[int]) -> None:
+    """Refuse a batch size that leaves BatchNorm a last batch of one example, which it cannot normalise.
+
+    Args:
+        experiment: The experiment.
+        counts: Of how many examples networks will be trained.
+
+    Raises:
+        FlagError: It does.
+    """
+    size, shape = experiment.args.bs, experiment.train.image_shape
+    single = [count for count in counts if min(count, count % size or size) == 1]
+    if single and not trains_on_one(experiment.model, shape):
+        raise FlagError(
+            f"--bs {size}: {single[0]} examples leave a last batch of one, which this network's BatchNorm cannot "
+            "normalise; give another size"
+        )
+
+
+def vectorised(experiment: Experiment) -> bool:
+    """Whether networks are trained as one batch of networks.
 
     Raises:
         FlagError: The network cannot be, and is to be.
@@ -46,7 +66,9 @@ def vectorised(experiment: Experiment) -> bool | None:
     args, reason = experiment.args, why_not_vectorised(experiment.model)
     if args.ensemble == "vectorised" and reason:
         raise FlagError(f"--ensemble vectorised: {reason} in --model {args.model}; give auto or sequential")
-    return {"auto": None, "vectorised": True, "sequential": False}[args.ensemble]
+    if args.ensemble == "auto":
+        return vectorised_is_faster(experiment.model, experiment.device, args.bs)
+    return args.ensemble == "vectorised"
 
 
 def retrain_without(
@@ -82,7 +104,10 @@ def retrain_without(
     if args.retrain_shuffle == "replay":
         build = partial(MODELS[args.model].build, entry.num_classes, entry.channels, entry.image_size)
         replay = replay_generator(build, seed=args.seed)
-    return _run(experiment, images, removed, settings, measure, write, replay=replay, extra_draws=extra_draws)
+    own = experiment.settings()
+    key = {name: own[name] for name in SHARED_SETTINGS}  # with the base weights, all that determines the rows
+    more = {"replay": replay, "extra_draws": extra_draws}
+    return _run(experiment, images, removed, settings, key, measure, write, **more)
 
 
 def train_with_deltas(
@@ -116,7 +141,7 @@ def train_with_deltas(
     nothing = [np.empty(0, np.int64)] * len(deltas)
     batches = experiment.batches(experiment.train, experiment.count, ORDERS[args.base_shuffle])
     more = {"deltas": list(deltas), "permutation": batches.visited, "rate_flag": "--lr"}
-    return _run(experiment, images, nothing, settings, measure, write, **more)
+    return _run(experiment, images, nothing, settings, experiment.settings(), measure, write, **more)
 
 
 def _run(
@@ -124,11 +149,12 @@ def _run(
     images: Tensor,
     removed: Sequence[np.ndarray],
     settings: RetrainSettings,
+    key: Mapping[str, Any],
     measure: Measure,
     write: Callable[[Rows], None],
     **more: Any,
 ) -> Rows:
-    args = experiment.args
+    args, at_once = experiment.args, vectorised(experiment)
     return retrain(
         experiment.model,
         images,
@@ -136,12 +162,12 @@ def _run(
         removed,
         settings,
         measure=measure,
-        chunk=args.ensemble_size,
+        chunk=args.ensemble_size if at_once else 1,  # one after another: each is written when it is done
         folder=experiment.files.resume / "retraining",
-        key=experiment.settings(),
+        key=key,
         resume=args.resume,
         overwrite=args.overwrite,
-        vectorised=vectorised(experiment),
+        vectorised=at_once,
         after_chunk=lambda rows, done: write(rows),
         **more,
     )

@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 STRUCTURES = ("kfac", "diag")
 """Structures of a Laplace posterior."""
 
-BACKENDS = ("fast", "laplace-torch")
-"""Who fits and contracts it: this project's engine, or laplace-torch (`mpe.laplace_torch`)."""
-
 Batches = Iterable[Tensor | Sequence[Tensor]]
 
 

@@ -117,7 +117,7 @@ def predict(
         images, labels = batch[0], torch.as_tensor(batch[1]).to("cpu", torch.int64)
         if not len(labels):
             continue  # a rank's share may be empty
-        given = _indices(batch)
+        given = given_indices(batch)
         indices = torch.arange(seen, seen + len(labels)) if given is None else given
         logits, variances = engine(images.to(device))
         _check_classes(logits, labels)
@@ -131,8 +131,8 @@ def predict(
     return found
 
 
-def _indices(batch: Sequence[Tensor]) -> Tensor | None:
-    """The batch's original indices, if it holds some."""
+def given_indices(batch: Sequence[Tensor]) -> Tensor | None:
+    """The batch's original indices, int64 on the CPU, if its third entry holds integers; else None."""
     third = batch[2] if len(batch) > 2 else None
     if not isinstance(third, Tensor) or third.is_floating_point() or third.shape != (len(batch[1]),):
         return None

@@ -55,6 +55,13 @@ class Result:
             "--name_exp"
         )
 
+    def remove_other(self) -> None:
+        """Remove a result of other settings that is to be replaced."""
+        if not self.stored and self.path.exists():
+            stored = self._read(overwrite=True)
+            if stored is None or differences(stored["settings"], self.settings):
+                self.path.unlink()
+
     def write(self, **content: Any) -> Path:
         """Write the result: plain values and numpy arrays by name, with ``args`` and ``settings``."""
         return write_pickle(self.path, {**content, "args": self.args, "settings": self.settings})

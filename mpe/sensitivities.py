@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from mpe.estimates import CLASS_COVARIANCES, Estimates, estimate, loo_losses, sensitivity
 from mpe.posteriors import STRUCTURES, laplace_posterior, optimizer_posterior
-from mpe.predictions import Predictions, predict
+from mpe.predictions import Predictions, given_indices, predict
 from src import artifacts
 from src.artifacts import score_files
 from src.jacobians import OutputVariances, Posterior
@@ -133,7 +141,8 @@ def sensitivities(
     Args:
         model: any network whose outputs are logits (b, C), on its device.
         loader: the training examples, un-augmented: ``(images, labels)`` or ``(images, labels, indices, ...)``.
-            Without indices an example's index is its place in the pass, so that the loader must not shuffle.
+            Without indices an example's index is its place in the pass, so that the loader must not shuffle; of
+            torch's DataLoaders only those are taken then that read their data set from its beginning in order.
         posterior: ``"kfac"`` or ``"diag"`` for Laplace's, fitted on the same loader; the optimiser that has trained
             the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a `Posterior`.
         delta: prior precision: the training loss is ``mean cross-entropy + delta / (2 N) |w|^2``, so a weight decay
@@ -171,20 +180,46 @@ def sensitivities(
 
 
 def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
-    """Stop if a torch DataLoader shuffles and does not say which examples it gives.
+    """Stop if a torch DataLoader may shuffle and its first batch does not say which examples it holds.
+
+    A loader that is sure to go through its data set in order is not read. Of others a batch is, and the generators
+    of torch's random numbers are put back afterwards.
 
     Raises:
-        ValueError: it does.
+        ValueError: it may, and does not say.
     """
-    random = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
-    if not isinstance(getattr(loader, "sampler", None), random):
+    if _in_order(loader):
         return
-    first = next(iter(loader))
-    if len(first) < 3:
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    own = [holder.generator for holder in holders if isinstance(getattr(holder, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in own]
+    with torch.random.fork_rng(devices=[]):
+        first = next(iter(loader), None)
+    for generator, state in zip(own, states, strict=True):
+        generator.set_state(state)
+    if first is None or given_indices(first) is None:
         raise ValueError(
-            "the loader shuffles and gives no indices, so that no score could be told to be of which example; "
-            "build it with shuffle=False, or let it give (images, labels, indices)"
+            "the loader shuffles, or may do so, and gives no integer indices, so that no score could be told to be of "
+            "which example; build it with shuffle=False and without a sampler of its own, or let it give "
+            "(images, labels, indices)"
         )
+
+
+def _in_order(loader: Iterable[Sequence[Tensor]]) -> bool:
+    """Whether batches without indices are taken to hold examples 0, 1, 2, ...
+
+    Of torch's own loaders only what is known to do so: given a batch sampler, a DataLoader's ``sampler`` is a
+    sequential one that it does not use, and samplers that shuffle have no common class.
+    """
+    if not isinstance(loader, DataLoader):  # a list, `src.datasets.Batches`, something around a DataLoader
+        random = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
+        return not isinstance(getattr(loader, "sampler", None), random)
+    used = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if type(used) is BatchSampler:
+        used = used.sampler
+    as_they_come = loader.num_workers > 1 and not getattr(loader, "in_order", True)  # of torch 2.6 on
+    return type(used) is SequentialSampler and not as_they_come  # a subclass may do anything
 
 
 def _name(posterior: Posterior | Optimizer | str) -> str:

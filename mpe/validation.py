@@ -12,6 +12,9 @@ from mpe.estimates import Estimates, estimate, sensitivity
 from mpe.loo_iterations import forms_of
 from mpe.predictions import Predictions
 
+PASS = 500
+"""Images in a pass of an ensemble, an image counted once for each member."""
+
 
 def estimates_of(predictions: Predictions, class_cov: str) -> dict[str, Estimates]:
     """The estimates of each form of class covariance that one pass serves."""
@@ -75,7 +78,7 @@ def measure_removed(images: Tensor, removed: np.ndarray) -> Callable[[Ensemble, 
             probabilities[place] = np.nan
             parts = [
                 _softmax(ensemble.logits(images[part.to(images.device)])[place])
-                for part in torch.from_numpy(removed).split(500)
+                for part in torch.from_numpy(removed).split(max(1, PASS // len(ensemble)))
             ]
             control = np.concatenate(parts)[None]
         return {"probabilities": probabilities, "control": control}

@@ -115,7 +115,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             _end(f"{name}: another of the processes that train together has ended; its message says why", 1)
         if not _is_out_of_memory(error):
             raise
-        _end(f"{name}: not enough memory ({_first_line(error)}); a smaller --batch_size may help", 1)
+        _end(f"{name}: not enough memory ({_first_line(error)}); smaller batches may help", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{name}: {where}{error.strerror or error}", 1)

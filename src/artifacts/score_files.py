@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from src.artifacts.reading import read_json, read_npz, read_pickle
+from src.artifacts.sidecar import refuse_other_settings
 from src.artifacts.writing import write_json, write_pickle
 from src.errors import FileError
 
@@ -118,6 +119,21 @@ def read_memorization(path: str | Path) -> np.ndarray:
     if scores.ndim != 1 or not len(scores) or scores.dtype.kind not in "fiu" or not np.isfinite(scores).all():
         raise FileError(f"{path}: 'tr_mem' is not one finite number per example; fetch it with fetch_scores.py")
     return scores.astype(np.float64)
+
+
+def refuse_other_scores(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Stop if a score file was made with other settings.
+
+    Args:
+        path: The file to be written.
+        settings: What would determine its scores; those that the file's json does not name count as different.
+
+    Raises:
+        FileError: The settings differ.
+    """
+    if Path(path).exists():
+        record = read_sidecar(path)
+        refuse_other_settings(path, {name: record.get(name) for name in settings}, settings)
 
 
 def refuse_foreign(path: str | Path, scores: np.ndarray, n: int | None = None, label_hash: str | None = None) -> None:

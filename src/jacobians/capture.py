@@ -24,7 +24,6 @@ from torch.func import vmap
 from src.jacobians.contract import Kind
 from src.jacobians.independence import refuse_batch_statistics
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -37,8 +36,8 @@ class Record:
         module: the module.
         kind: how its gradients are contracted.
         inputs: what it was called with, (b, ...).
-        edge: where its output stands in the autograd graph.
-        output_shape: the output's shape.
+        edge: where its output (or what its kind taps instead) stands in the autograd graph.
+        output_shape: the shape of that tensor.
         version: version counter of ``inputs`` at the call.
         gradient: (q, b, ...) gradients of q quantities at the output, None until `Capture.backward` filled it.
     """
@@ -110,10 +109,11 @@ class Capture:
             if not self._recording or not output.requires_grad:
                 return None
             inputs = args[0] if args else kwargs["input"]
-            if kind.output is not None and kind.fits(module, inputs):
-                output = kind.output(module, inputs, output)
-            edge = get_gradient_edge(output)
-            self.records.append(Record(name, module, kind, inputs.detach(), edge, output.shape, inputs._version))
+            tapped = output
+            if kind.tap is not None and kind.fits(module, inputs):
+                output, tapped = kind.tap(module, inputs, output)
+            edge = get_gradient_edge(tapped)
+            self.records.append(Record(name, module, kind, inputs.detach(), edge, tapped.shape, inputs._version))
             return output
 
         return record

@@ -31,8 +31,8 @@ class Kind:
         gradients: (module, a, g, names) -> per name (q, b, *shape).
         bytes_per_example: (module, a, g) -> memory that either function takes per example.
         outer: the one form of ``a`` and ``g``, where the weight's gradient is a sum of outer products; else None.
-        output: (module, inputs, output) -> the same output with a shorter way back to the inputs, and none to the
-            parameters (but in whose graph they still stand); None where autograd's own way is short.
+        tap: (module, inputs, output) -> an output with the same values to go on with, and the tensor, its first axis
+            the examples, whose gradients ``g`` are; None where these are the output itself.
     """
 
     parameters: frozenset[str]
@@ -41,7 +41,7 @@ class Kind:
     gradients: Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
     bytes_per_example: Callable[[nn.Module, Tensor, Tensor], int]
     outer: "Outer | None" = None
-    output: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    tap: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 # ---------------------------------------------------------------------------------------------- full gradients

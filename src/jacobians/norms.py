@@ -72,60 +72,83 @@ def layernorm_gradients(module: nn.LayerNorm, a: Tensor, g: Tensor, names: Colle
     return found
 
 
-def _filter_response(module: FilterResponseNorm, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``max(y, tau)``, ``y = gamma * xhat + beta``: xhat, gamma / sqrt(mean x^2 + eps) and the mask.
+def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes back from the output of filter response normalisation, in few passes over the maps.
 
-    The mask is 1 where y is the larger, 1/2 where both are equal, as autograd has it.
-    """
-    inverse = (a.square().mean((2, 3), keepdim=True) + module.eps).rsqrt()
-    scale = module.gamma * inverse
-    y = a * scale + module.beta  # rounded as the module rounds it: what is equal there is equal here
-    mask = (y > module.tau).to(a).add_((y == module.tau).to(a), alpha=0.5)
-    return a * inverse, scale, mask
-
-
-def filter_response_gradients(
-    module: FilterResponseNorm, a: Tensor, g: Tensor, names: Collection[str]
-) -> dict[str, Tensor]:
-    """Filter response normalisation, ``z = max(gamma * xhat + beta, tau)``, ``xhat = x / sqrt(mean x^2 + eps)``.
-
-    With the mask m of the maximum: ``sum_t g m xhat`` for gamma, ``sum_t g m`` for beta, ``sum_t g (1 - m)`` for
-    tau, each (q, b, 1, c, 1, 1), in one product that reads g once.
+    With ``z = max(gamma * xhat + beta, tau)``, ``xhat = x * r``, ``r = 1 / sqrt(mean x^2 + eps)`` and the mask m of
+    the maximum (1 where the first is the larger, 1/2 where both are equal, as autograd has it):
+    ``sum_t g m xhat`` for gamma, ``sum_t g m`` for beta, ``sum_t g (1 - m)`` for tau, and
+    ``gamma * r * (g m - xhat * mean(g m xhat))`` for x.
 
     Source: Singh and Krishnan 2020, "Filter Response Normalization Layer", Eqs. 1-3.
+
+    Args:
+        g: (q, b, c, h, w).
+        xhat: (b, c, h, w).
+        mask: (b, c, h, w).
+        scale: (b, c, 1, 1), ``gamma * r``.
+
+    Returns:
+        (q, b, c, h, w) for x, and (q, b, 3, c) for gamma, beta and tau.
     """
-    xhat, _, mask = _filter_response(module, a)
     factors = torch.stack([mask * xhat, mask, 1 - mask], dim=2).flatten(3)  # (b, c, 3, t)
-    products = factors @ g.flatten(3).permute(1, 2, 3, 0)  # (b, c, 3, q)
-    found = dict(zip(("gamma", "beta", "tau"), products.permute(2, 3, 0, 1), strict=True))
-    return {name: found[name].reshape(*g.shape[:2], *getattr(module, name).shape) for name in names}
+    sums = (factors @ g.flatten(3).permute(1, 2, 3, 0)).permute(3, 0, 2, 1)  # (q, b, 3, c)
+    means = (sums[:, :, 0] / factors.shape[-1])[..., None, None] * scale
+    return (g * (mask * scale)).addcmul_(xhat, means, value=-1), sums
 
 
-class _FilterResponseToInputs(torch.autograd.Function):
-    """Filter response normalisation whose backward pass knows the inputs only, in four passes over the maps.
+class _FilterResponseBack(torch.autograd.Function):
+    """`_filter_response_maps` as one operation under `torch.func.vmap`, which hands it all rows as they are."""
 
-    ``dx = p - xhat * mean(p * xhat)`` with ``p = g * m * gamma / sqrt(mean x^2 + eps)``; autograd's own chain makes
-    about fifteen passes, which on small maps is most of a network's time. The tensors it needs are its own, so what
-    becomes of x afterwards does not matter (nor are they left to hooks on saved tensors, such as checkpointing's).
+    @staticmethod
+    def forward(g: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
+        to_inputs, sums = _filter_response_maps(g.unsqueeze(0), *constants)
+        return to_inputs[0], sums[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        pass  # a second derivative is never asked for
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, g: Tensor, *constants: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return _filter_response_maps(g.movedim(in_dims[0], 0), *constants), (0, 0)
+
+
+class _FilterResponse(torch.autograd.Function):
+    """Filter response normalisation with a short way back: autograd's own takes some fifteen passes over the maps.
+
+    The parameters come as (b, 3, c), a copy for each example, so their gradients are per example. The tensors that
+    the way back needs are its own: what becomes of x afterwards does not matter.
     """
 
     @staticmethod
-    def forward(ctx, a: Tensor, output: Tensor, module: FilterResponseNorm, *parameters: Tensor) -> Tensor:
-        ctx.xhat, scale, mask = _filter_response(module, a)
-        ctx.slope = mask.mul_(scale)
+    def forward(ctx, a: Tensor, parameters: Tensor, output: Tensor, eps: float) -> Tensor:
+        gamma, beta, tau = parameters[..., None, None].unbind(1)  # (b, c, 1, 1)
+        inverse = (a.square().mean((2, 3), keepdim=True) + eps).rsqrt()
+        scale = gamma * inverse
+        y = a * scale + beta  # rounded as the module rounds it: what is equal there is equal here
+        ctx.constants = a * inverse, (y > tau).to(a).add_((y == tau).to(a), alpha=0.5), scale
         return output.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        passed = g * ctx.slope
-        mean = (passed * ctx.xhat).mean((-2, -1), keepdim=True)
-        return torch.addcmul(passed, ctx.xhat, mean, value=-1), *[None] * 5
+        return *_FilterResponseBack.apply(g, *ctx.constants), None, None
 
 
-def filter_response_output(module: FilterResponseNorm, a: Tensor, output: Tensor) -> Tensor:
-    """See `src.jacobians.contract.Kind.output`."""
-    return _FilterResponseToInputs.apply(a, output.detach(), module, module.tau, module.beta, module.gamma)
+def filter_response_tap(module: FilterResponseNorm, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """See `src.jacobians.contract.Kind.tap`; the gradients that it leads to are (q, b, 3, c)."""
+    parameters = torch.stack([p.flatten() for p in (module.gamma, module.beta, module.tau)])
+    parameters = parameters.expand(len(a), -1, -1)
+    return _FilterResponse.apply(a, parameters, output.detach(), module.eps), parameters
+
+
+def filter_response_gradients(
+    module: FilterResponseNorm, a: Tensor, g: Tensor, names: Collection[str]
+) -> dict[str, Tensor]:
+    """Pick each parameter's (q, b, 1, c, 1, 1) out of the gradients g (q, b, 3, c) at the tap."""
+    found = dict(zip(("gamma", "beta", "tau"), g.unbind(2), strict=True))
+    return {name: found[name].unflatten(2, getattr(module, name).shape) for name in names}
 
 
 def _has_batch(module: nn.Module, a: Tensor) -> bool:
@@ -138,5 +161,5 @@ LAYERNORM = plain_kind(
 )
 FILTER_RESPONSE_NORM = replace(
     plain_kind({"tau", "beta", "gamma"}, filter_response_gradients, lambda module, a: a.ndim == 4),
-    output=filter_response_output,
+    tap=filter_response_tap,
 )

@@ -32,9 +32,6 @@ TRIED = 8
 RECYCLED = 31 * 2**20
 """Largest block in bytes that glibc's allocator can be taught to keep for the next use (see `keep_freed_memory`)."""
 
-CACHED = 4 * 2**20
-"""Bytes that a processor works on without waiting for its memory."""
-
 Calls = dict[str, list[tuple[Record, str]]]
 """For each parameter its recorded calls, with the parameter's name in the module; none: the fallback."""
 
@@ -224,8 +221,8 @@ class Routing(ABC):
                 q = self._capture.forward(images[:1].clone()).numel()
             records, self._capture.records = self._capture.records, []
             rows = [r.output_shape.numel() * r.inputs.element_size() for r in records] or [0]
-            # and about three times the outputs in the graph
-            self._sizes[shape] = (q + 3) * sum(rows), q * max(rows)
+            # and about five times the outputs in the graph
+            self._sizes[shape] = (q + 5) * sum(rows), q * max(rows)
         return self._chunks(len(images), *self._sizes.get(shape, (0, 0)), images.device)
 
     # ---------------------------------------------------------------------------------------------- handing out
@@ -234,7 +231,8 @@ class Routing(ABC):
         """Cuts of ``count`` examples, each with so many bytes in all and in its largest block."""
         step = self._budget // max(bytes_per_example, 1)
         if device.type == "cpu":
-            step = min(step, CACHED // max(largest, 1))
+            # all of it is kept from one cut to the next, and twice the largest fits into one block
+            step = min(step, 2 * RECYCLED // max(bytes_per_example, 1), RECYCLED // max(2 * largest, 1))
         step = max(1, int(step))
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 

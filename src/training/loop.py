@@ -17,6 +17,7 @@ from src.datasets import Batch, Batches
 from src.devices import PRECISIONS, computing
 from src.draws import derived_seed
 from src.errors import FlagError, TrainingError
+from src.models.modes import trains_on_one
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
 from src.training.config import TrainingConfig
 from src.training.dynamics import Dynamics
@@ -47,6 +48,8 @@ class Trainer:
         compile_model: Whether to run the network through ``torch.compile``.
         after_step: Called as ``f(trainer, epoch, step)`` after each step, steps counted from 1 over the run.
         test_loss_cap: The most that one example may add to the test loss, in nats; default no limit.
+        rate_flag: What the script calls the learning rate, for messages.
+        size_flag: What it calls the batch size.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Trainer:
         compile_model: bool = False,
         after_step: Sequence[Callable[["Trainer", int, int], None]] = (),
         test_loss_cap: float | None = None,
+        rate_flag: str = "--learning_rate",
+        size_flag: str = "--batch_size",
     ) -> None:
         self.model, self.train_batches, self.test_batches = model, train, test
         self.config, self.weights, self.plan, self.dynamics = config, weights, plan, dynamics
@@ -72,6 +77,7 @@ class Trainer:
         self.group = group or Group()
         self.after_step = tuple(after_step)
         self.test_loss_cap = test_loss_cap
+        self.rate_flag, self.size_flag = rate_flag, size_flag
         self.sync_batchnorm = sync_batchnorm and self.group.world > 1
         self.forward = torch.compile(model) if compile_model else model
         self.precision = PRECISIONS[config.precision]
@@ -260,15 +266,24 @@ class Trainer:
         if step := int(bad):
             raise TrainingError(f"the loss is not finite in epoch {epoch}, batch {step}; {self._advice()}")
 
+    def require_finite(self, epoch: int) -> None:
+        """Stop if a weight is not finite, before something is measured between two looks at the loss.
+
+        Raises:
+            TrainingError: One is not.
+        """
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise TrainingError(f"the weights are not finite in epoch {epoch}; {self._advice()}")
+
     def _advice(self) -> str:
-        return f"a smaller --learning_rate may help (it is {self.config.learning_rate:g})"
+        return f"a smaller {self.rate_flag} may help (it is {self.config.learning_rate:g})"
 
     def _check_last_batch(self) -> None:
         """Refuse a last batch that leaves a process one example where BatchNorm cannot normalise it."""
         count = len(self.train_batches.images)
         if not self._fits(count):
             raise FlagError(
-                f"--batch_size: {count} examples leave a last batch of one"
+                f"{self.size_flag}: {count} examples leave a last batch of one"
                 + (", " if self.group.world == 1 else " for a process, ")
                 + "which this network's BatchNorm cannot normalise; give another size"
             )
@@ -278,23 +293,7 @@ class Trainer:
         size, world = self.train_batches.batch_size, self.group.world
         last = examples % size or size
         enough = 2 if self.sync_batchnorm else 2 * world  # so that every share has two
-        return last >= enough or self._takes_one()
-
-    def _takes_one(self) -> bool:
-        """Whether the network can be trained on one example, which BatchNorm of single values per channel cannot."""
-        entry, dtype = self.train_batches.images.entry, self.train_batches.dtype
-        probe = torch.zeros(1, entry.channels, entry.image_size, entry.image_size, dtype=dtype, device=self.device)
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.model.train()
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                self.model(probe)
-        except ValueError:
-            return False
-        finally:
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
-        return True
+        return last >= enough or trains_on_one(self.model, self.train_batches.images.image_shape)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, but the settings and the data."""

@@ -222,3 +222,42 @@ def test_a_checkpoint_that_is_gone_is_not_passed_over(tmp_path):
     result = call(EVOLVING, *flags(tmp_path), *more, "--resume")
     assert result.status == 1
     assert "t_evolving.pkl: holds no sensitivities after step 1" in result.complaint
+
+
+@pytest.mark.parametrize(("change", "remove"), [(("--var_version=diag", "--overwrite"), False), ((), True)])
+def test_a_finished_run_without_its_estimates_does_not_pass_for_done(tmp_path, change, remove):
+    succeed(LOO, *flags(tmp_path))
+    path = tmp_path / "pickles" / "t_iter.pkl"
+    before = path.read_bytes()
+    if remove:
+        path.unlink()
+    result = call(LOO, *flags(tmp_path, *change, "--resume"))
+    assert result.status == 1
+    assert "t_iter.pkl: holds no estimate of epoch 1, which training has passed" in result.complaint
+    assert remove or path.read_bytes() == before
+
+
+def test_a_finished_run_is_written_again(tmp_path):
+    succeed(LOO, *flags(tmp_path))
+    before = read_pickle(tmp_path / "pickles" / "t_iter.pkl")
+    succeed(LOO, *flags(tmp_path, "--resume"))
+    same(before, read_pickle(tmp_path / "pickles" / "t_iter.pkl"))
+
+
+def test_scores_of_another_network_are_not_replaced(tmp_path):
+    more = (f"--metrics_folder={tmp_path / 'metrics'}", "--write_scores", "--epochs=1")
+    succeed(LOO, *flags(tmp_path, *more))
+    result = call(LOO, *flags(tmp_path, *more, "--model=lenet", "--name_exp=other"))
+    assert result.status == 1
+    assert "mpe_digits.pkl" in result.complaint
+    assert "model (small_mlp there, lenet here)" in result.complaint
+    succeed(LOO, *flags(tmp_path, *more, "--model=lenet", "--name_exp=other", "--overwrite"))
+
+
+def test_a_run_that_diverges_names_the_scripts_own_flag(tmp_path):
+    result = call(LOO, *flags(tmp_path, "--lr=1e30"))
+    assert result.status == 1
+    assert "a smaller --lr may help" in result.complaint
+    result = call(EVOLVING, *flags(tmp_path, "--lr=1e30", "--checkpoints", 4))
+    assert result.status == 1
+    assert "a smaller --lr may help" in result.complaint
