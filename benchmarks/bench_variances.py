@@ -50,7 +50,7 @@ CASES = {
     "large_mlp": Case(1, 28, 50, 1_000, 200.0, 150.0),
     "lenet": Case(1, 28, 500, 1_000, 6.0, 8.0),
     "cnn_deepobs": Case(3, 32, 20, 100, 8.0),
-    "resnet20_frn": Case(3, 32, 30, 30, 1.5),
+    "resnet20_frn": Case(3, 32, 30, 100, 1.5),
 }
 QUICK = {"large_mlp": Case(1, 8, 3, 5, 200.0, 150.0), "lenet": Case(1, 28, 3, 5, 6.0)}
 

@@ -3,7 +3,8 @@ r"""Draw estimated sensitivities against the deviations that retraining without 
 
 Reads {pickles_folder}/{name_exp}_scores.pkl and {name_exp}_retrain.pkl, which 3_validation_sensitivities.py writes.
 Writes, as PNG and PDF, {plots_folder}/{name_exp}_validation, with _{class_cov} and _corrected where asked for.
-Prints the correlations.
+Prints the correlations with bootstrap intervals; those of the random examples and of the
+ones spread over the estimates' range (--n_spread) also apart.
 
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp --class_cov full --corrected
@@ -15,11 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
+import numpy as np
+
+from mpe.correlation import correlation_text
 from mpe.figure_parts import show
-from mpe.plots import correlations, validation
+from mpe.plots import validation
 from mpe.stored import StoredResult
 from src.artifacts import save_figure
-from src.errors import FlagError
+from src.errors import FileError, FlagError
 from src.scripting import Parser, run_script, start_logging
 from src.settings.mpe_plots import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
@@ -38,12 +42,31 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
+def groups(retrain: StoredResult, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The examples drawn at random and those spread over the estimates, masks ``(m,)``, where there are both."""
+    if "spread" not in retrain:
+        return {}
+    spread = retrain.integers("spread", 0, 1).astype(bool)
+    retrain.same_length(indices_retrain=indices, spread=spread)
+    return {"random examples": ~spread, "spread examples": spread} if spread.any() and not spread.all() else {}
+
+
+def in_a_line(text: str) -> str:
+    """Lines as one."""
+    return text.replace("\n", ", ")
+
+
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
     start_logging()
     scores = StoredResult(args.pickles_folder, args.name_exp, "scores")
     retrain = StoredResult(args.pickles_folder, args.name_exp, "retrain")
+    retrain.same_run(scores)
+    if retrain.is_empty("indices_retrain"):
+        raise FileError(
+            f"{retrain.path}: no network is retrained yet; repeat {retrain.script} as it was run, with --resume"
+        )
     sensitivities = scores.array(scores.of("sensitivities", args.class_cov), low=0)  # (N,)
     indices = retrain.integers("indices_retrain", 0)  # (m,)
     key = "softmax_deviations" + "_corrected" * args.corrected
@@ -56,8 +79,12 @@ def main() -> None:
             f"example {indices.max()} was left out, but {scores.path.name} holds {len(sensitivities)} sensitivities"
         )
 
-    figure = validation(deviations, sensitivities[indices])
-    print(correlations(deviations, sensitivities[indices]).replace("\n", ", "))
+    estimated = sensitivities[indices]
+    text = correlation_text(deviations, estimated)
+    figure = validation(deviations, estimated, text)
+    print(in_a_line(text))
+    for name, chosen in groups(retrain, indices).items():
+        print(f"{name}: {in_a_line(correlation_text(deviations[chosen], estimated[chosen]))}")
     suffix = (f"_{args.class_cov}" if args.class_cov else "") + "_corrected" * args.corrected
     print(*save_figure(figure, args.plots_folder / f"{args.name_exp}_validation{suffix}"), sep="\n")
     if args.show:

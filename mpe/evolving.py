@@ -86,6 +86,7 @@ class Evolving:
             return
         self.rows = {known: row for known, row in self.rows.items() if known < step}
         self._complete_below(step)
+        trainer.require_finite(epoch)
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # the training goes on as if nothing had been measured
             found = self.predictions(trainer)

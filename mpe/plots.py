@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
-from scipy.stats import pearsonr, spearmanr
 
 from mpe.figure_parts import Decimals, dense, keep_clear, number_markers
 
@@ -168,12 +167,13 @@ def _delta_axis(axes: Axes, x: np.ndarray) -> None:
         axes.xaxis.set_major_formatter(LogFormatterSciNotation())
 
 
-def validation(true: np.ndarray, estimated: np.ndarray) -> Figure:
-    """Estimated against true deviations, with their correlations (Fig. 2).
+def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figure:
+    """Estimated against true deviations (Fig. 2).
 
     Args:
         true: ``(m,)`` deviations after training without each example.
         estimated: ``(m,)``.
+        text: For the upper left corner, such as their correlations.
     """
     with matplotlib.rc_context({**_PAPER, "font.size": 23}):
         figure, axes = _figure(7, 5.4)
@@ -185,21 +185,11 @@ def validation(true: np.ndarray, estimated: np.ndarray) -> Figure:
         axes.plot([0, 2], [0, 2], color="0.5", lw=5, ls="--", zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(3))
-        text = axes.text(
-            0.03, 0.98, correlations(true, estimated), transform=axes.transAxes, va="top", fontsize=16, zorder=4
-        )
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2})
-        keep_clear(figure, axes, text, [(true, estimated)], 7)
+        if text:
+            corner = axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=16, zorder=4)
+            corner.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2})
+            keep_clear(figure, axes, corner, [(true, estimated)], 7)
         return figure
-
-
-def correlations(true: np.ndarray, estimated: np.ndarray) -> str:
-    """Rank and linear correlation of two arrays ``(m,)`` in words; a dash where there is none."""
-    defined = len(true) > 2 and np.ptp(true) > 0 and np.ptp(estimated) > 0
-    lines = [f"n = {len(true):,}"]
-    for name, function in (("Spearman", spearmanr), ("Pearson", pearsonr)):
-        lines.append(f"{name} {function(true, estimated).statistic:.3f}" if defined else f"{name} –")
-    return "\n".join(lines)
 
 
 def ranked_bins(sensitivities: np.ndarray, bins: int = BINS) -> np.ndarray:

@@ -198,10 +198,10 @@ def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
         first = next(iter(loader), None)
     for generator, state in zip(own, states, strict=True):
         generator.set_state(state)
-    if first is None or given_indices(first) is None:
+    if first is not None and given_indices(first) is None:
         raise ValueError(
-            "the loader shuffles, or may do so, and gives no integer indices, so that no score could be told to be of "
-            "which example; build it with shuffle=False and without a sampler of its own, or let it give "
+            "the loader shuffles, or may do so, and gives no integer indices, so that no score could be told to be "
+            "of which example; build it with shuffle=False and without a sampler of its own, or let it give "
             "(images, labels, indices)"
         )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from src.artifacts import PICKLES, pickle_path, read_pickle
+from src.artifacts import PICKLES, differences, pickle_path, read_pickle
 from src.errors import FileError, FlagError
 
 # which script writes {experiment}_{kind}.pkl
@@ -34,7 +34,8 @@ class StoredResult:
     def __init__(self, folder: str | Path, name: str, kind: str) -> None:
         self.name = name
         self.path = pickle_path(folder, name, kind)
-        self.command = f"python examples/{SCRIPTS[kind]} --name_exp {name}"
+        self.script = SCRIPTS[kind]
+        self.command = f"python examples/{self.script} --name_exp {name}"
         if Path(folder).resolve() != PICKLES:
             self.command += f" --pickles_folder {folder}"
         if not self.path.exists():
@@ -117,6 +118,27 @@ class StoredResult:
         """
         if len({len(values) for values in arrays.values()}) > 1:
             raise self.error("lengths differ: " + ", ".join(f"{len(values)} {key}" for key, values in arrays.items()))
+
+    def same_run(self, other: "StoredResult") -> None:
+        """Check that another file of this experiment was made with the same settings, where both say theirs.
+
+        Raises:
+            FileError: They differ: a run that was to replace an older one stopped before it had written both.
+        """
+        settings = [result.values.get("settings") for result in (other, self)]
+        if not all(isinstance(each, dict) for each in settings):
+            return
+        found = differences(*settings)
+        if found:
+            raise FileError(
+                f"{self.path} is of another run than {other.path}: {', '.join(found)}; repeat {self.script} with the "
+                "settings that you want, --resume and --overwrite, and let it end"
+            )
+
+    def is_empty(self, key: str) -> bool:
+        """Whether an array is there, but holds nothing yet."""
+        values = self.values.get(key)
+        return isinstance(values, (list, np.ndarray)) and np.asarray(values, dtype=object).size == 0
 
     def of(self, key: str, class_cov: str | None) -> str:
         """The key of the estimates ``key`` with a covariance between classes.

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from src.training.ensemble import Ensemble
 from torch import Tensor
 
 from mpe.estimates import Estimates, estimate, sensitivity
 from mpe.loo_iterations import forms_of
 from mpe.predictions import Predictions
+from src.training.ensemble import Ensemble
 
 PASS = 500
 """Images in a pass of an ensemble, an image counted once for each member."""

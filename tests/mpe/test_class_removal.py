@@ -69,6 +69,16 @@ def test_the_test_set_is_measured_as_plainly(batch):
     assert len(set(found["nll"])) == 3
 
 
+@pytest.mark.parametrize(("batch", "parts"), [(1000, [31]), (30, [10, 10, 10, 1]), (2, [1] * 31)])
+def test_memory_does_not_grow_with_the_ensemble(batch, parts, monkeypatch):
+    images, labels = examples(31)
+    ensemble, asked = different_members(network(), 3), []
+    plain = ensemble.logits
+    monkeypatch.setattr(ensemble, "logits", lambda part: asked.append(len(part)) or plain(part))
+    measure_test(images, labels, batch)(ensemble, range(3))
+    assert asked == parts  # of three members each
+
+
 def test_an_impossible_label_costs_at_most_23_nats():
     net, (images, labels) = network(), examples(4)
     with torch.no_grad():

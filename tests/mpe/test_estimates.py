@@ -266,6 +266,37 @@ def test_sampled_errors_do_not_depend_on_chunks(full):
     assert not torch.allclose(whole, sampled_errors(given, samples=7, generator=generator(1), correlated=full))
 
 
+def test_correlated_samples_are_of_the_covariance():
+    """Logits less their mean have the covariance H V H: small ones move the probabilities by Lambda times them."""
+    given = random_predictions(n=3, scale=1e-8)
+    draws = generator()
+    noise = torch.empty(3, 1, 4, dtype=F64)
+    for own in noise:
+        own.normal_(generator=draws)
+    found = sampled_errors(given, samples=1, generator=generator(), correlated=True) - given.residuals
+    centre = torch.eye(4, dtype=F64) - 0.25
+    values, vectors = torch.linalg.eigh(centre @ given.variances @ centre)
+    assert values[:, 1:].min() > 1e-11  # three directions are left
+    root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
+    expected = (fisher(given.probabilities) @ root @ noise.mT).squeeze(2)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-8)  # the second order
+
+
+@pytest.mark.parametrize("shift", [0.5, 40.0])
+def test_correlated_samples_do_not_see_the_gauge(shift):
+    given = random_predictions()
+    same = Predictions(given.indices, given.labels, given.logits, torch.eye(4, dtype=F64).repeat(6, 1, 1))
+    for found in (given, same):  # equal eigenvalues leave the eigenvectors open
+        moved = Predictions(found.indices, found.labels, found.logits, found.variances + shift)
+        first, second = (sampled_errors(x, generator=generator(), correlated=True) for x in (found, moved))
+        torch.testing.assert_close(second, first, rtol=1e-6, atol=1e-9)
+        assert (first - found.residuals).abs().max() > 0.01
+        assert first.sum(1).abs().max() < 1e-14  # not clamped
+    sure = Predictions(given.indices, given.labels, given.logits * 1000, given.variances)
+    assert sampled_errors(sure, generator=generator(), correlated=True).abs().min() < 1e-20
+    assert sampled_errors(sure, generator=generator()).abs().min() == 1e-10
+
+
 def test_sampled_errors_leave_the_global_generator_alone():
     before = torch.get_rng_state()
     sampled_errors(random_predictions(), generator=generator())

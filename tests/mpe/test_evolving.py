@@ -9,6 +9,7 @@ from mpe_problems import random_predictions
 
 from mpe.estimates import estimate, sampled_errors, sensitivity
 from mpe.evolving import Evolving, checkpoints_of
+from mpe.predictions import Predictions
 from mpe.results import Result
 from src.artifacts import read_pickle
 from src.draws import generator
@@ -42,8 +43,8 @@ def test_given_steps():
 TRAINER = SimpleNamespace(device=torch.device("cpu"))
 
 
-def evolving(path, checkpoints, resume=False, class_cov="full"):
-    found = random_predictions()
+def evolving(path, checkpoints, resume=False, class_cov="full", found=None):
+    found = random_predictions() if found is None else found
 
     def predict(trainer):
         torch.rand(1)  # as a network with dropout might
@@ -73,10 +74,42 @@ def test_rows_are_written_as_they_come(tmp_path):
     np.testing.assert_array_equal(whole["sensitivity"], whole["sensitivity_full"])
     np.testing.assert_array_equal(whole["sensitivity"][0], half["sensitivity"][0])
     for row, step in enumerate((2, 5)):
-        errors = sampled_errors(found, samples=150, generator=generator(3, step, "logit samples"))
         for form in ("diag", "full", "woodbury"):
+            draws = generator(3, step, "logit samples")
+            errors = sampled_errors(found, samples=150, generator=draws, correlated=form != "diag")
             wanted = sensitivity(estimate(found, form, errors)).numpy()
             np.testing.assert_array_equal(whole[f"sensitivity_{form}"][row], wanted)
+
+
+@pytest.mark.parametrize("gauge", [torch.ones(4), torch.tensor([2.0, -1.0, 0.5, 3.0])])
+@pytest.mark.parametrize("shift", [0.5, 40.0])
+def test_gauge(tmp_path, gauge, shift):
+    """What shifts all logits alike, by itself or along with a logit, is seen by the diagonal form only."""
+    given = random_predictions()
+    half = shift * gauge.double().expand(4, 4)
+    moved = Predictions(given.indices, given.labels, given.logits, given.variances + half + half.mT)
+    rows = []
+    for name, found in {"a": given, "b": moved}.items():
+        run, _ = evolving(tmp_path / f"{name}_evolving.pkl", [2], class_cov="woodbury", found=found)
+        run(TRAINER, 1, 2)
+        rows.append(read_pickle(run.result.path))
+    for form in ("full", "woodbury"):
+        first, second = (row[f"sensitivity_{form}"] for row in rows)
+        np.testing.assert_allclose(second, first, rtol=1e-6)
+        assert not np.allclose(first, sensitivity(estimate(given, form)), rtol=0.01)  # samples do count
+    assert not np.allclose(rows[0]["sensitivity_diag"], rows[1]["sensitivity_diag"], rtol=0.1)
+
+
+def test_the_diagonal_forms_errors_are_the_papers(tmp_path):
+    """Independent logits, clamped; the same whether or not other forms are measured beside it."""
+    full = random_predictions()
+    only = Predictions(full.indices, full.labels, full.logits, full.diagonal.clone())
+    rows = []
+    for form, found in {"full": full, "diag": only}.items():
+        run, _ = evolving(tmp_path / f"{form}_evolving.pkl", [2], class_cov=form, found=found)
+        run(TRAINER, 1, 2)
+        rows.append(read_pickle(run.result.path)["sensitivity_diag"])
+    np.testing.assert_array_equal(*rows)
 
 
 def test_rows_of_before_are_kept_up_to_where_training_goes_on(tmp_path):

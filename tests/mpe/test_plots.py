@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
-from scipy.stats import rankdata
+from scipy.stats import pearsonr, spearmanr
 
+from mpe.correlation import Correlation, correlation_intervals, correlation_text
 from mpe.figure_parts import Decimals, place_labels
 from mpe.plots import (
     LeaveClassOut,
-    correlations,
     evolving,
     loco,
     loo_iterations,
@@ -94,24 +94,57 @@ def test_l2reg_overlays_the_error_in_percent_on_its_own_axis():
 
 def test_validation_draws_points_and_an_identity_line_that_moves_no_limits():
     true, estimated = np.array([0.0, 0.1, 0.2, 0.3]), np.array([0.0, 0.02, 0.01, 0.04])
-    axes = validation(true, estimated).axes[0]
+    axes = validation(true, estimated, "n = 4").axes[0]
     points = next(c for c in axes.collections if isinstance(c, PathCollection))
     assert np.array_equal(points.get_offsets(), np.column_stack([true, estimated]))
     assert axes.lines[0].get_xydata().tolist() == [[0, 0], [2, 2]]
     assert axes.get_xlim()[1] < 0.4
     assert axes.get_ylim()[1] < 0.1
-    assert "Spearman 0.800" in axes.texts[0].get_text()
+    assert [text.get_text() for text in axes.texts] == ["n = 4"]
+    assert not validation(true, estimated).axes[0].texts
 
 
-def test_correlations_are_of_ranks_and_values():
-    rng = np.random.default_rng(0)
-    x = rng.random(50)
-    y = x**3 + 0.1 * rng.random(50)
-    text = correlations(x, y)
-    assert f"Pearson {np.corrcoef(x, y)[0, 1]:.3f}" in text
-    assert f"Spearman {np.corrcoef(rankdata(x), rankdata(y))[0, 1]:.3f}" in text
-    assert correlations(x, np.ones(50)) == "n = 50\nSpearman –\nPearson –"  # constant ones have none
-    assert correlations(x[:2], y[:2]).endswith("Pearson –")
+@pytest.mark.parametrize("count", [3, 7, 40])
+def test_correlations_and_intervals_agree_with_resampling_one_by_one(count):
+    rng = np.random.default_rng(count)
+    x = np.round(rng.random(count), 1)  # with ties
+    y = np.round(x**3 + 0.4 * rng.random(count), 2)
+    found = correlation_intervals(x, y, resamples=150, seed=5)
+    draws = np.random.default_rng(5).integers(count, size=(150, count))
+    varied = [draw for draw in draws if np.ptp(x[draw]) > 0 and np.ptp(y[draw]) > 0]
+    assert (len(varied) < 150) == (count == 3)
+    for name, function in (("Spearman", spearmanr), ("Pearson", pearsonr)):
+        ends = np.quantile([function(x[draw], y[draw]).statistic for draw in varied], (0.025, 0.975))
+        assert np.allclose(found[name], [function(x, y).statistic, *ends], rtol=0, atol=1e-12)
+
+
+def test_blocks_of_resamples_change_nothing(monkeypatch):
+    x, y = np.random.default_rng(0).random((2, 30))
+    whole = correlation_intervals(x, y)
+    assert whole == correlation_intervals(x, y)
+    assert whole != correlation_intervals(x, y, seed=1)
+    monkeypatch.setattr("mpe.correlation._BLOCK", 30 * 700)
+    assert whole == correlation_intervals(x, y)
+
+
+def test_correlations_where_all_is_known():
+    x = np.array([0.0, 1.0, 2.0])
+    assert correlation_intervals(x, x**3)["Spearman"] == (1, 1, 1)
+    found = correlation_intervals(x, np.array([0.0, 2.0, 1.0]))["Spearman"]
+    assert np.allclose(found, (0.5, -1, 1))  # of the 24 resamples that vary 6 give -1, 12 give 1, 6 give 0.5
+    assert np.allclose(correlation_intervals(1e-200 * x, 1e200 * x)["Pearson"], 1)
+    assert correlation_text(x, -x) == (
+        "n = 3 (95 % bootstrap intervals)\nSpearman -1.000 [-1.000, -1.000]\nPearson -1.000 [-1.000, -1.000]"
+    )
+
+
+def test_correlations_where_there_are_none():
+    x = np.arange(50.0)
+    for pair in ((x, np.ones(50)), (np.ones(50), x), (x[:2], x[:2]), (x[:0], x[:0])):
+        assert correlation_text(*pair) == f"n = {len(pair[0])}\nSpearman –\nPearson –"
+    assert str(Correlation(0.5, np.nan, np.nan)) == "0.500"
+    with pytest.raises(ValueError, match="not the shapes of n pairs"):
+        correlation_intervals(x, x[:-1])
 
 
 def test_bins_rank_all_checkpoints_by_the_last():

@@ -5,12 +5,21 @@ import pytest
 import torch
 from mpe_problems import batches, examples, network
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from mpe.estimates import Estimates, estimate, loo_losses, sensitivity
 from mpe.posteriors import laplace_posterior, optimizer_posterior
 from mpe.predictions import Predictions, predict
-from mpe.sensitivities import Sensitivities, sensitivities
+from mpe.sensitivities import Sensitivities, refuse_shuffling, sensitivities
 from src.artifacts import label_hash, score_files
 from src.jacobians import OutputVariances
 from src.metrics.proxy import Proxy
@@ -115,6 +124,113 @@ def test_shuffling_needs_indices():
     plain = sensitivities(net, loader(), "diag", delta=3.0)
     np.testing.assert_allclose(found.scores, plain.scores[found.indices - 10], rtol=1e-10)
     assert found.most_sensitive(9).tolist() == (plain.most_sensitive(9) + 10).tolist()
+
+
+class Backwards(SequentialSampler):
+    def __iter__(self):
+        return reversed(range(len(self)))
+
+
+class InPairs(BatchSampler):
+    def __iter__(self):
+        return iter([[8, 7], [0, 1]])
+
+
+class Stream(IterableDataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return (self.dataset[i] for i in (3, 0, 1, 2))
+
+
+ORDERS = {  # what a DataLoader is given besides its data set, and whether it reads that in order
+    "plain": (lambda data: {"batch_size": 4}, True),
+    "drop_last": (lambda data: {"batch_size": 4, "drop_last": True}, True),
+    "sequential batches": (lambda data: {"batch_sampler": BatchSampler(SequentialSampler(data), 4, False)}, True),
+    "batches as samples": (
+        lambda data: {"batch_size": None, "sampler": BatchSampler(SequentialSampler(data), 4, False)},
+        True,
+    ),
+    "two workers": (lambda data: {"batch_size": 4, "num_workers": 2}, True),
+    "workers as they come": (lambda data: {"batch_size": 4, "num_workers": 2, "in_order": False}, False),
+    "shuffle": (lambda data: {"batch_size": 4, "shuffle": True}, False),
+    "random batches": (lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 4, False)}, False),
+    "random batches as samples": (
+        lambda data: {"batch_size": None, "sampler": BatchSampler(RandomSampler(data), 4, False)},
+        False,
+    ),
+    "subset": (lambda data: {"batch_size": 4, "sampler": SubsetRandomSampler(range(9))}, False),
+    "distributed": (lambda data: {"batch_size": 4, "sampler": DistributedSampler(data, 2, 0, shuffle=True)}, False),
+    "distributed in order": (
+        lambda data: {"batch_size": 4, "sampler": DistributedSampler(data, 2, 1, shuffle=False)},
+        False,
+    ),
+    "list": (lambda data: {"batch_size": 4, "sampler": [3, 1, 2]}, False),
+    "own sampler": (lambda data: {"batch_size": 4, "sampler": Backwards(data)}, False),
+    "own batch sampler": (lambda data: {"batch_sampler": InPairs(SequentialSampler(data), 2, False)}, False),
+    "stream": (lambda data: {"batch_size": 4}, False),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_without_indices_only_loaders_in_order_are_taken(order):
+    options, in_order = ORDERS[order]
+    images, labels = examples(9)
+    thirds = {"none": [], "float": [torch.rand(9)], "integer": [torch.arange(9)]}
+    for third, columns in thirds.items():
+        if third != "none" and ("workers" in order):
+            continue  # starting processes takes its time
+        data = TensorDataset(images, labels, *columns)
+        given = DataLoader(Stream(data) if order == "stream" else data, **options(data))
+        before = torch.get_rng_state()
+        if in_order or third == "integer":
+            refuse_shuffling(given)
+        else:
+            with pytest.raises(ValueError, match="shuffle=False"):
+                refuse_shuffling(given)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_looking_for_indices_changes_no_order():
+    data = TensorDataset(*examples(9), torch.arange(9))
+
+    def build():
+        draws = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        yield DataLoader(data, batch_size=4, shuffle=True, generator=draws[0])
+        yield DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data, generator=draws[1]), 4, False))
+
+    for looked_at, other in zip(build(), build(), strict=True):
+        refuse_shuffling(looked_at)
+        orders = [torch.cat([batch[2] for batch in given]) for given in (looked_at, other)]
+        assert torch.equal(*orders)
+
+
+def test_sensitivities_refuse_before_any_pass():
+    data = TensorDataset(*examples(9), torch.rand(9))
+    given = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, False))
+    with pytest.raises(ValueError, match="shuffle=False"):
+        sensitivities(None, given, "diag", delta=3.0)
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_something_around_a_shuffling_loader(indices):
+    data = TensorDataset(*examples(9), *([torch.arange(9)] if indices else []))
+
+    class Around:
+        def __init__(self, sampler):
+            self.inside, self.sampler = DataLoader(data, batch_size=4, sampler=sampler), sampler
+
+        def __iter__(self):
+            return iter(self.inside)
+
+    refuse_shuffling(Around(SequentialSampler(data)))
+    if indices:
+        refuse_shuffling(Around(RandomSampler(data)))
+        return
+    refuse_shuffling(batches(*examples(9)))  # lists say nothing of their order
+    with pytest.raises(ValueError, match="shuffle=False"):
+        refuse_shuffling(Around(RandomSampler(data)))
 
 
 def test_permuting_examples_permutes_scores():

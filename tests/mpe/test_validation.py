@@ -103,12 +103,23 @@ def test_each_network_is_asked_about_the_example_that_it_lacks():
         np.testing.assert_allclose(later["probabilities"][place], wanted, rtol=1e-12)
 
 
-def test_the_control_is_asked_in_parts():
+def test_the_control_is_asked_in_parts(monkeypatch):
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3)).double()
     images = torch.randn(1203, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     removed = drawn_examples(1203, 1201, 1)
-    found = measure_removed(images, removed)(Ensemble(net, 1), range(1))
-    np.testing.assert_allclose(found["control"][0], alone(net, net.state_dict(), images[removed]), rtol=1e-12)
+    wanted = alone(net, net.state_dict(), images[removed])
+    for members, most in ((1, 500), (3, 166), (600, 1)):  # memory does not grow with the ensemble
+        ensemble, asked = Ensemble(net, members), []
+
+        def logits(part, plain=ensemble.logits, asked=asked):
+            asked.append(len(part))
+            return plain(part)
+
+        monkeypatch.setattr(ensemble, "logits", logits)
+        found = measure_removed(images, removed)(ensemble, range(members))
+        np.testing.assert_allclose(found["control"][0], wanted, rtol=1e-12)
+        assert max(asked) == most
+        assert sum(asked) == 1201
 
 
 REMOVED = np.array([4, 1, 5, 2])

@@ -1,6 +1,8 @@
 """The scripts that draw the experiments' results, on files as the experiments and their older versions write them."""
 
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -199,6 +201,47 @@ def test_deviations_from_the_control(place):
     names, result = draw(place, script, "--class_cov", "full", "--corrected")
     assert "Spearman 0.500" in result.out
     assert "old_validation_full_corrected.pdf" in names
+
+
+def test_files_of_two_runs_are_not_drawn_together(place):
+    script = "plot_validation_sensitivities.py"
+    change(place, "scores", settings={"epochs": 9, "lr": 0.1})
+    draw(place, script)  # an older file that does not say its settings
+    shutil.rmtree(place / "plots")
+    change(place, "retrain", settings={"epochs": 5, "lr": 0.1})
+    files = f"{place}/old_retrain.pkl is of another run than {place}/old_scores.pkl: "
+    says = r"epochs \(9 there, 5 here\); repeat 3_validation_sensitivities.py .*--resume and --overwrite"
+    refused(place, script, FILE, files + says)
+    change(place, "retrain", settings={"lr": 0.1, "epochs": 9})
+    draw(place, script)
+
+
+@pytest.mark.parametrize("empty", [[], np.empty(0, np.int64)])
+@pytest.mark.parametrize("more", [(), ("--corrected",)])
+def test_only_the_control_is_retrained(place, empty, more):
+    change(place, "retrain", indices_retrain=empty, softmax_deviations=np.empty(0))
+    refused(place, "plot_validation_sensitivities.py", FILE, r"old_retrain.pkl: no network is retrained yet; "
+            "repeat 3_validation_sensitivities.py .*--resume", more=more)  # fmt: skip
+
+
+def test_correlations_are_told_apart_for_random_and_spread_examples(place, monkeypatch):
+    script = "plot_validation_sensitivities.py"
+    indices, deviations = np.array([10, 60, 110, 170, 200, 230]), np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7])
+    content = {"indices_retrain": indices, "softmax_deviations": deviations}
+    change(place, "retrain", **content, spread=np.arange(6) >= 3)
+    figures = pdf_figures(monkeypatch)
+    lines = call(f"examples/{script}", *flags(place, script)).out.splitlines()[:3]
+    which = "(95 % bootstrap intervals)"
+    assert re.match(rf"n = 6 {re.escape(which)}, Spearman 0.771 \[.*\], Pearson 0.\d+ \[.*\]$", lines[0])
+    assert lines[1] == f"random examples: n = 3 {which}, Spearman 1.000 [1.000, 1.000], Pearson 1.000 [1.000, 1.000]"
+    assert lines[2].startswith(f"spread examples: n = 3 {which}, Spearman -1.000 [-1.000, -1.000], Pearson -")
+    assert figures[0].axes[0].texts[0].get_text().replace("\n", ", ") == lines[0]
+    for same in (np.zeros(6, bool), np.ones(6, bool)):
+        change(place, "retrain", **content, spread=same)
+        assert "examples:" not in call(f"examples/{script}", *flags(place, script)).out
+    for wrong, says in ((np.full(6, 2), "spread goes from 2 to 2"), (np.zeros(5), "lengths differ: .*5 spread")):
+        change(place, "retrain", **content, spread=wrong)
+        refused(place, script, FILE, says)
 
 
 def pdf_figures(monkeypatch):
