@@ -194,10 +194,15 @@ def parsers(script, monkeypatch):
 
 def commands():
     """Every command of the README and of the scripts' help texts: script and flags."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / name for name in SCRIPTS)) if path.exists()]
+    examples = [ROOT / "examples" / "README.md", *(ROOT / "examples").glob("*.py")]
+    paths = (ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *examples)
+    texts = [path.read_text() for path in paths if path.exists()]
     text = re.sub(r"\\\n\s*", "", "\n".join(texts))
     for script, flags in re.findall(r"(?:python|torchrun\s[^\n`]*?) (\w+\.py) ([^\n`#|]*)", text):
-        yield script, tuple(shlex.split(flags.replace("...", "")))
+        yield (
+            script if (ROOT / script).exists() else f"examples/{script}",
+            tuple(shlex.split(flags.replace("...", ""))),
+        )
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())), ids=lambda command: " ".join((command[0], *command[1])))
