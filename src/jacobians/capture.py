@@ -187,6 +187,10 @@ def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
+        # What cannot be vectorised raises these; one by one gives the same gradients, or the error again if it was
+        # the network's own. Without its graph there is no second way, and the reason is not hidden behind that.
+        if not keep_graph:
+            raise
         logger.info("gradients of the classes are taken one by one: %.160s", error)
         return None
 

@@ -67,6 +67,7 @@ class ExampleGradients:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
+            # what vmap does not know raises these; one by one is exact, too, and raises a network's own errors again
             logger.warning(
                 "%s cannot be vectorised over examples, which are now taken one by one (slow): %.160s",
                 type(self.model).__name__,

@@ -88,17 +88,21 @@ def test_flipped_labels_are_less_flat_where_they_are_overfitted(noisy, overfitte
     check(noisy, "small_mlp", mode, FLATNESS_FLOORS[mode], capsys)
 
 
-@pytest.fixture(scope="module")
-def sensitive(noisy):
-    """The sensitivities of a small network's training examples, from the Memory-Perturbation Equation."""
+SENSITIVITIES = {  # posterior and form: the flags that make them, and the floor
+    "mpe kfac diag": (("--lr=0.02", "--lrmin=0.001"), 0.8),
+    "mpe kfac full": (("--lr=0.02", "--lrmin=0.001", "--class_cov=full"), 0.8),
+    "mpe iblr diag": (("--lr=0.05", "--lrmin=0", "--optimizer=iblr", "--optim_var"), 0.65),
+}
+
+
+@pytest.mark.parametrize("name", SENSITIVITIES)
+def test_flipped_labels_are_sensitive(noisy, name, capsys):
+    """The Memory-Perturbation Equation, on a small network."""
     path, base, _ = noisy
-    base = base / "mpe"
+    (more, floor), base = SENSITIVITIES[name], base / name
     succeed(
         "examples/1_loo_iterations.py", f"--dataset=npz:{path}", "--model=small_mlp", "--epochs=30", "--bs=32",
-        "--lr=0.02", "--lrmin=0.001", "--delta=5", "--name_exp=noisy", "--write_scores",
+        "--delta=5", "--name_exp=noisy", "--write_scores", *more,
         *folders(base, "datasets", "models", "metrics", "log", "resume_ckpts", "pickles"),
     )  # fmt: skip
-
-
-def test_flipped_labels_are_sensitive(noisy, sensitive, capsys):
-    check(noisy, "mpe", "mpe", 0.8, capsys)
+    check(noisy, name, "mpe", floor, capsys)
