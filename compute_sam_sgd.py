@@ -41,6 +41,7 @@ from src.settings import (
     number,
     score_folders,
 )
+from src.training import data_facts
 
 log = logging.getLogger("compute_sam_sgd")
 
@@ -153,12 +154,7 @@ def score_one(
 ) -> None:
     """Score the examples that belong to one pair, and print how good its networks are on them."""
     entry = chosen.entry
-    expected = {
-        "num_classes": entry.num_classes,
-        "channels": entry.channels,
-        "image_size": entry.image_size,
-        "label_hash": label_hash(whole_labels),
-    }
+    expected = data_facts(entry, label_hash(whole_labels))
     sgd, sam, state = load_pair(pair, expected)
     if state["settings"].get("subset") != facts["subset"]:
         raise FileError(f"{pair.sgd}: was trained on another subset of {entry.name}; give the same --subset")

@@ -128,3 +128,37 @@ def score_path(folder: str | Path, mode: str, dataset: str) -> Path:
 def memorization_path(folder: str | Path, dataset: str) -> Path:
     """Feldman and Zhang's memorisation estimates of a data set."""
     return Path(folder) / SCORE_FOLDERS["mem"] / f"{dataset}_infl_matrix.npz"
+
+
+def hessian_path(
+    hessian_folder: str | Path, part: str, spec: str, experiment: str, norm: str, seed: int, which: str, mode: str
+) -> Path:
+    """The spectrum of the loss of one network.
+
+    Args:
+        hessian_folder: Where spectra are kept.
+        part: ``"train"`` or ``"test"``.
+        spec: Which of its examples, such as ``mem:low:0.3``; ``"all"`` for all of them.
+        experiment: The network's run.
+        norm: ``"bn"`` for networks with BatchNorm, ``"nobn"`` for others.
+        seed: The run's seed.
+        which: ``epoch_{e}``, or ``checkpoint_{digits of its content}``.
+        mode: How the eigenvalues were found.
+    """
+    run = experiment.removeprefix("standard_").replace("/", "_")
+    return Path(hessian_folder) / f"{part}_{spec}_{run}_{norm}" / str(seed) / which / f"pyhessian_eigen_{mode}.pkl"
+
+
+def ntk_folder(folder: str | Path, dataset: str, run: str, metric: str, epoch: int, seed: int) -> Path:
+    """The kernels of one network, and its velocities; ``run`` is ``{model}_with_{optimizer}_sched_{lr_sched}``."""
+    return Path(folder) / dataset / run / metric / f"epoch_{epoch}" / f"seed_{seed}"
+
+
+def kernel_path(folder: str | Path, lower: int, size: int) -> Path:
+    """The kernel of the ``size`` examples from rank ``lower`` on, below ``ntk_folder``."""
+    return Path(folder) / f"l_index_{lower}" / f"m_{size}" / "k.pkl"
+
+
+def velocity_path(folder: str | Path) -> Path:
+    """The velocities of all groups, below ``ntk_folder``."""
+    return Path(folder) / "vs.pkl"

@@ -1,6 +1,5 @@
 """Pairs of trained networks, one by SGD and one by SAM: finding them on disk, and scoring examples with them."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.artifacts import checkpoint_path, differences, read_checkpoint, split_experiment, standard_experiment
+from src.artifacts import differences, read_checkpoint, split_experiment, standard_experiment
 from src.datasets import Batches
 from src.errors import FileError, FlagError
 from src.metrics.samis import PairScores, score_batch
 from src.models.modes import evaluating
-from src.training import load_model, logits_of
+from src.training import (
+    find_checkpoint,
+    find_schedules,
+    load_model,
+    logits_of,
+    refuse_other_data,
+    training_command,
+)
 
 SPLITS = tuple(range(1, 11))
 OPTIMIZERS = ("sgd", "sam")
@@ -59,27 +65,14 @@ class Query:
     def checkpoint(self, optimizer: str, lr_sched: str, split: int | None) -> Path | None:
         """The run's checkpoint of the epoch: its own file, or ``last.pt`` if that is of the epoch."""
         experiment = self.experiment(optimizer, lr_sched, split)
-        own = checkpoint_path(self.models_folder, experiment, self.seed, self.epoch)
-        if own.exists():
-            return own
-        last = checkpoint_path(self.models_folder, experiment, self.seed, "last")
-        if last.exists() and read_checkpoint(last).get("epoch") == self.epoch:
-            return last
-        return None
+        return find_checkpoint(self.models_folder, experiment, self.seed, self.epoch)
 
     def schedules(self, split: int | None) -> list[str]:
         """The schedules for which there are runs of either optimiser."""
         if self.lr_sched is not None:
             return [self.lr_sched]
-        found = set()
-        for optimizer in OPTIMIZERS:
-            pattern = self.experiment(optimizer, "*", split)
-            before, after = pattern.split("*")
-            for folder in self.models_folder.glob(pattern):
-                name = folder.name[len(before) : len(folder.name) - len(after)]
-                if (folder / f"seed_{self.seed}").is_dir():
-                    found.add(name)
-        return sorted(found)
+        patterns = [self.experiment(optimizer, "*", split) for optimizer in OPTIMIZERS]
+        return sorted({name for p in patterns for name in find_schedules(self.models_folder, p, self.seed)})
 
 
 @dataclass(frozen=True)
@@ -135,20 +128,21 @@ def _what_is_missing(query: Query, kind: str, absent: list[tuple[str, str, int |
     names = [query.experiment(o, sched, s) for o, sched, s in absent]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     script = "train_full.py" if split is None else "train_split.py"
-    command = [
-        "python",
+    command = training_command(
         script,
-        f"--dataset={query.dataset_flag}",
-        f"--model={query.model}",
-        f"--optimizer={optimizer}",
-        f"--seed={query.seed}",
-        f"--epochs={query.epoch}",
-        f"--lr_sched={lr_sched if lr_sched != '*' else 'const' if split is None else 'step'}",
-        *([] if split is None else [f"--samis_validation_split_index={split}"]),
-    ]
+        {
+            "dataset": query.dataset_flag,
+            "model": query.model,
+            "optimizer": optimizer,
+            "seed": query.seed,
+            "epochs": query.epoch,
+            "lr_sched": lr_sched if lr_sched != "*" else "const" if split is None else "step",
+            **({} if split is None else {"samis_validation_split_index": split}),
+        },
+    )
     return (
         f"{query.models_folder}: no checkpoint of epoch {query.epoch}, seed {query.seed} for {shown} "
-        f"(protocol {kind}); make the first with: {shlex.join(command)} (and your other training flags)"
+        f"(protocol {kind}); make the first with: {command}"
     )
 
 
@@ -171,7 +165,7 @@ def load_pair(pair: Pair, expected: Mapping[str, Any]) -> tuple[nn.Module, nn.Mo
 
     Args:
         pair: The checkpoints.
-        expected: What the data set says: ``num_classes``, ``channels``, ``image_size``, ``label_hash``.
+        expected: What the data set says (``data_facts``).
 
     Returns:
         The SGD-trained and the SAM-trained network, and the SGD checkpoint's description, with ``differing``: the
@@ -183,12 +177,7 @@ def load_pair(pair: Pair, expected: Mapping[str, Any]) -> tuple[nn.Module, nn.Mo
     networks, states = [], []
     for path in (pair.sgd, pair.sam):
         network, state = load_model(path)
-        for name, value in expected.items():
-            if state[name] != value:
-                raise FileError(
-                    f"{path}: was trained on other data: its {name} is {state[name]}, the data set's is {value}; "
-                    "give the same --dataset, or train anew"
-                )
+        refuse_other_data(path, state, expected)
         networks.append(network)
         states.append(state)
     if states[0]["normalisation"] != states[1]["normalisation"]:

@@ -17,6 +17,8 @@ FOLDERS = {
     "plots": ("plots", "figures"),
     "log": ("logs", "logs"),
     "resume_ckpts": ("resume_ckpts", "resume states"),
+    "hessian": ("hessian_eigenvalues", "spectra of Hessians"),
+    "ntk": ("ntks", "neural tangent kernels and their velocities"),
 }
 
 
@@ -92,18 +94,25 @@ def add_folder_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         )
 
 
-def add_compute_flags(parser: argparse.ArgumentParser, *, training: bool = False, distributed: bool = True) -> None:
+def add_compute_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    training: bool = False,
+    distributed: bool = True,
+    precisions: Sequence[str] = tuple(PRECISIONS),
+) -> None:
     """Where and how to compute: ``--device``, ``--precision``, ``--deterministic`` and, to train, ``--compile``.
 
     Args:
         parser: The script's parser.
         training: Whether the script trains.
         distributed: Whether several processes may share its batches.
+        precisions: The choices of ``--precision``.
     """
     group = parser.add_argument_group("computing")
     group.add_argument("--device", help="cpu, cuda, or the index of a GPU (default: the first GPU, else the CPU)")
-    notes = "; ".join(f"{name}: {precision.note}" for name, precision in PRECISIONS.items())
-    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=notes)
+    notes = "; ".join(f"{name}: {PRECISIONS[name].note}" for name in precisions)
+    group.add_argument("--precision", choices=tuple(precisions), default="fp32", help=notes)
     group.add_argument("--deterministic", action="store_true", help="only deterministic algorithms (slower on GPUs)")
     if training:
         group.add_argument("--compile", action="store_true", help="compile the network with torch.compile")

@@ -4,6 +4,14 @@ from src.training.checkpoints import load_model, model_description
 from src.training.config import TrainingConfig
 from src.training.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
 from src.training.evaluation import evaluate, logits_of, predictions
+from src.training.finding import (
+    data_facts,
+    find_checkpoint,
+    find_schedules,
+    only_schedule,
+    refuse_other_data,
+    training_command,
+)
 from src.training.group import Group
 from src.training.loop import Trainer
 from src.training.plan import EpochPlan
@@ -17,11 +25,17 @@ __all__ = [
     "RunFiles",
     "Trainer",
     "TrainingConfig",
+    "data_facts",
     "evaluate",
+    "find_checkpoint",
+    "find_schedules",
     "load_model",
     "logits_of",
     "model_description",
+    "only_schedule",
     "predictions",
     "read_dynamics",
+    "refuse_other_data",
     "run_training",
+    "training_command",
 ]

@@ -1,0 +1,1 @@
+"""The geometry of the loss: spectra of Hessians, neural tangent kernels."""

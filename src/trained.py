@@ -1,0 +1,98 @@
+"""What the scripts of loss geometry share: from parsed flags to data, and to trained networks that belong to them."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from src.artifacts import label_hash
+from src.datasets import Batches, ImageSet, load_dataset
+from src.devices import PRECISIONS, prepare, resolve_device
+from src.errors import FileError
+from src.training import data_facts, find_checkpoint, load_model, refuse_other_data, training_command
+
+
+class TrainedNetworks:
+    """The data set of a script's flags, and the networks that were trained on it.
+
+    Args:
+        args: The flags of ``add_data_flags`` and ``add_compute_flags``, ``models_folder``.
+
+    Attributes:
+        train: The whole training part, on the device.
+        test: The whole test part, on the device.
+        labels: Hash of the training part's labels.
+        device: Where to compute.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.device = resolve_device(args.device)
+        self.precision = PRECISIONS[args.precision]
+        prepare(self.device, self.precision, args.deterministic)
+        parts = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
+        self.labels = label_hash(parts[0].labels.numpy())
+        self.train, self.test = (part.to(self.device) for part in parts)
+
+    def find(self, experiment: str, seed: int, epoch: int, script: str = "train_full.py", **flags: Any) -> Path:
+        """The checkpoint of an epoch of a run.
+
+        Args:
+            experiment: The run's name.
+            seed: Its seed.
+            epoch: The epoch, from 1.
+            script: What trains it, for the message.
+            flags: The other flags of that script.
+
+        Raises:
+            FileError: There is none; the message has the command that makes it.
+        """
+        folder = self.args.models_folder
+        path = find_checkpoint(folder, experiment, seed, epoch)
+        if path is None:
+            command = training_command(script, {"dataset": self.args.dataset, **flags, "seed": seed, "epochs": epoch})
+            raise FileError(
+                f"{folder}: no checkpoint of epoch {epoch}, seed {seed} for {experiment}; make it with: {command}"
+            )
+        return path
+
+    def load(self, path: str | Path, model: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        """The network of a checkpoint, on the device, in the precision's type and in eval mode.
+
+        Args:
+            path: The checkpoint.
+            model: The architecture that it must be of; None for any.
+
+        Returns:
+            The network, and the checkpoint without its weights.
+
+        Raises:
+            FileError: The file is missing or damaged, of another architecture or of other data, or a weight is not
+                finite.
+        """
+        network, state = load_model(path)
+        if model is not None and state["model"] != model:
+            raise FileError(f"{path}: is of the network {state['model']}, not {model}; give --model={state['model']}")
+        refuse_other_data(path, state, data_facts(self.train.entry, self.labels))
+        for name, value in network.state_dict().items():
+            if not value.isfinite().all():
+                raise FileError(f"{path}: {name} is not finite; train it anew with a lower --learning_rate")
+        # gradients of gradients and per-example ones are taken in the plain layout
+        return network.to(self.device, self.precision.dtype), state
+
+    def batches(self, images: ImageSet, batch_size: int, state: dict[str, Any]) -> Batches:
+        """Un-augmented batches of a part of the data, in order, as the network of ``state`` saw them.
+
+        Args:
+            images: A part of ``train`` or ``test``.
+            batch_size: Examples at a time.
+            state: The checkpoint's description.
+        """
+        return Batches(
+            images,
+            batch_size,
+            normalisation=state["normalisation"],
+            device=self.device,
+            dtype=self.precision.dtype,
+        )

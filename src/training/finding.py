@@ -1,0 +1,81 @@
+"""Trained networks on disk: which there are, whether they belong to the data, what trains a missing one."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.artifacts import checkpoint_path, read_checkpoint
+from src.datasets import DatasetEntry
+from src.errors import FileError, FlagError
+
+
+def find_checkpoint(models_folder: str | Path, experiment: str, seed: int, epoch: int) -> Path | None:
+    """A run's checkpoint of an epoch: its own file, or ``last.pt`` if that is of the epoch; None if neither is."""
+    own = checkpoint_path(models_folder, experiment, seed, epoch)
+    if own.exists():
+        return own
+    last = checkpoint_path(models_folder, experiment, seed, "last")
+    return last if last.exists() and read_checkpoint(last).get("epoch") == epoch else None
+
+
+def find_schedules(models_folder: str | Path, pattern: str, seed: int) -> list[str]:
+    """The schedules of the runs of a seed.
+
+    Args:
+        models_folder: Where checkpoints are kept.
+        pattern: A run's name with ``*`` in place of the schedule.
+        seed: The seed.
+    """
+    before, after = pattern.split("*")
+    folders = (folder for folder in Path(models_folder).glob(pattern) if (folder / f"seed_{seed}").is_dir())
+    return sorted({folder.name[len(before) : len(folder.name) - len(after)] for folder in folders})
+
+
+def only_schedule(models_folder: str | Path, pattern: str, seed: int, given: str | None) -> str | None:
+    """The schedule that was asked for, or the only one there is; None where there is no run.
+
+    Raises:
+        FlagError: There are several; the message names them.
+    """
+    if given is not None:
+        return given
+    found = find_schedules(models_folder, pattern, seed)
+    if len(found) > 1:
+        raise FlagError(f"--lr_sched: runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
+    return found[0] if found else None
+
+
+def training_command(script: str, flags: Mapping[str, Any]) -> str:
+    """The command that trains a missing network, for messages."""
+    command = shlex.join(["python", script, *(f"--{name}={value}" for name, value in flags.items())])
+    return f"{command} (and your other training flags)"
+
+
+def data_facts(entry: DatasetEntry, labels: str) -> dict[str, Any]:
+    """What a data set says that a checkpoint trained on it says too; ``labels`` is the hash of the whole part."""
+    return {
+        "num_classes": entry.num_classes,
+        "channels": entry.channels,
+        "image_size": entry.image_size,
+        "label_hash": labels,
+    }
+
+
+def refuse_other_data(path: str | Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Stop if a checkpoint was trained on other data.
+
+    Args:
+        path: Its file, for the message.
+        state: The checkpoint, without its weights.
+        facts: See ``data_facts``.
+
+    Raises:
+        FileError: Number of classes, channels, image size or labels differ.
+    """
+    for name, value in facts.items():
+        if state[name] != value:
+            raise FileError(
+                f"{path}: was trained on other data: its {name} is {state[name]}, the data set's is {value}; "
+                "give the same --dataset, or train anew"
+            )
