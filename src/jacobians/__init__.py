@@ -1,6 +1,7 @@
 """Per-example gradient and Jacobian contractions; never the Jacobian itself."""
 
 from src.jacobians.ggn import ggn_diagonal, kronecker_factors
+from src.jacobians.gram import gram_matrix
 from src.jacobians.independence import refuse_batch_statistics, refuse_mixing
 from src.jacobians.kinds import register_kind
 from src.jacobians.norms import plain_kind
@@ -16,6 +17,7 @@ __all__ = [
     "Rotated",
     "SquaredNorms",
     "ggn_diagonal",
+    "gram_matrix",
     "kronecker_factors",
     "plain_kind",
     "refuse_batch_statistics",

@@ -75,6 +75,7 @@ class Routing(ABC):
 
     Attributes:
         routes: of the last batch: parameter's name -> captured, summed or fallback.
+        unused: of the last batch: parameters that the quantities do not depend on.
 
     Raises:
         ValueError: on entering, if no parameter requires a gradient.
@@ -83,6 +84,7 @@ class Routing(ABC):
     def __init__(self, model: nn.Module, memory_mb: float = 256.0) -> None:
         self.model = getattr(model, "_orig_mod", model)  # under torch.compile hooks need not fire
         self.routes: dict[str, str] = {}
+        self.unused: frozenset[str] = frozenset()
         self._budget = memory_mb * 2**20
         self._capture = Capture(self.model, KINDS)
         self._fallback = ExampleGradients(self.model)
@@ -106,6 +108,10 @@ class Routing(ABC):
     ) -> None:
         self._capture.__exit__(kind, error, trace)
         self._evaluating.__exit__(kind, error, trace)
+
+    def trust(self, other: "Routing") -> None:
+        """Take over what another routing of the same model found out about the independence of examples."""
+        self._untried, self._independent = other._untried, dict(other._independent)
 
     @abstractmethod
     def begin(self, rows: Tensor) -> None:
@@ -162,6 +168,7 @@ class Routing(ABC):
         outputs = self._capture.forward(images.clone())  # a network may work on its input in place
         rows = checked_rows(quantities(outputs, targets), len(images))
         uses, nodes = graph_uses(rows)
+        self.unused = frozenset(name for name, p in self._parameters.items() if not uses[id(p)])
         records = [r for r in self._capture.records if r.edge.node in nodes]
         self._differentiate(rows, records)
         calls: Calls = {name: [] for name in self._parameters}

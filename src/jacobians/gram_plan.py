@@ -1,0 +1,137 @@
+"""How a Gram matrix of Jacobians is found: the form in which each layer is kept, and what is in memory together."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from src.jacobians.capture import Record
+from src.jacobians.fallback import Quantities
+from src.jacobians.gram_parts import Shape, prefers_factors
+from src.jacobians.routing import Routing
+
+
+@dataclass(frozen=True)
+class Band:
+    """Parameters whose parts are in memory together.
+
+    Attributes:
+        names: Of the parameters.
+        blocks: In how many blocks the examples come.
+    """
+
+    names: frozenset[str]
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a Gram matrix is found.
+
+    Attributes:
+        shapes: Of all parameters.
+        factors: Keys of the layers that are kept as factors.
+        bands: See `Band`.
+        examples: n.
+        limit: How many numbers may be kept at a time.
+        quantities: q.
+        trial: What has tried whether the examples are independent.
+    """
+
+    shapes: dict[str, Shape]
+    factors: frozenset[str]
+    bands: tuple[Band, ...]
+    examples: int
+    limit: float
+    quantities: int
+    trial: Routing = field(repr=False, compare=False)
+
+
+class _Shapes(Routing):
+    """Notes the sizes of all parameters, from one example."""
+
+    def begin(self, rows: Tensor) -> None:
+        """See `Routing`."""
+        self.quantities = rows.shape[0]
+        self.shapes: dict[str, Shape] = {}
+
+    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+        """See `Routing`."""
+        for name in names.values():
+            self.shapes[name] = Shape(name, self._parameters[name].numel())
+        if record.kind.outer is None or "weight" not in names:
+            return
+        groups, o, t = record.kind.outer.outputs(record.module, record.gradient).shape[2:]
+        if groups == 1:
+            weight = names["weight"]
+            numbers = self.shapes[weight].numbers
+            self.shapes[weight] = Shape(weight, numbers, (o, numbers // o, t, record.inputs[0].numel()))
+
+    def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
+        """See `Routing`."""
+        self.shapes[name] = Shape(name, self._parameters[name].numel())
+
+
+def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets: Tensor, memory_mb: float) -> Plan:
+    """Which form each layer is kept in, and which layers are kept together.
+
+    Args:
+        model: The network.
+        images: (n, ...) inputs; only the first ones are looked at.
+        quantities: See `gram_matrix`.
+        targets: See `gram_matrix`.
+        memory_mb: See `gram_matrix`.
+
+    Raises:
+        ValueError: See `gram_matrix`.
+    """
+    with _Shapes(model) as noting:
+        noting.run(images[:2], targets[:2], quantities)
+    shapes, q = {name: s for name, s in noting.shapes.items() if name not in noting.unused}, noting.quantities
+    n, limit = len(images), memory_mb * 2**20 / images.element_size()
+    # a pass over the network makes all gradients once, and is due each time that the memory is full
+    one_pass = n * q * sum((s.factors[2] if s.factors else 1) * s.numbers for s in shapes.values())
+    factors = frozenset(key for key, s in shapes.items() if prefers_factors(s, q, n, one_pass / limit))
+
+    return _planned(shapes, factors, n, limit, q, noting)
+
+
+def without_factors(plan: Plan, key: str) -> Plan:
+    """The plan with one layer kept as rows: some of its examples cannot be taken apart."""
+    return _planned(plan.shapes, plan.factors - {key}, plan.examples, plan.limit, plan.quantities, plan.trial)
+
+
+def _planned(shapes: dict[str, Shape], factors: frozenset[str], n: int, limit: float, q: int, trial: Routing) -> Plan:
+    def numbers(shape: Shape) -> int:
+        return shape.factor_numbers(q) if shape.key in factors else shape.row_numbers(q)
+
+    return Plan(shapes, factors, _bands(shapes.values(), numbers, n, limit), n, limit, q, trial)
+
+
+def _bands(shapes: Iterable[Shape], numbers: Callable[[Shape], int], n: int, limit: float) -> tuple[Band, ...]:
+    """Neighbouring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
+    bands, names, taken = [], [], 0.0
+    for shape in shapes:
+        size = n * numbers(shape)
+        if size > limit:
+            # two blocks are in memory at a time
+            examples = max(1, int(limit / 2 // max(numbers(shape), 1)))
+            bands.append(Band(frozenset([shape.key]), -(-n // examples)))
+            continue
+        if names and taken + size > limit:
+            bands.append(Band(frozenset(names)))
+            names, taken = [], 0.0
+        names.append(shape.key)
+        taken += size
+    if names:
+        bands.append(Band(frozenset(names)))
+    return tuple(bands)
+
+
+def work(plan: Plan, band: Band, n: int) -> tuple[float, float]:
+    """Multiplications of a band: to make its parts, and to multiply them."""
+    q, shapes = plan.quantities, [plan.shapes[name] for name in band.names]
+    passes = (band.blocks + 1) / 2
+    making = sum(n * q * (s.factors[2] if s.factors else 1) * s.numbers for s in shapes) * passes
+    pairs = sum(s.factor_cost(q, n) if s.key in plan.factors else n * n / 2 * q * q * s.numbers for s in shapes)
+    return making, pairs
