@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -104,3 +105,15 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
     else:
         with torch.autocast(device.type, dtype=precision.autocast):
             yield
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device, without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None

@@ -6,6 +6,7 @@ from src.jacobians.independence import refuse_batch_statistics, refuse_mixing
 from src.jacobians.kinds import register_kind
 from src.jacobians.norms import plain_kind
 from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, Posterior, Rotated
+from src.jacobians.sketch import sketch_jacobian
 from src.jacobians.squared_norms import SquaredNorms
 from src.jacobians.variances import OutputVariances
 
@@ -23,4 +24,5 @@ __all__ = [
     "refuse_batch_statistics",
     "refuse_mixing",
     "register_kind",
+    "sketch_jacobian",
 ]

@@ -21,6 +21,9 @@ from src.jacobians.routing import Routing
 STEP_MB = 256.0
 """MiB of gradients that are alive at a time beside what is kept."""
 
+MIRRORED = 512
+"""Rows that are mirrored at a time."""
+
 Tick = Callable[[float], None]
 """Called with the share of the work that was just done; the shares add up to 1."""
 
@@ -145,8 +148,11 @@ def _follow(
         with only_trainable(model, band.names):
             share = its_work / sum(works)
             _add_band(plan, band, model, images, targets, quantities, found, lambda s, w=share: tick(s * w))
-    upper = found.triu_()
-    return upper + upper.triu(1).mT
+    for start in range(0, len(found), MIRRORED):
+        stop = start + MIRRORED
+        found[start:stop, start:stop].triu_().add_(found[start:stop, start:stop].triu(1).mT)
+        found[stop:, start:stop] = found[start:stop, stop:].mT
+    return found
 
 
 def _add_band(

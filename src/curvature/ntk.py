@@ -1,0 +1,143 @@
+"""Empirical neural tangent kernels of groups of examples, and how fast they turn during training.
+
+Row ``i C + c`` of the Jacobian ``Psi_t`` is the gradient of logit c of example i with respect to all parameters, at
+epoch t; the kernel is ``K_t = Psi_t Psi_t^T``, and its velocity ``1 - <K_t, K_t+1> / (|K_t| |K_t+1|)``.
+
+Source: Fort et al. 2020, "Deep learning versus kernel learning", Eq. 5; Paul et al. 2021 for groups of examples.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from src.jacobians import gram_matrix, sketch_jacobian
+from src.jacobians.fallback import Quantities
+from src.jacobians.variances import logit_rows
+
+
+def _sum_of_logits(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs.sum(1)
+
+
+def _own_logit(outputs: Tensor, labels: Tensor) -> Tensor:
+    return outputs.gather(1, labels[:, None])[:, 0]
+
+
+NTK_CLASSES: dict[str, Quantities] = {
+    "all": logit_rows,
+    "sum_logits": _sum_of_logits,
+    "true_label": _own_logit,
+}
+"""What is differentiated: all logits (exact), or one number per example, C times as cheap in time, C^2 in memory."""
+
+VELOCITY_EPOCHS: Mapping[str, tuple[int, ...]] = {
+    "cifar10": (1, 5, 10, 20, 50),
+    "cifar100": (10, 40, 70, 100, 150),
+    "svhn": (1, 5, 10, 20),
+}
+"""The paper's epochs; other data sets take those of svhn."""
+
+_LOWER_INDICES = {
+    "cifar100": (
+        0, 1000, 2500, 5000, 7500, 10000, 15000, 20000, 25000, 30000, 35000, 40000, 45000, 47500, 49000, 49500,
+    ),
+}  # fmt: skip
+
+GROUPS = 20
+"""Groups of a data set for which the paper names none."""
+
+
+def velocity_epochs(dataset: str) -> tuple[int, ...]:
+    """The epochs at which the velocity of a data set is taken by default."""
+    return VELOCITY_EPOCHS.get(dataset, VELOCITY_EPOCHS["svhn"])
+
+
+def lower_indices(dataset: str, n: int, size: int) -> list[int]:
+    """Where the groups of ``size`` examples start in the order of the scores, by default.
+
+    The paper's places where it names some and ``n`` examples have them; else every ``n // 20``-th from 0. Groups that
+    would not be whole are left out.
+
+    Args:
+        dataset: The data set's name.
+        n: Scored examples.
+        size: m, examples of a group.
+    """
+    named = _LOWER_INDICES.get(dataset, ())
+    places = named if named and named[-1] < n else range(0, n, max(n // GROUPS, 1))
+    return [place for place in places if place + size <= n]
+
+
+def ntk_kernel(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    classes: str = "all",
+    *,
+    projection_dim: int | None = None,
+    seed: int = 0,
+    memory_mb: float = 2048.0,
+) -> np.ndarray:
+    """The kernel of some examples; the matrix Psi is never formed.
+
+    Args:
+        model: The network, evaluated in eval mode and left as it was; all trainable parameters count.
+        images: (m, ...) inputs as the network saw them in training, un-augmented.
+        labels: (m,).
+        classes: A name of ``NTK_CLASSES``.
+        projection_dim: Numbers to which each row of Psi is reduced by a random sketch; None for the exact kernel.
+        seed: Seed of the sketch.
+        memory_mb: MiB that what is kept of the examples may take.
+
+    Returns:
+        float32 (m C, m C) for all classes, else (m, m).
+
+    Raises:
+        ValueError: The network mixes the examples of a batch (see ``gram_matrix``), or its outputs are not (b, C).
+    """
+    quantities = NTK_CLASSES[classes]
+    if projection_dim is None:
+        found = gram_matrix(model, images, quantities, labels, memory_mb=memory_mb)
+    else:
+        rows = sketch_jacobian(model, images, quantities, labels, projection_dim, seed)
+        found = rows @ rows.mT
+    return found.to("cpu", torch.float32).numpy()
+
+
+def velocity(first: np.ndarray, second: np.ndarray) -> float:
+    """``1 - <K, K'>_F / (|K|_F |K'|_F)``: 0 where the kernel only grew or shrank, at most 1 for kernels.
+
+    Args:
+        first: K, (N, N).
+        second: K', (N, N).
+
+    Raises:
+        ValueError: The shapes differ, a kernel is not finite, or all of it is zero.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"kernels of shapes {first.shape} and {second.shape} cannot be compared")
+    sums = [0.0, 0.0, 0.0]
+    for rows, others in zip(first, second, strict=True):  # row by row: no copy of a large kernel in float64
+        a, b = rows.astype(np.float64), others.astype(np.float64)
+        for place, value in enumerate((a @ b, a @ a, b @ b)):
+            sums[place] += value
+    if not np.isfinite(sums).all() or sums[1] <= 0 or sums[2] <= 0:
+        raise ValueError("a kernel is zero or not finite")
+    return float(np.clip(1.0 - sums[0] / np.sqrt(sums[1] * sums[2]), 0.0, 1.0))
+
+
+def relative_error(exact: np.ndarray, found: np.ndarray) -> float:
+    """``|found - exact|_F / |exact|_F``."""
+    return float(np.linalg.norm(found.astype(np.float64) - exact) / np.linalg.norm(exact.astype(np.float64)))
+
+
+def refuse_groups(lowers: Sequence[int], size: int, n: int) -> str | None:
+    """Why groups of ``size`` from the ranks ``lowers`` on cannot be had of ``n`` examples; None if they can."""
+    if size > n:
+        return f"a group of {size} examples is more than the {n} that are scored"
+    beyond = [lower for lower in lowers if lower + size > n]
+    if beyond:
+        return f"the group from rank {beyond[0]} on has {n - beyond[0]} examples, not {size}"
+    return None

@@ -1,0 +1,126 @@
+"""The files of neural tangent kernels: one kernel per group, the velocities of all groups, and their settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.artifacts import (
+    kernel_path,
+    ntk_folder,
+    read_json,
+    read_pickle,
+    refuse_other_settings,
+    velocity_path,
+    write_json,
+    write_pickle,
+)
+from src.errors import FileError
+
+
+class KernelFiles:
+    """Kernels and velocities of one network's run, seed after seed and epoch after epoch.
+
+    Args:
+        folder: The folder of kernels.
+        dataset: The data set's name.
+        run: ``{model}_with_{optimizer}_sched_{lr_sched}``.
+        metric: The score that orders the examples.
+        size: m, examples of a group.
+        overwrite: Whether results of other settings may be replaced.
+    """
+
+    def __init__(self, folder: Path, dataset: str, run: str, metric: str, size: int, overwrite: bool) -> None:
+        self._where = (folder, dataset, run, metric)
+        self._size = size
+        self._overwrite = overwrite
+
+    def folder(self, seed: int, epoch: int) -> Path:
+        """The folder of a seed's kernels of an epoch."""
+        return ntk_folder(*self._where, epoch, seed)
+
+    def kernel(self, seed: int, epoch: int, lower: int) -> Path:
+        """A group's kernel."""
+        return kernel_path(self.folder(seed, epoch), lower, self._size)
+
+    def velocities(self, seed: int, epoch: int) -> Path:
+        """The velocities of all groups."""
+        return velocity_path(self.folder(seed, epoch))
+
+    def has_kernel(self, seed: int, epoch: int, lower: int, settings: Mapping[str, Any]) -> bool:
+        """Whether a kernel of these settings is there.
+
+        Raises:
+            FileError: One of other settings is there, and must not be replaced.
+        """
+        path = self.kernel(seed, epoch, lower)
+        return path.exists() and self._same(path, settings)
+
+    def read_kernel(self, seed: int, epoch: int, lower: int) -> np.ndarray:
+        """A stored kernel, float32.
+
+        Raises:
+            FileError: It is missing or damaged.
+        """
+        path = self.kernel(seed, epoch, lower)
+        found = read_pickle(path)
+        if not isinstance(found, np.ndarray) or found.ndim != 2 or found.shape[0] != found.shape[1]:
+            raise FileError(f"{path}: is not a kernel; remove it, and run the script again")
+        return found
+
+    def write_kernel(
+        self,
+        seed: int,
+        epoch: int,
+        lower: int,
+        kernel: np.ndarray,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Store a kernel, and beside it its settings and whatever is known of it."""
+        path = self.kernel(seed, epoch, lower)
+        write_pickle(path, kernel)
+        write_json(path.with_suffix(".json"), {"settings": dict(settings), **facts})
+
+    def read_velocities(
+        self, seed: int, epoch: int, settings: Mapping[str, Any]
+    ) -> tuple[dict[int, float], dict[str, Any]]:
+        """The velocities of these settings that are there, and what is known of them by group; both may be empty.
+
+        Raises:
+            FileError: Velocities of other settings are there, and must not be replaced, or they are damaged.
+        """
+        path = self.velocities(seed, epoch)
+        if not path.exists() or not self._same(path, settings):
+            return {}, {}
+        found, groups = read_pickle(path), read_json(path.with_suffix(".json")).get("groups", {})
+        if not isinstance(found, dict) or not all(isinstance(v, float) for v in found.values()):
+            raise FileError(f"{path}: holds no velocities; remove it, and run the script again")
+        return {lower: v for lower, v in found.items() if str(lower) in groups}, groups
+
+    def write_velocities(
+        self,
+        seed: int,
+        epoch: int,
+        found: Mapping[int, float],
+        settings: Mapping[str, Any],
+        groups: Mapping[str, Any],
+    ) -> None:
+        """Store velocities, and beside them their settings and what is known of their groups."""
+        path = self.velocities(seed, epoch)
+        write_json(path.with_suffix(".json"), {"settings": dict(settings), "groups": dict(groups)})
+        write_pickle(path, dict(sorted(found.items())))
+
+    def _same(self, path: Path, settings: Mapping[str, Any]) -> bool:
+        beside = path.with_suffix(".json")
+        if self._overwrite:
+            try:
+                return read_json(beside)["settings"] == dict(settings)
+            except (FileError, KeyError, TypeError):
+                return False
+        stored = read_json(beside)
+        if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+            raise FileError(f"{beside}: has no settings; give --overwrite to replace what it belongs to")
+        refuse_other_settings(path, stored["settings"], settings)
+        return True
