@@ -21,6 +21,8 @@ from src.artifacts.paths import (
     memorization_path,
     mpe_experiment,
     ntk_folder,
+    ntk_run,
+    ntk_run_folder,
     pickle_path,
     pretrain_experiment,
     resume_folder,
@@ -31,6 +33,7 @@ from src.artifacts.paths import (
     split_experiment,
     splits_folder,
     standard_experiment,
+    velocity_figure_stem,
     velocity_path,
 )
 from src.artifacts.reading import (
@@ -80,6 +83,8 @@ __all__ = [
     "memorization_path",
     "mpe_experiment",
     "ntk_folder",
+    "ntk_run",
+    "ntk_run_folder",
     "parse_settings",
     "pickle_path",
     "pretrain_experiment",
@@ -99,6 +104,7 @@ __all__ = [
     "split_experiment",
     "splits_folder",
     "standard_experiment",
+    "velocity_figure_stem",
     "velocity_path",
     "write_checkpoint",
     "write_json",

@@ -1,5 +1,6 @@
 """Where every file stands: the one place that knows folder and file names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,9 +150,24 @@ def hessian_path(
     return Path(hessian_folder) / f"{part}_{spec}_{run}_{norm}" / str(seed) / which / f"pyhessian_eigen_{mode}.pkl"
 
 
+def ntk_run(model: str, optimizer: str, lr_sched: str) -> str:
+    """What paths of kernels call a run."""
+    return f"{model}_with_{optimizer}_sched_{lr_sched}"
+
+
+def ntk_run_folder(folder: str | Path, dataset: str, run: str, metric: str) -> Path:
+    """The kernels of one run, of all its seeds and epochs, for groups in the order of one score."""
+    return Path(folder) / dataset / run / metric
+
+
 def ntk_folder(folder: str | Path, dataset: str, run: str, metric: str, epoch: int, seed: int) -> Path:
-    """The kernels of one network, and its velocities; ``run`` is ``{model}_with_{optimizer}_sched_{lr_sched}``."""
-    return Path(folder) / dataset / run / metric / f"epoch_{epoch}" / f"seed_{seed}"
+    """The kernels of one network, and its velocities."""
+    return ntk_run_folder(folder, dataset, run, metric) / f"epoch_{epoch}" / f"seed_{seed}"
+
+
+def velocity_figure_stem(plots_folder: str | Path, dataset: str, run: str, metrics: Sequence[str]) -> Path:
+    """The figure of a run's velocities, without the ending."""
+    return Path(plots_folder) / "ntk" / dataset / f"velocity_{run}_{'_'.join(metrics)}"
 
 
 def kernel_path(folder: str | Path, lower: int, size: int) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src.artifacts import file_digest, label_hash, standard_experiment
+from src.artifacts import file_digest, label_hash, ntk_run, standard_experiment
 from src.curvature.ntk import ntk_kernel, relative_error, velocity
 from src.curvature.ntk_cost import forecast, kernel_bytes
 from src.curvature.ntk_files import KernelFiles
@@ -51,7 +51,7 @@ class Kernels:
             (seed, epoch): networks.find(experiment, seed, epoch, **flags) for seed in self.seeds for epoch in wanted
         }
         self.digests = {place: file_digest(path) for place, path in self.paths.items()}
-        run = f"{args.model}_with_{args.optimizer}_sched_{lr_sched}"
+        run = ntk_run(args.model, args.optimizer, lr_sched)
         metric = args.ntk_chosen_metric
         self.files = KernelFiles(args.ntk_folder, name, run, metric, args.m_samples, args.overwrite)
         subset = None if args.subset is None else label_hash(np.sort(ranked))
@@ -89,6 +89,7 @@ class Kernels:
                 chosen = self.scores[self.group(lower)]
                 groups[str(lower)] = {
                     "mean_score": float(chosen.mean()),
+                    "percentile": 100 * (lower + len(chosen) / 2) / len(self.ranked),
                     "seconds": time.perf_counter() - started,
                     "sketch_error": self._sketch_error,
                 }

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+r"""Draw how fast neural tangent kernels turn, against the scores of their examples: one line per epoch.
+
+Reads the velocities that compute_ntk.py wrote under --ntk_folder. Lines are means over seeds, bands one standard
+deviation to either side. Writes, as PNG and PDF, {plots_folder}/ntk/{dataset}/velocity_{run}_{metrics}, and prints
+Spearman's correlation of the velocity with the rank.
+
+  python plot_ntk.py --dataset=digits --model=lenet --metrics samis_loss
+  python plot_ntk.py --dataset=cifar10 --model=resnet8 --metrics samis_loss forg --log
+"""
+
+from argparse import Namespace
+
+import numpy as np
+
+from src.artifacts import ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
+from src.curvature.ntk_plots import velocity_figure
+from src.curvature.ntk_velocities import Velocities, read_all_velocities
+from src.datasets import load_dataset
+from src.errors import FileError, FlagError
+from src.metrics import MODES
+from src.metrics.compare import spearman
+from src.optimizers import OPTIMIZERS, SCHEDULES
+from src.scripting import Parser, run_script, start_logging
+from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, number
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser, subset=False)
+    group = add_model_choice(parser, default="resnet18")
+    add = group.add_argument
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimiser of the runs")
+    add("--lr_sched", choices=tuple(SCHEDULES), help="schedule of the runs (default: the only one there is)")
+    group = parser.add_argument_group("figure")
+    add = group.add_argument
+    add(
+        "--metrics",
+        nargs="+",
+        choices=tuple(MODES),
+        default=["mem"],
+        metavar="MODE",
+        help=f"the scores that order the examples, one panel each, of {', '.join(MODES)}",
+    )
+    add("--epochs", type=number(int, 1), nargs="+", help="only these epochs (default: all there are)")
+    add("--seeds", type=SEED, nargs="+", help="only these seeds (default: all there are)")
+    add("--log", action="store_true", help="a logarithmic axis of velocities")
+    add_folder_flags(parser, "datasets", "ntk", "plots")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, read, draw, print."""
+    args = parse()
+    start_logging(quiet=True)
+    name = args.dataset
+    if ":" in name:  # own data are named by their content
+        parts = load_dataset(name, args.datasets_folder, image_size=args.image_size, channels=args.channels)
+        name = parts[0].entry.name
+    run = ntk_run(args.model, args.optimizer, schedule(args, name))
+    panels = []
+    for metric in args.metrics:
+        several = read_all_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)
+        panels.append((MODES[metric].symbol, several))
+        report(metric, several)
+    size = f"{args.model} by {args.optimizer.upper()}"
+    figure = velocity_figure(panels, f"{name}, {size}", logarithmic=args.log)
+    print(*save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, args.metrics)), sep="\n")
+
+
+def schedule(args: Namespace, dataset: str) -> str:
+    """The schedule asked for, or the only one there is."""
+    if args.lr_sched is not None:
+        return args.lr_sched
+    before = ntk_run(args.model, args.optimizer, "")
+    found = sorted(place.name.removeprefix(before) for place in (args.ntk_folder / dataset).glob(f"{before}*"))
+    if not found:
+        raise FileError(
+            f"{args.ntk_folder / dataset}: holds no kernels of {args.model} by {args.optimizer}; "
+            "make them with compute_ntk.py"
+        )
+    if len(found) > 1:
+        raise FlagError(f"--lr_sched: runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
+    return found[0]
+
+
+def report(metric: str, several: list[Velocities]) -> None:
+    """Print whether the velocity grows with the score."""
+    for velocities in several:
+        ranks = np.arange(len(velocities.lowers))
+        per_seed = [spearman(ranks, values) for values in velocities.values]
+        mean = velocities.values.mean(0)
+        print(
+            f"{metric}, epoch {velocities.epoch}: Spearman of velocity and rank {spearman(ranks, mean):.2f} "
+            f"(single seeds {min(per_seed):.2f} to {max(per_seed):.2f}), "
+            f"lowest group {mean[0]:.4g}, highest {mean[-1]:.4g}"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)
