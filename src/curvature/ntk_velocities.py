@@ -19,7 +19,7 @@ class Velocities:
         epoch: t.
         seeds: The seeds.
         lowers: Ranks of the groups' first examples, (g,).
-        places: Where the groups stand in the order of the scores, in percent, (g,), or their ranks if that is unknown.
+        places: Where the groups stand in the order of the scores, in percent, (g,); else their ranks.
         values: (seeds, g).
     """
 

@@ -1,0 +1,125 @@
+"""Kernels and velocities of groups: identities, ranges, the spec's groups, forecasts."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import functional_call, jacrev
+
+from src.curvature.ntk import (
+    NTK_CLASSES,
+    lower_indices,
+    ntk_kernel,
+    refuse_groups,
+    relative_error,
+    velocity,
+    velocity_epochs,
+)
+from src.curvature.ntk_cost import forecast
+from src.models import build_model
+
+
+def explicit_psi(net, images):
+    """(m C, P): one row per example and class, class by class within an example."""
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    rows = []
+    for image in images.split(1):
+        jacobian = jacrev(lambda values, image=image: functional_call(net, values, (image,))[0])(parameters)
+        rows.append(torch.cat([j.reshape(j.shape[0], -1) for j in jacobian.values()], dim=1))
+    return torch.cat(rows)
+
+
+def problem(name="lenet", m=5, size=28, channels=1, classes=4, seed=0):
+    net = build_model(name, classes, channels, size, seed).double().eval()
+    draw = torch.Generator().manual_seed(seed + 1)
+    images = torch.randn(m, channels, size, size, generator=draw, dtype=torch.float64)
+    return net, images, torch.arange(m) % classes
+
+
+def test_rows_go_example_by_example_and_class_by_class():
+    net, images, labels = problem()
+    psi = explicit_psi(net, images)
+    found = ntk_kernel(net, images, labels)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, (psi @ psi.T).numpy(), rtol=1e-5, atol=1e-5)
+    blocks = psi.view(5, 4, -1)
+    summed, own = blocks.sum(1), blocks[torch.arange(5), labels]
+    for classes, rows in (("sum_logits", summed), ("true_label", own)):
+        np.testing.assert_allclose(ntk_kernel(net, images, labels, classes), (rows @ rows.T).numpy(), rtol=1e-5)
+
+
+def test_kernels_are_positive_semidefinite_and_their_velocities_in_range():
+    kernels = [ntk_kernel(*problem(seed=seed)).astype(np.float64) for seed in range(3)]
+    for first in kernels:
+        assert np.linalg.eigvalsh(first).min() > -1e-4 * np.linalg.norm(first, 2)
+        for second in kernels:
+            exact = 1 - (first * second).sum() / np.linalg.norm(first) / np.linalg.norm(second)
+            assert velocity(first, second) == pytest.approx(max(exact, 0), abs=1e-12)
+            assert 0 <= velocity(first, second) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 6), rank=st.integers(1, 6), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_velocity_of_any_kernels(n, rank, scale, seed):
+    rng = np.random.default_rng(seed)
+    a, b = (rows @ rows.T for rows in rng.normal(size=(2, n, rank)))
+    assert velocity(a, a) == pytest.approx(0, abs=1e-12)
+    assert velocity(a, scale * a) == pytest.approx(0, abs=1e-12)
+    assert 0 <= velocity(a, b) <= 1
+    assert velocity(a, b) == pytest.approx(velocity(b, a), abs=1e-12)
+    assert velocity(scale * a, b) == pytest.approx(velocity(a, b), abs=1e-9)
+
+
+def test_orthogonal_kernels_have_velocity_one():
+    assert velocity(np.diag([1.0, 0.0]), np.diag([0.0, 1.0])) == 1.0
+
+
+def test_velocities_that_are_refused():
+    with pytest.raises(ValueError, match="shapes"):
+        velocity(np.eye(2), np.eye(3))
+    for bad in (np.zeros((2, 2)), np.full((2, 2), np.nan), np.diag([np.inf, 1.0])):
+        with pytest.raises(ValueError, match="zero or not finite"):
+            velocity(np.eye(2), bad)
+
+
+def test_groups_of_the_paper():
+    assert lower_indices("cifar100", 50000, 50)[:5] == [0, 1000, 2500, 5000, 7500]
+    assert lower_indices("cifar100", 50000, 50)[-1] == 49500
+    assert len(lower_indices("cifar100", 50000, 50)) == 16
+    assert lower_indices("cifar10", 50000, 50) == list(range(0, 50000, 2500))
+    assert lower_indices("svhn", 73257, 50) == list(range(0, 73240, 3662))
+    assert lower_indices("cifar100", 2000, 50) == list(range(0, 2000, 100))  # a subset
+    assert lower_indices("digits", 1437, 50) == list(range(0, 1400, 71))[:20]
+    assert lower_indices("digits", 10, 4) == list(range(7))
+    assert lower_indices("digits", 3, 4) == []
+    assert velocity_epochs("cifar10") == (1, 5, 10, 20, 50)
+    assert velocity_epochs("cifar100") == (10, 40, 70, 100, 150)
+    assert velocity_epochs("digits") == velocity_epochs("svhn") == (1, 5, 10, 20)
+
+
+def test_groups_that_are_not_whole():
+    assert refuse_groups([0, 5], 5, 10) is None
+    assert "more than the 3" in refuse_groups([0], 4, 3)
+    assert "from rank 8 on has 2 examples, not 5" in refuse_groups([0, 8], 5, 10)
+
+
+@pytest.mark.parametrize("projection_dim", [None, 64])
+@pytest.mark.parametrize("classes", NTK_CLASSES)
+def test_forecasts(classes, projection_dim):
+    net, images, labels = problem(m=6)
+    told = forecast(net, images, labels, 6, classes, projection_dim=projection_dim, memory_mb=64.0)
+    rows = 6 * (4 if classes == "all" else 1)
+    assert told.rows == len(ntk_kernel(net, images, labels, classes)) == rows
+    assert told.psi_bytes == rows * sum(p.numel() for p in net.parameters()) * 8
+    assert told.kernel_bytes == rows * rows * 12
+    assert 0 < told.kept_bytes <= 64 * 2**20
+    assert told.seconds > 0
+
+
+def test_a_sketch_is_near_the_kernel():
+    net, images, labels = problem()
+    exact = ntk_kernel(net, images, labels)
+    found = ntk_kernel(net, images, labels, projection_dim=20000)
+    assert 0 < relative_error(exact, found) < 0.1
+    assert relative_error(exact, exact) == 0
