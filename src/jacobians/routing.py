@@ -110,8 +110,9 @@ class Routing(ABC):
         self._evaluating.__exit__(kind, error, trace)
 
     def trust(self, other: "Routing") -> None:
-        """Take over what another routing of the same model found out about the independence of examples."""
+        """Take over what another routing of the same model found out: independence of examples, sizes of batches."""
         self._untried, self._independent = other._untried, dict(other._independent)
+        self._sizes = dict(other._sizes)
 
     @abstractmethod
     def begin(self, rows: Tensor) -> None:
@@ -167,6 +168,8 @@ class Routing(ABC):
         """Outputs, rows and each parameter's recorded calls, with gradients, of one batch."""
         outputs = self._capture.forward(images.clone())  # a network may work on its input in place
         rows = checked_rows(quantities(outputs, targets), len(images))
+        if images.shape[1:] not in self._sizes:
+            self._note_sizes(images.shape[1:], *rows.shape)
         uses, nodes = graph_uses(rows)
         self.unused = frozenset(name for name, p in self._parameters.items() if not uses[id(p)])
         records = [r for r in self._capture.records if r.edge.node in nodes]
@@ -226,11 +229,15 @@ class Routing(ABC):
         if shape not in self._sizes and len(images):
             with torch.enable_grad():
                 q = self._capture.forward(images[:1].clone()).numel()
-            records, self._capture.records = self._capture.records, []
-            rows = [r.output_shape.numel() * r.inputs.element_size() for r in records] or [0]
-            # and about five times the outputs in the graph
-            self._sizes[shape] = (q + 5) * sum(rows), q * max(rows)
+            self._note_sizes(shape, q, 1)
+            self._capture.records = []
         return self._chunks(len(images), *self._sizes.get(shape, (0, 0)), images.device)
+
+    def _note_sizes(self, shape: torch.Size, q: int, b: int) -> None:
+        """Remember what the gradients of q quantities at all outputs take per example, and the largest of them."""
+        sizes = [r.output_shape.numel() // b * r.inputs.element_size() for r in self._capture.records] or [0]
+        # and about five times the outputs in the graph
+        self._sizes[shape] = (q + 5) * sum(sizes), q * max(sizes)
 
     # ---------------------------------------------------------------------------------------------- handing out
 
