@@ -22,3 +22,7 @@ class FileError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class MeasurementError(UserError):
+    """A measurement cannot go on, for example because the curvature of the loss is not finite."""
