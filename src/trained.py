@@ -81,13 +81,16 @@ class TrainedNetworks:
         # gradients of gradients and per-example ones are taken in the plain layout
         return network.to(self.device, self.precision.dtype), state
 
-    def batches(self, images: ImageSet, batch_size: int, state: dict[str, Any]) -> Batches:
+    def batches(
+        self, images: ImageSet, batch_size: int, state: dict[str, Any], channels_last: bool = False
+    ) -> Batches:
         """Un-augmented batches of a part of the data, in order, as the network of ``state`` saw them.
 
         Args:
             images: A part of ``train`` or ``test``.
             batch_size: Examples at a time.
             state: The checkpoint's description.
+            channels_last: Whether to lay images out with the channels last in memory.
         """
         return Batches(
             images,
@@ -95,4 +98,5 @@ class TrainedNetworks:
             normalisation=state["normalisation"],
             device=self.device,
             dtype=self.precision.dtype,
+            channels_last=channels_last,
         )

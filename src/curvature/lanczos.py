@@ -97,8 +97,10 @@ class Lanczos:
 
     def ritz(self, count: int, order: str = "largest") -> Ritz:
         """The first ``count`` approximate eigenvalues, in an order of ``tridiagonal.ORDERS``."""
-        unit = None if self.basis is not None else torch.finfo(self.operator.dtype).eps
-        return ritz(self.matrix, count, order, ghosts_of=unit)
+        unit = torch.finfo(self.operator.dtype).eps
+        found = ritz(self.matrix, count, order, ghosts_of=None if self.basis is not None else unit)
+        floor = unit * max(map(abs, self.alphas))  # products are no more accurate than this
+        return Ritz(found.values, np.maximum(found.residuals, floor), found.weights)
 
     def vectors(self, found: Ritz) -> Tensor:
         """The unit vectors ``(m, P)`` of Ritz values; only where the basis is stored."""

@@ -3,12 +3,10 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from src.curvature.hessian import CurvatureOperator, dot
 from src.curvature.lanczos import rademacher
-from src.curvature.tridiagonal import Ritz
 
 LEAST_PROBES = 10
 """A standard error of fewer is not worth stopping for."""
@@ -19,13 +17,14 @@ class TraceEstimate:
     """Hutchinson's estimate: ``v^T H v`` averages to the trace over vectors v of random signs.
 
     Its variance is twice the sum of the squared off-diagonal entries, which the few largest eigenvalues dominate.
-    Where their unit vectors V are known, ``(V^T v)`` says what they add to each probe, without another product: the
-    remainder ``u^T H u``, ``u = v - V V^T v``, plus the eigenvalues' sum has the same mean and varies far less
+    Where Ritz vectors V near their eigenvectors are known, ``V^T v`` says what they add to each probe, without
+    another product: the remainder ``u^T H u``, ``u = v - V V^T v``, plus the Ritz values' sum has the same mean and
+    varies far less
     (the idea of Hutch++, Meyer et al. 2021, with vectors that are there already).
 
     Attributes:
         samples: ``v^T H v`` of each probe.
-        deflated: The same with the known eigenvalues taken exactly; empty where no vectors are known.
+        deflated: The same with the known part taken exactly; empty where no vectors are known.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -54,7 +53,7 @@ def mean_and_error(samples: list[float]) -> tuple[float, float]:
 
 
 def add_probe(
-    estimate: TraceEstimate, operator: CurvatureOperator, seed: int, known: tuple[Ritz, Tensor] | None = None
+    estimate: TraceEstimate, operator: CurvatureOperator, seed: int, known: tuple[np.ndarray, Tensor] | None = None
 ) -> None:
     """Add the next probe's sample: one product.
 
@@ -62,7 +61,7 @@ def add_probe(
         estimate: Changed in place.
         operator: The matrix.
         seed: Seed of all probes; each has a generator of its own.
-        known: Eigenvalues, and their orthonormal vectors ``(m, P)``.
+        known: Ritz values ``(m,)`` and their orthonormal vectors ``(m, P)``, converged or not.
 
     Raises:
         MeasurementError: The product is not finite.
@@ -73,8 +72,7 @@ def add_probe(
     estimate.samples.append(sample)
     if known is None:
         return
-    found, vectors = known
-    values = torch.from_numpy(found.values)
-    c, d = ((vectors @ x).cpu().double() for x in (probe, product))  # V^T v and V^T H v
+    values, vectors = known
+    c, d = ((vectors @ x).double().cpu().numpy() for x in (probe, product))  # V^T v and V^T H v
     # u^T H u = v^T H v - 2 c^T (V^T H v) + c^T (V^T H V) c, and V^T H V is the diagonal of Ritz values
-    estimate.deflated.append(sample - 2 * (c @ d).item() + (c * c * values).sum().item() + found.values.sum().item())
+    estimate.deflated.append(float(sample - 2 * c @ d + c * c @ values + values.sum()))

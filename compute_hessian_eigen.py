@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+r"""Measure the curvature of a trained network's loss: top Hessian eigenvalues, spectral density, trace.
+
+Reads a checkpoint of train_full.py under --models_folder (any other run's by --exp, any file by --checkpoint). The
+loss is the mean cross-entropy over the training or test part, un-augmented. Writes
+{hessian_folder}/{eigen_split}_{high_low_spec or all}_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_{bn or
+nobn}/{seed}/epoch_{epochs}/pyhessian_eigen_{eigen_mode}.pkl (eigenvals, trace, density_eigen, density_weight) and a
+json beside it: settings, residuals, standard errors, costs. plot_hessian.py draws and tabulates them. An interrupted
+measurement goes on with --resume.
+
+  python compute_hessian_eigen.py --dataset=digits --model=lenet --optimizer=sgd --seed=1 --epochs=20
+  python compute_hessian_eigen.py --dataset=cifar10 --model=resnet18 --optimizer=sam --seed=1234 --epochs=160 \
+      --subset=10000 --basis=half --resume
+"""
+
+import logging
+from argparse import Namespace
+
+import numpy as np
+
+from src.curvature.hessian_runs import HessianRun
+from src.curvature.hessian_subject import refuse_idle_flags
+from src.metrics import Proxy
+from src.scripting import Parser, run_script, start_logging
+from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
+from src.settings.geometry import EIGEN_PRECISIONS, add_checkpoint_flags, add_measurement_flags, add_spectrum_flags
+from src.trained import TrainedNetworks
+
+log = logging.getLogger("compute_hessian_eigen")
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    add_checkpoint_flags(parser)
+    add_spectrum_flags(parser)
+    add_measurement_flags(parser)
+    add_score_flags(parser)
+    add_compute_flags(parser, precisions=EIGEN_PRECISIONS)
+    add_folder_flags(parser, "datasets", "models", "metrics", "hessian")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, find the network, measure, save, print."""
+    args = parse()
+    start_logging()
+    refuse_idle_flags(args)
+    networks = TrainedNetworks(args)
+    run = HessianRun(args, networks, read_scores(args, networks))
+    if not args.overwrite and run.files.is_done(run.settings):
+        print("done already, with these settings; --overwrite measures anew")
+        report(run.files.read_record())
+    else:
+        report(run.measure()[1])
+    print(run.files.path, run.files.record, sep="\n")
+
+
+def read_scores(args: Namespace, networks: TrainedNetworks) -> np.ndarray | None:
+    """The scores by which ``--high_low_spec`` chooses."""
+    if args.high_low_spec is None:
+        return None
+    metric, train = args.high_low_spec.metric, networks.train
+    folders = score_folders(args.scores_folder, metric, args.metrics_folder)
+    return Proxy(metric, train.entry.name, folder=folders, n=train.total, label_hash=networks.labels).scores
+
+
+def report(record: dict) -> None:
+    """Print eigenvalues with their residuals, and the trace."""
+    print(f"loss {record['loss']:.6g}, gradient norm {record['gradient_norm']:.4g}, {record['products']} products")
+    for place, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
+        print(f"eigenvalue {place}: {value:.6g} (residual {residual:.1e})")
+    if not record["converged"]:
+        log.warning("not all eigenvalues are within the tolerance; raise --max_steps or --power_iterations")
+    if record["smallest_node"] < -abs(record["eigenvalues"][-1]) and record["settings"]["order"] == "largest":
+        log.warning(
+            "an eigenvalue of %.4g is larger in magnitude than some of these; --eigen_order=magnitude counts it in",
+            record["smallest_node"],
+        )
+    if record["trace"] is not None:
+        error, count = record["trace_standard_error"], record["trace_probes"]
+        text = "" if error is None else f" +- {error:.3g}"
+        print(f"trace: {record['trace']:.6g}{text} ({count} probes, {record['trace_estimator']})")
+    print(f"trace by the density's quadrature: {record['trace_quadrature']:.6g}")
+
+
+if __name__ == "__main__":
+    run_script(main)

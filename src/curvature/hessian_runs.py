@@ -1,0 +1,184 @@
+"""What compute_hessian_eigen.py does with its flags: one measurement, its settings, and its files."""
+
+import logging
+import time
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from src.artifacts import file_digest, hessian_path, label_hash, require_writable
+from src.curvature.basis import basis_bytes
+from src.curvature.hessian import OPERATORS, CurvatureOperator
+from src.curvature.hessian_files import HessianFiles, describe
+from src.curvature.hessian_subject import chosen_examples, find_subject
+from src.curvature.power import power_iteration
+from src.curvature.spectrum import Spectrum, SpectrumPlan, SpectrumRun, true_residuals
+from src.curvature.spectrum_state import SpectrumState
+from src.devices import available_memory
+from src.errors import FileError, FlagError
+from src.models import MODELS
+from src.trained import TrainedNetworks
+
+log = logging.getLogger(__name__)
+
+
+class HessianRun:
+    """One measurement of the flags.
+
+    Args:
+        args: The flags.
+        networks: The data, and the trained networks.
+        scores: By original index, where ``--high_low_spec`` is given.
+
+    Attributes:
+        files: Where the result is written.
+        settings: All that it depends on.
+    """
+
+    def __init__(self, args: Namespace, networks: TrainedNetworks, scores: np.ndarray | None = None) -> None:
+        self.args = args
+        subject, network, state = find_subject(args, networks)
+        images = chosen_examples(args, networks, scores)
+        last = MODELS[state["model"]].channels_last and networks.device.type == "cpu"
+        network = network.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        batches = networks.batches(images, args.batch_size, state, channels_last=last)
+        self.operator: CurvatureOperator = OPERATORS[args.operator](network, batches, len(images))
+        if args.top_n > self.operator.size:
+            raise FlagError(f"--top_n {args.top_n}: must be at most {self.operator.size}, the number of parameters")
+        norm = "bn" if any(isinstance(module, _BatchNorm) for module in network.modules()) else "nobn"
+        spec = str(args.high_low_spec) if args.high_low_spec is not None else "all"
+        mode = args.eigen_mode if args.operator == "hessian" else f"{args.eigen_mode}_{args.operator}"
+        where = (subject.experiment, norm, subject.seed, subject.which, mode)
+        self.files = HessianFiles(hessian_path(args.hessian_folder, args.eigen_split, spec, *where))
+        self.plan = SpectrumPlan(
+            top_n=args.top_n,
+            order=args.eigen_order or ("magnitude" if args.eigen_mode == "power_iter" else "largest"),
+            tolerance=args.tolerance,
+            steps=args.lanczos_steps,
+            max_steps=args.lanczos_steps if args.eigen_mode == "power_iter" else args.max_steps,
+            probes=args.probes,
+            trace_probes=args.trace_probes,
+            trace_tolerance=args.trace_tolerance,
+            seed=args.probe_seed,
+            basis=args.basis,
+        )
+        self.settings = {
+            "dataset": images.entry.name,
+            "labels": networks.labels,
+            "model": state["model"],
+            "experiment": subject.experiment,
+            "seed": subject.seed,
+            "epoch": state["epoch"],
+            "checkpoint": file_digest(subject.path),
+            "eigen_split": args.eigen_split,
+            "high_low_spec": None if args.high_low_spec is None else spec,
+            "examples": len(images),
+            "example_hash": label_hash(images.indices.cpu().numpy()),
+            "operator": args.operator,
+            "eigen_mode": args.eigen_mode,
+            **{name: getattr(self.plan, name) for name in SpectrumPlan.__dataclass_fields__},
+            "power_iterations": args.power_iterations if args.eigen_mode == "power_iter" else None,
+            "batch_size": args.batch_size,
+            "precision": args.precision,
+        }
+        self.path = subject.path
+        trained_on = state["settings"].get("subset")
+        chosen = None if args.subset is None else label_hash(images.indices.cpu().numpy())
+        if args.eigen_split == "train" and args.high_low_spec is None and trained_on != chosen:
+            log.warning("%s: was trained on other examples than its loss is measured on (see --subset)", subject.path)
+
+    def measure(self) -> tuple[Spectrum, dict[str, Any]]:
+        """Measure, write the files, and remove the state.
+
+        Returns:
+            The spectrum, and its record: what the json file holds.
+
+        Raises:
+            MeasurementError: Something is not finite.
+            FileError: A file cannot be written, or the state does not fit.
+        """
+        args, operator, plan = self.args, self.operator, self.plan
+        require_writable(self.files.path.parent)
+        self._announce()
+        began = time.monotonic()
+        loss, gradient = operator.loss_and_gradient()
+        norm = torch.linalg.vector_norm(gradient).item()
+        log.info("loss %.6g over %d examples, gradient norm %.4g", loss, self.settings["examples"], norm)
+        state = SpectrumState(self.files.state, self.settings)
+        run = SpectrumRun(operator, plan, state, args.save_every)
+        resumed = self._resume(run, state)
+        outside = self._power(state) if args.eigen_mode == "power_iter" else None
+        spectrum = run.run(progress=True)
+        if outside is not None:
+            spectrum.eigenvalues, spectrum.residuals = np.array(outside["values"]), np.array(outside["residuals"])
+        record = {
+            "settings": self.settings,
+            "checkpoint": str(self.path),
+            "parameters": operator.size,
+            "loss": loss,
+            "gradient_norm": norm,
+            **describe(spectrum, plan),
+            "products": operator.products,
+            "seconds": run.seconds + (outside["seconds"] if outside is not None else 0.0),
+            "last_start_seconds": time.monotonic() - began,
+            "resumed": resumed,
+            "device": str(operator.device),
+        }
+        self.files.write(spectrum, record)
+        state.clear()
+        return spectrum, record
+
+    def _announce(self) -> None:
+        """Say what memory the basis takes."""
+        plan, operator = self.plan, self.operator
+        vectors = min(plan.steps, operator.size) + 1
+        need = basis_bytes(vectors, operator.size, operator.dtype, plan.basis)
+        log.info("%d parameters; the Lanczos basis takes %.2f GB (%d vectors)", operator.size, need / 1e9, vectors)
+        where = torch.device("cpu") if plan.basis == "host" else operator.device
+        free = available_memory(where)
+        if free is not None and need > free:
+            log.warning("only %.2f GB are free: --basis=half takes half of it, --basis=none nothing", free / 1e9)
+
+    def _resume(self, run: SpectrumRun, state: SpectrumState) -> bool:
+        if self.args.resume:
+            try:
+                resumed = run.resume()
+            except FileError:
+                if not self.args.overwrite:
+                    raise
+                state.clear()
+                resumed = False
+            if resumed:
+                log.info("going on after %d products", self.operator.products)
+                return True
+        elif self.files.state.exists():
+            log.info("%s: an interrupted measurement is dropped (--resume would go on with it)", state.folder)
+        if not self.args.resume:
+            state.clear()
+        return False
+
+    def _power(self, state: SpectrumState) -> dict[str, Any]:
+        """Power iteration's eigenvalues, from an earlier start or now."""
+        kept = state.kept("power")
+        operator, plan = self.operator, self.plan
+        if kept is None:
+            began = time.monotonic()
+            with tqdm(desc="power iteration", unit="product", disable=None) as bar:
+                values, vectors = power_iteration(
+                    operator,
+                    plan.top_n,
+                    iterations=self.args.power_iterations,
+                    tolerance=plan.tolerance,
+                    seed=plan.seed,
+                    done=bar.update,
+                )
+            residuals = true_residuals(operator, values, vectors)
+            kept = {"values": values.tolist(), "residuals": residuals.tolist(), "products": operator.products}
+            kept["seconds"] = time.monotonic() - began
+            state.keep("power", kept)
+        operator.products = max(operator.products, kept["products"])
+        return kept

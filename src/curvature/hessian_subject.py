@@ -1,0 +1,135 @@
+"""Which network and which examples the flags of compute_hessian_eigen.py mean."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from src.artifacts import file_digest, standard_experiment
+from src.datasets import ImageSet, parse_subset
+from src.errors import FileError, FlagError
+from src.trained import TrainedNetworks
+from src.training import only_schedule
+
+DEFAULT_MODEL = "resnet50"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network that is measured.
+
+    Attributes:
+        path: Its checkpoint.
+        experiment: Its run.
+        seed: The run's seed.
+        which: The folder of the result below the run's: the epoch, or digits of the checkpoint's content.
+    """
+
+    path: Path
+    experiment: str
+    seed: int
+    which: str
+
+
+def refuse_idle_flags(args: Namespace) -> None:
+    """Stop at flags that have no effect beside each other.
+
+    Raises:
+        FlagError: There are some.
+    """
+    if args.eigen_split == "test":
+        for flag, given in (("--subset", args.subset), ("--high_low_spec", args.high_low_spec)):
+            if given is not None:
+                raise FlagError(f"{flag}: chooses training examples; it has no place beside --eigen_split=test")
+    if args.eigen_mode == "power_iter":
+        if args.operator != "hessian":
+            raise FlagError(f"--eigen_mode power_iter: knows the Hessian alone, not --operator={args.operator}")
+        if args.eigen_order == "largest":
+            raise FlagError("--eigen_order largest: power_iter finds eigenvalues of largest magnitude; use lanczos")
+
+
+def find_subject(args: Namespace, networks: TrainedNetworks) -> tuple[Subject, nn.Module, dict[str, Any]]:
+    """The network of the flags, and its checkpoint without its weights.
+
+    Raises:
+        FlagError: Several schedules fit.
+        FileError: There is no such checkpoint (the message has the command that makes it), or it does not fit.
+    """
+    name = networks.train.entry.name
+    if args.checkpoint is not None:
+        network, state = networks.load(args.checkpoint, args.model)
+        settings = state["settings"]
+        words = (settings.get(key, "unknown") for key in ("optimizer", "lr_sched"))
+        experiment = standard_experiment(state["model"], name, *words)
+        which = f"checkpoint_{file_digest(args.checkpoint)[:8]}"
+        return Subject(args.checkpoint, experiment, int(settings.get("seed", 0)), which), network, state
+    if args.exp is not None:
+        path, model = networks.find(args.exp, args.seed, args.epochs, script=_script_of(args.exp)), args.model
+        experiment = args.exp
+    else:
+        model = args.model or DEFAULT_MODEL
+        pattern = standard_experiment(model, name, args.optimizer, "*")
+        lr_sched = only_schedule(args.models_folder, pattern, args.seed, args.lr_sched) or "const"
+        experiment = standard_experiment(model, name, args.optimizer, lr_sched)
+        flags = {"model": model, "optimizer": args.optimizer, "lr_sched": lr_sched}
+        path = networks.find(experiment, args.seed, args.epochs, **flags)
+    network, state = networks.load(path, model)
+    return Subject(path, experiment, args.seed, f"epoch_{args.epochs}"), network, state
+
+
+def _script_of(experiment: str) -> str:
+    """What trained a run, by its name."""
+    if experiment.startswith("split_"):
+        return "train_split.py"
+    return "train_prune.py" if "_static_coreset_" in experiment else "train_full.py"
+
+
+def chosen_examples(args: Namespace, networks: TrainedNetworks, scores: np.ndarray | None) -> ImageSet:
+    """The examples over which the loss is taken.
+
+    Args:
+        args: The flags.
+        networks: The data.
+        scores: By original index, where ``--high_low_spec`` is given.
+
+    Raises:
+        FlagError: Nothing is left.
+        FileError: An example has no score.
+    """
+    if args.eigen_split == "test":
+        return networks.test
+    images = networks.train
+    if args.subset is not None:
+        images = images.subset(torch.from_numpy(parse_subset(args.subset, images.total, images.labels.cpu().numpy())))
+    if args.high_low_spec is None:
+        return images
+    own = scores[images.indices.cpu().numpy()]
+    missing = int(np.isnan(own).sum())
+    if missing:
+        raise FileError(
+            f"--high_low_spec {args.high_low_spec}: {missing} of the {len(own)} examples have no score; score them, "
+            "or leave them out with --subset"
+        )
+    return images.subset(torch.from_numpy(by_score(own, args.high_low_spec.side, args.high_low_spec.fraction)))
+
+
+def by_score(scores: np.ndarray, side: str, fraction: float) -> np.ndarray:
+    """Positions, ascending, of the lowest or the highest scores; ties are broken by position.
+
+    Args:
+        scores: ``(n,)``, without NaN.
+        side: ``"low"`` or ``"high"``.
+        fraction: Share to take, of n, rounded half up.
+
+    Raises:
+        FlagError: That is none.
+    """
+    count = min(int(np.floor(fraction * len(scores) + 0.5 + 1e-9)), len(scores))
+    if not count:
+        raise FlagError(f"--high_low_spec: {fraction:g} of {len(scores)} examples is none; give a larger fraction")
+    order = np.argsort(scores, kind="stable")
+    return np.sort(order[:count] if side == "low" else order[-count:])

@@ -1,0 +1,237 @@
+"""One measurement of a loss's curvature: top eigenvalues, spectral density and trace, interruptible and resumable.
+
+A single Lanczos run serves eigenvalues and density; it goes on past the density's steps only where eigenvalues have
+not converged. Further probes of the density are runs of their own. The trace comes last, as the eigenvectors found
+make it cheaper.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from src.curvature.hessian import CurvatureOperator
+from src.curvature.lanczos import Lanczos, rademacher
+from src.curvature.spectrum_state import SpectrumState
+from src.curvature.trace import TraceEstimate, add_probe
+from src.curvature.tridiagonal import Tridiagonal, quadrature
+
+DEFLATED = 20
+"""Ritz vectors that the trace takes exactly: the more, the fewer probes it needs, at P numbers each."""
+_SAVE_SECONDS = 60.0  # a state is also written where a few products take longer than this
+
+
+@dataclass(frozen=True)
+class SpectrumPlan:
+    """What to measure, and how well.
+
+    Attributes:
+        top_n: How many eigenvalues.
+        order: Which ones, a name of ``tridiagonal.ORDERS``.
+        tolerance: Relative residual at which an eigenvalue counts as found.
+        steps: Lanczos steps of the density.
+        max_steps: Steps after which eigenvalues are given as they are.
+        probes: Start vectors of the density.
+        trace_probes: Most probes of the trace.
+        trace_tolerance: Relative standard error at which it takes no more.
+        seed: Seed of all random vectors.
+        basis: How the Lanczos basis is stored, a name of ``basis.STORAGES``.
+    """
+
+    top_n: int = 5
+    order: str = "largest"
+    tolerance: float = 1e-3
+    steps: int = 100
+    max_steps: int = 300
+    probes: int = 1
+    trace_probes: int = 100
+    trace_tolerance: float = 0.02
+    seed: int = 0
+    basis: str = "full"
+
+
+@dataclass
+class Spectrum:
+    """What was measured.
+
+    Attributes:
+        eigenvalues: Top eigenvalues, ``(m,)``; fewer than asked for where the matrix has fewer.
+        residuals: Norms ``|H x - value x|``, ``(m,)``.
+        nodes: Of the density, a list per probe.
+        weights: Theirs.
+        steps: Lanczos steps of the run that found the eigenvalues.
+        trace: Probes of the trace.
+        size: P.
+    """
+
+    eigenvalues: np.ndarray = field(default_factory=lambda: np.empty(0))
+    residuals: np.ndarray = field(default_factory=lambda: np.empty(0))
+    nodes: list[list[float]] = field(default_factory=list)
+    weights: list[list[float]] = field(default_factory=list)
+    steps: int = 0
+    trace: TraceEstimate = field(default_factory=TraceEstimate)
+    size: int = 0
+
+    def quadrature_trace(self) -> float:
+        """The trace that the density's quadratures give: Hutchinson's estimate from their start vectors."""
+        if not self.nodes:
+            return float("nan")
+        return self.size * float(np.mean([np.dot(n, w) for n, w in zip(self.nodes, self.weights, strict=True)]))
+
+
+class SpectrumRun:
+    """A measurement.
+
+    Args:
+        operator: The matrix.
+        plan: What to measure.
+        state: Where to keep what a later process continues from; None for nowhere.
+        save_every: Products between two saves.
+    """
+
+    def __init__(
+        self,
+        operator: CurvatureOperator,
+        plan: SpectrumPlan,
+        state: SpectrumState | None = None,
+        save_every: int = 10,
+    ) -> None:
+        self.operator, self.plan, self.state, self.save_every = operator, plan, state, save_every
+        self.result = Spectrum(size=operator.size)
+        self.seconds = 0.0
+        self._process: Lanczos | None = None
+        self._known: tuple[np.ndarray, Tensor] | None = None
+        self._saved = (operator.products, time.monotonic())
+
+    def resume(self) -> bool:
+        """Continue from the stored state; False if there is none.
+
+        Raises:
+            FileError: It is damaged, or of other settings.
+        """
+        stored = None if self.state is None else self.state.load()
+        if stored is None:
+            return False
+        result = stored["result"]
+        self.result = Spectrum(
+            np.array(result["eigenvalues"]),
+            np.array(result["residuals"]),
+            result["nodes"],
+            result["weights"],
+            result["steps"],
+            TraceEstimate(result["samples"], result["deflated"]),
+            self.operator.size,
+        )
+        self.operator.products, self.seconds = stored["products"], stored["seconds"]
+        if stored["lanczos"] is not None:
+            self._process = self._start()
+            self._process.load(stored["lanczos"], stored["rows"])
+        if stored["vectors"] is not None:
+            self._known = np.array(stored["values"]), stored["vectors"].to(self.operator.device)
+        return True
+
+    def run(self, progress: bool = False) -> Spectrum:
+        """Measure, or go on with it.
+
+        Args:
+            progress: Whether to show a bar with the remaining time.
+
+        Raises:
+            MeasurementError: A product is not finite.
+            FileError: A state cannot be written.
+        """
+        plan, began = self.plan, time.monotonic()
+        before = self.seconds
+        total = plan.probes * plan.steps + plan.trace_probes
+        options = {"unit": "product", "disable": None if progress else True, "dynamic_ncols": True}
+        with tqdm(total=total, initial=min(self.operator.products, total), desc=self.operator.name, **options) as bar:
+
+            def done() -> None:
+                self.seconds = before + time.monotonic() - began
+                bar.update()
+                self._save()
+
+            while len(self.result.nodes) < plan.probes:
+                self._lanczos(bar, done)
+            trace = self.result.trace
+            while not trace.is_done(plan.trace_probes, plan.trace_tolerance):
+                bar.set_description(f"{self.operator.name}, trace")
+                add_probe(trace, self.operator, plan.seed, self._known)
+                done()
+        return self.result
+
+    def _start(self) -> Lanczos:
+        operator, plan = self.operator, self.plan
+        start = rademacher(operator.size, plan.seed, len(self.result.nodes), "lanczos")
+        return Lanczos(operator, start.to(operator.device, operator.dtype), plan.basis, plan.seed)
+
+    def _lanczos(self, bar: tqdm, done: Callable[[], None]) -> None:
+        """One run: the first one finds eigenvalues as well."""
+        plan, result, first = self.plan, self.result, not self.result.nodes
+        process = self._process = self._process or self._start()
+        wanted = min(plan.top_n, self.operator.size)
+        longest = max(plan.max_steps, plan.steps) if first else plan.steps
+        while not process.exhausted and len(process) < longest:
+            if len(process) >= plan.steps:
+                found = process.ritz(wanted, plan.order)
+                if not first or (len(found.values) == wanted and found.converged(plan.tolerance)):
+                    break
+                bar.total += 1
+            process.step()
+            if first:
+                top = process.ritz(1, plan.order)
+                bar.set_postfix_str(f"largest {top.values[0]:.4g}, residual {top.residuals[0]:.1e}", refresh=False)
+            bar.set_description(f"{self.operator.name}, step {len(process)}")
+            done()
+        if first:
+            found = process.ritz(wanted, plan.order)
+            result.eigenvalues, result.residuals, result.steps = found.values, found.residuals, len(process)
+            if process.basis is not None:
+                known = process.ritz(DEFLATED, "magnitude")
+                self._known = known.values, process.vectors(known)
+        alphas, betas = process.matrix
+        nodes, weights = quadrature(Tridiagonal(alphas[: plan.steps], betas[: plan.steps]))
+        result.nodes.append(nodes.tolist())
+        result.weights.append(weights.tolist())
+        self._process = None
+
+    def _save(self) -> None:
+        if self.state is None:
+            return
+        products, moment = self._saved
+        if self.operator.products - products < self.save_every and time.monotonic() - moment < _SAVE_SECONDS:
+            return
+        self.state.save(self._snapshot(), len(self.result.nodes), self._process and self._process.basis)
+        self._saved = self.operator.products, time.monotonic()
+
+    def _snapshot(self) -> dict[str, Any]:
+        result = self.result
+        return {
+            "result": {
+                "eigenvalues": result.eigenvalues.tolist(),
+                "residuals": result.residuals.tolist(),
+                "nodes": result.nodes,
+                "weights": result.weights,
+                "steps": result.steps,
+                "samples": result.trace.samples,
+                "deflated": result.trace.deflated,
+            },
+            "products": self.operator.products,
+            "seconds": self.seconds,
+            "lanczos": None if self._process is None else self._process.state(),
+            "values": None if self._known is None else self._known[0].tolist(),
+            "vectors": None if self._known is None else self._known[1].cpu(),
+        }
+
+
+def true_residuals(operator: CurvatureOperator, values: np.ndarray, vectors: Tensor) -> np.ndarray:
+    """Norms ``|H x - value x|`` of unit vectors ``(m, P)``, at one product each."""
+    found = [
+        torch.linalg.vector_norm((operator @ x) - value * x).item() for value, x in zip(values, vectors, strict=True)
+    ]
+    return np.array(found)

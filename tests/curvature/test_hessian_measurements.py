@@ -1,0 +1,182 @@
+"""A whole measurement: one run for all, stopped and continued, and power iteration beside it."""
+
+import copy
+import json
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from curvature_ground import Matrix, batches, dense, images_and_labels, network, small_network
+
+from src.curvature.basis import STORAGES
+from src.curvature.hessian import Hessian
+from src.curvature.hessian_files import HessianFiles, describe
+from src.curvature.hessian_subject import by_score
+from src.curvature.power import power_iteration
+from src.curvature.spectrum import SpectrumPlan, SpectrumRun, true_residuals
+from src.curvature.spectrum_state import SpectrumState
+from src.errors import FileError, FlagError
+
+PLAN = SpectrumPlan(top_n=3, steps=12, probes=2, trace_probes=15, trace_tolerance=0.0, max_steps=40)
+SPECTRUM = np.concatenate([[40.0, 20.0, 10.0], np.linspace(-1, 2, 77)])
+
+
+class Interrupted(BaseException):
+    pass
+
+
+class Interrupting(Matrix):
+    """Stops before a product, as Ctrl-C does."""
+
+    at = None
+
+    def __matmul__(self, vector):
+        if self.products == self.at:
+            raise Interrupted
+        return super().__matmul__(vector)
+
+
+def same(a, b):
+    assert np.array_equal(a.eigenvalues, b.eigenvalues)
+    assert np.array_equal(a.residuals, b.residuals)
+    assert (a.nodes, a.weights, a.steps, a.trace) == (b.nodes, b.weights, b.steps, b.trace)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("save_every", [1, 4])
+def test_stopped_anywhere_and_resumed_gives_the_same_bits(storage, save_every, tmp_path):
+    plan = SpectrumPlan(**{**PLAN.__dict__, "basis": storage})
+    matrix = Interrupting.of_spectrum(SPECTRUM, torch.float32)
+    expected = SpectrumRun(matrix, plan).run()
+    total = matrix.products
+    for at in range(1, total, 5):
+        state = SpectrumState(tmp_path / f"{at}", {"a": 1})
+        matrix.products, matrix.at = 0, at
+        with pytest.raises(Interrupted):
+            SpectrumRun(matrix, plan, state, save_every).run()
+        matrix.products, matrix.at = 0, None
+        later = SpectrumRun(matrix, plan, SpectrumState(state.folder, {"a": 1}), save_every)
+        assert later.resume() == (at >= save_every)
+        assert matrix.products >= at - save_every
+        found = later.run()
+        same(found, expected)
+        assert matrix.products == total
+        state.clear()
+        assert not state.folder.exists()
+
+
+def test_states_that_do_not_fit(tmp_path):
+    matrix = Matrix.of_spectrum(SPECTRUM)
+    state = SpectrumState(tmp_path / "s", {"a": 1})
+    assert not SpectrumRun(matrix, PLAN, state).resume()
+    SpectrumRun(matrix, PLAN, state, 1).run()
+    assert {p.name.split("_")[0] for p in state.folder.iterdir()} == {"progress.pt"}, "vectors of ended runs are gone"
+    with pytest.raises(FileError, match=r"other settings: a \(1 there, 2 here\)"):
+        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 2})).resume()
+    (state.folder / "progress.pt").write_bytes(b"junk")
+    with pytest.raises(FileError, match="damaged"):
+        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
+
+
+def test_one_run_serves_eigenvalues_and_density():
+    matrix = Matrix.of_spectrum(SPECTRUM)
+    plan = SpectrumPlan(top_n=3, steps=12, trace_probes=0)
+    found = SpectrumRun(matrix, plan).run()
+    assert matrix.products == found.steps == 12
+    np.testing.assert_allclose(found.eigenvalues, SPECTRUM[:3], rtol=1e-4)
+    assert len(found.nodes) == len(found.weights) == 1
+    assert found.quadrature_trace() == pytest.approx(80 * np.dot(found.nodes[0], found.weights[0]))
+    assert describe(found, plan)["trace"] is None
+
+
+def test_a_run_goes_on_until_eigenvalues_are_found_and_the_density_does_not_notice():
+    spectrum = np.concatenate([[10.0, 9.9, 9.8], np.linspace(0, 9.5, 197)])
+    short = SpectrumRun(
+        Matrix.of_spectrum(spectrum), SpectrumPlan(top_n=3, steps=8, max_steps=8, trace_probes=0)
+    ).run()
+    longer = SpectrumRun(Matrix.of_spectrum(spectrum), SpectrumPlan(top_n=3, steps=8, trace_probes=0)).run()
+    assert not describe(short, SpectrumPlan(top_n=3))["converged"]
+    assert describe(longer, SpectrumPlan(top_n=3))["converged"]
+    assert longer.steps > 8
+    assert (short.nodes, short.weights) == (longer.nodes, longer.weights)
+    np.testing.assert_allclose(longer.eigenvalues, spectrum[:3], rtol=1e-3)
+
+
+def test_more_eigenvalues_than_the_matrix_has():
+    found = SpectrumRun(Matrix.of_spectrum([3.0, 1.0]), SpectrumPlan(top_n=2, steps=50, trace_probes=3)).run()
+    np.testing.assert_allclose(found.eigenvalues, [3, 1], atol=1e-12)
+    assert found.trace.deflated == pytest.approx([4, 4, 4])
+
+
+@pytest.mark.parametrize("name", ["small", "batchnorm", "custom"])  # "custom" has a parameter that nothing uses
+def test_power_iteration_against_the_dense_matrix(name):
+    net, (images, labels) = small_network() if name == "small" else network(name), images_and_labels(11)
+    net.train()
+    net[0].weight.requires_grad_(False) if name == "small" else None
+    first = next(iter(net.parameters()))
+    first.grad = torch.ones_like(first)
+    before, generator = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    flags = [p.requires_grad for p in net.parameters()]
+    operator = Hessian(net, batches(images, labels, 4), 11)
+    products = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values, vectors = power_iteration(
+            operator, 3, iterations=3000, tolerance=1e-10, done=lambda: products.append(operator.products)
+        )
+    assert net.training
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert (first.grad == 1).all()
+    assert all(p.grad is None for p in list(net.parameters())[1:])
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(generator, torch.get_rng_state())
+    assert products == list(range(1, operator.products + 1))
+    expected = torch.linalg.eigvalsh(dense(net.eval(), images, labels)).numpy()
+    expected = expected[np.argsort(-np.abs(expected))][:3]
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    assert (true_residuals(operator, values, vectors) < 2e-2 * np.abs(values)).all()
+    again = power_iteration(operator, 3, iterations=3000, tolerance=1e-10)[0]
+    np.testing.assert_array_equal(values, again)
+
+
+def test_files(tmp_path):
+    files = HessianFiles(tmp_path / "a" / "pyhessian_eigen_lanczos.pkl")
+    assert not files.is_done({"a": 1})
+    spectrum = SpectrumRun(Matrix.of_spectrum(SPECTRUM), PLAN).run()
+    files.write(spectrum, {"settings": {"a": 1}, **describe(spectrum, PLAN)})
+    with files.path.open("rb") as file:
+        stored = pickle.load(file)  # as old plotting code does
+    assert set(stored) == {"eigenvals", "trace", "density_eigen", "density_weight"}
+    assert [len(stored[key]) for key in stored] == [3, 15, 2, 2]
+    assert [len(run) for run in stored["density_eigen"]] == [12, 12]
+    assert all(isinstance(value, float) for key in ("eigenvals", "trace") for value in stored[key])
+    assert files.read() == stored
+    assert files.is_done({"a": 1})
+    with pytest.raises(FileError, match=r"a \(1 there, 2 here\)"):
+        files.is_done({"a": 2})
+    assert json.loads(files.record.read_text())["eigenvalues"] == stored["eigenvals"]
+    old = {**stored, "density_weight": [[complex(w) for w in run] for run in stored["density_weight"]]}
+    files.path.write_bytes(pickle.dumps(old))  # the papers' code kept complex weights
+    with pytest.raises(FileError, match="not plain data"):
+        files.read()
+    files.record.unlink()
+    with pytest.raises(FileError, match="unknown settings"):
+        files.is_done({"a": 1})
+    for bad in ([1], {"eigenvals": [1.0]}, {**stored, "density_eigen": [[1.0]]}, {**stored, "density_eigen": []},
+                {**stored, "density_eigen": [[float("nan")] * 12] * 2}, {**stored, "eigenvals": "x"}):  # fmt: skip
+        files.path.write_bytes(pickle.dumps(bad))
+        with pytest.raises(FileError, match="is no spectrum"):
+            files.read()
+
+
+def test_examples_by_score():
+    scores = np.array([0.5, 0.1, 0.5, 0.9, 0.1])
+    assert by_score(scores, "low", 0.2).tolist() == [1]
+    assert by_score(scores, "low", 0.4).tolist() == [1, 4]
+    assert by_score(scores, "low", 0.6).tolist() == [0, 1, 4]  # ties by index
+    assert by_score(scores, "high", 0.4).tolist() == [2, 3]
+    assert by_score(scores, "high", 1.0).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(FlagError, match="none"):
+        by_score(scores, "high", 0.05)

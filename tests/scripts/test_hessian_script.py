@@ -1,0 +1,235 @@
+"""compute_hessian_eigen.py as users run it: good runs, bad input, interruptions."""
+
+import io
+import pickle
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from refusals import FILE, FLAG, RunsCode, refuse, spoilt
+from support import folders, start, succeed, write_blobs
+
+from src.artifacts import read_checkpoint, read_json
+from src.datasets import load_dataset
+
+SCRIPT = "compute_hessian_eigen.py"
+SMALL = ("--lanczos_steps=8", "--trace_probes=3", "--tolerance=0.5")
+
+
+@pytest.fixture
+def flags(world, tmp_path):
+    """The flags of a small measurement of the shared networks, written into an empty folder."""
+    return (world.dataset, "--model=small_mlp", "--epochs=3", f"--hessian_folder={tmp_path / 'h'}", *SMALL,
+            *folders(world.base, "datasets", "models", "metrics"))  # fmt: skip
+
+
+def folder_of(world, tmp_path, optimizer="sgd", part="train", spec="all"):
+    name = f"{part}_{spec}_small_mlp_over_{world.name}_with_{optimizer}_sched_const_nobn"
+    return tmp_path / "h" / name / "1" / "epoch_3"
+
+
+def packed(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def test_a_checkpoint_of_train_full(world, flags, tmp_path):
+    for optimizer in ("sgd", "sam"):
+        result = succeed(SCRIPT, *flags, f"--optimizer={optimizer}", "--precision=fp64", "--lr_sched=const")
+        path = folder_of(world, tmp_path, optimizer) / "pyhessian_eigen_lanczos.pkl"
+        assert str(path) in result.out
+        assert "eigenvalue 5: " in result.out
+        stored = pickle.loads(path.read_bytes())
+        assert [len(stored[k]) for k in ("eigenvals", "trace", "density_eigen", "density_weight")] == [5, 3, 1, 1]
+        record = read_json(path.with_suffix(".json"))
+        assert record["settings"]["checkpoint"]
+        assert record["settings"]["experiment"] == world.run(optimizer)
+        for key in ("loss", "gradient_norm", "products", "seconds", "residuals", "trace_standard_error"):
+            assert record[key] is not None
+        assert record["products"] == record["lanczos_steps"] + 3
+        assert not path.with_suffix(".state").exists()
+    assert len(list((tmp_path / "h").rglob("*.pkl"))) == 2
+
+
+def test_the_numbers_are_those_of_the_loss(world, flags, tmp_path):
+    """Against a dense Hessian of the checkpoint's mean loss, from the files alone."""
+    succeed(SCRIPT, *flags, "--precision=fp64", "--lanczos_steps=60", "--tolerance=1e-6", "--eigen_split=test")
+    found = pickle.loads((folder_of(world, tmp_path, part="test") / "pyhessian_eigen_lanczos.pkl").read_bytes())
+    from src.training import load_model
+
+    network, state = load_model(world.checkpoint)
+    _, test = load_dataset(world.dataset.split("=")[1], world.base)
+    images = test.fetch(torch.arange(len(test))).double() / 255
+    normal = state["normalisation"]
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (normal.mean, normal.std))
+    network = network.double()
+    loss = torch.nn.functional.cross_entropy(network((images - mean) / std), test.labels)
+    parameters = list(network.parameters())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+
+    def product(vector):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)])
+
+    vector = torch.randn(len(gradient), dtype=torch.float64)
+    for _ in range(300):  # plain power iteration
+        vector = product(vector / vector.norm())
+    assert found["eigenvals"][0] == pytest.approx(vector.norm().item(), rel=1e-6)
+
+
+def test_other_runs_and_files(world, flags, tmp_path):
+    flags = [flag for flag in flags if not flag.startswith("--model=")]
+    succeed(SCRIPT, *flags, f"--exp={world.run('sam')}")
+    assert (folder_of(world, tmp_path, "sam") / "pyhessian_eigen_lanczos.pkl").exists()
+    shutil.copy(world.checkpoint, tmp_path / "mine.pt")
+    succeed(SCRIPT, *flags, f"--checkpoint={tmp_path / 'mine.pt'}")
+    (path,) = folder_of(world, tmp_path).parent.glob("checkpoint_????????/*.pkl")
+    assert read_json(path.with_suffix(".json"))["settings"]["epoch"] == 3
+
+
+def test_parts_of_the_data(world, flags, tmp_path):
+    succeed(SCRIPT, *flags, "--high_low_spec=samis_loss:low:0.30")
+    succeed(SCRIPT, *flags, "--high_low_spec=samis_loss:high:0.3")
+    low, high = (
+        read_json(folder_of(world, tmp_path, spec=f"samis_loss:{side}:0.3") / "pyhessian_eigen_lanczos.json")
+        for side in ("low", "high")
+    )
+    assert low["settings"]["examples"] == high["settings"]["examples"] == 18
+    assert low["loss"] != high["loss"]
+    succeed(SCRIPT, *flags, "--subset=30")
+    says = (r"lanczos\.pkl: holds results of other settings", r"examples \(30 there, 60 here\)", "--overwrite")
+    refuse(SCRIPT, *flags, status=FILE, keep=tmp_path, says=says)
+    succeed(SCRIPT, *flags, "--overwrite")
+
+
+def test_operators_and_modes_have_files_of_their_own(world, flags, tmp_path):
+    for more in ((), ("--operator=ggn",), ("--eigen_mode=power_iter", "--power_iterations=5")):
+        succeed(SCRIPT, *flags, *more)
+    names = {path.name for path in folder_of(world, tmp_path).glob("*.pkl")}
+    assert names == {f"pyhessian_eigen_{n}.pkl" for n in ("lanczos", "lanczos_ggn", "power_iter")}
+    power = read_json(folder_of(world, tmp_path) / "pyhessian_eigen_power_iter.json")
+    assert power["settings"]["order"] == "magnitude"
+    assert power["products"] > 8 + 3 + 5  # the residuals' products are counted
+
+
+def test_what_is_there_is_left(world, flags, tmp_path):
+    first = succeed(SCRIPT, *flags)
+    path = folder_of(world, tmp_path) / "pyhessian_eigen_lanczos.pkl"
+    moment = path.stat().st_mtime_ns
+    again = succeed(SCRIPT, *flags)
+    assert "done already" in again.out
+    assert path.stat().st_mtime_ns == moment
+    assert first.out.splitlines()[:6] == again.out.splitlines()[1:7]
+    for flag, says in (("--top_n=3", r"top_n \(5 there, 3 here\)"), ("--precision=fp64", "precision"),
+                       ("--basis=none", "basis"), ("--probe_seed=5", "seed")):  # fmt: skip
+        refuse(SCRIPT, *flags, flag, status=FILE, says=("other settings", says, "--overwrite"), keep=tmp_path)
+    with spoilt(path.with_suffix(".json"), None):
+        refuse(SCRIPT, *flags, status=FILE, says=("unknown settings", "--overwrite"), keep=tmp_path)
+    with spoilt(path.with_suffix(".json"), b"junk"):
+        refuse(SCRIPT, *flags, status=FILE, says=(r"lanczos\.json: ", "damaged", "--overwrite"), keep=tmp_path)
+    with spoilt(world.checkpoint, packed({**read_checkpoint(world.checkpoint), "extra": 1})):
+        refuse(SCRIPT, *flags, status=FILE, says=("other settings: checkpoint",), keep=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "says"),
+    [
+        (("--epochs=9",), FILE, ("no checkpoint of epoch 9, seed 1", "python train_full.py .*--epochs=9")),
+        (("--seed=5",), FILE, ("no checkpoint of epoch 3, seed 5", "python train_full.py")),
+        (("--exp=split_nope_val_split_1",), FILE, ("no checkpoint of epoch 3", "python train_split.py")),
+        (("--exp=min_mem_static_coreset_large_0.1_x",), FILE, ("no checkpoint of epoch 3", "python train_prune.py")),
+        (("--checkpoint=/none.pt",), FILE, (r"/none\.pt: there is no such file",)),
+        (("--checkpoint=a.pt", "--exp=b"), FLAG, ("not allowed with",)),
+        (("--top_n=100000",), FLAG, ("--top_n 100000: must be at most", "number of parameters")),
+        (("--top_n=0",), FLAG, ("--top_n: 0 is not an integer of at least 1",)),
+        (("--high_low_spec=mem:0.3",), FLAG, ("--high_low_spec: 'mem:0.3' is not metric:low|high:fraction",)),
+        (("--high_low_spec=nope:low:0.3",), FLAG, ("there is no score 'nope'", "samis_loss")),
+        (("--high_low_spec=mem:low:1.5",), FLAG, ("--high_low_spec: 1.5 is not",)),
+        (("--high_low_spec=samis_loss:low:0.001",), FLAG, ("--high_low_spec: 0.001 of 60 examples is none",)),
+        (
+            ("--high_low_spec=forg:low:0.5",),
+            FILE,
+            (r"forg_.*\.pkl: no forgetting events scores", "average_scores.py"),
+        ),
+        (("--eigen_split=test", "--subset=5"), FLAG, ("--subset: chooses training examples",)),
+        (("--eigen_split=test", "--high_low_spec=samis_loss:low:0.5"), FLAG, ("--high_low_spec: chooses training",)),
+        (("--subset=61",), FLAG, ("--subset 61: must be from 1 to 60",)),
+        (("--eigen_mode=power_iter", "--operator=ggn"), FLAG, ("--eigen_mode power_iter: knows the Hessian alone",)),
+        (("--eigen_mode=power_iter", "--eigen_order=largest"), FLAG, ("--eigen_order largest",)),
+        (("--precision=bf16",), FLAG, ("--precision: invalid choice: 'bf16'",)),
+        (("--hessian_folder=/proc/x",), FILE, ("/proc/x.*: cannot be written", "another folder")),
+    ],
+)
+def test_bad_input(world, flags, tmp_path, more, status, says):
+    refuse(SCRIPT, *flags, *more, status=status, says=says, keep=tmp_path)
+    assert not (tmp_path / "h").exists()
+
+
+def test_networks_that_do_not_fit(world, flags, tmp_path):
+    other = [flag for flag in flags if not flag.startswith("--model=")]
+    run = f"--exp={world.run()}"
+    refuse(SCRIPT, *other, run, "--model=mlp", status=FILE, says=("is of the network small_mlp, not mlp", "--model="))
+    whole, content = read_checkpoint(world.checkpoint), world.checkpoint.read_bytes()
+    proof = tmp_path / "proof"
+    nothing = {name: value * float("nan") for name, value in whole["model_state"].items()}
+    huge = {name: value * 1e38 for name, value in whole["model_state"].items()}
+    for bad, says in (
+        (content[:2000], "is damaged"),
+        (packed({**whole, "extra": RunsCode(proof)}), "could run code"),
+        (packed(whole["model_state"]), "not a checkpoint of this project"),
+        (packed({**whole, "model_state": nothing}), "is not finite; train it anew"),
+    ):
+        with spoilt(world.checkpoint, bad):
+            refuse(SCRIPT, *flags, status=FILE, says=(r"epoch_3\.pt: ", says, "anew"), keep=world.base)
+    with spoilt(world.checkpoint, packed({**whole, "model_state": huge})):
+        refuse(SCRIPT, *flags, status=FILE, says=("the loss is not finite", "--learning_rate"), keep=world.base)
+    assert not proof.exists()
+    data = write_blobs(tmp_path / "other.npz", n=60, classes=4)
+    refuse(SCRIPT, f"--dataset=npz:{data}", *flags[1:], f"--exp={world.run()}", status=FILE,
+           says=("was trained on other data", "num_classes is 3"))  # fmt: skip
+
+
+def test_scores_of_another_data_set(world, flags, tmp_path):
+    wrong = pickle.dumps(dict.fromkeys(range(50), 0.5))
+    with spoilt(world.scores, wrong), spoilt(world.scores.with_suffix(".json"), None):
+        refuse(SCRIPT, *flags, "--high_low_spec=samis_loss:low:0.5", status=FILE,
+               says=(r"samis_loss_.*\.pkl: ", "scores 50 examples, the data set has 60"))  # fmt: skip
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sign, status):
+    longer = (*flags, "--lanczos_steps=150", "--trace_probes=150", "--trace_tolerance=0", "--probes=2",
+              "--save_every=5", "--resume")  # fmt: skip
+    process = start(SCRIPT, *longer, f"--hessian_folder={tmp_path / 'whole'}")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    stopped = f"--hessian_folder={tmp_path / 'stopped'}"
+    process = start(SCRIPT, *longer, stopped)
+    for _ in range(3000):
+        if list((tmp_path / "stopped").rglob("progress.pt")) or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    if sign == signal.SIGINT:
+        assert err.strip().splitlines()[-1].startswith(f"{SCRIPT}: interrupted;")
+    refuse(
+        SCRIPT, *longer, stopped, "--top_n=2", status=FILE, says=(r"progress\.pt: holds results of other", "top_n")
+    )
+    process = start(SCRIPT, *longer, stopped)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "going on after" in err
+    whole, later = (next((tmp_path / name).rglob("*.pkl")) for name in ("whole", "stopped"))
+    assert whole.read_bytes() == later.read_bytes()
+    records = [read_json(path.with_suffix(".json")) for path in (whole, later)]
+    assert records[0]["products"] == records[1]["products"]
+    assert records[1]["resumed"]
+    np.testing.assert_array_equal(records[0]["residuals"], records[1]["residuals"])
+    assert not list((tmp_path / "stopped").rglob("*.state"))
