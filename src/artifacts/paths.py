@@ -165,6 +165,11 @@ def ntk_folder(folder: str | Path, dataset: str, run: str, metric: str, epoch: i
     return ntk_run_folder(folder, dataset, run, metric) / f"epoch_{epoch}" / f"seed_{seed}"
 
 
+def spectrum_figure_stem(plots_folder: str | Path, dataset: str, name: str) -> Path:
+    """Spectral densities of several runs (png, pdf) and their table (csv, md), without the ending."""
+    return Path(plots_folder) / "hessian" / dataset / name
+
+
 def velocity_figure_stem(plots_folder: str | Path, dataset: str, run: str, metrics: Sequence[str]) -> Path:
     """The figure of a run's velocities, without the ending."""
     return Path(plots_folder) / "ntk" / dataset / f"velocity_{run}_{'_'.join(metrics)}"

@@ -16,11 +16,18 @@ def width(low: float, high: float, variance: float = VARIANCE) -> float:
     return float(np.sqrt(variance * max(1.0, high - low)))
 
 
-def grid(low: float, high: float, sigma: float) -> np.ndarray:
-    """Points over a spectrum and its Gaussians' tails."""
-    margin = max(0.01, 5 * sigma)
+def grid(low: float, high: float, narrow: float, wide: float | None = None) -> np.ndarray:
+    """Points over spectra and their Gaussians' tails.
+
+    Args:
+        low: The smallest eigenvalue.
+        high: The largest.
+        narrow: The smallest standard deviation of a Gaussian, which says how close points must be.
+        wide: The largest, which says how far they must reach; default the same.
+    """
+    margin = max(0.01, 6 * (wide or narrow))
     low, high = low - margin, high + margin
-    return np.linspace(low, high, max(POINTS, int(np.ceil(_PER_WIDTH * (high - low) / sigma)) + 1))
+    return np.linspace(low, high, max(POINTS, int(np.ceil(_PER_WIDTH * (high - low) / narrow)) + 1))
 
 
 def extent(nodes: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from src.artifacts import SCORE_FOLDERS
 from src.settings import values
 
 EIGEN_PRECISIONS = ("fp32", "tf32", "fp64")
+EIGEN_MODES = ("lanczos", "power_iter")
 
 
 class HighLow(NamedTuple):
@@ -83,7 +84,7 @@ def add_spectrum_flags(parser: argparse.ArgumentParser) -> None:
     add("--operator", choices=tuple(OPERATORS), default="hessian", help="the Hessian, or the Gauss-Newton matrix")
     add(
         "--eigen_mode",
-        choices=("lanczos", "power_iter"),
+        choices=EIGEN_MODES,
         default="lanczos",
         help="top eigenvalues from the density's own Lanczos run, or by power iteration (pyhessian's; slow)",
     )
@@ -122,6 +123,25 @@ def add_spectrum_flags(parser: argparse.ArgumentParser) -> None:
         default=plain.basis,
         help="how the Lanczos vectors are kept; " + "; ".join(f"{name}: {what}" for name, what in STORAGES.items()),
     )
+
+
+def add_drawn_flags(parser: argparse.ArgumentParser) -> None:
+    """Which of a network's spectra are drawn."""
+    from src.curvature.hessian import OPERATORS
+
+    group = parser.add_argument_group("spectra")
+    add = group.add_argument
+    add("--eigen_split", choices=("train", "test"), default="train", help="the part whose loss it is")
+    add(
+        "--high_low_specs",
+        nargs="+",
+        type=lambda text: text if text == "all" else high_low(text),
+        default=["all"],
+        metavar="SPEC",
+        help="the parts of the examples to compare: all, or such as mem:low:0.3",
+    )
+    add("--operator", choices=tuple(OPERATORS), default="hessian", help="the Hessian, or the Gauss-Newton matrix")
+    add("--eigen_mode", choices=EIGEN_MODES, default="lanczos", help="how top eigenvalues were found")
 
 
 def add_measurement_flags(parser: argparse.ArgumentParser) -> None:

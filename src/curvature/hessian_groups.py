@@ -1,0 +1,202 @@
+"""Measured spectra found on disk, in groups of seeds, and what they say about flatness."""
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.artifacts import hessian_path, standard_experiment
+from src.curvature.density import density, extent, width
+from src.curvature.hessian_files import HessianFiles
+from src.errors import FileError, FlagError
+
+log = logging.getLogger(__name__)
+
+NEAR_ZERO = 0.01
+"""Directions whose eigenvalue is below this share of the largest count as flat."""
+MEASURES = {
+    "largest": "largest eigenvalue",
+    "last": "last of the top eigenvalues",
+    "trace": "trace",
+    "effective": "trace / largest",
+    "flat": "share of flat directions",
+    "negative": "share of negative directions",
+    "loss": "loss",
+}
+"""The columns of the table."""
+_OF_A_RUN = {"experiment", "seed", "checkpoint", "epoch", "high_low_spec", "example_hash", "examples"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network's spectrum, as it was stored.
+
+    Attributes:
+        path: Its pickle.
+        eigenvalues: Top eigenvalues.
+        nodes: Of the density, a list per probe.
+        weights: Theirs.
+        traces: ``v^T H v`` of each probe of the trace.
+        record: The json beside it; empty where there is none.
+    """
+
+    path: Path
+    eigenvalues: list[float]
+    nodes: list[list[float]]
+    weights: list[list[float]]
+    traces: list[float]
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Measured":
+        """Read a spectrum, and its record if there is one.
+
+        Raises:
+            FileError: It is missing or damaged.
+        """
+        files = HessianFiles(path)
+        found = files.read()
+        record = files.read_record() if files.record.exists() else {}
+        lists = (found[key] for key in ("eigenvals", "density_eigen", "density_weight", "trace"))
+        return cls(Path(path), *lists, record)
+
+    @property
+    def trace(self) -> float:
+        """The best estimate there is: the record's, else the probes' mean, else the quadrature's, else NaN."""
+        stored = self.record.get("trace")
+        if stored is None and not self.traces:
+            stored = self.record.get("trace_quadrature")
+        return float(np.mean(self.traces) if stored is None and self.traces else np.nan if stored is None else stored)
+
+    def density(self, points: np.ndarray) -> np.ndarray:
+        """The spectral density ``(g,)``, of area 1."""
+        return density(self.nodes, self.weights, points, width(*extent(self.nodes)))
+
+    def share(self, low: float, high: float) -> float:
+        """Share of the eigenvalues in ``[low, high)``, by the quadratures."""
+        shares = [
+            sum(w for node, w in zip(n, ws, strict=True) if low <= node < high)
+            for n, ws in zip(self.nodes, self.weights, strict=True)
+        ]
+        return float(np.mean(shares))
+
+    def measures(self) -> dict[str, float]:
+        """A number for each of ``MEASURES``; NaN where it is not known."""
+        largest = self.eigenvalues[0]
+        near = NEAR_ZERO * abs(largest)
+        return {
+            "largest": largest,
+            "last": self.eigenvalues[-1],
+            "trace": self.trace,
+            "effective": self.trace / largest if largest else np.nan,
+            "flat": self.share(-near, near),
+            "negative": self.share(-np.inf, -near),
+            "loss": float(self.record.get("loss", np.nan)),
+        }
+
+
+@dataclass(frozen=True)
+class SpectrumGroup:
+    """Spectra that are drawn as one: the seeds of one kind of run."""
+
+    label: str
+    spectra: list[Measured]
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation over the seeds of each measure; the deviation of one seed is NaN."""
+        rows = [spectrum.measures() for spectrum in self.spectra]
+        found = {}
+        for name in MEASURES:
+            values = np.array([row[name] for row in rows])
+            found[name] = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else np.nan
+        return found
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which spectra are wanted; see the flags of plot_hessian.py."""
+
+    folder: Path
+    dataset: str
+    model: str
+    part: str
+    mode: str
+    seeds: Sequence[int] | None
+    epoch: int | None
+    lr_sched: str | None
+
+
+def find_group(query: Query, optimizer: str, spec: str, label: str) -> SpectrumGroup:
+    """The spectra of one optimiser and one part of the examples.
+
+    Raises:
+        FlagError: Several epochs or schedules fit.
+        FileError: There are none, or one of the seeds is missing; the message has the command that makes it.
+    """
+    experiment = standard_experiment(query.model, query.dataset, optimizer, query.lr_sched or "*")
+    which = f"epoch_{query.epoch or '*'}"
+    pattern = hessian_path("", query.part, spec, experiment, "*bn", "*", which, query.mode)
+    paths = sorted(Path(query.folder).glob(str(pattern)))
+    seeds = query.seeds if query.seeds is not None else sorted({int(path.parents[1].name) for path in paths})
+    paths = [path for path in paths if int(path.parents[1].name) in seeds]
+    for flag, names in (
+        ("--lr_sched", {path.parents[2].name.rsplit("_sched_", 1)[1].rsplit("_", 1)[0] for path in paths}),
+        ("--epochs", {path.parent.name.removeprefix("epoch_") for path in paths}),
+    ):
+        if len(names) > 1:
+            raise FlagError(f"{flag}: spectra of {len(names)} fit; choose one of {', '.join(sorted(names))}")
+    missing = sorted(set(seeds) - {int(path.parents[1].name) for path in paths})
+    if missing or not paths:
+        seed = missing[0] if missing else 1
+        part = "" if spec == "all" else f" --high_low_spec={spec}"
+        epoch = "" if query.epoch is None else f"epoch {query.epoch}, "
+        raise FileError(
+            f"{query.folder}: no spectrum of {query.model} over {query.dataset} with {optimizer} "
+            f"({query.part}, {spec}), {epoch}seed {seed}; make it with: python compute_hessian_eigen.py "
+            f"--dataset={query.dataset} --model={query.model} --optimizer={optimizer} --seed={seed} "
+            f"--epochs={query.epoch or 'E'} --eigen_split={query.part}{part}"
+        )
+    return SpectrumGroup(label, [Measured.read(path) for path in paths])
+
+
+def warn_of_differences(groups: Sequence[SpectrumGroup]) -> None:
+    """Say in the log which settings of the measurement are not the same in all spectra."""
+    records = [s.record.get("settings", {}) for group in groups for s in group.spectra if s.record]
+    for name in sorted(set().union(*records) - _OF_A_RUN) if records else ():
+        values = {str(record.get(name)) for record in records}
+        if len(values) > 1:
+            log.warning("the spectra differ in %s: %s", name, ", ".join(sorted(values)))
+
+
+def markdown_table(groups: Sequence[SpectrumGroup]) -> str:
+    """Means and standard deviations over seeds, one line per group."""
+    lines = [["run", "seeds", *MEASURES.values()]]
+    for group in groups:
+        cells = [_cell(*value) for value in group.summary().values()]
+        lines.append([group.label, str(len(group.spectra)), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]]) + "\n"
+
+
+def _cell(mean: float, deviation: float) -> str:
+    if np.isnan(mean):
+        return "-"
+    return f"{mean:.4g}" if np.isnan(deviation) else f"{mean:.4g} ± {deviation:.2g}"
+
+
+def csv_table(groups: Sequence[SpectrumGroup]) -> str:
+    """The same as csv, with the mean and the deviation in columns of their own; what is unknown is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "seeds", *(f"{name}{end}" for name in MEASURES for end in ("", "_sd"))])
+    for group in groups:
+        values = [value for pair in group.summary().values() for value in pair]
+        cells = ["" if np.isnan(value) else repr(value) for value in values]
+        writer.writerow([group.label, len(group.spectra), *cells])
+    return text.getvalue()

@@ -1,0 +1,70 @@
+"""The figure of spectral densities: one colour per kind of run, thin lines for its seeds (SAMIS, Figure 4)."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
+from src.curvature.density import extent, grid, width
+from src.curvature.hessian_groups import SpectrumGroup
+
+FLOOR = 1e-7
+"""Added to densities, so that their logarithm ends somewhere."""
+COLOURS = ("#c0392b", "#1f4e79", "#2e8b57", "#b8860b", "#6a4c93", "#444444")
+
+
+def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
+    """Densities on a logarithmic axis, each kind of run in a panel of its own under the same axes.
+
+    Args:
+        groups: One per panel; the mean over its seeds is filled, each seed a thin line.
+        title: What was measured.
+    """
+    spectra = [spectrum for group in groups for spectrum in group.spectra]
+    ranges = [extent(spectrum.nodes) for spectrum in spectra]
+    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    widths = [width(*r) for r in ranges]
+    points = grid(low, high, min(widths), max(widths))
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(9, 1.1 + 2.5 * len(groups)), layout="constrained")
+        figure.suptitle(title, fontsize=16)
+        panels = figure.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axes, group, colour in zip(panels, groups, _cycle(len(groups)), strict=True):
+            densities = np.stack([spectrum.density(points) for spectrum in group.spectra])
+            x, mean = _thin(points, densities.mean(axis=0) + FLOOR)
+            axes.fill_between(x, FLOOR, mean, color=colour, alpha=0.35, lw=0)
+            axes.plot(x, mean, color=colour, lw=1.1)
+            tops = np.array([spectrum.eigenvalues[0] for spectrum in group.spectra])
+            axes.axvline(tops.mean(), ymax=0.6, color=colour, lw=1.2, ls=(0, (4, 3)), zorder=1)
+            spread = f" ± {tops.std(ddof=1):.2g}" if len(tops) > 1 else ""
+            trace = np.mean([spectrum.trace for spectrum in group.spectra])
+            text = rf"$\lambda_1$ = {tops.mean():.3g}{spread}"
+            text += "" if np.isnan(trace) else f",  trace = {trace:.3g}"
+            seeds = f" ({len(tops)} seeds)" if len(tops) > 1 else ""
+            axes.text(0.985, 0.95, f"{group.label}{seeds}\n{text}", transform=axes.transAxes, ha="right", va="top",
+                      fontsize=13, color=colour, linespacing=1.4,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 3})  # fmt: skip
+            axes.set_yscale("log")
+            axes.grid(**FIGURE_GRID)
+            axes.yaxis.set_major_locator(LogLocator(numticks=6))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        margin = min(1.0, 0.04 * (high - low)) + points[1] - points[0]
+        panels[-1].set_xlim(min(low, 0) - margin, high + margin)
+        panels[-1].set_ylim(FLOOR)
+        panels[-1].set_xlabel("Eigenvalue")
+        figure.supylabel("Density (Log Scale)", fontsize=17)
+        return figure
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[k % len(COLOURS)] for k in range(count)]
+
+
+def _thin(points: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Without the points in the middle of level stretches, which a PDF need not hold."""
+    level = np.zeros(len(points), dtype=bool)
+    level[1:-1] = (heights[1:-1] == heights[:-2]) & (heights[1:-1] == heights[2:])
+    return points[~level], heights[~level]

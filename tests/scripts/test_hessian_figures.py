@@ -1,0 +1,149 @@
+"""plot_hessian.py as users run it, on spectra of the shared networks and on files of other makers."""
+
+import csv
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from refusals import FILE, FLAG, refuse
+from support import folders, succeed
+
+from src.curvature.density import width
+from src.curvature.hessian_groups import Measured, SpectrumGroup, csv_table, markdown_table
+from src.curvature.hessian_plots import FLOOR, spectrum_figure
+
+SCRIPT = "plot_hessian.py"
+
+
+@pytest.fixture(scope="module")
+def spectra(world, tmp_path_factory):
+    """A folder of spectra: both optimisers and seeds, and the two ends of a score."""
+    base = tmp_path_factory.mktemp("spectra")
+    flags = (world.dataset, "--model=small_mlp", "--epochs=3", f"--hessian_folder={base / 'h'}", "--lanczos_steps=20",
+             "--trace_probes=4", *folders(world.base, "datasets", "models", "metrics"))  # fmt: skip
+    for optimizer in ("sgd", "sam"):
+        for seed in (1, 2):
+            succeed("compute_hessian_eigen.py", *flags, f"--optimizer={optimizer}", f"--seed={seed}")
+    for side in ("low", "high"):
+        succeed("compute_hessian_eigen.py", *flags, f"--high_low_spec=samis_loss:{side}:0.3")
+    return base / "h"
+
+
+@pytest.fixture
+def flags(world, spectra, tmp_path):
+    return (world.dataset, "--model=small_mlp", f"--hessian_folder={spectra}", f"--plots_folder={tmp_path}",
+            *folders(world.base, "datasets"))  # fmt: skip
+
+
+def test_two_optimisers(world, flags, spectra, tmp_path):
+    result = succeed(SCRIPT, *flags)
+    stem = tmp_path / "hessian" / world.name / "small_mlp_train_epoch_3_lanczos"
+    for kind in ("png", "pdf", "csv", "md"):
+        assert str(stem.with_name(f"{stem.name}.{kind}")) in result.out
+    assert min(Image.open(stem.with_suffix(".png")).size) > 900
+    assert stem.with_suffix(".pdf").stat().st_size < 400_000
+    rows = {row["run"]: row for row in csv.DictReader(stem.with_suffix(".csv").read_text().splitlines())}
+    assert set(rows) == {"SGD", "SAM"}
+    records = [json.loads(p.read_text()) for p in spectra.glob("train_all_*_sgd_*/*/epoch_3/*.json")]
+    tops = [record["eigenvalues"][0] for record in records]
+    assert rows["SGD"]["seeds"] == "2"
+    assert float(rows["SGD"]["largest"]) == pytest.approx(np.mean(tops))
+    assert float(rows["SGD"]["largest_sd"]) == pytest.approx(np.std(tops, ddof=1))
+    assert float(rows["SGD"]["trace"]) == pytest.approx(np.mean([record["trace"] for record in records]))
+    assert float(rows["SGD"]["loss"]) == pytest.approx(np.mean([record["loss"] for record in records]))
+    assert stem.with_suffix(".md").read_text() in result.out
+
+
+def test_one_seed_one_optimiser_parts_of_the_data(world, flags, tmp_path):
+    succeed(SCRIPT, *flags, "--optimizers", "sgd", "--seeds", "1", "--epochs=3", "--lr_sched=const", "--name=parts",
+            "--high_low_specs", "all", "samis_loss:low:0.3", "samis_loss:high:0.30")  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "hessian" / world.name / "parts.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["SGD, all", "SGD, samis_loss:low:0.3", "SGD, samis_loss:high:0.3"]
+    assert all(row["largest_sd"] == "" for row in rows)
+
+
+def test_files(world, flags, spectra, tmp_path):
+    ours = sorted(spectra.glob("train_all_*/1/*/*.pkl"))
+    theirs = tmp_path / "pyhessian_eigen_lanczos.pkl"  # without a record
+    theirs.write_bytes(pickle.dumps({**pickle.loads(ours[0].read_bytes()), "trace": []}))
+    succeed(SCRIPT, *flags, "--files", *ours, theirs, "--labels", "a", "b", "c")
+    folder = tmp_path / "hessian" / "several"
+    rows = list(csv.DictReader((folder / "spectra.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["a", "b", "c"]
+    assert rows[2]["trace"] == rows[2]["loss"] == ""
+    assert rows[2]["largest"] == rows[0]["largest"]
+    result = succeed(SCRIPT, *flags, "--files", ours[0], "--name=mine")
+    assert str(tmp_path / "hessian" / world.name / "mine.png") in result.out
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "says"),
+    [
+        (("--seeds", "1", "7"), FILE, ("no spectrum of small_mlp", "seed 7", "compute_hessian_eigen.py .*--seed=7")),
+        (("--optimizers", "adam"), FILE, ("with adam", "make it with: python compute_hessian_eigen.py")),
+        (("--epochs=9",), FILE, ("epoch 9", "--epochs=9")),
+        (("--high_low_specs", "forg:low:0.3"), FILE, ("forg:low:0.3", "--high_low_spec=forg:low:0.3")),
+        (("--high_low_specs", "forg"), FLAG, ("'forg' is not metric:low|high:fraction",)),
+        (("--operator=ggn",), FILE, ("no spectrum",)),
+        (("--labels", "a"), FLAG, ("--labels: 1 for 0 --files",)),
+        (("--files", "/none.pkl"), FILE, (r"/none\.pkl: there is no such file",)),
+        (("--name=a/b",), FLAG, ("--name: 'a/b' is no name of a file",)),
+    ],
+)
+def test_bad_input(flags, tmp_path, more, status, says):
+    refuse(SCRIPT, *flags, *more, status=status, says=says, keep=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_files_and_several_epochs(world, flags, spectra, tmp_path):
+    for content in (b"junk", pickle.dumps([1]), pickle.dumps({"eigenvals": [1.0], "trace": [], "density_eigen": [],
+                                                              "density_weight": []})):  # fmt: skip
+        (tmp_path / "x.pkl").write_bytes(content)
+        refuse(SCRIPT, *flags, "--files", tmp_path / "x.pkl", status=FILE, says=(r"x\.pkl: ", "anew"))
+    folder = next(spectra.glob("train_all_*_sgd_*/1"))
+    (folder / "epoch_4").mkdir()
+    for path in (folder / "epoch_3").iterdir():
+        (folder / "epoch_4" / path.name).write_bytes(path.read_bytes())
+    try:
+        refuse(SCRIPT, *flags, status=FLAG, says=("--epochs: spectra of 2 fit; choose one of 3, 4",))
+    finally:
+        for path in (folder / "epoch_4").iterdir():
+            path.unlink()
+        (folder / "epoch_4").rmdir()
+
+
+def measured(eigenvalues, nodes, weights, record=None):
+    return Measured("x", eigenvalues, nodes, weights, [], record or {})
+
+
+def test_what_is_drawn():
+    one = measured([60.0, 3.0], [[-2.0, 0.0, 60.0]], [[0.1, 0.8, 0.1]], {"trace": 90.0})
+    two = measured([50.0, 3.0], [[0.0, 50.0]], [[0.9, 0.1]], {"trace": 60.0})
+    figure = spectrum_figure([SpectrumGroup("SGD", [one, two]), SpectrumGroup("SAM", [two])], "title")
+    assert len(figure.axes) == 2
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_xlim()
+    assert -3.1 < low < -2
+    assert 60 < high < 61.1
+    x, y = axes.lines[0].get_data()
+    assert y.min() == FLOOR
+    for outlier, weight in ((-2.0, 0.05), (50.0, 0.05), (60.0, 0.05)):
+        height = y[np.argmin(np.abs(x - outlier))]
+        assert height > 0.9 * weight / (width(-2, 60) * (2 * np.pi) ** 0.5), "every outlier is seen"
+    assert "55 ± 7.1" in axes.texts[0].get_text()
+    assert "trace = 75" in axes.texts[0].get_text()
+
+
+def test_measures():
+    spectrum = measured([10.0, 2.0], [[-1.0, 0.01, 10.0], [-0.05, 0.0, 9.0]], [[0.2, 0.7, 0.1], [0.5, 0.4, 0.1]],
+                        {"trace": 30.0, "loss": 0.5})  # fmt: skip
+    found = spectrum.measures()
+    assert found == pytest.approx({"largest": 10, "last": 2, "trace": 30, "effective": 3, "flat": 0.8,
+                                   "negative": 0.1, "loss": 0.5})  # fmt: skip
+    group = SpectrumGroup("SGD", [spectrum])
+    assert "| SGD | 1     | 10 " in markdown_table([group])
+    assert csv_table([group]).splitlines()[1].startswith("SGD,1,10.0,,2.0,,30.0,,3.0,")
+    assert np.isnan(measured([1.0], [[1.0]], [[1.0]]).measures()["trace"])
