@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
 def prepare(device: torch.device, precision: Precision, deterministic: bool) -> None:
     """Set the process-wide switches for a run, and log the choice."""
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_all_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = precision.tf32
     torch.backends.cudnn.allow_tf32 = precision.tf32
     torch.backends.cudnn.benchmark = not deterministic
@@ -84,17 +85,42 @@ def prepare(device: torch.device, precision: Precision, deterministic: bool) -> 
     log.info("device %s (%s), precision %s", device, name, precision.name)
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed activations instead of returning them to the system after every step.
+RECYCLED = 31 * 2**20
+"""Largest block in bytes that `keep_freed_blocks` can have kept."""
+
+_all_is_kept = False
+
+
+def keep_all_freed_memory() -> None:
+    """For scripts, whose process is their own: have glibc never return freed memory to the system.
 
     Otherwise each step maps its activations anew, and the page faults cost a good part of the time: of large
     tensors in particular, which are mapped one by one however high the threshold of mapping is set.
     """
+    global _all_is_kept
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # the numbers of mallopt's parameters
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)  # no mapping: everything comes from the heap
         libc.mallopt(trim_threshold, -1)  # which never shrinks
+        _all_is_kept = True
+
+
+def keep_freed_blocks() -> float:
+    """For library code, in a process that may be anyone's: have glibc keep a bounded amount of freed memory.
+
+    Blocks up to 31 MiB, and 62 MiB in all, are kept for the next use. glibc raises both limits by itself whenever a
+    block that large is freed; until then it returns even small blocks to the system, and touching them anew costs
+    several times the convolution that is done in them.
+
+    Returns:
+        The largest block in bytes that is kept when it is freed; twice as much is kept in all. Infinite where
+        `keep_all_freed_memory` was called.
+    """
+    if _all_is_kept:
+        return math.inf
+    torch.empty(RECYCLED, dtype=torch.uint8)
+    return RECYCLED
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vmap
 
+from src.jacobians.channels_last import PASSAGES
 from src.jacobians.contract import Kind
 from src.jacobians.independence import refuse_batch_statistics
 
@@ -74,11 +75,15 @@ class Capture:
     Args:
         model: the network.
         kinds: contraction rules by exact module type.
+
+    Attributes:
+        channels_last: whether maps take the ways of `src.jacobians.channels_last`; to be set before `forward`.
     """
 
     def __init__(self, model: nn.Module, kinds: Mapping[type[nn.Module], Kind]) -> None:
         self.model = model
         self.records: list[Record] = []
+        self.channels_last = False
         self._kinds = kinds
         self._recording = False
         self._vectorises: bool | None = None  # whether one pass can carry all rows; None: not tried
@@ -90,9 +95,15 @@ class Capture:
             own = {key for key, value in module._parameters.items() if value is not None}
             # an instance that carries its own forward, or weights under other names (weight norm, pruning),
             # computes something else than its type says
-            if kind is None or "forward" in vars(module) or not own <= kind.parameters or not trainable(module):
+            if "forward" in vars(module) or not own <= (kind.parameters if kind else set()):
                 continue
-            self._handles.append(module.register_forward_hook(self._hook(name, kind), prepend=True, with_kwargs=True))
+            if kind is not None and trainable(module):
+                hook = self._hook(name, kind)
+            elif type(module) in PASSAGES and not own:
+                hook = self._passing
+            else:
+                continue
+            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         return self
 
     def __exit__(
@@ -109,7 +120,7 @@ class Capture:
             if not self._recording or not output.requires_grad:
                 return None
             inputs = args[0] if args else kwargs["input"]
-            tapped = output
+            tapped = output = self._passed(module, inputs, output)
             if kind.tap is not None and kind.fits(module, inputs):
                 output, tapped = kind.tap(module, inputs, output)
             edge = get_gradient_edge(tapped)
@@ -117,6 +128,16 @@ class Capture:
             return output
 
         return record
+
+    def _passing(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """The hook of modules without parameters."""
+        if not self._recording or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        return self._passed(module, args[0] if args else next(iter(kwargs.values())), output)
+
+    def _passed(self, module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        passage = PASSAGES.get(type(module)) if self.channels_last else None
+        return output if passage is None else passage(module, inputs, output)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the model and record; recording stops before any backward pass (checkpointing calls modules again).

@@ -122,12 +122,16 @@ class Outer:
     """The functions of a `Kind` for modules with a weight whose gradient is ``sum_t g_t a_t^T``, and a bias.
 
     Attributes:
-        inputs: (module, a) -> (b, n, k, t).
+        inputs: (module, a) -> (b, n, k, t), k in the order of the weight.
         outputs: (module, g) -> (q, b, n, o, t).
+        rows: (module, a) -> (b, n, t, k), each position's inputs side by side in memory, k in an order of its own.
+        in_row_order: (module, S in the weight's shape) -> (n, o, k) in that order.
     """
 
     inputs: Callable[[nn.Module, Tensor], Tensor]
     outputs: Callable[[nn.Module, Tensor], Tensor]
+    rows: Callable[[nn.Module, Tensor], Tensor]
+    in_row_order: Callable[[nn.Module, Tensor], Tensor]
 
     def squares(self, module: nn.Module, a: Tensor, g: Tensor, weights: Weights) -> Tensor:
         """See `Kind.squares`."""
@@ -164,6 +168,16 @@ def linear_inputs(module: nn.Linear, a: Tensor) -> Tensor:
     return a.reshape(a.shape[0], 1, -1, a.shape[-1]).mT
 
 
+def linear_rows(module: nn.Linear, a: Tensor) -> Tensor:
+    """(b, ..., i) as (b, 1, t, i)."""
+    return a.reshape(a.shape[0], 1, -1, a.shape[-1])
+
+
+def linear_in_row_order(module: nn.Linear, weights: Tensor) -> Tensor:
+    """(o, i) as (1, o, i)."""
+    return weights.unsqueeze(0)
+
+
 def linear_outputs(module: nn.Linear, g: Tensor) -> Tensor:
     """(q, b, ..., o) as (q, b, 1, o, t)."""
     return g.reshape(*g.shape[:2], 1, -1, g.shape[-1]).mT
@@ -174,14 +188,29 @@ def conv_inputs(module: nn.Conv2d, a: Tensor) -> Tensor:
 
     One copy of a strided view: the same as ``F.unfold``, in about half its time on a CPU.
     """
-    a = pad(module, a).contiguous()
+    patches = _patches(module, pad(module, a).contiguous())
+    return patches.permute(0, 1, 4, 5, 6, 2, 3).flatten(5).flatten(2, 4)
+
+
+def conv_rows(module: nn.Conv2d, a: Tensor) -> Tensor:
+    """The same as (b, n, t, k), k = kh * kw * c/n: with the channels last, the copy moves many numbers at a time."""
+    patches = _patches(module, pad(module, a).contiguous(memory_format=torch.channels_last))
+    return patches.permute(0, 1, 2, 3, 5, 6, 4).flatten(4).flatten(2, 3)
+
+
+def conv_in_row_order(module: nn.Conv2d, weights: Tensor) -> Tensor:
+    """(n * o, c/n, kh, kw) as (n, o, kh * kw * c/n)."""
+    return weights.permute(0, 2, 3, 1).reshape(module.groups, -1, weights[0].numel())
+
+
+def _patches(module: nn.Conv2d, a: Tensor) -> Tensor:
+    """A view (b, n, h, w, c/n, kh, kw) of the patches of a padded input, h and w those of the output."""
     b, c, h, w = a.shape
-    (kh, kw), (dh, dw), (sh, sw) = module.kernel_size, module.dilation, module.stride
-    sizes = (b, c, kh, kw, (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1)
+    n, (kh, kw), (dh, dw), (sh, sw) = module.groups, module.kernel_size, module.dilation, module.stride
+    outputs = (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
     by_b, by_c, by_h, by_w = a.stride()
-    steps = (by_b, by_c, by_h * dh, by_w * dw, by_h * sh, by_w * sw)
-    patches = a.as_strided(sizes, steps, a.storage_offset())
-    return patches.reshape(b, module.groups, c // module.groups * kh * kw, -1)
+    steps = (by_b, c // n * by_c, sh * by_h, sw * by_w, by_c, dh * by_h, dw * by_w)
+    return a.as_strided((b, n, *outputs, c // n, kh, kw), steps, a.storage_offset())
 
 
 def conv_outputs(module: nn.Conv2d, g: Tensor) -> Tensor:
@@ -210,6 +239,10 @@ def _outer_kind(outer: Outer, fits: Callable[[nn.Module, Tensor], bool]) -> Kind
     return Kind(names, fits, outer.squares, outer.gradients, outer.bytes_per_example, outer)
 
 
-LINEAR = _outer_kind(Outer(linear_inputs, linear_outputs), lambda module, a: a.ndim >= 2)
+LINEAR = _outer_kind(
+    Outer(linear_inputs, linear_outputs, linear_rows, linear_in_row_order), lambda module, a: a.ndim >= 2
+)
 # three axes would be one image without a batch
-CONVOLUTION = _outer_kind(Outer(conv_inputs, conv_outputs), lambda module, a: a.ndim == 4)
+CONVOLUTION = _outer_kind(
+    Outer(conv_inputs, conv_outputs, conv_rows, conv_in_row_order), lambda module, a: a.ndim == 4
+)

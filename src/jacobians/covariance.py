@@ -13,6 +13,9 @@ from torch import Tensor
 from src.jacobians.contract import outer_gradients
 from src.jacobians.posterior import Block, Rotated
 
+TILE = 2**20
+"""Bytes of the largest piece of a G that is formed before it is squared and summed: half of a usual L2 cache."""
+
 
 def _parts(block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Variances, and the bases of outputs and inputs in which they hold (None: as they are)."""
@@ -108,3 +111,32 @@ def _many_positions(a: Tensor, g: Tensor, weight: Block, full: bool) -> Tensor:
         jacobian = torch.einsum("bnqok,nkj->bnqoj", jacobian, inputs)
     jacobian = jacobian.transpose(1, 2).reshape(b, q, n * o * k)
     return _contracted(jacobian, variances.flatten(), full, overwrite=True)
+
+
+def entrywise_variances(rows: Tensor, g: Tensor, variances: Tensor) -> Tensor:
+    """The diagonal for a weight with variances of its own for each entry, in pieces that stay in a processor's cache.
+
+    The same as `outer_covariance`, but for the order of the sums and for a product per example and group in place of
+    one for all: faster where these are large, on a processor.
+
+    Args:
+        rows: (b, n, t, k).
+        g: (q, b, n, o, t).
+        variances: (n, o, k).
+
+    Returns:
+        (b, q).
+    """
+    q, b, n, o, _ = g.shape
+    k = rows.shape[-1]
+    step = max(1, min(q, TILE // (o * k * g.element_size())))
+    tile = g.new_empty(step, o, k)
+    found = g.new_zeros(b, q)
+    for i in range(b):
+        for group in range(n):
+            for start in range(0, q, step):
+                part = g[start : start + step, i, group]  # (step, o, t)
+                product = tile[: len(part)]
+                torch.bmm(part, rows[i, group].expand(len(part), -1, -1), out=product)
+                found[i, start : start + step] += product.square_().flatten(1) @ variances[group].flatten()
+    return found

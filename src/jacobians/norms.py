@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from src.jacobians.all_rows import all_rows
 from src.jacobians.contract import Kind, Weights, weighted_squares
 from src.models.frn import FilterResponseNorm
 
@@ -97,23 +98,6 @@ def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) 
     return (g * (mask * scale)).addcmul_(xhat, means, value=-1), sums
 
 
-class _FilterResponseBack(torch.autograd.Function):
-    """`_filter_response_maps` as one operation under `torch.func.vmap`, which hands it all rows as they are."""
-
-    @staticmethod
-    def forward(g: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
-        to_inputs, sums = _filter_response_maps(g.unsqueeze(0), *constants)
-        return to_inputs[0], sums[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        pass  # a second derivative is never asked for
-
-    @staticmethod
-    def vmap(info, in_dims: tuple, g: Tensor, *constants: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return _filter_response_maps(g.movedim(in_dims[0], 0), *constants), (0, 0)
-
-
 class _FilterResponse(torch.autograd.Function):
     """Filter response normalisation with a short way back: autograd's own takes some fifteen passes over the maps.
 
@@ -126,14 +110,15 @@ class _FilterResponse(torch.autograd.Function):
         gamma, beta, tau = parameters[..., None, None].unbind(1)  # (b, c, 1, 1)
         inverse = (a.square().mean((2, 3), keepdim=True) + eps).rsqrt()
         scale = gamma * inverse
-        y = a * scale + beta  # rounded as the module rounds it: what is equal there is equal here
-        ctx.constants = a * inverse, (y > tau).to(a).add_((y == tau).to(a), alpha=0.5), scale
+        above = (a * scale).add_(beta).sub_(tau)  # rounded as the module rounds it: what is equal there is equal here
+        mask = above.sign_().add_(1).mul_(0.5)
+        ctx.constants = a * inverse, mask, scale
         return output.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        return *_FilterResponseBack.apply(g, *ctx.constants), None, None
+        return *all_rows(_filter_response_maps, g, *ctx.constants), None, None
 
 
 def filter_response_tap(module: FilterResponseNorm, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from src.devices import keep_freed_blocks
 from src.jacobians.capture import Capture, Record, graph_uses
 from src.jacobians.fallback import ExampleGradients, Quantities, as_rows
 from src.jacobians.independence import mixture, refuse_mixing, scales_by_example
@@ -29,20 +30,8 @@ CAPTURED, SUMMED, FALLBACK = "captured", "summed", "fallback"
 TRIED = 8
 """Examples on which the independence of examples is tried."""
 
-RECYCLED = 31 * 2**20
-"""Largest block in bytes that glibc's allocator can be taught to keep for the next use (see `keep_freed_memory`)."""
-
 Calls = dict[str, list[tuple[Record, str]]]
 """For each parameter its recorded calls, with the parameter's name in the module; none: the fallback."""
-
-
-def keep_freed_memory() -> None:
-    """Have glibc's allocator keep what is freed, blocks up to 31 MiB and 62 MiB in all, for the next use.
-
-    It raises both limits whenever a block that large is freed; until then it returns even small blocks to the system,
-    and touching them anew costs several times the convolution that is done in them.
-    """
-    torch.empty(RECYCLED, dtype=torch.uint8)
 
 
 def covered(record: Record, b: int) -> bool:
@@ -88,6 +77,7 @@ class Routing(ABC):
         self._budget = memory_mb * 2**20
         self._capture = Capture(self.model, KINDS)
         self._fallback = ExampleGradients(self.model)
+        self._room = 2.0  # the largest block of memory, in units of the largest gradient that is captured
         self._untried = True  # whether some module's examples may yet turn out to depend on each other
         self._independent: dict[nn.Module, bool] = {}  # by trial; undecided modules are absent
         self._sizes: dict[torch.Size, tuple[int, int]] = {}  # image shape -> see `sub_batches`
@@ -97,7 +87,7 @@ class Routing(ABC):
         if not self._parameters:
             raise ValueError("per-example gradients of a model none of whose parameters requires a gradient")
         self._names = {id(p): name for name, p in self._parameters.items()}
-        keep_freed_memory()
+        self._kept = keep_freed_blocks()
         self._evaluating = evaluating(self.model)
         self._evaluating.__enter__()
         self._capture.__enter__()
@@ -231,7 +221,8 @@ class Routing(ABC):
                 q = self._capture.forward(images[:1].clone()).numel()
             self._note_sizes(shape, q, 1)
             self._capture.records = []
-        return self._chunks(len(images), *self._sizes.get(shape, (0, 0)), images.device)
+        size, largest = self._sizes.get(shape, (0, 0))
+        return self._chunks(len(images), size, int(self._room * largest), images.device)
 
     def _note_sizes(self, shape: torch.Size, q: int, b: int) -> None:
         """Remember what the gradients of q quantities at all outputs take per example, and the largest of them."""
@@ -245,8 +236,8 @@ class Routing(ABC):
         """Cuts of ``count`` examples, each with so many bytes in all and in its largest block."""
         step = self._budget // max(bytes_per_example, 1)
         if device.type == "cpu":
-            # all of it is kept from one cut to the next, and twice the largest fits into one block
-            step = min(step, 2 * RECYCLED // max(bytes_per_example, 1), RECYCLED // max(2 * largest, 1))
+            # what is freed after one cut serves the next
+            step = min(step, 2 * self._kept // max(bytes_per_example, 1), self._kept // max(largest, 1))
         step = max(1, int(step))
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
@@ -264,7 +255,7 @@ class Routing(ABC):
                 done.append(name)
         for record, names in alone.items():
             size = record.kind.bytes_per_example(record.module, record.inputs, record.gradient)
-            for part in self._chunks(record.inputs.shape[0], size, size // 2, record.inputs.device):
+            for part in self._chunks(record.inputs.shape[0], size, size, record.inputs.device):
                 self.take_captured(record, names, part)
             done += names.values()
         return done
@@ -273,7 +264,7 @@ class Routing(ABC):
         size = sum(r.kind.bytes_per_example(r.module, r.inputs, r.gradient) for r, _ in calls)
         size += 2 * q * self._parameters[name].nbytes
         first = calls[0][0].inputs
-        for part in self._chunks(first.shape[0], size, size // 2, first.device):
+        for part in self._chunks(first.shape[0], size, size, first.device):
             total = sum(
                 r.kind.gradients(r.module, r.inputs[part], r.gradient[:, part], [local])[local] for r, local in calls
             )

@@ -10,10 +10,15 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from src.jacobians import channels_last
 from src.jacobians.capture import Record
-from src.jacobians.covariance import gradient_covariance, outer_covariance
-from src.jacobians.posterior import Posterior
+from src.jacobians.contract import Outer
+from src.jacobians.covariance import entrywise_variances, gradient_covariance, outer_covariance
+from src.jacobians.posterior import Block, Posterior, Rotated
 from src.jacobians.routing import Routing
+
+WORTH_A_CALL = 2**22
+"""Multiplications in one example's products from which on `entrywise_variances` is the faster way."""
 
 
 def logit_rows(outputs: Tensor, _: Tensor) -> Tensor:
@@ -60,6 +65,11 @@ class OutputVariances(Routing):
     def __enter__(self) -> Self:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._blocks = self._posterior.fitted_to(trainable) if trainable else {}
+        self._ordered: dict[str, Tensor] = {}  # variances of weights in the order of `Outer.rows`
+        rotated = any(isinstance(block, Rotated) for block in self._blocks.values())
+        if not rotated and not self._full and channels_last.suits(self.model):
+            self._capture.channels_last = True
+            self._room = 1.25  # nothing is copied; maps in between may be larger
         return super().__enter__()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,12 +103,36 @@ class OutputVariances(Routing):
         kind, module, a, g = record.kind, record.module, record.inputs[part], record.gradient[:, part]
         blocks = {local: self._blocks[name] for local, name in names.items()}
         if kind.outer is not None:
-            a, g = kind.outer.inputs(module, a), kind.outer.outputs(module, g)
+            g = kind.outer.outputs(module, g)
+            if self._tiles(g, blocks):
+                self._variances[part] += self._entrywise(kind.outer, module, a, g, names, blocks)
+                return
+            a = kind.outer.inputs(module, a)
             found = outer_covariance(a, g, blocks.get("weight"), blocks.get("bias"), self._full)
             self._variances[part] += found
             return
         for local, gradients in kind.gradients(module, a, g, list(blocks)).items():
             self._variances[part] += gradient_covariance(gradients, blocks[local], self._full)
+
+    def _tiles(self, g: Tensor, blocks: dict[str, Block]) -> bool:
+        """Whether `entrywise_variances` can be used and is worth its calls."""
+        if self._full or g.device.type != "cpu" or g.shape[-1] == 1 or "weight" not in blocks:
+            return False
+        if any(isinstance(block, Rotated) for block in blocks.values()):
+            return False
+        products = g[:, 0, 0].numel() * blocks["weight"].numel() // (g.shape[2] * g.shape[3])
+        return products >= WORTH_A_CALL
+
+    def _entrywise(
+        self, outer: Outer, module: nn.Module, a: Tensor, g: Tensor, names: dict[str, str], blocks: dict[str, Block]
+    ) -> Tensor:
+        name = names["weight"]
+        if name not in self._ordered:
+            self._ordered[name] = outer.in_row_order(module, blocks["weight"]).contiguous()
+        found = entrywise_variances(outer.rows(module, a), g, self._ordered[name])
+        if "bias" in blocks:
+            found += gradient_covariance(g.sum(-1).flatten(2), blocks["bias"], full=False)
+        return found
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """See `Routing`."""
