@@ -11,6 +11,7 @@ plot_loo_iterations.py draws it. The network goes to {models_folder}/mpe/{name_e
   python 1_loo_iterations.py --dataset digits --model small_mlp --epochs 20 --bs 32 --delta 1 --name_exp digits
 """
 
+import logging
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -19,12 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpe.experiment import Experiment, plain_args
 from mpe.loo_iterations import LooIterations
+from mpe.posteriors import STRUCTURES
 from mpe.results import Result
 from src.artifacts import label_hash, score_path
 from src.artifacts.score_files import refuse_other_scores
 from src.errors import FlagError
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, given_flags, run_script, start_logging
 from src.settings import add_experiment_flags, add_folder_flags, add_laplace_flags, number
+
+log = logging.getLogger("1_loo_iterations")
 
 DEFAULTS = {
     "name_exp": "fmnist_lenet_sgd_kfac",
@@ -48,10 +52,13 @@ def parse() -> Namespace:
         "--hess_init", type=number(float, 0, open_low=True), default=0.1, help="initial Hessian of iblr"
     )
     group.add_argument(
-        "--optim_var", action="store_true", help="variances from the optimiser's state (iblr, adam), not Laplace's"
+        "--optim_var",
+        action="store_true",
+        help="variances from the optimiser's state (iblr, adam), not Laplace's: --var_version and --laplace_backend "
+        "then choose nothing, which a log line says where they are given",
     )
     group.add_argument(
-        "--var_version", choices=("kfac", "diag"), default="kfac", help="structure of Laplace's posterior"
+        "--var_version", choices=STRUCTURES, default=STRUCTURES[0], help="structure of Laplace's posterior"
     )
     add_laplace_flags(parser)
     scores = parser.add_argument_group("scores")
@@ -81,6 +88,9 @@ def main() -> None:
     if args.write_scores and not args.overwrite:
         refuse_other_scores(score_path(args.metrics_folder, "mpe", experiment.entry.name), experiment.settings())
     if args.optim_var:
+        unused = given_flags("--var_version", "--laplace_backend")
+        if unused:
+            log.warning("--optim_var: no Laplace posterior is fitted, so %s has no effect", " and ".join(unused))
         experiment.check_network()
         measure = experiment.from_optimizer
     else:

@@ -42,6 +42,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
+def given_flags(*flags: str) -> list[str]:
+    """Which of the flags stand on the command line, where an unused one deserves a word and a default does not."""
+    words = {word.split("=")[0] for word in sys.argv[1:]}
+    return [flag for flag in flags if flag in words]
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the layout of the description, shows defaults, and default folders by their names."""
 
