@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mpe.estimates import CLASS_COVARIANCES
 from src.artifacts import PICKLES, differences, pickle_path, read_pickle
 from src.errors import FileError, FlagError
 
@@ -148,7 +149,7 @@ class StoredResult:
 
         Args:
             key: For example ``estimated_nll``.
-            class_cov: ``diag``, ``full`` or ``woodbury``; None for those of the run.
+            class_cov: A name of ``CLASS_COVARIANCES``; None for those of the run.
 
         Raises:
             FlagError: The file has none.
@@ -157,7 +158,7 @@ class StoredResult:
         if class_cov in (None, own):
             return key
         if f"{key}_{class_cov}" not in self.values:
-            others = [cov for cov in ("diag", "full", "woodbury") if cov != own and f"{key}_{cov}" in self.values]
+            others = [cov for cov in CLASS_COVARIANCES if cov != own and f"{key}_{cov}" in self.values]
             found = " and ".join([own, *others])
             raise FlagError(
                 f"--class_cov {class_cov}: {self.path} has no {key}_{class_cov}, only {found}; {self.command} "

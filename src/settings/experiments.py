@@ -30,6 +30,9 @@ def add_experiment_flags(
         defaults: name_exp, dataset, model, lr, lrmin, bs, epochs, bs_jacs, and delta where there is one prior.
         optimizers: The choices of ``--optimizer``, the first being the default; none where it is fixed.
     """
+    from mpe.estimates import CLASS_COVARIANCES
+    from mpe.experiment import ORDERS
+
     add_data_flags(parser, default=defaults["dataset"])
     add_model_choice(parser, default=defaults["model"])
     group = parser.add_argument_group("experiment")
@@ -46,7 +49,7 @@ def add_experiment_flags(
         add("--delta", type=_POSITIVE, default=float(defaults["delta"]), help="L2 parameter, the prior precision")
     add(
         "--base_shuffle",
-        choices=("none", "once", "epoch"),
+        choices=tuple(ORDERS),
         default="none",
         help="order of the training examples: as they stand, one permutation for all epochs, or one per epoch",
     )
@@ -58,7 +61,7 @@ def add_experiment_flags(
     )
     variances.add_argument(
         "--class_cov",
-        choices=("diag", "full", "woodbury"),
+        choices=CLASS_COVARIANCES,
         default="diag",
         help="covariance between the classes: diag drops it, as the paper's experiments do; full keeps it; woodbury "
         "also corrects for the curvature that goes with an example",
@@ -91,6 +94,8 @@ def add_laplace_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_retraining_flags(parser: argparse.ArgumentParser, lr: float, lrmin: float, epochs: int) -> None:
     """How networks are retrained without some of the examples."""
+    from mpe.orders import SHUFFLES
+
     group = parser.add_argument_group("retraining")
     add = group.add_argument
     add("--lr_retrain", type=_POSITIVE, default=lr, help="learning rate at the start")
@@ -98,7 +103,7 @@ def add_retraining_flags(parser: argparse.ArgumentParser, lr: float, lrmin: floa
     add("--epochs_retrain", type=_COUNT, default=epochs, help="epochs")
     add(
         "--retrain_shuffle",
-        choices=("seeded", "replay", "shared"),
+        choices=SHUFFLES,
         default="seeded",
         help="the one permutation that a network is retrained on: seeded by what it leaves out; replay, the draws of "
         "the paper's code; shared, one for all networks, which differ in the examples left out alone",

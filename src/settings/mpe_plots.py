@@ -13,9 +13,11 @@ def add_experiment_flag(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_class_cov_flag(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """``--class_cov``: which of the stored estimates are drawn, one or ``several``."""
+    from mpe.estimates import CLASS_COVARIANCES
+
     parser.add_argument(
         "--class_cov",
-        choices=("diag", "full", "woodbury"),
+        choices=CLASS_COVARIANCES,
         nargs="+" if several else None,
         help="draw estimates with this covariance between the classes (default: as the experiment was run)",
     )
