@@ -121,7 +121,14 @@ class Experiment:
 
     def prepared(self, images: ImageSet) -> Tensor:
         """All images, normalised, ``(n, c, h, w)``: what is trained on many times over."""
-        return torch.cat([batch.images for batch in self.batches(images, 1000)])
+        found, start = None, 0
+        for batch in self.batches(images, 1000):
+            if found is None:  # all of it at once: joining parts would hold them twice
+                found = batch.images.new_empty((len(images), *batch.images.shape[1:]))
+            stop = start + len(batch.images)
+            found[start:stop] = batch.images
+            start = stop
+        return found
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result."""

@@ -106,11 +106,6 @@ class Batches:
         """Batches that so many examples make."""
         return -(-examples // self.batch_size)
 
-    @property
-    def last_batch_size(self) -> int:
-        """Examples in the last batch of an epoch over the whole set, over all ranks."""
-        return len(self.images) % self.batch_size or min(self.batch_size, len(self.images))
-
     def epoch(
         self, epoch: int = 0, positions: Tensor | None = None, weights: Tensor | None = None
     ) -> Iterator[Batch]:
