@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from mpe.estimates import estimate, loo_losses
 from mpe.loo_iterations import forms_of
 from mpe.predictions import Predictions
-from src.training.ensemble import Ensemble
 
 log = logging.getLogger(__name__)
 
@@ -21,42 +20,39 @@ def measure_deltas(
     model: nn.Module,
     predictions: Callable[[float], Predictions],
     test: Callable[[], tuple[float, float]],
-) -> Callable[[Ensemble, Sequence[int]], dict[str, np.ndarray]]:
+) -> Callable[[dict[str, Tensor], int], dict[str, float]]:
     """What is kept of networks trained with different L2 parameters, number i with ``deltas[i]``.
 
     Args:
         deltas: The L2 parameters.
         class_cov: The form of ``estimated_nll``.
-        model: A network into which each member is loaded in its turn.
+        model: A network into which each is loaded in its turn.
         predictions: Predictions of that network on the training examples, with variances under a prior precision.
         test: Its test accuracy and NLL.
 
     Returns:
-        A function of an ensemble and its members' numbers that gives arrays ``(m,)``: ``test_accs``, ``test_nlls``,
-        ``train_acc``, ``train_nll``, and ``estimated_nll_{form}`` of every form that the same pass serves.
+        A function of a network's weights and its number that gives ``test_accs``, ``test_nlls``, ``train_acc``,
+        ``train_nll``, and ``estimated_nll_{form}`` of every form that the same pass serves.
     """
 
-    def measure(ensemble: Ensemble, members: Sequence[int]) -> dict[str, np.ndarray]:
-        rows = []
-        for place, number in enumerate(members):
-            model.load_state_dict(ensemble.member(place))
-            delta, (accuracy, loss) = deltas[number], test()
-            found = predictions(delta)
-            row = {"test_accs": accuracy, "test_nlls": loss, "train_acc": found.accuracy, "train_nll": found.nll}
-            for form in forms_of(class_cov):
-                row[f"estimated_nll_{form}"] = float(loo_losses(found, estimate(found, form)).mean())
-            rows.append(row)
-            log.info(
-                "delta %.4g: train accuracy %.2f %% NLL %.6f; test accuracy %.2f %% NLL %.6f; LOO-NLL %.6f (%s)",
-                delta,
-                100 * found.accuracy,
-                found.nll,
-                100 * accuracy,
-                loss,
-                row[f"estimated_nll_{class_cov}"],
-                class_cov,
-            )
-        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    def measure(weights: dict[str, Tensor], number: int) -> dict[str, float]:
+        model.load_state_dict(weights)
+        delta, (accuracy, loss) = deltas[number], test()
+        found = predictions(delta)
+        row = {"test_accs": accuracy, "test_nlls": loss, "train_acc": found.accuracy, "train_nll": found.nll}
+        for form in forms_of(class_cov):
+            row[f"estimated_nll_{form}"] = float(loo_losses(found, estimate(found, form)).mean())
+        log.info(
+            "delta %.4g: train accuracy %.2f %% NLL %.6f; test accuracy %.2f %% NLL %.6f; LOO-NLL %.6f (%s)",
+            delta,
+            100 * found.accuracy,
+            found.nll,
+            100 * accuracy,
+            loss,
+            row[f"estimated_nll_{class_cov}"],
+            class_cov,
+        )
+        return row
 
     return measure
 

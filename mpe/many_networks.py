@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mpe.experiment import ORDERS, SHARED_SETTINGS, Experiment
 from mpe.orders import replay_generator
-from mpe.retraining import Measure, RetrainSettings, retrain
+from mpe.retraining import Measure, MeasureEach, retrain
+from mpe.retraining_run import RetrainSettings
 from src.errors import FlagError
 from src.models import MODELS
 from src.models.modes import trains_on_one
@@ -106,8 +107,8 @@ def retrain_without(
         replay = replay_generator(build, seed=args.seed)
     own = experiment.settings()
     key = {name: own[name] for name in SHARED_SETTINGS}  # with the base weights, all that determines the rows
-    more = {"replay": replay, "extra_draws": extra_draws}
-    return _run(experiment, images, removed, settings, key, measure, write, **more)
+    more = {"measure": measure, "replay": replay, "extra_draws": extra_draws}
+    return _run(experiment, images, removed, settings, key, write, **more)
 
 
 def train_with_deltas(
@@ -115,7 +116,7 @@ def train_with_deltas(
     images: Tensor,
     deltas: Sequence[float],
     optimizer: str,
-    measure: Measure,
+    measure: MeasureEach,
     write: Callable[[Rows], None],
 ) -> Rows:
     """Train one network for each L2 parameter from the same initial weights on the same batches, resumably.
@@ -125,8 +126,8 @@ def train_with_deltas(
         images: All training images, normalised.
         deltas: The L2 parameters.
         optimizer: sgd, adam or adamw.
-        measure: See ``mpe.retraining.retrain``.
-        write: Called with what was measured so far, after each chunk of networks.
+        measure: See ``measure_each`` of ``mpe.retraining.retrain``: curvature and variances of a network take long.
+        write: Called with what was measured so far, after each network.
     """
     args = experiment.args
     settings = RetrainSettings(
@@ -141,7 +142,7 @@ def train_with_deltas(
     nothing = [np.empty(0, np.int64)] * len(deltas)
     batches = experiment.batches(experiment.train, experiment.count, ORDERS[args.base_shuffle])
     more = {"deltas": list(deltas), "permutation": batches.visited, "rate_flag": "--lr"}
-    return _run(experiment, images, nothing, settings, experiment.settings(), measure, write, **more)
+    return _run(experiment, images, nothing, settings, experiment.settings(), write, measure_each=measure, **more)
 
 
 def _run(
@@ -150,7 +151,6 @@ def _run(
     removed: Sequence[np.ndarray],
     settings: RetrainSettings,
     key: Mapping[str, Any],
-    measure: Measure,
     write: Callable[[Rows], None],
     **more: Any,
 ) -> Rows:
@@ -161,7 +161,6 @@ def _run(
         experiment.labels,
         removed,
         settings,
-        measure=measure,
         chunk=args.ensemble_size if at_once else 1,  # one after another: each is written when it is done
         folder=experiment.files.resume / "retraining",
         key=key,

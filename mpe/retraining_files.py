@@ -35,9 +35,9 @@ _STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
 class RetrainingFiles:
     """The folder of one run.
 
-    It holds ``settings.json``, ``networks_{start}_{stop}.npz`` for each finished chunk, and
-    ``state_{start}_{stop}_epoch_{e}.pt`` of the unfinished one. Networks are counted from 0, ``stop`` is exclusive.
-    All files are of the settings in ``settings.json``.
+    It holds ``settings.json``, ``networks_{start}_{stop}.npz`` for each finished chunk (or network, where these are
+    measured one by one), and ``state_{start}_{stop}_epoch_{e}.pt`` of the unfinished chunk. Networks are counted from
+    0, ``stop`` is exclusive. All files are of the settings in ``settings.json``.
 
     Args:
         folder: The folder.
@@ -100,9 +100,19 @@ class RetrainingFiles:
             reached = stop
         return parts, reached
 
-    def finish(self, numbers: range, part: Mapping[str, np.ndarray]) -> None:
-        """Write a finished chunk, and remove what only an unfinished one needs."""
+    def chunk_around(self, number: int, count: int) -> range | None:
+        """The chunk that was trained but not measured to its end, if ``number`` is the first that was not."""
+        for file in self.folder.iterdir():
+            name = _STATE.fullmatch(file.name)
+            if name and int(name[1]) < number < int(name[2]) <= count:
+                return range(int(name[1]), int(name[2]))
+        return None
+
+    def finish(self, numbers: range, part: Mapping[str, np.ndarray], *, last: bool = True) -> None:
+        """Write what was measured; after a chunk's last networks, remove what only an unfinished one needs."""
         write_npz(self._chunk(numbers), **part)
+        if not last:
+            return
         for file in self.folder.iterdir():
             if _STATE.fullmatch(file.name):
                 file.unlink(missing_ok=True)

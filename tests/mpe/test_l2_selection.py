@@ -14,7 +14,7 @@ DELTAS = [0.5, 1.0, 4.0, 20.0]
 
 
 def measured(class_cov, members):
-    """What is kept of the last members of an ensemble, and the network that they were loaded into."""
+    """What is kept of each member of an ensemble, and the network that they were loaded into."""
     net, (images, labels), (test_images, test_labels) = network(), examples(), examples(9, seed=5)
     ensemble = Ensemble(net, len(members), l2=torch.tensor([DELTAS[number] for number in members]))
     for _ in range(3):
@@ -30,7 +30,9 @@ def measured(class_cov, members):
         right = (logits.argmax(1) == test_labels).double().mean().item()
         return right, torch.nn.functional.cross_entropy(logits, test_labels).item()
 
-    return measure_deltas(DELTAS, class_cov, net, predictions, test)(ensemble, members), ensemble, predictions, net
+    measure = measure_deltas(DELTAS, class_cov, net, predictions, test)
+    rows = [measure(ensemble.member(place), number) for place, number in enumerate(members)]
+    return rows, ensemble, predictions, net
 
 
 @pytest.mark.parametrize("class_cov", ["diag", "woodbury"])
@@ -39,19 +41,19 @@ def test_each_is_measured_with_its_own_weights_and_delta(class_cov):
     rows, ensemble, predictions, net = measured(class_cov, members)
     forms = ("diag",) if class_cov == "diag" else ("diag", "full", "woodbury")
     names = {"test_accs", "test_nlls", "train_acc", "train_nll", *(f"estimated_nll_{form}" for form in forms)}
-    assert rows.keys() == names
+    assert all(row.keys() == names for row in rows)
     images, labels = batches(*examples(9, seed=5), size=9)[0]
     for place, number in enumerate(members):
         net.load_state_dict(ensemble.member(place))
         found = predictions(DELTAS[number])
         for form in forms:
             wanted = loo_losses(found, estimate(found, form)).mean().item()
-            assert rows[f"estimated_nll_{form}"][place] == pytest.approx(wanted, rel=1e-12)
-        assert rows["train_nll"][place] == pytest.approx(found.nll, rel=1e-12)
-        assert rows["train_acc"][place] == found.accuracy
+            assert rows[place][f"estimated_nll_{form}"] == pytest.approx(wanted, rel=1e-12)
+        assert rows[place]["train_nll"] == pytest.approx(found.nll, rel=1e-12)
+        assert rows[place]["train_acc"] == found.accuracy
         test_nll = torch.nn.functional.cross_entropy(net(images), labels).item()
-        assert rows["test_nlls"][place] == pytest.approx(test_nll, rel=1e-12)
-    assert rows["train_nll"][0] < rows["train_nll"][1]  # the larger delta holds the weights back
+        assert rows[place]["test_nlls"] == pytest.approx(test_nll, rel=1e-12)
+    assert rows[0]["train_nll"] < rows[1]["train_nll"]  # the larger delta holds the weights back
 
 
 @pytest.mark.parametrize("done", [1, 3])

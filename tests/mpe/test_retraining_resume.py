@@ -2,7 +2,7 @@
 
 import json
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def stopped(monkeypatch, at):
         return rate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpe.retraining.rate", stop)
+        patch.setattr("mpe.retraining_run.rate", stop)
         with pytest.raises(StoppedError):
             yield
 
@@ -42,7 +42,7 @@ def stopped(monkeypatch, at):
 def untrained(monkeypatch):
     """Let a run stop with an error if it trains at all."""
     with monkeypatch.context() as patch:
-        patch.setattr("mpe.retraining.rate", None)
+        patch.setattr("mpe.retraining_run.rate", None)
         yield
 
 
@@ -203,3 +203,61 @@ def test_a_chunk_that_could_not_be_measured_is_not_trained_again(tmp_path, monke
     with untrained(monkeypatch):
         found = run(folder=tmp_path, resume=True, chunk=10)
     assert np.array_equal(found["logits"], run(chunk=10)["logits"])
+
+
+class EachMeasured:
+    """Measures network by network, and fails at the ``stop``-th."""
+
+    def __init__(self, stop=None):
+        self.stop, self.seen = stop, []
+
+    def __call__(self, weights, number):
+        if len(self.seen) == self.stop:
+            raise StoppedError
+        self.seen.append(number)
+        return {"number": number, "norm": sum(float(value.double().square().sum()) for value in weights.values())}
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_networks_are_measured_once_each_and_kept_as_they_come(tmp_path, monkeypatch, vectorised, stop):
+    """Chunks of three and two networks; the run stops within a chunk, at its end, or within the last."""
+    each = EachMeasured()
+    more = {"measure": None, "chunk": 3, "vectorised": vectorised}
+    whole = run(measure_each=each, **more)
+    assert each.seen == whole["number"].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(StoppedError):
+        run(measure_each=EachMeasured(stop), folder=tmp_path, **more)
+    assert len(list(tmp_path.glob("networks_*.npz"))) == stop
+    rest, calls = EachMeasured(), []
+    with untrained(monkeypatch) if stop == 4 else nullcontext():
+        resumed = run(
+            measure_each=rest,
+            folder=tmp_path,
+            resume=True,
+            after_chunk=lambda rows, done: calls.append((rows["number"].tolist(), done)),
+            **more,
+        )
+    assert rest.seen == list(range(stop, 5))
+    assert np.array_equal(whole["norm"], resumed["norm"])
+    assert calls == [(list(range(done)), done) for done in range(stop, 6)]
+    assert not list(tmp_path.glob("state*"))
+
+
+def test_a_chunk_whose_state_is_damaged_is_trained_again_and_measured_on(tmp_path):
+    more = {"measure": None, "chunk": 5}
+    whole = run(measure_each=EachMeasured(), **more)
+    with pytest.raises(StoppedError):
+        run(measure_each=EachMeasured(2), folder=tmp_path, **more)
+    for state in tmp_path.glob("state*"):
+        state.write_bytes(state.read_bytes()[:200])
+    rest = EachMeasured()
+    resumed = run(measure_each=rest, folder=tmp_path, resume=True, **more)
+    assert rest.seen == [2, 3, 4]
+    assert np.array_equal(whole["norm"], resumed["norm"])
+
+
+def test_one_way_of_measuring_is_to_be_given():
+    for more in ({"measure": None}, {"measure_each": EachMeasured()}):
+        with pytest.raises(ValueError, match="either measure or measure_each"):
+            run(**more)

@@ -23,9 +23,12 @@ from mpe_runs import (
 from refusals import FILE, FLAG, assert_kept, snapshot
 from support import call, succeed
 
+import mpe.l2_selection
 import mpe.retraining
-from mpe.retraining import one_epoch
+import mpe.retraining_run
+from mpe.estimates import loo_losses
 from mpe.retraining_files import RetrainingFiles
+from mpe.retraining_run import one_epoch
 from src.datasets import load_dataset
 
 
@@ -45,7 +48,7 @@ class Stop:
 
     def __init__(self, monkeypatch, epochs):
         self.left = epochs
-        monkeypatch.setattr(mpe.retraining, "one_epoch", self)
+        monkeypatch.setattr(mpe.retraining_run, "one_epoch", self)
         monkeypatch.setattr(
             mpe.retraining, "RetrainingFiles", lambda folder, key, seconds: RetrainingFiles(folder, key, 0.0)
         )
@@ -94,11 +97,35 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
         same(result(script, whole, "scores"), result(script, broken, "scores"))
 
 
+def test_networks_measured_before_an_interruption_are_not_measured_again(tmp_path, done, monkeypatch):
+    """Script 2, interrupted between the two networks of its second chunk."""
+    seen = []
+
+    def measured(predictions, estimates):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return loo_losses(predictions, estimates)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mpe.l2_selection, "loo_losses", measured)
+        assert call(L2REG, *flags(L2REG, tmp_path)).status == 130
+    half, wanted = result(L2REG, tmp_path), done[L2REG][1]
+    np.testing.assert_array_equal(half["estimated_nll"], wanted["estimated_nll"][:3])
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(mpe.l2_selection, "loo_losses", measured)
+        resumed = succeed(L2REG, *flags(L2REG, tmp_path, "--resume"))
+    assert len(seen) == 2
+    assert f"going on after epoch {EPOCHS} of {EPOCHS}" in resumed.err
+    same(wanted, result(L2REG, tmp_path))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_whose_last_networks_and_result_are_gone(script, done, copy_of):
     base = copy_of(script)
     chunks = sorted(path.name for path in retraining(base).glob("networks_*.npz"))
-    assert len(chunks) == 3
+    assert len(chunks) == (5 if script == L2REG else 3)  # measured one by one, or chunk by chunk
     (retraining(base) / f"networks_{CHUNKS[script]}.npz").unlink()
     (base / "pickles" / f"t_{KIND[script]}.pkl").unlink()
     resumed = succeed(script, *flags(script, base, "--resume"))
