@@ -1,5 +1,6 @@
 # make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw
 # make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures
+# make geometry  the same set-up, then Hessian spectra and tangent kernels of networks on the digits, with figures
 # make test    the same set-up, then the tests
 # make lint    ruff, as CI runs it
 # make bench   speed and memory against the plain way, as ratios in one run
@@ -23,7 +24,13 @@ MPE_DATA := --dataset=digits --model=small_mlp --bs=32 --delta=2 --lr=0.02 --lrm
 MPE_FOLDERS := --datasets_folder=$(MPE)/data --models_folder=$(MPE)/ckpts --log_folder=$(MPE)/logs --resume_ckpts_folder=$(MPE)/resume_ckpts
 MPE_PLOTS := --name_exp=digits --pickles_folder=$(MPE)/pickles --plots_folder=$(MPE)/plots
 
-.PHONY: samis mpe test lint bench setup clean
+GEO := runs/geometry_digits
+GEO_DATA := --dataset=digits --model=lenet --datasets_folder=$(GEO)/data
+GEO_TRAINING := --epochs=21 --batch_size=64 --learning_rate=0.05 --lr_sched=const --resume --save_epochs=1,2,5,6,10,11,20,21
+GEO_RUN := --models_folder=$(GEO)/ckpts
+GEO_FOLDERS := $(GEO_RUN) --log_folder=$(GEO)/logs --resume_ckpts_folder=$(GEO)/resume_ckpts --metrics_folder=$(GEO)/metrics
+
+.PHONY: samis mpe geometry test lint bench setup clean
 
 setup: $(STAMP)
 
@@ -58,6 +65,20 @@ mpe: $(STAMP)
 	$(BIN)/python examples/plot_loo_iterations.py $(MPE_PLOTS); \
 	$(BIN)/python examples/plot_validation_sensitivities.py $(MPE_PLOTS) --corrected; \
 	echo; echo "Written:"; find $(MPE) -type f -newer $$started | sort; rm -f $$started
+
+geometry: export OMP_NUM_THREADS = 1
+geometry: $(STAMP)
+	@set -e; started=$$(mktemp); \
+	for seed in $(SEEDS); do \
+	  for optimizer in sgd sam; do \
+	    $(BIN)/python train_full.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed $(GEO_TRAINING) $(GEO_FOLDERS); \
+	    $(BIN)/python compute_hessian_eigen.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed --epochs=21 $(GEO_RUN) --hessian_folder=$(GEO)/hessian_eigenvalues --resume; \
+	  done; \
+	done; \
+	$(BIN)/python plot_hessian.py $(GEO_DATA) --optimizers sgd sam --seeds $(SEEDS) --epochs=21 --hessian_folder=$(GEO)/hessian_eigenvalues --plots_folder=$(GEO)/plots; \
+	$(BIN)/python compute_ntk.py $(GEO_DATA) --ntk_chosen_metric=samis_loss --m_samples=50 --ntk_velocity_epoch 1 5 10 20 --seeds $(SEEDS) $(GEO_RUN) --ntk_folder=$(GEO)/ntks; \
+	$(BIN)/python plot_ntk.py $(GEO_DATA) --metrics samis_loss --log --ntk_folder=$(GEO)/ntks --plots_folder=$(GEO)/plots; \
+	echo; echo "Written:"; find $(GEO) -type f -newer $$started | grep -v /k.json | grep -v /k.pkl | sort; rm -f $$started
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
