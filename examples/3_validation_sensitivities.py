@@ -13,6 +13,7 @@ networks are retrained, {name_exp}_retrain.pkl (the true deviations); plot_valid
       --delta 1 --n_retrain 20 --epochs_retrain 20
 """
 
+import logging
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -24,9 +25,11 @@ import numpy as np
 from mpe.experiment import Experiment, plain_args
 from mpe.many_networks import check_last_batches, check_retraining, retrain_without
 from mpe.results import Result
+from mpe.retraining_run import weights_hash
 from mpe.validation import (
     drawn_examples,
     estimates_of,
+    kept_scores,
     measure_removed,
     retrain_content,
     score_content,
@@ -35,6 +38,8 @@ from mpe.validation import (
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags, number
+
+log = logging.getLogger("3_validation_sensitivities")
 
 DEFAULTS = {
     "name_exp": "mnist_mlp",
@@ -90,19 +95,24 @@ def main() -> None:
         retrained.remove_other()  # or it would stand beside scores of other settings
 
     experiment.train_base("sgd")
-    predictions = experiment.laplace(args.delta)
-    content = score_content(predictions, estimates_of(predictions, args.class_cov), args.class_cov)
-    print(scores.write(**content))
-    print(f"train accuracy {100 * predictions.accuracy:.2f} %, NLL {predictions.nll:.6f}")
+    weights = weights_hash(experiment.model)
+    content = kept_scores(scores.stored, weights)
+    if content is None:
+        predictions = experiment.laplace(args.delta)
+        content = score_content(predictions, estimates_of(predictions, args.class_cov), args.class_cov, weights)
+        scores.write(**content)
+    else:
+        log.info("the estimates are those of the earlier run, %s", scores.path)
+    print(scores.path)
+    print(f"train accuracy {100 * content['train_acc']:.2f} %, NLL {content['train_nll']:.6f}")
     accuracy, loss = experiment.test_metrics()
     print(f"test accuracy {100 * accuracy:.2f} %, NLL {loss:.6f}")
 
     removed = drawn_examples(experiment.count, args.n_retrain, args.seed)
     removed = np.concatenate([removed, spread_examples(content["sensitivities"], args.n_spread, removed)])
-    base, indices = predictions.probabilities.numpy(), predictions.indices.numpy()
 
     def write(rows: dict[str, np.ndarray]) -> None:
-        retrained.write(**retrain_content(rows, removed, args.n_spread, base, indices))
+        retrained.write(**retrain_content(rows, removed, args.n_spread, content["probabilities"], content["indices"]))
 
     images = experiment.prepared(experiment.train)
     leave_out = [np.empty(0, np.int64), *removed[:, None]]

@@ -47,6 +47,14 @@ class RetrainSettings:
     optimizer: str = "sgd"
 
 
+def weights_hash(model: nn.Module) -> str:
+    """16 hex digits of a network's parameters and buffers: equal for equal bits."""
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return weights.hexdigest()[:16]
+
+
 class Run:
     """What all chunks have in common; its arguments are those of ``mpe.retraining.retrain``, checked."""
 
@@ -77,16 +85,13 @@ class Run:
             orders.update(np.asarray(self.seeds, dtype=np.int64).tobytes())
         if self.permutation is not None:
             orders.update(self.permutation(1).cpu().numpy().astype(np.int64).tobytes())
-        weights = hashlib.sha256()
-        for value in self.model.state_dict().values():
-            weights.update(value.detach().cpu().contiguous().numpy().tobytes())
         return {
             **asdict(self.settings),
             "networks": len(self.removed),
             "examples": len(self.images),
             "deltas": self.deltas if len(set(self.deltas)) > 1 else self.deltas[0],
             "order": orders.hexdigest()[:16],
-            "base_weights": weights.hexdigest()[:16],
+            "base_weights": weights_hash(self.model),
         }
 
     def orders(self, numbers: range, epoch: int) -> Orders:

@@ -1,6 +1,6 @@
 """Estimated against true deviations: which examples are removed, and what retraining without them says (Figure 2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,13 @@ def estimates_of(predictions: Predictions, class_cov: str) -> dict[str, Estimate
     return {form: estimate(predictions, form) for form in forms_of(class_cov)}
 
 
-def score_content(predictions: Predictions, estimates: dict[str, Estimates], class_cov: str) -> dict[str, Any]:
-    """What the file of estimates holds: ``sensitivities`` ``(N,)`` as asked for, every form, and whose they are."""
+def score_content(
+    predictions: Predictions, estimates: dict[str, Estimates], class_cov: str, weights: str
+) -> dict[str, Any]:
+    """What the file of estimates holds: ``sensitivities`` ``(N,)`` as asked for, every form, and whose they are.
+
+    Also what retraining is compared with: the network's probabilities ``(N, C)``, and the hash of its weights.
+    """
     scores = {form: sensitivity(found).numpy() for form, found in estimates.items()}
     return {
         "sensitivities": scores[class_cov],
@@ -30,7 +35,24 @@ def score_content(predictions: Predictions, estimates: dict[str, Estimates], cla
         "indices": predictions.indices.numpy(),
         "labels": predictions.labels.numpy(),
         "unstable": int(estimates[class_cov].unstable.sum()),
+        "probabilities": predictions.probabilities.numpy(),
+        "train_acc": predictions.accuracy,
+        "train_nll": predictions.nll,
+        "base_weights": weights,
     }
+
+
+def kept_scores(stored: Mapping[str, Any], weights: str) -> dict[str, Any] | None:
+    """The estimates that an earlier run of the same settings left, or None.
+
+    Args:
+        stored: What its file holds; nothing where there is none.
+        weights: The hash of the network's weights: another network's estimates are not taken, and neither are those
+            of a file that does not say whose they are.
+    """
+    if stored.get("base_weights") != weights:
+        return None
+    return {name: values for name, values in stored.items() if name not in ("args", "settings")}
 
 
 def drawn_examples(count: int, number: int, seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from mpe.predictions import Predictions
 from mpe.validation import (
     drawn_examples,
     estimates_of,
+    kept_scores,
     measure_removed,
     retrain_content,
     score_content,
@@ -56,7 +57,7 @@ def test_examples_spread_over_the_range_of_the_scores():
 def test_what_the_file_of_estimates_holds():
     found = random_predictions()
     found = Predictions(torch.arange(6) + 10, found.labels, found.logits, found.variances)
-    content = score_content(found, estimates_of(found, "woodbury"), "woodbury")
+    content = score_content(found, estimates_of(found, "woodbury"), "woodbury", "abc")
     for form in ("diag", "full", "woodbury"):
         wanted = sensitivity(estimate(found, form)).numpy()
         np.testing.assert_array_equal(content[f"sensitivities_{form}"], wanted)
@@ -66,6 +67,14 @@ def test_what_the_file_of_estimates_holds():
     assert content["indices"].tolist() == list(range(10, 16))
     assert content["labels"].tolist() == found.labels.tolist()
     assert set(estimates_of(found, "diag")) == {"diag"}
+    np.testing.assert_array_equal(content["probabilities"], found.probabilities.numpy())
+    assert (content["train_acc"], content["train_nll"]) == (found.accuracy, found.nll)
+    stored = {**content, "args": {"lr": 0.1}, "settings": {"lr": 0.1}}
+    assert kept_scores(stored, "abc") == content
+    assert kept_scores(stored, "abd") is None  # another network's
+    del stored["base_weights"]
+    assert kept_scores(stored, "abc") is None  # of an older version
+    assert kept_scores({}, "abc") is None
 
 
 def different_members(net, count):

@@ -12,6 +12,7 @@ from mpe_runs import (
     LOCO,
     SCRIPTS,
     VALIDATION,
+    N,
     finished,
     flags,
     refuse,
@@ -27,8 +28,10 @@ import mpe.l2_selection
 import mpe.retraining
 import mpe.retraining_run
 from mpe.estimates import loo_losses
+from mpe.experiment import Experiment
 from mpe.retraining_files import RetrainingFiles
 from mpe.retraining_run import one_epoch
+from src.artifacts import write_pickle
 from src.datasets import load_dataset
 
 
@@ -119,6 +122,31 @@ def test_networks_measured_before_an_interruption_are_not_measured_again(tmp_pat
     assert len(seen) == 2
     assert f"going on after epoch {EPOCHS} of {EPOCHS}" in resumed.err
     same(wanted, result(L2REG, tmp_path))
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["its own", "another network's"])
+def test_estimates_of_before_are_kept(done, copy_of, monkeypatch, other):
+    """Script 3, resumed after its estimates were written: the variances of these weights are there already."""
+    base = copy_of(VALIDATION)
+    path = base / "pickles" / "t_scores.pkl"
+    before = result(VALIDATION, base, "scores")
+    if other:
+        write_pickle(path, {**before, "base_weights": "0" * 16, "sensitivities": before["sensitivities"] + 1})
+    passes = []
+    laplace = Experiment.laplace
+
+    def counted(experiment, *args, **kwargs):
+        passes.append(experiment.count)
+        return laplace(experiment, *args, **kwargs)
+
+    monkeypatch.setattr(Experiment, "laplace", counted)
+    written = path.stat().st_mtime_ns
+    answer = succeed(VALIDATION, *flags(VALIDATION, base, "--resume"))
+    assert passes == ([2, N] if other else [2])  # two examples, so that no network is refused after its training
+    assert ("the estimates are those of the earlier run" in answer.err) is not other
+    assert (path.stat().st_mtime_ns == written) is not other
+    same(before, result(VALIDATION, base, "scores"))
+    same(done[VALIDATION][1], result(VALIDATION, base))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
