@@ -237,7 +237,7 @@ class Routing(ABC):
         step = self._budget // max(bytes_per_example, 1)
         if device.type == "cpu":
             # what is freed after one cut serves the next
-            step = min(step, 2 * self._kept // max(bytes_per_example, 1), self._kept // max(largest, 1))
+            step = min(step, 2 * self._kept / max(bytes_per_example, 1), self._kept / max(largest, 1))
         step = max(1, int(step))
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 

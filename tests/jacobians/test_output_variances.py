@@ -6,6 +6,7 @@ from full_jacobians import covariances, full_jacobians, loop_jacobians, random_p
 from jacobian_networks import NETWORKS, images_and_labels, network
 from torch import nn
 
+from src import devices
 from src.jacobians import OutputVariances, Posterior, Rotated, plain_kind, register_kind
 from src.jacobians.kinds import KINDS
 from src.models import build_model
@@ -181,6 +182,16 @@ def test_single_precision_and_ragged_batches():
         found = torch.cat([engine(part)[1] for part in images.float().split([1, 4, 2])])
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("all_is_kept", "cuts"), [(False, 22), (True, 6)])
+def test_what_is_kept_of_freed_memory_decides_how_batches_are_cut(monkeypatch, all_is_kept, cuts):
+    """A script's process keeps all of it, and has to mind the budget alone: 12 times 10 MiB here."""
+    monkeypatch.setattr(devices, "_all_is_kept", all_is_kept)
+    net = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Flatten(), nn.Linear(16 * 128 * 128, 5)).eval()
+    posterior = Posterior({name: torch.ones_like(p) for name, p in net.named_parameters()})
+    with OutputVariances(net, posterior, full=True, memory_mb=128.0) as engine:
+        assert len(engine.sub_batches(torch.zeros(64, 1, 128, 128))) == cuts
 
 
 def test_what_does_not_fit_is_refused():
