@@ -9,10 +9,10 @@ curvature matrix-vector products for second-order gradient descent"):
     GGN v      =  J^T (L J v)                                L = (diag p - p p^T) / n,   p = softmax(z)
     Hessian v  =  J^T (L J v)  +  d<e, J v> / d parameters   e = (p - onehot(y)) / n, held fixed
 
-On a CPU thread this takes 0.7 (lenet, resnet8) to 0.8 (resnet18) of the time of a gradient's gradient, and 0.9
-(lenet) or 0.55 (resnet8) of that of curvlinops' operators, which are the oracle of the tests instead. Graphs of a
-batch kept between products would save nothing: the second backward pass alone takes longer. No graph outlives a
-batch, and nothing is left behind after a product.
+On a CPU thread this takes 0.7 to 0.8 of the time of a gradient's gradient, and 0.6 to 0.8 of that of curvlinops'
+operators (benchmarks/bench_hessian.py), which are the oracle of the tests instead. Graphs of a batch kept between
+products would save nothing on convolutions: the second backward pass alone takes longer. No graph outlives a batch,
+and nothing is left behind after a product.
 """
 
 import logging

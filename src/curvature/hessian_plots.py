@@ -51,7 +51,7 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
             axes.grid(**FIGURE_GRID)
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
             axes.yaxis.set_minor_formatter(NullFormatter())
-        margin = min(1.0, 0.04 * (high - low)) + points[1] - points[0]
+        margin = 0.03 * (high - low) + points[1] - points[0]
         panels[-1].set_xlim(min(low, 0) - margin, high + margin)
         panels[-1].set_ylim(FLOOR)
         panels[-1].set_xlabel("Eigenvalue")

@@ -126,8 +126,8 @@ def test_what_is_drawn():
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     low, high = axes.get_xlim()
-    assert -3.1 < low < -2
-    assert 60 < high < 61.1
+    assert -4 < low < -2.1
+    assert 60.1 < high < 62
     x, y = axes.lines[0].get_data()
     assert y.min() == FLOOR
     for outlier, weight in ((-2.0, 0.05), (50.0, 0.05), (60.0, 0.05)):
