@@ -31,6 +31,8 @@ MODULES = (
     "bench_craig",
     "bench_variances",
     "bench_ensemble",
+    "bench_hessian",
+    "bench_ntk",
 )
 
 
