@@ -70,7 +70,7 @@ def test_laplace_on_a_users_network(structure, class_cov):
     assert found.loo_nll == pytest.approx(losses.mean(), rel=1e-12)
     unclamped = loo_losses(found.predictions, found.estimates, clamp=False).mean().item()
     assert found.unclamped_loo_nll == pytest.approx(unclamped, rel=1e-12)
-    assert found.predictions.nll < found.loo_nll <= found.unclamped_loo_nll
+    assert found.predictions.nll < found.loo_nll <= unclamped * (1 + 1e-12)  # equal where nothing is clamped
     order = np.argsort(-scores)
     assert found.most_sensitive(3).tolist() == order[:3].tolist()
     assert found.least_sensitive(3).tolist() == order[:-4:-1].tolist()
