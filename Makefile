@@ -72,7 +72,7 @@ geometry: $(STAMP)
 	for seed in $(SEEDS); do \
 	  for optimizer in sgd sam; do \
 	    $(BIN)/python train_full.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed $(GEO_TRAINING) $(GEO_FOLDERS); \
-	    $(BIN)/python compute_hessian_eigen.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed --epochs=21 $(GEO_RUN) --hessian_folder=$(GEO)/hessian_eigenvalues --resume; \
+	    $(BIN)/python compute_hessian_eigen.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed --epochs=21 --subset=500 $(GEO_RUN) --hessian_folder=$(GEO)/hessian_eigenvalues --resume; \
 	  done; \
 	done; \
 	$(BIN)/python plot_hessian.py $(GEO_DATA) --optimizers sgd sam --seeds $(SEEDS) --epochs=21 --hessian_folder=$(GEO)/hessian_eigenvalues --plots_folder=$(GEO)/plots; \

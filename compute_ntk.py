@@ -12,6 +12,7 @@ interrupted run goes on where it was. plot_ntk.py draws the velocities.
   python compute_ntk.py --dataset=cifar100 --model=resnet18 --ntk_chosen_metric=mem --m_samples=50
 """
 
+import logging
 from argparse import BooleanOptionalAction, Namespace
 
 import numpy as np
@@ -37,6 +38,8 @@ from src.settings import (
     score_folders,
 )
 from src.trained import TrainedNetworks
+
+log = logging.getLogger("compute_ntk")
 
 
 def parse() -> Namespace:
@@ -106,16 +109,16 @@ def main() -> None:
     lowers = sorted(set(args.lower_index or lower_indices(networks.train.entry.name, len(ranked), args.m_samples)))
     problem = refuse_groups(lowers, args.m_samples, len(ranked))
     if problem is not None:
-        raise FlagError(
-            f"--m_samples {args.m_samples}: {problem}; give a smaller --m_samples or another --lower_index"
-        )
+        raise FlagError(problem)
+    if args.projection_seed and args.projection_dim is None:
+        log.warning("--projection_seed %d is idle: kernels are exact without --projection_dim", args.projection_seed)
     epochs = sorted(set(args.ntk_velocity_epoch or velocity_epochs(networks.train.entry.name)))
-    kernels = Kernels(args, networks, ranked, scores, epochs)
+    kernels = Kernels(args, networks, ranked, scores, epochs, lowers)
     found: dict[int, list[dict[int, float]]] = {epoch: [] for epoch in epochs}
     with tqdm(total=len(kernels.seeds) * len(epochs) * len(lowers), unit="velocity", disable=None) as bar:
         for seed in kernels.seeds:
             for epoch in epochs:
-                found[epoch].append(kernels.velocities(seed, epoch, lowers, bar))
+                found[epoch].append(kernels.velocities(seed, epoch, bar))
     report(found, lowers)
     print(kernels.files.velocities(kernels.seeds[0], epochs[0]).parents[2])
 

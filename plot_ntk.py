@@ -60,13 +60,16 @@ def main() -> None:
         name = parts[0].entry.name
     run = ntk_run(args.model, args.optimizer, schedule(args, name))
     panels = []
-    for metric in args.metrics:
+    for metric in dict.fromkeys(args.metrics):
         several = read_all_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)
         panels.append((MODES[metric].symbol, several))
         report(metric, several)
     size = f"{args.model} by {args.optimizer.upper()}"
     figure = velocity_figure(panels, f"{name}, {size}", logarithmic=args.log)
-    print(*save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, args.metrics)), sep="\n")
+    print(
+        *save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, [*dict.fromkeys(args.metrics)])),
+        sep="\n",
+    )
 
 
 def schedule(args: Namespace, dataset: str) -> str:

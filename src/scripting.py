@@ -111,7 +111,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         _end(f"{name}: {error}", error.status)
     except KeyboardInterrupt:
         _end(
-            f"{name}: interrupted; what was finished is on disk, --resume goes on with it (grids do so unasked)", 130
+            f"{name}: interrupted; what was finished is on disk, and the same command goes on with it "
+            "(with --resume where it has that flag)",
+            130,
         )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

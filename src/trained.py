@@ -1,16 +1,24 @@
 """What the scripts of loss geometry share: from parsed flags to data, and to trained networks that belong to them."""
 
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from src.artifacts import label_hash
+from src.artifacts import experiment_folder, label_hash
 from src.datasets import Batches, ImageSet, load_dataset
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FileError
-from src.training import data_facts, find_checkpoint, load_model, refuse_other_data, training_command
+from src.training import (
+    data_facts,
+    find_checkpoint,
+    load_model,
+    missing_epochs,
+    refuse_other_data,
+    training_command,
+)
 
 
 class TrainedNetworks:
@@ -35,27 +43,47 @@ class TrainedNetworks:
         self.labels = label_hash(parts[0].labels.numpy())
         self.train, self.test = (part.to(self.device) for part in parts)
 
-    def find(self, experiment: str, seed: int, epoch: int, script: str = "train_full.py", **flags: Any) -> Path:
-        """The checkpoint of an epoch of a run.
+    def find(
+        self, experiment: str, seed: int, epoch: int, script: str | None = "train_full.py", **flags: Any
+    ) -> Path:
+        """The checkpoint of one epoch of a run; see ``find_all``."""
+        return self.find_all(experiment, seed, [epoch], script, **flags)[epoch]
+
+    def find_all(
+        self,
+        experiment: str,
+        seed: int,
+        epochs: Collection[int],
+        script: str | None = "train_full.py",
+        **flags: Any,
+    ) -> dict[int, Path]:
+        """The checkpoints of several epochs of a run.
 
         Args:
             experiment: The run's name.
             seed: Its seed.
-            epoch: The epoch, from 1.
-            script: What trains it, for the message.
+            epochs: The epochs, from 1.
+            script: What trains it, for the message; None where that is unknown.
             flags: The other flags of that script.
 
+        Returns:
+            Epoch to path.
+
         Raises:
-            FileError: There is none; the message has the command that makes it.
+            FileError: One is missing; the message names all that are, and the command that makes them.
         """
         folder = self.args.models_folder
-        path = find_checkpoint(folder, experiment, seed, epoch)
-        if path is None:
-            command = training_command(script, {"dataset": self.args.dataset, **flags, "seed": seed, "epochs": epoch})
-            raise FileError(
-                f"{folder}: no checkpoint of epoch {epoch}, seed {seed} for {experiment}; make it with: {command}"
-            )
-        return path
+        paths = {epoch: find_checkpoint(folder, experiment, seed, epoch) for epoch in epochs}
+        missing = sorted(epoch for epoch, path in paths.items() if path is None)
+        if missing:
+            listed = ", ".join(map(str, missing))
+            line = f"{folder}: no checkpoint of epoch {listed}, seed {seed} for {experiment}"
+            if script is not None:
+                own = {"dataset": self.args.dataset, **flags, "seed": seed}
+                more = missing_epochs(experiment_folder(folder, experiment, seed), max(epochs), missing, epochs)
+                line += f"; make it with: {training_command(script, {**own, **more})}"
+            raise FileError(line)
+        return paths
 
     def load(self, path: str | Path, model: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
         """The network of a checkpoint, on the device, in the precision's type and in eval mode.

@@ -134,10 +134,19 @@ def relative_error(exact: np.ndarray, found: np.ndarray) -> float:
 
 
 def refuse_groups(lowers: Sequence[int], size: int, n: int) -> str | None:
-    """Why groups of ``size`` from the ranks ``lowers`` on cannot be had of ``n`` examples; None if they can."""
+    """Why groups cannot be had, as a line about the flags; None if they can.
+
+    Args:
+        lowers: Ranks of their first examples.
+        size: m, examples of a group.
+        n: Scored examples.
+    """
     if size > n:
-        return f"a group of {size} examples is more than the {n} that are scored"
+        return f"--m_samples {size}: is more than the {n} examples that are scored; give at most {n}"
     beyond = [lower for lower in lowers if lower + size > n]
     if beyond:
-        return f"the group from rank {beyond[0]} on has {n - beyond[0]} examples, not {size}"
+        return (
+            f"--lower_index {beyond[0]}: no {size} of {n} scored examples begin there; "
+            f"give ranks of at most {n - size}, or a smaller --m_samples"
+        )
     return None

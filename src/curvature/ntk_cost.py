@@ -19,7 +19,7 @@ class Forecast:
 
     Attributes:
         rows: Rows of the kernel.
-        kernel_bytes: The kernel while it is added up (float64), and as it is stored (float32).
+        kernel_bytes: The kernel while it is added up (float64), as it is stored (float32), and the other epoch's.
         kept_bytes: What is kept of the examples meanwhile.
         psi_bytes: The matrix Psi, which is not formed.
         seconds: Time, extrapolated.
@@ -38,8 +38,8 @@ class Forecast:
 
 
 def kernel_bytes(rows: int) -> int:
-    """Memory of a kernel of so many rows, in float64 and float32."""
-    return rows * rows * (8 + 4)
+    """Memory of a kernel of so many rows in float64 and float32, and of another in float32."""
+    return rows * rows * (8 + 4 + 4)
 
 
 def forecast(
@@ -88,11 +88,8 @@ def forecast(
     at_start = max(times[0] - per_work * works[0], 0.0)
     chosen = plan(size)
     q, element = chosen.quantities, images.element_size()
-    numbers = sum(
-        shape.factor_numbers(q) if shape.key in chosen.factors else shape.row_numbers(q)
-        for shape in chosen.shapes.values()
-    )
-    kept = min(size * numbers, chosen.limit) * element
+    numbers = [chosen.numbers(shape) for shape in chosen.shapes.values()]
+    kept = min(size * sum(numbers), max(chosen.limit, 2 * max(numbers))) * element  # two examples at the least
     if projection_dim is not None:
         kept = size * q * projection_dim * element
     return Forecast(

@@ -57,16 +57,18 @@ class KernelFiles:
         path = self.kernel(seed, epoch, lower)
         return path.exists() and self._same(path, settings)
 
-    def read_kernel(self, seed: int, epoch: int, lower: int) -> np.ndarray:
-        """A stored kernel, float32.
+    def read_kernel(self, seed: int, epoch: int, lower: int, rows: int) -> np.ndarray:
+        """A stored kernel of so many rows, float32.
 
         Raises:
-            FileError: It is missing or damaged.
+            FileError: It is damaged, of another shape, or not finite.
         """
         path = self.kernel(seed, epoch, lower)
         found = read_pickle(path)
-        if not isinstance(found, np.ndarray) or found.ndim != 2 or found.shape[0] != found.shape[1]:
-            raise FileError(f"{path}: is not a kernel; remove it, and run the script again")
+        if not isinstance(found, np.ndarray) or found.shape != (rows, rows) or found.dtype.kind != "f":
+            raise FileError(f"{path}: is not a kernel of {rows} rows; remove it, and run the script again")
+        if not np.isfinite(found).all():
+            raise FileError(f"{path}: is not finite; remove it, and run the script again")
         return found
 
     def write_kernel(
@@ -80,37 +82,34 @@ class KernelFiles:
     ) -> None:
         """Store a kernel, and beside it its settings and whatever is known of it."""
         path = self.kernel(seed, epoch, lower)
-        write_pickle(path, kernel)
+        path.unlink(missing_ok=True)  # never an old kernel beside new settings
         write_json(path.with_suffix(".json"), {"settings": dict(settings), **facts})
+        write_pickle(path, kernel)
 
-    def read_velocities(
-        self, seed: int, epoch: int, settings: Mapping[str, Any]
-    ) -> tuple[dict[int, float], dict[str, Any]]:
-        """The velocities of these settings that are there, and what is known of them by group; both may be empty.
+    def read_velocities(self, seed: int, epoch: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What is known of the groups whose velocities were found under these settings, by rank; it may be empty.
+
+        The json is what counts; the pickle is made of it.
 
         Raises:
             FileError: Velocities of other settings are there, and must not be replaced, or they are damaged.
         """
         path = self.velocities(seed, epoch)
-        if not path.exists() or not self._same(path, settings):
-            return {}, {}
-        found, groups = read_pickle(path), read_json(path.with_suffix(".json")).get("groups", {})
-        if not isinstance(found, dict) or not all(isinstance(v, float) for v in found.values()):
-            raise FileError(f"{path}: holds no velocities; remove it, and run the script again")
-        return {lower: v for lower, v in found.items() if str(lower) in groups}, groups
+        beside = path.with_suffix(".json")
+        if not (path.exists() or beside.exists()) or not self._same(path, settings):
+            return {}
+        groups = read_json(beside).get("groups")
+        if not isinstance(groups, dict) or not all(_is_group(lower, group) for lower, group in groups.items()):
+            raise FileError(f"{beside}: holds no velocities; give --overwrite to replace it")
+        return groups
 
     def write_velocities(
-        self,
-        seed: int,
-        epoch: int,
-        found: Mapping[int, float],
-        settings: Mapping[str, Any],
-        groups: Mapping[str, Any],
+        self, seed: int, epoch: int, settings: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Store velocities, and beside them their settings and what is known of their groups."""
         path = self.velocities(seed, epoch)
         write_json(path.with_suffix(".json"), {"settings": dict(settings), "groups": dict(groups)})
-        write_pickle(path, dict(sorted(found.items())))
+        write_pickle(path, {lower: groups[str(lower)]["velocity"] for lower in sorted(map(int, groups))})
 
     def _same(self, path: Path, settings: Mapping[str, Any]) -> bool:
         beside = path.with_suffix(".json")
@@ -119,8 +118,14 @@ class KernelFiles:
                 return read_json(beside)["settings"] == dict(settings)
             except (FileError, KeyError, TypeError):
                 return False
+        if not beside.exists():
+            raise FileError(f"{path}: has no settings beside it ({beside.name}); give --overwrite to replace it")
         stored = read_json(beside)
         if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
             raise FileError(f"{beside}: has no settings; give --overwrite to replace what it belongs to")
         refuse_other_settings(path, stored["settings"], settings)
         return True
+
+
+def _is_group(lower: str, group: Any) -> bool:
+    return lower.isdigit() and isinstance(group, dict) and isinstance(group.get("velocity"), float)

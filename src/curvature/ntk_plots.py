@@ -47,8 +47,7 @@ def velocity_figure(
                     low = np.maximum(mean - spread, mean.min() / 10) if logarithmic else mean - spread
                     axes.fill_between(velocities.places, low, mean + spread, color=colour, alpha=0.2, lw=0)
             axes.grid(axis="y", **FIGURE_GRID)
-            known = max(v.places.max() for v in several) <= 100
-            unit = "percentile" if known else "rank"
+            unit = "percentile" if all(v.in_percent for v in several) else "rank"
             axes.set_xlabel(f"examples in the order of {symbol} ({unit})")
             if logarithmic:
                 axes.set_yscale("log")

@@ -3,6 +3,7 @@
 import logging
 import time
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src.artifacts import file_digest, label_hash, ntk_run, standard_experiment
+from src.artifacts import file_digest, label_hash, ntk_run, require_writable, standard_experiment
 from src.curvature.ntk import ntk_kernel, relative_error, velocity
 from src.curvature.ntk_cost import forecast, kernel_bytes
 from src.curvature.ntk_files import KernelFiles
+from src.datasets import parse_subset
 from src.devices import available_memory
 from src.errors import FileError, FlagError
 from src.trained import TrainedNetworks
 from src.training import only_schedule
+from src.words import duration, gib
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +37,20 @@ class Kernels:
         ranked: Indices in the order of their scores.
         scores: All scores by index.
         epochs: The epochs t.
+        lowers: Ranks of the groups' first examples.
     """
 
     def __init__(
-        self, args: Namespace, networks: TrainedNetworks, ranked: np.ndarray, scores: np.ndarray, epochs: list[int]
+        self,
+        args: Namespace,
+        networks: TrainedNetworks,
+        ranked: np.ndarray,
+        scores: np.ndarray,
+        epochs: list[int],
+        lowers: list[int],
     ) -> None:
         self.args, self.networks, self.ranked, self.scores = args, networks, ranked, scores
-        self.seeds = list(dict.fromkeys(args.seeds))
+        self.seeds, self.lowers = list(dict.fromkeys(args.seeds)), lowers
         name = networks.train.entry.name
         pattern = standard_experiment(args.model, name, args.optimizer, "*")
         lr_sched = only_schedule(args.models_folder, pattern, self.seeds[0], args.lr_sched) or "const"
@@ -48,13 +58,17 @@ class Kernels:
         flags = {"model": args.model, "optimizer": args.optimizer, "lr_sched": lr_sched}
         wanted = sorted({e for t in epochs for e in (t, t + 1)})
         self.paths = {
-            (seed, epoch): networks.find(experiment, seed, epoch, **flags) for seed in self.seeds for epoch in wanted
+            (seed, epoch): path
+            for seed in self.seeds
+            for epoch, path in networks.find_all(experiment, seed, wanted, **flags).items()
         }
         self.digests = {place: file_digest(path) for place, path in self.paths.items()}
         run = ntk_run(args.model, args.optimizer, lr_sched)
         metric = args.ntk_chosen_metric
         self.files = KernelFiles(args.ntk_folder, name, run, metric, args.m_samples, args.overwrite)
-        subset = None if args.subset is None else label_hash(np.sort(ranked))
+        subset = None
+        if args.subset is not None:
+            subset = label_hash(parse_subset(args.subset, networks.train.total, networks.train.labels.cpu().numpy()))
         self.common = {
             "dataset": name,
             "labels": networks.labels,
@@ -65,11 +79,13 @@ class Kernels:
             "projection_seed": args.projection_seed if args.projection_dim is not None else None,
             "precision": args.precision,
         }
+        self.per_example = networks.train.entry.num_classes if args.ntk_classes == "all" else 1
+        require_writable(args.ntk_folder)
         self._loaded: dict[tuple[int, int], tuple[nn.Module, dict[str, Any]]] = {}
         self._announced = False
         self._sketch_error: float | None = None
 
-    def velocities(self, seed: int, epoch: int, lowers: list[int], bar: tqdm) -> dict[int, float]:
+    def velocities(self, seed: int, epoch: int, bar: tqdm) -> dict[int, float]:
         """The velocities of all groups between an epoch and the next, written one by one as they come."""
         settings = {
             **self.common,
@@ -77,25 +93,32 @@ class Kernels:
             "ranking": label_hash(self.ranked),
             "checkpoints": [self.digests[seed, epoch], self.digests[seed, epoch + 1]],
         }
-        found, groups = self.files.read_velocities(seed, epoch, settings)
-        for lower in lowers:
-            if lower not in found:
+        groups = self.files.read_velocities(seed, epoch, settings)
+        for lower in self.lowers:
+            if str(lower) not in groups:
                 started = time.perf_counter()
-                kernels = [self.kernel(seed, e, lower) for e in (epoch, epoch + 1)]
-                try:
-                    found[lower] = velocity(*kernels)
-                except ValueError as error:
-                    raise FileError(f"{self.paths[seed, epoch]}: {error}; train it anew") from error
+                found = self.velocity(seed, epoch, lower)
                 chosen = self.scores[self.group(lower)]
                 groups[str(lower)] = {
+                    "velocity": found,
                     "mean_score": float(chosen.mean()),
                     "percentile": 100 * (lower + len(chosen) / 2) / len(self.ranked),
                     "seconds": time.perf_counter() - started,
                     "sketch_error": self._sketch_error,
                 }
-                self.files.write_velocities(seed, epoch, found, settings, groups)
+                self.files.write_velocities(seed, epoch, settings, groups)
             bar.update()
-        return {lower: found[lower] for lower in lowers}
+        if not self.files.velocities(seed, epoch).exists():  # an interruption came between it and its json
+            self.files.write_velocities(seed, epoch, settings, groups)
+        return {lower: groups[str(lower)]["velocity"] for lower in self.lowers}
+
+    def velocity(self, seed: int, epoch: int, lower: int) -> float:
+        """One group's velocity between an epoch and the next."""
+        kernels = [self.kernel(seed, e, lower) for e in (epoch, epoch + 1)]
+        try:
+            return velocity(*kernels)
+        except ValueError as error:
+            raise FileError(f"{self.paths[seed, epoch]}: {error}; train it anew") from error
 
     def group(self, lower: int) -> np.ndarray:
         """The indices of a group's examples."""
@@ -106,11 +129,11 @@ class Kernels:
         indices = self.group(lower)
         settings = {**self.common, "indices": label_hash(indices), "checkpoint": self.digests[seed, epoch]}
         if self.files.has_kernel(seed, epoch, lower, settings):
-            return self.files.read_kernel(seed, epoch, lower)
+            return self.files.read_kernel(seed, epoch, lower, len(indices) * self.per_example)
         network, state = self.network(seed, epoch)
         images, labels = self.examples(indices, state)
         if not self._announced:
-            self.announce(network, images, labels)
+            self.announce(self.paths[seed, epoch], network, images, labels)
         started = time.perf_counter()
         found = self.compute(network, images, labels)
         if not np.isfinite(found).all():
@@ -154,15 +177,21 @@ class Kernels:
         batch = next(iter(self.networks.batches(chosen, len(indices), state)))
         return batch.images, batch.labels
 
-    def announce(self, network: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def announce(self, path: Path, network: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Say what a kernel takes, and how large a sketch's error is; refuse what does not fit.
+
+        Args:
+            path: The network's checkpoint, for messages.
+            network: The network on which it is tried.
+            images: A group's images.
+            labels: Their labels.
 
         Raises:
             FlagError: The kernel does not fit the memory; the message names cheaper options.
         """
         args, self._announced = self.args, True
         free = available_memory(self.networks.device)
-        size, per_example = len(images), self.networks.train.entry.num_classes if args.ntk_classes == "all" else 1
+        size, per_example = len(images), self.per_example
         least = kernel_bytes(size * per_example)
         if free is not None and least > free:
             fits = int((free / kernel_bytes(1)) ** 0.5 // per_example)
@@ -179,11 +208,17 @@ class Kernels:
             told = forecast(network, images, labels, size, args.ntk_classes, projection_dim=args.projection_dim,
                             memory_mb=args.memory_mb)  # fmt: skip
         except ValueError as error:
-            raise FileError(f"{self.paths[self.seeds[0], min(e for _, e in self.paths)]}: {error}") from error
+            raise FileError(f"{path}: {error}") from error
         log.info(
             "a kernel of %d examples has %d rows and takes about %s and %s (Psi, which is not formed: %s)",
             size, told.rows, gib(told.peak_bytes), duration(told.seconds), gib(told.psi_bytes),
         )  # fmt: skip
+        if args.keep_kernels:
+            log.info(
+                "kernels take %s on the disk, each %s",
+                gib(len(self.paths) * len(self.lowers) * 4 * told.rows**2),
+                gib(4 * told.rows**2),
+            )
         if free is not None and told.peak_bytes > free:
             log.warning(
                 "%s are free: give a smaller --memory_mb, --m_samples, or --ntk_classes=true_label", gib(free)
@@ -196,13 +231,3 @@ class Kernels:
                 "a sketch of %d numbers is off by %.2g of the kernel's norm (measured on %d examples)",
                 args.projection_dim, self._sketch_error, len(images[few]),
             )  # fmt: skip
-
-
-def gib(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.1f} s"

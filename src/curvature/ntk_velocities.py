@@ -21,6 +21,7 @@ class Velocities:
         lowers: Ranks of the groups' first examples, (g,).
         places: Where the groups stand in the order of the scores, in percent, (g,); else their ranks.
         values: (seeds, g).
+        in_percent: Whether ``places`` are percentiles.
     """
 
     epoch: int
@@ -28,6 +29,7 @@ class Velocities:
     lowers: np.ndarray
     places: np.ndarray
     values: np.ndarray
+    in_percent: bool
 
 
 def read_all_velocities(
@@ -44,13 +46,10 @@ def read_all_velocities(
         FileError: There are none, one is missing, or they are of different settings or groups.
     """
     found, first = [], None
-    for epoch in epochs if epochs is not None else _numbers(folder, "epoch_"):
+    for epoch in dict.fromkeys(epochs) if epochs is not None else _epochs_of(folder):
         place = folder / f"epoch_{epoch}"
-        paths = {seed: velocity_path(place / f"seed_{seed}") for seed in seeds or _numbers(place, "seed_")}
-        if epochs is None and seeds is None:  # epochs t + 1 hold kernels alone
-            paths = {seed: path for seed, path in paths.items() if path.exists()}
-        if not paths and epochs is None:
-            continue
+        of_seeds = seeds if seeds is not None else [s for s in _numbers(place, "seed_") if _path(place, s).exists()]
+        paths = {seed: _path(place, seed) for seed in of_seeds}
         if not paths:
             raise FileError(
                 f"{place}: holds no velocities; make them with compute_ntk.py --ntk_velocity_epoch {epoch}"
@@ -76,17 +75,31 @@ def _of_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
         if not lowers or not isinstance(velocities, dict) or sorted(velocities) != lowers:
             raise FileError(f"{path}: has other groups than {files[0]}; compute both with the same --lower_index")
     groups = _beside(files[0], "groups")
-    places = [groups.get(str(lower), {}).get("percentile", lower) for lower in lowers]
+    percentiles = [groups.get(str(lower), {}).get("percentile") for lower in lowers]
+    known = None not in percentiles
     values = [[velocities[lower] for lower in lowers] for velocities in per_seed]
-    return Velocities(
-        epoch, tuple(paths), np.array(lowers), np.array(places, dtype=np.float64), np.array(values, dtype=np.float64)
-    )
+    places = np.array(percentiles if known else lowers, dtype=np.float64)
+    return Velocities(epoch, tuple(paths), np.array(lowers), places, np.array(values, dtype=np.float64), known)
 
 
 def _beside(path: Path, key: str) -> dict[str, Any]:
     """A part of the json beside velocities; empty where there is none, as for files of other programs."""
     beside = path.with_suffix(".json")
-    return read_json(beside).get(key, {}) if beside.exists() else {}
+    stored = read_json(beside) if beside.exists() else {}
+    part = stored.get(key, {}) if isinstance(stored, dict) else None
+    if not isinstance(part, dict):
+        raise FileError(f"{beside}: is damaged, its {key} cannot be read; compute it anew with --overwrite")
+    return part
+
+
+def _path(place: Path, seed: int) -> Path:
+    return velocity_path(place / f"seed_{seed}")
+
+
+def _epochs_of(folder: Path) -> list[int]:
+    """The epochs with velocities of any seed; those of t + 1 may hold kernels alone."""
+    places = {epoch: folder / f"epoch_{epoch}" for epoch in _numbers(folder, "epoch_")}
+    return [e for e, place in places.items() if any(_path(place, s).exists() for s in _numbers(place, "seed_"))]
 
 
 def _numbers(folder: Path, prefix: str) -> list[int]:

@@ -168,10 +168,13 @@ class Shape:
         o, _, t, raw = self.factors
         return q * o * t + raw
 
+    def making(self, q: int, n: int) -> float:
+        """Multiplications of the way back to this layer, and as many again of forming G from it."""
+        return n * q * (self.factors[2] if self.factors else 1) * self.numbers
+
     def row_cost(self, q: int, n: int) -> float:
-        """Multiplications with rows: forming G where it does not come for nothing, then all pairs."""
-        forming = 0 if self.factors is None else n * q * self.factors[2] * self.numbers
-        return forming + n * n / 2 * q * q * self.numbers
+        """Multiplications of all pairs of rows."""
+        return n * n / 2 * q * q * self.numbers
 
     def factor_cost(self, q: int, n: int) -> float:
         """Multiplications with factors, all pairs; their small products run at about half the speed of large ones."""
@@ -192,5 +195,5 @@ def prefers_factors(shape: Shape, q: int, n: int, price: float) -> bool:
     """
     if shape.factors is None:
         return False
-    rows = shape.row_cost(q, n) + price * n * shape.row_numbers(q)
+    rows = shape.making(q, n) + shape.row_cost(q, n) + price * n * shape.row_numbers(q)
     return shape.factor_cost(q, n) + price * n * shape.factor_numbers(q) < rows

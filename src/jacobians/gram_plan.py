@@ -1,6 +1,6 @@
 """How a Gram matrix of Jacobians is found: the form in which each layer is kept, and what is in memory together."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ class Plan:
     quantities: int
     trial: Routing = field(repr=False, compare=False)
 
+    def numbers(self, shape: Shape) -> int:
+        """Numbers that are kept of a parameter per example."""
+        return _numbers(shape, shape.key in self.factors, self.quantities)
+
 
 class _Shapes(Routing):
     """Notes the sizes of all parameters, from one example."""
@@ -90,9 +94,8 @@ def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets:
     shapes, q = {name: s for name, s in noting.shapes.items() if name not in noting.unused}, noting.quantities
     n, limit = len(images), memory_mb * 2**20 / images.element_size()
     # a pass over the network makes all gradients once, and is due each time that the memory is full
-    one_pass = n * q * sum((s.factors[2] if s.factors else 1) * s.numbers for s in shapes.values())
+    one_pass = sum(s.making(q, n) for s in shapes.values())
     factors = frozenset(key for key, s in shapes.items() if prefers_factors(s, q, n, one_pass / limit))
-
     return _planned(shapes, factors, n, limit, q, noting)
 
 
@@ -102,26 +105,29 @@ def without_factors(plan: Plan, key: str) -> Plan:
 
 
 def _planned(shapes: dict[str, Shape], factors: frozenset[str], n: int, limit: float, q: int, trial: Routing) -> Plan:
-    def numbers(shape: Shape) -> int:
-        return shape.factor_numbers(q) if shape.key in factors else shape.row_numbers(q)
-
-    return Plan(shapes, factors, _bands(shapes.values(), numbers, n, limit), n, limit, q, trial)
+    numbers = {key: _numbers(shape, key in factors, q) for key, shape in shapes.items()}
+    return Plan(shapes, factors, _bands(numbers, n, limit), n, limit, q, trial)
 
 
-def _bands(shapes: Iterable[Shape], numbers: Callable[[Shape], int], n: int, limit: float) -> tuple[Band, ...]:
+def _numbers(shape: Shape, as_factors: bool, q: int) -> int:
+    """Numbers that are kept of a parameter per example."""
+    return shape.factor_numbers(q) if as_factors else shape.row_numbers(q)
+
+
+def _bands(numbers: Mapping[str, int], n: int, limit: float) -> tuple[Band, ...]:
     """Neighbouring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
     bands, names, taken = [], [], 0.0
-    for shape in shapes:
-        size = n * numbers(shape)
+    for key, each in numbers.items():
+        size = n * each
         if size > limit:
             # two blocks are in memory at a time
-            examples = max(1, int(limit / 2 // max(numbers(shape), 1)))
-            bands.append(Band(frozenset([shape.key]), -(-n // examples)))
+            examples = max(1, int(limit / 2 // each))
+            bands.append(Band(frozenset([key]), -(-n // examples)))
             continue
         if names and taken + size > limit:
             bands.append(Band(frozenset(names)))
             names, taken = [], 0.0
-        names.append(shape.key)
+        names.append(key)
         taken += size
     if names:
         bands.append(Band(frozenset(names)))
@@ -132,6 +138,5 @@ def work(plan: Plan, band: Band, n: int) -> tuple[float, float]:
     """Multiplications of a band: to make its parts, and to multiply them."""
     q, shapes = plan.quantities, [plan.shapes[name] for name in band.names]
     passes = (band.blocks + 1) / 2
-    making = sum(n * q * (s.factors[2] if s.factors else 1) * s.numbers for s in shapes) * passes
-    pairs = sum(s.factor_cost(q, n) if s.key in plan.factors else n * n / 2 * q * q * s.numbers for s in shapes)
-    return making, pairs
+    pairs = sum(s.factor_cost(q, n) if s.key in plan.factors else s.row_cost(q, n) for s in shapes)
+    return passes * sum(s.making(q, n) for s in shapes), pairs

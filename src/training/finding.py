@@ -1,13 +1,15 @@
 """Trained networks on disk: which there are, whether they belong to the data, what trains a missing one."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from src.artifacts import checkpoint_path, read_checkpoint
 from src.datasets import DatasetEntry
 from src.errors import FileError, FlagError
+from src.optimizers import SCHEDULES
+from src.training.run import RunFiles
 
 
 def find_checkpoint(models_folder: str | Path, experiment: str, seed: int, epoch: int) -> Path | None:
@@ -47,9 +49,36 @@ def only_schedule(models_folder: str | Path, pattern: str, seed: int, given: str
 
 
 def training_command(script: str, flags: Mapping[str, Any]) -> str:
-    """The command that trains a missing network, for messages."""
-    command = shlex.join(["python", script, *(f"--{name}={value}" for name, value in flags.items())])
+    """The command that trains a missing network, for messages; a flag whose value is True stands alone."""
+    words = (f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
+    command = shlex.join(["python", script, *words])
     return f"{command} (and your other training flags)"
+
+
+def missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Collection[int]) -> dict[str, Any]:
+    """The flags with which a training script makes the missing epochs of a run.
+
+    A run that ended too early goes on, if its schedule does not depend on its length; one that did not keep them, or
+    cannot go on, is made anew.
+
+    Args:
+        folder: The run's folder.
+        last: The last epoch that is wanted.
+        missing: The epochs that are not there.
+        epochs: All that are wanted.
+    """
+    kept = ",".join(map(str, sorted(epochs)))
+    try:
+        stored = RunFiles(folder, folder).read_results()
+        settings, done = stored.get("settings", {}), len(stored.get("history", []))
+        planned, schedule = int(settings.get("epochs", 0)), SCHEDULES.get(settings.get("lr_sched"))
+    except (FileError, TypeError, ValueError):  # whatever stands there, training says what is wrong
+        planned, schedule, done = 0, None, 0
+    flags = {"epochs": max(last, planned), "save_epochs": kept}
+    if not done:
+        return flags
+    goes_on = min(missing) > done and schedule is not None and not (last > planned and schedule.depends_on_epochs)
+    return {**flags, "resume" if goes_on else "overwrite": True}
 
 
 def data_facts(entry: DatasetEntry, labels: str) -> dict[str, Any]:

@@ -76,6 +76,31 @@ def test_files_and_figure(world, tmp_path):
         assert list((tmp_path / "ntk" / world.name).glob(f"velocity_{RUN}_samis_loss.{kind}"))
 
 
+def test_drawing_only_some(world, tmp_path):
+    """Folders of epochs t + 1 hold kernels alone, and are no reason to stop."""
+    succeed("compute_ntk.py", *flags(world, tmp_path))
+    for more in (("--seeds", "1"), ("--epochs", "2", "2"), ("--epochs", "1", "--seeds", "2")):
+        drawn = succeed("plot_ntk.py", *drawing(world, tmp_path, *more))
+        assert drawn.out.count("Spearman") == (2 if more[0] == "--seeds" else 1)
+
+
+def test_the_command_for_a_missing_epoch_makes_it(tmp_path):
+    """Epochs that were not reached, of a constant schedule and of one that depends on the length; epochs not kept."""
+    base = ("--dataset=digits", "--model=small_mlp")
+    training = ("--batch_size=256", "--learning_rate=0.05")
+    where = folders(tmp_path, "datasets", "models", "metrics", "log", "resume_ckpts")
+    asked = (*base, "--ntk_chosen_metric=samis_loss", "--m_samples=2", "--lower_index", "0", "--seeds", "1",
+             f"--ntk_folder={tmp_path}", *where[:3])  # fmt: skip
+    for schedule, kept, epoch in (("const", "all", 1), ("cosine", "all", 1), ("exp", "last", 1)):
+        succeed("train_full.py", *base, *training, f"--lr_sched={schedule}", "--epochs=1" if kept == "all" else
+                "--epochs=2", f"--save_epochs={kept}", *where)  # fmt: skip
+        problem = call("compute_ntk.py", *asked, "--ntk_velocity_epoch", epoch, f"--lr_sched={schedule}")
+        assert problem.status == FILE
+        command = problem.complaint.split("make it with: python ")[1].split(" (and your other")[0].split()
+        succeed(*command, *training, *where)
+        succeed("compute_ntk.py", *asked, "--ntk_velocity_epoch", epoch, f"--lr_sched={schedule}")
+
+
 def test_groups_follow_the_scores(world, tmp_path):
     """Planted scores that fall with the index: rank 0 is the last example."""
     write_scores(tmp_path / "s" / "sam_sgd" / f"samis_loss_{world.name}.pkl", -np.arange(60.0), {})
@@ -94,11 +119,11 @@ def test_what_is_there_is_kept_and_what_is_missing_computed(world, tmp_path):
     assert "a kernel of" not in again.err
     assert {path: path.stat().st_mtime_ns for path in whole} == times
     cut = folder / "epoch_1" / "seed_2"  # as an interruption would leave it: one group done, the next kernel written
-    velocities, beside = read_pickle(cut / "vs.pkl"), json.loads((cut / "vs.json").read_text())
+    beside = json.loads((cut / "vs.json").read_text())
     shutil.rmtree(cut / "l_index_55")
     shutil.rmtree(folder / "epoch_2" / "seed_2" / "l_index_30")
     (folder / "epoch_2" / "seed_2" / "vs.pkl").unlink()
-    write_pickle(cut / "vs.pkl", {0: velocities[0]})
+    (cut / "vs.pkl").unlink()  # killed between the two files
     write_json(cut / "vs.json", {**beside, "groups": {"0": beside["groups"]["0"]}})
     succeed("compute_ntk.py", *flags(world, tmp_path))
     assert {path: path.read_bytes() for path in folder.rglob("*.pkl")} == whole
@@ -143,14 +168,23 @@ def test_old_files_without_settings_are_drawn(world, tmp_path):
 @pytest.mark.parametrize(
     ("more", "status", "says"),
     [
-        (("--ntk_velocity_epoch", "3"), FILE, ("no checkpoint of epoch 4, seed 1", "train_full.py .*--epochs=4")),
-        (("--seeds", "7"), FILE, ("no checkpoint of epoch 1, seed 7", "python train_full.py .*--seed=7")),
+        (
+            ("--ntk_velocity_epoch", "3"),
+            FILE,
+            ("no checkpoint of epoch 4, seed 1", "train_full.py .*--epochs=4 --save_epochs=3,4 --resume"),
+        ),
+        (
+            ("--seeds", "7"),
+            FILE,
+            ("no checkpoint of epoch 1, 2, 3, seed 7", "train_full.py .*--seed=7 --epochs=3 --save_epochs=1,2,3 "),
+        ),
         (("--optimizer=adam",), FILE, ("with_adam_sched_const", "--optimizer=adam")),
-        (("--m_samples=61",), FLAG, ("--m_samples 61", "more than the 60 that are scored")),
-        (("--lower_index", "56"), FLAG, ("--m_samples 5: the group from rank 56 on has 4 examples",)),
+        (("--m_samples=61",), FLAG, ("--m_samples 61", "more than the 60 examples that are scored")),
+        (("--lower_index", "56"), FLAG, ("--lower_index 56: no 5 of 60 scored", "ranks of at most 55")),
+        (("--lower_index", "5000"), FLAG, ("--lower_index 5000: no 5 of 60 scored",)),
         (("--ntk_chosen_metric=csl",), FILE, ("csl_.*no .*scores", "--scores_folder|make it")),
         (("--ntk_chosen_metric=nonsense",), FLAG, ("--ntk_chosen_metric", "invalid choice")),
-        (("--subset=20",), FLAG, ("the group from rank 30 on",)),
+        (("--subset=20",), FLAG, ("--lower_index 30: no 5 of 20 scored",)),
         (("--projection_dim=0",), FLAG, ("--projection_dim", "at least 1")),
     ],
 )
@@ -192,8 +226,17 @@ def test_damaged_results(world, tmp_path):
     succeed("compute_ntk.py", *flags(world, tmp_path))
     folder = place(world, tmp_path) / "epoch_1" / "seed_1"
     with spoilt(folder / "vs.pkl", b"damaged"):
-        refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("vs.pkl: ",), keep=tmp_path)
         refuse("plot_ntk.py", *drawing(world, tmp_path), status=FILE, says=("vs.pkl: ",), keep=tmp_path)
+    for content, says in ((b"[]", "has no settings"), (b"{", "is not a json file")):
+        with spoilt(folder / "vs.json", content):
+            refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("vs.json: ", says), keep=tmp_path)
+            refuse("plot_ntk.py", *drawing(world, tmp_path), status=FILE, says=("vs.json: ",), keep=tmp_path)
+    (folder / "vs.pkl").unlink()
+    (folder / "vs.json").unlink()
+    with spoilt(folder / "l_index_0" / "m_5" / "k.pkl", (folder / "l_index_0" / "m_5" / "k.json").read_bytes()):
+        refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("k.pkl: ",))
+    shutil.rmtree(tmp_path / "ntks" / world.name / RUN / "samis_loss" / "epoch_1" / "seed_1")
+    succeed("compute_ntk.py", *flags(world, tmp_path))
     for more, says in (
         (("--metrics", "csl"), "csl: holds no velocities; make them with compute_ntk.py"),
         (("--model=lenet",), "holds no kernels of lenet by sgd; make them with compute_ntk.py"),
