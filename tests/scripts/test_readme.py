@@ -107,6 +107,23 @@ def test_the_pruning_commands(folder, tmp_path):
     assert (tmp_path / "plots" / "pruning" / "lenet_over_digits" / "comparison.png").exists()
 
 
+def test_the_geometry_commands(tmp_path):
+    """Training, spectra and kernels of few examples, and both figures."""
+    found = commands(section("Loss geometry").split("\n### ")[0])
+    assert [command[0] for command in found] == [
+        "train_full.py", "train_full.py", "compute_hessian_eigen.py", "compute_hessian_eigen.py", "plot_hessian.py",
+        "compute_ntk.py", "plot_ntk.py"
+    ]  # fmt: skip
+    need = {"train_full.py": ("datasets", "models", "metrics", "log", "resume_ckpts"),
+            "compute_hessian_eigen.py": ("datasets", "models", "hessian"), "plot_hessian.py": ("hessian", "plots"),
+            "compute_ntk.py": ("datasets", "models", "ntk"), "plot_ntk.py": ("ntk", "plots")}  # fmt: skip
+    less = {"compute_hessian_eigen.py": ("--subset=20", "--lanczos_steps=8", "--max_steps=8", "--trace_probes=2"),
+            "compute_ntk.py": ("--m_samples=2", "--lower_index", "0", "700", "1400")}  # fmt: skip
+    for script, *flags in found:
+        succeed(script, *flags, *less.get(script, ()), *folders(tmp_path, *need[script]))
+    assert len(list((tmp_path / "plots").rglob("*.png"))) == 2
+
+
 def test_the_python_example():
     (code,) = re.findall(r"```python\n(.*?)```", section("Score files"), re.DOTALL)
     names = {}
