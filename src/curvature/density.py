@@ -8,7 +8,10 @@ POINTS = 10_000
 """Least number of points of a grid."""
 VARIANCE = 1e-5
 """Variance of the Gaussian at each node, where the spectrum's range is below 1; else times the range."""
+MOST_POINTS = 1_000_000
+"""Most points of a grid, however narrow a Gaussian and however wide the range."""
 _PER_WIDTH = 4  # points of the grid per standard deviation, so that no node falls between two
+_LEAST_WIDTH = 2  # steps of the grid to which narrower Gaussians are widened, for the same reason
 
 
 def width(low: float, high: float, variance: float = VARIANCE) -> float:
@@ -27,7 +30,8 @@ def grid(low: float, high: float, narrow: float, wide: float | None = None) -> n
     """
     margin = max(0.01, 6 * (wide or narrow))
     low, high = low - margin, high + margin
-    return np.linspace(low, high, max(POINTS, int(np.ceil(_PER_WIDTH * (high - low) / narrow)) + 1))
+    wanted = int(np.ceil(_PER_WIDTH * (high - low) / narrow)) + 1
+    return np.linspace(low, high, min(max(POINTS, wanted), MOST_POINTS))
 
 
 def extent(nodes: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -44,11 +48,12 @@ def density(
         nodes: Per quadrature (one per start vector) its nodes.
         weights: Their weights.
         points: Where the density is wanted, evenly spaced, ``(g,)``.
-        sigma: Standard deviation of each Gaussian.
+        sigma: Standard deviation of each Gaussian; at least two steps between points are taken.
 
     Returns:
         ``(g,)``.
     """
+    sigma = max(sigma, _LEAST_WIDTH * (points[1] - points[0]))
     total = np.zeros(len(points))
     reach = 9 * sigma  # beyond it a Gaussian is below what is drawn
     for run_nodes, run_weights in zip(nodes, weights, strict=True):

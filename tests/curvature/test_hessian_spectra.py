@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.curvature.basis import STORAGES, Basis, basis_bytes
-from src.curvature.density import density, extent, grid, moment, width
+from src.curvature.density import MOST_POINTS, density, extent, grid, moment, width
 from src.curvature.hessian import OPERATORS
 from src.curvature.lanczos import Lanczos, rademacher
 from src.curvature.trace import TraceEstimate, add_probe, mean_and_error
@@ -187,6 +187,18 @@ def test_densities(scale):
     assert (heights * points).sum() * step == pytest.approx(mean, rel=1e-5)
     assert (heights * points**2).sum() * step == pytest.approx(second + sigma**2, rel=1e-5)
     assert heights.min() >= 0
+
+
+def test_a_grid_has_an_upper_bound_and_every_node_is_seen_on_it():
+    narrow, wide = width(0, 0.5), width(0, 1e5)
+    points = grid(0, 1e5, narrow, wide)
+    assert len(points) == MOST_POINTS
+    step = points[1] - points[0]
+    assert step > 10 * narrow
+    nodes = [[0.0, points[500_000] + step / 2]]  # half way between two points
+    heights = density(nodes, [[0.5, 0.5]], points, narrow)
+    assert heights.sum() * step == pytest.approx(1)
+    assert heights[500_000] == pytest.approx(heights.max(), rel=0.1)
 
 
 def test_trace_and_its_error():
