@@ -76,13 +76,14 @@ class HessianFiles:
         found = read_pickle(self.path)
         if not isinstance(found, dict) or any(key not in found for key in KEYS):
             raise FileError(f"{self.path}: is no spectrum of compute_hessian_eigen.py; make it anew")
-        nodes, weights = ([_numbers(run) for run in found[key]] for key in ("density_eigen", "density_weight"))
-        found = {**found, "density_eigen": nodes, "density_weight": weights}
-        same = len(nodes) == len(weights) and all(len(n) == len(w) for n, w in zip(nodes, weights, strict=False))
-        finite = all(math.isfinite(value) for run in (*nodes, *weights) for value in run)
-        if not nodes or not all(nodes) or not same or not finite or not _numbers(found["eigenvals"]):
-            raise FileError(f"{self.path}: is no spectrum (empty, uneven or not finite); make it anew")
-        return found
+        try:
+            values, traces = _numbers(found["eigenvals"]), _numbers(found["trace"])
+            nodes, weights = ([_numbers(run) for run in found[key]] for key in ("density_eigen", "density_weight"))
+        except (TypeError, AttributeError, ValueError) as error:
+            raise FileError(f"{self.path}: is no spectrum (not numbers, or not finite); make it anew") from error
+        if not values or not nodes or not all(nodes) or list(map(len, nodes)) != list(map(len, weights)):
+            raise FileError(f"{self.path}: is no spectrum (empty or uneven); make it anew")
+        return {"eigenvals": values, "trace": traces, "density_eigen": nodes, "density_weight": weights}
 
     def read_record(self) -> dict[str, Any]:
         """The record.
@@ -97,11 +98,11 @@ class HessianFiles:
 
 
 def _numbers(values: Any) -> list[float]:
-    """A list of real numbers, from one that may hold complex ones (of the papers' code), or nothing of the kind."""
-    try:
-        return [float(value.real) for value in values]
-    except (TypeError, AttributeError, ValueError):
-        return []
+    """A list of finite real numbers, from one that may hold complex ones (of the papers' code)."""
+    numbers = [float(value.real) for value in values]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("not finite")
+    return numbers
 
 
 def describe(spectrum: Spectrum, plan: SpectrumPlan) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Lanczos:
         weights = torch.zeros(len(self.basis), found.weights.shape[1], dtype=torch.float64)
         weights[: len(found.weights)] = torch.from_numpy(found.weights)  # the newest vector is not in T yet
         vectors = self.basis.combine(weights)
-        return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))  # in place: they are large
 
     def state(self) -> dict[str, Any]:
         """What a run is continued from, beside the vectors of its basis."""

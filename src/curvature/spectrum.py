@@ -20,6 +20,7 @@ from src.curvature.lanczos import Lanczos, rademacher
 from src.curvature.spectrum_state import SpectrumState
 from src.curvature.trace import TraceEstimate, add_probe
 from src.curvature.tridiagonal import Tridiagonal, quadrature
+from src.errors import FileError
 
 DEFLATED = 20
 """Ritz vectors that the trace takes exactly: the more, the fewer probes it needs, at P numbers each."""
@@ -106,6 +107,7 @@ class SpectrumRun:
         self.seconds = 0.0
         self._process: Lanczos | None = None
         self._known: tuple[np.ndarray, Tensor] | None = None
+        self._known_stored = False
         self._saved = (operator.products, time.monotonic())
 
     def resume(self) -> bool:
@@ -117,6 +119,9 @@ class SpectrumRun:
         stored = None if self.state is None else self.state.load()
         if stored is None:
             return False
+        known = self.state.kept("vectors") if stored["known"] else None
+        if stored["known"] and known is None:
+            raise FileError(f"{self.state.folder}: has lost its vectors; remove it, or leave --resume out")
         result = stored["result"]
         self.result = Spectrum(
             np.array(result["eigenvalues"]),
@@ -131,8 +136,9 @@ class SpectrumRun:
         if stored["lanczos"] is not None:
             self._process = self._start()
             self._process.load(stored["lanczos"], stored["rows"])
-        if stored["vectors"] is not None:
-            self._known = np.array(stored["values"]), stored["vectors"].to(self.operator.device)
+        if known is not None:
+            self._known = np.array(known["values"]), known["vectors"].to(self.operator.device)
+            self._known_stored = True
         return True
 
     def run(self, progress: bool = False) -> Spectrum:
@@ -191,7 +197,7 @@ class SpectrumRun:
         if first:
             found = process.ritz(wanted, plan.order)
             result.eigenvalues, result.residuals, result.steps = found.values, found.residuals, len(process)
-            if process.basis is not None:
+            if process.basis is not None and plan.trace_probes:
                 known = process.ritz(DEFLATED, "magnitude")
                 self._known = known.values, process.vectors(known)
         alphas, betas = process.matrix
@@ -206,6 +212,10 @@ class SpectrumRun:
         products, moment = self._saved
         if self.operator.products - products < self.save_every and time.monotonic() - moment < _SAVE_SECONDS:
             return
+        if self._known is not None and not self._known_stored:  # once: they are large, and stay as they are
+            values, vectors = self._known
+            self.state.keep("vectors", {"values": values.tolist(), "vectors": vectors.cpu()})
+            self._known_stored = True
         self.state.save(self._snapshot(), len(self.result.nodes), self._process and self._process.basis)
         self._saved = self.operator.products, time.monotonic()
 
@@ -224,8 +234,7 @@ class SpectrumRun:
             "products": self.operator.products,
             "seconds": self.seconds,
             "lanczos": None if self._process is None else self._process.state(),
-            "values": None if self._known is None else self._known[0].tolist(),
-            "vectors": None if self._known is None else self._known[1].cpu(),
+            "known": self._known is not None,
         }
 
 

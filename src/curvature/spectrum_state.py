@@ -10,6 +10,8 @@ from src.artifacts import read_checkpoint, refuse_other_settings, write_checkpoi
 from src.curvature.basis import Basis
 from src.errors import FileError
 
+_VECTORS = ("rows_", "vectors")  # files of many vectors
+
 
 class SpectrumState:
     """A folder with the newest state; each vector of a Lanczos basis is written once.
@@ -70,6 +72,17 @@ class SpectrumState:
         parts = [read_checkpoint(self._rows_file(run, start))["rows"] for run, start, _ in self._rows]
         state["rows"] = torch.cat(parts) if parts else None
         return state
+
+    def settings_there(self) -> dict[Path, dict[str, Any]]:
+        """The settings of what is stored, by file; vectors are of the state that needs them.
+
+        Raises:
+            FileError: A file is damaged.
+        """
+        files = sorted(self.folder.glob("*.pt"))
+        return {
+            path: read_checkpoint(path).get("settings", {}) for path in files if not path.name.startswith(_VECTORS)
+        }
 
     def keep(self, name: str, values: dict[str, Any]) -> None:
         """Write what a finished part of the measurement found."""

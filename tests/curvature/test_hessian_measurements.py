@@ -72,11 +72,24 @@ def test_states_that_do_not_fit(tmp_path):
     state = SpectrumState(tmp_path / "s", {"a": 1})
     assert not SpectrumRun(matrix, PLAN, state).resume()
     SpectrumRun(matrix, PLAN, state, 1).run()
-    assert {p.name.split("_")[0] for p in state.folder.iterdir()} == {"progress.pt"}, "vectors of ended runs are gone"
+    names = {p.name.split("_")[0] for p in state.folder.iterdir()}
+    assert names == {"progress.pt", "vectors.pt"}, "vectors of ended runs are gone"
+    assert state.settings_there() == {state.folder / "progress.pt": {"a": 1}}
     with pytest.raises(FileError, match=r"other settings: a \(1 there, 2 here\)"):
         SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 2})).resume()
     (state.folder / "progress.pt").write_bytes(b"junk")
     with pytest.raises(FileError, match="damaged"):
+        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
+
+
+def test_a_state_without_its_vectors_and_vectors_written_once(tmp_path):
+    matrix = Matrix.of_spectrum(SPECTRUM)
+    state, written = SpectrumState(tmp_path / "s", {"a": 1}), []
+    keep, state.keep = state.keep, lambda name, values: (written.append(name), keep(name, values))
+    SpectrumRun(matrix, PLAN, state, 1).run()
+    assert written == ["vectors"]
+    (state.folder / "vectors.pt").unlink()
+    with pytest.raises(FileError, match="has lost its vectors; remove it, or leave --resume out"):
         SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
 
 
@@ -157,6 +170,11 @@ def test_files(tmp_path):
     with pytest.raises(FileError, match=r"a \(1 there, 2 here\)"):
         files.is_done({"a": 2})
     assert json.loads(files.record.read_text())["eigenvalues"] == stored["eigenvals"]
+    arrays = {key: [np.array(run) for run in stored[key]] for key in ("density_eigen", "density_weight")}
+    arrays |= {key: np.array(stored[key]) for key in ("eigenvals", "trace")}
+    files.path.write_bytes(pickle.dumps(arrays))  # others keep arrays
+    assert files.read() == stored
+    assert isinstance(files.read()["eigenvals"][0], float)
     old = {**stored, "density_weight": [[complex(w) for w in run] for run in stored["density_weight"]]}
     files.path.write_bytes(pickle.dumps(old))  # the papers' code kept complex weights
     with pytest.raises(FileError, match="not plain data"):
@@ -165,7 +183,9 @@ def test_files(tmp_path):
     with pytest.raises(FileError, match="unknown settings"):
         files.is_done({"a": 1})
     for bad in ([1], {"eigenvals": [1.0]}, {**stored, "density_eigen": [[1.0]]}, {**stored, "density_eigen": []},
-                {**stored, "density_eigen": [[float("nan")] * 12] * 2}, {**stored, "eigenvals": "x"}):  # fmt: skip
+                {**stored, "density_eigen": [[float("nan")] * 12] * 2}, {**stored, "eigenvals": "x"},
+                {**stored, "eigenvals": []}, {**stored, "eigenvals": [float("nan")]}, {**stored, "trace": None},
+                {**stored, "trace": [float("inf")]}, {**stored, "density_eigen": 1.0}):  # fmt: skip
         files.path.write_bytes(pickle.dumps(bad))
         with pytest.raises(FileError, match="is no spectrum"):
             files.read()
