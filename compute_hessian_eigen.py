@@ -6,7 +6,7 @@ loss is the mean cross-entropy over the training or test part, un-augmented. Wri
 {hessian_folder}/{eigen_split}_{high_low_spec or all}_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_{bn or
 nobn}/{seed}/epoch_{epochs}/pyhessian_eigen_{eigen_mode}.pkl (eigenvals, trace, density_eigen, density_weight) and a
 json beside it: settings, residuals, standard errors, costs. plot_hessian.py draws and tabulates them. An interrupted
-measurement goes on with --resume.
+measurement goes on with --resume; power iteration (--eigen_mode=power_iter) alone begins anew until it has ended.
 
   python compute_hessian_eigen.py --dataset=digits --model=lenet --optimizer=sgd --seed=1 --epochs=20
   python compute_hessian_eigen.py --dataset=cifar10 --model=resnet18 --optimizer=sam --seed=1234 --epochs=160 \
@@ -21,7 +21,7 @@ import numpy as np
 from src.curvature.hessian_runs import HessianRun
 from src.curvature.hessian_subject import refuse_idle_flags
 from src.metrics import Proxy
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, given_flags, run_script, start_logging
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
 from src.settings.geometry import EIGEN_PRECISIONS, add_checkpoint_flags, add_measurement_flags, add_spectrum_flags
 from src.trained import TrainedNetworks
@@ -46,7 +46,7 @@ def main() -> None:
     """Parse, find the network, measure, save, print."""
     args = parse()
     start_logging()
-    refuse_idle_flags(args)
+    refuse_idle_flags(args, given_flags)
     networks = TrainedNetworks(args)
     run = HessianRun(args, networks, read_scores(args, networks))
     if not args.overwrite and run.files.is_done(run.settings):
@@ -72,7 +72,8 @@ def report(record: dict) -> None:
     for place, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
         print(f"eigenvalue {place}: {value:.6g} (residual {residual:.1e})")
     if not record["converged"]:
-        log.warning("not all eigenvalues are within the tolerance; raise --max_steps or --power_iterations")
+        more = "--max_steps" if record["settings"]["eigen_mode"] == "lanczos" else "--power_iterations"
+        log.warning("not all eigenvalues are within the tolerance; raise %s", more)
     if record["smallest_node"] < -abs(record["eigenvalues"][-1]) and record["settings"]["order"] == "largest":
         log.warning(
             "an eigenvalue of %.4g is larger in magnitude than some of these; --eigen_order=magnitude counts it in",

@@ -144,10 +144,15 @@ def hessian_path(
         norm: ``"bn"`` for networks with BatchNorm, ``"nobn"`` for others.
         seed: The run's seed.
         which: ``epoch_{e}``, or ``checkpoint_{digits of its content}``.
-        mode: How the eigenvalues were found.
+        mode: How the eigenvalues were found, see ``eigen_name``.
     """
     run = experiment.removeprefix("standard_").replace("/", "_")
     return Path(hessian_folder) / f"{part}_{spec}_{run}_{norm}" / str(seed) / which / f"pyhessian_eigen_{mode}.pkl"
+
+
+def eigen_name(eigen_mode: str, operator: str) -> str:
+    """What file names call a way to measure a spectrum; the Hessian's is not named."""
+    return eigen_mode if operator == "hessian" else f"{eigen_mode}_{operator}"
 
 
 def ntk_run(model: str, optimizer: str, lr_sched: str) -> str:
@@ -166,8 +171,37 @@ def ntk_folder(folder: str | Path, dataset: str, run: str, metric: str, epoch: i
 
 
 def spectrum_figure_stem(plots_folder: str | Path, dataset: str, name: str) -> Path:
-    """Spectral densities of several runs (png, pdf) and their table (csv, md), without the ending."""
+    """Spectral densities of several runs (png, pdf) and their table (csv, md, json), without the ending."""
     return Path(plots_folder) / "hessian" / dataset / name
+
+
+def spectrum_figure_name(
+    model: str,
+    optimizers: Sequence[str],
+    part: str,
+    epoch: int | str,
+    mode: str,
+    *,
+    specs: Sequence[str] = ("all",),
+    lr_sched: str | None = None,
+    seeds: Sequence[int] | None = None,
+) -> str:
+    """What a figure of spectra is called: all that was chosen; the last three where they are not the default.
+
+    Args:
+        model: The network.
+        optimizers: The optimisers of the runs.
+        part: ``"train"`` or ``"test"``.
+        epoch: The epoch of the checkpoints.
+        mode: See ``eigen_name``.
+        specs: The parts of the examples.
+        lr_sched: The schedule, where one was chosen.
+        seeds: The seeds, where some were chosen.
+    """
+    chosen = [model, *optimizers, part, *([] if list(specs) == ["all"] else specs), f"epoch_{epoch}", mode]
+    chosen += [] if lr_sched is None else [f"sched_{lr_sched}"]
+    chosen += [] if seeds is None else ["seeds", *map(str, seeds)]
+    return "_".join(chosen)
 
 
 def velocity_figure_stem(plots_folder: str | Path, dataset: str, run: str, metrics: Sequence[str]) -> Path:

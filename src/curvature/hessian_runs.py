@@ -3,6 +3,7 @@
 import logging
 import time
 from argparse import Namespace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,27 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from src.artifacts import file_digest, hessian_path, label_hash, require_writable
+from src.artifacts import (
+    differences,
+    eigen_name,
+    file_digest,
+    hessian_path,
+    label_hash,
+    refuse_other_settings,
+    require_writable,
+)
 from src.curvature.basis import basis_bytes
 from src.curvature.hessian import OPERATORS, CurvatureOperator
 from src.curvature.hessian_files import HessianFiles, describe
-from src.curvature.hessian_subject import chosen_examples, find_subject
+from src.curvature.hessian_subject import chosen_examples, find_subject, subset_of
 from src.curvature.power import power_iteration
-from src.curvature.spectrum import Spectrum, SpectrumPlan, SpectrumRun, true_residuals
+from src.curvature.spectrum import DEFLATED, Spectrum, SpectrumPlan, SpectrumRun, true_residuals
 from src.curvature.spectrum_state import SpectrumState
 from src.devices import available_memory
 from src.errors import FileError, FlagError
 from src.models import MODELS
 from src.trained import TrainedNetworks
+from src.words import gib
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +61,7 @@ class HessianRun:
             raise FlagError(f"--top_n {args.top_n}: must be at most {self.operator.size}, the number of parameters")
         norm = "bn" if any(isinstance(module, _BatchNorm) for module in network.modules()) else "nobn"
         spec = str(args.high_low_spec) if args.high_low_spec is not None else "all"
-        mode = args.eigen_mode if args.operator == "hessian" else f"{args.eigen_mode}_{args.operator}"
-        where = (subject.experiment, norm, subject.seed, subject.which, mode)
+        where = (subject.experiment, norm, subject.seed, subject.which, eigen_name(args.eigen_mode, args.operator))
         self.files = HessianFiles(hessian_path(args.hessian_folder, args.eigen_split, spec, *where))
         self.plan = SpectrumPlan(
             top_n=args.top_n,
@@ -76,20 +85,32 @@ class HessianRun:
             "checkpoint": file_digest(subject.path),
             "eigen_split": args.eigen_split,
             "high_low_spec": None if args.high_low_spec is None else spec,
+            "subset": None
+            if args.subset is None
+            else label_hash(subset_of(args, networks.train).indices.cpu().numpy()),
             "examples": len(images),
             "example_hash": label_hash(images.indices.cpu().numpy()),
             "operator": args.operator,
             "eigen_mode": args.eigen_mode,
-            **{name: getattr(self.plan, name) for name in SpectrumPlan.__dataclass_fields__},
+            **{("probe_seed" if name == "seed" else name): value for name, value in asdict(self.plan).items()},
             "power_iterations": args.power_iterations if args.eigen_mode == "power_iter" else None,
             "batch_size": args.batch_size,
             "precision": args.precision,
         }
         self.path = subject.path
-        trained_on = state["settings"].get("subset")
-        chosen = None if args.subset is None else label_hash(images.indices.cpu().numpy())
-        if args.eigen_split == "train" and args.high_low_spec is None and trained_on != chosen:
-            log.warning("%s: was trained on other examples than its loss is measured on (see --subset)", subject.path)
+        self._warn_of_other_examples(state["settings"])
+
+    def _warn_of_other_examples(self, trained: dict[str, Any]) -> None:
+        """Say so where the loss is not over the examples trained on: a subset, a split, a coreset."""
+        settings = self.settings
+        if settings["eigen_split"] != "train" or settings["high_low_spec"] is not None:
+            return
+        count = trained.get("examples", settings["examples"])
+        if trained.get("subset") != settings["subset"] or count != settings["examples"]:
+            log.warning(
+                "%s: was trained on other examples (%s) than its loss is measured on (%d; see --subset)",
+                self.path, count, settings["examples"],
+            )  # fmt: skip
 
     def measure(self) -> tuple[Spectrum, dict[str, Any]]:
         """Measure, write the files, and remove the state.
@@ -105,12 +126,12 @@ class HessianRun:
         require_writable(self.files.path.parent)
         self._announce()
         began = time.monotonic()
-        loss, gradient = operator.loss_and_gradient()
-        norm = torch.linalg.vector_norm(gradient).item()
-        log.info("loss %.6g over %d examples, gradient norm %.4g", loss, self.settings["examples"], norm)
         state = SpectrumState(self.files.state, self.settings)
         run = SpectrumRun(operator, plan, state, args.save_every)
         resumed = self._resume(run, state)
+        loss, gradient = operator.loss_and_gradient()
+        norm = torch.linalg.vector_norm(gradient).item()
+        log.info("loss %.6g over %d examples, gradient norm %.4g", loss, self.settings["examples"], norm)
         outside = self._power(state) if args.eigen_mode == "power_iter" else None
         spectrum = run.run(progress=True)
         if outside is not None:
@@ -133,33 +154,59 @@ class HessianRun:
         return spectrum, record
 
     def _announce(self) -> None:
-        """Say what memory the basis takes."""
+        """Say what memory the vectors take: usually, and at most."""
         plan, operator = self.plan, self.operator
-        vectors = min(plan.steps, operator.size) + 1
-        need = basis_bytes(vectors, operator.size, operator.dtype, plan.basis)
-        log.info("%d parameters; the Lanczos basis takes %.2f GB (%d vectors)", operator.size, need / 1e9, vectors)
+        counts = [min(steps, operator.size) + 1 for steps in (plan.steps, max(plan.steps, plan.max_steps))]
+        usual, most = (basis_bytes(count, operator.size, operator.dtype, plan.basis) for count in counts)
+        ritz = 0
+        if plan.basis != "none" and plan.trace_probes:
+            ritz = min(DEFLATED, operator.size) * operator.size * operator.dtype.itemsize
+        log.info(
+            "%d parameters; the Lanczos basis takes %s (%d vectors), up to %s (%d) if eigenvalues converge slowly, "
+            "and the trace's vectors %s",
+            operator.size, gib(usual), counts[0], gib(most), counts[1], gib(ritz),
+        )  # fmt: skip
         where = torch.device("cpu") if plan.basis == "host" else operator.device
+        need = most + (ritz if where == operator.device else 0)
         free = available_memory(where)
         if free is not None and need > free:
-            log.warning("only %.2f GB are free: --basis=half takes half of it, --basis=none nothing", free / 1e9)
+            less = "" if plan.basis == "half" else "--basis=half takes half of it, "
+            log.warning("only %s are free: %s--basis=none nothing, a lower --max_steps less", gib(free), less)
 
     def _resume(self, run: SpectrumRun, state: SpectrumState) -> bool:
-        if self.args.resume:
-            try:
-                resumed = run.resume()
-            except FileError:
-                if not self.args.overwrite:
-                    raise
-                state.clear()
-                resumed = False
-            if resumed:
-                log.info("going on after %d products", self.operator.products)
-                return True
-        elif self.files.state.exists():
-            log.info("%s: an interrupted measurement is dropped (--resume would go on with it)", state.folder)
-        if not self.args.resume:
+        """Go on from the state, or remove it; whether the run goes on.
+
+        Raises:
+            FileError: It is of other settings, or (with ``--resume``) damaged, and ``--overwrite`` is not given.
+        """
+        args = self.args
+        try:
+            stored = state.settings_there()
+        except FileError:
+            if args.resume and not args.overwrite:
+                raise
+            stored = {}
             state.clear()
-        return False
+        if not args.overwrite:
+            for path, settings in stored.items():
+                refuse_other_settings(path, settings, self.settings)
+        elif any(differences(settings, self.settings) for settings in stored.values()):
+            state.clear()
+        if not args.resume:
+            if stored:
+                log.info("%s: an interrupted measurement is dropped (--resume would go on with it)", state.folder)
+            state.clear()
+            return False
+        try:
+            resumed = run.resume()
+        except FileError:
+            if not args.overwrite:
+                raise
+            state.clear()
+            return False
+        if resumed:
+            log.info("going on after %d products", self.operator.products)
+        return resumed
 
     def _power(self, state: SpectrumState) -> dict[str, Any]:
         """Power iteration's eigenvalues, from an earlier start or now."""

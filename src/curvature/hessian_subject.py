@@ -1,6 +1,8 @@
 """Which network and which examples the flags of compute_hessian_eigen.py mean."""
 
+import re
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,20 @@ from src.artifacts import file_digest, standard_experiment
 from src.datasets import ImageSet, parse_subset
 from src.errors import FileError, FlagError
 from src.trained import TrainedNetworks
-from src.training import only_schedule
+from src.training import find_checkpoint, only_schedule
 
 DEFAULT_MODEL = "resnet50"
+_RUN = r"(?P<model>.+)_over_.+_with_(?P<optimizer>.+)_sched_(?P<lr_sched>.+)"
+_NAMES = {
+    "train_full.py": re.compile(f"standard_{_RUN}"),
+    "train_split.py": re.compile(rf"split_{_RUN}_val_split_(?P<samis_validation_split_index>\d+)"),
+}
+"""The scripts whose runs' names hold the flags that define them."""
+_MAKERS = {
+    "_static_coreset_": "runs of this name are made by train_prune.py",
+    "pretrain/": "runs of this name are made by train_prune.py and select_coreset.py",
+    "mpe/": "runs of this name are made by the scripts in examples/",
+}
 
 
 @dataclass(frozen=True)
@@ -35,21 +48,35 @@ class Subject:
     which: str
 
 
-def refuse_idle_flags(args: Namespace) -> None:
+def refuse_idle_flags(args: Namespace, given: Callable[..., list[str]]) -> None:
     """Stop at flags that have no effect beside each other.
+
+    Args:
+        args: The flags.
+        given: ``scripting.given_flags``: which of some flags stand on the command line.
 
     Raises:
         FlagError: There are some.
     """
     if args.eigen_split == "test":
-        for flag, given in (("--subset", args.subset), ("--high_low_spec", args.high_low_spec)):
-            if given is not None:
+        for flag, value in (("--subset", args.subset), ("--high_low_spec", args.high_low_spec)):
+            if value is not None:
                 raise FlagError(f"{flag}: chooses training examples; it has no place beside --eigen_split=test")
-    if args.eigen_mode == "power_iter":
+    power = args.eigen_mode == "power_iter"
+    if power:
         if args.operator != "hessian":
             raise FlagError(f"--eigen_mode power_iter: knows the Hessian alone, not --operator={args.operator}")
         if args.eigen_order == "largest":
             raise FlagError("--eigen_order largest: power_iter finds eigenvalues of largest magnitude; use lanczos")
+    for applies, flags, why in (
+        (args.checkpoint is not None, ("--seed", "--epochs", "--optimizer", "--lr_sched"), "--checkpoint is a file"),
+        (args.exp is not None, ("--optimizer", "--lr_sched"), "--exp names the run"),
+        (power, ("--max_steps",), "power_iter stops after --power_iterations"),
+        (not power, ("--power_iterations",), "it is for --eigen_mode=power_iter"),
+        (args.high_low_spec is None, ("--scores_folder",), "scores are read for --high_low_spec"),
+    ):
+        if applies and (idle := given(*flags)):
+            raise FlagError(f"{idle[0]}: has no effect here, {why}; leave it out")
 
 
 def find_subject(args: Namespace, networks: TrainedNetworks) -> tuple[Subject, nn.Module, dict[str, Any]]:
@@ -68,8 +95,7 @@ def find_subject(args: Namespace, networks: TrainedNetworks) -> tuple[Subject, n
         which = f"checkpoint_{file_digest(args.checkpoint)[:8]}"
         return Subject(args.checkpoint, experiment, int(settings.get("seed", 0)), which), network, state
     if args.exp is not None:
-        path, model = networks.find(args.exp, args.seed, args.epochs, script=_script_of(args.exp)), args.model
-        experiment = args.exp
+        path, model, experiment = _find_named(args, networks), args.model, args.exp
     else:
         model = args.model or DEFAULT_MODEL
         pattern = standard_experiment(model, name, args.optimizer, "*")
@@ -81,11 +107,23 @@ def find_subject(args: Namespace, networks: TrainedNetworks) -> tuple[Subject, n
     return Subject(path, experiment, args.seed, f"epoch_{args.epochs}"), network, state
 
 
-def _script_of(experiment: str) -> str:
-    """What trained a run, by its name."""
-    if experiment.startswith("split_"):
-        return "train_split.py"
-    return "train_prune.py" if "_static_coreset_" in experiment else "train_full.py"
+def _find_named(args: Namespace, networks: TrainedNetworks) -> Path:
+    """The checkpoint of a run that is called by its name; a missing one's message says what the name says.
+
+    Raises:
+        FileError: There is none.
+    """
+    for script, pattern in _NAMES.items():
+        if found := pattern.fullmatch(args.exp):
+            return networks.find(args.exp, args.seed, args.epochs, script=script, **found.groupdict())
+    path = find_checkpoint(args.models_folder, args.exp, args.seed, args.epochs)
+    if path is None:
+        makers = (maker for sign, maker in _MAKERS.items() if sign in args.exp)
+        raise FileError(
+            f"{args.models_folder}: no checkpoint of epoch {args.epochs}, seed {args.seed} for {args.exp}; "
+            + next(makers, "look for its name there")
+        )
+    return path
 
 
 def chosen_examples(args: Namespace, networks: TrainedNetworks, scores: np.ndarray | None) -> ImageSet:
@@ -102,9 +140,7 @@ def chosen_examples(args: Namespace, networks: TrainedNetworks, scores: np.ndarr
     """
     if args.eigen_split == "test":
         return networks.test
-    images = networks.train
-    if args.subset is not None:
-        images = images.subset(torch.from_numpy(parse_subset(args.subset, images.total, images.labels.cpu().numpy())))
+    images = subset_of(args, networks.train)
     if args.high_low_spec is None:
         return images
     own = scores[images.indices.cpu().numpy()]
@@ -115,6 +151,13 @@ def chosen_examples(args: Namespace, networks: TrainedNetworks, scores: np.ndarr
             "or leave them out with --subset"
         )
     return images.subset(torch.from_numpy(by_score(own, args.high_low_spec.side, args.high_low_spec.fraction)))
+
+
+def subset_of(args: Namespace, images: ImageSet) -> ImageSet:
+    """The part of the training examples that ``--subset`` says; all of them without it."""
+    if args.subset is None:
+        return images
+    return images.subset(torch.from_numpy(parse_subset(args.subset, images.total, images.labels.cpu().numpy())))
 
 
 def by_score(scores: np.ndarray, side: str, fraction: float) -> np.ndarray:

@@ -149,7 +149,11 @@ def add_measurement_flags(parser: argparse.ArgumentParser) -> None:
     from src.settings.common import add_overwrite_flag
 
     group = parser.add_argument_group("run")
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted measurement, if there is one")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted measurement, if there is one; an unfinished power iteration begins anew",
+    )
     group.add_argument(
         "--save_every", type=values.number(int, 1), default=10, help="products between two states to go on from"
     )

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import shutil
 import signal
 import time
@@ -43,6 +44,8 @@ def test_a_checkpoint_of_train_full(world, flags, tmp_path):
         path = folder_of(world, tmp_path, optimizer) / "pyhessian_eigen_lanczos.pkl"
         assert str(path) in result.out
         assert "eigenvalue 5: " in result.out
+        assert re.search(r"the Lanczos basis takes \d+ MiB \(9 vectors\), up to \d+ MiB \(301\)", result.err)
+        assert "other examples" not in result.err
         stored = pickle.loads(path.read_bytes())
         assert [len(stored[k]) for k in ("eigenvals", "trace", "density_eigen", "density_weight")] == [5, 3, 1, 1]
         record = read_json(path.with_suffix(".json"))
@@ -85,6 +88,7 @@ def test_other_runs_and_files(world, flags, tmp_path):
     succeed(SCRIPT, *flags, f"--exp={world.run('sam')}")
     assert (folder_of(world, tmp_path, "sam") / "pyhessian_eigen_lanczos.pkl").exists()
     shutil.copy(world.checkpoint, tmp_path / "mine.pt")
+    flags.remove("--epochs=3")
     succeed(SCRIPT, *flags, f"--checkpoint={tmp_path / 'mine.pt'}")
     (path,) = folder_of(world, tmp_path).parent.glob("checkpoint_????????/*.pkl")
     assert read_json(path.with_suffix(".json"))["settings"]["epoch"] == 3
@@ -99,7 +103,13 @@ def test_parts_of_the_data(world, flags, tmp_path):
     )
     assert low["settings"]["examples"] == high["settings"]["examples"] == 18
     assert low["loss"] != high["loss"]
-    succeed(SCRIPT, *flags, "--subset=30")
+    result = succeed(SCRIPT, *flags, "--subset=30")
+    assert "was trained on other examples (60) than its loss is measured on (30; see --subset)" in result.err
+    state = read_checkpoint(world.checkpoint)
+    split = packed({**state, "settings": {**state["settings"], "examples": 54}})
+    with spoilt(world.checkpoint, split):  # as train_split.py and train_prune.py leave it
+        result = succeed(SCRIPT, *flags, f"--hessian_folder={tmp_path / 'split'}")
+    assert "was trained on other examples (54) than its loss is measured on (60; see --subset)" in result.err
     says = (r"lanczos\.pkl: holds results of other settings", r"examples \(30 there, 60 here\)", "--overwrite")
     refuse(SCRIPT, *flags, status=FILE, keep=tmp_path, says=says)
     succeed(SCRIPT, *flags, "--overwrite")
@@ -124,7 +134,7 @@ def test_what_is_there_is_left(world, flags, tmp_path):
     assert path.stat().st_mtime_ns == moment
     assert first.out.splitlines()[:6] == again.out.splitlines()[1:7]
     for flag, says in (("--top_n=3", r"top_n \(5 there, 3 here\)"), ("--precision=fp64", "precision"),
-                       ("--basis=none", "basis"), ("--probe_seed=5", "seed")):  # fmt: skip
+                       ("--basis=none", "basis"), ("--probe_seed=5", "probe_seed")):  # fmt: skip
         refuse(SCRIPT, *flags, flag, status=FILE, says=("other settings", says, "--overwrite"), keep=tmp_path)
     with spoilt(path.with_suffix(".json"), None):
         refuse(SCRIPT, *flags, status=FILE, says=("unknown settings", "--overwrite"), keep=tmp_path)
@@ -139,9 +149,24 @@ def test_what_is_there_is_left(world, flags, tmp_path):
     [
         (("--epochs=9",), FILE, ("no checkpoint of epoch 9, seed 1", "python train_full.py .*--epochs=9")),
         (("--seed=5",), FILE, ("no checkpoint of epoch 3, seed 5", "python train_full.py")),
-        (("--exp=split_nope_val_split_1",), FILE, ("no checkpoint of epoch 3", "python train_split.py")),
-        (("--exp=min_mem_static_coreset_large_0.1_x",), FILE, ("no checkpoint of epoch 3", "python train_prune.py")),
-        (("--checkpoint=/none.pt",), FILE, (r"/none\.pt: there is no such file",)),
+        (
+            ("--exp=split_lenet_over_x_with_sam_sched_step_val_split_7",),
+            FILE,
+            (
+                "no checkpoint of epoch 3",
+                "train_split.py .*--model=lenet --optimizer=sam --lr_sched=step --samis_validation_split_index=7",
+            ),
+        ),
+        (("--exp=standard_mlp_over_x_with_sgd_sched_const",), FILE, ("train_full.py .*--model=mlp --optimizer=sgd",)),
+        (("--exp=min_mem_static_coreset_large_0.1_x",), FILE, ("no checkpoint", "made by train_prune.py$")),
+        (("--exp=pretrain/x/lenet/0123",), FILE, ("no checkpoint of epoch 3", "made by train_prune.py and select")),
+        (("--exp=mpe/mine_iter",), FILE, ("no checkpoint of epoch 3", "made by the scripts in examples/$")),
+        (("--exp=other",), FILE, ("no checkpoint of epoch 3, seed 1 for other; look for its name there",)),
+        (("--exp=x", "--optimizer=sam"), FLAG, ("--optimizer: has no effect here, --exp names the run",)),
+        (("--checkpoint=x.pt",), FLAG, ("--epochs: has no effect here, --checkpoint is a file",)),
+        (("--power_iterations=5",), FLAG, ("--power_iterations: has no effect here",)),
+        (("--eigen_mode=power_iter", "--max_steps", "9"), FLAG, ("--max_steps: has no effect here, power_iter",)),
+        (("--scores_folder=x",), FLAG, ("--scores_folder: has no effect here",)),
         (("--checkpoint=a.pt", "--exp=b"), FLAG, ("not allowed with",)),
         (("--top_n=100000",), FLAG, ("--top_n 100000: must be at most", "number of parameters")),
         (("--top_n=0",), FLAG, ("--top_n: 0 is not an integer of at least 1",)),
@@ -172,6 +197,8 @@ def test_networks_that_do_not_fit(world, flags, tmp_path):
     other = [flag for flag in flags if not flag.startswith("--model=")]
     run = f"--exp={world.run()}"
     refuse(SCRIPT, *other, run, "--model=mlp", status=FILE, says=("is of the network small_mlp, not mlp", "--model="))
+    refuse(SCRIPT, *(flag for flag in other if flag != "--epochs=3"), "--checkpoint=/none.pt", status=FILE,
+           says=(r"/none\.pt: there is no such file",))  # fmt: skip
     whole, content = read_checkpoint(world.checkpoint), world.checkpoint.read_bytes()
     proof = tmp_path / "proof"
     nothing = {name: value * float("nan") for name, value in whole["model_state"].items()}
@@ -233,3 +260,21 @@ def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sig
     assert records[1]["resumed"]
     np.testing.assert_array_equal(records[0]["residuals"], records[1]["residuals"])
     assert not list((tmp_path / "stopped").rglob("*.state"))
+
+
+def test_an_interrupted_measurement_of_other_settings_is_not_lost(world, flags, tmp_path):
+    state = folder_of(world, tmp_path) / "pyhessian_eigen_lanczos.state"
+    power = folder_of(world, tmp_path) / "pyhessian_eigen_power_iter.state"
+    iterate = ("--eigen_mode=power_iter", "--power_iterations=3")
+    for folder, name, more in ((state, "progress", ()), (power, "power", iterate)):
+        folder.mkdir(parents=True)
+        torch.save({"settings": {"top_n": 9}}, folder / f"{name}.pt")
+        for resume in ((), ("--resume",)):
+            says = (rf"{name}\.pt: holds results of other settings", r"top_n \(9 there", "--overwrite")
+            refuse(SCRIPT, *flags, *more, *resume, status=FILE, keep=tmp_path, says=says)
+        succeed(SCRIPT, *flags, *more, "--resume", "--overwrite")
+        assert not folder.exists()
+        folder.mkdir()
+        (folder / "progress.pt").write_bytes(b"junk")
+        succeed(SCRIPT, *flags, *more, "--resume", "--overwrite")
+        assert not folder.exists()
