@@ -2,8 +2,8 @@
 r"""Draw the spectral densities of several trained networks' Hessians, and tabulate how flat their minima are.
 
 Reads the spectra that compute_hessian_eigen.py wrote under --hessian_folder, or --files. Seeds of one optimiser (and
-one part of the examples) are averaged. Writes, as PNG and PDF, {plots_folder}/hessian/{dataset}/{name}, and the table
-(means and standard deviations over seeds) beside it as csv and md.
+one part of the examples) are averaged. Writes, as PNG and PDF, {plots_folder}/hessian/{dataset}/{name}, and beside it
+the table (means and standard deviations over seeds) as csv and md, and the files that it is made of as json.
 
   python plot_hessian.py --dataset=digits --model=lenet --optimizers sgd sam --epochs=20
   python plot_hessian.py --dataset=cifar10 --model=resnet18 --optimizers sgd --epochs=160 --seeds 1 2 3 \
@@ -13,7 +13,14 @@ one part of the examples) are averaged. Writes, as PNG and PDF, {plots_folder}/h
 from argparse import Namespace
 from pathlib import Path
 
-from src.artifacts import save_figure, spectrum_figure_stem, write_text
+from src.artifacts import (
+    eigen_name,
+    save_figure,
+    spectrum_figure_name,
+    spectrum_figure_stem,
+    write_json,
+    write_text,
+)
 from src.curvature.hessian_groups import (
     Measured,
     Query,
@@ -21,15 +28,21 @@ from src.curvature.hessian_groups import (
     csv_table,
     find_group,
     markdown_table,
+    refuse_other_epochs,
+    sources,
     warn_of_differences,
 )
 from src.curvature.hessian_plots import spectrum_figure
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, given_flags, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, file_name, number
 from src.settings.geometry import add_drawn_flags
+
+OF_RUNS = ("--model", "--optimizers", "--lr_sched", "--seeds", "--epochs", "--eigen_split", "--high_low_specs",
+           "--operator", "--eigen_mode")  # fmt: skip
+"""The flags that choose spectra, which --files does as well."""
 
 
 def parse() -> Namespace:
@@ -49,7 +62,7 @@ def parse() -> Namespace:
     )
     group.add_argument("--labels", nargs="+", metavar="TEXT", help="what the figure calls them (default: their runs)")
     group.add_argument(
-        "--name", type=file_name, help="name of figure and table (default: model, part and epoch, or spectra)"
+        "--name", type=file_name, help="name of figure and table (default: what was chosen; spectra with --files)"
     )
     add_folder_flags(parser, "datasets", "hessian", "plots")
     return parser.parse_args()
@@ -61,15 +74,14 @@ def main() -> None:
     start_logging(quiet=True)
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
         raise FlagError(f"--labels: {len(args.labels)} for {wanted} --files; give one for each")
-    dataset, groups = given(args) if args.files else found(args)
+    if args.files and (idle := given_flags(*OF_RUNS)):
+        raise FlagError(f"{idle[0]}: has no effect beside --files; leave it out")
+    dataset, groups, usual, where = given(args) if args.files else found(args)
     warn_of_differences(groups)
-    settings = groups[0].spectra[0].record.get("settings", {})
-    epoch = settings.get("epoch", args.epochs)
-    usual = "spectra" if args.files else f"{args.model}_{args.eigen_split}_epoch_{epoch}_{mode_of(args)}"
     stem = spectrum_figure_stem(args.plots_folder, dataset, args.name or usual)
+    settings = groups[0].spectra[0].settings
     matrix = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}[settings.get("operator", "hessian")]
     part = {"train": "training", "test": "test"}[settings.get("eigen_split", args.eigen_split)]
-    where = "" if args.files else f"{args.model}, {dataset}, epoch {epoch}: "
     figure = spectrum_figure(groups, f"{where}{matrix} of the {part} loss")
     table = markdown_table(groups)
     print(table)
@@ -77,39 +89,43 @@ def main() -> None:
         *save_figure(figure, stem),
         write_text(stem.with_name(f"{stem.name}.csv"), csv_table(groups)),
         write_text(stem.with_name(f"{stem.name}.md"), table),
+        write_json(stem.with_name(f"{stem.name}.json"), {"dataset": dataset, "runs": sources(groups)}),
     ):
         print(path)
 
 
-def given(args: Namespace) -> tuple[str, list[SpectrumGroup]]:
-    """The spectra of ``--files``, each on its own."""
+def given(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
+    """Of ``--files``: the data set, the spectra, each on its own, the figure's usual name, how its title begins."""
     spectra = [Measured.read(path) for path in args.files]
     labels = args.labels or [" ".join(path.parts[-4:-1]) if len(path.parts) > 3 else path.stem for path in args.files]
-    names = {spectrum.record.get("settings", {}).get("dataset", "unknown") for spectrum in spectra}
+    names = {spectrum.settings.get("dataset", "unknown") for spectrum in spectra}
     dataset = names.pop() if len(names) == 1 else "several"
-    return dataset, [SpectrumGroup(label, [spectrum]) for label, spectrum in zip(labels, spectra, strict=True)]
+    groups = [SpectrumGroup(label, [spectrum]) for label, spectrum in zip(labels, spectra, strict=True)]
+    return dataset, groups, "spectra", ""
 
 
-def found(args: Namespace) -> tuple[str, list[SpectrumGroup]]:
-    """The spectra of the flags, one group per optimiser and part of the examples."""
+def found(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
+    """The same of the flags, with one group per optimiser and part of the examples."""
     name = args.dataset
     if ":" in name:  # own data are named by their content
         parts = load_dataset(name, args.datasets_folder, image_size=args.image_size, channels=args.channels)
         name = parts[0].entry.name
-    what = (name, args.model, args.eigen_split, mode_of(args))
+    data = {key: getattr(args, key) for key in ("dataset", "image_size", "channels")}
+    what = (name, data, args.model, args.eigen_split, args.operator, args.eigen_mode)
     query = Query(args.hessian_folder, *what, args.seeds, args.epochs, args.lr_sched)
     specs = list(dict.fromkeys(map(str, args.high_low_specs)))
+    optimizers = list(dict.fromkeys(args.optimizers))
     groups = []
-    for optimizer in dict.fromkeys(args.optimizers):
+    for optimizer in optimizers:
         for spec in specs:
             label = optimizer.upper() if specs == ["all"] else f"{optimizer.upper()}, {spec}"
             groups.append(find_group(query, optimizer, spec, label))
-    return name, groups
-
-
-def mode_of(args: Namespace) -> str:
-    """The mode in the spectra's names."""
-    return args.eigen_mode if args.operator == "hessian" else f"{args.eigen_mode}_{args.operator}"
+    epoch = refuse_other_epochs(groups)
+    mode = eigen_name(args.eigen_mode, args.operator)
+    usual = spectrum_figure_name(
+        args.model, optimizers, args.eigen_split, epoch, mode, specs=specs, lr_sched=args.lr_sched, seeds=args.seeds
+    )
+    return name, groups, usual, f"{args.model}, {name}, epoch {epoch}: "
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 import csv
 import io
 import logging
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.artifacts import hessian_path, standard_experiment
+from src.artifacts import differences, eigen_name, hessian_path, standard_experiment
 from src.curvature.density import density, extent, width
 from src.curvature.hessian_files import HessianFiles
 from src.errors import FileError, FlagError
@@ -29,7 +30,11 @@ MEASURES = {
     "loss": "loss",
 }
 """The columns of the table."""
-_OF_A_RUN = {"experiment", "seed", "checkpoint", "epoch", "high_low_spec", "example_hash", "examples"}
+_MEASURED = ("dataset", "labels", "model", "experiment", "epoch", "eigen_split", "high_low_spec", "operator",
+             "subset", "examples")  # fmt: skip
+"""The settings that say what was measured: averages over seeds are of one such thing."""
+_OF_A_RUN = {"experiment", "seed", "checkpoint", "high_low_spec"}
+_OF_EXAMPLES = {"examples", "example_hash"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ class Measured:
         record = files.read_record() if files.record.exists() else {}
         lists = (found[key] for key in ("eigenvals", "density_eigen", "density_weight", "trace"))
         return cls(Path(path), *lists, record)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the record says it depends on; empty where there is none."""
+        return self.record.get("settings", {})
 
     @property
     def trace(self) -> float:
@@ -119,13 +129,19 @@ class SpectrumGroup:
 
 @dataclass(frozen=True)
 class Query:
-    """Which spectra are wanted; see the flags of plot_hessian.py."""
+    """Which spectra are wanted; see the flags of plot_hessian.py.
+
+    Attributes:
+        data: What ``--dataset`` and its companions were given, for messages.
+    """
 
     folder: Path
     dataset: str
+    data: Mapping[str, Any]
     model: str
     part: str
-    mode: str
+    operator: str
+    eigen_mode: str
     seeds: Sequence[int] | None
     epoch: int | None
     lr_sched: str | None
@@ -136,41 +152,115 @@ def find_group(query: Query, optimizer: str, spec: str, label: str) -> SpectrumG
 
     Raises:
         FlagError: Several epochs or schedules fit.
-        FileError: There are none, or one of the seeds is missing; the message has the command that makes it.
+        FileError: There are none, or one of the seeds is missing (the message has the command that makes it), or they
+            are not of the same examples.
     """
     experiment = standard_experiment(query.model, query.dataset, optimizer, query.lr_sched or "*")
-    which = f"epoch_{query.epoch or '*'}"
-    pattern = hessian_path("", query.part, spec, experiment, "*bn", "*", which, query.mode)
-    paths = sorted(Path(query.folder).glob(str(pattern)))
+    which, mode = f"epoch_{query.epoch or '*'}", eigen_name(query.eigen_mode, query.operator)
+    pattern = hessian_path("", query.part, spec, experiment, "*bn", "*", which, mode)
+    paths = [path for path in sorted(Path(query.folder).glob(str(pattern))) if path.parents[1].name.isdigit()]
     seeds = query.seeds if query.seeds is not None else sorted({int(path.parents[1].name) for path in paths})
     paths = [path for path in paths if int(path.parents[1].name) in seeds]
-    for flag, names in (
-        ("--lr_sched", {path.parents[2].name.rsplit("_sched_", 1)[1].rsplit("_", 1)[0] for path in paths}),
-        ("--epochs", {path.parent.name.removeprefix("epoch_") for path in paths}),
-    ):
+    for flag, names in (("--lr_sched", set(map(_schedule, paths))), ("--epochs", set(map(_epoch, paths)))):
         if len(names) > 1:
             raise FlagError(f"{flag}: spectra of {len(names)} fit; choose one of {', '.join(sorted(names))}")
     missing = sorted(set(seeds) - {int(path.parents[1].name) for path in paths})
     if missing or not paths:
         seed = missing[0] if missing else 1
-        part = "" if spec == "all" else f" --high_low_spec={spec}"
         epoch = "" if query.epoch is None else f"epoch {query.epoch}, "
         raise FileError(
             f"{query.folder}: no spectrum of {query.model} over {query.dataset} with {optimizer} "
-            f"({query.part}, {spec}), {epoch}seed {seed}; make it with: python compute_hessian_eigen.py "
-            f"--dataset={query.dataset} --model={query.model} --optimizer={optimizer} --seed={seed} "
-            f"--epochs={query.epoch or 'E'} --eigen_split={query.part}{part}"
+            f"({query.part}, {spec}), {epoch}seed {seed}; make it with: {_command(query, optimizer, spec, seed)}"
         )
-    return SpectrumGroup(label, [Measured.read(path) for path in paths])
+    group = SpectrumGroup(label, [Measured.read(path) for path in paths])
+    _refuse_mixtures(group)
+    return group
+
+
+def _schedule(path: Path) -> str:
+    return path.parents[2].name.rsplit("_sched_", 1)[1].rsplit("_", 1)[0]
+
+
+def _epoch(path: Path) -> str:
+    return path.parent.name.removeprefix("epoch_")
+
+
+def _command(query: Query, optimizer: str, spec: str, seed: int) -> str:
+    """The command that measures a missing spectrum."""
+    flags = {
+        **query.data,
+        "model": query.model,
+        "optimizer": optimizer,
+        "lr_sched": query.lr_sched,
+        "seed": seed,
+        "epochs": query.epoch or "E",
+        "eigen_split": query.part,
+        "high_low_spec": None if spec == "all" else spec,
+        "operator": query.operator,
+        "eigen_mode": query.eigen_mode,
+    }
+    words = (f"--{name}={value}" for name, value in flags.items() if value is not None)
+    return shlex.join(["python", "compute_hessian_eigen.py", *words])
+
+
+def _refuse_mixtures(group: SpectrumGroup) -> None:
+    """Stop where seeds would be averaged that were not measured on the same examples, or not after the same training.
+
+    Raises:
+        FileError: Two records say so; the message names what differs.
+    """
+    first, *others = [spectrum for spectrum in group.spectra if spectrum.settings] or [None]
+    for other in others:
+        names = [*_MEASURED, *(("example_hash",) if first.settings.get("high_low_spec") is None else ())]
+        here, there = ({name: spectrum.settings.get(name) for name in names} for spectrum in (first, other))
+        if found := differences(there, here):
+            raise FileError(
+                f"{other.path}: is not of the same kind as {first.path}: {', '.join(found)}; measure one anew with "
+                "--overwrite, or choose --seeds"
+            )
+
+
+def refuse_other_epochs(groups: Sequence[SpectrumGroup]) -> str:
+    """The one epoch of the groups of :func:`find_group`.
+
+    Raises:
+        FlagError: There are several; the message names them.
+    """
+    epochs = {group.label: _epoch(group.spectra[0].path) for group in groups}
+    if len(set(epochs.values())) > 1:
+        found = ", ".join(f"{epoch} ({label})" for label, epoch in epochs.items())
+        raise FlagError(f"--epochs: the spectra are of different epochs: {found}; choose one")
+    return _epoch(groups[0].spectra[0].path)
 
 
 def warn_of_differences(groups: Sequence[SpectrumGroup]) -> None:
-    """Say in the log which settings of the measurement are not the same in all spectra."""
-    records = [s.record.get("settings", {}) for group in groups for s in group.spectra if s.record]
-    for name in sorted(set().union(*records) - _OF_A_RUN) if records else ():
-        values = {str(record.get(name)) for record in records}
-        if len(values) > 1:
-            log.warning("the spectra differ in %s: %s", name, ", ".join(sorted(values)))
+    """Say in the log which settings of training or measurement are not the same in all spectra."""
+    every = [spectrum.settings for group in groups for spectrum in group.spectra if spectrum.settings]
+    every = [{**one, "lr_sched": str(one.get("experiment")).partition("_sched_")[2]} for one in every]
+    names = set().union(*every) - _OF_A_RUN
+    for name in sorted(names - _OF_EXAMPLES):
+        _warn(name, every)
+    for spec in sorted({str(one.get("high_low_spec")) for one in every}):  # examples differ where they are meant to
+        alike = [one for one in every if str(one.get("high_low_spec")) == spec]
+        for name in sorted(names & _OF_EXAMPLES):
+            _warn(name, alike)
+
+
+def _warn(name: str, settings: Sequence[Mapping[str, Any]]) -> None:
+    values = {str(one.get(name)) for one in settings}
+    if len(values) > 1:
+        log.warning("the spectra differ in %s: %s", name, ", ".join(sorted(values)))
+
+
+def sources(groups: Sequence[SpectrumGroup]) -> list[dict[str, Any]]:
+    """What the table's numbers come from: for each group its files, and their settings."""
+    return [
+        {
+            "run": group.label,
+            "spectra": [{"file": str(one.path), "settings": one.settings or None} for one in group.spectra],
+        }
+        for group in groups
+    ]
 
 
 def markdown_table(groups: Sequence[SpectrumGroup]) -> str:

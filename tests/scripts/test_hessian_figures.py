@@ -3,6 +3,10 @@
 import csv
 import json
 import pickle
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,15 +36,35 @@ def spectra(world, tmp_path_factory):
 
 
 @pytest.fixture
-def flags(world, spectra, tmp_path):
-    return (world.dataset, "--model=small_mlp", f"--hessian_folder={spectra}", f"--plots_folder={tmp_path}",
+def data_flags(world, spectra, tmp_path):
+    return (world.dataset, f"--hessian_folder={spectra}", f"--plots_folder={tmp_path}",
             *folders(world.base, "datasets"))  # fmt: skip
+
+
+@pytest.fixture
+def flags(data_flags):
+    return (*data_flags, "--model=small_mlp")
+
+
+@pytest.fixture
+def changed(spectra, tmp_path):
+    """A copy of the spectra, and a function that changes settings in one's record."""
+    folder = tmp_path / "changed"
+    shutil.copytree(spectra, folder)
+
+    def change(optimizer, seed, **settings):
+        (path,) = folder.glob(f"train_all_*_with_{optimizer}_*/{seed}/epoch_3/*.json")
+        record = json.loads(path.read_text())
+        record["settings"] |= settings
+        path.write_text(json.dumps(record))
+
+    return folder, change
 
 
 def test_two_optimisers(world, flags, spectra, tmp_path):
     result = succeed(SCRIPT, *flags)
-    stem = tmp_path / "hessian" / world.name / "small_mlp_train_epoch_3_lanczos"
-    for kind in ("png", "pdf", "csv", "md"):
+    stem = tmp_path / "hessian" / world.name / "small_mlp_sgd_sam_train_epoch_3_lanczos"
+    for kind in ("png", "pdf", "csv", "md", "json"):
         assert str(stem.with_name(f"{stem.name}.{kind}")) in result.out
     assert min(Image.open(stem.with_suffix(".png")).size) > 900
     assert stem.with_suffix(".pdf").stat().st_size < 400_000
@@ -54,6 +78,13 @@ def test_two_optimisers(world, flags, spectra, tmp_path):
     assert float(rows["SGD"]["trace"]) == pytest.approx(np.mean([record["trace"] for record in records]))
     assert float(rows["SGD"]["loss"]) == pytest.approx(np.mean([record["loss"] for record in records]))
     assert stem.with_suffix(".md").read_text() in result.out
+    kept = json.loads(stem.with_suffix(".json").read_text())["runs"]
+    assert [(run["run"], len(run["spectra"])) for run in kept] == [("SGD", 2), ("SAM", 2)]
+    assert [one["settings"]["seed"] for one in kept[0]["spectra"]] == [1, 2]
+    record = Path(kept[1]["spectra"][0]["file"]).with_suffix(".json")
+    assert json.loads(record.read_text())["settings"] == kept[1]["spectra"][0]["settings"]
+    succeed(SCRIPT, *flags, "--optimizers", "sgd", "--seeds", "2", "--lr_sched=const")
+    assert stem.with_name("small_mlp_sgd_train_epoch_3_lanczos_sched_const_seeds_2.csv").exists()
 
 
 def test_one_seed_one_optimiser_parts_of_the_data(world, flags, tmp_path):
@@ -64,7 +95,8 @@ def test_one_seed_one_optimiser_parts_of_the_data(world, flags, tmp_path):
     assert all(row["largest_sd"] == "" for row in rows)
 
 
-def test_files(world, flags, spectra, tmp_path):
+def test_files(world, data_flags, spectra, tmp_path):
+    flags = data_flags
     ours = sorted(spectra.glob("train_all_*/1/*/*.pkl"))
     theirs = tmp_path / "pyhessian_eigen_lanczos.pkl"  # without a record
     theirs.write_bytes(pickle.dumps({**pickle.loads(ours[0].read_bytes()), "trace": []}))
@@ -88,7 +120,7 @@ def test_files(world, flags, spectra, tmp_path):
         (("--high_low_specs", "forg"), FLAG, ("'forg' is not metric:low|high:fraction",)),
         (("--operator=ggn",), FILE, ("no spectrum",)),
         (("--labels", "a"), FLAG, ("--labels: 1 for 0 --files",)),
-        (("--files", "/none.pkl"), FILE, (r"/none\.pkl: there is no such file",)),
+        (("--files", "/none.pkl"), FLAG, ("--model: has no effect beside --files",)),
         (("--name=a/b",), FLAG, ("--name: 'a/b' is no name of a file",)),
     ],
 )
@@ -97,11 +129,59 @@ def test_bad_input(flags, tmp_path, more, status, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_files_and_several_epochs(world, flags, spectra, tmp_path):
+def test_the_command_for_a_missing_spectrum_makes_it(world, data_flags, spectra, tmp_path):
+    """Given to a shell as it stands, but for the folders."""
+    wanted = ("--model=small_mlp", "--optimizers", "sam", "--seeds", "1", "--epochs=3", "--lr_sched=const",
+              "--eigen_split=test", "--operator=ggn", f"--hessian_folder={tmp_path / 'h'}")  # fmt: skip
+    line = refuse(SCRIPT, *data_flags, *wanted, status=FILE, says=("make it with: python compute_hessian_eigen.py",))
+    words = shlex.split(re.search("make it with: (.*)", line)[1])
+    succeed(*words[1:], f"--hessian_folder={tmp_path / 'h'}", "--lanczos_steps=5", "--trace_probes=2",
+            *folders(world.base, "datasets", "models"))  # fmt: skip
+    succeed(SCRIPT, *data_flags, *wanted)
+
+
+def test_seeds_are_averaged_over_one_kind_of_run(flags, changed):
+    folder, change = changed
+    flags = (*flags, f"--hessian_folder={folder}")
+    shutil.copytree(next(folder.glob("train_all_*_sgd_*/1")), next(folder.glob("train_all_*_sgd_*")) / "old")
+    assert not succeed(SCRIPT, *flags).err.strip()
+    change("sgd", 2, tolerance=0.5)
+    assert re.search("WARNING .*the spectra differ in tolerance: 0.001, 0.5", succeed(SCRIPT, *flags).err)
+    for name, value in (("examples", 30), ("example_hash", "x"), ("epoch", 2), ("experiment", "standard_x"),
+                        ("subset", "x")):  # fmt: skip
+        folder, change = changed
+        (path,) = folder.glob("train_all_*_with_sgd_*/2/epoch_3/*.json")
+        whole = path.read_text()
+        change("sgd", 2, **{name: value})
+        says = (r"/2/epoch_3/.*: is not of the same kind as .*/1/epoch_3/", rf"{name} \({value} there", "--seeds")
+        refuse(SCRIPT, *flags, status=FILE, says=says)
+        path.write_text(whole)
+
+
+def test_groups_of_different_epochs_schedules_and_examples(flags, changed):
+    folder, change = changed
+    flags = (*flags, f"--hessian_folder={folder}")
+    (run,) = folder.glob("train_all_*_with_sam_*")
+    for seed in (1, 2):
+        change("sam", seed, experiment="standard_x_sched_cosine", examples=30)
+    err = succeed(SCRIPT, *flags).err
+    assert "the spectra differ in lr_sched: const, cosine" in err
+    assert "the spectra differ in examples: 30, 60" in err
+    for seed in (1, 2):
+        (run / str(seed) / "epoch_3").rename(run / str(seed) / "epoch_5")
+    refuse(SCRIPT, *flags, status=FLAG, says=(r"--epochs: .* different epochs: 3 \(SGD\), 5 \(SAM\); choose one",))
+
+
+def test_bad_files_and_several_epochs(world, data_flags, spectra, tmp_path):
+    flags = (*data_flags, "--model=small_mlp")
+    refuse(SCRIPT, *data_flags, "--files", "/none.pkl", status=FILE, says=(r"/none\.pkl: there is no such file",))
+    for flag in ("--optimizers", "--seeds", "--epochs"):
+        value = "sgd" if flag == "--optimizers" else "1"
+        refuse(SCRIPT, *data_flags, "--files", "x.pkl", flag, value, status=FLAG, says=(f"{flag}: has no effect",))
     for content in (b"junk", pickle.dumps([1]), pickle.dumps({"eigenvals": [1.0], "trace": [], "density_eigen": [],
                                                               "density_weight": []})):  # fmt: skip
         (tmp_path / "x.pkl").write_bytes(content)
-        refuse(SCRIPT, *flags, "--files", tmp_path / "x.pkl", status=FILE, says=(r"x\.pkl: ", "anew"))
+        refuse(SCRIPT, *data_flags, "--files", tmp_path / "x.pkl", status=FILE, says=(r"x\.pkl: ", "anew"))
     folder = next(spectra.glob("train_all_*_sgd_*/1"))
     (folder / "epoch_4").mkdir()
     for path in (folder / "epoch_3").iterdir():
