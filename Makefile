@@ -76,9 +76,9 @@ geometry: $(STAMP)
 	  done; \
 	done; \
 	$(BIN)/python plot_hessian.py $(GEO_DATA) --optimizers sgd sam --seeds $(SEEDS) --epochs=21 --hessian_folder=$(GEO)/hessian_eigenvalues --plots_folder=$(GEO)/plots; \
-	$(BIN)/python compute_ntk.py $(GEO_DATA) --ntk_chosen_metric=samis_loss --m_samples=50 --ntk_velocity_epoch 1 5 10 20 --seeds $(SEEDS) $(GEO_RUN) --ntk_folder=$(GEO)/ntks; \
+	$(BIN)/python compute_ntk.py $(GEO_DATA) --ntk_chosen_metric=samis_loss --m_samples=50 --ntk_velocity_epoch 1 5 10 20 --seeds $(SEEDS) $(GEO_RUN) --ntk_folder=$(GEO)/ntks --no-keep_kernels; \
 	$(BIN)/python plot_ntk.py $(GEO_DATA) --metrics samis_loss --log --ntk_folder=$(GEO)/ntks --plots_folder=$(GEO)/plots; \
-	echo; echo "Written:"; find $(GEO) -type f -newer $$started | grep -v /k.json | grep -v /k.pkl | sort; rm -f $$started
+	echo; echo "Written:"; find $(GEO) -type f -newer $$started | sort; rm -f $$started
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

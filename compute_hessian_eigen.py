@@ -70,7 +70,7 @@ def report(record: dict) -> None:
     """Print eigenvalues with their residuals, and the trace."""
     print(f"loss {record['loss']:.6g}, gradient norm {record['gradient_norm']:.4g}, {record['products']} products")
     for place, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
-        print(f"eigenvalue {place}: {value:.6g} (residual {residual:.1e})")
+        print(f"eigenvalue {place}: {value:.6g} (residual at most {residual:.1e})")
     if not record["converged"]:
         more = "--max_steps" if record["settings"]["eigen_mode"] == "lanczos" else "--power_iterations"
         log.warning("not all eigenvalues are within the tolerance; raise %s", more)
@@ -83,7 +83,12 @@ def report(record: dict) -> None:
         error, count = record["trace_standard_error"], record["trace_probes"]
         text = "" if error is None else f" +- {error:.3g}"
         print(f"trace: {record['trace']:.6g}{text} ({count} probes, {record['trace_estimator']})")
-    print(f"trace by the density's quadrature: {record['trace_quadrature']:.6g}")
+        wanted = record["settings"]["trace_tolerance"] * abs(record["trace"])
+        if error is None or error > wanted:
+            log.warning("the trace's standard error is above --trace_tolerance; raise --trace_probes")
+    else:
+        starts = record["settings"]["probes"]
+        print(f"trace by the density's quadrature: {record['trace_quadrature']:.6g} (rough, {starts} random vectors)")
 
 
 if __name__ == "__main__":

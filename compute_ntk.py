@@ -146,8 +146,9 @@ def report(found: dict[int, list[dict[int, float]]], lowers: list[int]) -> None:
         line = f"epoch {epoch}: velocity {values[:, 0].mean():.4g} at rank {lowers[0]}"
         if len(lowers) > 1:
             line += f", {values[:, -1].mean():.4g} at rank {lowers[-1]}"
-            line += f", Spearman with the rank {spearman(np.arange(len(lowers)), values.mean(0)):.2f}"
-        print(f"{line} (mean of {len(values)} seeds)")
+        if len(lowers) > 2:
+            line += f", Spearman of the mean and the rank {spearman(np.arange(len(lowers)), values.mean(0)):.2f}"
+        print(f"{line}" + (f" (mean of {len(values)} seeds)" if len(values) > 1 else ""))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from src.curvature.hessian_groups import (
     find_group,
     markdown_table,
     refuse_other_epochs,
+    refuse_other_examples,
     sources,
     warn_of_differences,
 )
@@ -82,7 +83,9 @@ def main() -> None:
     settings = groups[0].spectra[0].settings
     matrix = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}[settings.get("operator", "hessian")]
     part = {"train": "training", "test": "test"}[settings.get("eigen_split", args.eigen_split)]
-    figure = spectrum_figure(groups, f"{where}{matrix} of the {part} loss")
+    counts = sorted({spectrum.settings.get("examples", 0) for group in groups for spectrum in group.spectra})
+    over = f" ({counts[0]:,} examples)" if len(counts) == 1 and counts[0] else ""
+    figure = spectrum_figure(groups, f"{where}{matrix} of the {part} loss{over}")
     table = markdown_table(groups)
     print(table)
     for path in (
@@ -121,6 +124,7 @@ def found(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
             label = optimizer.upper() if specs == ["all"] else f"{optimizer.upper()}, {spec}"
             groups.append(find_group(query, optimizer, spec, label))
     epoch = refuse_other_epochs(groups)
+    refuse_other_examples(groups)
     mode = eigen_name(args.eigen_mode, args.operator)
     usual = spectrum_figure_name(
         args.model, optimizers, args.eigen_split, epoch, mode, specs=specs, lr_sched=args.lr_sched, seeds=args.seeds

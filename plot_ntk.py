@@ -59,17 +59,16 @@ def main() -> None:
         parts = load_dataset(name, args.datasets_folder, image_size=args.image_size, channels=args.channels)
         name = parts[0].entry.name
     run = ntk_run(args.model, args.optimizer, schedule(args, name))
-    panels = []
-    for metric in dict.fromkeys(args.metrics):
-        several = read_all_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)
-        panels.append((MODES[metric].symbol, several))
+    found = {
+        metric: read_all_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)
+        for metric in dict.fromkeys(args.metrics)
+    }
+    for metric, several in found.items():
         report(metric, several)
+    panels = [(MODES[metric].symbol, several) for metric, several in found.items()]
     size = f"{args.model} by {args.optimizer.upper()}"
     figure = velocity_figure(panels, f"{name}, {size}", logarithmic=args.log)
-    print(
-        *save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, [*dict.fromkeys(args.metrics)])),
-        sep="\n",
-    )
+    print(*save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, list(found), args.log)), sep="\n")
 
 
 def schedule(args: Namespace, dataset: str) -> str:
@@ -94,10 +93,10 @@ def report(metric: str, several: list[Velocities]) -> None:
         ranks = np.arange(len(velocities.lowers))
         per_seed = [spearman(ranks, values) for values in velocities.values]
         mean = velocities.values.mean(0)
+        seeds = f" (of single seeds {min(per_seed):.2f} to {max(per_seed):.2f})" if len(per_seed) > 1 else ""
         print(
-            f"{metric}, epoch {velocities.epoch}: Spearman of velocity and rank {spearman(ranks, mean):.2f} "
-            f"(single seeds {min(per_seed):.2f} to {max(per_seed):.2f}), "
-            f"lowest group {mean[0]:.4g}, highest {mean[-1]:.4g}"
+            f"{metric}, epoch {velocities.epoch}: Spearman of the mean velocity and the rank "
+            f"{spearman(ranks, mean):.2f}{seeds}, lowest group {mean[0]:.4g}, highest {mean[-1]:.4g}"
         )
 
 

@@ -3,7 +3,10 @@
 
 def gib(count: float) -> str:
     """Bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.{1 if power == 30 else 0}f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
 
 
 def duration(seconds: float) -> str:

@@ -204,9 +204,12 @@ def spectrum_figure_name(
     return "_".join(chosen)
 
 
-def velocity_figure_stem(plots_folder: str | Path, dataset: str, run: str, metrics: Sequence[str]) -> Path:
+def velocity_figure_stem(
+    plots_folder: str | Path, dataset: str, run: str, metrics: Sequence[str], logarithmic: bool
+) -> Path:
     """The figure of a run's velocities, without the ending."""
-    return Path(plots_folder) / "ntk" / dataset / f"velocity_{run}_{'_'.join(metrics)}"
+    name = f"velocity_{run}_{'_'.join(metrics)}" + ("_log" if logarithmic else "")
+    return Path(plots_folder) / "ntk" / dataset / name
 
 
 def kernel_path(folder: str | Path, lower: int, size: int) -> Path:

@@ -233,6 +233,23 @@ def refuse_other_epochs(groups: Sequence[SpectrumGroup]) -> str:
     return _epoch(groups[0].spectra[0].path)
 
 
+def refuse_other_examples(groups: Sequence[SpectrumGroup]) -> None:
+    """Stop if spectra of one choice of examples were measured on different numbers of them.
+
+    Raises:
+        FileError: Two were; the message names them.
+    """
+    first: dict[str, Measured] = {}
+    for spectrum in (spectrum for group in groups for spectrum in group.spectra if spectrum.settings):
+        settings = spectrum.settings
+        other = first.setdefault(str(settings.get("high_low_spec")), spectrum)
+        if settings.get("examples") != other.settings.get("examples"):
+            raise FileError(
+                f"{spectrum.path}: was measured on {settings.get('examples')} examples, {other.path} on "
+                f"{other.settings.get('examples')}; measure both with the same --subset, or name them as --files"
+            )
+
+
 def warn_of_differences(groups: Sequence[SpectrumGroup]) -> None:
     """Say in the log which settings of training or measurement are not the same in all spectra."""
     every = [spectrum.settings for group in groups for spectrum in group.spectra if spectrum.settings]

@@ -1,4 +1,4 @@
-"""The figure of spectral densities: one colour per kind of run, thin lines for its seeds (SAMIS, Figure 4)."""
+"""The figure of spectral densities: one colour per kind of run (SAMIS, Figure 4)."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
     """Densities on a logarithmic axis, each kind of run in a panel of its own under the same axes.
 
     Args:
-        groups: One per panel; the mean over its seeds is filled, each seed a thin line.
+        groups: One per panel; the mean over its seeds is filled, a dashed line marks each seed's largest eigenvalue.
         title: What was measured.
     """
     spectra = [spectrum for group in groups for spectrum in group.spectra]
@@ -38,11 +38,11 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
             axes.fill_between(x, FLOOR, mean, color=colour, alpha=0.35, lw=0)
             axes.plot(x, mean, color=colour, lw=1.1)
             tops = np.array([spectrum.eigenvalues[0] for spectrum in group.spectra])
-            axes.axvline(tops.mean(), ymax=0.6, color=colour, lw=1.2, ls=(0, (4, 3)), zorder=1)
-            spread = f" ± {tops.std(ddof=1):.2g}" if len(tops) > 1 else ""
-            trace = np.mean([spectrum.trace for spectrum in group.spectra])
-            text = rf"$\lambda_1$ = {tops.mean():.3g}{spread}"
-            text += "" if np.isnan(trace) else f",  trace = {trace:.3g}"
+            for top in tops:
+                axes.axvline(top, ymax=0.6, color=colour, lw=1.2, ls=(0, (4, 3)), zorder=1)
+            traces = np.array([spectrum.trace for spectrum in group.spectra])
+            text = rf"$\lambda_1$ = {_with_spread(tops)}"
+            text += "" if np.isnan(traces).any() else f",  trace = {_with_spread(traces)}"
             seeds = f" ({len(tops)} seeds)" if len(tops) > 1 else ""
             axes.text(0.985, 0.95, f"{group.label}{seeds}\n{text}", transform=axes.transAxes, ha="right", va="top",
                       fontsize=13, color=colour, linespacing=1.4,
@@ -57,6 +57,11 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
         panels[-1].set_xlabel("Eigenvalue")
         figure.supylabel("Density (Log Scale)", fontsize=17)
         return figure
+
+
+def _with_spread(values: np.ndarray) -> str:
+    """Mean and, of several, standard deviation."""
+    return f"{values.mean():.3g}" + (f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else "")
 
 
 def _cycle(count: int) -> list[str]:

@@ -44,7 +44,7 @@ def test_a_checkpoint_of_train_full(world, flags, tmp_path):
         path = folder_of(world, tmp_path, optimizer) / "pyhessian_eigen_lanczos.pkl"
         assert str(path) in result.out
         assert "eigenvalue 5: " in result.out
-        assert re.search(r"the Lanczos basis takes \d+ MiB \(9 vectors\), up to \d+ MiB \(301\)", result.err)
+        assert re.search(r"the Lanczos basis takes \d+ [KM]iB \(9 vectors\), up to \d+ [KM]iB \(301\)", result.err)
         assert "other examples" not in result.err
         stored = pickle.loads(path.read_bytes())
         assert [len(stored[k]) for k in ("eigenvals", "trace", "density_eigen", "density_weight")] == [5, 3, 1, 1]

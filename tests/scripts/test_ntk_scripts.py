@@ -55,7 +55,7 @@ def kernel(folder, epoch, seed=1, lower=0):
 def test_files_and_figure(world, tmp_path):
     result = succeed("compute_ntk.py", *flags(world, tmp_path))
     assert "a kernel of 5 examples has 15 rows and takes about" in result.err
-    assert "Spearman with the rank" in result.out
+    assert "Spearman of the mean and the rank" in result.out
     folder = place(world, tmp_path)
     for seed in (1, 2):
         for epoch in (1, 2):
@@ -71,7 +71,7 @@ def test_files_and_figure(world, tmp_path):
     assert beside["settings"]["m_samples"] == 5
     assert len(set(beside["example_indices"])) == 5
     drawn = succeed("plot_ntk.py", *drawing(world, tmp_path))
-    assert "samis_loss, epoch 2: Spearman of velocity and rank" in drawn.out
+    assert "samis_loss, epoch 2: Spearman of the mean velocity and the rank" in drawn.out
     for kind in ("png", "pdf"):
         assert list((tmp_path / "ntk" / world.name).glob(f"velocity_{RUN}_samis_loss.{kind}"))
 
@@ -162,7 +162,7 @@ def test_old_files_without_settings_are_drawn(world, tmp_path):
     write_pickle(folder / "vs.pkl", {0: 0.1, 100: 0.2, 500: 0.25})
     drawn = succeed("plot_ntk.py", "--dataset=digits", "--model=small_mlp", f"--ntk_folder={tmp_path / 'ntks'}",
                     f"--plots_folder={tmp_path}", "--log")  # fmt: skip
-    assert "mem, epoch 10: Spearman of velocity and rank 1.00" in drawn.out
+    assert "mem, epoch 10: Spearman of the mean velocity and the rank 1.00" in drawn.out
 
 
 @pytest.mark.parametrize(

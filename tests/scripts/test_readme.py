@@ -131,6 +131,20 @@ def test_the_python_example():
     assert len(names["proxy"].get_sorted_indices()[-10:]) == 10
 
 
+def test_the_library_example(tmp_path, monkeypatch):
+    code = re.findall(r"```python\n(.*?)```", section("The Memory-Perturbation Equation"), re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    scores = names["found"].scores
+    assert len(scores) == 1438
+    assert scores[names["found"].most_sensitive(10)].min() >= scores[names["found"].least_sensitive(10)].max()
+    assert (tmp_path / "metrics" / "mpe" / "mpe_digits.pkl").exists()
+    drawn = succeed("plot_images.py", "--dataset=digits", "--modes", "mpe", "--only_overview",
+                    *folders(tmp_path, "metrics", "plots"))  # fmt: skip
+    assert "overview_mpe_5.png" in drawn.out
+
+
 def test_every_file_that_the_readme_names_exists():
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name
