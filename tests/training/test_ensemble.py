@@ -231,7 +231,8 @@ def test_padding_does_not_enter_batchnorm():
         for name, value in expected.items():
             torch.testing.assert_close(ensemble.member(member)[name], value, **TOLERANCE)
     probe = data[0][0][0]
-    assert torch.equal(ensemble.logits(probe)[:, :2], ensemble.logits(probe[:2]))  # evaluation mode
+    shorter = ensemble.logits(probe[:2])  # evaluation mode: batches of any size agree, to rounding
+    torch.testing.assert_close(ensemble.logits(probe)[:, :2], shorter, **TOLERANCE)
 
 
 def test_members_without_examples_stand_still():
