@@ -19,7 +19,7 @@ class Forecast:
 
     Attributes:
         rows: Rows of the kernel.
-        kernel_bytes: The kernel while it is added up (float64), as it is stored (float32), and the other epoch's.
+        kernel_bytes: The kernel, and the other epoch's.
         kept_bytes: What is kept of the examples meanwhile.
         psi_bytes: The matrix Psi, which is not formed.
         seconds: Time, extrapolated.
@@ -38,8 +38,8 @@ class Forecast:
 
 
 def kernel_bytes(rows: int) -> int:
-    """Memory of a kernel of so many rows in float64 and float32, and of another in float32."""
-    return rows * rows * (8 + 4 + 4)
+    """Memory of two kernels of so many rows, in float32."""
+    return rows * rows * (4 + 4)
 
 
 def forecast(

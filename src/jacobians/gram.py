@@ -18,7 +18,7 @@ from src.jacobians.gram_parts import Factors, Part, Rows, as_rows, weight_rows
 from src.jacobians.gram_plan import Band, Plan, make_plan, without_factors, work
 from src.jacobians.routing import Routing
 
-STEP_MB = 256.0
+STEP_MB = 128.0
 """MiB of gradients that are alive at a time beside what is kept."""
 
 MIRRORED = 512
@@ -118,7 +118,7 @@ def gram_matrix(
         tick: Told of the progress.
 
     Returns:
-        (n q, n q) float64, symmetric.
+        (n q, n q) in the images' type, symmetric.
 
     Raises:
         ValueError: There are no examples, no parameter requires a gradient or none is used, a BatchNorm would use
@@ -142,7 +142,7 @@ def _follow(
 ) -> Tensor:
     """Add up what the bands contribute."""
     size = len(images) * plan.quantities
-    found = torch.zeros(size, size, dtype=torch.float64, device=images.device)
+    found = torch.zeros(size, size, dtype=images.dtype, device=images.device)
     works = [sum(work(plan, band, len(images))) for band in plan.bands]
     for band, its_work in zip(plan.bands, works, strict=True):
         with only_trainable(model, band.names):

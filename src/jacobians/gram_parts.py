@@ -55,7 +55,7 @@ class Rows:
         for start in range(0, len(left), step):
             rows = slice(start, start + step)
             rest = slice(start if symmetric else 0, None)
-            into[rows, rest] += left[rows] @ right[rest].mT
+            into[rows, rest].addmm_(left[rows], right[rest].mT)
 
 
 class Factors:
@@ -109,8 +109,8 @@ class Factors:
             first = start if symmetric else 0
             found = left[start : start + step].flatten(0, 1) @ right[first * q :].mT
             found = found.view(-1, q, len(inputs[0]) - first, q)
-            found *= inputs[start : start + step, None, first:, None]
-            into[start * q : (start + step) * q, first * q :] += found.flatten(2).flatten(0, 1)
+            part = into[start * q : (start + step) * q, first * q :].unflatten(1, (-1, q)).unflatten(0, (-1, q))
+            part.addcmul_(found, inputs[start : start + step, None, first:, None])
 
     def _pairs_of_positions(self, other: "Factors", into: Tensor, symmetric: bool) -> None:
         q, o, t = self._g.shape[1:]

@@ -112,7 +112,7 @@ def test_forecasts(classes, projection_dim):
     rows = 6 * (4 if classes == "all" else 1)
     assert told.rows == len(ntk_kernel(net, images, labels, classes)) == rows
     assert told.psi_bytes == rows * sum(p.numel() for p in net.parameters()) * 8
-    assert told.kernel_bytes == rows * rows * 16
+    assert told.kernel_bytes == rows * rows * 8
     assert 0 < told.kept_bytes <= 64 * 2**20
     assert told.seconds > 0
 
