@@ -198,6 +198,7 @@ def commands():
     paths = (ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *examples)
     texts = [path.read_text() for path in paths if path.exists()]
     text = re.sub(r"\\\n\s*", "", "\n".join(texts))
+    text = text.replace("$optimizer", "sgd").replace("$seed", "1")  # the variables of loops
     for script, flags in re.findall(r"(?:python|torchrun\s[^\n`]*?) (\w+\.py) ([^\n`#|]*)", text):
         yield (
             script if (ROOT / script).exists() else f"examples/{script}",

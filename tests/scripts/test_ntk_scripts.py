@@ -247,7 +247,7 @@ def test_damaged_results(world, tmp_path):
 
 
 def test_a_kernel_that_does_not_fit_the_memory(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "available_memory", lambda device: 2000)
+    monkeypatch.setattr(runs, "available_memory", lambda device: 1000)
     result = call("compute_ntk.py", *flags(world, tmp_path))
     assert result.status == FLAG
     assert "a kernel of 15 rows takes" in result.complaint
