@@ -16,6 +16,7 @@ and nothing is left behind after a product.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,7 +41,7 @@ _TOLERANCE = 1e-3  # of the norm: rounding is far below, a wrong derivative far 
 _PIECE = 2**20  # numbers at a time that are turned into float64
 
 
-class CurvatureOperator:
+class CurvatureOperator(ABC):
     """A symmetric matrix ``(P, P)`` known by its products.
 
     The model is run in eval mode and left as it was: modes, buffers, gradients and hooks.
@@ -94,9 +95,9 @@ class CurvatureOperator:
             )
         return total
 
+    @abstractmethod
     def _product(self, batch: Batch, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """One batch's share of a product, per parameter."""
-        raise NotImplementedError
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """The mean loss over the set, and its gradient ``(P,)``.

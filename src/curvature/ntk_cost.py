@@ -87,7 +87,7 @@ def forecast(
     per_work = max(times[1] - times[0], 0.0) / (works[1] - works[0]) if few > 1 else times[0] / works[0]
     at_start = max(times[0] - per_work * works[0], 0.0)
     chosen = plan(size)
-    q, element = chosen.quantities, images.element_size()
+    q, element = chosen.quantities, chosen.dtype.itemsize
     numbers = [chosen.numbers(shape) for shape in chosen.shapes.values()]
     kept = min(size * sum(numbers), max(chosen.limit, 2 * max(numbers))) * element  # two examples at the least
     if projection_dim is not None:

@@ -118,7 +118,7 @@ def gram_matrix(
         tick: Told of the progress.
 
     Returns:
-        (n q, n q) in the images' type, symmetric.
+        (n q, n q) in the parameters' type, symmetric.
 
     Raises:
         ValueError: There are no examples, no parameter requires a gradient or none is used, a BatchNorm would use
@@ -142,7 +142,7 @@ def _follow(
 ) -> Tensor:
     """Add up what the bands contribute."""
     size = len(images) * plan.quantities
-    found = torch.zeros(size, size, dtype=images.dtype, device=images.device)
+    found = torch.zeros(size, size, dtype=plan.dtype, device=images.device)
     works = [sum(work(plan, band, len(images))) for band in plan.bands]
     for band, its_work in zip(plan.bands, works, strict=True):
         with only_trainable(model, band.names):

@@ -1,8 +1,9 @@
 """How a Gram matrix of Jacobians is found: the form in which each layer is kept, and what is in memory together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from src.jacobians.capture import Record
@@ -35,6 +36,7 @@ class Plan:
         examples: n.
         limit: How many numbers may be kept at a time.
         quantities: q.
+        dtype: Of the parameters.
         trial: What has tried whether the examples are independent.
     """
 
@@ -44,6 +46,7 @@ class Plan:
     examples: int
     limit: float
     quantities: int
+    dtype: torch.dtype
     trial: Routing = field(repr=False, compare=False)
 
     def numbers(self, shape: Shape) -> int:
@@ -92,21 +95,19 @@ def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets:
     with _Shapes(model) as noting:
         noting.run(images[:2], targets[:2], quantities)
     shapes, q = {name: s for name, s in noting.shapes.items() if name not in noting.unused}, noting.quantities
-    n, limit = len(images), memory_mb * 2**20 / images.element_size()
+    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)  # inputs may be whole numbers
+    n, limit = len(images), memory_mb * 2**20 / dtype.itemsize
     # a pass over the network makes all gradients once, and is due each time that the memory is full
     one_pass = sum(s.making(q, n) for s in shapes.values())
     factors = frozenset(key for key, s in shapes.items() if prefers_factors(s, q, n, one_pass / limit))
-    return _planned(shapes, factors, n, limit, q, noting)
+    return Plan(shapes, factors, _bands(shapes, factors, n, limit, q), n, limit, q, dtype, noting)
 
 
 def without_factors(plan: Plan, key: str) -> Plan:
     """The plan with one layer kept as rows: some of its examples cannot be taken apart."""
-    return _planned(plan.shapes, plan.factors - {key}, plan.examples, plan.limit, plan.quantities, plan.trial)
-
-
-def _planned(shapes: dict[str, Shape], factors: frozenset[str], n: int, limit: float, q: int, trial: Routing) -> Plan:
-    numbers = {key: _numbers(shape, key in factors, q) for key, shape in shapes.items()}
-    return Plan(shapes, factors, _bands(numbers, n, limit), n, limit, q, trial)
+    factors = plan.factors - {key}
+    bands = _bands(plan.shapes, factors, plan.examples, plan.limit, plan.quantities)
+    return replace(plan, factors=factors, bands=bands)
 
 
 def _numbers(shape: Shape, as_factors: bool, q: int) -> int:
@@ -114,10 +115,11 @@ def _numbers(shape: Shape, as_factors: bool, q: int) -> int:
     return shape.factor_numbers(q) if as_factors else shape.row_numbers(q)
 
 
-def _bands(numbers: Mapping[str, int], n: int, limit: float) -> tuple[Band, ...]:
+def _bands(shapes: Mapping[str, Shape], factors: frozenset[str], n: int, limit: float, q: int) -> tuple[Band, ...]:
     """Neighbouring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
     bands, names, taken = [], [], 0.0
-    for key, each in numbers.items():
+    for key, shape in shapes.items():
+        each = _numbers(shape, key in factors, q)
         size = n * each
         if size > limit:
             # two blocks are in memory at a time

@@ -166,6 +166,17 @@ def test_other_quantities():
     torch.testing.assert_close(own, whole[at, labels][:, at, labels], **EXACT)
 
 
+def test_inputs_of_whole_numbers():
+    """Tokens: the matrix is of the parameters' type, not of the inputs'."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+    tokens = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 0, 3]])
+    expected = explicit(loop_jacobians(net, tokens))
+    for memory_mb in (2048.0, 1e-6):
+        torch.testing.assert_close(gram_matrix(net, tokens, logits, memory_mb=memory_mb), expected, **EXACT)
+
+
 def test_permuting_examples_permutes_the_matrix():
     net = network("batchnorm")
     images, _ = images_and_labels()
