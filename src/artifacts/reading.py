@@ -1,15 +1,17 @@
 """Safe reading: nothing that is read can run code, and every failure is one line that names the file."""
 
 import argparse
+import errno
 import hashlib
 import importlib
 import json
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,22 +41,33 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
 
 
-def _read(path: str | Path, what: str, load: Callable[[Path], Any]) -> Any:
-    """Call ``load`` and turn every way in which it can fail into one line."""
+def _read(path: str | Path, what: str, load: Callable[[BinaryIO], Any]) -> Any:
+    """Open a file, call ``load`` on it, and turn every way in which this can fail into one line."""
     path = Path(path)
-    if not path.exists():
-        raise FileError(f"{path}: there is no such file; {what} was expected there")
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder; {what} was expected there")
     try:
-        return load(path)
-    except FileError:
-        raise
-    except PermissionError as error:
-        raise FileError(f"{path}: may not be read ({error.strerror})") from error
-    except Exception as error:  # corrupt files raise nearly anything
-        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise FileError(f"{path}: is not {what}, or is damaged ({reason}); make it anew") from error
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise FileError(f"{path}: is a folder; {what} was expected there")
+        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
+            raise FileError(f"{path}: is a pipe, socket or device; {what} was expected there")
+        file = path.open("rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            raise FileError(f"{path}: is a link to {path.readlink()}, which does not exist") from error
+        raise FileError(f"{path}: there is no such file; {what} was expected there") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FileError(f"{path}: cannot be opened ({reason}); its content was not checked") from error
+    with file:
+        try:
+            return load(file)
+        except FileError:
+            raise
+        except Exception as error:  # corrupt files raise nearly anything
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a wrong offset
+                raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+            reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+            raise FileError(f"{path}: is not {what}, or is damaged ({reason}); make it anew") from error
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
@@ -64,11 +77,12 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         FileError: The file is missing, damaged, or holds pickled objects.
     """
 
-    def load(path: Path) -> dict[str, np.ndarray]:
-        if not zipfile.is_zipfile(path):
+    def load(file: BinaryIO) -> dict[str, np.ndarray]:
+        if not zipfile.is_zipfile(file):
             raise ValueError("truncated, or not in numpy's npz format")
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
 
     return _read(path, "an npz archive of arrays", load)
 
@@ -79,7 +93,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         FileError: The file is missing or not json.
     """
-    return _read(path, "a json file", lambda path: json.loads(path.read_text()))
+    return _read(path, "a json file", lambda file: json.loads(file.read()))
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -88,12 +102,7 @@ def read_pickle(path: str | Path) -> Any:
     Raises:
         FileError: The file is missing, damaged, or names anything else (it is not run).
     """
-
-    def load(path: Path) -> Any:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file).load()
-
-    return _read(path, "a pickle of plain values", load)
+    return _read(path, "a pickle of plain values", lambda file: _PlainUnpickler(file).load())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -104,11 +113,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     import torch
 
-    def load(path: Path) -> dict[str, Any]:
-        if not zipfile.is_zipfile(path):
+    def load(file: BinaryIO) -> dict[str, Any]:
+        if not zipfile.is_zipfile(file):
             raise ValueError("truncated, or not in torch's format")
+        file.seek(0)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
             raise ValueError("it holds more than tensors and plain values, so reading it could run code") from error
         if not isinstance(state, dict):
@@ -128,8 +138,8 @@ def read_index_file(path: str | Path) -> np.ndarray:
         FileError: The file is missing, empty, or a line is not a non-negative integer.
     """
 
-    def load(path: Path) -> np.ndarray:
-        words = path.read_text().split()
+    def load(file: BinaryIO) -> np.ndarray:
+        words = file.read().decode().split()
         wrong = next((word for word in words if not re.fullmatch(r"\d{1,18}", word, re.ASCII)), None)
         if not words or wrong is not None:
             raise ValueError("it is empty" if not words else f"{wrong[:40]!r} is not an index from 0")

@@ -1,11 +1,15 @@
 """Files: written whole or not at all, read without running anything."""
 
 import argparse
+import contextlib
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,16 +118,16 @@ def _without_frames(data: bytes) -> bytes:
     return data[:start] + data[start + 9 :]
 
 
-@pytest.mark.parametrize(
-    ("read", "suffix"),
-    [
-        (artifacts.read_npz, "npz"),
-        (artifacts.read_pickle, "pkl"),
-        (artifacts.read_checkpoint, "pt"),
-        (artifacts.read_json, "json"),
-        (artifacts.read_index_file, "txt"),
-    ],
-)
+_READERS = [
+    (artifacts.read_npz, "npz"),
+    (artifacts.read_pickle, "pkl"),
+    (artifacts.read_checkpoint, "pt"),
+    (artifacts.read_json, "json"),
+    (artifacts.read_index_file, "txt"),
+]
+
+
+@pytest.mark.parametrize(("read", "suffix"), _READERS)
 def test_missing_damaged_and_foreign_files_are_named(tmp_path, read, suffix):
     path = tmp_path / f"x.{suffix}"
     with pytest.raises(FileError, match=rf"x\.{suffix}: there is no such file"):
@@ -133,6 +137,50 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path, read, suffix):
         read(path)
     with pytest.raises(FileError, match="is a folder"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(("read", "suffix"), _READERS)
+def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, read, suffix):
+    pipe, link = tmp_path / f"pipe.{suffix}", tmp_path / f"link.{suffix}"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "gone")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for path in (pipe, "/dev/zero", tmp_path / "socket"):
+            with pytest.raises(FileError, match=f"{path}: is a pipe, socket or device"):
+                read(path)
+    with pytest.raises(FileError, match=r"is a link to .*gone, which does not exist"):
+        read(link)
+
+
+@pytest.mark.parametrize(("read", "suffix"), _READERS)
+def test_good_files_that_may_not_be_read_are_not_called_damaged(read, suffix):
+    with tempfile.TemporaryDirectory() as base:  # not tmp_path, whose parents only the owner may enter
+        folder = Path(base, "closed")
+        folder.mkdir()
+        inside, alone = folder / f"a.{suffix}", Path(base, f"b.{suffix}")
+        for path in (inside, alone):
+            path.write_bytes(b"")
+        for path, mode in ((alone, 0), (folder, 0), (Path(base), 0o755)):
+            path.chmod(mode)
+        with _unprivileged():
+            for path in (inside, alone):
+                with pytest.raises(FileError, match=f"{path}: cannot be opened .Permission denied") as error:
+                    read(path)
+                assert "damaged" not in str(error.value)
+        folder.chmod(0o700)
+
+
+@contextlib.contextmanager
+def _unprivileged():
+    """Root may read everything: become nobody for a while."""
+    user = os.geteuid()
+    if not user:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def test_truncated_archives_are_named(tmp_path):
