@@ -26,7 +26,7 @@ from src.datasets import Batches, ImageSet, load_dataset, parse_subset
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FlagError
 from src.jacobians import OutputVariances, Posterior
-from src.models import build_model
+from src.models import MODELS, build_model
 from src.training import RunFiles, Trainer, TrainingConfig, evaluate, model_description, run_training
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,17 @@ log = logging.getLogger(__name__)
 NORMALISATION = "mpe"
 LOSS_CAP = -math.log(EPS)  # nats
 ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
-SHARED_SETTINGS = ("dataset", "image_size", "channels", "labels", "subset", "examples", "model", "base_shuffle")
+SHARED_SETTINGS = (
+    "dataset",
+    "image_size",
+    "channels",
+    "labels",
+    "subset",
+    "examples",
+    "model",
+    "initialization",
+    "base_shuffle",
+)
 _RESULT_FREE = (  # flags that change neither a result nor what it is called
     "device",
     "resume",
@@ -135,6 +145,7 @@ class Experiment:
         flags = {name: value for name, value in vars(self.args).items() if name not in _RESULT_FREE}
         return {
             **{name: plain(value) for name, value in flags.items()},
+            **MODELS[self.args.model].settings,
             "dataset": self.entry.name,
             "image_size": self.entry.image_size,
             "channels": self.entry.channels,
@@ -224,7 +235,8 @@ class Experiment:
     def base_settings(self, config: TrainingConfig) -> dict[str, Any]:
         """What determines the base run: the experiment's settings without those of what follows it."""
         own = self.settings()
-        return {**config.as_dict(), **{name: own[name] for name in SHARED_SETTINGS}, "batch_size": self.args.bs}
+        shared = {name: own[name] for name in SHARED_SETTINGS if name in own}
+        return {**config.as_dict(), **shared, "batch_size": self.args.bs}
 
     def test_metrics(self, model: nn.Module | None = None) -> tuple[float, float]:
         """Test accuracy and mean NLL of a network, by default ``self.model``."""

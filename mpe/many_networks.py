@@ -106,7 +106,9 @@ def retrain_without(
         build = partial(MODELS[args.model].build, entry.num_classes, entry.channels, entry.image_size)
         replay = replay_generator(build, seed=args.seed)
     own = experiment.settings()
-    key = {name: own[name] for name in SHARED_SETTINGS}  # with the base weights, all that determines the rows
+    key = {
+        name: own[name] for name in SHARED_SETTINGS if name in own
+    }  # with the base weights, all that determines the rows
     more = {"measure": measure, "replay": replay, "extra_draws": extra_draws}
     return _run(experiment, images, removed, settings, key, write, **more)
 

@@ -143,6 +143,11 @@ class Session:
         if self.group.leads:
             start_logging(args.log_folder / experiment / f"seed_{args.seed}.log")
         log.info("%s: %d training and %d test examples", experiment, len(train), len(self.test))
+        if MODELS[args.model].pretrain is not None and not args.pretrained:
+            log.info(
+                "%s starts from random weights; the SAMIS experiments start from ImageNet weights (--pretrained)",
+                args.model,
+            )
         if args.measure_proxies and self.group.leads:
             require_writable(dynamics_folder(args.metrics_folder, experiment, args.seed))
         model = self._model()
@@ -262,6 +267,7 @@ class Session:
             "examples": len(train),
             "subset": subset,
             "model": args.model,
+            **MODELS[args.model].settings,
             "pretrained": file_digest(args.pretrained) if isinstance(args.pretrained, str) else args.pretrained,
             "batch_size": args.batch_size,
             "data_augmentation": args.data_augmentation,

@@ -65,7 +65,7 @@ def make_out_of_place(network: nn.Module) -> nn.Module:
 def kaiming_fan_out_(network: nn.Module) -> nn.Module:
     """Draw the weights of all convolutions from Kaiming's normal (fan out, ReLU) and zero their biases.
 
-    Source: He et al. 2015, "Delving deep into rectifiers"; the initialisation of torchvision's ResNet and VGG.
+    Source: He et al. 2015, "Delving deep into rectifiers"; torchvision's choice for ResNet.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -24,6 +24,8 @@ class ModelEntry:
         note: One line for users.
         smallest: The smallest image size, by number of channels, that the architecture takes.
         pretrain: Fills a built model with pre-trained weights; None where there are none.
+        initialization: What runs record of the starting weights, where an earlier version of this project drew them
+            differently, so that results from before and after are not mixed; None where they never changed.
     """
 
     name: str
@@ -32,6 +34,12 @@ class ModelEntry:
     note: str
     smallest: Callable[[int], int]
     pretrain: Pretrain | None
+    initialization: str | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the settings of a run contain about the model, besides its name."""
+        return {} if self.initialization is None else {"initialization": self.initialization}
 
 
 MODELS: dict[str, ModelEntry] = {}
@@ -44,11 +52,12 @@ def register(
     channels_last: bool = False,
     smallest: Callable[[int], int] = lambda in_channels: 1,
     pretrain: Pretrain | None = None,
+    initialization: str | None = None,
 ) -> Callable[[Build], Build]:
     """Decorate the function that builds model ``name``; the arguments are those of ``ModelEntry``."""
 
     def add(build: Build) -> Build:
-        MODELS[name] = ModelEntry(name, build, channels_last, note, smallest, pretrain)
+        MODELS[name] = ModelEntry(name, build, channels_last, note, smallest, pretrain, initialization)
         return build
 
     return add

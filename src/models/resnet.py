@@ -3,7 +3,8 @@
 Source: He et al. 2016, "Deep residual learning for image recognition". The blocks are torchvision's; their forward
 passes are written anew so that nothing happens in place and each activation is its own call. A shortcut is the
 identity, or, where the stride is not 1 or the widths differ, a 1x1 convolution followed by batch normalisation (the
-paper's option B, also in the narrow ones). Convolutions have no bias and start from Kaiming's normal (fan out).
+paper's option B, also in the narrow ones). Convolutions have no bias. resnet18 and resnet50 start from PyTorch's
+default weights, as in the SAMIS experiments; the narrow ones from Kaiming's normal (fan out).
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,6 @@ class ResNetBody(nn.Module):
                 channels = out_channels
             self.stages.append(stage)
         self.out_features = channels
-        kaiming_fan_out_(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed images ``(n, c, h, w)`` as ``(n, out_features)``."""
@@ -98,13 +98,13 @@ def _network(body: ResNetBody, num_classes: int) -> Network:
     return Network(body, nn.Linear(body.out_features, num_classes))
 
 
-@register("resnet18", channels_last=True, note="ResNet-18 with the CIFAR stem")
+@register("resnet18", channels_last=True, initialization="default", note="ResNet-18 with the CIFAR stem")
 def resnet18(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-18: basic blocks 2-2-2-2, widths 64 to 512; the same network for every image size."""
     return _network(ResNetBody(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels), num_classes)
 
 
-@register("resnet50", channels_last=True, note="ResNet-50 with the CIFAR stem")
+@register("resnet50", channels_last=True, initialization="default", note="ResNet-50 with the CIFAR stem")
 def resnet50(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-50: bottlenecks 3-4-6-3, widths 64 to 512 times 4; the same network for every image size."""
     return _network(ResNetBody(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), in_channels), num_classes)
@@ -113,10 +113,10 @@ def resnet50(num_classes: int, in_channels: int, image_size: int) -> Network:
 @register("resnet20", channels_last=True, note="CIFAR's ResNet-20, widths 16-32-64")
 def resnet20(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-20: basic blocks 3-3-3, widths 16-32-64, projection shortcuts (option B)."""
-    return _network(ResNetBody(BasicBlock, (3, 3, 3), (16, 32, 64), in_channels), num_classes)
+    return _network(kaiming_fan_out_(ResNetBody(BasicBlock, (3, 3, 3), (16, 32, 64), in_channels)), num_classes)
 
 
 @register("resnet8", channels_last=True, note="CIFAR-style ResNet-8, widths 16-32-64, for work on a CPU")
 def resnet8(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-8: basic blocks 1-1-1, widths 16-32-64, projection shortcuts (option B)."""
-    return _network(ResNetBody(BasicBlock, (1, 1, 1), (16, 32, 64), in_channels), num_classes)
+    return _network(kaiming_fan_out_(ResNetBody(BasicBlock, (1, 1, 1), (16, 32, 64), in_channels)), num_classes)

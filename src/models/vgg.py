@@ -1,6 +1,7 @@
 """VGG-19 with batch normalisation.
 
-Source: Simonyan and Zisserman 2015, "Very deep convolutional networks"; layers and initialisation are torchvision's.
+Source: Simonyan and Zisserman 2015, "Very deep convolutional networks"; the layers are torchvision's. They start from
+PyTorch's default weights, as in the SAMIS experiments.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
-from src.models.network import IMAGENET_SIZE, Network, kaiming_fan_out_, make_out_of_place, stem_padding
+from src.models.network import IMAGENET_SIZE, Network, make_out_of_place, stem_padding
 from src.models.registry import register
 
 LAYOUT = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
@@ -40,22 +41,24 @@ def build_small_vgg(
     are left out (as in 8x8 images), and larger maps (64x64 images) are averaged over positions.
     """
     layers = _convolutions(layout, in_channels, stem_padding(in_channels), image_size)
-    kaiming_fan_out_(layers)
     head = nn.Linear(layout[-2] if layout[-1] == "M" else layout[-1], num_classes)
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
     return Network(make_out_of_place(nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())), head)
 
 
 def _build_imagenet_vgg(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Torchvision's VGG-19-BN: averages to 7x7, then 4096-4096-C with dropout 0.5."""
-    body = VGG(_convolutions(LAYOUT, in_channels, 1, image_size), num_classes)
+    body = VGG(_convolutions(LAYOUT, in_channels, 1, image_size), num_classes, init_weights=False)
     head = body.classifier[-1]
     body.classifier[-1] = nn.Identity()
     return Network(make_out_of_place(body), head)
 
 
-@register("vgg19", channels_last=True, note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head")
+@register(
+    "vgg19",
+    channels_last=True,
+    initialization="default",
+    note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head",
+)
 def vgg19(num_classes: int, in_channels: int, image_size: int) -> Network:
     """VGG-19-BN: one linear layer after the convolutions, or, from 224x224 on, torchvision's 4096-4096 head."""
     build = _build_imagenet_vgg if image_size >= IMAGENET_SIZE else build_small_vgg

@@ -6,7 +6,8 @@ Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words". The layers are
   (of 28x28 images the top left 16x16); images under 16 pixels are padded with zeros to 16;
 - dropout 0.1 on the attention weights, the attention's output projection and the MLP's output; none after the
   position sum or inside the MLP;
-- linear layers, the three attention projections each by itself, start from Xavier's uniform, biases from N(0, 1e-6).
+- linear layers, the three attention projections each by itself, start from Xavier's uniform, biases from N(0, 1e-6);
+  the convolution of the patches starts from PyTorch's default.
 """
 
 from pathlib import Path
@@ -56,8 +57,6 @@ class ViT(Network):
         side = max(image_size // patch, 1) * patch
         encoder = VisionTransformer(side, patch, layers, heads, width, mlp_width, dropout, dropout)
         encoder.conv_proj = nn.Conv2d(in_channels, width, patch, patch)
-        nn.init.trunc_normal_(encoder.conv_proj.weight, std=(in_channels * patch**2) ** -0.5)
-        nn.init.zeros_(encoder.conv_proj.bias)
         encoder.heads = nn.Identity()
         encoder.encoder.dropout = nn.Identity()
         for block in encoder.encoder.layers:
@@ -160,7 +159,12 @@ def _download() -> dict[str, torch.Tensor]:
         ) from error
 
 
-@register("vit", pretrain=load_pretrained, note="ViT-B/16 on the native image; can start pre-trained")
+@register(
+    "vit",
+    pretrain=load_pretrained,
+    initialization="default",
+    note="ViT-B/16 on the native image; can start pre-trained",
+)
 def vit(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ViT-B/16: 12 blocks, 12 heads, width 768, MLP 3072, learned positions, head on the normalised class token."""
     return ViT(num_classes, in_channels, image_size)

@@ -65,7 +65,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=False,
         metavar="FILE",
-        help="start vit from ImageNet weights: torchvision's, downloaded, or those of FILE",
+        help="start vit from ImageNet weights, as the SAMIS paper does: torchvision's, downloaded, or those of FILE",
     )
 
 
@@ -152,9 +152,15 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: bool = True, 
         "--lr_sched",
         choices=tuple(SCHEDULES),
         default="cosine",
-        help="schedule of the rate, stepped per epoch",
+        help="schedule of the rate, stepped per epoch, for every optimizer (the SAMIS experiments keep the rate of "
+        "adam constant: const)",
     )
-    add("--lr_min", type=values.number(float, 0), default=0.0, help="floor of the rate (schedule cosine)")
+    add(
+        "--lr_min",
+        type=values.number(float, 0),
+        default=0.0,
+        help="floor that the rate falls towards (every schedule but const)",
+    )
     add("--weight_decay", type=values.number(float, 0), default=0.0, help="weight decay (the papers use none)")
     add(
         "--rho",
