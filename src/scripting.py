@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -68,11 +69,48 @@ class _BarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LosableFile(io.FileIO):
+    """A console or a log that may fail, as a pipe without a reader or a full disk does: what it is given is lost."""
+
+    def write(self, data: Any) -> int | None:
+        """Write, or pretend to."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _losable_text(file: int | str, mode: str, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
+    """A text stream that never fails: not to write, and not to encode a name that the console cannot show."""
+    raw = io.BufferedWriter(_LosableFile(file, mode, closefd=not isinstance(file, int)))
+    return io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=line_buffering)
+
+
+def _keep_console() -> None:
+    """Let the work survive the loss of its console, so that the exit status tells whether the work was done.
+
+    Standard descriptors that the shell closed are opened to nowhere: the next file would take their numbers, and
+    receive what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed
+            setattr(sys, name, _losable_text(number, "w", "utf-8", line_buffering=True))
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            setattr(sys, name, _losable_text(number, "w", stream.encoding, stream.line_buffering))
+
+
 class _LogFile(logging.FileHandler):
     """A log on a full disk loses lines, and says nothing: results on a full disk speak for themselves."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on."""
+    def _open(self) -> io.TextIOWrapper:
+        return _losable_text(self.baseFilename, self.mode, "utf-8", line_buffering=True)
 
 
 def start_logging(file: Path | None = None, quiet: bool = False) -> None:
@@ -101,6 +139,7 @@ def start_logging(file: Path | None = None, quiet: bool = False) -> None:
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main`` and exit: 0, the status of a user error (one line), or 130 after Ctrl-C."""
     name = Path(sys.argv[0]).name
+    _keep_console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
@@ -115,9 +154,6 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             "(with --resume where it has that flag)",
             130,
         )
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except (MemoryError, RuntimeError) as error:
         if "RANK" in os.environ and re.search("(closed|reset) by peer|Broken pipe", str(error)):
             _end(f"{name}: another of the processes that train together has ended; its message says why", 1)
