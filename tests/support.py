@@ -9,9 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+# The published score files: in a folder beside the checkout, or where fetch_scores.py puts them.
+_FETCHED = ("forgettability/forg_cifar10.pkl", "memorization/cifar100_infl_matrix.npz", "sam_sgd/samis_loss_svhn.pkl")
+PUBLISHED = next(
+    (
+        folder
+        for folder in (SHARED / "published_scores", ROOT / "src" / "metrics")
+        if all((folder / file).exists() for file in _FETCHED)
+    ),
+    None,
+)
+needs_published = pytest.mark.skipif(
+    PUBLISHED is None,
+    reason="needs the published scores: run fetch_scores.py with --dataset=cifar10, cifar100 and svhn",
+)
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,10 @@ def test_data_folder_that_cannot_be_written(tmp_path):
             load_dataset(name, blocked)
 
 
-@pytest.mark.skipif(not (SHARED / "lay_out_data.py").exists(), reason="needs the shared Fashion-MNIST files")
+@pytest.mark.skipif(
+    not (SHARED / "lay_out_data.py").exists(),
+    reason="needs the original Fashion-MNIST files, which no package of this project brings",
+)
 def test_fashion_mnist_files_without_network(tmp_path, monkeypatch):
     subprocess.run([sys.executable, SHARED / "lay_out_data.py", tmp_path, "fmnist"], check=True, capture_output=True)
 

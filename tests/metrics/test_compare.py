@@ -1,10 +1,10 @@
 """Rank comparisons: closed forms, slow twins, and the numbers known of the published files."""
 
 import csv
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support import PUBLISHED, needs_published
 
 from src.errors import FlagError
 from src.metrics import Proxy
@@ -19,8 +19,6 @@ from src.metrics.compare import (
     top_overlap,
 )
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "published_scores"
-needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published score files are not at hand")
 _LOADED = {}
 
 

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import PUBLISHED, needs_published
 
 from src import artifacts
 from src.artifacts.score_files import read_scores, sidecar_path, write_scores
 from src.errors import FileError, FlagError
 from src.metrics import MODES, Memorization, Proxy, find_scores
-
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "published_scores"
-needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published score files are not at hand")
 
 RAW = np.array([3.0, 1.0, 5.0, 1.0, 2.0])
 

@@ -4,15 +4,14 @@ import functools
 import hashlib
 import http.server
 import threading
-from pathlib import Path
 
 import pytest
+from support import PUBLISHED, needs_published
 
 from src.errors import FileError, FlagError
 from src.metrics import published
 from src.metrics.published import PublishedFile, fetch, published_files, published_table
 
-SHARED_SCORES = Path(__file__).resolve().parents[3] / "shared" / "published_scores"
 CONTENT = b"scores" * 100_000  # more than one chunk
 MEM = b"memorization"
 
@@ -135,12 +134,12 @@ def test_the_address_names_the_commit():
     assert len(published.COMMIT) == 40
 
 
-@pytest.mark.skipif(not SHARED_SCORES.is_dir(), reason="the published score files are not at hand")
+@needs_published
 def test_the_table_fits_the_real_files():
-    there = [file for file in published_table() if file.sha256 and file.path(SHARED_SCORES).exists()]
+    there = [file for file in published_table() if file.sha256 and file.path(PUBLISHED).exists()]
     assert len(there) >= 8
     for file in there:
-        with file.path(SHARED_SCORES).open("rb") as content:
+        with file.path(PUBLISHED).open("rb") as content:
             assert file.is_content_of(content)
             content.seek(0)
             assert blob(content.read()) == file.blob
