@@ -1,7 +1,7 @@
 """The catalogue: every fact about a data set that has a name, in one place."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from src.datasets.class_names import CIFAR10, CIFAR100, DIGITS, FASHION
 from src.errors import FlagError
@@ -38,6 +38,23 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class Download:
+    """A published file that a data set is made from.
+
+    Attributes:
+        file: Its path below the data set's folder.
+        urls: Where it is found, tried in this order: https first.
+        md5: Its checksum as published.
+        sha256: Its checksum; with it even a mirror without https cannot deliver another file.
+    """
+
+    file: str
+    urls: tuple[str, ...]
+    md5: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class DatasetEntry:
     """One data set.
 
@@ -53,6 +70,9 @@ class DatasetEntry:
         cutout: Whether Cutout may be asked for.
         sizes: Length of the training and the test part as published; None for own data.
         class_names: Names of the classes where the data themselves do not carry them.
+        downloads: The files that it is downloaded as.
+        published: Digest of the decoded images and labels by part (``vision.part_digest``), for files that nothing
+            else verifies.
     """
 
     name: str
@@ -66,6 +86,8 @@ class DatasetEntry:
     cutout: bool = False
     sizes: tuple[int, int] | None = None
     class_names: tuple[str, ...] = ()
+    downloads: tuple[Download, ...] = ()
+    published: Mapping[str, str] = field(default_factory=dict)
 
     def training_augmentation(
         self, switched_on: bool, *, cutout_holes: int = 0, cutout_length: int = 16
@@ -123,6 +145,18 @@ _CIFAR = Normalisation(
     (63.0 / 255, 62.1 / 255, 66.7 / 255),
 )
 _IMAGENET = _same((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _idx(folder: str, mirrors: Sequence[str], *checksums: tuple[str, str]) -> tuple[Download, ...]:
+    """The four files of MNIST and its kin; md5 and sha256 of each."""
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    files = [f"{name}-ubyte.gz" for name in names]
+    return tuple(
+        Download(f"{folder}/raw/{file}", tuple(f"{mirror}/{file}" for mirror in mirrors), *sums)
+        for file, sums in zip(files, checksums, strict=True)
+    )
+
+
 _CROP_AND_FLIP = Augmentation(crop_padding=4, flip=True)
 
 _add(
@@ -148,6 +182,15 @@ _add(
         source="torchvision",
         sizes=(60000, 10000),
         class_names=DIGITS,
+        downloads=_idx(
+            "MNIST",
+            ("https://ossci-datasets.s3.amazonaws.com/mnist",),
+            ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+            ("d53e105ee54ea40749a09fcbcd1e9432", "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+            ("9fb629c4189551a2d022fa330f9573f3", "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+            ("ec29112dd5afa0611ce80d1b7f02629c", "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+        ),
+        published={"train": "d18cfd466eb143ac", "test": "a0863a96c44e5666"},
     )
 )
 _add(
@@ -163,6 +206,19 @@ _add(
         source="torchvision",
         sizes=(60000, 10000),
         class_names=FASHION,
+        downloads=_idx(
+            "FashionMNIST",
+            (
+                # The host of torchvision's address offers https under its other name only.
+                "https://fashion-mnist.s3.eu-central-1.amazonaws.com",
+                "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+            ),
+            ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
+            ("25c81989df183df01b3e8a0aad5dffbe", "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
+            ("bef4ecab320f06d8554ea6380940ec79", "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
+            ("bb300cfdad3c16e7a12a480ee83cd310", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
+        ),
+        published={"train": "1f243a60b4b748a4", "test": "9a494dc49efeb996"},
     )
 )
 _add(
@@ -180,6 +236,14 @@ _add(
         cutout=True,
         sizes=(50000, 10000),
         class_names=CIFAR10,
+        downloads=(
+            Download(
+                "cifar-10-python.tar.gz",
+                ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+                "c58f30108f718f92721af3b95e74349a",
+                "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            ),
+        ),
     )
 )
 _add(
@@ -194,6 +258,14 @@ _add(
         cutout=True,
         sizes=(50000, 10000),
         class_names=CIFAR100,
+        downloads=(
+            Download(
+                "cifar-100-python.tar.gz",
+                ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",),
+                "eb9058c3a382ffc7106e4002c42a8d85",
+                "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+            ),
+        ),
     )
 )
 _add(
@@ -206,6 +278,26 @@ _add(
         source="torchvision",
         sizes=(73257, 26032),
         class_names=DIGITS,
+        downloads=tuple(
+            Download(
+                file,
+                # Plain http only where https fails: the checksum decides, not the connection.
+                (f"https://ufldl.stanford.edu/housenumbers/{file}", f"http://ufldl.stanford.edu/housenumbers/{file}"),
+                *sums,
+            )
+            for file, *sums in (
+                (
+                    "train_32x32.mat",
+                    "e26dedcc434d2e4c54c9b2d4a06d8373",
+                    "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+                ),
+                (
+                    "test_32x32.mat",
+                    "eb5a983be6a315427106f1b164d9cef3",
+                    "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+                ),
+            )
+        ),
     )
 )
 _add(
@@ -219,6 +311,17 @@ _add(
         augmentation=_CROP_AND_FLIP,
         cutout=True,
         sizes=(100000, 10000),
+        downloads=(
+            Download(
+                "tiny-imagenet-200.zip",
+                (
+                    "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                ),
+                "90528d7ca1a48142e341f4ef8d21d0de",
+                "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+            ),
+        ),
     )
 )
 _add(
@@ -231,6 +334,6 @@ _add(
         source="imagenet",
         augmentation=Augmentation(flip=True, random_resized_crop=True),
         always=Augmentation(random_resized_crop=True),
-        sizes=(1281167, 50000),
+        sizes=(1281167, 50000),  # from local archives, which torchvision checks by md5 (no sha256 is published)
     )
 )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from src.datasets.augment import crop_boxes
 from src.datasets.catalogue import DatasetEntry
+from src.datasets.decoding import is_system_file, open_image
+from src.datasets.faults import Faults
 from src.datasets.images import ImageSet
 from src.errors import FileError
 
@@ -64,23 +66,26 @@ def _extract(folder: Path, name: str) -> None:
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_system_file(entry.name))
 
 
 def _scan(entry: DatasetEntry, part: str, folder: Path, classes: list[str]) -> "StreamedImages":
-    names, labels = [], []
-    foreign = sorted(set(_classes(folder)) - set(classes))
-    if foreign:
-        raise FileError(f"{folder / foreign[0]}: is a class that {FOLDERS['train']}/ lacks")
+    names, labels, faults = [], [], Faults(folder)
+    for name in sorted(set(_classes(folder)) - set(classes)):
+        faults.add(name, f"is a class that {FOLDERS['train']}/ lacks")
     for label, wnid in enumerate(classes):
-        found = sorted(os.listdir(folder / wnid)) if (folder / wnid).is_dir() else []
-        found = [name for name in found if not name.startswith(".")]
-        if not found and part == "train":
-            raise FileError(f"{folder / wnid}: holds no image; extract the archives anew")
-        names += [f"{wnid}/{name}" for name in found]
-        labels += [label] * len(found)
+        there = list(os.scandir(folder / wnid)) if (folder / wnid).is_dir() else []
+        there = sorted((file for file in there if not is_system_file(file.name)), key=lambda file: file.name)
+        for file in there:
+            if not file.is_file():  # opening a pipe would wait for ever
+                faults.add(f"{wnid}/{file.name}", "is not a regular file; remove or replace it")
+        if not there and part == "train":
+            faults.add(wnid, "has no image; extract the archives again")
+        names += [f"{wnid}/{file.name}" for file in there]
+        labels += [label] * len(there)
+    faults.refuse()
     if not names:
-        raise FileError(f"{folder}: holds no image in a folder per class; extract the archives anew")
+        raise FileError(f"{folder}: has no image in a folder per class; extract the archives again")
     # Bytes in one array: a list of a million strings would be copied into every worker.
     return StreamedImages(entry, part, folder, np.array([os.fsencode(name) for name in names]), labels, classes)
 
@@ -101,10 +106,11 @@ def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
         FileError: The file cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FileError(f"{path}: cannot be read as an image; extract the archives anew") from error
+        with path.open("rb") as file:
+            # As published, and as torchvision does: EXIF orientation is ignored, transparency dropped.
+            image = open_image(file).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: {error}; extract the archives again") from error
     width, height = image.size
     if draws is None:
         short = round(size * RESIZE)

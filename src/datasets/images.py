@@ -20,6 +20,8 @@ class ImageSet:
         indices: int64 ``(n,)``, the original position of each example in the whole part.
         total: Length of the whole part.
         class_names: One name per class.
+        decoding: Which rules of ``decoding.as_seen`` changed pixels of this data set, such as ``"exif,alpha"``; None
+            for none.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class ImageSet:
         indices: Tensor | None = None,
         total: int | None = None,
         rows: Tensor | None = None,
+        decoding: str | None = None,
     ) -> None:
         self.entry = entry
         self.part = part
@@ -40,6 +43,7 @@ class ImageSet:
         self.class_names = list(class_names or entry.class_names or map(str, range(entry.num_classes)))
         self.total = len(labels) if total is None else total
         self.indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
+        self.decoding = decoding
         self._storage = storage
         self._rows = rows  # rows of the storage; None for all of them in order
 
@@ -110,4 +114,5 @@ class ImageSet:
             indices=indices,
             total=self.total,
             rows=rows,
+            decoding=self.decoding,
         )

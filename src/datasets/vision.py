@@ -1,8 +1,8 @@
-"""Data sets that torchvision reads, and downloads where they are missing."""
+"""Data sets that torchvision reads; missing files are downloaded."""
 
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import hashlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from src.datasets.catalogue import DatasetEntry
+from src.datasets.download import fetch
 from src.datasets.images import ImageSet
 from src.errors import FileError
 
-TIMEOUT = 60  # seconds without an answer
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,27 @@ def _load_part(entry: DatasetEntry, folder: Path, part: str) -> ImageSet:
     labels = torch.as_tensor(np.asarray(getattr(data, reader.labels), dtype=np.int64))
     wanted = (entry.channels, entry.image_size, entry.image_size)
     if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted or len(images) != len(labels):
-        raise FileError(f"{folder}: the {part} files of {entry.name} are damaged; delete them to download anew")
+        raise FileError(f"{folder}: the {part} files of {entry.name} are damaged; delete them to download them again")
+    if not 0 <= labels.min() <= labels.max() < entry.num_classes:
+        raise FileError(
+            f"{folder}: the {part} files of {entry.name} have labels from {labels.min()} to {labels.max()}; it has "
+            f"classes 0 to {entry.num_classes - 1}; delete them to download them again"
+        )
+    if part in entry.published and part_digest(images, labels) != entry.published[part]:
+        log.warning("%s: the %s files differ from the published %s; they are used as they are", folder, part,
+                    entry.name)  # fmt: skip
     return ImageSet(entry, part, images, labels)
 
 
+def part_digest(images: Tensor, labels: Tensor) -> str:
+    """16 hex digits that identify the pixels and labels of a part."""
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    return digest.hexdigest()[:16]
+
+
 def _open(entry: DatasetEntry, folder: Path, reader: _Reader, part: str) -> Any:
-    """Torchvision's data set; the network is used only where files are missing or fail their checksum."""
+    """Torchvision's data set; the network is used only where files are missing."""
     from torchvision import datasets
 
     make, arguments = getattr(datasets, reader.class_name), reader.part(part)
@@ -67,29 +83,20 @@ def _open(entry: DatasetEntry, folder: Path, reader: _Reader, part: str) -> Any:
     except Exception as error:  # missing files and damaged ones raise nearly anything
         reason = error
     if "not found" not in str(reason):
-        raise FileError(
-            f"{folder}: the {part} files of {entry.name} are damaged ({_line(reason)}); delete them to download anew"
-        ) from reason
+        raise _damaged(entry, folder, part, reason) from reason
+    fetch(entry, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _impatience():
-            return make(str(folder), **arguments, download=True)
+        return make(str(folder), **arguments, download=True)  # unpacks what was downloaded
+    except OSError:  # a full disk, or a folder that cannot be written
+        raise
     except Exception as error:
-        raise FileError(
-            f"{folder}: holds no {entry.name}, and it could not be downloaded ({_line(error)}); "
-            f"put torchvision's files there, or {entry.name}.npz into {folder.parent}"
-        ) from error
+        raise _damaged(entry, folder, part, error) from error
 
 
-@contextmanager
-def _impatience() -> Iterator[None]:
-    """Give up where a server does not answer; torchvision itself would wait for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _damaged(entry: DatasetEntry, folder: Path, part: str, reason: BaseException) -> FileError:
+    return FileError(
+        f"{folder}: the {part} files of {entry.name} are damaged ({_line(reason)}); delete them to download again"
+    )
 
 
 def _line(error: BaseException) -> str:

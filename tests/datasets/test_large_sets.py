@@ -1,6 +1,7 @@
 import hashlib
 import http.server
 import io
+import os
 import shutil
 import tarfile
 import threading
@@ -15,6 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 from src.datasets import CATALOGUE, Augmentation, Batches, load_dataset, lookup
+from src.datasets.catalogue import Download
 from src.datasets.imagenet import load_imagenet
 from src.datasets.tiny_imagenet import load_tiny_imagenet
 from src.errors import FileError
@@ -53,7 +55,13 @@ def write_zip(path, files):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             archive.writestr(f"tiny-imagenet-200/{name}", content)
-    return hashlib.md5(path.read_bytes()).hexdigest()
+    return path.read_bytes()
+
+
+def tiny(content, *urls):
+    """The entry of a small Tiny ImageNet whose zip has this content and these addresses."""
+    sums = hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest()
+    return replace(TINY, downloads=(Download("tiny-imagenet-200.zip", urls, *sums),))
 
 
 @pytest.fixture
@@ -86,61 +94,111 @@ def check_tiny(train, test):
 
 def test_tiny_imagenet_is_downloaded_checked_and_kept(tmp_path, server, monkeypatch):
     root, address = server
-    md5 = write_zip(root / "tiny.zip", tiny_files())
-    check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet", f"{address}/tiny.zip", md5))
-    check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet", "http://127.0.0.1:1/", md5))
-    monkeypatch.setitem(CATALOGUE, "tiny_imagenet", TINY)
+    entry = tiny(write_zip(root / "tiny.zip", tiny_files()), f"{address}/none.zip", f"{address}/tiny.zip")
+    check_tiny(*load_tiny_imagenet(entry, tmp_path / "tiny_imagenet"))
+    shutil.rmtree(root)
+    check_tiny(*load_tiny_imagenet(entry, tmp_path / "tiny_imagenet"))
+    monkeypatch.setitem(CATALOGUE, "tiny_imagenet", entry)
     shutil.rmtree(tmp_path / "tiny_imagenet")
     check_tiny(*load_dataset("tiny_imagenet", tmp_path))
 
 
-def test_tiny_imagenet_from_the_extracted_folder(tmp_path):
-    for name, content in tiny_files().items():
-        path = tmp_path / "tiny_imagenet" / "tiny-imagenet-200" / name
+def by_class(files, images):
+    """The files after a user's script moved the validation images into a folder per class."""
+    lines = [line.split("\t") for line in files.pop("val/val_annotations.txt").decode().splitlines()]
+    for name, wnid, *_ in lines:
+        files[f"val/{wnid}/{images}{name}"] = files.pop(f"val/images/{name}")
+    return files
+
+
+@pytest.mark.parametrize("top", ["tiny-imagenet-200", ""])
+@pytest.mark.parametrize("arranged", ["as published", "val/WNID", "val/WNID/images"])
+def test_tiny_imagenet_from_the_extracted_folder(tmp_path, top, arranged):
+    files = tiny_files()
+    if arranged != "as published":
+        files = by_class(files, arranged.removeprefix("val/WNID").lstrip("/") and "images/")
+    files |= {"val/Thumbs.db": b"x", "train/n01/images/._n01_0.JPEG": b"x", "train/n01/images/.DS_Store": b"x"}
+    for name, content in files.items():
+        path = tmp_path / "tiny_imagenet" / top / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     check_tiny(*load_tiny_imagenet(TINY, tmp_path / "tiny_imagenet"))
+    assert (tmp_path / "tiny_imagenet.npz").exists()
 
 
 def test_tiny_imagenet_downloads_that_fail(tmp_path, server):
     root, address = server
-    write_zip(root / "tiny.zip", tiny_files())
+    content = write_zip(root / "tiny.zip", tiny_files())
     folder = tmp_path / "tiny_imagenet"
-    with pytest.raises(FileError, match=r"has md5 .*, not 1234"):
-        load_tiny_imagenet(TINY, folder, f"{address}/tiny.zip", "1234")
+    with pytest.raises(FileError, match=r"could not be downloaded .*has md5 .*, not "):
+        load_tiny_imagenet(tiny(b"another", f"{address}/tiny.zip"), folder)
+    same_md5 = replace(tiny(content).downloads[0], urls=(f"{address}/tiny.zip",), sha256="1234")
+    with pytest.raises(FileError, match=r"has sha256 .*, not 1234"):
+        load_tiny_imagenet(replace(TINY, downloads=(same_md5,)), folder)
     with pytest.raises(FileError, match="could not be downloaded"):
-        load_tiny_imagenet(TINY, folder, f"{address}/none.zip", "1234")
+        load_tiny_imagenet(tiny(content, f"{address}/none.zip"), folder)
     assert list(folder.iterdir()) == []
+
+
+def test_every_download_has_checksums_and_https_first():
+    for entry in CATALOGUE.values():
+        for download in entry.downloads:
+            assert (len(download.md5), len(download.sha256)) == (32, 64)
+            assert download.urls[0].startswith("https://")
+        assert entry.downloads or entry.name in ("digits", "imagenet")
 
 
 def _spoil(files, how):
     if how == "no annotations":
         del files["val/val_annotations.txt"]
-        return r"holds no val/val_annotations\.txt"
+        return r"has no val/val_annotations\.txt"
+    if how == "empty annotations":
+        files["val/val_annotations.txt"] = b""
+        return r"val_annotations\.txt is empty"
+    if how == "annotations in another encoding":
+        files["val/val_annotations.txt"] = b"\xff\xfe" + files["val/val_annotations.txt"]
+        return r"val_annotations\.txt is not a text file in UTF-8"
+    if how == "two bad images":
+        files["train/n01/images/n01_0.JPEG"] = b"no image"
+        files["train/n02/images/n02_1.JPEG"] = jpeg(0, size=32)
+        return r"2 files.*n01_0\.JPEG: cannot be read.*n02_1\.JPEG: is 32x32"
     if how == "missing class":
         for name in [name for name in files if "train/n02" in name]:
             del files[name]
         return "holds 2 classes below train/, not 3"
     if how == "missing image":
         del files["val/images/val_2.JPEG"]
-        return r"names 'val_2\.JPEG'"
+        return r"'val_2\.JPEG' of class 'n01'"
     if how == "other size":
         files["train/n01/images/n01_0.JPEG"] = jpeg(0, size=32)
-        return r"n01_0\.JPEG is 32x32, not 64x64"
+        return r"n01_0\.JPEG: is 32x32, not 64x64"
     files["train/n01/images/n01_0.JPEG"] = b"no image"
     return r"n01_0\.JPEG: cannot be read"
 
 
-@pytest.mark.parametrize("how", ["no annotations", "missing class", "missing image", "other size", "unreadable"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no annotations",
+        "empty annotations",
+        "annotations in another encoding",
+        "missing class",
+        "missing image",
+        "other size",
+        "two bad images",
+        "unreadable",
+    ],
+)
 def test_tiny_imagenet_that_is_not_whole(tmp_path, how):
     files = tiny_files()
     message = _spoil(files, how)
     path = tmp_path / "tiny_imagenet" / "tiny-imagenet-200.zip"
-    md5 = write_zip(path, files)
-    with pytest.raises(FileError, match=message):
-        load_tiny_imagenet(TINY, path.parent, md5=md5)
+    entry = tiny(write_zip(path, files))
+    with pytest.raises(FileError, match=message) as caught:
+        load_tiny_imagenet(entry, path.parent)
+    assert "\n" not in str(caught.value)
     with pytest.raises(FileError, match="is damaged"):
-        load_tiny_imagenet(TINY, path.parent, md5="1234")
+        load_tiny_imagenet(TINY, path.parent)
 
 
 SIZES = [(50, 70), (64, 40), (33, 33), (120, 37), (36, 36), (90, 100)]
@@ -251,6 +309,9 @@ def test_imagenet_folders_that_are_not_whole(imagenet_folder):
         load_imagenet(lookup("imagenet"), imagenet_folder)
     (imagenet_folder / "val" / "n09").mkdir()
     with pytest.raises(FileError, match="n09: is a class that train/ lacks"):
+        load_imagenet(IMAGENET, imagenet_folder)
+    os.mkfifo(imagenet_folder / "val" / "n01" / "pipe.JPEG")
+    with pytest.raises(FileError, match=r"2 files.*n09: is a class.*pipe\.JPEG: is not a regular file"):
         load_imagenet(IMAGENET, imagenet_folder)
     shutil.rmtree(imagenet_folder / "val")
     with pytest.raises(FileError, match=r"holds no val/.*ILSVRC2012_img_val\.tar"):

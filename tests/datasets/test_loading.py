@@ -1,5 +1,7 @@
+import struct
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -161,10 +163,10 @@ def test_bad_flags(name, arguments, message):
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
 def test_data_that_cannot_be_downloaded(tmp_path, monkeypatch, name):
     def offline(*_arguments, **_settings):
-        raise OSError("no network")
+        raise urllib.error.URLError(OSError("no network"))
 
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
-    with pytest.raises(FileError, match=f"holds no {name}, and it could not be downloaded") as caught:
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(FileError, match=f"{name}/.*: is missing and could not be downloaded") as caught:
         load_dataset(name, tmp_path)
     assert "\n" not in str(caught.value)
     assert f"{name}.npz" in str(caught.value)
@@ -199,3 +201,41 @@ def test_fashion_mnist_files_without_network(tmp_path, monkeypatch):
     raw.write_bytes(raw.read_bytes()[:1000])
     with pytest.raises(FileError, match=r"fmnist: the train files of fmnist are damaged"):
         load_dataset("fmnist", tmp_path)
+
+
+def write_idx(folder, labels):
+    """The raw files of MNIST, with these labels."""
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        head = struct.pack(">IIII", 2051, len(labels), 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        head = struct.pack(">II", 2049, len(labels))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(labels))
+
+
+def test_mnist_files_that_are_not_the_published_ones(tmp_path, caplog):
+    write_idx(tmp_path / "mnist" / "MNIST" / "raw", [0, 1, 9, 3])
+    train, _ = load_dataset("mnist", tmp_path)
+    assert train.labels.tolist() == [0, 1, 9, 3]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "differ from the published mnist" in caplog.text
+    write_idx(tmp_path / "fmnist" / "FashionMNIST" / "raw", [0, 1, 10, 3])
+    with pytest.raises(FileError, match=r"labels from 0 to 10.*classes 0 to 9"):
+        load_dataset("fmnist", tmp_path)
+
+
+@pytest.mark.skipif(not (SHARED / "lay_out_data.py").exists(), reason="needs the shared MNIST files")
+@pytest.mark.parametrize("name", ["mnist", "fmnist"])
+def test_published_files_are_recognized(tmp_path, caplog, name):
+    subprocess.run([sys.executable, SHARED / "lay_out_data.py", tmp_path, name], check=True, capture_output=True)
+    for raw in tmp_path.rglob("*-ubyte"):
+        raw.unlink()  # made from the verified archives again
+    load_dataset(name, tmp_path)
+    assert not caplog.records
+    packed = next(tmp_path.rglob("t10k-labels*.gz"))
+    packed.write_bytes(packed.read_bytes()[:-1])
+    for raw in tmp_path.rglob("*-ubyte"):
+        raw.unlink()
+    with pytest.raises(FileError, match=r"is damaged .its sha256"):
+        load_dataset(name, tmp_path)

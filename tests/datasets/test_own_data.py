@@ -1,3 +1,5 @@
+import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -149,13 +151,13 @@ def test_bad_folders(tmp_path):
     with pytest.raises(FileError, match=r"empty/train: there is no such folder"):
         load_dataset(f"folder:{tmp_path}/empty", ".")
     (tmp_path / "empty" / "train").mkdir()
-    with pytest.raises(FileError, match=r"empty/train: holds no class folder"):
+    with pytest.raises(FileError, match=r"empty/train: has no class folder"):
         load_dataset(f"folder:{tmp_path}/empty", ".")
 
 
 def _empty_class(root):
     (root / "train" / "cat").mkdir()
-    return "train/cat: holds no image"
+    return "train/cat: has no image"
 
 
 def _foreign_class(root):
@@ -168,9 +170,8 @@ def _no_test(root):
     return "test: there is no such folder"
 
 
-def _grey_among_colour(root):
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "train" / "bee" / "1.png")
-    return "train/bee/1.png: is grey among colour images; give --channels"
+def _gray_among_color(root):
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(root / "train" / "bee" / "1.png")
 
 
 def _other_size(root):
@@ -190,8 +191,23 @@ def _truncated(root):
 
 
 def _deep(root):
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(root / "train" / "bee" / "1.png")
-    return "train/bee/1.png: has more than 8 bits"
+    Image.fromarray(np.zeros((8, 8), np.int32)).save(root / "train" / "bee" / "1.png", "TIFF")
+    return "train/bee/1.png: has 32 bits per pixel"
+
+
+def _other_format(root):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "train" / "bee" / "1.png", "TGA")
+    return "train/bee/1.png: cannot be read as an image"
+
+
+def _pipe(root):
+    os.mkfifo(root / "train" / "bee" / "pipe.png")
+    return "train/bee/pipe.png: is not a regular file"
+
+
+def _dangling(root):
+    (root / "train" / "bee" / "link.png").symlink_to(root / "none.png")
+    return "train/bee/link.png: is not a regular file"
 
 
 def _nested(root):
@@ -205,11 +221,13 @@ def _nested(root):
         _empty_class,
         _foreign_class,
         _no_test,
-        _grey_among_colour,
         _other_size,
         _unreadable,
         _truncated,
         _deep,
+        _other_format,
+        _pipe,
+        _dangling,
         _nested,
     ],
 )
@@ -224,7 +242,7 @@ def test_spoilt_folder(tmp_path, spoil):
 
 def test_flags_mend_mixed_folders(tmp_path):
     name = write_folder(tmp_path / "pets")
-    _grey_among_colour(tmp_path / "pets")
+    _gray_among_color(tmp_path / "pets")
     _other_size(tmp_path / "pets")
     for channels in (1, 3):
         train, test = load_dataset(name, ".", channels=channels, image_size=6)
@@ -236,3 +254,159 @@ def test_oblong_folder(tmp_path):
     with pytest.raises(FileError, match="square images are needed, or give --image_size"):
         load_dataset(name, ".")
     assert load_dataset(name, ".", image_size=6)[0].image_shape == (3, 6, 6)
+
+
+def test_all_bad_files_are_listed_at_once(tmp_path):
+    name = write_folder(tmp_path / "pets", count=12)
+    expected = [spoil(tmp_path / "pets") for spoil in (_empty_class, _nested, _other_size)]
+    (tmp_path / "pets" / "train" / "ant" / "3.png").write_bytes(b"junk")
+    with pytest.raises(FileError) as caught:
+        load_dataset(name, ".")
+    assert "4 files or folders" in str(caught.value)
+    assert all(message in str(caught.value) for message in [*expected, "train/ant/3.png: cannot be read"])
+    for path in (tmp_path / "pets" / "train").rglob("*.png"):
+        path.write_bytes(b"junk")
+    with pytest.raises(FileError, match=r"\(20\) train/bee.*; and 7 more$") as caught:
+        load_dataset(name, ".")
+    assert "(21)" not in str(caught.value)
+
+
+def test_files_of_operating_systems_are_ignored(tmp_path, caplog):
+    caplog.set_level("INFO")
+    name = write_folder(tmp_path / "pets")
+    before = load_dataset(name, ".")[0].entry.name
+    for part in ("train", "test"):
+        for file in ("Thumbs.db", "ant/DESKTOP.INI", "ant/thumbs.DB", "bee/.DS_Store", "bee/._1.png"):
+            (tmp_path / "pets" / part / file).write_bytes(b"x")
+        (tmp_path / "pets" / part / "__MACOSX" / "ant").mkdir(parents=True)
+        (tmp_path / "pets" / part / "ant" / "__MacOSX").mkdir()
+    train, test = load_dataset(name, ".")
+    assert (train.class_names, len(train), len(test), train.entry.name) == (["ant", "bee"], 6, 6, before)
+    (line,) = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+    assert "14 hidden or system files" in line
+
+
+@pytest.mark.parametrize("where", ["train", "test", "both"])
+def test_mixed_gray_and_color_becomes_color(tmp_path, caplog, where):
+    caplog.set_level("INFO")
+    name = write_folder(tmp_path / "pets", mode="L")
+    color = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for part in ("train", "test") if where == "both" else (where,):
+        Image.fromarray(color).save(tmp_path / "pets" / part / "ant" / "1.png")
+    train, test = load_dataset(name, ".")
+    assert train.image_shape == (3, 8, 8)
+    for images in (train, test):
+        for k, path in enumerate(sorted((tmp_path / "pets" / images.part).rglob("*.png"))):
+            expected = np.asarray(Image.open(path).convert("RGB"))
+            assert torch.equal(pixels(images)[k].permute(1, 2, 0), torch.from_numpy(expected.copy()))
+    assert "are converted to color" in caplog.text
+
+
+TURNS = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.T,
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].T,
+    8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_images_are_upright(tmp_path, orientation, kind):
+    name = write_folder(tmp_path / "pets", mode="L")
+    image = np.random.default_rng(5).integers(0, 256, (8, 8), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    path, more = tmp_path / "pets" / "train" / "ant" / "0.png", {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(image).save(path, kind, exif=exif, **more)
+    train, test = load_dataset(name, ".", channels=1)
+    found = pixels(train)[0, 0].numpy()
+    assert np.abs(found.astype(int) - TURNS[orientation](image)).max() <= (1 if kind == "WEBP" else 0)
+    # Pillow has always turned TIFF images
+    assert train.decoding == test.decoding == ("exif" if orientation > 1 and kind != "TIFF" else None)
+    assert train.subset(torch.tensor([1])).to("meta").decoding == train.decoding
+
+
+def transparent(kind):
+    """A gray ramp whose left half is transparent, and what it looks like on white."""
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    alpha = np.full((8, 8), 255, np.uint8)
+    alpha[:, :4] = 0
+    alpha[0, 7] = 102
+    seen = np.rint((ramp * (alpha / 255)) + 255 * (1 - alpha / 255))
+    if kind == "LA":
+        return Image.fromarray(np.stack([ramp, alpha], -1)), seen, {}
+    if kind == "RGBA":
+        return Image.fromarray(np.stack([ramp] * 3 + [alpha], -1)), seen, {}
+    seen = np.where(ramp == 9, 255, ramp)
+    if kind == "L tRNS":
+        return Image.fromarray(ramp), seen, {"transparency": 9}
+    if kind == "I;16 tRNS":
+        return Image.fromarray(ramp.astype(np.uint16) * 257), seen, {"transparency": 9 * 257}
+    if kind == "RGB tRNS":
+        return Image.fromarray(np.stack([ramp] * 3, -1)), seen, {"transparency": (9, 9, 9)}
+    palette = Image.fromarray(ramp).convert("P")
+    return palette, seen, {"transparency": 9}
+
+
+@pytest.mark.parametrize("kind", ["LA", "RGBA", "L tRNS", "I;16 tRNS", "RGB tRNS", "P"])
+def test_transparency_shows_white(tmp_path, kind):
+    name = write_folder(tmp_path / "pets")
+    image, seen, more = transparent(kind)
+    path = tmp_path / "pets" / "test" / "ant" / "0.png"
+    image.save(path, **more)
+    for channels in (1, 3):
+        train, test = load_dataset(name, ".", channels=channels)
+        assert (np.abs(pixels(test)[0].numpy().astype(int) - seen) <= 1).all()
+        # 16 bits were refused before, so there are no older results that differ
+        assert train.decoding == (None if "16" in kind else "alpha")
+
+
+def test_opaque_images_are_decoded_as_before(tmp_path):
+    name = write_folder(tmp_path / "pets")
+    solid = np.random.default_rng(3).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    solid[..., 3] = 255
+    Image.fromarray(solid).save(tmp_path / "pets" / "train" / "ant" / "0.png")
+    white = np.full((8, 8, 4), 255, np.uint8)
+    white[:4, :, 3] = 0  # transparent, but white either way
+    Image.fromarray(white).save(tmp_path / "pets" / "train" / "ant" / "1.png")
+    train, _ = load_dataset(name, ".")
+    assert train.decoding is None
+    assert torch.equal(pixels(train)[0].permute(1, 2, 0), torch.from_numpy(solid[..., :3].copy()))
+    assert (pixels(train)[1] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PGM"])
+def test_16_bit_gray_is_scaled(tmp_path, kind):
+    name = write_folder(tmp_path / "pets", mode="L")
+    deep = np.random.default_rng(2).integers(0, 65536, (8, 8)).astype(np.uint16)
+    deep[0, :3] = 0, 65535, 129
+    path = tmp_path / "pets" / "train" / "ant" / "0.png"
+    if kind == "PGM":
+        path.write_bytes(b"P5 8 8 65535\n" + deep.astype(">u2").tobytes())
+    else:
+        Image.fromarray(deep).save(path, kind)
+    train, _ = load_dataset(name, ".")
+    assert train.image_shape == (1, 8, 8)
+    assert np.array_equal(pixels(train)[0, 0].numpy(), np.rint(deep / 257))
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = write_folder(tmp_path / "pets", classes=("ant", "bée"))
+    before = load_dataset(name, ".")[0].entry.name
+    digest = hashlib.sha256()  # as it has always been for names in UTF-8
+    for path in sorted((tmp_path / "pets").rglob("*.png"), key=lambda path: (path.parts[-3] != "train", path)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(tmp_path / 'pets')}\0{len(content)}\0".encode() + content)
+    assert before == f"pets-{digest.hexdigest()[:8]}"
+    for part in ("train", "test"):
+        folder = os.fsencode(tmp_path / "pets" / part)
+        os.rename(folder + b"/ant", folder + b"/caf\xe9")
+        os.rename(folder + b"/caf\xe9/0.png", folder + b"/caf\xe9/\xff.png")
+    train, _ = load_dataset(name, ".")
+    assert train.class_names == ["bée", "caf\\xe9"]
+    assert train.entry.name != before

@@ -93,10 +93,6 @@ def one_class(root):
     shutil.rmtree(root / "train" / "cat")
 
 
-def colour(root):
-    save(root / "train" / "dog" / "x.png", np.zeros((8, 8, 3)))
-
-
 def other_size(root):
     save(root / "test" / "dog" / "x.png", np.zeros((9, 9)))
 
@@ -115,7 +111,12 @@ def nested(root):
 
 
 def deep(root):
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(root / "train" / "dog" / "x.png")
+    Image.fromarray(np.zeros((8, 8), np.int32)).save(root / "train" / "dog" / "x.png", "TIFF")
+
+
+def several(root):
+    no_image(root)
+    other_size(root)
 
 
 def no_test(root):
@@ -125,15 +126,15 @@ def no_test(root):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (empty_class, ("train/eel: holds no image", "put images in, or remove the class")),
+        (empty_class, ("train/eel: has no image", "put images in, or remove the class")),
         (foreign_class, ("test/eel: is a class that train/ lacks", "needs training images")),
-        (one_class, ("train: holds class dog only", "two classes")),
-        (colour, (r"x\.png: is colour among grey images", "--channels 1 or --channels 3")),
+        (one_class, ("train: has only class dog", "two classes")),
         (other_size, (r"x\.png: is 9x9 among images of 8x8", "--image_size")),
         (no_image, (r"x\.png: cannot be read as an image", "remove or replace")),
         (half_an_image, (r"x\.png: cannot be read as an image", "remove or replace")),
         (nested, ("dog/x: is a folder inside a class folder", "images are needed")),
-        (deep, (r"x\.png: has more than 8 bits", "save it with 8")),
+        (deep, (r"x\.png: has 32 bits per pixel", "save it with 8 or 16")),
+        (several, (r"photos: 2 files", r"x\.png: cannot be read", "test/dog/x.png: is 9x9")),
         (no_test, ("test: there is no such folder", "train/ and test/")),
     ],
 )

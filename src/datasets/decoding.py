@@ -1,0 +1,89 @@
+"""Image files to pixels: which formats are read, and how a file of the user's own becomes what a person sees."""
+
+import os
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow tries every format that it knows otherwise, rarely used parsers among them.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+GRAY_MODES = ("1", "L", "LA", "La", "I;16")
+ORIENTATION = 274  # EXIF tag: how to turn the image upright
+TURNED = range(2, 9)
+
+# System files that turn up among images, in lower case; names that start with a dot are hidden and ignored as well.
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file or folder is hidden or made by an operating system, so not part of the data."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def printable(name: str) -> str:
+    r"""A file name as text that can be printed and drawn: bytes that are not UTF-8 are written as ``\xff``."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """Read an image, pixels and all.
+
+    Raises:
+        ValueError: It is damaged, or not an image of a format in ``FORMATS``.
+    """
+    try:
+        image = Image.open(file, formats=FORMATS)
+        image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot be read as an image ({', '.join(FORMATS)})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"cannot be read as an image ({error})") from error
+    return image
+
+
+def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[str]]:
+    """The pixels that a viewer shows: upright by EXIF, transparency on white, 16-bit gray scaled to 8 bits.
+
+    Args:
+        image: The image as stored.
+        channels: Convert to gray (1) or color (3); as it is if None.
+
+    Returns:
+        uint8 ``(c, h, w)``, and which of the rules ``"exif"`` and ``"alpha"`` changed the pixels: results that were
+        computed before these rules existed have other pixels there.
+
+    Raises:
+        ValueError: It has 32 bits per pixel (I, F), for which no scale to 8 bits is given.
+    """
+    rules = set()
+    try:
+        if image.getexif().get(ORIENTATION) in TURNED:
+            image = ImageOps.exif_transpose(image)
+            rules.add("exif")
+    except (ValueError, SyntaxError, TypeError, KeyError, OSError):  # unreadable EXIF: as stored
+        pass
+    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # PGM: scaled by Pillow
+    if image.mode in ("I", "F") and not deep:
+        raise ValueError(f"has 32 bits per pixel (mode {image.mode}); save it with 8 or 16")
+    if deep:
+        values = np.asarray(image).astype(np.int64)
+        values[values == image.info.get("transparency")] = 65535
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    gray = image.mode in GRAY_MODES if channels is None else channels == 1
+    kind = "L" if gray else "RGB"
+    plain = np.asarray(image.convert(kind))
+    pixels = np.asarray(_on_white(image).convert(kind)) if image.has_transparency_data else plain
+    if not np.array_equal(pixels, plain):
+        rules.add("alpha")
+    return np.array(pixels[None] if gray else pixels.transpose(2, 0, 1), order="C"), rules
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composite a transparent image on white."""
+    layered = image.convert("RGBA")
+    if layered.getextrema()[3][0] == 255:  # opaque
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered).convert("RGB")

@@ -1,0 +1,39 @@
+"""All that is wrong with the files of a data set, reported at once rather than one restart each."""
+
+from pathlib import Path
+
+from src.errors import FileError
+
+MOST_LISTED = 20
+
+
+class Faults:
+    """Collects unusable files; ``refuse`` reports them in one line.
+
+    Args:
+        root: The folder or archive that the files belong to; long lists name it once.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._found: list[tuple[str, str]] = []
+
+    def add(self, name: str, reason: str) -> None:
+        """Note what is wrong with a file, named relative to the root, and what to do."""
+        self._found.append((name, reason))
+
+    def refuse(self) -> None:
+        """Stop if anything was found.
+
+        Raises:
+            FileError: Lists up to ``MOST_LISTED`` files.
+        """
+        if not self._found:
+            return
+        if len(self._found) == 1:
+            name, reason = self._found[0]
+            raise FileError(f"{self.root / name}: {reason}")
+        listed = [f"({k}) {name}: {reason}" for k, (name, reason) in enumerate(self._found[:MOST_LISTED], 1)]
+        rest = len(self._found) - len(listed)
+        more = f"; and {rest} more" if rest else ""
+        raise FileError(f"{self.root}: {len(self._found)} files or folders cannot be used: {'; '.join(listed)}{more}")
