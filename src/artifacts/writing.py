@@ -1,19 +1,25 @@
 """Atomic writing: a reader sees the old file or the new one, never a part of either."""
 
+import fcntl
 import json
 import os
 import pickle
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from src.errors import FileError
+
+_LOCKED = ".locked-"  # in the names of temporary files that their writer keeps locked
+_OLD = 24 * 3600.0  # seconds after which a temporary file that nothing is known of counts as abandoned
+_swept: set[str] = set()
 
 
 def write_with(path: str | Path, write: Callable[[BinaryIO], None]) -> Path:
@@ -33,13 +39,14 @@ def write_with(path: str | Path, write: Callable[[BinaryIO], None]) -> Path:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        _remove_abandoned(path.parent)
+        descriptor, temporary = _temporary(path)
         with _uninterrupted(), os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)  # before the file is closed, which unlocks it
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -60,8 +67,44 @@ def require_writable(folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        _remove_abandoned(folder)
     except OSError as error:
         raise FileError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """Make a temporary file beside ``path`` and lock it; the kernel unlocks it when this process ends, however."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_LOCKED}", suffix=".part")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, name
+        os.close(descriptor)  # another process found it before it was locked, and removed it
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder, at this process's first look at it."""
+    if str(folder.absolute()) in _swept:
+        return
+    _swept.add(str(folder.absolute()))
+    for path in folder.glob(".*.part"):
+        with suppress(OSError), path.open("r+b") as file:  # what cannot be removed stays
+            if _is_abandoned(path, file):
+                path.unlink()
+
+
+def _is_abandoned(path: Path, file: BinaryIO) -> bool:
+    """Whether nobody writes a temporary file; if so, it is now locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        known = False
+    else:
+        known = _LOCKED in path.name  # earlier versions did not lock theirs
+    return known or time.time() - os.fstat(file.fileno()).st_mtime > _OLD
 
 
 @contextmanager
