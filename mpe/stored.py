@@ -167,10 +167,9 @@ class StoredResult:
         return f"{key}_{class_cov}"
 
     def setting(self, flag: str) -> Any:
-        """A flag of the run that made the file; None where it is not stored (``args`` is a dict or a Namespace)."""
+        """A flag of the run that made the file; None where it is not stored."""
         args = self.values.get("args")
-        args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
-        return args.get(flag)
+        return args.get(flag) if isinstance(args, dict) else None
 
 
 def _others(path: Path, kind: str) -> str:

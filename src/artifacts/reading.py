@@ -1,9 +1,7 @@
 """Safe reading: nothing that is read can run code, and every failure is one line that names the file."""
 
-import argparse
 import errno
 import hashlib
-import importlib
 import json
 import pickle
 import re
@@ -15,30 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from src.artifacts.plain_pickle import load_plain
 from src.errors import FileError
-
-# What a pickle of plain values may name: numpy scalars and arrays, under the module names of both major versions,
-# and the Namespace that older files hold.
-_NUMPY_GLOBALS = {
-    ("multiarray", "scalar"): ("numpy._core.multiarray", "scalar"),
-    ("multiarray", "_reconstruct"): ("numpy._core.multiarray", "_reconstruct"),
-    ("numeric", "_frombuffer"): ("numpy._core.numeric", "_frombuffer"),
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Refuses every global but numpy's scalars and arrays and ``argparse.Namespace``."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "dtype"), ("numpy", "ndarray")):
-            return getattr(np, name)
-        if (module, name) == ("argparse", "Namespace"):
-            return argparse.Namespace
-        for prefix in ("numpy.core.", "numpy._core."):
-            target = _NUMPY_GLOBALS.get((module.removeprefix(prefix), name))
-            if module.startswith(prefix) and target:
-                return getattr(importlib.import_module(target[0]), target[1])
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")
 
 
 def _read(path: str | Path, what: str, load: Callable[[BinaryIO], Any]) -> Any:
@@ -97,12 +73,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """Read a pickle of plain values: dicts, lists, numbers, strings, numpy arrays, ``argparse.Namespace``.
+    """Read a pickle of plain values: dicts, lists, numbers, strings, numpy arrays; a Namespace is read as a dict.
 
     Raises:
-        FileError: The file is missing, damaged, or names anything else (it is not run).
+        FileError: The file is missing, damaged, or contains anything else. Nothing in it is run.
     """
-    return _read(path, "a pickle of plain values", lambda file: _PlainUnpickler(file).load())
+    return _read(path, "a pickle of plain values", lambda file: load_plain(file.read()))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
