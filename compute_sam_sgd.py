@@ -13,6 +13,7 @@ them.
 import json
 import logging
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def main() -> None:
     whole_labels = train.labels.numpy()
     name = train.entry.name
     query = Query(args.models_folder, args.model, name, args.seed, args.epochs, args.lr_sched, args.dataset)
-    memorization = read_memorization(args, name, train.total)
+    memorization = read_memorization(args, name, whole_labels)
     protocol, pairs = find_pairs(query, args.protocol)
     log.info("protocol %s: %d pair(s) of networks", protocol, len(pairs))
     facts = {
@@ -125,14 +126,23 @@ def main() -> None:
     print(*written, sep="\n")
 
 
-def read_memorization(args: Namespace, dataset: str, total: int) -> Proxy | None:
-    """The memorisation scores to compare with, where there are any; a bad file is found before the work."""
-    folders = score_folders(args.scores_folder, "mem", args.metrics_folder)
-    try:
-        find_scores("mem", dataset, folders)
-    except FileError:
+def read_memorization(args: Namespace, dataset: str, labels: np.ndarray) -> Proxy | None:
+    """The memorization scores to compare with; a bad file is found before the work.
+
+    None where there are none, unless --scores_folder is given, which must have them. --metrics_folder is where this
+    script writes, so that the default folders are searched after it.
+    """
+    checks = {"n": len(labels), "label_hash": label_hash(labels)}
+    folders = score_folders(args.scores_folder, "mem")
+    if folders is not None:
+        return Proxy("mem", dataset, folder=folders, **checks)
+    for folder in (args.metrics_folder, None):
+        with suppress(FileError):
+            find_scores("mem", dataset, folder)
+            break
+    else:
         return None
-    return Proxy("mem", dataset, folder=folders, n=total)
+    return Proxy("mem", dataset, folder=folder, **checks)
 
 
 def check_target(path: Path, facts: dict, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from src.artifacts import PACKAGED_SCORES
 from src.errors import FlagError
 from src.metrics import MODES
-from src.metrics.published import BASE_URL, fetch, published_files
+from src.metrics.published import BASE_URL, fetch, published_files, published_summary
 from src.scripting import Parser, run_script
 from src.settings import add_overwrite_flag
 
@@ -23,7 +23,9 @@ def main() -> None:
     """Parse, fetch, print."""
     parser = Parser(__doc__)
     group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", default="cifar100", metavar="NAME", help="cifar10, cifar100 or svhn")
+    group.add_argument(
+        "--dataset", default="cifar100", metavar="NAME", help=f"the data set; published are {published_summary()}"
+    )
     group.add_argument(
         "--modes", nargs="+", choices=tuple(MODES), metavar="MODE", help="which scores (default: all published ones)"
     )

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 r"""Show the examples of each class with the lowest and the highest scores, one row per score.
 
-Reads the data set and its score files: --scores_folder first, then --metrics_folder, then those that ship with the
-project. Writes, as PNG and PDF, {plots_folder}/images/{dataset}/lowest_{n}/{class} and highest_{n}/{class}, and an
-overview of all classes by the first score, overview_{mode}_{n}.
+Reads the data set and its score files, in --scores_folder and --metrics_folder where one is given, else in metrics/
+or among those that ship with the project. Writes, as PNG and PDF, {plots_folder}/images/{dataset}/lowest_{n}/{class}
+and highest_{n}/{class}, and an overview of all classes by the first score, overview_{mode}_{n}.
 
   python plot_images.py --dataset=digits --modes samis_loss samis_prob mean_loss
   python plot_images.py --dataset=cifar100 --modes mem samis_loss samis_prob --n=5 --classes apple bed

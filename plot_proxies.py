@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 r"""Draw the distributions of stored scores, and compare them by rank.
 
-Reads score files: --scores_folder first, then --metrics_folder, then those that ship with the project. With
---reference, the chosen scores are compared with those of another folder, such as the published ones. Writes, as PNG
-and PDF, {plots_folder}/proxies/{dataset}/{mode}/all_{scores_hist,scores_distribution,prob_dist} and
+Reads score files, in --scores_folder and --metrics_folder where one is given, else in metrics/ or among those that
+ship with the project. With --reference, the chosen scores are compared with those of another folder, such as the
+published ones. Writes, as PNG and PDF,
+{plots_folder}/proxies/{dataset}/{mode}/all_{scores_hist,scores_distribution,prob_dist} and
 {plots_folder}/proxies/{dataset}/comparison, and the numbers as correlations.csv and correlations.json.
 
   python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss
@@ -108,7 +109,7 @@ def read_labels(args: Namespace) -> tuple[str, np.ndarray | None]:
     return train.entry.name, train.labels.numpy()
 
 
-def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path]]:
+def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
     """The chosen scores, or all that are found, with the folders to search."""
     found = {}
     for mode in args.modes or MODES:
@@ -116,15 +117,13 @@ def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path]]:
         try:
             find_scores(mode, dataset, folders)
         except FileError:
-            if args.modes:
+            if args.modes or any(given.startswith(f"{mode}=") for given in args.scores_folder):
                 raise
             continue
         found[mode] = folders
     if not found:
-        raise FileError(
-            f"{args.metrics_folder}: no scores of {dataset} there, nor in the other folders searched; "
-            + MODES["samis_loss"].recipe(dataset)
-        )
+        # says where was looked, and how to get some
+        find_scores("samis_loss", dataset, score_folders(args.scores_folder, "samis_loss", args.metrics_folder))
     return found
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 r"""Choose a part of the training set, and train a fresh network on it.
 
-Reads the data set under --datasets_folder; methods called min_* read a stored score (--scores_folder,
---metrics_folder, then those that ship); others pre-train networks, which are kept under {models_folder}/pretrain/ and
-shared by all methods of the same settings. Writes selection.npz (indices, weights), checkpoints and results.json
-(test accuracy per epoch) to
+Reads the data set under --datasets_folder; methods called min_* read a stored score, in --scores_folder and
+--metrics_folder where one is given, else in metrics/ or among those that ship with the project; others pre-train
+networks, which are kept under {models_folder}/pretrain/ and shared by all methods of the same settings. Writes
+selection.npz (indices, weights), checkpoints and results.json (test accuracy per epoch) to
 {models_folder}/{coreset_func}_static_coreset_{coreset_mode}_{coreset_fraction}_{model}_over_{dataset}/seed_{seed}/.
 With --selection FILE it trains on a selection of anyone's making.
 

@@ -5,15 +5,38 @@ A message names the flag or the file, says what is wrong, and says what would be
 
 
 class UserError(Exception):
-    """Something that the user can mend. Scripts print its message and exit with ``status``."""
+    """Something that the user can mend. Scripts print its ``line`` and exit with ``status``.
+
+    Args:
+        message: One line for callers of the library, which know arguments and files but no flags.
+        line: What scripts print in its place, in terms of flags (default: the message).
+    """
 
     status = 1
+
+    def __init__(self, message: str, line: str | None = None) -> None:
+        super().__init__(message)
+        self.line = message if line is None else line
 
 
 class FlagError(UserError):
     """A flag (or a combination of flags) is wrong."""
 
     status = 2
+
+
+class ArgumentError(FlagError):
+    """An argument of a library function is wrong. Scripts name it as the flag that it is there.
+
+    Args:
+        name: The argument. A flag of another name stands in front of it in ``flag``.
+        text: Its value, what is wrong with it, and what would be right, such as ``48: must be at most 32``.
+        flag: The flag (default: ``--`` and the name).
+    """
+
+    def __init__(self, name: str, text: str, flag: str | None = None) -> None:
+        separator = "" if text.startswith(":") else " "
+        super().__init__(f"{name}{separator}{text}", f"{flag or '--' + name}{separator}{text}")
 
 
 class FileError(UserError):

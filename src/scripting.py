@@ -147,7 +147,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         if not _speaks() and not isinstance(error, FileError):
             sys.exit(error.status)
-        _end(f"{name}: {error}", error.status)
+        _end(f"{name}: {error.line}", error.status)
     except KeyboardInterrupt:
         _end(
             f"{name}: interrupted; what was finished is on disk, and the same command goes on with it "

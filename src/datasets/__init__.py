@@ -11,7 +11,7 @@ from src.datasets.catalogue import (
     lookup,
 )
 from src.datasets.images import ImageSet
-from src.datasets.loading import load_dataset
+from src.datasets.loading import dataset_name, load_dataset
 from src.datasets.splits import make_splits, partition, split_path, validation_indices
 from src.datasets.subset import parse_subset
 
@@ -24,6 +24,7 @@ __all__ = [
     "ImageSet",
     "Normalisation",
     "dataset_flag",
+    "dataset_name",
     "dataset_names",
     "load_dataset",
     "lookup",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from src.datasets.class_names import CIFAR10, CIFAR100, DIGITS, FASHION
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class DatasetEntry:
         """The augmentation of a training run, from its flags; None if nothing is done.
 
         Raises:
-            FlagError: Cutout is asked for where it is not offered.
+            ArgumentError: Cutout is asked for where it is not offered.
         """
         if cutout_holes and not self.cutout:
             allowed = ", ".join(name for name, entry in CATALOGUE.items() if entry.cutout)
-            raise FlagError(f"--cutout_holes {cutout_holes}: is for {allowed} and own data, not for {self.name}")
+            raise ArgumentError("cutout_holes", f"{cutout_holes}: is for {allowed} and own data, not for {self.name}")
         chosen = self.augmentation if switched_on else self.always
         chosen = replace(chosen, cutout_holes=cutout_holes, cutout_length=cutout_length)
         return chosen or None
@@ -126,12 +126,14 @@ def lookup(name: str) -> DatasetEntry:
     """The entry of a catalogue name, in either case (``MNIST`` is ``mnist``).
 
     Raises:
-        FlagError: There is no such name.
+        ArgumentError: There is no such name.
     """
     entry = CATALOGUE.get(name.lower())
     if entry is None:
         names = ", ".join(CATALOGUE)
-        raise FlagError(f"--dataset {name}: unknown; choose from {names}, or npz:FILE or folder:DIR for own data")
+        raise ArgumentError(
+            "dataset", f"{name}: unknown; choose from {names}, or npz:FILE or folder:DIR for own data"
+        )
     return entry
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from src.datasets.catalogue import DatasetEntry, lookup
+from src.datasets.catalogue import CATALOGUE, DatasetEntry, lookup
 from src.datasets.digits import load_digits
 from src.datasets.image_folder import load_folder
 from src.datasets.imagenet import load_imagenet
@@ -11,7 +11,7 @@ from src.datasets.images import ImageSet
 from src.datasets.npz import load_catalogue_npz, load_npz
 from src.datasets.tiny_imagenet import load_tiny_imagenet
 from src.datasets.vision import load_vision
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 
 Parts = tuple[ImageSet, ImageSet]
 
@@ -28,6 +28,30 @@ OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], Parts]] = {
     "npz": load_npz,
     "folder": load_folder,
 }
+
+
+def dataset_name(text: str) -> str:
+    """The name in file names of a data set.
+
+    Args:
+        text: What ``load_dataset`` takes, or such a name. Own data (``npz:FILE``, ``folder:DIR``) are read, as their
+            name depends on their content.
+
+    Raises:
+        ArgumentError: It is none of these.
+        FileError: Own data are missing, damaged, or not as they should be.
+    """
+    if text.partition(":")[0] in OWN_SOURCES and ":" in text:
+        # of a small size, on which the name does not depend: images that are not square cannot be loaded without
+        return load_dataset(text, ".", image_size=8)[0].entry.name
+    if text.lower() in CATALOGUE:
+        return text.lower()
+    if not text or text.startswith(".") or ":" in text or Path(text).name != text:
+        names = ", ".join(CATALOGUE)
+        raise ArgumentError(
+            "dataset", f"{text!r}: is not the name of a data set; give one of {names}, npz:FILE or folder:DIR"
+        )
+    return text
 
 
 def load_dataset(
@@ -48,25 +72,27 @@ def load_dataset(
         The training and the test part.
 
     Raises:
-        FlagError: The name is unknown, or a flag does not apply to it.
+        ArgumentError: The name is unknown, or an argument does not apply to it.
         FileError: The data are missing, damaged, or not as they should be.
     """
     if image_size is not None and image_size < 1:
-        raise FlagError(f"--image_size {image_size}: must be at least 1")
+        raise ArgumentError("image_size", f"{image_size}: must be at least 1")
     if channels not in (None, 1, 3):
-        raise FlagError(f"--channels {channels}: must be 1 (grey) or 3 (colour)")
+        raise ArgumentError("channels", f"{channels}: must be 1 (grey) or 3 (color)")
     kind, colon, path = name.partition(":")
     if colon and kind in OWN_SOURCES:
         if not path:
-            raise FlagError(f"--dataset {name}: no path after the colon; npz:FILE or folder:DIR is needed")
+            raise ArgumentError("dataset", f"{name}: no path after the colon; npz:FILE or folder:DIR is needed")
         return OWN_SOURCES[kind](Path(path).expanduser(), image_size, channels)
     entry = lookup(name)
-    for flag, value, fixed in (
-        ("--image_size", image_size, entry.image_size),
-        ("--channels", channels, entry.channels),
+    for option, value, fixed in (
+        ("image_size", image_size, entry.image_size),
+        ("channels", channels, entry.channels),
     ):
         if value not in (None, fixed):
-            raise FlagError(f"{flag} {value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}")
+            raise ArgumentError(
+                option, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
+            )
     folder = Path(folder)
     local = folder / f"{entry.name}.npz"
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from src import artifacts
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 
 SUBSET_SEED = 0  # the same examples whatever the run's seed
 
@@ -26,17 +26,17 @@ def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
         int64 ``(m,)``, ascending.
 
     Raises:
-        FlagError: The number is below 1 or above ``total``.
+        ArgumentError: The number is below 1 or above ``total``.
         FileError: The file is missing, or holds an index out of range or twice.
     """
     text = str(text).strip()
     if not text or re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", text):
-        raise FlagError(f"--subset {text!r}: give a whole number from 1 to {total}, or a file of indices")
+        raise ArgumentError("subset", f"{text!r}: give a whole number from 1 to {total}, or a file of indices")
     if not re.fullmatch(r"[+-]?\d+", text):
         return _from_file(Path(text).expanduser(), total)
     count = int(text)
     if not 1 <= count <= total:
-        raise FlagError(f"--subset {text}: must be from 1 to {total}, the number of training examples")
+        raise ArgumentError("subset", f"{text}: must be from 1 to {total}, the number of training examples")
     return _stratified(count, np.asarray(labels))
 
 

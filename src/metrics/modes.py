@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from src.artifacts import SCORE_FOLDERS
 from src.datasets import dataset_flag
-from src.errors import FlagError
+from src.errors import ArgumentError
+from src.metrics.published import published_datasets
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class ScoreMode:
         return SCORE_FOLDERS[self.name]
 
     def recipe(self, dataset: str) -> str:
-        """The command (or place) that a score file of this mode comes from."""
-        return _RECIPES[self.source].format(mode=self.name, dataset=dataset_flag(dataset))
+        """The command (or place) that a score file of this mode comes from, for this data set."""
+        recipe = _RECIPES[self.source].format(mode=self.name, dataset=dataset_flag(dataset))
+        if dataset not in published_datasets(self.name):
+            return recipe
+        return f"get the published ones with fetch_scores.py --dataset {dataset} --modes {self.name}, or {recipe}"
 
 
 _RECIPES = {
@@ -53,8 +57,8 @@ _RECIPES = {
     ),
     "mpe": "make it with the scripts in examples/",
     "download": (
-        "get it with fetch_scores.py --dataset {dataset} --modes {mode} (published for cifar100), "
-        "or from https://pluskid.github.io/influence-memorization/, or store estimates of your own (array tr_mem)"
+        "store estimates of your own there (an npz file with an array tr_mem); Feldman and Zhang's, of cifar100 and "
+        "imagenet, are at https://pluskid.github.io/influence-memorization/"
     ),
 }
 
@@ -86,10 +90,10 @@ def score_mode(name: str) -> ScoreMode:
     """The mode of a name.
 
     Raises:
-        FlagError: There is no such mode.
+        ArgumentError: There is no such mode.
     """
     if name not in MODES:
-        raise FlagError(f"--modes: there is no score called {name!r}; choose from {', '.join(MODES)}")
+        raise ArgumentError("mode", f"{name!r}: there is no such score; choose from {', '.join(MODES)}", "--modes")
     return MODES[name]
 
 

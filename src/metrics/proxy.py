@@ -3,7 +3,9 @@
 >>> Proxy("samis_loss", "digits").get_sorted_indices()[-5:]  # the five most atypical examples
 """
 
+import glob
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import numpy as np
 
 from src import artifacts
 from src.artifacts import score_files
+from src.datasets import CATALOGUE, dataset_name
 from src.errors import FileError
-from src.metrics.modes import score_mode
+from src.metrics.modes import MODES, ScoreMode, score_mode
 
 log = logging.getLogger(__name__)
 
@@ -142,19 +145,19 @@ class Scores:
 class Proxy(Scores):
     """The averaged scores of one mode of one data set. HIGH means atypical.
 
-    Files are sought in ``folder`` (in order), then in the metrics folder, then among the packaged ones.
-
     Args:
         mode: A name of ``MODES``.
-        dataset: The data set's name as in file names.
+        dataset: What scripts take as ``--dataset``, or the name in file names, of which the part before the digits
+            of its content is enough where one file fits.
         normalize: Scale to [0, 1].
-        folder: A metrics folder, or several, to search first.
+        folder: A metrics folder, or several to search in this order; no other is searched then. By default
+            ``metrics/``, then the packaged scores.
         n: Refuse a file that does not score a part of ``n`` examples.
         label_hash: Refuse a file that is known to be of other labels.
 
     Attributes:
         mode: The mode's name.
-        dataset: The data set's name.
+        dataset: The data set's name in file names.
         record: How the file was made, from the json beside it.
 
     Raises:
@@ -173,7 +176,7 @@ class Proxy(Scores):
         label_hash: str | None = None,
     ) -> None:
         kind = score_mode(mode)
-        path = find_scores(mode, dataset, folder)
+        path, dataset = _find(mode, dataset, folder)
         log.info("%s of %s: read from %s", mode, dataset, path)
         if mode == "mem":
             raw = score_files.read_memorization(path)
@@ -221,21 +224,55 @@ def find_scores(mode: str, dataset: str, folder: Folders = None) -> Path:
 
     Args:
         mode: A name of ``MODES``.
-        dataset: The data set's name as in file names.
-        folder: A metrics folder, or several, to search before the default ones.
+        dataset: See :class:`Proxy`.
+        folder: See :class:`Proxy`.
 
     Raises:
-        FileError: There is none; the message says where was looked and how to get one.
+        FileError: There is none, or several data sets have such a name; the message says where was looked and how to
+            get one.
     """
-    kind = score_mode(mode)
-    given = [] if folder is None else [folder] if isinstance(folder, str | Path) else list(folder)
-    folders = [*map(Path, given), artifacts.ROOT / "metrics", artifacts.PACKAGED_SCORES]
-    paths = [artifacts.score_path(place, mode, dataset) for place in folders]
-    for path in paths:
+    return _find(mode, dataset, folder)[0]
+
+
+def _find(mode: str, dataset: str, folder: Folders) -> tuple[Path, str]:
+    """The score file, and the data set's name in it."""
+    kind, dataset = score_mode(mode), dataset_name(dataset)
+    given = [] if folder is None else [folder] if isinstance(folder, str | Path) else folder
+    folders = [Path(place) for place in given] or [artifacts.ROOT / "metrics", artifacts.PACKAGED_SCORES]
+    for place in folders:
+        path = artifacts.score_path(place, mode, dataset)
         if path.exists():
-            return path
-    looked = ", ".join(str(place) for place in dict.fromkeys(folders))
-    raise FileError(
-        f"{paths[-1].name}: no {kind.title} scores of {dataset} in {looked} "
-        f"(sub-folder {kind.folder}); {kind.recipe(dataset)}"
+            return path, dataset
+    for place in folders if dataset not in CATALOGUE else ():
+        full = _own_data(place, mode, dataset)
+        if len(full) > 1:
+            raise FileError(
+                f"{place}: has {kind.title} scores of {len(full)} data sets called {dataset}; "
+                f"choose one of {', '.join(full)}"
+            )
+        if full:
+            return artifacts.score_path(place, mode, full[0]), full[0]
+    raise _missing(kind, dataset, folders)
+
+
+def _own_data(folder: Path, mode: str, stem: str) -> list[str]:
+    """The names, a stem and eight digits of the content, of the user's data sets of this stem that have scores."""
+    pattern = artifacts.score_path(folder, mode, glob.escape(f"{stem}-") + 8 * "[0-9a-f]")
+    start = artifacts.score_path(folder, mode, "|").name.index("|")
+    return sorted(path.name[start : start + len(stem) + 9] for path in pattern.parent.glob(pattern.name))
+
+
+def _missing(kind: ScoreMode, dataset: str, folders: list[Path]) -> FileError:
+    """What to do about scores that are in none of the folders."""
+    there = [mode for mode in MODES if any(artifacts.score_path(place, mode, dataset).exists() for place in folders)]
+    name = artifacts.score_path("", kind.name, dataset).name
+    looked = ", ".join(map(str, folders))
+    message = f"{name}: no {kind.title} scores of {dataset} in {looked} (sub-folder {kind.folder}); "
+    message += kind.recipe(dataset) + (f"; there are those called {', '.join(there)}" if there else "")
+    shipped = artifacts.PACKAGED_SCORES
+    if shipped in folders or not artifacts.score_path(shipped, kind.name, dataset).exists():
+        return FileError(message)
+    return FileError(
+        f"{message}; those that ship with the project are in {shipped}",
+        f"{message}; --scores_folder={os.path.relpath(shipped)} asks for those that ship with the project",
     )

@@ -15,7 +15,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from src import artifacts
-from src.errors import FileError, FlagError
+from src.artifacts import score_files
+from src.errors import ArgumentError, FileError
 
 COMMIT = "61b2ed3fbb1b25a4f1deeed0b415a0d3bfe4f942"
 BASE_URL = f"https://raw.githubusercontent.com/AndAgio/SAMIS/{COMMIT}/src/metrics"
@@ -71,6 +72,19 @@ def published_table() -> tuple[PublishedFile, ...]:
     )
 
 
+def published_datasets(mode: str | None = None) -> list[str]:
+    """The data sets of which this score was published, or, without one, any."""
+    return list(dict.fromkeys(file.dataset for file in published_table() if mode in (None, file.mode)))
+
+
+def published_summary() -> str:
+    """What was published for which data set, in one line."""
+    return "; ".join(
+        f"{dataset}: {', '.join(file.mode for file in published_table() if file.dataset == dataset)}"
+        for dataset in published_datasets()
+    )
+
+
 def published_files(dataset: str, modes: Iterable[str] | None = None) -> list[PublishedFile]:
     """The published files of a data set.
 
@@ -79,15 +93,16 @@ def published_files(dataset: str, modes: Iterable[str] | None = None) -> list[Pu
         modes: Which modes; None for all that were published.
 
     Raises:
-        FlagError: Nothing was published for the data set, or for one of the modes.
+        ArgumentError: Nothing was published for the data set, or for one of the modes.
     """
-    there = {file.mode: file for file in published_table() if file.dataset == dataset}
+    there = {file.mode: file for file in published_table() if file.dataset == dataset.lower()}
     if not there:
-        known = ", ".join(dict.fromkeys(file.dataset for file in published_table()))
-        raise FlagError(f"--dataset: no scores of {dataset!r} were published; there are those of {known}")
+        raise ArgumentError("dataset", f"{dataset}: no scores of it were published; there are {published_summary()}")
     missing = [mode for mode in modes or () if mode not in there]
     if missing:
-        raise FlagError(f"--modes: {', '.join(missing)} of {dataset} was not published; there are {', '.join(there)}")
+        raise ArgumentError(
+            "modes", f"{' '.join(missing)}: not published for {dataset}; there are {published_summary()}"
+        )
     return [there[mode] for mode in modes] if modes else list(there.values())
 
 
@@ -113,12 +128,19 @@ def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, ove
             if file.is_content_of(there):
                 return False
         if not overwrite:
+            problem = f"{path}: holds other scores than the published ones; "
             raise FileError(
-                f"{path}: holds other scores than the published ones; "
-                "give --overwrite to replace it, or another --folder"
+                f"{problem}overwrite it, or choose another folder",
+                f"{problem}give --overwrite to replace it, or another --folder",
             )
     url = f"{base_url.rstrip('/')}/{path.relative_to(folder).as_posix()}"
-    artifacts.write_with(path, lambda target: _download(file, url, target))
+
+    def write(target: BinaryIO) -> None:
+        _download(file, url, target)
+        # A record of the scores that are replaced must not be taken for one of these.
+        score_files.sidecar_path(path).unlink(missing_ok=True)
+
+    artifacts.write_with(path, write)
     return True
 
 
@@ -145,7 +167,9 @@ def _chunks(url: str, size: int | None) -> Iterator[bytes]:
                     bar.update(len(chunk))
                     yield chunk
     except urllib.error.HTTPError as error:
-        raise FileError(f"{url}: the server answers {error.code} {error.reason}; check --base_url") from error
+        problem = f"{url}: the server answers {error.code} {error.reason}; check "
+        raise FileError(f"{problem}the address", f"{problem}--base_url") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise FileError(f"{url}: could not be had ({reason}); check the connection or --base_url") from error
+        problem = f"{url}: could not be downloaded ({reason}); check the connection or "
+        raise FileError(f"{problem}the address", f"{problem}--base_url") from error

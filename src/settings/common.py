@@ -8,6 +8,7 @@ from typing import Any
 from src.artifacts import ROOT, SCORE_FOLDERS
 from src.devices import PRECISIONS
 from src.errors import FlagError
+from src.scripting import given_flags
 from src.settings import values
 
 FOLDERS = {
@@ -234,32 +235,45 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR|MODE=DIR",
-        help="look here first for score files, or, before that, for those of one mode; may be given several times "
-        "(default: none)",
+        help="read score files from this folder, or those of one score from it; may be given several times "
+        "(default: --metrics_folder where it is given, else metrics/, then src/metrics/)",
     )
 
 
-def score_folders(given: Sequence[str], mode: str, metrics_folder: Path) -> list[Path]:
-    """Where to look for a mode's score files, first to last: folders given for this mode come before those for all.
+def score_folders(given: Sequence[str], mode: str, metrics_folder: Path | None = None) -> list[Path] | None:
+    """The folders in which the user wants a mode's score files to be sought, first to last.
+
+    Folders given for this mode come before those for all. Where there are any, no other folder is searched: scores
+    that happen to exist elsewhere are not the ones that were asked for.
 
     Args:
         given: The values of ``--scores_folder``.
         mode: The score.
-        metrics_folder: The user's own folder of scores, searched after those given.
+        metrics_folder: The value of ``--metrics_folder``, the last to be searched, if it is on the command line.
+
+    Returns:
+        The folders; None where none was given, so that the default ones are searched.
 
     Raises:
         FlagError: A given folder does not exist, or its mode is unknown.
     """
     general, own = [], []
     for text in given:
+        if Path(text).is_dir():  # "=" may be part of its name
+            general.append(Path(text))
+            continue
         name, separator, folder = text.partition("=")
         if separator and name not in SCORE_FOLDERS:
-            raise FlagError(f"--scores_folder {text}: unknown score {name!r}; choose from {', '.join(SCORE_FOLDERS)}")
+            raise FlagError(
+                f"--scores_folder {text}: there is no such folder, nor a score {name!r}; "
+                f"choose from {', '.join(SCORE_FOLDERS)}"
+            )
         path = Path(folder if separator else text)
         if not path.is_dir():
             raise FlagError(f"--scores_folder {text}: there is no folder {path}")
-        if not separator:
-            general.append(path)
-        elif name == mode:
+        if name == mode:
             own.append(path)
-    return [*own, *general, metrics_folder]
+    chosen = [*own, *general]
+    if metrics_folder is not None and given_flags("--metrics_folder"):
+        chosen.append(metrics_folder)
+    return chosen or None

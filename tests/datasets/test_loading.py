@@ -51,7 +51,7 @@ def test_training_augmentation():
     assert svhn.training_augmentation(True) is None
     assert imagenet.training_augmentation(False).random_resized_crop
     assert not imagenet.training_augmentation(False).flip
-    with pytest.raises(FlagError, match=r"--cutout_holes 1: .*not for svhn"):
+    with pytest.raises(FlagError, match=r"^cutout_holes 1: .*not for svhn"):
         svhn.training_augmentation(True, cutout_holes=1)
 
 
@@ -146,13 +146,13 @@ def test_corrupted_and_missing_npz(tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("cifar11", {}, "--dataset cifar11: unknown; choose from digits, mnist"),
+        ("cifar11", {}, "^dataset cifar11: unknown; choose from digits, mnist"),
         ("npz:", {}, "no path after the colon"),
         ("zip:file", {}, "unknown"),
-        ("digits", {"image_size": 32}, "--image_size 32: applies to own data"),
-        ("digits", {"channels": 3}, "--channels 3: applies to own data"),
-        ("digits", {"channels": 2}, "--channels 2: must be 1"),
-        ("npz:file", {"image_size": 0}, "--image_size 0"),
+        ("digits", {"image_size": 32}, "^image_size 32: applies to own data"),
+        ("digits", {"channels": 3}, "^channels 3: applies to own data"),
+        ("digits", {"channels": 2}, "^channels 2: must be 1"),
+        ("npz:file", {"image_size": 0}, "^image_size 0"),
     ],
 )
 def test_bad_flags(name, arguments, message):

@@ -24,7 +24,7 @@ def test_number_takes_the_same_share_of_each_class(labels, data):
 
 @pytest.mark.parametrize("text", ["0", "-3", "101", "+0"])
 def test_number_out_of_range(text):
-    with pytest.raises(FlagError, match=r"--subset .*1 to 100"):
+    with pytest.raises(FlagError, match=r"^subset .*1 to 100"):
         parse_subset(text, 100, np.zeros(100, int))
 
 

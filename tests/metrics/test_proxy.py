@@ -1,15 +1,17 @@
 """``Proxy`` and ``Memorization``: every method, where files are sought, and files that are refused."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import PUBLISHED, needs_published
+from support import PUBLISHED, needs_published, write_blobs
 
 from src import artifacts
 from src.artifacts.score_files import read_scores, sidecar_path, write_scores
+from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES, Memorization, Proxy, find_scores
 
@@ -59,18 +61,47 @@ def test_scores_that_do_not_vary_become_zeros(tmp_path):
     assert Proxy("forg", "toy", folder=tmp_path).full_list() == [0.0] * 4
 
 
-def test_folders_are_searched_in_order_then_metrics_then_packaged(tmp_path, monkeypatch):
+def test_given_folders_are_searched_in_order_and_no_others(tmp_path, monkeypatch):
     root = tmp_path / "root"
     monkeypatch.setattr(artifacts, "ROOT", root)
     monkeypatch.setattr(artifacts, "PACKAGED_SCORES", root / "src" / "metrics")
-    places = [tmp_path / "a", tmp_path / "b", root / "metrics", root / "src" / "metrics"]
-    for place in reversed(places):
+    shipped, own = store(root / "src" / "metrics"), store(root / "metrics")
+    given = [str(tmp_path / "a"), tmp_path / "b"]
+    with pytest.raises(FileError, match=r"no forgetting events scores of toy .*src/metrics") as caught:
+        find_scores("forg", "toy", given)
+    assert "--scores_folder" not in str(caught.value)
+    assert f"--scores_folder={os.path.relpath(root / 'src' / 'metrics')} " in caught.value.line
+    for place in reversed(given):
         path = store(place)
-        assert find_scores("forg", "toy", [str(tmp_path / "a"), tmp_path / "b"]) == path
-    assert find_scores("forg", "toy", tmp_path / "b") == artifacts.score_path(places[1], "forg", "toy")
-    assert find_scores("forg", "toy") == artifacts.score_path(places[2], "forg", "toy")
-    artifacts.score_path(places[2], "forg", "toy").unlink()
-    assert Proxy("forg", "toy").path == artifacts.score_path(places[3], "forg", "toy")
+        assert find_scores("forg", "toy", given) == path
+    assert find_scores("forg", "toy", tmp_path / "b") == artifacts.score_path(tmp_path / "b", "forg", "toy")
+    assert find_scores("forg", "toy") == own
+    own.unlink()
+    assert Proxy("forg", "toy").path == shipped
+
+
+def test_data_sets_by_any_of_their_names(tmp_path):
+    """As --dataset has them, in either case, by file, and by the stem of the user's own."""
+    path = store(tmp_path, dataset="cifar10")
+    assert Proxy("forg", "CIFAR10", folder=tmp_path).path == path
+    data = write_blobs(tmp_path / "photos.npz", n=6)
+    name = load_dataset(f"npz:{data}", tmp_path)[0].entry.name
+    paths = {mode: store(tmp_path, mode, name) for mode in ("forg", "samis_loss")}
+    paths["mem"] = memorization(tmp_path, name, tr_mem=RAW)
+    for mode, path in paths.items():
+        for text in (name, "photos", f"npz:{data}"):
+            proxy = Proxy(mode, text, folder=tmp_path)
+            assert (proxy.path, proxy.dataset) == (path, name)
+    store(tmp_path, dataset="photos-00000000")
+    assert Proxy("samis_loss", "photos", folder=tmp_path).dataset == name
+    with pytest.raises(FileError, match=rf"2 data sets called photos; choose one of photos-00000000, {name}"):
+        Proxy("forg", "photos", folder=tmp_path)
+    store(tmp_path, dataset="svhn-00000000")
+    with pytest.raises(FileError, match="no forgetting events scores of svhn"):
+        Proxy("forg", "svhn", folder=tmp_path)
+    for wrong in ("", "a/b", "../toy", "jpg:toy"):
+        with pytest.raises(FlagError, match="is not the name of a data set"):
+            Proxy("forg", wrong, folder=tmp_path)
 
 
 def test_a_missing_file_tells_how_to_get_it(tmp_path):
@@ -80,10 +111,19 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
         FileError, match=r"train_full.py --measure_proxies and average_scores.py --dataset svhn .*csl"
     ):
         Proxy("csl", "svhn", folder=tmp_path)
-    with pytest.raises(FileError, match=r"fetch_scores.py --dataset svhn .*pluskid.github.io/influence-memorization"):
+    with pytest.raises(FileError, match=r"fetch_scores.py --dataset svhn --modes forg, or make it with train_full"):
+        Proxy("forg", "svhn", folder=tmp_path)
+    with pytest.raises(FileError, match=r"fetch_scores.py --dataset cifar100 --modes mem"):
+        Proxy("mem", "cifar100", folder=tmp_path)
+    store(tmp_path, "etl", "svhn")
+    with pytest.raises(
+        FileError, match=r"estimates of your own .*pluskid.github.io.*; there are those called etl"
+    ) as caught:
         Proxy("mem", "svhn", folder=tmp_path)
-    with pytest.raises(FlagError, match=r"'forget'; choose from mem, forg"):
+    assert "fetch_scores" not in str(caught.value)
+    with pytest.raises(FlagError, match=r"^mode 'forget': .*; choose from mem, forg") as caught:
         Proxy("forget", "toy")
+    assert caught.value.line.startswith("--modes 'forget'")
 
 
 def test_every_mode_has_a_place_a_symbol_and_a_recipe():
@@ -91,7 +131,7 @@ def test_every_mode_has_a_place_a_symbol_and_a_recipe():
     assert len({mode.symbol for mode in MODES.values()}) == len(MODES)
     for mode in MODES.values():
         assert mode.symbol.startswith("$")
-        assert mode.recipe("toy").startswith(("make it", "get it"))
+        assert mode.recipe("toy").startswith(("make it", "store"))
 
 
 def test_a_file_made_on_a_subset_keeps_original_indices(tmp_path):
@@ -187,8 +227,8 @@ def test_the_written_format_is_the_published_one(tmp_path):
     np.testing.assert_array_equal(read_scores(path), RAW)
 
 
-def memorization(folder, **arrays):
-    path = artifacts.memorization_path(folder, "toy")
+def memorization(folder, dataset="toy", **arrays):
+    path = artifacts.memorization_path(folder, dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)
     return path

@@ -78,10 +78,10 @@ def test_a_file_that_is_not_the_published_one_is_not_written(server, tmp_path):
 def test_a_missing_file_and_an_absent_server_are_one_line_each(server, tmp_path):
     root, url = server
     FILES[0].path(root).unlink()
-    with pytest.raises(FileError, match=r"eps_cifar10.pkl: the server answers 404 .*--base_url"):
+    with pytest.raises(FileError, match=r"eps_cifar10.pkl: the server answers 404 .*the address"):
         fetch(FILES[0], tmp_path / "metrics", url)
     for address in ("http://127.0.0.1:9", "nonsense"):
-        with pytest.raises(FileError, match=r"could not be had .*--base_url") as caught:
+        with pytest.raises(FileError, match=r"could not be downloaded .*the address") as caught:
             fetch(FILES[0], tmp_path / "metrics", address)
         assert "\n" not in str(caught.value)
     assert everything(tmp_path / "metrics") == []
@@ -92,11 +92,13 @@ def test_other_scores_are_not_replaced_without_being_asked(server, tmp_path):
     own = FILES[0].path(tmp_path / "metrics")
     own.parent.mkdir(parents=True)
     own.write_bytes(b"computed for a week")
-    with pytest.raises(FileError, match="--overwrite"):
+    own.with_suffix(".json").write_text("{}")
+    with pytest.raises(FileError, match="other scores than the published ones"):
         fetch(FILES[0], tmp_path / "metrics", url)
     assert own.read_bytes() == b"computed for a week"
     fetch(FILES[0], tmp_path / "metrics", url, overwrite=True)
     assert own.read_bytes() == CONTENT
+    assert everything(tmp_path / "metrics") == [own], "the record of the old scores is not taken for one of these"
 
 
 def test_a_failed_download_leaves_what_stood_there(server, tmp_path):
@@ -104,10 +106,11 @@ def test_a_failed_download_leaves_what_stood_there(server, tmp_path):
     own = FILES[0].path(tmp_path / "metrics")
     own.parent.mkdir(parents=True)
     own.write_bytes(b"old")
+    own.with_suffix(".json").write_text("{}")
     FILES[0].path(root).write_bytes(b"garbled")
     with pytest.raises(FileError, match="nothing was written"):
         fetch(FILES[0], tmp_path / "metrics", url, overwrite=True)
-    assert [path.read_bytes() for path in everything(tmp_path / "metrics")] == [b"old"]
+    assert sorted(path.read_bytes() for path in everything(tmp_path / "metrics")) == [b"old", b"{}"]
 
 
 def test_the_table_is_complete_and_well_formed():
@@ -122,11 +125,11 @@ def test_the_table_is_complete_and_well_formed():
 
 
 def test_what_was_not_published_is_named():
-    with pytest.raises(FlagError, match=r"--dataset: .*'mnist'.*cifar10, cifar100, svhn"):
+    with pytest.raises(FlagError, match=r"^dataset mnist: .*cifar10: eps, .*; cifar100: .*mem.*; svhn: eps"):
         published_files("mnist")
-    with pytest.raises(FlagError, match=r"--modes: mem, csl of cifar10 was not published"):
+    with pytest.raises(FlagError, match=r"^modes mem csl: not published for cifar10; there are cifar10: eps"):
         published_files("cifar10", ["mem", "eps", "csl"])
-    assert [file.mode for file in published_files("svhn", ["forg", "eps"])] == ["forg", "eps"]
+    assert [file.mode for file in published_files("SVHN", ["forg", "eps"])] == ["forg", "eps"]
 
 
 def test_the_address_names_the_commit():

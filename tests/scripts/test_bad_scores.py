@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from refusals import FILE, FLAG, RunsCode, assert_kept, check, on_a_full_disk, refuse, snapshot, spoilt
+from support import ROOT, TRAIN, folders, succeed
 
 from src.artifacts import score_path
 
@@ -128,11 +129,83 @@ def test_scores_that_nobody_made(world, tmp_path, script):
     for mode, command in (
         ("samis_prob", "compute_sam_sgd.py and average_scores.py --dataset npz:FILE"),
         ("csl", "train_full.py --measure_proxies and average_scores.py"),
-        ("mem", "fetch_scores.py"),
+        ("mem", "estimates of your own"),
         ("mpe", "examples/"),
     ):
         flags = (world.dataset, f"--metrics_folder={tmp_path}", f"--plots_folder={tmp_path}", "--modes", mode)
         refuse(script, *flags, status=FILE, says=(f"{mode}|infl_matrix", "no .* scores of", command), keep=tmp_path)
+
+
+GIVEN = ("--dataset=digits", "--model=small_mlp")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("plot_images.py", ("--dataset=digits", "--modes", "samis_loss")),
+        ("plot_proxies.py", ("--dataset=digits", "--modes", "samis_loss")),
+        ("plot_proxies.py", ("--dataset=digits",)),
+        ("train_prune.py", (*GIVEN, "--coreset_func=min_sam-sgd-loss")),
+        ("select_coreset.py", (*GIVEN, "--coreset_func=min_sam-sgd-loss")),
+        ("compare_pruning.py", (*GIVEN, "--funcs", "min_sam-sgd-loss", "--fractions", "0.5")),
+        ("compute_ntk.py", (*GIVEN, "--ntk_chosen_metric=samis_loss", "--seeds", "1")),
+        ("compute_hessian_eigen.py", (*GIVEN, "--high_low_spec=samis_loss:low:0.3", "--epochs=1")),
+    ],
+)
+@pytest.mark.parametrize("given", ["--metrics_folder=", "--scores_folder=", "--scores_folder=samis_loss="])
+def test_shipped_scores_are_not_taken_for_those_of_a_given_folder(digits_run, tmp_path, script, flags, given):
+    others = [f"--{name}_folder={tmp_path / name}" for name in FOLDERS_OF[script] if name != "models"]
+    more = [f"--models_folder={digits_run}"] if "models" in FOLDERS_OF[script] else []
+    (tmp_path / "given").mkdir()
+    says = (
+        "samis_loss_digits",
+        "no SAMIS-L scores",
+        "average_scores.py --dataset digits",
+        r"--scores_folder=\S*src/metrics ",
+    )
+    refuse(script, *flags, *others, *more, f"{given}{tmp_path / 'given'}", status=FILE, says=says)
+
+
+FOLDERS_OF = {
+    "plot_images.py": ("plots",),
+    "plot_proxies.py": ("plots",),
+    "train_prune.py": ("models", "log", "resume_ckpts"),
+    "select_coreset.py": ("models", "log", "resume_ckpts"),
+    "compare_pruning.py": ("models", "log", "resume_ckpts", "plots"),
+    "compute_ntk.py": ("models", "ntk"),
+    "compute_hessian_eigen.py": ("models", "hessian"),
+}
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A network trained on the digits."""
+    base = tmp_path_factory.mktemp("digits")
+    succeed("train_full.py", *GIVEN, "--epochs=2", "--lr_sched=const", "--batch_size=512", *folders(base, *TRAIN))
+    return base / "models"
+
+
+def test_the_file_that_is_read_is_named(tmp_path):
+    flags = ("--dataset=digits", "--modes", "samis_loss", "--only_overview", "--n=1", f"--plots_folder={tmp_path}")
+    shipped = ROOT / "src" / "metrics" / "sam_sgd" / "samis_loss_digits.pkl"
+    given = tmp_path / "run=3"  # a folder, not the scores of a mode called "run"
+    (given / "sam_sgd").mkdir(parents=True)
+    own = given / "sam_sgd" / shipped.name
+    own.write_bytes(shipped.read_bytes())
+    own.with_suffix(".json").write_bytes(shipped.with_suffix(".json").read_bytes())
+    for folder, path in ((ROOT / "src" / "metrics", shipped), (given, own), (f"samis_loss={given}", own)):
+        assert f"read from {path}" in succeed("plot_images.py", *flags, f"--scores_folder={folder}").err
+    refuse("plot_images.py", *flags, "--scores_folder=run=3", status=FLAG, says=("run=3: there is no such folder",))
+
+
+def test_published_scores_by_data_set():
+    line = refuse(
+        "fetch_scores.py", "--dataset=digits", status=FLAG, says=("^fetch_scores.py: --dataset digits: no sc",)
+    )
+    shown = " ".join(succeed("fetch_scores.py", "--help").out.split())
+    for text in ("cifar10: eps, flat, etl, forg, samis_loss, samis_prob; cifar100: eps", "forg, mem", "svhn: eps"):
+        assert text in line
+        assert text in shown
 
 
 def test_figures_of_what_is_not_there(world, tmp_path):
@@ -149,7 +222,9 @@ def test_figures_of_what_is_not_there(world, tmp_path):
     ):
         refuse(script, *world.plot(tmp_path, *flags), status=status, says=says, keep=world.base)
     flags = (world.dataset, f"--metrics_folder={tmp_path}", f"--plots_folder={tmp_path}")
-    refuse("plot_proxies.py", *flags, status=FILE, says=("no scores of", "compute_sam_sgd.py and average_scores.py"))
+    refuse(
+        "plot_proxies.py", *flags, status=FILE, says=("no .* scores of", "compute_sam_sgd.py and average_scores.py")
+    )
     (tmp_path / "taken").write_text("")
     for script in ("plot_proxies.py", "plot_images.py"):
         refuse(script, *world.plot(tmp_path / "taken"), status=FILE, says=("could not be written", "another folder"))
@@ -160,7 +235,7 @@ def test_figures_of_what_is_not_there(world, tmp_path):
 
 def test_published_scores_that_cannot_be_had(tmp_path):
     flags = ("--dataset=cifar10", "--modes=forg", f"--folder={tmp_path}")
-    says = (r"forg_cifar10\.pkl: could not be had", "check the connection or --base_url")
+    says = (r"forg_cifar10\.pkl: could not be downloaded", "check the connection or --base_url")
     refuse("fetch_scores.py", *flags, "--base_url=http://127.0.0.1:9", status=FILE, says=says, keep=tmp_path)
     path = score_path(tmp_path, "forg", "cifar10")
     path.parent.mkdir(exist_ok=True)

@@ -65,7 +65,7 @@ def test_a_missing_score_names_the_command(blobs, tmp_path):
     for func, says in (
         ("min_sam-sgd-loss", ("no SAMIS-L scores", "compute_sam_sgd.py and average_scores.py")),
         ("min_forg", ("no forgetting events scores", "train_full.py --measure_proxies")),
-        ("min_mem", ("no memorization scores", "fetch_scores.py")),
+        ("min_mem", ("no memorization scores", "estimates of your own")),
     ):
         refuse("train_prune.py", *flags(blobs, tmp_path, f"--coreset_func={func}"), status=FILE, says=says)
     assert not list(tmp_path.rglob("*.pt"))
