@@ -20,6 +20,8 @@ from src.errors import FileError
 FOLDERS = {"train": "train", "test": "val"}
 RESIZE = 256 / 224  # of the shorter side to the crop, where nothing is random
 MOST_WORKERS = 8
+SHARED_MEMORY = "/dev/shm"  # Docker's has 64 MB by default
+SHARED_BATCHES = 64  # more than all workers of a machine hold at once
 
 
 def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
@@ -130,13 +132,29 @@ class _Reader(torch.utils.data.Dataset):
     def __init__(self, folder: Path, names: np.ndarray, size: int) -> None:
         self.folder, self.names, self.size = folder, names, size
 
-    def __getitem__(self, item: tuple[np.ndarray, np.ndarray | None]) -> Tensor:
-        rows, draws = item
+    def __getitem__(self, item: tuple[np.ndarray, np.ndarray | None]) -> Tensor | np.ndarray:
+        """A batch as a tensor, which goes through shared memory, or as an array, which goes through a pipe.
+
+        Where shared memory is full, a tensor would be lost and waited for without end.
+        """
+        images = self.read(*item)
+        try:
+            room = shutil.disk_usage(SHARED_MEMORY).free
+        except OSError:  # systems without such a folder have no such limit
+            return images
+        return images if room > SHARED_BATCHES * images.nbytes else images.numpy()
+
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
+        """The images of some rows, uint8 ``(b, 3, s, s)``."""
         images = torch.empty(len(rows), 3, self.size, self.size, dtype=torch.uint8)
         for place, row in enumerate(rows):
             path = self.folder / os.fsdecode(self.names[row])
             images[place] = read_image(path, self.size, None if draws is None else torch.from_numpy(draws[place]))
         return images
+
+
+def _as_is(batch: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    return batch
 
 
 class StreamedImages(ImageSet):
@@ -162,7 +180,7 @@ class StreamedImages(ImageSet):
 
     def fetch(self, positions: Tensor) -> Tensor:
         """Images at ``positions``, scaled and cut at the centre, as uint8 ``(b, 3, s, s)``."""
-        return self._reader()[positions.cpu().numpy(), None].to(self.device)
+        return self._reader().read(positions.cpu().numpy()).to(self.device)
 
     def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
         """As ``ImageSet.stream``, read ahead by ``workers`` processes (none: in this one)."""
@@ -173,12 +191,20 @@ class StreamedImages(ImageSet):
             sampler=items,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            collate_fn=_as_is,  # torch's own would turn arrays into tensors within the worker
             generator=torch.Generator(),  # else it draws from the global one
         )
         try:
-            yield from loader
+            yield from map(torch.as_tensor, loader)
         except FileError as error:  # a worker's error carries its traceback
             raise FileError(str(error).strip().split("\n")[-1].split("FileError: ")[-1]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise FileError(
+                f"{self._folder}: a process that reads images was killed, perhaps for want of memory; try again with "
+                "fewer other processes"
+            ) from error
 
     def subset(self, positions: Tensor) -> "StreamedImages":
         """The examples at ``positions``, in that order; original indices are kept."""

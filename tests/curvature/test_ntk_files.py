@@ -1,8 +1,13 @@
 """Files of kernels and velocities: whatever an interruption leaves, nothing passes for results of other settings."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from support import ROOT
 
+from src.artifacts import read_pickle
 from src.curvature import ntk_files
 from src.curvature.ntk_files import KernelFiles
 from src.errors import FileError
@@ -40,16 +45,41 @@ def test_a_kernel_that_is_being_replaced(tmp_path, monkeypatch, cut):
 
 @pytest.mark.parametrize("cut", ["write_json", "write_pickle"])
 def test_velocities_that_are_being_replaced(tmp_path, monkeypatch, cut):
-    files(tmp_path).write_velocities(1, 3, OLD, group(0.1))
+    files(tmp_path).add_velocities(1, 3, OLD, group(0.1))
     with monkeypatch.context() as patch:
         killed(patch, cut)
         with pytest.raises(KeyboardInterrupt):
-            files(tmp_path, True).write_velocities(1, 3, NEW, group(0.2))
+            files(tmp_path, True).add_velocities(1, 3, NEW, group(0.2))
+    assert not files(tmp_path).velocities(1, 3).exists()
     there, other, value = (OLD, NEW, 0.1) if cut == "write_json" else (NEW, OLD, 0.2)
     assert files(tmp_path).read_velocities(1, 3, there) == group(value)
     with pytest.raises(FileError, match="other settings: classes"):
         files(tmp_path).read_velocities(1, 3, other)
     assert files(tmp_path, True).read_velocities(1, 3, other) == {}
+
+
+ADD = """
+import sys
+from pathlib import Path
+from src.curvature.ntk_files import KernelFiles
+
+files, first = KernelFiles(Path(sys.argv[1]), "digits", "run", "mem", 2, False), int(sys.argv[2])
+assert sys.stdin.readline()
+for number in range(first, first + 40, 2):
+    files.add_velocities(1, 3, {"classes": "all"}, {str(number): {"velocity": float(number)}})
+"""
+
+
+def test_two_processes_lose_no_velocity_of_each_other(tmp_path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ADD, str(tmp_path), str(first)], cwd=ROOT, stdin=subprocess.PIPE)
+        for first in (0, 1)
+    ]
+    for process in processes:
+        process.stdin.write(b"now\n")
+        process.stdin.flush()
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert read_pickle(files(tmp_path).velocities(1, 3)) == {number: float(number) for number in range(40)}
 
 
 def test_files_without_settings(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import FILE, FLAG, refuse, spoilt
-from support import call, folders, succeed, write_blobs
+from support import call, folders, start, succeed, write_blobs
 
 import src.curvature.ntk_runs as runs
 from src.artifacts import read_checkpoint, read_pickle, write_json, write_pickle
@@ -139,6 +139,20 @@ def test_other_groups_join_and_other_settings_are_refused(world, tmp_path):
            says=("vs.pkl: holds results of other settings: ntk_classes", "--overwrite"))  # fmt: skip
     succeed("compute_ntk.py", *flags(world, tmp_path, "--ntk_classes=true_label", "--overwrite"))
     assert kernel(place(world, tmp_path), 1).shape == (5, 5)
+
+
+def test_two_processes_on_different_groups_keep_both(world, tmp_path):
+    every = flags(world, tmp_path)
+    shares = [[flag for flag in every if flag not in left] for left in (("30", "55"), ("0",))]
+    processes = [start("compute_ntk.py", *share) for share in shares]
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    for path in place(world, tmp_path).rglob("vs.pkl"):
+        assert list(read_pickle(path)) == [0, 30, 55]
+    done = {path: path.read_bytes() for path in tmp_path.rglob("*.pkl")}
+    succeed("compute_ntk.py", *every)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.pkl")} == done
 
 
 def test_cheaper_options(world, tmp_path):
