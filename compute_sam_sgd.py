@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path
 from src.datasets import Batches, ImageSet, load_dataset, parse_subset, validation_indices
-from src.devices import PRECISIONS, prepare, resolve_device
+from src.devices import prepare, resolve_device
 from src.errors import FileError
 from src.metrics import Proxy, find_scores
 from src.metrics.compare import half_overlaps, spearman_test
@@ -30,6 +30,7 @@ from src.metrics.pairs import Pair, Query, find_pairs, load_pair, score_pair, tr
 from src.metrics.samis import PairScores, read_seed, save_seed
 from src.models import MODELS
 from src.optimizers import SCHEDULES
+from src.precisions import PRECISIONS
 from src.scripting import Parser, run_script, start_logging
 from src.settings import (
     SEED,

@@ -19,6 +19,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from benchmarks.bench_memory import peak
 from benchmarks.common import Row, in_fresh_process, in_turn, run
+from src import _torchvision  # noqa: F401  prepares torchvision, which laplace-torch imports
 from src.jacobians import OutputVariances, Posterior, kronecker_factors
 from src.models import build_model
 

@@ -107,7 +107,9 @@ def plain_transform(
     entry: DatasetEntry, augmented: bool, normalisation: str = "samis"
 ) -> Callable[[Image.Image], torch.Tensor]:
     """Torchvision's transforms as papers write them: (crop, flip,) to a tensor, normalise."""
-    from torchvision import transforms
+    from src._torchvision import torchvision
+
+    transforms = torchvision.transforms
 
     normal = entry.normalisations[normalisation]
     chosen = [transforms.ToTensor(), transforms.Normalize(normal.mean, normal.std)]

@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mpe.choices import STRUCTURES
 from mpe.experiment import Experiment, plain_args
 from mpe.loo_iterations import LooIterations
-from mpe.posteriors import STRUCTURES
 from mpe.results import Result
 from src.artifacts import label_hash, score_path
 from src.artifacts.score_files import refuse_other_scores

@@ -3,11 +3,16 @@
 Nickl, Xu, Tailor, Moellenhoff and Khan, NeurIPS 2023, arXiv:2310.19273.
 """
 
-import src  # noqa: F401  torchvision's import is prepared there, which laplace-torch needs
-from mpe.estimates import CLASS_COVARIANCES, Estimates, estimate, loo_losses, sensitivity
-from mpe.posteriors import laplace_posterior, optimizer_posterior
-from mpe.predictions import Predictions, predict
-from mpe.sensitivities import Sensitivities, sensitivities
+from mpe.choices import CLASS_COVARIANCES
+from src.lazy import lazy_names
+
+__getattr__ = lazy_names(
+    __name__,
+    api=["Sensitivities", "sensitivities"],
+    estimates=["Estimates", "estimate", "loo_losses", "sensitivity"],
+    posteriors=["laplace_posterior", "optimizer_posterior"],
+    predictions=["Predictions", "predict"],
+)
 
 __all__ = [
     "CLASS_COVARIANCES",

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpe.choices import CLASS_COVARIANCES
 from mpe.predictions import EPS, Predictions, chunks, clamped_errors, clamped_nll
 from src.jacobians.ggn import root_of_softmax_covariance
 
 log = logging.getLogger(__name__)
-
-CLASS_COVARIANCES = ("diag", "full", "woodbury")
 
 ENTRIES = 2**22
 """Numbers in a block of work, at most."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpe.choices import ORDERS
 from mpe.laplace_torch import LaplaceTorchVariances
 from mpe.posteriors import laplace_posterior, optimizer_posterior
 from mpe.predictions import EPS, Predictions, predict
@@ -23,17 +24,17 @@ from src.artifacts import (
     resume_folder,
 )
 from src.datasets import Batches, ImageSet, load_dataset, parse_subset
-from src.devices import PRECISIONS, prepare, resolve_device
+from src.devices import prepare, resolve_device
 from src.errors import FlagError
 from src.jacobians import OutputVariances, Posterior
 from src.models import MODELS, build_model
+from src.precisions import PRECISIONS
 from src.training import RunFiles, Trainer, TrainingConfig, evaluate, model_description, run_training
 
 log = logging.getLogger(__name__)
 
 NORMALISATION = "mpe"
 LOSS_CAP = -math.log(EPS)  # nats
-ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
 SHARED_SETTINGS = (
     "dataset",
     "image_size",

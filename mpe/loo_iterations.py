@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mpe.estimates import CLASS_COVARIANCES, estimate, loo_losses
+from mpe.api import Sensitivities
+from mpe.choices import CLASS_COVARIANCES
+from mpe.estimates import estimate, loo_losses
 from mpe.predictions import Predictions
 from mpe.results import Result
-from mpe.sensitivities import Sensitivities
 from src.errors import FileError
 from src.training import Trainer
 

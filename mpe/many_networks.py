@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mpe.experiment import ORDERS, SHARED_SETTINGS, Experiment
+from mpe.choices import ORDERS
+from mpe.experiment import SHARED_SETTINGS, Experiment
 from mpe.orders import replay_generator
 from mpe.retraining import Measure, MeasureEach, retrain
 from mpe.retraining_run import RetrainSettings

@@ -11,16 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpe.choices import SHUFFLES
 from src import draws
-
-SHUFFLES = ("seeded", "replay", "shared")
-"""How retrained networks shuffle.
-
-``seeded``: each by a generator of its own, seeded by (seed, what is removed), so that neither the other networks
-nor the order of their training matter. ``replay``: by the draws that the papers' scripts made, batch for batch.
-``shared``: all by one permutation of all examples, in which removed ones count nothing; this lowers the noise between
-networks and saves time, but the batches are not those of training without the removed examples.
-"""
 
 PASSES_BEFORE = 6
 """Passes over loaders before the first retraining of the papers' scripts, each of which draws one number: training

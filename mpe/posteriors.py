@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from tqdm import tqdm
 
+from mpe.choices import STRUCTURES
 from src.jacobians import Posterior, ggn_diagonal, kronecker_factors
 
 log = logging.getLogger(__name__)
-
-STRUCTURES = ("kfac", "diag")
-"""Structures of a Laplace posterior."""
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mpe.estimates import CLASS_COVARIANCES
+from mpe.choices import CLASS_COVARIANCES
 from src.artifacts import PICKLES, differences, pickle_path, read_pickle
 from src.errors import FileError, FlagError
 

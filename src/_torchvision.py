@@ -3,6 +3,8 @@
 torchvision's published wheel carries operators compiled for CUDA. Beside a CPU build of torch they do not load,
 and the import fails with ``operator torchvision::nms does not exist``. This project uses none of those operators,
 so declaring the two missing schemas is enough. A normal installation never enters the ``except`` branch.
+
+Modules take torchvision from here (``from src._torchvision import torchvision``), as importing it takes seconds.
 """
 
 import sys

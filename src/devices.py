@@ -7,44 +7,14 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from src.errors import FlagError
+from src.precisions import Precision
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How the network computes.
-
-    Attributes:
-        name: The name of the flag's choice.
-        dtype: The type of the weights and inputs.
-        autocast: The type of matrix products and convolutions, or None for ``dtype``.
-        tf32: Whether an NVIDIA GPU may round the inputs of float32 products to TF32.
-        note: One line for the help text.
-    """
-
-    name: str
-    dtype: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
-    tf32: bool = False
-    note: str = ""
-
-
-PRECISIONS = {
-    precision.name: precision
-    for precision in (
-        Precision("fp32", note="float32"),
-        Precision("tf32", tf32=True, note="float32 with TF32 products on NVIDIA GPUs"),
-        Precision("bf16", autocast=torch.bfloat16, note="float32 weights, bfloat16 products"),
-        Precision("fp64", dtype=torch.float64, note="float64, for checks"),
-    )
-}
 
 
 def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:

@@ -19,7 +19,7 @@ from src.artifacts import (
     resume_folder,
 )
 from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, load_dataset, parse_subset
-from src.devices import PRECISIONS, prepare, resolve_device
+from src.devices import prepare, resolve_device
 from src.errors import FileError, FlagError
 from src.metrics.end_of_training import (
     has_end_of_training_scores,
@@ -27,6 +27,7 @@ from src.metrics.end_of_training import (
     write_end_of_training_scores,
 )
 from src.models import MODELS, build_model
+from src.precisions import PRECISIONS
 from src.scripting import start_logging
 from src.training import (
     DYNAMICS_FILE,

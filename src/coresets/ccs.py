@@ -8,7 +8,6 @@ import numpy as np
 from src import draws
 from src.coresets.material import Group, Material, Options, Selection
 from src.coresets.ranked import checked_scores
-from src.coresets.registry import Needs, method
 from src.errors import FileError, FlagError
 
 log = logging.getLogger(__name__)
@@ -91,14 +90,6 @@ def _choose(
     return np.concatenate(drawn)
 
 
-@method(
-    "ccs",
-    needs=Needs(reduced="aum"),
-    paper="Zheng et al. 2023",
-    equation="hardest beta n left out, then equal random shares of strata of equal width in AUM (algorithm 1)",
-    cost="n log n",
-    options=("ccs_cutoff", "ccs_bins"),
-)
 def ccs(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, algorithm 1), with AUM as difficulty.
 

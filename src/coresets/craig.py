@@ -9,7 +9,6 @@ import torch
 from src import draws
 from src.coresets.facility_location import NOTHING, ROWS, WIDTH, Distances, filled, greedy_on_matrix, lazy_greedy
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 
 log = logging.getLogger(__name__)
 
@@ -194,16 +193,6 @@ def _lists(
     return list(zip(np.split(member.int().cpu().numpy(), ends), np.split(found, ends), strict=True))
 
 
-@method(
-    "craig",
-    needs=Needs(embeddings=True),
-    paper="Mirzasoleiman et al. 2020",
-    equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = how many are "
-    "nearest to j (algorithm 1)",
-    cost="n^2 (C + d)",
-    options=("selection_memory",),
-    weighted=True,
-)
 def craig(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """CRAIG (Mirzasoleiman et al., ICML 2020, algorithm 1 with facility location, eq. 14), once after pre-training.
 

@@ -9,7 +9,6 @@ import torch
 
 from src.coresets.ccs import finite_scores
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 from src.errors import FlagError
 
 _FORWARD_DECAY = 1.0  # gamma_f
@@ -150,14 +149,6 @@ def scaled_difficulty(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
 
 
-@method(
-    "d2",
-    needs=Needs(reduced="aum", embeddings=True),
-    paper="Maharana et al. 2024",
-    equation="highest x_u + sum_v exp(-d_uv^2) x_v; each pick u takes exp(-gamma d_uv^2) x_u from its neighbours v",
-    cost="n^2 d + k n log n",
-    options=("d2_neighbors", "d2_gamma", "selection_memory"),
-)
 def d2(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """D2 pruning (Maharana et al., ICLR 2024): message passing for diversity and difficulty.
 

@@ -7,7 +7,6 @@ import numpy as np
 from src import draws
 from src.coresets.material import Group, Material, Options, Selection
 from src.coresets.ranked import checked_scores, keep_by_rank
-from src.coresets.registry import Needs, method
 from src.errors import FlagError
 
 _CONCENTRATION = 15.0  # C = alpha + beta
@@ -71,14 +70,6 @@ def weighted_choice(
     return np.lexsort((-keys, ~positive))[:budget]  # stable: of equal keys the lower place
 
 
-@method(
-    "dual",
-    needs=Needs(reduced="dual", dynamics=True),
-    paper="Cho et al. 2025",
-    equation="drawn by (1 - mean p) std p over windows, times a Beta density of mean p that turns to easy examples",
-    cost="n T + n log n for T epochs",
-    options=("dual_beta", "dual_c", "score_window"),
-)
 def dual(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """DUAL pruning (Cho et al., ICML 2025, section 4): difficulty and uncertainty, with Beta sampling.
 

@@ -13,7 +13,6 @@ from src.coresets.budgets import total_budget
 from src.coresets.gradmatch import first_largest
 from src.coresets.last_layer import gradient_sum, products_with
 from src.coresets.material import Group, LastLayer, Material, Options, Selection, errors_of
-from src.coresets.registry import Needs, method
 from src.errors import FlagError, UserError
 
 log = logging.getLogger(__name__)
@@ -24,14 +23,6 @@ _LONG = 60.0  # seconds of a group above which the log says how to shorten it
 _TIMED = 5  # refreshes that the estimate is made from
 
 
-@method(
-    "glister",
-    needs=Needs(embeddings=True),
-    paper="Killamsetty et al. 2021 (GLISTER)",
-    equation="greedy in <g_x, v>, v the mean gradient of 10 % held out, after a step eta along the picks (alg. 2)",
-    cost="k/r n C min(d, |V|), r picks between two refreshes",
-    options=("glister_eta", "glister_refresh", "selection_memory"),
-)
 def glister(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """GLISTER on last-layer gradients, group by group (Killamsetty et al. 2021, GreedyDSS, algorithm 2).
 

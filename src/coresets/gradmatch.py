@@ -20,7 +20,6 @@ import torch
 from src import draws
 from src.coresets.last_layer import gradient_norms, gradient_sum, inner_products, products_with
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 from src.errors import FlagError, UserError
 
 log = logging.getLogger(__name__)
@@ -33,15 +32,6 @@ _SLACK = 1e-10  # of the largest product: slopes down to minus this count as not
 _ROUNDS = 100  # of block pivoting; it settles in about ten
 
 
-@method(
-    "gradmatch",
-    needs=Needs(embeddings=True),
-    paper="Killamsetty et al. 2021 (GradMatch)",
-    equation="orthogonal matching pursuit: min ||sum_S w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
-    cost="n k (C + d) + n k^2",
-    options=("gradmatch_lambda", "selection_memory"),
-    weighted=True,
-)
 def gradmatch(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """GradMatch with weights, group by group (Killamsetty et al. 2021, algorithms 1 and 2; fill as in CORDS).
 

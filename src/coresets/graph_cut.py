@@ -8,7 +8,6 @@ import torch
 
 from src.coresets.last_layer import gradient_sum, inner_products, products_with
 from src.coresets.material import Group, LastLayer, Material, Options, Selection
-from src.coresets.registry import Needs, method
 
 _LAMBDA = 1.0
 _NOISE = 1e-12  # per candidate: gains are sums over all; closer than that they are ties
@@ -110,14 +109,6 @@ def choose(network: LastLayer, budget: int, memory: int) -> np.ndarray:
     return greedy_graph_cut(similarities.sums(), similarities.column, budget)
 
 
-@method(
-    "graph_cut",
-    needs=Needs(embeddings=True),
-    paper="Iyer et al. 2021",
-    equation="greedy for sum_{i in V, j in S} s_ij - sum_{i,j in S} s_ij, s = (1 + cos of last-layer gradients) / 2",
-    cost="n^2 (C + d) + n k; beyond selection_memory: n k (C + d)",
-    options=("selection_memory",),
-)
 def graph_cut(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """Graph cut (Iyer et al., ALT 2021, generalised graph cut with lambda 1; the form of Guo et al., 2022).
 

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 
 _NOISE = 1e-12  # relative: criteria closer than that are ties
 
@@ -45,13 +44,6 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-@method(
-    "herding",
-    needs=Needs(embeddings=True),
-    paper="Welling 2009; Rebuffi et al. 2017",
-    equation="greedy argmin_i ||mu - (sum_{j in S} h_j + h_i) / (|S| + 1)||, without replacement",
-    cost="n k d",
-)
 def herding(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """Herding on embeddings, in the form of Rebuffi et al. (CVPR 2017, algorithm 4).
 

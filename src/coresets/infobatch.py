@@ -7,7 +7,6 @@ import numpy as np
 
 from src import draws
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +43,6 @@ def draw(losses: np.ndarray, budget: int, generator: np.random.Generator) -> tup
     return np.concatenate([high, kept]), np.repeat([1.0, len(low) / room], [len(high), room])
 
 
-@method(
-    "infobatch",
-    needs=Needs(logits=True),
-    paper="Qin et al. 2024",
-    equation="all of loss >= mean, and random ones of the m below it, of weight m / kept; once, before training",
-    cost="n",
-    weighted=True,
-)
 def infobatch(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """A static form of InfoBatch (Qin et al., ICLR 2024, eqs. 4-6), by the losses of a pre-trained network.
 

@@ -7,26 +7,11 @@ from typing import Any
 import torch
 
 from src import draws
-from src.coresets.registry import Method, Needs, register
 from src.errors import FlagError
 from src.training import Group
 
 _FIRST_LOSS = 3.0  # of examples not yet seen, the same for all: none lies below the mean
 _ROUNDING = 1e-9  # (1 - 0.9) * 10 is a hair below 1; one is kept
-
-register(
-    Method(
-        "infobatch_dynamic",
-        None,
-        Needs(),
-        "Qin et al. 2024",
-        "r = 1 - coreset_fraction; each epoch visits all of loss >= mean, and floor((1 - r) m) random ones of the m "
-        "below it, of weight m / kept; after delta * epochs all",
-        "n per epoch",
-        options=("infobatch_delta",),
-        weighted=True,
-    )
-)
 
 
 class InfoBatchPlan:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 
 _NOISE = 1e-12  # relative: distances closer than that are ties
 
@@ -48,13 +47,6 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-@method(
-    "k_center",
-    needs=Needs(embeddings=True),
-    paper="Sener and Savarese 2018",
-    equation="greedy for min_S max_i min_{j in S} ||h_i - h_j|| (algorithm 1), from the example nearest to the mean",
-    cost="n k d",
-)
 def k_center(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """k-center greedy (Sener and Savarese, ICLR 2018, algorithm 1) on embeddings.
 

@@ -1,13 +1,18 @@
 """What selection methods read, and what they return."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from src.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Selection:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, picks: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None) -> "Selection":
+    def of(cls, picks: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None) -> Selection:
         """Put the picks of all groups together, in the order of the data set.
 
         Args:
@@ -42,7 +47,7 @@ class Selection:
         """Whether the weights differ from 1."""
         return bool((self.weights != 1).any())
 
-    def rescaled(self) -> "Selection":
+    def rescaled(self) -> Selection:
         """The same selection with weights of mean 1.
 
         Raises:
@@ -95,10 +100,14 @@ class LastLayer:
     @cached_property
     def losses(self) -> torch.Tensor:
         """Cross-entropies ``(n,)``, float64."""
+        import torch
+
         return torch.nn.functional.cross_entropy(self.logits.double(), self.labels, reduction="none")
 
-    def at(self, positions: np.ndarray) -> "LastLayer":
+    def at(self, positions: np.ndarray) -> LastLayer:
         """The same of some candidates."""
+        import torch
+
         chosen = torch.from_numpy(np.ascontiguousarray(positions)).to(self.labels.device)
         optional = [None if t is None else t[chosen] for t in (self.embeddings, self.gradient_norms)]
         return LastLayer(self.logits[chosen], self.labels[chosen], *optional)
@@ -106,6 +115,8 @@ class LastLayer:
 
 def errors_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """``softmax(z) - onehot(y)``, ``(n, C)``; the softmax is taken in float64, so that small errors keep digits."""
+    import torch
+
     errors = torch.softmax(logits.double(), dim=1)
     # 1 - p as the sum of the others: exact where p rounds to 1
     errors.scatter_(1, labels[:, None], 0.0)

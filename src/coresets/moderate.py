@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 
 
 def centre_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray:
@@ -36,13 +35,6 @@ def nearest_to_median(values: np.ndarray, budget: int) -> np.ndarray:
     return np.argsort(np.abs(values - np.median(values)), kind="stable")[:budget]
 
 
-@method(
-    "moderate",
-    needs=Needs(embeddings=True),
-    paper="Xia et al. 2023",
-    equation="smallest |d_i - median d| with d_i = ||h_i - mean of h over the class of i||",
-    cost="n d + n log n",
-)
 def moderate(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """Moderate coreset (Xia et al., ICLR 2023): distances to the class centre closest to their median.
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from src import draws
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Needs, method
 
 
 def uniform_choice(material: Material, groups: Sequence[Group], purpose: str = "coreset") -> list[np.ndarray]:
@@ -15,7 +14,6 @@ def uniform_choice(material: Material, groups: Sequence[Group], purpose: str = "
     return [generator.choice(group.positions, group.budget, replace=False) for group in groups]
 
 
-@method("random", needs=Needs(), paper="baseline", equation="uniform, without replacement", cost="n")
 def random_choice(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """A uniform choice."""
     return Selection.of(uniform_choice(material, groups))

@@ -8,24 +8,11 @@ import torch
 
 from src.coresets.last_layer import gradient_norms
 from src.coresets.material import Group, Material, Options, Selection
-from src.coresets.registry import Method, Needs, method, register
 from src.errors import FileError
 
 log = logging.getLogger(__name__)
 
 _MANY_TIES = 0.01  # of a selection: where more of it is decided by index alone, a notice says so
-
-# stored score -> the value of --coreset_func; those of the SAMIS paper's README first
-STORED = {
-    "mem": "min_mem",
-    "forg": "min_forg",
-    "etl": "min_etl",
-    "eps": "min_eps",
-    "flat": "min_flat",
-    "samis_loss": "min_sam-sgd-loss",
-    "samis_prob": "min_sam-sgd-prob",
-    **{name: f"min_{name}" for name in ("mean_loss", "csl", "aum", "dual", "dyn_unc", "el2n", "tdds", "mpe")},
-}
 
 
 def keep_by_rank(scores: np.ndarray, groups: Sequence[Group], *, highest: bool, what: str) -> Selection:
@@ -83,78 +70,27 @@ def checked_scores(material: Material, what: str) -> np.ndarray:
     return scores
 
 
-def _stored(mode: str) -> Method:
-    def select(material: Material, groups: Sequence[Group], options: Options) -> Selection:
-        scores = checked_scores(material, f"the stored score {mode}")
-        return keep_by_rank(scores, groups, highest=options.coreset_mode == "large", what=mode)
-
-    return Method(
-        STORED[mode],
-        select,
-        Needs(stored=mode),
-        "Agiollo et al. 2024" if mode != "mem" else "Feldman and Zhang 2020",
-        "large keeps the highest scores, few_shot the lowest",
-        "n log n",
-        ("coreset_mode",),
-    )
+def stored(mode: str, material: Material, groups: Sequence[Group], options: Options) -> Selection:
+    """A stored score: its highest (``coreset_mode`` large) or lowest (few_shot)."""
+    scores = checked_scores(material, f"the stored score {mode}")
+    return keep_by_rank(scores, groups, highest=options.coreset_mode == "large", what=mode)
 
 
-for _mode in STORED:
-    register(_stored(_mode))
-
-
-def _reduced(name: str, score: str, paper: str, equation: str, options: tuple[str, ...] = ()) -> Method:
-    def select(material: Material, groups: Sequence[Group], options: Options) -> Selection:
-        return keep_by_rank(checked_scores(material, name), groups, highest=True, what=name)
-
-    return Method(name, select, Needs(reduced=score), paper, equation, "n log n", options)
-
-
-for _method in (
-    _reduced(
-        "forget",
-        "forgetting",
-        "Toneva et al. 2019",
-        "most changes from right to wrong between visits (section 2); never learned on top",
-    ),
-    _reduced("csl", "csl", "Ravikumar et al. 2025", "highest sum over epochs of the loss"),
-    _reduced("aum", "aum", "Pleiss et al. 2020", "lowest mean over epochs of z_y - max_{c != y} z_c (eq. 1)"),
-    _reduced(
-        "tdds",
-        "tdds",
-        "Zhang et al. 2024",
-        "highest variation of KL(p_t || p_{t-1}) over windows, late windows weighing most",
-        ("score_window",),
-    ),
-):
-    register(_method)
+def reduced(name: str, material: Material, groups: Sequence[Group], options: Options) -> Selection:
+    """A score reduced from the dynamics: its highest."""
+    return keep_by_rank(checked_scores(material, name), groups, highest=True, what=name)
 
 
 def _mean_over_networks(columns: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.stack([column.double().cpu() for column in columns]).mean(dim=0).numpy()
 
 
-@method(
-    "el2n",
-    needs=Needs(logits=True, ensemble=True),
-    paper="Paul et al. 2021",
-    equation="highest mean over R networks of ||softmax(z) - onehot(y)|| (definition 2.4)",
-    cost="n C R",
-)
 def el2n(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """EL2N: the largest error norms, averaged over independent initialisations."""
     scores = _mean_over_networks([network.errors.double().norm(dim=1) for network in material.networks])
     return keep_by_rank(scores, groups, highest=True, what="el2n")
 
 
-@method(
-    "grand",
-    needs=Needs(embeddings=True, ensemble=True),
-    paper="Paul et al. 2021",
-    equation="highest mean over R networks of ||e|| sqrt(1 + ||h||^2) (definition 2.1; full: of all parameters)",
-    cost="n (C + d) R; full: R backward passes",
-    options=("grand_gradient",),
-)
 def grand(material: Material, groups: Sequence[Group], options: Options) -> Selection:
     """GraNd: the largest gradient norms, averaged over independent initialisations."""
     if options.grand_gradient == "full":

@@ -5,14 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-STORAGES = {
-    "full": "in the precision of computing",
-    "half": "rounded to float16: half the memory",
-    "host": "in main memory, where a GPU computes",
-    "none": "not at all: no re-orthogonalisation, more products",
-}
-"""The values of ``--basis``."""
-
 _ROWS = 16  # vectors in a block
 _COLUMNS = 2**20  # numbers of each that are read at a time
 
@@ -28,7 +20,7 @@ class Basis:
         size: P.
         dtype: The type of the vectors.
         device: Where they come from.
-        storage: A name of ``STORAGES`` but ``"none"``.
+        storage: A name of ``plan.STORAGES`` but ``"none"``.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, storage: str = "full") -> None:

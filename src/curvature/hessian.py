@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from src import draws
+from src.curvature.plan import OPERATOR_NAMES
 from src.datasets import Batch
 from src.errors import MeasurementError
 from src.jacobians import refuse_batch_statistics
@@ -217,7 +218,7 @@ class Hessian(CurvatureOperator):
         return agree
 
 
-OPERATORS: dict[str, type[CurvatureOperator]] = {"hessian": Hessian, "ggn": GGN}
+OPERATORS: dict[str, type[CurvatureOperator]] = dict(zip(OPERATOR_NAMES, (Hessian, GGN), strict=True))
 
 
 class _PlainFormulas(TorchFunctionMode):

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import read_json, read_pickle, refuse_other_settings, write_json, write_pickle
-from src.curvature.spectrum import Spectrum, SpectrumPlan
+from src.curvature.plan import SpectrumPlan
+from src.curvature.spectrum import Spectrum
 from src.curvature.trace import mean_and_error
 from src.curvature.tridiagonal import Ritz
 from src.errors import FileError

@@ -24,8 +24,9 @@ from src.curvature.basis import basis_bytes
 from src.curvature.hessian import OPERATORS, CurvatureOperator
 from src.curvature.hessian_files import HessianFiles, describe
 from src.curvature.hessian_subject import chosen_examples, find_subject, subset_of
+from src.curvature.plan import SpectrumPlan
 from src.curvature.power import power_iteration
-from src.curvature.spectrum import DEFLATED, Spectrum, SpectrumPlan, SpectrumRun, true_residuals
+from src.curvature.spectrum import DEFLATED, Spectrum, SpectrumRun, true_residuals
 from src.curvature.spectrum_state import SpectrumState
 from src.devices import available_memory
 from src.errors import FileError, FlagError

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from src.curvature.hessian import CurvatureOperator
 from src.curvature.lanczos import Lanczos, rademacher
+from src.curvature.plan import SpectrumPlan
 from src.curvature.spectrum_state import SpectrumState
 from src.curvature.trace import TraceEstimate, add_probe
 from src.curvature.tridiagonal import Tridiagonal, quadrature
@@ -25,35 +26,6 @@ from src.errors import FileError
 DEFLATED = 20
 """Ritz vectors that the trace takes exactly: the more, the fewer probes it needs, at P numbers each."""
 _SAVE_SECONDS = 60.0  # a state is also written where a few products take longer than this
-
-
-@dataclass(frozen=True)
-class SpectrumPlan:
-    """What to measure, and how well.
-
-    Attributes:
-        top_n: How many eigenvalues.
-        order: Which ones, a name of ``tridiagonal.ORDERS``.
-        tolerance: Relative residual at which an eigenvalue counts as found.
-        steps: Lanczos steps of the density.
-        max_steps: Steps after which eigenvalues are given as they are.
-        probes: Start vectors of the density.
-        trace_probes: Most probes of the trace.
-        trace_tolerance: Relative standard error at which it takes no more.
-        seed: Seed of all random vectors.
-        basis: How the Lanczos basis is stored, a name of ``basis.STORAGES``.
-    """
-
-    top_n: int = 5
-    order: str = "largest"
-    tolerance: float = 1e-3
-    steps: int = 100
-    max_steps: int = 300
-    probes: int = 1
-    trace_probes: int = 100
-    trace_tolerance: float = 0.02
-    seed: int = 0
-    basis: str = "full"
 
 
 @dataclass

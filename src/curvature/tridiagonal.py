@@ -9,11 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 
-ORDERS = {
-    "largest": lambda values: -values,
-    "magnitude": lambda values: -np.abs(values),
-}
-"""How eigenvalues are ranked, by the values of ``--eigen_order``: the first ones have the lowest keys."""
+from src.curvature.plan import ORDERS
 
 
 class Tridiagonal(NamedTuple):

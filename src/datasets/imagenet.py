@@ -47,7 +47,9 @@ def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet
 
 def _extract(folder: Path, name: str) -> None:
     """Extract one part beside its final place, then rename: an interrupted extraction is not taken for a part."""
-    from torchvision.datasets import imagenet as archives
+    from src._torchvision import torchvision
+
+    archives = torchvision.datasets.imagenet
 
     partial = folder / f".{name}.part"
     try:

@@ -75,9 +75,9 @@ def part_digest(images: Tensor, labels: Tensor) -> str:
 
 def _open(entry: DatasetEntry, folder: Path, reader: _Reader, part: str) -> Any:
     """Torchvision's data set; the network is used only where files are missing."""
-    from torchvision import datasets
+    from src._torchvision import torchvision
 
-    make, arguments = getattr(datasets, reader.class_name), reader.part(part)
+    make, arguments = getattr(torchvision.datasets, reader.class_name), reader.part(part)
     try:
         return make(str(folder), **arguments, download=False)
     except Exception as error:  # missing files and damaged ones raise nearly anything

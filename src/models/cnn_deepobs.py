@@ -6,14 +6,12 @@ Source: Schneider et al. 2019, "DeepOBS: a deep learning optimizer benchmark sui
 from torch import nn
 
 from src.models.network import Network, centre_pad
-from src.models.registry import register
 from src.models.same_padding import same_conv, same_max_pool
 
 # The smallest images whose last maps are 3x3, as those of 32x32 images are.
 SMALLEST_WHOLE = 25
 
 
-@register("cnn_deepobs", channels_last=True, note="DeepOBS's network of three convolutions and three linear layers")
 def cnn_deepobs(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Convolutions of 64, 96 and 128 channels, linear layers of 512 and 256; maps of 28, 14, 12, 6 and 3 pixels.
 

@@ -8,14 +8,13 @@ branch of block A, 7x1 before 1x7 in block C, average pooling in block D, and Py
 from functools import partial
 
 from torch import nn
-from torchvision.models import Inception3
-from torchvision.models import inception as blocks
 
+from src._torchvision import torchvision
 from src.models.branches import Branches, ConvUnit, halve, same
 from src.models.network import IMAGENET_SIZE, Network, stem_padding
-from src.models.registry import register
 
 Seq = nn.Sequential
+blocks = torchvision.models.inception
 
 
 def _average() -> nn.AvgPool2d:
@@ -119,7 +118,7 @@ class ImageNetInception(Network):
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         unit = [partial(block, conv_block=ConvUnit) for block in _TORCHVISION_BLOCKS]
-        body = Inception3(num_classes, inception_blocks=[ConvUnit, *unit], init_weights=True)
+        body = torchvision.models.Inception3(num_classes, inception_blocks=[ConvUnit, *unit], init_weights=True)
         first = ConvUnit(in_channels, 32, kernel_size=3, stride=2)
         nn.init.trunc_normal_(first.conv.weight, std=0.1, a=-2, b=2)
         body.Conv2d_1a_3x3 = first
@@ -129,17 +128,12 @@ class ImageNetInception(Network):
         self.auxiliary = auxiliary.requires_grad_(False)
 
 
-def _smallest(in_channels: int) -> int:
+def smallest(in_channels: int) -> int:
+    """The smallest image size."""
     # Blocks B and D halve without padding, so the maps before them need 7 pixels; the stem takes 2.
     return 9 - 2 * (stem_padding(in_channels) - 1)
 
 
-@register(
-    "inception",
-    channels_last=True,
-    smallest=_smallest,
-    note="Inception-v3 for small images; from 224x224 on torchvision's",
-)
 def inception(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Inception-v3: the small-image network, or, from 224x224 on, torchvision's with a frozen auxiliary head.
 

@@ -6,12 +6,10 @@ Source: LeCun et al. 1998, "Gradient-based learning applied to document recognit
 from torch import nn
 
 from src.models.network import Network, centre_pad
-from src.models.registry import register
 
 NATIVE_SIZE = 28
 
 
-@register("lenet", note="LeNet-5: three convolutions, tanh, average pooling")
 def lenet(num_classes: int, in_channels: int, image_size: int) -> Network:
     """LeNet-5 with PyTorch's initial weights; feature maps of 28, 14, 10, 5 and 1 pixels.
 

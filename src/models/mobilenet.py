@@ -11,12 +11,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
-from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
-from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
+from src._torchvision import torchvision
 from src.models.network import Network, kaiming_fan_out_, make_out_of_place, stem_padding
-from src.models.registry import register
 
 
 class InvertedResidual(nn.Module):
@@ -27,16 +24,19 @@ class InvertedResidual(nn.Module):
         norm_layer: Makes a normalisation layer for a number of channels.
     """
 
-    def __init__(self, config: InvertedResidualConfig, norm_layer: Callable[..., nn.Module]) -> None:
+    def __init__(
+        self, config: torchvision.models.mobilenetv3.InvertedResidualConfig, norm_layer: Callable[..., nn.Module]
+    ) -> None:
         super().__init__()
         wide = config.expanded_channels
         activation = nn.Hardswish if config.use_hs else nn.ReLU
-        unit = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=None)
+        unit = partial(torchvision.ops.Conv2dNormActivation, norm_layer=norm_layer, activation_layer=None)
         expanded = wide != config.input_channels
         expansion = [unit(config.input_channels, wide, kernel_size=1), activation()] if expanded else []
         depthwise = unit(wide, wide, kernel_size=config.kernel, stride=config.stride, groups=wide)
         squeezed = config.adjust_channels(wide // 4, 1.0)
-        excitation = [SqueezeExcitation(wide, squeezed, scale_activation=nn.Hardsigmoid)] if config.use_se else []
+        excite = partial(torchvision.ops.SqueezeExcitation, scale_activation=nn.Hardsigmoid)
+        excitation = [excite(wide, squeezed)] if config.use_se else []
         middle = [*excitation, activation()] if expanded else [activation(), *excitation]
         projection = unit(wide, config.out_channels, kernel_size=1)
         self.block = nn.Sequential(*expansion, depthwise, *middle, projection)
@@ -48,7 +48,7 @@ class InvertedResidual(nn.Module):
         return out + x if self.shortcut else out
 
 
-def _network(factory: Callable[..., MobileNetV3], num_classes: int, in_channels: int) -> Network:
+def _network(factory: Callable[..., torchvision.models.MobileNetV3], num_classes: int, in_channels: int) -> Network:
     body = factory(num_classes=num_classes, block=InvertedResidual, norm_layer=nn.BatchNorm2d)
     stem = body.features[0]
     padding = stem_padding(in_channels)
@@ -59,13 +59,11 @@ def _network(factory: Callable[..., MobileNetV3], num_classes: int, in_channels:
     return Network(make_out_of_place(body), head)
 
 
-@register("mobile_small", channels_last=True, note="MobileNetV3, small")
 def mobile_small(num_classes: int, in_channels: int, image_size: int) -> Network:
     """MobileNetV3-small: 11 blocks, 576 channels, a hidden layer of 1024; the same network for every image size."""
-    return _network(mobilenet_v3_small, num_classes, in_channels)
+    return _network(torchvision.models.mobilenet_v3_small, num_classes, in_channels)
 
 
-@register("mobile_large", channels_last=True, note="MobileNetV3, large")
 def mobile_large(num_classes: int, in_channels: int, image_size: int) -> Network:
     """MobileNetV3-large: 15 blocks, 960 channels, a hidden layer of 1280; the same network for every image size."""
-    return _network(mobilenet_v3_large, num_classes, in_channels)
+    return _network(torchvision.models.mobilenet_v3_large, num_classes, in_channels)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from src.models.network import Network
-from src.models.registry import register
 
 
 def build_perceptron(
@@ -20,19 +19,16 @@ def build_perceptron(
     return Network(body, nn.Linear(num_inputs, num_classes))
 
 
-@register("mlp", note="perceptron 128-128, ReLU")
 def mlp(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Perceptron of two hidden layers of 128, ReLU."""
     return build_perceptron(in_channels * image_size**2, (128, 128), num_classes, nn.ReLU)
 
 
-@register("small_mlp", note="perceptron 32-16, tanh")
 def small_mlp(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Perceptron of hidden layers 32 and 16, tanh."""
     return build_perceptron(in_channels * image_size**2, (32, 16), num_classes, nn.Tanh)
 
 
-@register("large_mlp", note="perceptron 500-300, tanh")
 def large_mlp(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Perceptron of hidden layers 500 and 300, tanh."""
     return build_perceptron(in_channels * image_size**2, (500, 300), num_classes, nn.Tanh)

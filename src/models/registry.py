@@ -1,16 +1,17 @@
-"""The registry of models and their one builder."""
+"""The registry of models and their one builder. Torch is imported by the builders alone."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from src.errors import FlagError
-from src.models.network import Network
+from src.lazy import later
 
-Build = Callable[[int, int, int], Network]
-Pretrain = Callable[[Network, bool | str | Path], None]
+if TYPE_CHECKING:
+    from src.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class ModelEntry:
     """
 
     name: str
-    build: Build
+    build: Callable[[int, int, int], Network]
     channels_last: bool
     note: str
     smallest: Callable[[int], int]
-    pretrain: Pretrain | None
+    pretrain: Callable[[Network, bool | str | Path], None] | None
     initialization: str | None = None
 
     @property
@@ -45,22 +46,67 @@ class ModelEntry:
 MODELS: dict[str, ModelEntry] = {}
 
 
-def register(
+def _add(
     name: str,
+    file: str,
     *,
     note: str,
     channels_last: bool = False,
     smallest: Callable[[int], int] = lambda in_channels: 1,
-    pretrain: Pretrain | None = None,
+    pretrain: Callable | None = None,
     initialization: str | None = None,
-) -> Callable[[Build], Build]:
-    """Decorate the function that builds model ``name``; the arguments are those of ``ModelEntry``."""
+) -> None:
+    """Add the model that function ``name`` of ``file`` builds; the other arguments are those of ``ModelEntry``."""
+    build = later(f"src.models.{file}", name)
+    MODELS[name] = ModelEntry(name, build, channels_last, note, smallest, pretrain, initialization)
 
-    def add(build: Build) -> Build:
-        MODELS[name] = ModelEntry(name, build, channels_last, note, smallest, pretrain, initialization)
-        return build
 
-    return add
+# The order here is the order in which names are listed to users: the papers' large networks first.
+_add("resnet18", "resnet", channels_last=True, initialization="default", note="ResNet-18 with the CIFAR stem")
+_add("resnet50", "resnet", channels_last=True, initialization="default", note="ResNet-50 with the CIFAR stem")
+_add("resnet20", "resnet", channels_last=True, note="CIFAR's ResNet-20, widths 16-32-64")
+_add("resnet8", "resnet", channels_last=True, note="CIFAR-style ResNet-8, widths 16-32-64, for work on a CPU")
+_add("wideresnet", "wideresnet", note="WRN-28-10")
+_add(
+    "inception",
+    "inception",
+    channels_last=True,
+    smallest=later("src.models.inception", "smallest"),
+    note="Inception-v3 for small images; from 224x224 on torchvision's",
+)
+_add(
+    "vgg19",
+    "vgg",
+    channels_last=True,
+    initialization="default",
+    note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head",
+)
+_add("mobile_small", "mobilenet", channels_last=True, note="MobileNetV3, small")
+_add("mobile_large", "mobilenet", channels_last=True, note="MobileNetV3, large")
+_add(
+    "vit",
+    "vit",
+    pretrain=later("src.models.vit", "load_pretrained"),
+    initialization="default",
+    note="ViT-B/16 on the native image; can start pre-trained",
+)
+_add("lenet", "lenet", note="LeNet-5: three convolutions, tanh, average pooling")
+_add("mlp", "perceptron", note="perceptron 128-128, ReLU")
+_add("small_mlp", "perceptron", note="perceptron 32-16, tanh")
+_add("large_mlp", "perceptron", note="perceptron 500-300, tanh")
+_add("small_inception", "small_inception", channels_last=True, note="the small Inception of Feldman and Zhang")
+_add(
+    "cnn_deepobs",
+    "cnn_deepobs",
+    channels_last=True,
+    note="DeepOBS's network of three convolutions and three linear layers",
+)
+_add(
+    "resnet20_frn",
+    "resnet_frn",
+    smallest=lambda in_channels: 5,
+    note="ResNet-20 with filter response normalisation in place of batch normalisation",
+)
 
 
 def model_names() -> list[str]:
@@ -97,6 +143,8 @@ def build_model(
         FlagError: The name is unknown, the sizes do not suit the architecture, or it has no pre-trained weights.
         FileError: The pre-trained weights cannot be had or do not fit.
     """
+    import torch
+
     if name not in MODELS:
         raise FlagError(f"--model: there is no {name!r}; choose one of {', '.join(MODELS)}")
     entry = MODELS[name]

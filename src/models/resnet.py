@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import resnet as torchvision_resnet
 
+from src._torchvision import torchvision
 from src.models.network import Network, kaiming_fan_out_
-from src.models.registry import register
 
 
-class BasicBlock(torchvision_resnet.BasicBlock):
+class BasicBlock(torchvision.models.resnet.BasicBlock):
     """Two 3x3 convolutions and a shortcut; the stride is the first one's."""
 
     def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
@@ -33,7 +32,7 @@ class BasicBlock(torchvision_resnet.BasicBlock):
         return F.relu(out + shortcut)
 
 
-class Bottleneck(torchvision_resnet.Bottleneck):
+class Bottleneck(torchvision.models.resnet.Bottleneck):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride is the 3x3 one's."""
 
     def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
@@ -98,25 +97,21 @@ def _network(body: ResNetBody, num_classes: int) -> Network:
     return Network(body, nn.Linear(body.out_features, num_classes))
 
 
-@register("resnet18", channels_last=True, initialization="default", note="ResNet-18 with the CIFAR stem")
 def resnet18(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-18: basic blocks 2-2-2-2, widths 64 to 512; the same network for every image size."""
     return _network(ResNetBody(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels), num_classes)
 
 
-@register("resnet50", channels_last=True, initialization="default", note="ResNet-50 with the CIFAR stem")
 def resnet50(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-50: bottlenecks 3-4-6-3, widths 64 to 512 times 4; the same network for every image size."""
     return _network(ResNetBody(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), in_channels), num_classes)
 
 
-@register("resnet20", channels_last=True, note="CIFAR's ResNet-20, widths 16-32-64")
 def resnet20(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-20: basic blocks 3-3-3, widths 16-32-64, projection shortcuts (option B)."""
     return _network(kaiming_fan_out_(ResNetBody(BasicBlock, (3, 3, 3), (16, 32, 64), in_channels)), num_classes)
 
 
-@register("resnet8", channels_last=True, note="CIFAR-style ResNet-8, widths 16-32-64, for work on a CPU")
 def resnet8(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-8: basic blocks 1-1-1, widths 16-32-64, projection shortcuts (option B)."""
     return _network(kaiming_fan_out_(ResNetBody(BasicBlock, (1, 1, 1), (16, 32, 64), in_channels)), num_classes)

@@ -13,11 +13,9 @@ from torch.nn import functional as F
 
 from src.models.frn import FilterResponseNorm
 from src.models.network import Network
-from src.models.registry import register
 from src.models.same_padding import same_conv
 
 # Normalisation leaves nothing of a map of one position but its sign; from this size on the last maps are 2x2.
-SMALLEST_IMAGE = 5
 
 
 def frn_unit(in_channels: int, width: int, kernel: int, stride: int, *, activate: bool) -> nn.Sequential:
@@ -71,11 +69,6 @@ def build_resnet_frn(num_classes: int, in_channels: int, depths: Sequence[int], 
     return Network(body, nn.Linear(channels, num_classes))
 
 
-@register(
-    "resnet20_frn",
-    smallest=lambda in_channels: SMALLEST_IMAGE,
-    note="ResNet-20 with filter response normalisation in place of batch normalisation",
-)
 def resnet20_frn(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-20 with FRN: blocks 3-3-3, widths 16-32-64.
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from src.models.branches import Branches, ConvUnit, same
 from src.models.network import Network
-from src.models.registry import register
 
 # Channels of the 1x1 and the 3x3 branch of each block, by stage; then the channels of the convolution that halves.
 STAGES = (
@@ -18,7 +17,6 @@ STAGES = (
 )
 
 
-@register("small_inception", channels_last=True, note="the small Inception of Feldman and Zhang")
 def small_inception(num_classes: int, in_channels: int, image_size: int) -> Network:
     """A 3x3 unit of 96 channels, three stages of two-branch blocks, maximum over positions, one linear layer.
 

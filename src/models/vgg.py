@@ -7,10 +7,9 @@ PyTorch's default weights, as in the SAMIS experiments.
 from collections.abc import Sequence
 
 from torch import nn
-from torchvision.models.vgg import VGG, make_layers
 
+from src._torchvision import torchvision
 from src.models.network import IMAGENET_SIZE, Network, make_out_of_place, stem_padding
-from src.models.registry import register
 
 LAYOUT = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
 
@@ -27,7 +26,7 @@ def _fitting(layout: Sequence[int | str], size: int) -> list[int | str]:
 
 
 def _convolutions(layout: Sequence[int | str], in_channels: int, padding: int, image_size: int) -> nn.Sequential:
-    layers = make_layers(_fitting(layout, image_size + 2 * (padding - 1)), batch_norm=True)
+    layers = torchvision.models.vgg.make_layers(_fitting(layout, image_size + 2 * (padding - 1)), batch_norm=True)
     layers[0] = nn.Conv2d(in_channels, layout[0], 3, padding=padding)
     return layers
 
@@ -47,18 +46,12 @@ def build_small_vgg(
 
 def _build_imagenet_vgg(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Torchvision's VGG-19-BN: averages to 7x7, then 4096-4096-C with dropout 0.5."""
-    body = VGG(_convolutions(LAYOUT, in_channels, 1, image_size), num_classes, init_weights=False)
+    body = torchvision.models.VGG(_convolutions(LAYOUT, in_channels, 1, image_size), num_classes, init_weights=False)
     head = body.classifier[-1]
     body.classifier[-1] = nn.Identity()
     return Network(make_out_of_place(body), head)
 
 
-@register(
-    "vgg19",
-    channels_last=True,
-    initialization="default",
-    note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head",
-)
 def vgg19(num_classes: int, in_channels: int, image_size: int) -> Network:
     """VGG-19-BN: one linear layer after the convolutions, or, from 224x224 on, torchvision's 4096-4096 head."""
     build = _build_imagenet_vgg if image_size >= IMAGENET_SIZE else build_small_vgg

@@ -16,12 +16,11 @@ from urllib.error import URLError
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import VisionTransformer, ViT_B_16_Weights
 
 from src import artifacts
+from src._torchvision import torchvision
 from src.errors import FileError
 from src.models.network import Network, centre_pad
-from src.models.registry import register
 
 PRETRAINED_CLASSES = 1000
 
@@ -55,7 +54,7 @@ class ViT(Network):
         dropout: float = 0.1,
     ) -> None:
         side = max(image_size // patch, 1) * patch
-        encoder = VisionTransformer(side, patch, layers, heads, width, mlp_width, dropout, dropout)
+        encoder = torchvision.models.VisionTransformer(side, patch, layers, heads, width, mlp_width, dropout, dropout)
         encoder.conv_proj = nn.Conv2d(in_channels, width, patch, patch)
         encoder.heads = nn.Identity()
         encoder.encoder.dropout = nn.Identity()
@@ -151,7 +150,7 @@ def load_pretrained(network: ViT, source: bool | str | Path) -> None:
 
 def _download() -> dict[str, torch.Tensor]:
     try:
-        return ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        return torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise FileError(
             f"--pretrained: torchvision's vit_b_16 weights could not be downloaded ({error}); "
@@ -159,12 +158,6 @@ def _download() -> dict[str, torch.Tensor]:
         ) from error
 
 
-@register(
-    "vit",
-    pretrain=load_pretrained,
-    initialization="default",
-    note="ViT-B/16 on the native image; can start pre-trained",
-)
 def vit(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ViT-B/16: 12 blocks, 12 heads, width 768, MLP 3072, learned positions, head on the normalised class token."""
     return ViT(num_classes, in_channels, image_size)

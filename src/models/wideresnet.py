@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from src.models.network import Network, kaiming_fan_out_, stem_padding
-from src.models.registry import register
 
 
 class WideBlock(nn.Module):
@@ -72,7 +71,6 @@ def build_wideresnet(num_classes: int, in_channels: int, depth: int = 28, widen:
     return Network(body, head)
 
 
-@register("wideresnet", note="WRN-28-10")
 def wideresnet(num_classes: int, in_channels: int, image_size: int) -> Network:
     """WRN-28-10: four blocks in each group, widths 160, 320, 640; the same network for every image size."""
     return build_wideresnet(num_classes, in_channels)

@@ -1,10 +1,10 @@
 """Optimisers and learning-rate schedules: SGD, Adam, AdamW, SAM and iBLR, by name."""
 
-from src.optimizers.batchnorm import frozen_batchnorm
-from src.optimizers.iblr import IBLR
+from src.lazy import lazy_names
 from src.optimizers.registry import OPTIMIZERS, OptimizerEntry, build_optimizer, optimizer_names
-from src.optimizers.sam import SAM
 from src.optimizers.schedules import SCHEDULES, Schedule, rate, schedule_names
+
+__getattr__ = lazy_names(__name__, batchnorm=["frozen_batchnorm"], iblr=["IBLR"], sam=["SAM"])
 
 __all__ = [
     "IBLR",

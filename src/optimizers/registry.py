@@ -1,16 +1,17 @@
-"""The optimisers by name."""
+"""The optimisers by name. Torch is imported by the builders alone."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING
 
 from src.errors import FlagError
-from src.optimizers.iblr import IBLR
-from src.optimizers.sam import SAM
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
 DEFAULT_DELTA = 1.0  # prior precision of iBLR where neither delta nor a weight decay says otherwise
 DEFAULT_HESS_INIT = 0.1  # the MPE experiments' choice
@@ -51,6 +52,8 @@ class OptimizerEntry:
 
 
 def _sgd(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
+    import torch
+
     return torch.optim.SGD(
         parameters,
         lr=settings.lr,
@@ -61,18 +64,26 @@ def _sgd(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimiz
 
 
 def _adam(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
+    import torch
+
     return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
+    import torch
+
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def _sam(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
+    from src.optimizers.sam import SAM
+
     return SAM(parameters, lambda params: _sgd(params, settings), settings.rho, settings.adaptive)
 
 
 def _iblr(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
+    from src.optimizers.iblr import IBLR
+
     if settings.num_examples is None:
         raise ValueError("iblr needs num_examples, the number of training examples")
     delta = settings.delta

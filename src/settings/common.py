@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import ROOT, SCORE_FOLDERS
-from src.devices import PRECISIONS
+from src.datasets import dataset_names
 from src.errors import FlagError
+from src.models import model_names
+from src.optimizers import OPTIMIZERS, SCHEDULES
+from src.precisions import PRECISIONS
 from src.scripting import given_flags
 from src.settings import values
 
@@ -25,8 +28,6 @@ FOLDERS = {
 
 def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True, default: str = "cifar100") -> None:
     """Which data: ``--dataset``, ``--image_size``, ``--channels`` and, where it applies, ``--subset``."""
-    from src.datasets import dataset_names
-
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -72,8 +73,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_choice(parser: argparse.ArgumentParser, default: str = "resnet50") -> Any:
     """``--model`` alone, for scripts that read trained networks."""
-    from src.models import model_names
-
     group = parser.add_argument_group("network")
     group.add_argument(
         "--model", choices=model_names(), default=default, metavar="NAME", help=_listing(model_names())
@@ -138,8 +137,6 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: bool = True, 
         epochs: Whether ``--epochs`` is the length; else the script has a flag of its own for it.
         seed: Whether ``--seed`` is the seed; else the script takes several.
     """
-    from src.optimizers import OPTIMIZERS, SCHEDULES
-
     group = parser.add_argument_group("training")
     add = group.add_argument
     if seed:

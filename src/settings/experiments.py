@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpe.choices import CLASS_COVARIANCES, ORDERS, SHUFFLES
 from src.artifacts import PICKLE_PLOTS, PICKLES
 from src.settings import values
 from src.settings.common import (
@@ -30,9 +31,6 @@ def add_experiment_flags(
         defaults: name_exp, dataset, model, lr, lrmin, bs, epochs, bs_jacs, and delta where there is one prior.
         optimizers: The choices of ``--optimizer``, the first being the default; none where it is fixed.
     """
-    from mpe.estimates import CLASS_COVARIANCES
-    from mpe.experiment import ORDERS
-
     add_data_flags(parser, default=defaults["dataset"])
     add_model_choice(parser, default=defaults["model"])
     group = parser.add_argument_group("experiment")
@@ -94,8 +92,6 @@ def add_laplace_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_retraining_flags(parser: argparse.ArgumentParser, lr: float, lrmin: float, epochs: int) -> None:
     """How networks are retrained without some of the examples."""
-    from mpe.orders import SHUFFLES
-
     group = parser.add_argument_group("retraining")
     add = group.add_argument
     add("--lr_retrain", type=_POSITIVE, default=lr, help="learning rate at the start")

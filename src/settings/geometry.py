@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.artifacts import SCORE_FOLDERS
+from src.curvature.plan import OPERATOR_NAMES, ORDERS, STORAGES, SpectrumPlan
+from src.models import model_names
+from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.settings import values
+from src.settings.common import add_overwrite_flag
 
 EIGEN_PRECISIONS = ("fp32", "tf32", "fp64")
 EIGEN_MODES = ("lanczos", "power_iter")
@@ -36,9 +40,6 @@ def high_low(text: str) -> HighLow:
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """Which trained network: by the flags of train_full.py, by its run's name, or by its file."""
-    from src.models import model_names
-    from src.optimizers import OPTIMIZERS, SCHEDULES
-
     group = parser.add_argument_group("network")
     add = group.add_argument
     add(
@@ -63,11 +64,6 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_spectrum_flags(parser: argparse.ArgumentParser) -> None:
     """What to measure of the Hessian, on which examples, and how well."""
-    from src.curvature.basis import STORAGES
-    from src.curvature.hessian import OPERATORS
-    from src.curvature.spectrum import SpectrumPlan
-    from src.curvature.tridiagonal import ORDERS
-
     plain = SpectrumPlan()
     group = parser.add_argument_group("examples")
     add = group.add_argument
@@ -81,7 +77,7 @@ def add_spectrum_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=values.number(int, 1), default=512, help="examples at a time")
     group = parser.add_argument_group("spectrum")
     add = group.add_argument
-    add("--operator", choices=tuple(OPERATORS), default="hessian", help="the Hessian, or the Gauss-Newton matrix")
+    add("--operator", choices=OPERATOR_NAMES, default="hessian", help="the Hessian, or the Gauss-Newton matrix")
     add(
         "--eigen_mode",
         choices=EIGEN_MODES,
@@ -127,8 +123,6 @@ def add_spectrum_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_drawn_flags(parser: argparse.ArgumentParser) -> None:
     """Which of a network's spectra are drawn."""
-    from src.curvature.hessian import OPERATORS
-
     group = parser.add_argument_group("spectra")
     add = group.add_argument
     add("--eigen_split", choices=("train", "test"), default="train", help="the part whose loss it is")
@@ -140,14 +134,12 @@ def add_drawn_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="the parts of the examples to compare: all, or such as mem:low:0.3",
     )
-    add("--operator", choices=tuple(OPERATORS), default="hessian", help="the Hessian, or the Gauss-Newton matrix")
+    add("--operator", choices=OPERATOR_NAMES, default="hessian", help="the Hessian, or the Gauss-Newton matrix")
     add("--eigen_mode", choices=EIGEN_MODES, default="lanczos", help="how top eigenvalues were found")
 
 
 def add_measurement_flags(parser: argparse.ArgumentParser) -> None:
     """How an interrupted measurement goes on."""
-    from src.settings.common import add_overwrite_flag
-
     group = parser.add_argument_group("run")
     group.add_argument(
         "--resume",

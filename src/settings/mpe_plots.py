@@ -2,6 +2,7 @@
 
 import argparse
 
+from mpe.choices import CLASS_COVARIANCES
 from src.settings.experiments import add_pickles_flag
 from src.settings.values import file_name
 
@@ -13,8 +14,6 @@ def add_experiment_flag(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_class_cov_flag(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """``--class_cov``: which of the stored estimates are drawn, one or ``several``."""
-    from mpe.estimates import CLASS_COVARIANCES
-
     parser.add_argument(
         "--class_cov",
         choices=CLASS_COVARIANCES,

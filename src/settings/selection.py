@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from src.coresets import METHODS, Options
+from src.optimizers import SCHEDULES
 from src.settings import values
 
 FRACTION = 0.1  # kept where neither --coreset_fraction nor --shots says otherwise
@@ -10,8 +12,6 @@ FRACTION = 0.1  # kept where neither --coreset_fraction nor --shots says otherwi
 
 def add_method_flags(parser: argparse.ArgumentParser, *, file: bool = False) -> None:
     """``--coreset_func`` and, with ``file``, ``--selection`` in its place."""
-    from src.coresets import METHODS
-
     group, listing = parser.add_argument_group("method"), f"how to choose: {', '.join(METHODS)}"
     if not file:
         group.add_argument("--coreset_func", type=values.method_name, required=True, metavar="NAME", help=listing)
@@ -43,9 +43,6 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
         parser: The script's parser.
         share: Whether ``--coreset_fraction`` and ``--shots`` say how much to keep; else the script takes several.
     """
-    from src.coresets import Options
-    from src.optimizers import SCHEDULES
-
     group = parser.add_argument_group("selection")
     add = group.add_argument
     add(

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from src.coresets import METHODS
+from src.datasets import dataset_names
+
 
 def number(
     kind: type,
@@ -54,8 +57,6 @@ SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
 
 def dataset(text: str) -> str:
     """A type for ``--dataset``."""
-    from src.datasets import dataset_names
-
     if text.split(":", 1)[0] in ("npz", "folder") and ":" in text:
         return text
     names = {name.lower(): name for name in dataset_names()}
@@ -84,8 +85,6 @@ fraction = number(float, 0, 1, open_low=True)
 
 def method_name(text: str) -> str:
     """A type for ``--coreset_func``; ``min_`` before a stored score's name is understood in both spellings."""
-    from src.coresets import METHODS
-
     names = {**{name: name for name in METHODS}, **{f"min_{m.needs.stored}": m.name for m in METHODS.values()}}
     if text not in names:
         close = difflib.get_close_matches(text, names, 1)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from src.datasets import Batch, Batches
-from src.devices import PRECISIONS, computing
+from src.devices import computing
 from src.models.modes import evaluating
+from src.precisions import PRECISIONS
 from src.training.group import Group
 
 

@@ -14,11 +14,12 @@ from torch import nn
 from tqdm import tqdm
 
 from src.datasets import Batch, Batches
-from src.devices import PRECISIONS, computing
+from src.devices import computing
 from src.draws import derived_seed
 from src.errors import FlagError, TrainingError
 from src.models.modes import trains_on_one
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
+from src.precisions import PRECISIONS
 from src.training.config import TrainingConfig
 from src.training.dynamics import Dynamics
 from src.training.evaluation import evaluate

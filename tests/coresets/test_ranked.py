@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from src.coresets import ranked
 from src.coresets.budgets import make_groups
 from src.coresets.material import Group, LastLayer, Material, Options
-from src.coresets.registry import METHODS
+from src.coresets.registry import METHODS, STORED
 from src.errors import FileError, FlagError
 
 few_values = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1.0, 2.0, np.inf])  # many ties
@@ -91,9 +91,9 @@ def test_a_missing_score_is_refused_by_the_original_index():
         ranked.checked_scores(material, "min_mem")
 
 
-@pytest.mark.parametrize("mode", ranked.STORED)
+@pytest.mark.parametrize("mode", STORED)
 def test_stored_scores_keep_the_end_that_the_mode_names(mode):
-    method = METHODS[ranked.STORED[mode]]
+    method = METHODS[STORED[mode]]
     assert method.needs.stored == mode
     assert method.has_modes
     labels = np.array([0, 1, 0, 1, 0, 1])

@@ -9,7 +9,6 @@ from torchvision.models import VisionTransformer
 
 from src.errors import FileError
 from src.models import MODELS, build_model
-from src.models import vit as vit_module
 from src.models.vit import ViT, load_pretrained, resize_positions
 
 SIZES = {"layers": 2, "heads": 2, "width": 8, "mlp_width": 12}
@@ -146,7 +145,7 @@ class Served:
 
 def test_download_is_used_on_request_alone(monkeypatch):
     weights = type("Weights", (), {"IMAGENET1K_V1": Served()})
-    monkeypatch.setattr(vit_module, "ViT_B_16_Weights", weights)
+    monkeypatch.setattr("torchvision.models.ViT_B_16_Weights", weights)
     network = reduced()
     load_pretrained(network, True)
     assert torch.equal(network.body.conv_proj.weight, published().conv_proj.weight)
@@ -154,7 +153,7 @@ def test_download_is_used_on_request_alone(monkeypatch):
 
 def test_failed_download_is_one_line(monkeypatch):
     weights = type("Weights", (), {"IMAGENET1K_V1": Unreachable()})
-    monkeypatch.setattr(vit_module, "ViT_B_16_Weights", weights)
+    monkeypatch.setattr("torchvision.models.ViT_B_16_Weights", weights)
     with pytest.raises(FileError, match=r"^--pretrained: .*no route to host.*local state dict[^\n]*$"):
         load_pretrained(reduced(), True)
 

@@ -16,10 +16,10 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from mpe.api import Sensitivities, refuse_shuffling, sensitivities
 from mpe.estimates import Estimates, estimate, loo_losses, sensitivity
 from mpe.posteriors import laplace_posterior, optimizer_posterior
 from mpe.predictions import Predictions, predict
-from mpe.sensitivities import Sensitivities, refuse_shuffling, sensitivities
 from src.artifacts import label_hash, score_files
 from src.jacobians import OutputVariances
 from src.metrics.proxy import Proxy

@@ -22,8 +22,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from mpe.estimates import CLASS_COVARIANCES, Estimates, estimate, loo_losses, sensitivity
-from mpe.posteriors import STRUCTURES, laplace_posterior, optimizer_posterior
+from mpe.choices import CLASS_COVARIANCES, STRUCTURES
+from mpe.estimates import Estimates, estimate, loo_losses, sensitivity
+from mpe.posteriors import laplace_posterior, optimizer_posterior
 from mpe.predictions import Predictions, given_indices, predict
 from src import artifacts
 from src.artifacts import score_files
@@ -148,7 +149,7 @@ def sensitivities(
         delta: prior precision: the training loss is ``mean cross-entropy + delta / (2 N) |w|^2``, so a weight decay
             of w is delta = w N. For Laplace's and Adam's.
         num_examples: N for Adam's; by default the loader's number of examples.
-        class_cov: a name of ``mpe.estimates.CLASS_COVARIANCES``.
+        class_cov: a name of ``mpe.choices.CLASS_COVARIANCES``.
         memory_mb: how many MB of per-example gradients may be alive at a time.
         progress: whether to show progress bars.
 
