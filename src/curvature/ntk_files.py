@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from src.artifacts import (
+    claimed,
     kernel_path,
     ntk_folder,
     read_json,
@@ -82,7 +83,8 @@ class KernelFiles:
     ) -> None:
         """Store a kernel, and beside it its settings and whatever is known of it."""
         path = self.kernel(seed, epoch, lower)
-        path.unlink(missing_ok=True)  # never an old kernel beside new settings
+        if not (path.exists() and self._same(path, settings)):  # else another process has just written the same
+            path.unlink(missing_ok=True)  # never an old kernel beside new settings
         write_json(path.with_suffix(".json"), {"settings": dict(settings), **facts})
         write_pickle(path, kernel)
 
@@ -103,13 +105,21 @@ class KernelFiles:
             raise FileError(f"{beside}: holds no velocities; give --overwrite to replace it")
         return groups
 
-    def write_velocities(
+    def add_velocities(
         self, seed: int, epoch: int, settings: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        """Store velocities, and beside them their settings and what is known of their groups."""
+    ) -> dict[str, Any]:
+        """Add groups to the stored velocities of these settings; processes that add other groups wait for each other.
+
+        Returns:
+            What is known of all stored groups, as ``read_velocities`` does.
+        """
         path = self.velocities(seed, epoch)
-        write_json(path.with_suffix(".json"), {"settings": dict(settings), "groups": dict(groups)})
-        write_pickle(path, {lower: groups[str(lower)]["velocity"] for lower in sorted(map(int, groups))})
+        with claimed(path.with_suffix(".lock"), waiting="another process is writing velocities"):
+            stored = {**self.read_velocities(seed, epoch, settings), **groups}
+            path.unlink(missing_ok=True)  # an interruption leaves none rather than one that differs from its json
+            write_json(path.with_suffix(".json"), {"settings": dict(settings), "groups": stored})
+            write_pickle(path, {lower: stored[str(lower)]["velocity"] for lower in sorted(map(int, stored))})
+        return stored
 
     def _same(self, path: Path, settings: Mapping[str, Any]) -> bool:
         beside = path.with_suffix(".json")

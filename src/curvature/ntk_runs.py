@@ -99,17 +99,17 @@ class Kernels:
                 started = time.perf_counter()
                 found = self.velocity(seed, epoch, lower)
                 chosen = self.scores[self.group(lower)]
-                groups[str(lower)] = {
+                group = {
                     "velocity": found,
                     "mean_score": float(chosen.mean()),
                     "percentile": 100 * (lower + len(chosen) / 2) / len(self.ranked),
                     "seconds": time.perf_counter() - started,
                     "sketch_error": self._sketch_error,
                 }
-                self.files.write_velocities(seed, epoch, settings, groups)
+                groups = self.files.add_velocities(seed, epoch, settings, {str(lower): group})
             bar.update()
         if not self.files.velocities(seed, epoch).exists():  # an interruption came between it and its json
-            self.files.write_velocities(seed, epoch, settings, groups)
+            self.files.add_velocities(seed, epoch, settings, {})
         return {lower: groups[str(lower)]["velocity"] for lower in self.lowers}
 
     def velocity(self, seed: int, epoch: int, lower: int) -> float:

@@ -3,16 +3,21 @@ import http.server
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import ROOT
 from torchvision import transforms
 
 from src.datasets import CATALOGUE, Augmentation, Batches, load_dataset, lookup
@@ -281,6 +286,52 @@ def test_imagenet_workers_batches_and_subsets_change_nothing(imagenet_folder):
     assert all(torch.equal(streamed[index], reference[index]) for index in reference)
     assert all(torch.equal(part[index], reference[index]) for index in part)
     assert train.to("meta").labels.device.type == "meta"
+
+
+# Batches of 4.7 MB from worker processes.
+EPOCH = """
+import sys
+sys.path.insert(0, {root!r})
+from dataclasses import replace
+from pathlib import Path
+import torch
+from src.datasets.imagenet import load_imagenet
+from src.datasets import lookup
+train, _ = load_imagenet(replace(lookup("imagenet"), num_classes=2, image_size=512), Path({folder!r}))
+train.workers = 2
+for images in train.stream((torch.arange(6), None) for _ in range(4)):
+    assert torch.equal(images, train.fetch(torch.arange(6)))
+print("done")
+"""
+
+
+def test_imagenet_with_little_shared_memory(imagenet_folder):
+    code = EPOCH.format(root=str(ROOT), folder=str(imagenet_folder))
+    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("mounting a small /dev/shm needs root")
+    done = subprocess.run([*small, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_imagenet_without_room_in_shared_memory(imagenet_folder, monkeypatch):
+    train, _ = load_imagenet(IMAGENET, imagenet_folder)
+    positions = torch.arange(6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    assert isinstance(train._reader()[positions.numpy(), None], np.ndarray)
+    train.workers = 1
+    (images,) = train.stream([(positions, None)])
+    assert torch.equal(images, train.fetch(positions))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+    assert isinstance(train._reader()[positions.numpy(), None], torch.Tensor)
+
+
+def test_imagenet_reader_that_is_killed(imagenet_folder, monkeypatch):
+    train, _ = load_imagenet(IMAGENET, imagenet_folder)
+    train.workers = 1
+    monkeypatch.setattr("src.datasets.imagenet.read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(FileError, match="a process that reads images was killed"):
+        list(train.stream([(torch.arange(6), None)]))
 
 
 def test_imagenet_empty_shares(imagenet_folder):
