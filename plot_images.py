@@ -2,8 +2,9 @@
 r"""Show the examples of each class with the lowest and the highest scores, one row per score.
 
 Reads the data set and its score files, in --scores_folder and --metrics_folder where one is given, else in metrics/
-or among those that ship with the project. Writes, as PNG and PDF, {plots_folder}/images/{dataset}/lowest_{n}/{class}
-and highest_{n}/{class}, and an overview of all classes by the first score, overview_{mode}_{n}.
+or among those that ship with the project. Writes, as PNG and PDF to {plots_folder}/images/{dataset}/,
+lowest_{modes}_{n}/{class} and highest_{modes}_{n}/{class}, and an overview of all classes by the first score,
+overview_{mode}_{n}.
 
   python plot_images.py --dataset=digits --modes samis_loss samis_prob mean_loss
   python plot_images.py --dataset=cifar100 --modes mem samis_loss samis_prob --n=5 --classes apple bed
@@ -18,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from src.artifacts import label_hash, save_figure
+from src.artifacts.figures import literal
 from src.datasets import ImageSet, load_dataset, parse_subset
 from src.errors import FlagError
 from src.metrics import MODES, Proxy
@@ -72,7 +74,10 @@ def main() -> None:
     if not args.only_overview:
         for label in tqdm(classes, unit="class", disable=None):
             draw_class(images, proxies, {mode: end.get(label) for mode, end in ends.items()}, label, args.n, folder)
-        print(*(f"{folder / f'{end}_{args.n}'}: {len(classes)} classes, PNG and PDF" for end in ENDS), sep="\n")
+        modes = "_".join(args.modes)
+        print(
+            *(f"{folder / f'{end}_{modes}_{args.n}'}: {len(classes)} classes, PNG and PDF" for end in ENDS), sep="\n"
+        )
 
 
 def chosen_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
@@ -96,7 +101,7 @@ def fetch(images: ImageSet, positions: np.ndarray) -> np.ndarray:
 def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int], n: int, folder: Path) -> None:
     """All classes by one score."""
     rows = [
-        (images.class_names[label], *(fetch(images, positions) for positions in ends[label]))
+        (literal(images.class_names[label]), *(fetch(images, positions) for positions in ends[label]))
         for label in classes
         if label in ends
     ]
@@ -123,9 +128,9 @@ def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: i
             [both[k] for both in rows.values()],
             [proxies[mode].scores[indices[both[k]]] for mode, both in rows.items()],
             [proxies[mode].label for mode in rows],
-            f"{name}: {end} {n}",
+            f"{literal(name)}: {end} {n}",
         )
-        save_figure(figure, folder / f"{end}_{n}" / stem)
+        save_figure(figure, folder / f"{end}_{'_'.join(proxies)}_{n}" / stem)
 
 
 if __name__ == "__main__":

@@ -12,3 +12,8 @@ FIGURE_STYLE = {
     "pdf.fonttype": 42,
 }
 FIGURE_GRID = {"color": "0.88", "linewidth": 0.8}
+
+
+def literal(text: str) -> str:
+    """A name of the user's own, drawn as it is: matplotlib reads what is between two dollar signs as a formula."""
+    return text.replace("$", r"\$")

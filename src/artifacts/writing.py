@@ -8,6 +8,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -188,12 +189,16 @@ def write_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
 def save_figure(figure: Any, stem: str | Path) -> list[Path]:
     """Write a matplotlib figure as ``stem.png`` (200 dpi) and ``stem.pdf``.
 
+    Characters that the font lacks, such as an emoji in a class name, are drawn as boxes without a warning.
+
     Returns:
         The two paths.
     """
     stem = Path(stem)
     written = []
-    for kind in ("png", "pdf"):
-        path = stem.with_name(f"{stem.name}.{kind}")
-        written.append(write_with(path, lambda file, kind=kind: figure.savefig(file, format=kind, dpi=200)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        for kind in ("png", "pdf"):
+            path = stem.with_name(f"{stem.name}.{kind}")
+            written.append(write_with(path, lambda file, kind=kind: figure.savefig(file, format=kind, dpi=200)))
     return written

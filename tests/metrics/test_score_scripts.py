@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -80,15 +81,31 @@ def test_plot_images_draws_each_class_and_the_overview(toy, tmp_path):
     succeed("plot_images.py", *flags, "--modes", "csl", "aum")
     folder = tmp_path / "images" / name
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    stems = [f"{end}_2/{label}" for end in ("lowest", "highest") for label in range(3)] + ["overview_csl_2"]
+    stems = [f"{end}_csl_aum_2/{label}" for end in ("lowest", "highest") for label in range(3)] + ["overview_csl_2"]
     assert found == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    succeed("plot_images.py", *flags, "--modes", "aum")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_class_names_of_any_kind_are_drawn(toy, tmp_path):
+    base, dataset, name = toy
+    names = ["cat \N{CAT}", "a$x^$", "$5 or $6_"]
+    arrays = dict(np.load(dataset.removeprefix("--dataset=npz:")))
+    np.savez(tmp_path / f"{name.rsplit('-', 1)[0]}.npz", **arrays, class_names=names)
+    flags = (f"--dataset=npz:{tmp_path / name.rsplit('-', 1)[0]}.npz", f"--metrics_folder={base / 'metrics'}",
+             f"--plots_folder={tmp_path}", "--modes", "csl", "--n=2")  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        succeed("plot_images.py", *flags)
+    assert len(list((tmp_path / "images" / name / "lowest_csl_2").glob("*.png"))) == 3
 
 
 def test_plot_images_of_chosen_classes_and_a_subset(toy, tmp_path):
     base, dataset, name = toy
     flags = (dataset, f"--metrics_folder={base / 'metrics'}", f"--plots_folder={tmp_path}", "--modes", "csl")
     succeed("plot_images.py", *flags, "--classes", "1", "--subset=6")
-    assert [p.name for p in sorted((tmp_path / "images" / name / "lowest_5").iterdir())] == ["1.pdf", "1.png"]
+    assert [p.name for p in sorted((tmp_path / "images" / name / "lowest_csl_5").iterdir())] == ["1.pdf", "1.png"]
     refused = call("plot_images.py", *flags, "--classes", "zebra")
     assert (refused.status, "'zebra'" in refused.complaint) == (2, True)
     refused = call("plot_images.py", *flags, "--n=0")
