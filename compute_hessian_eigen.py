@@ -63,7 +63,8 @@ def read_scores(args: Namespace, networks: TrainedNetworks) -> np.ndarray | None
         return None
     metric, train = args.high_low_spec.metric, networks.train
     folders = score_folders(args.scores_folder, metric, args.metrics_folder)
-    return Proxy(metric, train.entry.name, folder=folders, n=train.total, label_hash=networks.labels).scores
+    checks = {"n": train.total, "label_hash": networks.labels, "data_hash": train.digest}
+    return Proxy(metric, train.entry.name, folder=folders, **checks).scores
 
 
 def report(record: dict) -> None:

@@ -132,6 +132,7 @@ def ranking(args: Namespace, networks: TrainedNetworks) -> tuple[np.ndarray, np.
         folder=score_folders(args.scores_folder, args.ntk_chosen_metric, args.metrics_folder),
         n=train.total,
         label_hash=networks.labels,
+        data_hash=train.digest,
     )
     ranked = proxy.get_sorted_indices()
     if args.subset is not None:

@@ -43,7 +43,6 @@ from src.settings import (
     number,
     score_folders,
 )
-from src.training import data_facts
 
 log = logging.getLogger("compute_sam_sgd")
 
@@ -95,10 +94,9 @@ def main() -> None:
         "seed": args.seed,
         "epoch": args.epochs,
         "protocol": protocol,
-        "lr_sched": pairs[0].lr_sched,
         "precision": args.precision,
         "subset": None,
-        **training_settings(pairs[0]),
+        **training_settings(pairs),
     }
     chosen = train.to(device)
     if args.subset is not None:
@@ -108,7 +106,7 @@ def main() -> None:
         check_target(samis_path(args.metrics_folder, name, args.model, args.seed, which), facts, args.overwrite)
     scores = {field: np.full(train.total, np.nan) for field in PairScores._fields}
     for pair in tqdm(pairs, unit="pair", disable=None):
-        score_one(args, pair, chosen, whole_labels, facts, scores)
+        score_one(args, query, pair, chosen, train, facts, scores)
     written = save_seed(
         args.metrics_folder,
         name,
@@ -121,6 +119,7 @@ def main() -> None:
         epoch=args.epochs,
         protocol=protocol,
         label_hash=label_hash(whole_labels),
+        data_hash=train.digest,
         settings=json.dumps(facts, sort_keys=True),
     )
     report(scores, memorization)
@@ -151,7 +150,10 @@ def check_target(path: Path, facts: dict, overwrite: bool) -> None:
     if not path.exists() or overwrite:
         return
     try:
-        found = differences(parse_settings(path, read_seed(path)["settings"]), facts)
+        content = read_seed(path)
+        if "settings" not in content:
+            raise FileError(f"{path}: holds scores of unknown settings; replace them")
+        found = differences(parse_settings(path, content["settings"]), facts)
     except FileError as error:
         raise FileError(f"{error}, with --overwrite") from error
     if found:
@@ -161,12 +163,11 @@ def check_target(path: Path, facts: dict, overwrite: bool) -> None:
 
 
 def score_one(
-    args: Namespace, pair: Pair, chosen: ImageSet, whole_labels: np.ndarray, facts: dict, scores: dict
+    args: Namespace, query: Query, pair: Pair, chosen: ImageSet, whole: ImageSet, facts: dict, scores: dict
 ) -> None:
     """Score the examples that belong to one pair, and print how good its networks are on them."""
     entry = chosen.entry
-    expected = data_facts(entry, label_hash(whole_labels))
-    sgd, sam, state = load_pair(pair, expected)
+    sgd, sam, state = load_pair(pair, query, whole)
     if state["settings"].get("subset") != facts["subset"]:
         raise FileError(f"{pair.sgd}: was trained on another subset of {entry.name}; give the same --subset")
     if state["differing"]:
@@ -174,7 +175,7 @@ def score_one(
     images = chosen
     if pair.split is not None:
         held_out = validation_indices(
-            args.datasets_folder, entry.name, args.seed, pair.split, whole_labels, entry.num_classes
+            args.datasets_folder, entry.name, args.seed, pair.split, whole.labels.numpy(), entry.num_classes
         )
         images = chosen.subset(torch.from_numpy(np.flatnonzero(np.isin(chosen.indices.cpu().numpy(), held_out))))
     if not len(images):

@@ -58,7 +58,7 @@ def main() -> None:
     args = parse()
     start_logging()
     images, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
-    checks = {"n": images.total, "label_hash": label_hash(images.labels)}
+    checks = {"n": images.total, "label_hash": label_hash(images.labels), "data_hash": images.digest}
     dataset = images.entry.name
     proxies = {
         mode: Proxy(mode, dataset, folder=score_folders(args.scores_folder, mode, args.metrics_folder), **checks)

@@ -29,7 +29,15 @@ from src.errors import FlagError
 from src.jacobians import OutputVariances, Posterior
 from src.models import MODELS, build_model
 from src.precisions import PRECISIONS
-from src.training import RunFiles, Trainer, TrainingConfig, evaluate, model_description, run_training
+from src.training import (
+    RunFiles,
+    Trainer,
+    TrainingConfig,
+    evaluate,
+    image_facts,
+    model_description,
+    run_training,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +48,8 @@ SHARED_SETTINGS = (
     "image_size",
     "channels",
     "labels",
+    "images",
+    "decoding",
     "subset",
     "examples",
     "model",
@@ -93,7 +103,7 @@ class Experiment:
         train, test = load_dataset(
             args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels
         )
-        self.whole_labels = train.labels.cpu().numpy()
+        self.whole_train, self.whole_labels = train, train.labels.cpu().numpy()
         if args.subset is not None:
             train = train.subset(parse_subset(args.subset, train.total, train.labels.cpu()))
             log.info("training on %d of %d examples (--subset)", len(train), train.total)
@@ -151,6 +161,7 @@ class Experiment:
             "image_size": self.entry.image_size,
             "channels": self.entry.channels,
             "labels": label_hash(self.whole_labels),
+            **image_facts(self.whole_train),
             "subset": None if self.args.subset is None else label_hash(self.train.indices.cpu().numpy()),
             "examples": self.count,
         }
@@ -214,13 +225,7 @@ class Experiment:
             rate_flag="--lr",
             size_flag="--bs",
         )
-        description = model_description(
-            args.model,
-            self.entry,
-            self.entry.normalisations[NORMALISATION],
-            label_hash(self.whole_labels),
-            self.train.total,
-        )
+        description = model_description(args.model, self.whole_train, self.entry.normalisations[NORMALISATION])
         run_training(
             trainer,
             self.files,
@@ -235,9 +240,12 @@ class Experiment:
 
     def base_settings(self, config: TrainingConfig) -> dict[str, Any]:
         """What determines the base run: the experiment's settings without those of what follows it."""
+        return {**config.as_dict(), **self.shared_settings(), "batch_size": self.args.bs}
+
+    def shared_settings(self) -> dict[str, Any]:
+        """The settings of data and model, which base training and retraining have in common."""
         own = self.settings()
-        shared = {name: own[name] for name in SHARED_SETTINGS if name in own}
-        return {**config.as_dict(), **shared, "batch_size": self.args.bs}
+        return {name: own[name] for name in SHARED_SETTINGS if name in own}
 
     def test_metrics(self, model: nn.Module | None = None) -> tuple[float, float]:
         """Test accuracy and mean NLL of a network, by default ``self.model``."""

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from mpe.choices import ORDERS
-from mpe.experiment import SHARED_SETTINGS, Experiment
+from mpe.experiment import Experiment
 from mpe.orders import replay_generator
 from mpe.retraining import Measure, MeasureEach, retrain
 from mpe.retraining_run import RetrainSettings
@@ -106,10 +106,7 @@ def retrain_without(
     if args.retrain_shuffle == "replay":
         build = partial(MODELS[args.model].build, entry.num_classes, entry.channels, entry.image_size)
         replay = replay_generator(build, seed=args.seed)
-    own = experiment.settings()
-    key = {
-        name: own[name] for name in SHARED_SETTINGS if name in own
-    }  # with the base weights, all that determines the rows
+    key = experiment.shared_settings()  # with the base weights, all that determines the rows
     more = {"measure": measure, "replay": replay, "extra_draws": extra_draws}
     return _run(experiment, images, removed, settings, key, write, **more)
 

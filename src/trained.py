@@ -15,9 +15,9 @@ from src.precisions import PRECISIONS
 from src.training import (
     data_facts,
     find_checkpoint,
+    image_facts,
     load_model,
     missing_epochs,
-    refuse_other_data,
     training_command,
 )
 
@@ -32,6 +32,7 @@ class TrainedNetworks:
         train: The whole training part, on the device.
         test: The whole test part, on the device.
         labels: Hash of the training part's labels.
+        facts: What settings say of the data: labels, images, decoding.
         device: Where to compute.
     """
 
@@ -42,6 +43,7 @@ class TrainedNetworks:
         prepare(self.device, self.precision, args.deterministic)
         parts = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
         self.labels = label_hash(parts[0].labels.numpy())
+        self.facts = {"labels": self.labels, **image_facts(parts[0])}
         self.train, self.test = (part.to(self.device) for part in parts)
 
     def find(
@@ -86,24 +88,24 @@ class TrainedNetworks:
             raise FileError(line)
         return paths
 
-    def load(self, path: str | Path, model: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    def load(self, path: str | Path, model: str | None = None, **asked: Any) -> tuple[nn.Module, dict[str, Any]]:
         """The network of a checkpoint, on the device, in the precision's type and in eval mode.
 
         Args:
             path: The checkpoint.
             model: The architecture that it must be of; None for any.
+            asked: What else is known of it, such as ``seed`` and ``epoch``; see ``load_model``.
 
         Returns:
             The network, and the checkpoint without its weights.
 
         Raises:
-            FileError: The file is missing or damaged, of another architecture or of other data, or a weight is not
-                finite.
+            FileError: The file is missing or damaged, of another architecture, run or epoch than asked for or of
+                other data, or a weight is not finite.
         """
-        network, state = load_model(path)
+        network, state = load_model(path, {**data_facts(self.train), **asked})
         if model is not None and state["model"] != model:
             raise FileError(f"{path}: is of the network {state['model']}, not {model}; give --model={state['model']}")
-        refuse_other_data(path, state, data_facts(self.train.entry, self.labels))
         for name, value in network.state_dict().items():
             if not value.isfinite().all():
                 raise FileError(f"{path}: {name} is not finite; train it anew with a lower --learning_rate")

@@ -48,7 +48,7 @@ from src.artifacts.reading import (
     read_npz,
     read_pickle,
 )
-from src.artifacts.sidecar import differences, parse_settings, refuse_other_settings
+from src.artifacts.sidecar import DEFAULTS, counted, differences, parse_settings, refuse_other_settings, without_idle
 from src.artifacts.writing import (
     require_writable,
     save_figure,
@@ -61,6 +61,7 @@ from src.artifacts.writing import (
 )
 
 __all__ = [
+    "DEFAULTS",
     "PACKAGED_SCORES",
     "PICKLES",
     "PICKLE_PLOTS",
@@ -75,6 +76,7 @@ __all__ = [
     "claimed",
     "comparison_stem",
     "coreset_experiment",
+    "counted",
     "differences",
     "dynamics_folder",
     "dynamics_row_name",
@@ -112,6 +114,7 @@ __all__ = [
     "standard_experiment",
     "velocity_figure_stem",
     "velocity_path",
+    "without_idle",
     "write_checkpoint",
     "write_json",
     "write_npz",

@@ -136,7 +136,13 @@ def refuse_other_scores(path: str | Path, settings: Mapping[str, Any]) -> None:
         refuse_other_settings(path, {name: record.get(name) for name in settings}, settings)
 
 
-def refuse_foreign(path: str | Path, scores: np.ndarray, n: int | None = None, label_hash: str | None = None) -> None:
+def refuse_foreign(
+    path: str | Path,
+    scores: np.ndarray,
+    n: int | None = None,
+    label_hash: str | None = None,
+    data_hash: str | None = None,
+) -> None:
     """Stop if a score file is not of this data set.
 
     Args:
@@ -144,17 +150,25 @@ def refuse_foreign(path: str | Path, scores: np.ndarray, n: int | None = None, l
         scores: What was read from it.
         n: The size of the whole training part.
         label_hash: ``artifacts.label_hash`` of the whole part's labels; compared where the json knows its own.
+        data_hash: ``ImageSet.digest``, likewise.
 
     Raises:
-        FileError: The length or the labels differ.
+        FileError: The length, the labels or the images differ.
     """
     if n is not None and n != len(scores):
         raise FileError(
             f"{path}: scores {len(scores)} examples, the data set has {n}; give the scores of this data set"
         )
-    known = read_sidecar(path).get("label_hash")
+    record = read_sidecar(path)
+    known = record.get("label_hash")
     if label_hash and known and known != label_hash:
         raise FileError(
             f"{path}: was made for other labels (label hash {known}, this data set has {label_hash}); "
+            "give the scores of this data set"
+        )
+    known = record.get("data_hash")
+    if data_hash and known and known != data_hash:
+        raise FileError(
+            f"{path}: was made for other images (data hash {known}, this data set has {data_hash}); "
             "give the scores of this data set"
         )

@@ -78,7 +78,7 @@ class HessianRun:
         )
         self.settings = {
             "dataset": images.entry.name,
-            "labels": networks.labels,
+            **networks.facts,
             "model": state["model"],
             "experiment": subject.experiment,
             "seed": subject.seed,

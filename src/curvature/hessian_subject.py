@@ -94,8 +94,11 @@ def find_subject(args: Namespace, networks: TrainedNetworks) -> tuple[Subject, n
         experiment = standard_experiment(state["model"], name, *words)
         which = f"checkpoint_{file_digest(args.checkpoint)[:8]}"
         return Subject(args.checkpoint, experiment, int(settings.get("seed", 0)), which), network, state
+    asked = {"seed": args.seed, "epoch": args.epochs}
     if args.exp is not None:
-        path, model, experiment = _find_named(args, networks), args.model, args.exp
+        path, said = _find_named(args, networks)
+        model, experiment = args.model, args.exp
+        asked |= said
     else:
         model = args.model or DEFAULT_MODEL
         pattern = standard_experiment(model, name, args.optimizer, "*")
@@ -103,19 +106,23 @@ def find_subject(args: Namespace, networks: TrainedNetworks) -> tuple[Subject, n
         experiment = standard_experiment(model, name, args.optimizer, lr_sched)
         flags = {"model": model, "optimizer": args.optimizer, "lr_sched": lr_sched}
         path = networks.find(experiment, args.seed, args.epochs, **flags)
-    network, state = networks.load(path, model)
+        asked |= {"optimizer": args.optimizer, "lr_sched": lr_sched, "validation_split": None}
+    network, state = networks.load(path, model, **asked)
     return Subject(path, experiment, args.seed, f"epoch_{args.epochs}"), network, state
 
 
-def _find_named(args: Namespace, networks: TrainedNetworks) -> Path:
-    """The checkpoint of a run that is called by its name; a missing one's message says what the name says.
+def _find_named(args: Namespace, networks: TrainedNetworks) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a run that is called by its name, and what the name says of it.
 
     Raises:
         FileError: There is none.
     """
     for script, pattern in _NAMES.items():
         if found := pattern.fullmatch(args.exp):
-            return networks.find(args.exp, args.seed, args.epochs, script=script, **found.groupdict())
+            path = networks.find(args.exp, args.seed, args.epochs, script=script, **found.groupdict())
+            split = found.groupdict().get("samis_validation_split_index")
+            said = {name: found[name] for name in ("optimizer", "lr_sched")}
+            return path, {**said, "validation_split": None if split is None else int(split)}
     path = find_checkpoint(args.models_folder, args.exp, args.seed, args.epochs)
     if path is None:
         makers = (maker for sign, maker in _MAKERS.items() if sign in args.exp)
@@ -123,7 +130,7 @@ def _find_named(args: Namespace, networks: TrainedNetworks) -> Path:
             f"{args.models_folder}: no checkpoint of epoch {args.epochs}, seed {args.seed} for {args.exp}; "
             + next(makers, "look for its name there")
         )
-    return path
+    return path, {}
 
 
 def chosen_examples(args: Namespace, networks: TrainedNetworks, scores: np.ndarray | None) -> ImageSet:

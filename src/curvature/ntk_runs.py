@@ -56,6 +56,7 @@ class Kernels:
         lr_sched = only_schedule(args.models_folder, pattern, self.seeds[0], args.lr_sched) or "const"
         experiment = standard_experiment(args.model, name, args.optimizer, lr_sched)
         flags = {"model": args.model, "optimizer": args.optimizer, "lr_sched": lr_sched}
+        self.asked = {"optimizer": args.optimizer, "lr_sched": lr_sched, "validation_split": None}
         wanted = sorted({e for t in epochs for e in (t, t + 1)})
         self.paths = {
             (seed, epoch): path
@@ -71,7 +72,7 @@ class Kernels:
             subset = label_hash(parse_subset(args.subset, networks.train.total, networks.train.labels.cpu().numpy()))
         self.common = {
             "dataset": name,
-            "labels": networks.labels,
+            **networks.facts,
             "subset": subset,
             "m_samples": args.m_samples,
             "ntk_classes": args.ntk_classes,
@@ -162,7 +163,7 @@ class Kernels:
         """A network and its description; the last two are kept."""
         if (seed, epoch) not in self._loaded:
             path = self.paths[seed, epoch]
-            network, state = self.networks.load(path, self.args.model)
+            network, state = self.networks.load(path, self.args.model, **self.asked, seed=seed, epoch=epoch)
             trained_on = state["settings"].get("subset")
             if trained_on is not None and trained_on != self.common["subset"]:
                 raise FileError(f"{path}: was trained on a subset of the data; give the same --subset")

@@ -73,6 +73,7 @@ class DatasetEntry:
         downloads: The files that it is downloaded as.
         published: Digest of the decoded images and labels by part (``vision.part_digest``), for files that nothing
             else verifies.
+        content: Hex digest of the files of own data; None for those of the catalogue.
     """
 
     name: str
@@ -88,6 +89,7 @@ class DatasetEntry:
     class_names: tuple[str, ...] = ()
     downloads: tuple[Download, ...] = ()
     published: Mapping[str, str] = field(default_factory=dict)
+    content: str | None = None
 
     def training_augmentation(
         self, switched_on: bool, *, cutout_holes: int = 0, cutout_length: int = 16

@@ -1,5 +1,6 @@
 """ImageNet (ILSVRC2012): from local archives or extracted folders, read ahead while training."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -220,7 +221,15 @@ class StreamedImages(ImageSet):
 
     def _like(self, names: np.ndarray, labels: Tensor, indices: Tensor) -> "StreamedImages":
         settings = {"indices": indices, "total": self.total, "workers": self.workers}
-        return StreamedImages(self.entry, self.part, self._folder, names, labels, self.class_names, **settings)
+        other = StreamedImages(self.entry, self.part, self._folder, names, labels, self.class_names, **settings)
+        other.content = self.content
+        return other
+
+    def add_content(self, digest: "hashlib._Hash") -> None:
+        """Add names and sizes of the files to a digest: reading them all would take hours."""
+        for name in self._names:
+            size = (self._folder / os.fsdecode(name)).stat().st_size
+            digest.update(name + f"\0{size}\0".encode())
 
     def _reader(self) -> _Reader:
         return _Reader(self._folder, self._names, self.entry.image_size)

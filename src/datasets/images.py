@@ -1,11 +1,41 @@
 """A part of a data set whose images lie in memory, as one tensor."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from src.datasets.catalogue import DatasetEntry
+
+
+class Content:
+    """What identifies the images of a data set, computed when it is first asked for.
+
+    Args:
+        train: The whole training part, as loaded.
+        test: The whole test part.
+    """
+
+    def __init__(self, train: "ImageSet", test: "ImageSet") -> None:
+        self._parts: tuple[ImageSet, ...] = (train, test)
+        self._digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the training images, the test images and the test labels."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            entry, decoding = self._parts[0].entry, self._parts[0].decoding
+            if entry.content is not None:  # own data: their files, whatever they are resized to
+                digest.update(f"{entry.content}\0{decoding or ''}".encode())
+            else:
+                for part in self._parts:
+                    part.add_content(digest)
+                digest.update(self._parts[1].labels.cpu().numpy().astype("<i8").tobytes())
+            self._digest = digest.hexdigest()[:16]
+            self._parts = ()  # on a GPU, the images in main memory are not needed any more
+        return self._digest
 
 
 class ImageSet:
@@ -22,7 +52,10 @@ class ImageSet:
         class_names: One name per class.
         decoding: Which rules of ``decoding.as_seen`` changed pixels of this data set, such as ``"exif,alpha"``; None
             for none.
+        content: What identifies the images of both parts; None where the parts were not loaded together.
     """
+
+    content: Content | None = None
 
     def __init__(
         self,
@@ -54,6 +87,16 @@ class ImageSet:
     def device(self) -> torch.device:
         """Where labels and indices lie, and the images too if they are in memory."""
         return self.labels.device
+
+    @property
+    def digest(self) -> str | None:
+        """16 hex digits that identify the whole data set's images and test labels; None where they are not known."""
+        return None if self.content is None else self.content.digest
+
+    def add_content(self, digest: "hashlib._Hash") -> None:
+        """Add the images of this whole part to a digest."""
+        digest.update(f"{tuple(self._storage.shape)}".encode())
+        digest.update(memoryview(self._storage.contiguous().numpy()).cast("B"))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -105,7 +148,7 @@ class ImageSet:
     def _with(
         self, *, labels: Tensor, indices: Tensor, rows: Tensor | None, storage: Tensor | None = None
     ) -> "ImageSet":
-        return type(self)(
+        other = type(self)(
             self.entry,
             self.part,
             self._storage if storage is None else storage,
@@ -116,3 +159,5 @@ class ImageSet:
             rows=rows,
             decoding=self.decoding,
         )
+        other.content = self.content
+        return other

@@ -7,7 +7,7 @@ from src.datasets.catalogue import CATALOGUE, DatasetEntry, lookup
 from src.datasets.digits import load_digits
 from src.datasets.image_folder import load_folder
 from src.datasets.imagenet import load_imagenet
-from src.datasets.images import ImageSet
+from src.datasets.images import Content, ImageSet
 from src.datasets.npz import load_catalogue_npz, load_npz
 from src.datasets.tiny_imagenet import load_tiny_imagenet
 from src.datasets.vision import load_vision
@@ -83,7 +83,7 @@ def load_dataset(
     if colon and kind in OWN_SOURCES:
         if not path:
             raise ArgumentError("dataset", f"{name}: no path after the colon; npz:FILE or folder:DIR is needed")
-        return OWN_SOURCES[kind](Path(path).expanduser(), image_size, channels)
+        return _together(OWN_SOURCES[kind](Path(path).expanduser(), image_size, channels))
     entry = lookup(name)
     for option, value, fixed in (
         ("image_size", image_size, entry.image_size),
@@ -96,10 +96,18 @@ def load_dataset(
     folder = Path(folder)
     local = folder / f"{entry.name}.npz"
     try:
-        return (
+        return _together(
             load_catalogue_npz(entry, local) if local.exists() else SOURCES[entry.source](entry, folder / entry.name)
         )
     except OSError as error:
         raise FileError(
             f"{folder}: {entry.name} could not be read or made there ({error.strerror or error})"
         ) from error
+
+
+def _together(parts: Parts) -> Parts:
+    """Both parts, with what identifies their images."""
+    content = Content(*parts)
+    for part in parts:
+        part.content = content
+    return parts

@@ -70,7 +70,7 @@ def own_entry(stem: str, digest: str, source: str, images: Tensor, num_classes: 
 
     Args:
         stem: File or folder name.
-        digest: Hex digest of the content; 8 digits are used.
+        digest: Hex digest of the content; 8 digits are in the name.
         source: ``"npz"`` or ``"folder"``.
         images: The training images, uint8 ``(n, c, s, s)``.
         num_classes: Number of classes.
@@ -86,6 +86,7 @@ def own_entry(stem: str, digest: str, source: str, images: Tensor, num_classes: 
         source=source,
         augmentation=Augmentation(crop_padding=max(1, size // 8), flip=True),
         cutout=True,
+        content=digest,
     )
 
 

@@ -1,6 +1,8 @@
 """Averaging per-seed scores: the mean over seeds in the published format, refusing what does not belong together."""
 
 import glob
+import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,14 @@ from src.metrics.modes import score_mode
 from src.metrics.proxy import min_max
 from src.training.dynamics import DYNAMICS_FILE, read_dynamics
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SeedScores:
     """The raw scores of one seed.
+
+    Where a file of the papers' code does not say how they were made, ``facts`` holds empty ``settings`` alone.
 
     Attributes:
         seed: The seed.
@@ -37,6 +43,11 @@ class SeedScores:
     scored: np.ndarray
     facts: Mapping[str, Any]
     source: Path
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the file says how the scores were made."""
+        return "label_hash" in self.facts
 
 
 @dataclass(frozen=True)
@@ -80,13 +91,20 @@ def read_pair_seed(
         content = samis.read_seed(path)
         scored = np.zeros(len(content["arr_0"]), dtype=bool)
         scored[content["indices"]] = True
-        facts = {name: content[name] for name in ("epoch", "protocol", "label_hash")}
-        facts["settings"] = artifacts.parse_settings(path, content["settings"])
-        values = {
-            "samis_loss": content["arr_0"],
-            "samis_prob": content["arr_0"],
-            "mean_loss": (content["loss_sgd"] + content["loss_sam"]) / 2,
-        }
+        if "settings" in content:
+            facts = {name: content[name] for name in ("epoch", "protocol", "label_hash", "data_hash")}
+            facts["settings"] = artifacts.parse_settings(path, content["settings"])
+            _refuse_another(path, {**facts["settings"], "seed": content["seed"]}, dataset, model, seed)
+        else:
+            if "mean_loss" in wanted:
+                raise FileError(
+                    f"{path}: holds SAMIS scores alone, so mean_loss cannot be had; leave it out of the modes"
+                )
+            log.warning("%s: does not say how it was made (epoch, protocol, labels, settings)", path)
+            facts = {"settings": {}}
+        values = {"samis_loss": content["arr_0"], "samis_prob": content["arr_0"]}
+        if "mean_loss" in wanted:
+            values["mean_loss"] = (content["loss_sgd"] + content["loss_sam"]) / 2
         for mode in wanted:
             result[mode] = SeedScores(seed, values[mode], scored, _without_seed(facts), path)
     return result
@@ -106,8 +124,10 @@ def read_run_seed(
     if not path.exists():
         raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
     run = read_dynamics(path)
+    _refuse_another(path, {"seed": seed, **run["settings"]}, None, None, seed)
     visited = ~np.isnan(run["correct"]).all(axis=0)
     facts = {"epoch": len(run["correct"]), "label_hash": run["label_hash"], "settings": run["settings"]}
+    facts["data_hash"] = run["settings"].get("images")
     result = {}
     for mode in modes:
         if mode in REDUCTIONS:
@@ -139,6 +159,14 @@ def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
     return values, scored
 
 
+def _refuse_another(path: Path, said: Mapping[str, Any], dataset: str | None, model: str | None, seed: int) -> None:
+    """Stop if a seed's file says that it is of another one: it was copied or renamed."""
+    asked = {"dataset": dataset, "model": model, "seed": seed}
+    asked = {name: value for name, value in asked.items() if value is not None and name in said}
+    if found := artifacts.differences({name: said[name] for name in asked}, asked):
+        raise FileError(f"{path}: is not of this seed: {', '.join(found)}; it was copied or renamed: make it again")
+
+
 def _without_seed(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with settings flattened, but for the one thing that seeds differ in."""
     settings = facts.get("settings", {})
@@ -164,9 +192,14 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
     Raises:
         FileError: The seeds differ in epoch, protocol, data, settings or scored examples, or a score is not finite.
     """
-    kind, rule, first = score_mode(mode), _RULES.get(mode, _Rule()), seeds[0]
-    for seed in seeds[1:]:
-        _refuse_mixture(first, seed)
+    kind, rule = score_mode(mode), _RULES.get(mode, _Rule())
+    for one, other in itertools.combinations(seeds, 2):  # each with each: what a file does not say matches anything
+        _refuse_mixture(one, other)
+    unrecorded = [seed.seed for seed in seeds if not seed.recorded]
+    if 0 < len(unrecorded) < len(seeds):
+        log.warning("%s: seeds %s do not say how they were made; they are averaged with those that do",
+                    mode, ", ".join(map(str, unrecorded)))  # fmt: skip
+    first = max(seeds, key=lambda seed: len(seed.facts["settings"]))  # the one that says most
     for seed in seeds:
         wrong = seed.scored & ~np.isfinite(seed.values)
         if rule.missing is None and wrong.any():
@@ -180,6 +213,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
     record = {
         "mode": mode,
         "seeds": [seed.seed for seed in seeds],
+        **({"unrecorded_seeds": unrecorded} if unrecorded else {}),
         **first.facts,
         "orientation": "high is atypical",
         "negated": kind.negated,
@@ -194,6 +228,8 @@ def _refuse_mixture(first: SeedScores, other: SeedScores) -> None:
     """Stop if two seeds do not belong to one average."""
     if len(first.values) != len(other.values):
         found = [f"length ({len(first.values)} there, {len(other.values)} here)"]
+    elif not (first.recorded and other.recorded):
+        found = []
     else:
         flat = [{**seed.facts["settings"], **seed.facts, "settings": None} for seed in (first, other)]
         found = artifacts.differences(*flat)

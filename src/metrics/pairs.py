@@ -1,6 +1,6 @@
 """Pairs of trained networks, one by SGD and one by SAM: finding them on disk, and scoring examples with them."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,27 +9,36 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.artifacts import differences, read_checkpoint, split_experiment, standard_experiment
-from src.datasets import Batches
+from src.artifacts import (
+    counted,
+    differences,
+    read_checkpoint,
+    split_experiment,
+    standard_experiment,
+    without_idle,
+)
+from src.datasets import Batches, ImageSet
 from src.errors import FileError, FlagError
 from src.metrics.samis import PairScores, score_batch
 from src.models.modes import evaluating
+from src.optimizers import SCHEDULES
 from src.training import (
+    data_facts,
     find_checkpoint,
     find_schedules,
     load_model,
     logits_of,
-    refuse_other_data,
     training_command,
 )
 
 SPLITS = tuple(range(1, 11))
 OPTIMIZERS = ("sgd", "sam")
 _MAY_DIFFER = ("optimizer", "rho", "adaptive", "measure_proxies")
+_OF_A_SPLIT = ("validation_split", "examples", "measure_proxies")
 
 # Settings that seeds and splits of one kind differ in, or that the scores' own facts say.
 _NOT_OF_THE_KIND = (
-    "seed", "validation_split", "examples", "epochs", "optimizer", "measure_proxies", "dataset", "model", "labels",
+    "seed", "validation_split", "examples", "optimizer", "measure_proxies", "dataset", "model", "labels", "images",
     "lr_sched", "subset",
 )  # fmt: skip
 
@@ -146,44 +155,79 @@ def _what_is_missing(query: Query, kind: str, absent: list[tuple[str, str, int |
     )
 
 
-def training_settings(pair: Pair) -> dict[str, Any]:
-    """How a pair was trained, but for what differs from seed to seed and split to split, as ``training_{name}``.
+def training_settings(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """How the models of all pairs were trained, but for what differs from seed to seed and split to split.
 
-    The values are the SAM-trained network's, SAM's own among them; ``load_pair`` names where the other differs.
+    Returns:
+        The SAM-trained models' settings as ``training_{name}``, and as ``training_sgd_{name}`` those of the
+        SGD-trained models that are others, where the optimizers do not ask for it.
 
     Raises:
-        FileError: The checkpoint is damaged.
+        FileError: A checkpoint is damaged, or the models of one optimizer were not all trained alike.
     """
-    settings = read_checkpoint(pair.sam).get("settings")
-    if not isinstance(settings, dict):  # load_pair says what is wrong
-        return {}
-    return {f"training_{name}": value for name, value in settings.items() if name not in _NOT_OF_THE_KIND}
+    free = _free_epochs(pairs[0].lr_sched)
+    sgd, sam = (_common_settings(pairs, optimizer, free) for optimizer in OPTIMIZERS)
+    names = sorted((sgd.keys() | sam.keys()) - {*_NOT_OF_THE_KIND, *free})
+    record = {f"training_{name}": sam[name] for name in names if name in sam}
+    for name in names:
+        here = counted(sgd, name)
+        if name not in _MAY_DIFFER and differences({name: here}, {name: counted(sam, name)}):
+            record[f"training_sgd_{name}"] = "none" if here is None else here
+    return without_idle({**record, "lr_sched": pairs[0].lr_sched})
 
 
-def load_pair(pair: Pair, expected: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """Load both networks and check that they belong together and to the data.
+def _free_epochs(lr_sched: str) -> tuple[str, ...]:
+    """The length of training, where another one would not have changed the epochs up to the checkpoint."""
+    return ("epochs",) if lr_sched in SCHEDULES and not SCHEDULES[lr_sched].depends_on_epochs else ()
+
+
+def _common_settings(pairs: Sequence[Pair], optimizer: str, free: Sequence[str]) -> dict[str, Any]:
+    """The settings of the models of one optimizer, which must be the same but for what makes a split."""
+    every = [_settings(getattr(pair, optimizer)) for pair in pairs]
+    for pair, settings in zip(pairs, every, strict=True):
+        found = differences(settings, every[0], ignore=(*_OF_A_SPLIT, *free))
+        if found:
+            raise FileError(
+                f"{getattr(pair, optimizer)}: split {pair.split} of {optimizer} was not trained as split "
+                f"{pairs[0].split} was: {', '.join(found)}; train all splits of an optimizer with the same settings"
+            )
+    return every[0]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = read_checkpoint(path).get("settings")
+    return settings if isinstance(settings, dict) else {}  # load_pair says what is wrong
+
+
+def load_pair(pair: Pair, query: Query, whole: ImageSet) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Load both models and check that they are those that were asked for, and belong to the data.
 
     Args:
         pair: The checkpoints.
-        expected: What the data set says (``data_facts``).
+        query: What was asked for.
+        whole: The whole training part.
 
     Returns:
-        The SGD-trained and the SAM-trained network, and the SGD checkpoint's description, with ``differing``: the
-        settings in which the two differ beside the optimiser's own.
+        The SGD-trained and the SAM-trained model, and the SGD checkpoint's description, with ``differing``: the
+        settings in which the two differ beside the optimizer's own.
 
     Raises:
-        FileError: A checkpoint is damaged, of other data, or the two do not match.
+        FileError: A checkpoint is damaged, of other data, of another run or epoch, or the two do not match.
     """
-    networks, states = [], []
-    for path in (pair.sgd, pair.sam):
-        network, state = load_model(path)
-        refuse_other_data(path, state, expected)
-        networks.append(network)
-        states.append(state)
-    if states[0]["normalisation"] != states[1]["normalisation"]:
+    asked = {
+        **data_facts(whole),
+        "model": query.model,
+        "seed": query.seed,
+        "epoch": query.epoch,
+        "lr_sched": pair.lr_sched,
+        "validation_split": pair.split,
+    }
+    loaded = [load_model(getattr(pair, name), {**asked, "optimizer": name}) for name in OPTIMIZERS]
+    (sgd, first), (sam, second) = loaded
+    if first["normalisation"] != second["normalisation"]:
         raise FileError(f"{pair.sam}: was trained with another normalisation than {pair.sgd}; train one of them anew")
-    differing = differences(states[0]["settings"], states[1]["settings"], ignore=_MAY_DIFFER)
-    return networks[0], networks[1], {**states[0], "differing": differing}
+    ignore = (*_MAY_DIFFER, *_free_epochs(pair.lr_sched))
+    return sgd, sam, {**first, "differing": differences(first["settings"], second["settings"], ignore=ignore)}
 
 
 def score_pair(

@@ -82,16 +82,16 @@ class Scores:
         """
         return self._order.copy() if idx is None else self._order[idx]
 
-    def check(self, n: int | None = None, label_hash: str | None = None) -> "Scores":
-        """Stop if these scores are not of a data set of ``n`` examples with these labels.
+    def check(self, n: int | None = None, label_hash: str | None = None, data_hash: str | None = None) -> "Scores":
+        """Stop if these scores are not of a data set of ``n`` examples with these labels and images.
 
         Returns:
             Itself, so that the check can be chained.
 
         Raises:
-            FileError: The length, or the label hash where it is known, differs.
+            FileError: The length, or a hash where it is known, differs.
         """
-        score_files.refuse_foreign(self.path, self.scores, n, label_hash)
+        score_files.refuse_foreign(self.path, self.scores, n, label_hash, data_hash)
         return self
 
     def _chosen(self, idx: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -154,6 +154,7 @@ class Proxy(Scores):
             ``metrics/``, then the packaged scores.
         n: Refuse a file that does not score a part of ``n`` examples.
         label_hash: Refuse a file that is known to be of other labels.
+        data_hash: Refuse a file that is known to be of other images (``ImageSet.digest``).
 
     Attributes:
         mode: The mode's name.
@@ -174,6 +175,7 @@ class Proxy(Scores):
         *,
         n: int | None = None,
         label_hash: str | None = None,
+        data_hash: str | None = None,
     ) -> None:
         kind = score_mode(mode)
         path, dataset = _find(mode, dataset, folder)
@@ -188,7 +190,7 @@ class Proxy(Scores):
         self.mode = mode
         self.dataset = dataset
         self.record = score_files.read_sidecar(path)
-        self.check(n, label_hash)
+        self.check(n, label_hash, data_hash)
 
 
 class Memorization(Scores):

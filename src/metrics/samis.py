@@ -40,18 +40,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -log_p.gather(1, labels[:, None]).squeeze(1)
 
 
-def samis_loss(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> Tensor:
+def samis_loss(loss_sgd: Tensor, loss_sam: Tensor) -> Tensor:
     """SAMIS-L: ``S_L(i) = | l_SGD(i) - l_SAM(i) |``.
 
     Args:
-        logits_sgd: ``(b, C)`` of the SGD-trained model.
-        logits_sam: ``(b, C)`` of the SAM-trained model.
-        labels: ``(b,)`` int64.
+        loss_sgd: Per-example cross-entropy ``(b,)`` of the SGD-trained model.
+        loss_sam: ``(b,)`` of the SAM-trained model.
 
     Returns:
-        float64 ``(b,)``.
+        ``(b,)``, of the losses' type.
     """
-    return (cross_entropy(logits_sgd, labels) - cross_entropy(logits_sam, labels)).abs()
+    return (loss_sgd - loss_sam).abs()
 
 
 def samis_prob(logits_sgd: Tensor, logits_sam: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def score_batch(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> PairS
     return PairScores(
         loss_sgd=loss_sgd,
         loss_sam=loss_sam,
-        s_l=(loss_sgd - loss_sam).abs(),
+        s_l=samis_loss(loss_sgd, loss_sam),
         s_p=samis_prob(logits_sgd, logits_sam),
         correct_sgd=logits_sgd.argmax(dim=1) == labels,
         correct_sam=logits_sam.argmax(dim=1) == labels,
@@ -105,6 +104,7 @@ def save_seed(
     epoch: int,
     protocol: str,
     label_hash: str,
+    data_hash: str | None = None,
     settings: str = "{}",
 ) -> list[Path]:
     """Store the SAMIS scores of one seed, un-normalised, as the two npz files that averaging reads.
@@ -121,6 +121,7 @@ def save_seed(
         epoch: The epoch of both models' checkpoints.
         protocol: ``"split"`` (out of sample) or ``"full"`` (premature, in sample).
         label_hash: ``artifacts.label_hash`` of the whole part's labels.
+        data_hash: ``ImageSet.digest``, where it is known.
         settings: What else determines the scores, such as the schedule, as json; averaging refuses to mix them.
 
     Returns:
@@ -137,6 +138,8 @@ def save_seed(
             f"{folder}: not written, a model gives losses that are not finite; train it with a lower rate"
         )
     facts = {"seed": seed, "epoch": epoch, "protocol": protocol, "label_hash": label_hash}
+    if data_hash is not None:
+        facts["data_hash"] = data_hash
     arrays = {"loss_sgd": loss_sgd, "loss_sam": loss_sam, "indices": indices}
     return [
         artifacts.write_npz(
@@ -151,16 +154,22 @@ def save_seed(
 
 
 def read_seed(path: str | Path) -> dict[str, Any]:
-    """Read one file of :func:`save_seed`.
+    """Read one file of :func:`save_seed`, or one of the papers' code, which holds ``arr_0`` alone.
 
     Returns:
         ``arr_0``, ``loss_sgd``, ``loss_sam`` as float64 ``(total,)``, ``indices`` of the scored examples, and
-        ``seed``, ``epoch``, ``protocol``, ``label_hash`` and ``settings`` (json) as plain values.
+        ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash`` (None if unknown) and ``settings`` (json) as
+        plain values. Of a file of the papers' code: ``arr_0`` and ``indices``.
 
     Raises:
         FileError: The file is missing, damaged, incomplete, or a score is not finite.
     """
     content: dict[str, Any] = artifacts.read_npz(path)
+    if set(content) == {"arr_0"}:
+        scores = content["arr_0"]
+        if scores.ndim != 1 or not len(scores) or scores.dtype.kind != "f" or not np.isfinite(scores).all():
+            raise FileError(f"{path}: 'arr_0' is not one finite number per example; score the seed again")
+        return {"arr_0": scores.astype(np.float64), "indices": np.arange(len(scores))}
     arrays, facts = (
         ("arr_0", "loss_sgd", "loss_sam", "indices"),
         ("seed", "epoch", "protocol", "label_hash", "settings"),
@@ -179,4 +188,5 @@ def read_seed(path: str | Path) -> dict[str, Any]:
     if not all(np.isfinite(content[name][indices]).all() for name in arrays[:3]):
         raise FileError(f"{path}: holds scores that are not finite; make it anew with compute_sam_sgd.py")
     content.update({name: content[name].item() for name in facts})
+    content["data_hash"] = str(content["data_hash"]) if "data_hash" in content else None
     return content

@@ -30,6 +30,7 @@ from src.pruning.files import read_selection, write_selection
 from src.pruning.pretraining import PretrainedNetwork, train_networks
 from src.session import Session
 from src.settings import score_folders
+from src.training import image_facts
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Choice:
             "seed": args.seed,
             "dataset": session.entry.name,
             "labels": label_hash(session.whole_train.labels.cpu().numpy()),
+            **image_facts(session.whole_train),
             "subset": None if args.subset is None else label_hash(session.train.indices.cpu().numpy()),
             **{name: options[name] for name in method.options},
         }
@@ -231,6 +233,7 @@ class Choice:
             folder=score_folders(args.scores_folder, name, args.metrics_folder),
             n=whole.total,
             label_hash=label_hash(whole.labels.cpu().numpy()),
+            data_hash=whole.digest,
         )
 
     def _stored_scores(self) -> np.ndarray:

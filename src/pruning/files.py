@@ -20,7 +20,7 @@ _LARGEST = 1e30  # of a weight: training computes in float32
 def write_selection(
     path: Path, selection: Selection, session: Session, settings: Mapping[str, Any], seconds: float
 ) -> Path:
-    """Write ``selection.npz``: original indices, weights, labels' hash, settings (json), seconds.
+    """Write ``selection.npz``: original indices, weights, hashes of labels and images, settings (json), seconds.
 
     Args:
         path: The file.
@@ -35,6 +35,7 @@ def write_selection(
         indices=names[selection.indices],
         weights=selection.weights,
         label_hash=label_hash(session.whole_train.labels.cpu().numpy()),
+        data_hash=session.whole_train.digest or "",
         total=session.whole_train.total,
         settings=json.dumps(dict(settings), sort_keys=True),
         seconds=seconds,
@@ -78,6 +79,9 @@ def _check_selection(
     stored = str(arrays.get("label_hash", wanted))
     if stored != wanted:
         raise FileError(f"{path}: was made for other data (its labels differ); make it with --dataset of this run")
+    stored = str(arrays.get("data_hash", ""))
+    if stored and whole.digest and stored != whole.digest:
+        raise FileError(f"{path}: was made for other data (its images differ); make it with --dataset of this run")
     if indices.ndim != 1 or not len(indices) or indices.dtype.kind not in "iu":
         raise FileError(
             f"{path}: 'indices' is no list of whole numbers (of a mask, take numpy's flatnonzero); make it anew"

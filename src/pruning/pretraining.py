@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from src.artifacts import (
+    DEFAULTS,
     claim,
     claim_path,
     claimed,
@@ -25,9 +26,13 @@ from src.errors import FileError, TrainingError
 from src.jacobians import SquaredNorms
 from src.models.modes import evaluating
 from src.session import Session
-from src.training import DYNAMICS_FILE, load_model, read_dynamics
+from src.training import DYNAMICS_FILE, data_facts, load_model, read_dynamics
 
 log = logging.getLogger(__name__)
+
+# Settings without an effect that names of folders of pre-trained models contain all the same, and the images, which
+# they do not: models of older versions are found. Images are compared when a run's settings are.
+_IN_KEY = {name: DEFAULTS[name] for name in ("rho", "adaptive", "hess_init", "lr_min")} | {"delta": None}
 
 SEED_STEP = 5  # between the seeds of independently initialised networks
 WEIGHT_DECAY = 5e-4
@@ -65,7 +70,8 @@ class PretrainedNetwork:
             overwrite=True,  # of these settings only, by the hash in its path: what is damaged is made anew
         )
         self.train = session.train
-        facts = {key: value for key, value in self.session.settings(self.train).items() if key != "seed"}
+        facts = {**_IN_KEY, **self.session.settings(self.train)}
+        facts = {name: value for name, value in facts.items() if name not in ("seed", "images")}
         if session.group.world > 1 and not args.sync_bn:  # BatchNorm then normalises smaller batches
             facts["processes"] = session.group.world
         self.settings, self.key = facts, settings_hash(facts)
@@ -161,7 +167,9 @@ class PretrainedNetwork:
 
     def _network(self) -> torch.nn.Module:
         try:
-            model, _ = load_model(self._checkpoint)
+            args = self.session.args
+            asked = {"model": args.model, "optimizer": "sgd", "seed": args.seed, "epoch": args.epochs}
+            model, _ = load_model(self._checkpoint, {**data_facts(self.session.whole_train), **asked})
         except FileError as error:
             raise FileError(f"{error}; delete it, and it is trained anew") from error
         return model.to(self.session.device)

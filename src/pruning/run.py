@@ -175,4 +175,4 @@ class PrunedRun:
         )
 
 
-_SHARED = ("dataset", "labels", "subset", "seed")  # the session's settings have them
+_SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # the session's settings have them

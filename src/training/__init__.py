@@ -1,16 +1,14 @@
 """Training networks: one loop for every script, evaluation, per-example dynamics, checkpoints, resume."""
 
-from src.training.checkpoints import load_model, model_description
+from src.training.checkpoints import data_facts, image_facts, load_model, model_description
 from src.training.config import TrainingConfig
 from src.training.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
 from src.training.evaluation import evaluate, logits_of, predictions
 from src.training.finding import (
-    data_facts,
     find_checkpoint,
     find_schedules,
     missing_epochs,
     only_schedule,
-    refuse_other_data,
     training_command,
 )
 from src.training.group import Group
@@ -30,6 +28,7 @@ __all__ = [
     "evaluate",
     "find_checkpoint",
     "find_schedules",
+    "image_facts",
     "load_model",
     "logits_of",
     "missing_epochs",
@@ -37,7 +36,6 @@ __all__ = [
     "only_schedule",
     "predictions",
     "read_dynamics",
-    "refuse_other_data",
     "run_training",
     "training_command",
 ]

@@ -1,12 +1,13 @@
 """Checkpoints: what they hold, and how a network is built from one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from src.artifacts import read_checkpoint
-from src.datasets import DatasetEntry, Normalisation
+from src.artifacts import differences, label_hash, read_checkpoint
+from src.datasets import ImageSet, Normalisation
 from src.errors import FileError, FlagError
 from src.models import build_model
 
@@ -24,45 +25,65 @@ _KEYS = (
     "epoch",
     "settings",
 )
+_RUN = ("model", "optimizer", "seed", "epoch", "lr_sched", "validation_split")
 
 
-def model_description(
-    model_name: str, entry: DatasetEntry, normalisation: Normalisation, label_hash: str, total: int
-) -> dict[str, Any]:
-    """What a checkpoint says about its network and data, beside weights, epoch and settings.
+def image_facts(images: ImageSet) -> dict[str, str]:
+    """What settings say of a data set's images, where it is known: their digest, and rules that changed some."""
+    facts = {"images": images.digest, "decoding": images.decoding}
+    return {name: value for name, value in facts.items() if value is not None}
 
-    Args:
-        model_name: The architecture's name.
-        entry: The data set.
-        normalisation: The normalisation that the network was trained with.
-        label_hash: Hash of the labels of the whole training part.
-        total: Size of the whole training part.
-    """
+
+def data_facts(whole: ImageSet) -> dict[str, Any]:
+    """What a checkpoint says about the data it was trained on, from the whole training part."""
+    entry = whole.entry
     return {
-        "format": FORMAT,
-        "model": model_name,
         "dataset": entry.name,
         "num_classes": entry.num_classes,
         "channels": entry.channels,
         "image_size": entry.image_size,
-        "normalisation": {"mean": list(normalisation.mean), "std": list(normalisation.std)},
-        "label_hash": label_hash,
-        "total": total,
+        "label_hash": label_hash(whole.labels.cpu().numpy()),
+        "data_hash": whole.digest,
+        "decoding": whole.decoding,
+        "total": whole.total,
     }
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the network of a checkpoint.
+def model_description(model_name: str, whole: ImageSet, normalisation: Normalisation) -> dict[str, Any]:
+    """What a checkpoint says about its network and data, beside weights, epoch and settings.
+
+    Args:
+        model_name: The architecture's name.
+        whole: The whole training part.
+        normalisation: The normalisation that the network was trained with.
+    """
+    return {
+        "format": FORMAT,
+        "model": model_name,
+        **data_facts(whole),
+        "normalisation": {"mean": list(normalisation.mean), "std": list(normalisation.std)},
+    }
+
+
+def load_model(path: str | Path, asked: Mapping[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model of a checkpoint, which must be the one that was asked for, whatever the file is called.
+
+    Args:
+        path: The checkpoint.
+        asked: What the checkpoint or its settings must say, where they say it: ``data_facts``, and what is known of
+            the run, such as ``optimizer``, ``seed``, ``epoch``, ``lr_sched`` and ``validation_split``.
 
     Returns:
-        The network, on the CPU, in eval mode, and the checkpoint without its weights; its ``normalisation`` is a
+        The model, on the CPU, in eval mode, and the checkpoint without its weights; its ``normalisation`` is a
         ``Normalisation``.
 
     Raises:
-        FileError: The file is missing, damaged, or not a checkpoint of this project.
+        FileError: The file is missing, damaged, not a checkpoint of this project, or not the one asked for.
     """
     state = read_checkpoint(path)
     missing = [key for key in _KEYS if key not in state]
+    if state.get("format", FORMAT) != FORMAT:
+        missing = [f"format {FORMAT}"]
     if missing:
         raise FileError(f"{path}: is not a checkpoint of this project ({', '.join(missing)} missing); train it anew")
     weights, stored = state.pop("model_state"), state["normalisation"]
@@ -71,6 +92,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}: is not a checkpoint of this project (weights, normalisation or settings are no dictionary); "
             "train it anew"
         )
+    _refuse_another(path, state, asked or {})
     try:
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         model.load_state_dict(weights)
@@ -81,3 +103,20 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise FileError(f"{path}: its weights do not fit the network {state['model']}; train it anew") from error
     model.to(next(value for value in weights.values() if value.is_floating_point()).dtype).eval()
     return model, state
+
+
+def _refuse_another(path: str | Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Stop if a checkpoint says that it is of other data, or of another run or epoch, than was asked for."""
+    said = {"validation_split": None, "decoding": None, **state["settings"], **state}  # absent, these two are None
+    known = {name: value for name, value in asked.items() if name in said}
+    found = differences({name: said[name] for name in known}, known)
+    if not found:
+        return
+    names = {line.split(" ")[0] for line in found}
+    if names <= {"image_size", "channels"}:
+        advice = "give " + " and ".join(f"{name}={said[name]}" for name in sorted(names))
+    elif names & set(_RUN):
+        advice = "it was copied or renamed: train this one again"
+    else:
+        advice = "give the data that it was trained on, or train it again on these"
+    raise FileError(f"{path}: is not the checkpoint asked for: {', '.join(found)}; {advice}")

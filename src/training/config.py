@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from src.artifacts import without_idle
 from src.optimizers import SCHEDULES
 
 
@@ -43,8 +44,8 @@ class TrainingConfig:
     nesterov: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values; ``nesterov`` only where it is on, as runs older than it do not name it."""
-        settings = asdict(self)
+        """The settings that act, as plain values; ``nesterov`` only where it is on."""
+        settings = without_idle(asdict(self))
         if not self.nesterov:
             del settings["nesterov"]
         return settings

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import checkpoint_path, read_checkpoint
-from src.datasets import DatasetEntry
 from src.errors import FileError, FlagError
 from src.optimizers import SCHEDULES
 from src.training.run import RunFiles
@@ -79,32 +78,3 @@ def missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Co
         return flags
     goes_on = min(missing) > done and schedule is not None and not (last > planned and schedule.depends_on_epochs)
     return {**flags, "resume" if goes_on else "overwrite": True}
-
-
-def data_facts(entry: DatasetEntry, labels: str) -> dict[str, Any]:
-    """What a data set says that a checkpoint trained on it says too; ``labels`` is the hash of the whole part."""
-    return {
-        "num_classes": entry.num_classes,
-        "channels": entry.channels,
-        "image_size": entry.image_size,
-        "label_hash": labels,
-    }
-
-
-def refuse_other_data(path: str | Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Stop if a checkpoint was trained on other data.
-
-    Args:
-        path: Its file, for the message.
-        state: The checkpoint, without its weights.
-        facts: See ``data_facts``.
-
-    Raises:
-        FileError: Number of classes, channels, image size or labels differ.
-    """
-    for name, value in facts.items():
-        if state[name] != value:
-            raise FileError(
-                f"{path}: was trained on other data: its {name} is {state[name]}, the data set's is {value}; "
-                "give the same --dataset, or train anew"
-            )

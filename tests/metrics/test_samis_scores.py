@@ -6,7 +6,7 @@ import torch
 
 from src.artifacts import read_npz, samis_path, write_npz
 from src.errors import FileError
-from src.metrics.samis import cross_entropy, read_seed, samis_loss, samis_prob, save_seed, score_batch
+from src.metrics.samis import cross_entropy, read_seed, samis_prob, save_seed, score_batch
 
 
 def softmax(z):
@@ -23,7 +23,9 @@ def logits():
 
 def test_scores_are_their_definitions(logits):
     sgd, sam, labels = logits
-    s_l, s_p = samis_loss(sgd, sam, labels), samis_prob(sgd, sam)
+    scores = score_batch(sgd, sam, labels)
+    s_l, s_p = scores.s_l, scores.s_p
+    assert (s_l > 0).all()
     for i in range(30):
         p, q = softmax(sgd[i].double().numpy()), softmax(sam[i].double().numpy())
         assert s_l[i].item() == pytest.approx(abs(-np.log(p[labels[i]]) + np.log(q[labels[i]])), rel=1e-12, abs=1e-14)
@@ -35,14 +37,15 @@ def test_arithmetic_is_float64_so_saturated_examples_do_not_tie():
     sgd, sam = torch.tensor([[20.0, 0.0]]), torch.tensor([[25.0, 0.0]])
     label = torch.tensor([0])
     assert torch.nn.functional.cross_entropy(sgd, label).item() == 0
-    loss = samis_loss(sgd, sam, label)
+    loss = score_batch(sgd, sam, label).s_l
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(np.exp(-20) - np.exp(-25), rel=1e-6)
 
 
 def test_bounds_symmetry_and_equal_models(logits):
     sgd, sam, labels = logits
-    assert (samis_loss(sgd, sgd, labels) == 0).all()
+    assert (score_batch(sgd, sgd, labels).s_l == 0).all()
+    assert torch.equal(score_batch(sgd, sam, labels).s_l, score_batch(sam, sgd, labels).s_l)
     assert (samis_prob(sam, sam) == 0).all()
     assert torch.equal(samis_prob(sgd, sam), samis_prob(sam, sgd))
     opposite = samis_prob(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]]))
