@@ -90,7 +90,7 @@ def test_scores_that_are_not_finite_are_never_written(tmp_path):
 
 
 def test_foreign_and_altered_seed_files_are_named(tmp_path):
-    path = write_npz(tmp_path / "foreign.npz", arr_0=np.zeros(3))
+    path = write_npz(tmp_path / "foreign.npz", arr_0=np.zeros(3), loss_sam=np.zeros(3))
     with pytest.raises(FileError, match=r"foreign.npz: lacks loss_sgd.*compute_sam_sgd.py"):
         read_seed(path)
     loss, _ = seed_file(tmp_path)

@@ -1,0 +1,281 @@
+"""Results are what their records say: of these pixels, this run and epoch, these settings, in every file combined."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from refusals import FILE, refuse, spoilt
+from support import TRAIN, call, folders, succeed, write_blobs
+
+from src.artifacts import read_checkpoint, read_json, write_checkpoint, write_json
+
+N = 60
+QUICK = ("--dataset=digits", "--model=small_mlp", "--batch_size=20", "--learning_rate=0.05")
+READ = ("datasets", "models", "metrics")
+RUN = "standard_small_mlp_over_digits_with_{}_sched_{}"
+
+
+def pixels(base, *parts):
+    """Other pixels for some parts of the data set, under the same labels."""
+    path = base / "datasets" / "digits.npz"
+    arrays = dict(np.load(path))
+    for part in parts:
+        arrays[f"x_{part}"] = 255 - arrays[f"x_{part}"]
+    np.savez(path, **arrays)
+
+
+def train(base, *flags, script="train_full.py", optimizers=("sgd", "sam"), sched="const"):
+    for optimizer in optimizers:
+        succeed(script, *QUICK, "--epochs=2", f"--lr_sched={sched}", f"--optimizer={optimizer}", *flags,
+                *folders(base, *TRAIN))  # fmt: skip
+
+
+def scoring(base, *flags):
+    return (*QUICK[:2], "--epochs=2", *flags, *folders(base, *READ))
+
+
+def averaging(base, *flags):
+    return (*QUICK[:2], "--seeds", 1, 2, *flags, *folders(base, "datasets", "metrics"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A pair of models on a small set of the catalogue's name; copy it before changing anything."""
+    base = tmp_path_factory.mktemp("trained")
+    (base / "datasets").mkdir()
+    write_blobs(base / "datasets" / "digits.npz", n=N)
+    train(base)
+    return base
+
+
+@pytest.fixture
+def base(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "base")
+
+
+# ------------------------------------------------------------------------------------------------------ the images
+
+MEASURE = ("--epochs=2", "--lanczos_steps=5", "--trace_probes=0", "--top_n=1", "--tolerance=1", "--probes=1")
+KERNELS = ("--seeds", 1, "--ntk_velocity_epoch", 1, "--m_samples=4", "--lower_index", 0)
+SELECT = ("--coreset_func=el2n", "--coreset_fraction=0.5", "--coreset_pretrain_epochs=1", "--coreset_networks=1")
+BY_SCORE = ("--coreset_func=min_sam-sgd-loss", "--coreset_fraction=0.5")
+PRUNE = ("--coreset_epochs=1", *QUICK, "--lr_sched=const")
+MPE = ("--dataset=digits", "--model=small_mlp", "--epochs=1", "--bs=20", "--bs_jacs=20", "--delta=1", "--name_exp=t")
+
+
+def after_other_images(base):
+    """Commands that read what was made of the images, and must not go with others: script and flags."""
+    rest = folders(base, *TRAIN)
+    return {
+        "resume": ("train_full.py", *QUICK, "--epochs=2", "--lr_sched=const", "--resume", *rest),
+        "start": ("train_full.py", *QUICK, "--epochs=2", "--lr_sched=const", *rest),
+        "pair": ("compute_sam_sgd.py", *scoring(base, "--overwrite")),
+        "spectrum": ("compute_hessian_eigen.py", *QUICK[:2], *MEASURE, f"--hessian_folder={base / 'h'}",
+                     *folders(base, *READ)),
+        "kernels": ("compute_ntk.py", *QUICK[:2], *KERNELS, "--ntk_chosen_metric=samis_prob",
+                    f"--ntk_folder={base / 'ntk'}", *folders(base, *READ)),
+        "selection": ("select_coreset.py", *QUICK[:2], *SELECT, *rest),
+        "stored score": ("select_coreset.py", *QUICK[:2], *BY_SCORE, *rest),
+        "selection file": ("train_prune.py", f"--selection={base / 'selection.npz'}", *PRUNE, *rest),
+        "images": ("plot_images.py", "--dataset=digits", "--modes", "samis_loss", f"--plots_folder={base / 'plots'}",
+                   *folders(base, "datasets", "metrics")),
+        "iterations": ("examples/1_loo_iterations.py", *MPE, f"--pickles_folder={base / 'pickles'}",
+                       *folders(base, "datasets", "models", "log", "resume_ckpts")),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def everything(trained, tmp_path_factory):
+    """The pair, and one result of every kind made with it."""
+    base = shutil.copytree(trained, tmp_path_factory.mktemp("everything") / "base")
+    train(base, "--seed=2")
+    for seed in (1, 2):
+        succeed("compute_sam_sgd.py", *scoring(base, f"--seed={seed}"))
+    succeed("average_scores.py", *averaging(base))
+    prob = base / "metrics" / "sam_sgd" / "samis_prob_digits.json"  # a score of older versions, for the kernels
+    record = read_json(prob)
+    write_json(prob, {name: value for name, value in record.items() if name != "data_hash"})
+    commands = after_other_images(base)
+    for kind in ("selection", "stored score", "iterations"):
+        succeed(*commands[kind])
+    selection = next(path for path in base.rglob("selection.npz") if "el2n" in str(path))
+    shutil.copy(selection, base / "selection.npz")
+    return base
+
+
+@pytest.mark.parametrize("kind", after_other_images(Path()))
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_results_go_with_their_images_only(everything, tmp_path, kind, part):
+    base = shutil.copytree(everything, tmp_path / "base")
+    pixels(base, part)
+    done = call(*after_other_images(base)[kind])
+    assert done.status == FILE
+    assert re.search(r"images \(|data_hash \(|data hash|its images differ", done.complaint), done.err
+
+
+def test_results_of_older_versions_which_do_not_know_their_images_match(base):
+    for path in base.rglob("results.json"):
+        record = read_json(path)
+        del record["settings"]["images"]
+        record["settings"] |= {"rho": 0.3, "adaptive": True, "hess_init": 0.2, "lr_min": 0.0}  # without effect on sgd
+        write_json(path, record)
+    for path in base.rglob("*.pt"):
+        state = read_checkpoint(path)
+        del state["settings"]["images"], state["data_hash"], state["decoding"]
+        write_checkpoint(path, state)
+    shutil.rmtree(base / "resume_ckpts")
+    pixels(base, "train")
+    succeed("compute_sam_sgd.py", *scoring(base))
+    results = base / "models" / RUN.format("sgd", "const") / "seed_1" / "results.json"
+    assert read_json(results)["settings"]["rho"] == 0.3
+    train(base, optimizers=["sgd"])  # not refused
+    settings = read_json(results)["settings"]
+    assert "images" in settings
+    assert not settings.keys() & {"rho", "adaptive", "hess_init", "lr_min"}, "settings without an effect"
+
+
+def test_starting_weights_of_older_versions_are_other_settings(base):
+    path = base / "models" / RUN.format("sgd", "const") / "seed_1" / "results.json"
+    record = read_json(path)
+    write_json(path, {**record, "settings": {**record["settings"], "initialization": "default"}})
+    command = after_other_images(base)["start"]
+    refuse(*command, status=FILE, says=("initialization",))
+
+
+# -------------------------------------------------------------------------------------- a file is not its name
+
+
+def checkpoint(base, optimizer, epoch, seed=1):
+    return base / "models" / RUN.format(optimizer, "const") / f"seed_{seed}" / f"epoch_{epoch}.pt"
+
+
+def test_a_checkpoint_must_be_what_its_name_says(base):
+    train(base, "--seed=2", optimizers=["sgd"])
+    own = checkpoint(base, "sgd", 2)
+    hessian = ("compute_hessian_eigen.py", *QUICK[:2], *MEASURE, f"--hessian_folder={base / 'h'}",
+               *folders(base, *READ))  # fmt: skip
+    for other, setting in (
+        (checkpoint(base, "sam", 2), r"optimizer \(sam there, sgd here\)"),
+        (checkpoint(base, "sgd", 1), r"epoch \(1 there, 2 here\)"),
+        (checkpoint(base, "sgd", 2, seed=2), r"seed \(2 there, 1 here\)"),
+    ):
+        with spoilt(own, other.read_bytes()):
+            for script, *flags in (("compute_sam_sgd.py", *scoring(base)), hessian):
+                refuse(script, *flags, status=FILE, says=(f"{own.name}: ", setting))
+    assert not list((base / "metrics").glob("digits/**/*.npz"))
+    succeed(*hessian)
+
+
+def test_a_pretrained_model_must_be_what_its_name_says(base):
+    select = after_other_images(base)["selection"]
+    succeed(*select)
+    (last,) = (base / "models" / "pretrain").rglob("last.pt")
+    last.write_bytes(checkpoint(base, "sgd", 2).read_bytes())
+    for path in [*base.rglob("selection.npz"), *last.parent.glob("*.npz")]:
+        path.unlink()
+    refuse(*select, status=FILE, says=("last.pt: ", r"epoch \(2 there, 1 here\)"))
+
+
+def test_seeds_must_be_what_their_names_say(base):
+    succeed("compute_sam_sgd.py", *scoring(base))
+    seeds = base / "metrics" / "digits" / "small_mlp"
+    shutil.copytree(seeds / "1", seeds / "2")
+    refuse("average_scores.py", *averaging(base), status=FILE, says=("/2/", r"seed \(1 there, 2 here\)"))
+
+
+def test_another_image_size_is_named(tmp_path):
+    data = f"npz:{write_blobs(tmp_path / 'blobs.npz', n=N)}"
+    flags = (f"--dataset={data}", "--model=small_mlp", "--epochs=1")
+    for optimizer in ("sgd", "sam"):
+        succeed("train_full.py", *flags, "--lr_sched=const", f"--optimizer={optimizer}", *folders(tmp_path, *TRAIN))
+    line = refuse("compute_sam_sgd.py", *flags, "--image_size=12", *folders(tmp_path, *READ), status=FILE,
+                  says=(r"image_size \(8 there, 12 here\)", "image_size=8"))  # fmt: skip
+    assert "--dataset" not in line
+
+
+# ---------------------------------------------------------------------------------- what is combined is of one kind
+
+
+@pytest.fixture(scope="module")
+def splits(trained, tmp_path_factory):
+    """Twenty models on splits."""
+    base = shutil.copytree(trained, tmp_path_factory.mktemp("splits") / "base")
+    shutil.rmtree(base / "models")
+    train(base, "--samis_validation_split_index=all", script="train_split.py")
+    return base
+
+
+def test_splits_of_other_settings_are_not_mixed(splits, tmp_path):
+    base = shutil.copytree(splits, tmp_path / "base")
+    succeed("compute_sam_sgd.py", *scoring(base))
+    more = ("--samis_validation_split_index=3", "--batch_size=16", "--overwrite")
+    train(base, *more, script="train_split.py", optimizers=["sam"])
+    refuse("compute_sam_sgd.py", *scoring(base, "--overwrite"), status=FILE,
+           says=("val_split_3", "split 3 of sam", r"batch_size \(16 there, 20 here\)"))  # fmt: skip
+    train(base, *more, script="train_split.py", optimizers=["sgd"])
+    refuse("compute_sam_sgd.py", *scoring(base, "--overwrite"), status=FILE, says=("split 3 of sgd",))
+    for split in {*range(1, 11)} - {3}:
+        train(base, *more, f"--samis_validation_split_index={split}", script="train_split.py", optimizers=["sgd"])
+    refuse("compute_sam_sgd.py", *scoring(base, "--overwrite"), status=FILE, says=("split 3 of sam",))
+
+
+def test_a_model_on_everything_is_not_that_of_a_split(splits, trained, tmp_path):
+    base = shutil.copytree(splits, tmp_path / "base")
+    (split,) = (base / "models").glob("split_*sgd*_val_split_4/seed_1/epoch_2.pt")
+    split.write_bytes(checkpoint(trained, "sgd", 2).read_bytes())
+    refuse(
+        "compute_sam_sgd.py", *scoring(base), status=FILE, says=(r"validation_split \(None there, 4 here\)|split 4",)
+    )
+
+
+def test_seeds_in_which_sgd_alone_differs_are_not_mixed(base):
+    train(base, "--seed=2", "--batch_size=10", optimizers=["sgd"])
+    train(base, "--seed=2", optimizers=["sam"])
+    for seed in (1, 2):
+        done = succeed("compute_sam_sgd.py", *scoring(base, f"--seed={seed}"))
+        assert ("differ in more than the optimi" in done.err) == (seed == 2)
+    refuse("average_scores.py", *averaging(base), status=FILE, says=("training_sgd_batch_size",))
+
+
+@pytest.mark.parametrize("sched", ["const", "cosine"])
+def test_the_length_of_training_counts_where_the_schedule_depends_on_it(base, sched):
+    shutil.rmtree(base / "models")
+    for seed, epochs in ((1, 2), (2, 4)):
+        train(base, f"--seed={seed}", f"--epochs={epochs}", sched=sched)
+        succeed("compute_sam_sgd.py", *scoring(base, f"--seed={seed}"))
+    if sched == "const":
+        succeed("average_scores.py", *averaging(base))
+    else:
+        refuse("average_scores.py", *averaging(base), status=FILE, says=(r"training_epochs \(2 there, 4 here\)",))
+
+
+def test_seeds_of_the_papers_code_are_averaged(base):
+    rng = np.random.default_rng(0)
+    values = {}
+    for seed in (1, 2):
+        folder = base / "metrics" / "digits" / "small_mlp" / str(seed)
+        folder.mkdir(parents=True)
+        for which in ("loss", "prob"):
+            values[seed, which] = rng.random(N).astype(np.float32)
+            np.savez(folder / f"nn_{which}_diff_score.npz", values[seed, which])
+    modes = ("--modes", "samis_loss", "samis_prob")
+    done = succeed("average_scores.py", *averaging(base, *modes))
+    assert "does not say how it was made" in done.err
+    from src.metrics import Proxy
+
+    mean = (values[1, "prob"].astype(np.float64) + values[2, "prob"]) / 2
+    scores = Proxy("samis_prob", "digits", folder=base / "metrics").scores
+    np.testing.assert_allclose(scores, (mean - mean.min()) / np.ptp(mean), atol=1e-12)
+    refuse("average_scores.py", *averaging(base, "--overwrite", "--modes", "mean_loss"), status=FILE,
+           says=("mean_loss",))  # fmt: skip
+    refuse("compute_sam_sgd.py", *scoring(base), status=FILE, says=("unknown settings", "--overwrite"))
+    succeed("compute_sam_sgd.py", *scoring(base, "--overwrite"))  # seed 1 is now recorded, seed 2 is not
+    done = succeed("average_scores.py", *averaging(base, "--overwrite", *modes))
+    assert "averaged with those that do" in done.err
+    record = read_json(base / "metrics" / "sam_sgd" / "samis_loss_digits.json")
+    assert (record["protocol"], record["unrecorded_seeds"]) == ("full", [2])
+    (base / "metrics" / "digits" / "small_mlp" / "2" / "nn_loss_diff_score.npz").unlink()
+    np.savez(base / "metrics" / "digits" / "small_mlp" / "2" / "nn_loss_diff_score.npz", np.full(N, np.nan))
+    refuse("average_scores.py", *averaging(base, "--modes", "samis_loss"), status=FILE, says=("finite",))
