@@ -113,10 +113,11 @@ def _refuse_another(path: str | Path, state: Mapping[str, Any], asked: Mapping[s
     if not found:
         return
     names = {line.split(" ")[0] for line in found}
-    if names <= {"image_size", "channels"}:
+    if names & set(_RUN):
+        what, advice = "is of another run or epoch than its name says", "it was copied or renamed; train this one again"
+    elif names <= {"image_size", "channels"}:
+        what = "was trained on other data"
         advice = "give " + " and ".join(f"{name}={said[name]}" for name in sorted(names))
-    elif names & set(_RUN):
-        advice = "it was copied or renamed: train this one again"
     else:
-        advice = "give the data that it was trained on, or train it again on these"
-    raise FileError(f"{path}: is not the checkpoint asked for: {', '.join(found)}; {advice}")
+        what, advice = "was trained on other data", "give the data that it was trained on, or train it again on these"
+    raise FileError(f"{path}: {what}: {', '.join(found)}; {advice}")

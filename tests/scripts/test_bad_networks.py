@@ -66,7 +66,7 @@ def test_damaged_networks(world, tmp_path):
         (b"junk", "is damaged"),
         (packed({**whole, "extra": RunsCode(proof)}), "could run code"),
         (packed(whole["model_state"]), "not a checkpoint of this project"),
-        (packed({**whole, "model": "nope"}), "not a checkpoint of this project .*nope"),
+        (packed({**whole, "model": "nope"}), r"model \(nope there, small_mlp here\)"),
         (packed({**whole, "settings": 5}), "not a checkpoint of this project"),
         (packed({**whole, "normalisation": {}}), "do not fit the network"),
         (packed({**whole, "num_classes": 7}), "do not fit the network"),
