@@ -114,7 +114,10 @@ def _refuse_another(path: str | Path, state: Mapping[str, Any], asked: Mapping[s
         return
     names = {line.split(" ")[0] for line in found}
     if names & set(_RUN):
-        what, advice = "is of another run or epoch than its name says", "it was copied or renamed; train this one again"
+        what, advice = (
+            "is of another run or epoch than its name says",
+            "it was copied or renamed; train this one again",
+        )
     elif names <= {"image_size", "channels"}:
         what = "was trained on other data"
         advice = "give " + " and ".join(f"{name}={said[name]}" for name in sorted(names))
