@@ -42,6 +42,7 @@ from src.settings import (
     add_score_flags,
     number,
     score_folders,
+    splits_folder,
 )
 
 log = logging.getLogger("compute_sam_sgd")
@@ -71,7 +72,7 @@ def parse() -> Namespace:
     add_overwrite_flag(group)
     add_score_flags(parser)
     add_compute_flags(parser)
-    add_folder_flags(parser, "datasets", "models", "metrics")
+    add_folder_flags(parser, "datasets", "splits", "models", "metrics")
     return parser.parse_args()
 
 
@@ -175,7 +176,7 @@ def score_one(
     images = chosen
     if pair.split is not None:
         held_out = validation_indices(
-            args.datasets_folder, entry.name, args.seed, pair.split, whole.labels.numpy(), entry.num_classes
+            splits_folder(args), entry.name, args.seed, pair.split, whole.labels.numpy(), entry.num_classes
         )
         images = chosen.subset(torch.from_numpy(np.flatnonzero(np.isin(chosen.indices.cpu().numpy(), held_out))))
     if not len(images):

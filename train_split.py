@@ -2,7 +2,8 @@
 r"""Train a network on 90 % of the training part, leaving one of ten validation splits out.
 
 Makes the splits of a data set and seed at the first call, and reuses them afterwards:
-{datasets_folder}/splits/{dataset}/seed_{seed}/val_{1..10}.txt. Writes checkpoints and results.json to
+{datasets_folder}/splits/{dataset}/seed_{seed}/val_{1..10}.txt (--splits_folder moves them).
+Writes checkpoints and results.json to
 {models_folder}/split_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_val_split_{i}/seed_{seed}/.
 With --samis_validation_split_index all, the ten are trained in turn; what is done is skipped.
 
@@ -29,6 +30,7 @@ from src.settings import (
     add_model_flags,
     add_run_flags,
     add_training_flags,
+    splits_folder,
 )
 
 SPLITS = range(1, 11)
@@ -58,7 +60,7 @@ def main() -> None:
     )
     add_run_flags(parser)
     add_compute_flags(parser, training=True)
-    add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
+    add_folder_flags(parser, "datasets", "splits", "models", "metrics", "log", "resume_ckpts")
     args = parser.parse_args()
     with Session(args) as session:
         for index in args.samis_validation_split_index:
@@ -70,7 +72,7 @@ def train_one(session: Session, index: int, skip_done: bool) -> None:
     args, name = session.args, session.entry.name
     experiment = split_experiment(args.model, name, args.optimizer, args.lr_sched, index)
     held_out = validation_indices(
-        args.datasets_folder,
+        splits_folder(args),
         name,
         args.seed,
         index,

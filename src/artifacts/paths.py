@@ -104,9 +104,9 @@ def dynamics_row_name(epoch: int) -> str:
     return f"dynamics_epoch={epoch}.npz"
 
 
-def splits_folder(datasets_folder: str | Path, dataset: str, seed: int) -> Path:
+def splits_folder(splits_folder: str | Path, dataset: str, seed: int) -> Path:
     """The folder of the ten validation splits ``val_{1..10}.txt``."""
-    return Path(datasets_folder) / "splits" / dataset / f"seed_{seed}"
+    return Path(splits_folder) / dataset / f"seed_{seed}"
 
 
 def dynamics_folder(metrics_folder: str | Path, experiment: str, seed: int) -> Path:

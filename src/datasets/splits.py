@@ -44,13 +44,13 @@ def make_splits(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndar
     return splits
 
 
-def split_path(datasets_folder: str | Path, dataset: str, seed: int, index: int) -> Path:
+def split_path(splits_folder: str | Path, dataset: str, seed: int, index: int) -> Path:
     """The file of validation split ``index``."""
-    return artifacts.splits_folder(datasets_folder, dataset, seed) / f"val_{index}.txt"
+    return artifacts.splits_folder(splits_folder, dataset, seed) / f"val_{index}.txt"
 
 
 def validation_indices(
-    datasets_folder: str | Path, dataset: str, seed: int, index: int, labels: np.ndarray, num_classes: int
+    splits_folder: str | Path, dataset: str, seed: int, index: int, labels: np.ndarray, num_classes: int
 ) -> np.ndarray:
     """The held-out positions of split ``index``, from its file; all ten files are made if it is missing.
 
@@ -58,7 +58,7 @@ def validation_indices(
     wins, and all read what stands there.
 
     Args:
-        datasets_folder: The folder of data sets.
+        splits_folder: The folder of splits.
         dataset: Name in paths.
         seed: The run's seed.
         index: 1 to 10.
@@ -80,8 +80,8 @@ def validation_indices(
             f"{FLAG} {index}: is empty, as no class of {dataset} has {COUNT} training examples; "
             f"take split {COUNT}, or more data"
         )
-    folder = artifacts.splits_folder(datasets_folder, dataset, seed)
-    paths = [split_path(datasets_folder, dataset, seed, number) for number in range(1, COUNT + 1)]
+    folder = artifacts.splits_folder(splits_folder, dataset, seed)
+    paths = [split_path(splits_folder, dataset, seed, number) for number in range(1, COUNT + 1)]
     if not all(path.exists() for path in paths):
         _write(folder, paths, make_splits(labels, num_classes, seed))
     return _checked(paths, index, labels, num_classes)
@@ -107,26 +107,31 @@ def _text(split: np.ndarray) -> str:
 
 def _write(folder: Path, paths: list[Path], splits: list[np.ndarray]) -> None:
     """Write the missing files: all at once where the folder is new, else one by one."""
-    if not folder.exists():
-        temporary = None
-        try:
+    temporary = None
+    try:
+        if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
             for path, split in zip(paths, splits, strict=True):
                 artifacts.write_text(temporary / path.name, _text(split))
             temporary.chmod(folder.parent.stat().st_mode & 0o777)
-            os.rename(temporary, folder)
-        except OSError as error:
-            if not folder.is_dir():  # else another process was faster, with the same content
-                raise FileError(
-                    f"{folder}: the splits could not be written ({error.strerror}); choose another --datasets_folder"
-                ) from error
-        finally:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-    for path, split in zip(paths, splits, strict=True):
-        if not path.exists():
-            artifacts.write_text(path, _text(split))
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster, with the same content
+                    raise
+        for path, split in zip(paths, splits, strict=True):
+            if not path.exists():
+                artifacts.write_text(path, _text(split))
+    except (OSError, FileError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error.__cause__, "strerror", None) or error
+        raise FileError(
+            f"{folder}: the validation splits could not be written ({reason}); give --splits_folder, a folder that "
+            "can be written"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _checked(paths: list[Path], index: int, labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from src.settings.common import (
     add_seed_flag,
     add_training_flags,
     score_folders,
+    splits_folder,
 )
 from src.settings.experiments import (
     add_ensemble_flags,
@@ -53,5 +54,6 @@ __all__ = [
     "method_name",
     "number",
     "score_folders",
+    "splits_folder",
     "whole_number",
 ]

@@ -23,6 +23,7 @@ FOLDERS = {
     "resume_ckpts": ("resume_ckpts", "resume states"),
     "hessian": ("hessian_eigenvalues", "spectra of Hessians"),
     "ntk": ("ntks", "neural tangent kernels and their velocities"),
+    "splits": (None, "validation splits (default: splits in the folder of data sets)"),
 }
 
 
@@ -89,9 +90,13 @@ def add_folder_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     group = parser.add_argument_group("folders")
     for name in names:
         default, what = FOLDERS[name]
-        group.add_argument(
-            f"--{name}_folder", type=Path, default=ROOT / default, metavar="DIR", help=f"folder of {what}"
-        )
+        path = None if default is None else ROOT / default
+        group.add_argument(f"--{name}_folder", type=Path, default=path, metavar="DIR", help=f"folder of {what}")
+
+
+def splits_folder(args: argparse.Namespace) -> Path:
+    """Where the validation splits are (``add_folder_flags(..., "datasets", "splits")``)."""
+    return args.splits_folder or args.datasets_folder / "splits"
 
 
 def add_compute_flags(

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from refusals import FILE, refuse
 from support import TRAIN, call, folders, succeed, write_blobs
 
 from src.artifacts import read_npz, read_pickle
@@ -96,10 +97,27 @@ def test_split_protocol_scores_each_example_by_the_pair_that_never_saw_it(blobs,
     assert not np.isnan(arrays["arr_0"]).any()
     run = "split_mlp_over_{}_with_{}_sched_const_val_split_{}"
     for split in (1, 10):
-        held_out = validation_indices(tmp_path / "datasets", name, 1, split, labels, 3)
+        held_out = validation_indices(tmp_path / "datasets" / "splits", name, 1, split, labels, 3)
         paths = [tmp_path / "models" / run.format(name, o, split) / "seed_1" / "last.pt" for o in ("sgd", "sam")]
         expected, _ = by_hand(*paths, train, held_out)
         np.testing.assert_allclose(arrays["arr_0"][held_out], expected, rtol=1e-4, atol=1e-6)
+    (tmp_path / "datasets" / "splits").rename(tmp_path / "elsewhere")
+    (tmp_path / "datasets").rmdir()
+    (tmp_path / "datasets").write_text("a folder that cannot be written")
+    flags = (f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1", *folders(tmp_path, "datasets", "models"))
+    elsewhere = (f"--metrics_folder={tmp_path / 'more'}", f"--splits_folder={tmp_path / 'elsewhere'}")
+    refuse("compute_sam_sgd.py", *flags, status=FILE, says=("could not be written", "--splits_folder"))
+    succeed("compute_sam_sgd.py", *flags, *elsewhere)
+    moved = read_npz(tmp_path / "more" / name / "mlp" / "1" / "nn_loss_diff_score.npz")
+    np.testing.assert_array_equal(moved["arr_0"], arrays["arr_0"])
+
+
+def test_splits_beside_a_datasets_folder_that_cannot_be_written(blobs, tmp_path):
+    (tmp_path / "datasets").write_text("")
+    flags = (f"--dataset=npz:{blobs}", *QUICK, "--epochs=1", *folders(tmp_path, *TRAIN))
+    refuse("train_split.py", *flags, status=FILE, says=("splits could not be written", "give --splits_folder"))
+    succeed("train_split.py", *flags, f"--splits_folder={tmp_path / 'elsewhere'}")
+    assert len(list((tmp_path / "elsewhere").glob("*/seed_1/val_*.txt"))) == 10
 
 
 def test_a_split_run_never_trains_on_its_held_out_examples(blobs, tmp_path):
@@ -108,7 +126,7 @@ def test_a_split_run_never_trains_on_its_held_out_examples(blobs, tmp_path):
         "--measure_proxies", *folders(tmp_path, *TRAIN),
     )  # fmt: skip
     train, _ = load_dataset(f"npz:{blobs}", tmp_path)
-    held_out = validation_indices(tmp_path / "datasets", train.entry.name, 1, 4, train.labels.numpy(), 3)
+    held_out = validation_indices(tmp_path / "datasets" / "splits", train.entry.name, 1, 4, train.labels.numpy(), 3)
     (path,) = (tmp_path / "metrics").glob("split_*/seed_1/dynamics.npz")
     unseen = np.isnan(read_dynamics(path)["loss"][0])
     assert sorted(np.flatnonzero(unseen)) == sorted(held_out)
