@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import stat
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 
 from src.artifacts.plain_pickle import load_plain
 from src.errors import FileError
+
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file begins that is no zip archive
 
 
 def _read(path: str | Path, what: str, load: Callable[[BinaryIO], Any]) -> Any:
@@ -43,24 +46,50 @@ def _read(path: str | Path, what: str, load: Callable[[BinaryIO], Any]) -> Any:
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a wrong offset
                 raise FileError(f"{path}: cannot be read ({error.strerror})") from error
             reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-            raise FileError(f"{path}: is not {what}, or is damaged ({reason}); make it anew") from error
+            raise FileError(f"{path}: is not {what}, or is damaged ({reason}); restore or recreate it") from error
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Read every array of an npz file; object arrays are refused.
+    """Read every array of an npz file: numbers and text; object arrays are refused.
 
     Raises:
-        FileError: The file is missing, damaged, or holds pickled objects.
+        FileError: The file is missing, damaged, or contains anything else.
     """
 
     def load(file: BinaryIO) -> dict[str, np.ndarray]:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("truncated, or not in numpy's npz format")
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        with _open_zip(file, "numpy's npz") as archive:
+            return {name.removesuffix(".npy"): _member(archive, name) for name in archive.namelist()}
 
     return _read(path, "an npz archive of arrays", load)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an npz archive."""
+    with archive.open(name) as member:
+        try:
+            array = np.lib.format.read_array(member, allow_pickle=False)
+        except ValueError as error:
+            if "Object arrays" in str(error):
+                raise ValueError(
+                    f"{name} is an array of Python objects, which could run code; save it as numbers or text, "
+                    "with its dtype given"
+                ) from error
+            raise ValueError(f"{name} is not an array: {error}") from error
+        if member.read(1):  # the checksum is compared at the end only
+            raise ValueError(f"{name} has more bytes than values")
+    if array.dtype.kind not in "biufcUS":
+        raise ValueError(f"{name} is an array of {array.dtype}, not of numbers or text")
+    if array.dtype.kind == "U":
+        codes = np.frombuffer(array.tobytes(), np.dtype("u4").newbyteorder(array.dtype.byteorder))
+        if (codes > sys.maxunicode).any():
+            raise ValueError(f"{name} has characters that do not exist")
+    return array
+
+
+def _open_zip(file: BinaryIO, name: str) -> zipfile.ZipFile:
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"truncated, or not in {name} format")
+    return zipfile.ZipFile(file)
 
 
 def read_json(path: str | Path) -> Any:
@@ -82,20 +111,41 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, tensors and plain values only (``weights_only=True``).
+    """Read a checkpoint onto the CPU, tensors and plain values only, and verify its checksums.
 
     Raises:
-        FileError: The file is missing, truncated, or not a checkpoint of this project.
+        FileError: The file is missing, damaged, or not a checkpoint of this project.
     """
     import torch
 
     def load(file: BinaryIO) -> dict[str, Any]:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("truncated, or not in torch's format")
+        if file.read(len(_OLD_TORCH)) == _OLD_TORCH:
+            raise FileError(
+                f"{path}: is in the format of torch before 1.6, which has no checksums; convert it with "
+                f"torch.save(torch.load({str(path)!r}, weights_only=True), NEW)"
+            )
+        with _open_zip(file, "torch's") as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise FileError(
+                    f"{path}: is a TorchScript archive, which is a program and is not run; "
+                    f"torch.save(torch.jit.load({str(path)!r}).state_dict(), NEW) saves its weights"
+                )
+            if wrong := archive.testzip():  # torch.load itself does not look at the checksums
+                raise ValueError(f"the checksum of {wrong} is wrong")
         file.seek(0)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
+            file.seek(0)
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            if any(name.startswith("torch.nn.modules.") for name in named):
+                raise FileError(
+                    f"{path}: is a whole pickled model (torch.save(model)), as the papers' scripts write it; it is "
+                    "not read, as that would run code. Where it was written, "
+                    f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), NEW) saves its weights; "
+                    "--pretrained takes such a file for --model vit, and for other uses train the model with "
+                    "train_full.py or train_split.py"
+                ) from error
             raise ValueError("it holds more than tensors and plain values, so reading it could run code") from error
         if not isinstance(state, dict):
             raise ValueError("it holds no dictionary")

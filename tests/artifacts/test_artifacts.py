@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read without running anything."""
 
 import contextlib
+import io
 import os
 import pickle
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +187,65 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"model": _Malicious()}, tmp_path / "evil.pt")
     with pytest.raises(FileError, match=r"evil\.pt: is not a checkpoint"):
         artifacts.read_checkpoint(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_flipped_bit_is_found_in_every_archive(tmp_path, compressed):
+    """Checksums: torch reads other weights and numpy other numbers from most of these files."""
+    values = np.random.default_rng(0).normal(size=40)
+    (np.savez_compressed if compressed else artifacts.write_npz)(tmp_path / "a.npz", a=values, name="x")
+    artifacts.write_checkpoint(tmp_path / "a.pt", {"a": torch.from_numpy(values), "epoch": 3})
+    for path, read in ((tmp_path / "a.npz", artifacts.read_npz), (tmp_path / "a.pt", artifacts.read_checkpoint)):
+        content = path.read_bytes()
+        refused = 0
+        for bit in range(0, 8 * len(content), 29):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            try:
+                found = read(path)
+            except FileError:
+                refused += 1
+            else:  # the bit is in a part without meaning
+                np.testing.assert_array_equal(found["a"], values)
+                assert found.get("epoch", 3) == 3
+                assert found.get("name", "x") == "x"
+        assert refused > 0.5 * len(content) * 8 / 29
+
+
+def test_what_an_npz_archive_holds_beside_arrays_is_refused(tmp_path):
+    good = io.BytesIO()
+    np.save(good, np.arange(3))
+    short = good.getvalue().replace(b"(3,)", b"(2,)")
+    for name, content, says in (
+        ("a.npy", b"hello", "a.npy is not an array"),
+        ("notes.txt", b"hello", "notes.txt is not an array"),
+        ("a.npy", short, "more bytes than values"),
+        ("a.npy", good.getvalue()[:-8], "a.npy is not an array"),
+    ):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            archive.writestr(name, content)
+        with pytest.raises(FileError, match=rf"a\.npz: .*{says}"):
+            artifacts.read_npz(tmp_path / "a.npz")
+    for array in (np.zeros(2, "datetime64[s]"), np.zeros(2, [("a", "f8")]), np.array([2**31]).view("<U2")):
+        np.savez(tmp_path / "a.npz", array)
+        with pytest.raises(FileError, match=r"not of numbers or text|characters that do not exist"):
+            artifacts.read_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
+def test_other_formats_of_torch_are_named_with_the_way_out(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    path = tmp_path / "a.pt"
+    for save, says in (
+        (lambda: torch.save(model, path), r"whole pickled model.*run code.*state_dict\(\)"),
+        (lambda: torch.save({"model": model}, path), "whole pickled model"),
+        (lambda: torch.jit.save(torch.jit.script(model), path), "TorchScript archive.*is not run"),
+        (lambda: torch.save({}, path, _use_new_zipfile_serialization=False), r"torch before 1\.6.*convert it"),
+    ):
+        save()
+        with pytest.raises(FileError, match=rf"a\.pt: is .*{says}"):
+            artifacts.read_checkpoint(path)
 
 
 def test_label_hash_tells_orders_apart_and_ignores_the_type():

@@ -38,7 +38,7 @@ def train(data, base, *flags):
         ({"x_train": np.zeros((N, 8, 9, 1), np.uint8)}, (r"x_train .*\(1, 8, 9\), x_test \(1, 8, 8\)", "alike")),
         ({"x_train": PIXELS[:0], "y_train": CLASSES[:0]}, ("x_train", "holds no image")),
         ({"x_test": PIXELS[:0], "y_test": CLASSES[:0]}, ("x_test", "holds no image")),
-        ({"y_train": np.array([{}] * N, dtype=object)}, ("is damaged", "make it anew")),
+        ({"y_train": np.array([{}] * N, dtype=object)}, ("Python objects", "as numbers or text")),
     ],
 )
 def test_arrays(tmp_path, arrays, says):
@@ -56,7 +56,7 @@ def test_files_that_are_no_npz(tmp_path):
     for spoiled in contents:
         with spoilt(path, spoiled):
             line = refuse("train_full.py", *train(f"npz:{path}", tmp_path), status=FILE,
-                          says=(r"mine\.npz: is not an npz archive of arrays, or is damaged", "make it anew"),
+                          says=(r"mine\.npz: is not an npz archive of arrays, or is damaged", "recreate it"),
                           keep=tmp_path)  # fmt: skip
             assert "allow_pickle=`" not in line, "no advice to load it all the same"
     with spoilt(path, None):

@@ -112,13 +112,13 @@ def test_bad_score_files(world, tmp_path, script):
         ({"a": 1.0}, ("not all whole numbers", "anew")),
         ({index: score for index, score in GOOD.items() if index != 7}, ("no score of example 7", "anew")),
         ([1, 2], ("not a score file", "anew")),
-        (RunsCode(proof), ("not plain data", "anew")),
+        (RunsCode(proof), ("not plain data", "recreate")),
     ):
         with spoilt(world.scores, pickle.dumps(content)), spoilt(world.scores.with_suffix(".json"), None):
             refuse(script, *world.plot(tmp_path), status=FILE, says=(r"samis_loss_.*\.pkl: ", *says), keep=world.base)
     for content, says in ((b"{broken", "is damaged"), (b"[]", "no settings"), (b'{"total": "x"}', "has x examples")):
         with spoilt(world.scores.with_suffix(".json"), content):
-            refuse(script, *world.plot(tmp_path), status=FILE, says=(r"samis_loss_.*\.json: ", says, "anew"))
+            refuse(script, *world.plot(tmp_path), status=FILE, says=(r"samis_loss_.*\.json: ", says, "anew|recreate"))
     with spoilt(world.scores.with_suffix(".json"), b'{"label_hash": "0"}'):
         refuse(script, *world.plot(tmp_path), status=FILE, says=("made for other labels", "of this data set"))
     assert not list(tmp_path.iterdir()), "nothing was drawn, and no code ran"
