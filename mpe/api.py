@@ -25,9 +25,10 @@ from torch.utils.data import (
 from mpe.choices import CLASS_COVARIANCES, STRUCTURES
 from mpe.estimates import Estimates, estimate, loo_losses, sensitivity
 from mpe.posteriors import laplace_posterior, optimizer_posterior
-from mpe.predictions import Predictions, given_indices, predict
+from mpe.predictions import Predictions, given_indices, predict, refuse_not_finite
 from src import artifacts
 from src.artifacts import score_files
+from src.datasets import dataset_name
 from src.jacobians import OutputVariances, Posterior
 
 
@@ -44,6 +45,9 @@ class Sensitivities:
         estimates: see above.
         scores: float64 (n,), the L1 norm of the estimated deviation of each example's probabilities.
         losses: float64 (n,), estimated leave-one-out losses, at most 23.026 nats each.
+
+    Raises:
+        MeasurementError: a score or a loss is not finite.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Sensitivities:
         self.estimates = estimates
         self.scores: np.ndarray = sensitivity(estimates).numpy()
         self.losses: np.ndarray = loo_losses(predictions, estimates).numpy()
+        refuse_not_finite(predictions.indices, torch.from_numpy(self.scores), torch.from_numpy(self.losses))
         self._settings = dict(settings or {})
 
     @property
@@ -98,7 +103,7 @@ class Sensitivities:
 
         Args:
             folder: a metrics folder.
-            dataset: the data set's name as in file names.
+            dataset: what scripts take as ``--dataset``, or the name in file names.
             total: size of the whole part, where only some of it was scored; by default the highest index + 1.
             settings: what the json beside the file is to say besides.
 
@@ -106,9 +111,11 @@ class Sensitivities:
             The two files.
 
         Raises:
-            FileError: a score is infinite, or the folder cannot be written.
+            ArgumentError: ``dataset`` is no such name.
+            FileError: the folder cannot be written.
             ValueError: an index is not below ``total``.
         """
+        dataset = dataset_name(dataset)
         total = int(self.indices.max()) + 1 if total is None else total
         if self.indices.min() < 0 or self.indices.max() >= total:
             raise ValueError(
@@ -155,6 +162,7 @@ def sensitivities(
 
     Raises:
         ValueError: anything above is missing, unknown, or does not fit.
+        MeasurementError: a score is not finite.
     """
     if class_cov not in CLASS_COVARIANCES:
         raise ValueError(f"class_cov {class_cov!r} is not one of {', '.join(CLASS_COVARIANCES)}")

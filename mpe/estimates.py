@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpe.choices import CLASS_COVARIANCES
-from mpe.predictions import EPS, Predictions, chunks, clamped_errors, clamped_nll
+from mpe.predictions import EPS, Predictions, chunks, clamped_errors, clamped_nll, refuse_not_finite
 from src.jacobians.ggn import root_of_softmax_covariance
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,15 @@ def estimate(predictions: Predictions, class_cov: str = "diag", errors: Tensor |
 
     Raises:
         ValueError: an unknown form, or one that needs covariances where there are only variances.
+        MeasurementError: a deviation is not finite.
     """
+    found = _estimate(predictions, class_cov, errors)
+    refuse_not_finite(predictions.indices, found.output_deviations, found.probability_deviations)
+    return found
+
+
+def _estimate(predictions: Predictions, class_cov: str, errors: Tensor | None) -> Estimates:
+    """The deviations, whatever they are."""
     if class_cov not in CLASS_COVARIANCES:
         raise ValueError(f"class_cov {class_cov!r} is not one of {', '.join(CLASS_COVARIANCES)}")
     p = predictions.probabilities

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from src.errors import MeasurementError
+
 EPS = 1e-10
 """Guard of errors, of p (1 - p), and of probabilities inside logarithms."""
 
@@ -22,6 +24,27 @@ def clamped_nll(log_probabilities: Tensor) -> Tensor:
     return -log_probabilities.exp().clamp(min=EPS).log()
 
 
+def refuse_not_finite(indices: Tensor, *values: Tensor) -> None:
+    """Stop if a number of an example is not finite: a mean over examples would become NaN without a word.
+
+    Args:
+        indices: (n,), the examples' original positions.
+        values: each (n, ...).
+
+    Raises:
+        MeasurementError: the message names the first such examples.
+    """
+    wrong = torch.stack([~value.isfinite().reshape(len(value), -1).all(1) for value in values]).any(0)
+    found = indices[wrong].sort().values.tolist()
+    if found:
+        first = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        raise MeasurementError(
+            f"the sensitivities of {len(found)} of {len(indices)} examples are not finite (indices {first}): their "
+            "images are not finite, or their logits or variances are too large; correct the images, train with a "
+            "lower learning rate, or choose a larger delta"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """What a network with a posterior says about n examples of C classes. All on the CPU.
@@ -31,6 +54,10 @@ class Predictions:
         labels: int64 (n,).
         logits: float64 (n, C), at the posterior's mean.
         variances: float64 (n, C) of each logit, or (n, C, C) covariances.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+        MeasurementError: a number is not finite.
     """
 
     indices: Tensor
@@ -43,6 +70,7 @@ class Predictions:
         if self.variances.shape not in ((n, c), (n, c, c)) or len(self.labels) != n or len(self.indices) != n:
             shapes = [tuple(t.shape) for t in (self.indices, self.labels, self.logits, self.variances)]
             raise ValueError(f"indices, labels, logits and variances do not belong together: {shapes}")
+        refuse_not_finite(self.indices, self.logits, self.variances)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,6 +137,7 @@ def predict(
 
     Raises:
         ValueError: no examples, fewer than two classes, labels that are no classes, or an index that appears twice.
+        MeasurementError: an image, a logit or a variance is not finite.
     """
     device = next(engine.model.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
@@ -119,6 +148,7 @@ def predict(
             continue  # a rank's share may be empty
         given = given_indices(batch)
         indices = torch.arange(seen, seen + len(labels)) if given is None else given
+        refuse_not_finite(indices, images)
         logits, variances = engine(images.to(device))
         _check_classes(logits, labels)
         parts.append((indices, labels, logits.to("cpu", torch.float64), variances.to("cpu", torch.float64)))

@@ -8,7 +8,7 @@ import re
 import stat
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,8 +49,12 @@ def _read(path: str | Path, what: str, load: Callable[[BinaryIO], Any]) -> Any:
             raise FileError(f"{path}: is not {what}, or is damaged ({reason}); restore or recreate it") from error
 
 
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Read every array of an npz file: numbers and text; object arrays are refused.
+def read_npz(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Read the arrays of an npz file: numbers and text; object arrays are refused.
+
+    Args:
+        path: The file.
+        names: Read only those of these names, where there are such (default: all).
 
     Raises:
         FileError: The file is missing, damaged, or contains anything else.
@@ -58,7 +62,9 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
     def load(file: BinaryIO) -> dict[str, np.ndarray]:
         with _open_zip(file, "numpy's npz") as archive:
-            return {name.removesuffix(".npy"): _member(archive, name) for name in archive.namelist()}
+            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            wanted = members if names is None else members.keys() & names
+            return {name: _member(archive, members[name]) for name in wanted}
 
     return _read(path, "an npz archive of arrays", load)
 

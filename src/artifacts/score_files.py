@@ -1,19 +1,27 @@
 """Averaged score files: a pickle ``{index: score}`` in the published format, and a json that says how it was made.
 
 The format: protocol 4, plain int keys in ascending order, float values, nothing that is not finite. A file that was
-made on a subset holds the scored examples only, and its json gives the size of the whole part as ``total``.
+made on a subset holds the scored examples only, and its json gives the size of the whole part as ``total``. The json
+also has the sha256 of the pickle, so that neither is ever read with another one's counterpart.
 """
 
+import hashlib
+import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.artifacts.reading import read_json, read_npz, read_pickle
+from src.artifacts.reading import file_digest, read_json, read_npz, read_pickle
+from src.artifacts.reading import label_hash as hash_labels
 from src.artifacts.sidecar import refuse_other_settings
-from src.artifacts.writing import write_json, write_pickle
+from src.artifacts.writing import write_json, write_with
 from src.errors import FileError
+
+DERIVED = ("n", "total", "sha256")
+"""What a record says of the scores themselves: how many there are, of how many examples, and their file's digest."""
 
 
 def sidecar_path(path: str | Path) -> Path:
@@ -42,7 +50,7 @@ def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]
     Args:
         path: The pickle's path.
         scores: ``(total,)``, NaN where an example was not scored.
-        record: How the scores were made; ``n`` (scored) and ``total`` are added.
+        record: How the scores were made; what ``DERIVED`` names is added.
 
     Returns:
         The two paths.
@@ -54,9 +62,19 @@ def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]
     indices = np.flatnonzero(~np.isnan(scores))
     if not len(indices) or np.isinf(scores[indices]).any():
         raise FileError(f"{path}: not written, {'a score is infinite' if len(indices) else 'nothing was scored'}")
-    values = dict(zip(indices.tolist(), scores[indices].tolist(), strict=True))
-    beside = {**record, "n": len(indices), "total": len(scores)}
-    return [write_pickle(path, values), write_json(sidecar_path(path), beside)]
+    content = pickle.dumps(dict(zip(indices.tolist(), scores[indices].tolist(), strict=True)), protocol=4)
+    digest = hashlib.sha256(content).hexdigest()
+    beside = {**record, "n": len(indices), "total": len(scores), "sha256": digest}
+
+    def write(file: BinaryIO) -> None:
+        # All that can fail comes first. If the process is killed before the scores follow their record, the record is
+        # of this run, so that the same command may be repeated, and its digest tells that the scores are not.
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        write_json(sidecar_path(path), beside)
+
+    return [write_with(path, write), sidecar_path(path)]
 
 
 def read_scores(path: str | Path) -> np.ndarray:
@@ -92,6 +110,11 @@ def _placed(path: str | Path, keys: np.ndarray, values: np.ndarray) -> np.ndarra
     total, scored = record.get("total", len(keys)), record.get("n", len(keys))
     if not isinstance(total, int) or total < 1:
         raise FileError(f"{sidecar_path(path)}: says that the part has {total} examples; make the scores anew")
+    if record.get("sha256", digest := file_digest(path)) != digest:
+        raise FileError(
+            f"{path}: is not the file that {sidecar_path(path).name} describes; writing was interrupted, or one "
+            "of them was replaced; repeat the command that makes both"
+        )
     if scored != len(keys):
         raise FileError(f"{path}: holds {len(keys)} scores, its json says {scored}; make the file anew")
     if keys.max() >= total:
@@ -112,7 +135,7 @@ def read_memorization(path: str | Path) -> np.ndarray:
     Raises:
         FileError: The file is missing, damaged, or holds no finite ``tr_mem``.
     """
-    arrays = read_npz(path)
+    arrays = read_npz(path, ("tr_mem",))
     if "tr_mem" not in arrays:
         raise FileError(f"{path}: has no array 'tr_mem'; it is no memorization file, fetch it with fetch_scores.py")
     scores = arrays["tr_mem"]
@@ -136,6 +159,16 @@ def refuse_other_scores(path: str | Path, settings: Mapping[str, Any]) -> None:
         refuse_other_settings(path, {name: record.get(name) for name in settings}, settings)
 
 
+def _known_label_hash(path: Path, count: int) -> str | None:
+    """The hash of the labels that a score file was made for, where it or its json knows them."""
+    labels = read_npz(path, ("tr_labels",)).get("tr_labels") if path.suffix == ".npz" else None
+    if labels is None:
+        return read_sidecar(path).get("label_hash")
+    if labels.shape != (count,) or labels.dtype.kind not in "iuf" or np.mod(labels, 1).any():
+        raise FileError(f"{path}: 'tr_labels' is not one class per example; fetch it with fetch_scores.py")
+    return hash_labels(labels)
+
+
 def refuse_foreign(
     path: str | Path,
     scores: np.ndarray,
@@ -149,7 +182,7 @@ def refuse_foreign(
         path: The file, for the message and its json.
         scores: What was read from it.
         n: The size of the whole training part.
-        label_hash: ``artifacts.label_hash`` of the whole part's labels; compared where the json knows its own.
+        label_hash: ``artifacts.label_hash`` of the whole part's labels; compared where the file's own are known.
         data_hash: ``ImageSet.digest``, likewise.
 
     Raises:
@@ -159,14 +192,13 @@ def refuse_foreign(
         raise FileError(
             f"{path}: scores {len(scores)} examples, the data set has {n}; give the scores of this data set"
         )
-    record = read_sidecar(path)
-    known = record.get("label_hash")
-    if label_hash and known and known != label_hash:
+    known = _known_label_hash(Path(path), len(scores)) if label_hash else None
+    if known and known != label_hash:
         raise FileError(
             f"{path}: was made for other labels (label hash {known}, this data set has {label_hash}); "
             "give the scores of this data set"
         )
-    known = record.get("data_hash")
+    known = read_sidecar(path).get("data_hash")
     if data_hash and known and known != data_hash:
         raise FileError(
             f"{path}: was made for other images (data hash {known}, this data set has {data_hash}); "

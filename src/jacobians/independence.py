@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from src.errors import MeasurementError
+
 TOLERANCE = 0.02
 """A wrong axis is off by about a third of the norm; rounding, even in TF32, by far less than this."""
 
@@ -54,6 +56,7 @@ def refuse_mixing(rows: Tensor, images: Tensor) -> None:
 
     Raises:
         ValueError: they do.
+        MeasurementError: a gradient is not finite, so that nothing can be said.
     """
     row, scale = mixture(rows)
     found = [
@@ -62,6 +65,11 @@ def refuse_mixing(rows: Tensor, images: Tensor) -> None:
     ]
     if any(gradient is None for gradient in found):
         return
+    if not all(gradient.isfinite().all() for gradient in found):
+        raise MeasurementError(
+            "the gradients at the first images are not finite: the images or the weights are not, or they are "
+            "too large"
+        )
     if scales_by_example(*found, scale) is False:
         raise ValueError(
             "per-example gradients are not defined: the model's output for one image depends on the other images "

@@ -261,7 +261,7 @@ def refuse_target(path: str | Path, record: Mapping[str, Any]) -> None:
             f"{path}: nothing says how these scores were made; "
             "give --overwrite to replace them, or another --metrics_folder"
         )
-    artifacts.refuse_other_settings(path, stored, record, ignore=("raw_min", "raw_max", "n", "total"))
+    artifacts.refuse_other_settings(path, stored, record, ignore=("raw_min", "raw_max", *score_files.DERIVED))
 
 
 # ---------------------------------------------------------------------------------------------------- which run

@@ -30,7 +30,21 @@ def min_max(scores: np.ndarray) -> np.ndarray:
         scores: ``(n,)``, at least one of them not NaN.
     """
     low, high = np.nanmin(scores), np.nanmax(scores)
+    if high / 2 - low / 2 > np.finfo(np.float64).max / 2:  # the range itself would not be finite
+        scores, low, high = scores / 2, low / 2, high / 2
     return (scores - low) / (high - low) if high > low else scores - low
+
+
+def shares(scores: np.ndarray) -> np.ndarray:
+    """``x / sum x`` over what is not NaN, which may be all zeros.
+
+    Args:
+        scores: ``(n,)``.
+    """
+    largest = np.nanmax(np.abs(scores), initial=0.0)
+    if largest > np.finfo(np.float64).max / max(len(scores), 1):  # the sum might not be finite
+        scores = scores / largest
+    return scores / (np.nansum(scores) or 1.0)
 
 
 class Scores:
@@ -135,10 +149,8 @@ class Scores:
         """
         from src.metrics import plots
 
-        indices, scores = self._chosen(idx)
-        total = np.nansum(self.scores)
-        shares = scores / total if total else scores
-        figure = plots.shares(indices, shares, self.label, self.title, plot)
+        indices, _ = self._chosen(idx)
+        figure = plots.shares(indices, shares(self.scores)[indices], self.label, self.title, plot)
         return artifacts.save_figure(figure, self._stem(folder, idx, "prob_dist"))
 
 
@@ -180,11 +192,8 @@ class Proxy(Scores):
         kind = score_mode(mode)
         path, dataset = _find(mode, dataset, folder)
         log.info("%s of %s: read from %s", mode, dataset, path)
-        if mode == "mem":
-            raw = score_files.read_memorization(path)
-            raw = raw / (raw.sum() or 1.0)  # a probability over the examples; the scaling below undoes it
-        else:
-            raw = score_files.read_scores(path)
+        # shares are what the papers' class gives; the scaling below undoes them
+        raw = shares(score_files.read_memorization(path)) if mode == "mem" else score_files.read_scores(path)
         plots = artifacts.ROOT / "plots" / "proxies" / dataset / mode
         super().__init__(min_max(raw) if normalize else raw, path, kind.symbol, f"{kind.title}, {dataset}", plots)
         self.mode = mode
@@ -210,7 +219,7 @@ class Memorization(Scores):
             raise FileError(f"{file}: there is no such memorization file; {kind.recipe(dataset)}")
         plots = artifacts.ROOT / "plots" / "proxies" / dataset / "mem"
         super().__init__(score_files.read_memorization(file), file, kind.symbol, f"{kind.title}, {dataset}", plots)
-        self._prob = self.scores / (self.scores.sum() or 1.0)
+        self._prob = shares(self.scores)
 
     def get_prob(self, idx: Any) -> Any:
         """The share of the sum of an index, or of any numpy index."""

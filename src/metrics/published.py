@@ -119,8 +119,8 @@ def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, ove
         Whether it was downloaded; False if the right file was there already.
 
     Raises:
-        FileError: It could not be had, or is not the published one (nothing is written then); or a file of other
-            content stands in its place.
+        FileError: It could not be downloaded, or is not the published one (nothing is written then); or there is a
+            file of other content.
     """
     path = file.path(folder)
     if path.exists():

@@ -1,5 +1,6 @@
 """``Proxy`` and ``Memorization``: every method, where files are sought, and files that are refused."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from src.artifacts.score_files import read_scores, sidecar_path, write_scores
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES, Memorization, Proxy, find_scores
+from src.metrics.proxy import min_max
 
 RAW = np.array([3.0, 1.0, 5.0, 1.0, 2.0])
 
@@ -219,7 +221,9 @@ def test_the_written_format_is_the_published_one(tmp_path):
     assert list(content) == sorted(content)
     assert {type(k) for k in content} == {int}
     assert {type(v) for v in content.values()} == {float}
-    assert json.loads(sidecar_path(path).read_text()) == {"seeds": [1, 2], "n": 5, "total": 5}
+    digest = hashlib.sha256(raw).hexdigest()
+    record = {"seeds": [1, 2], "n": 5, "total": 5, "sha256": digest}
+    assert json.loads(sidecar_path(path).read_text()) == record
     with pytest.raises(FileError, match="nothing was scored"):
         store(tmp_path, scores=np.full(3, np.nan))
     with pytest.raises(FileError, match="infinite"):
@@ -244,6 +248,31 @@ def test_memorization_shares_and_scaling(tmp_path):
     assert mem.get_prob(0) == pytest.approx(0.25)
     assert sum(mem.full_prob()) == pytest.approx(1.0)
     assert mem.get_sorted_indices().tolist() == [1, 3, 4, 0, 2]
+
+
+def test_memorization_of_other_labels_is_refused(tmp_path):
+    labels = np.array([0, 1, 1, 0, 2])
+    path = memorization(tmp_path, tr_mem=RAW, tr_labels=labels)
+    mem = Proxy("mem", "toy", folder=tmp_path, n=5, label_hash=artifacts.label_hash(labels))
+    with pytest.raises(FileError, match="was made for other labels"):
+        mem.check(5, artifacts.label_hash(labels[::-1]))
+    with pytest.raises(FileError, match="was made for other labels"):
+        Memorization(path).check(label_hash=artifacts.label_hash(1 - labels))
+    memorization(tmp_path, tr_mem=RAW, tr_labels=labels[:4])
+    with pytest.raises(FileError, match="'tr_labels' is not one class per example"):
+        mem.check(label_hash=artifacts.label_hash(labels))
+
+
+def test_scores_of_a_huge_range_stay_finite(tmp_path):
+    huge = np.array([1.5e308, -1.5e308, 0.0])
+    store(tmp_path, scores=huge)
+    np.testing.assert_allclose(Proxy("forg", "toy", folder=tmp_path).scores, [1, 0, 0.5])
+    np.testing.assert_allclose(min_max(np.array([1e308, np.nan, -1e308, 5e307])), [1, np.nan, 0, 0.75])
+    path = memorization(tmp_path, tr_mem=np.array([1.5e308, 1.5e308, 0.0]))
+    np.testing.assert_allclose(Proxy("mem", "toy", False, tmp_path).scores, [0.5, 0.5, 0])
+    assert Memorization(path).full_prob() == [0.5, 0.5, 0]
+    drawn = Proxy("mem", "toy", folder=tmp_path).plot_prob_dist(folder=tmp_path)
+    assert all(path.stat().st_size for path in drawn)
 
 
 @pytest.mark.parametrize(

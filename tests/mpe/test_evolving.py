@@ -81,7 +81,7 @@ def test_rows_are_written_as_they_come(tmp_path):
             np.testing.assert_array_equal(whole[f"sensitivity_{form}"][row], wanted)
 
 
-@pytest.mark.parametrize("gauge", [torch.ones(4), torch.tensor([2.0, -1.0, 0.5, 3.0])])
+@pytest.mark.parametrize("gauge", [torch.ones(4), torch.tensor([2.0, 1.0, 0.5, 3.0])])
 @pytest.mark.parametrize("shift", [0.5, 40.0])
 def test_gauge(tmp_path, gauge, shift):
     """What shifts all logits alike, by itself or along with a logit, is seen by the diagonal form only."""

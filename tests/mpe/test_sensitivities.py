@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mpe_problems import batches, examples, network
+from support import write_blobs
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -21,6 +22,8 @@ from mpe.estimates import Estimates, estimate, loo_losses, sensitivity
 from mpe.posteriors import laplace_posterior, optimizer_posterior
 from mpe.predictions import Predictions, predict
 from src.artifacts import label_hash, score_files
+from src.datasets import load_dataset
+from src.errors import MeasurementError, UserError
 from src.jacobians import OutputVariances
 from src.metrics.proxy import Proxy
 from src.optimizers import IBLR
@@ -287,6 +290,25 @@ def test_ties_by_original_index():
     assert found.most_sensitive(0).tolist() == []
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_not_finite_are_refused(bad):
+    with pytest.raises(MeasurementError, match=r"of 2 of 4 examples are not finite \(indices 3, 8\)"):
+        made([bad, 2.0, bad, 1.0], [8, 9, 3, 4])
+    net, (images, labels) = own_network(), examples(9)
+    images[[2, 7]] = bad
+    with pytest.raises(MeasurementError, match=r"2 of 9 examples are not finite \(indices 2, 7\)"):
+        sensitivities(net, [(images, labels)], IBLR(net.parameters(), 0.1, 9, 3.0))
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    huge = Predictions(
+        torch.arange(2), torch.arange(2), zeros, zeros + torch.tensor([[1.7e308], [1.0]], dtype=torch.float64)
+    )
+    for form in ("diag", "full"):  # finite variances whose product with an error is not
+        variances = torch.diag_embed(huge.variances) if form == "full" else huge.variances
+        found = Predictions(huge.indices, huge.labels, zeros, variances)
+        with pytest.raises(MeasurementError, match=r"1 of 2 examples are not finite \(indices 0\)"):
+            estimate(found, form, errors=zeros + 2.0)
+
+
 def test_score_file_is_read_by_proxy(tmp_path):
     net, (images, labels) = network(), examples()
     found = sensitivities(net, batches(images, labels), "kfac", delta=3.0)
@@ -298,6 +320,21 @@ def test_score_file_is_read_by_proxy(tmp_path):
     expected = {"mode": "mpe", "dataset": "toy", "posterior": "kfac", "class_cov": "diag", "delta": 3.0, "epochs": 5}
     assert expected.items() <= proxy.record.items()
     assert proxy.record["label_hash"] == label_hash(labels)
+
+
+def test_score_files_of_any_name_of_a_data_set(tmp_path):
+    found = made([0.5, 0.25], [1, 0])
+    data = write_blobs(tmp_path / "photos.npz", n=6)
+    name = load_dataset(f"npz:{data}", tmp_path)[0].entry.name
+    for text, stored in (("CIFAR10", "cifar10"), (f"npz:{data}", name), (name, name)):
+        paths = found.write_scores(tmp_path / "scores", text)
+        assert paths[0] == tmp_path / "scores" / "mpe" / f"mpe_{stored}.pkl"
+        assert score_files.read_sidecar(paths[0])["dataset"] == stored
+        assert Proxy("mpe", text, folder=tmp_path / "scores").path == paths[0]
+    for wrong in ("a/b", "..", "../toy", "", "folder:/nowhere"):
+        with pytest.raises(UserError):
+            found.write_scores(tmp_path / "other", wrong)
+    assert not (tmp_path / "other").exists()
 
 
 def test_score_file_of_a_subset(tmp_path):
