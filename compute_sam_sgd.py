@@ -44,6 +44,7 @@ from src.settings import (
     score_folders,
     splits_folder,
 )
+from src.training import image_facts
 
 log = logging.getLogger("compute_sam_sgd")
 
@@ -97,6 +98,7 @@ def main() -> None:
         "protocol": protocol,
         "precision": args.precision,
         "subset": None,
+        **image_facts(train),
         **training_settings(pairs),
     }
     chosen = train.to(device)
@@ -104,7 +106,8 @@ def main() -> None:
         chosen = chosen.subset(parse_subset(args.subset, train.total, train.labels))
         facts["subset"] = label_hash(chosen.indices.cpu().numpy())
     for which in SAMIS_FILES:
-        check_target(samis_path(args.metrics_folder, name, args.model, args.seed, which), facts, args.overwrite)
+        path = samis_path(args.metrics_folder, name, args.model, args.seed, which)
+        check_target(path, facts, label_hash(whole_labels), args.overwrite)
     scores = {field: np.full(train.total, np.nan) for field in PairScores._fields}
     for pair in tqdm(pairs, unit="pair", disable=None):
         score_one(args, query, pair, chosen, train, facts, scores)
@@ -146,15 +149,16 @@ def read_memorization(args: Namespace, dataset: str, labels: np.ndarray) -> Prox
     return Proxy("mem", dataset, folder=folder, **checks)
 
 
-def check_target(path: Path, facts: dict, overwrite: bool) -> None:
-    """Stop if the seed's file holds scores of other settings."""
+def check_target(path: Path, facts: dict, labels: str, overwrite: bool) -> None:
+    """Stop if the seed's file holds scores of other settings or labels."""
     if not path.exists() or overwrite:
         return
     try:
         content = read_seed(path)
         if "settings" not in content:
             raise FileError(f"{path}: holds scores of unknown settings; replace them")
-        found = differences(parse_settings(path, content["settings"]), facts)
+        stored = {**parse_settings(path, content["settings"]), "labels": content["label_hash"]}
+        found = differences(stored, {**facts, "labels": labels})
     except FileError as error:
         raise FileError(f"{error}, with --overwrite") from error
     if found:
@@ -168,17 +172,17 @@ def score_one(
 ) -> None:
     """Score the examples that belong to one pair, and print how good its networks are on them."""
     entry = chosen.entry
-    sgd, sam, state = load_pair(pair, query, whole)
-    if state["settings"].get("subset") != facts["subset"]:
-        raise FileError(f"{pair.sgd}: was trained on another subset of {entry.name}; give the same --subset")
-    if state["differing"]:
-        log.warning("the two networks differ in more than the optimiser: %s", ", ".join(state["differing"]))
-    images = chosen
+    images, held_out = chosen, None
     if pair.split is not None:
         held_out = validation_indices(
             splits_folder(args), entry.name, args.seed, pair.split, whole.labels.numpy(), entry.num_classes
         )
         images = chosen.subset(torch.from_numpy(np.flatnonzero(np.isin(chosen.indices.cpu().numpy(), held_out))))
+    sgd, sam, state = load_pair(pair, query, whole, held_out)
+    if state["settings"].get("subset") != facts["subset"]:
+        raise FileError(f"{pair.sgd}: was trained on another subset of {entry.name}; give the same --subset")
+    if state["differing"]:
+        log.warning("the two networks differ in more than the optimiser: %s", ", ".join(state["differing"]))
     if not len(images):
         return
     layout = torch.channels_last if MODELS[args.model].channels_last else torch.contiguous_format

@@ -18,7 +18,7 @@ import argparse
 import numpy as np
 import torch
 
-from src.artifacts import split_experiment
+from src.artifacts import label_hash, split_experiment
 from src.datasets import validation_indices
 from src.errors import FlagError
 from src.scripting import Parser, run_script
@@ -85,7 +85,7 @@ def train_one(session: Session, index: int, skip_done: bool) -> None:
         raise FlagError(
             f"--samis_validation_split_index {index}: leaves no training example; take another split, or more data"
         )
-    more = {"validation_split": index}
+    more = {"validation_split": index, "held_out": label_hash(held_out)}
     if skip_done and session.is_done(experiment, train, more):
         if session.group.leads:
             print(f"split {index}: done already")

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # Facts that older records do not know: absent, they match anything.
-_UNKNOWN_IF_ABSENT = {"data_hash", "images", "training", "training_epochs"}
+_UNKNOWN_IF_ABSENT = {"data_hash", "held_out", "images", "training", "training_epochs"}
 
 # Settings that act only beside others: they never enter a record otherwise, and do not count in older ones.
 _ACTS = {

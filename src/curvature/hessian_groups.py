@@ -31,9 +31,9 @@ MEASURES = {
 }
 """The columns of the table."""
 _MEASURED = ("dataset", "labels", "model", "experiment", "epoch", "eigen_split", "high_low_spec", "operator",
-             "subset", "examples")  # fmt: skip
+             "subset", "examples", "images", "decoding", "training")  # fmt: skip
 """The settings that say what was measured: averages over seeds are of one such thing."""
-_OF_A_RUN = {"experiment", "seed", "checkpoint", "high_low_spec"}
+_OF_A_RUN = {"experiment", "seed", "checkpoint", "high_low_spec", "training"}
 _OF_EXAMPLES = {"examples", "example_hash"}
 
 

@@ -32,6 +32,7 @@ from src.devices import available_memory
 from src.errors import FileError, FlagError
 from src.models import MODELS
 from src.trained import TrainedNetworks
+from src.training import training_facts
 from src.words import gib
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class HessianRun:
             "power_iterations": args.power_iterations if args.eigen_mode == "power_iter" else None,
             "batch_size": args.batch_size,
             "precision": args.precision,
+            "training": training_facts(state["settings"]),
         }
         self.path = subject.path
         self._warn_of_other_examples(state["settings"])

@@ -8,6 +8,7 @@ import numpy as np
 
 from src.artifacts import (
     claimed,
+    differences,
     kernel_path,
     ntk_folder,
     read_json,
@@ -125,8 +126,8 @@ class KernelFiles:
         beside = path.with_suffix(".json")
         if self._overwrite:
             try:
-                return read_json(beside)["settings"] == dict(settings)
-            except (FileError, KeyError, TypeError):
+                return not differences(read_json(beside)["settings"], settings)
+            except (FileError, KeyError, TypeError, AttributeError):
                 return False
         if not beside.exists():
             raise FileError(f"{path}: has no settings beside it ({beside.name}); give --overwrite to replace it")

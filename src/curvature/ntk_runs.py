@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src.artifacts import file_digest, label_hash, ntk_run, require_writable, standard_experiment
+from src.artifacts import (
+    differences,
+    file_digest,
+    label_hash,
+    ntk_run,
+    read_checkpoint,
+    require_writable,
+    standard_experiment,
+)
 from src.curvature.ntk import ntk_kernel, relative_error, velocity
 from src.curvature.ntk_cost import forecast, kernel_bytes
 from src.curvature.ntk_files import KernelFiles
@@ -19,7 +27,7 @@ from src.datasets import parse_subset
 from src.devices import available_memory
 from src.errors import FileError, FlagError
 from src.trained import TrainedNetworks
-from src.training import only_schedule
+from src.training import only_schedule, training_facts
 from src.words import duration, gib
 
 log = logging.getLogger(__name__)
@@ -63,6 +71,7 @@ class Kernels:
             for seed in self.seeds
             for epoch, path in networks.find_all(experiment, seed, wanted, **flags).items()
         }
+        self.training = self._training()
         self.digests = {place: file_digest(path) for place, path in self.paths.items()}
         run = ntk_run(args.model, args.optimizer, lr_sched)
         metric = args.ntk_chosen_metric
@@ -86,11 +95,30 @@ class Kernels:
         self._announced = False
         self._sketch_error: float | None = None
 
+    def _training(self) -> dict[str, Any]:
+        """How the models were trained, but for the seed: they are averaged over seeds.
+
+        Raises:
+            FileError: Two were trained with different settings.
+        """
+        first = None
+        for path in self.paths.values():
+            settings = read_checkpoint(path).get("settings")
+            facts = training_facts(settings if isinstance(settings, dict) else {})  # else loading it says so
+            first = first or (path, facts)
+            if found := differences(first[1], facts):
+                raise FileError(
+                    f"{path}: was not trained as {first[0]} was: {', '.join(found)}; train all seeds with the same "
+                    "settings, or choose others"
+                )
+        return first[1]
+
     def velocities(self, seed: int, epoch: int, bar: tqdm) -> dict[int, float]:
         """The velocities of all groups between an epoch and the next, written one by one as they come."""
         settings = {
             **self.common,
             "metric": self.args.ntk_chosen_metric,
+            "training": self.training,
             "ranking": label_hash(self.ranked),
             "checkpoints": [self.digests[seed, epoch], self.digests[seed, epoch + 1]],
         }

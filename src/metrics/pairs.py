@@ -12,6 +12,7 @@ from torch import nn
 from src.artifacts import (
     counted,
     differences,
+    label_hash,
     read_checkpoint,
     split_experiment,
     standard_experiment,
@@ -21,11 +22,11 @@ from src.datasets import Batches, ImageSet
 from src.errors import FileError, FlagError
 from src.metrics.samis import PairScores, score_batch
 from src.models.modes import evaluating
-from src.optimizers import SCHEDULES
 from src.training import (
     data_facts,
     find_checkpoint,
     find_schedules,
+    free_epochs,
     load_model,
     logits_of,
     training_command,
@@ -34,12 +35,11 @@ from src.training import (
 SPLITS = tuple(range(1, 11))
 OPTIMIZERS = ("sgd", "sam")
 _MAY_DIFFER = ("optimizer", "rho", "adaptive", "measure_proxies")
-_OF_A_SPLIT = ("validation_split", "examples", "measure_proxies")
+_OF_A_SPLIT = ("validation_split", "held_out", "examples", "measure_proxies")
 
 # Settings that seeds and splits of one kind differ in, or that the scores' own facts say.
 _NOT_OF_THE_KIND = (
-    "seed", "validation_split", "examples", "optimizer", "measure_proxies", "dataset", "model", "labels", "images",
-    "lr_sched", "subset",
+    *_OF_A_SPLIT, "seed", "optimizer", "dataset", "model", "labels", "images", "decoding", "lr_sched", "subset",
 )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def training_settings(pairs: Sequence[Pair]) -> dict[str, Any]:
     Raises:
         FileError: A checkpoint is damaged, or the models of one optimizer were not all trained alike.
     """
-    free = _free_epochs(pairs[0].lr_sched)
+    free = free_epochs(pairs[0].lr_sched)
     sgd, sam = (_common_settings(pairs, optimizer, free) for optimizer in OPTIMIZERS)
     names = sorted((sgd.keys() | sam.keys()) - {*_NOT_OF_THE_KIND, *free})
     record = {f"training_{name}": sam[name] for name in names if name in sam}
@@ -174,11 +174,6 @@ def training_settings(pairs: Sequence[Pair]) -> dict[str, Any]:
         if name not in _MAY_DIFFER and differences({name: here}, {name: counted(sam, name)}):
             record[f"training_sgd_{name}"] = "none" if here is None else here
     return without_idle({**record, "lr_sched": pairs[0].lr_sched})
-
-
-def _free_epochs(lr_sched: str) -> tuple[str, ...]:
-    """The length of training, where another one would not have changed the epochs up to the checkpoint."""
-    return ("epochs",) if lr_sched in SCHEDULES and not SCHEDULES[lr_sched].depends_on_epochs else ()
 
 
 def _common_settings(pairs: Sequence[Pair], optimizer: str, free: Sequence[str]) -> dict[str, Any]:
@@ -199,13 +194,16 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}  # load_pair says what is wrong
 
 
-def load_pair(pair: Pair, query: Query, whole: ImageSet) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+def load_pair(
+    pair: Pair, query: Query, whole: ImageSet, held_out: np.ndarray | None
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     """Load both models and check that they are those that were asked for, and belong to the data.
 
     Args:
         pair: The checkpoints.
         query: What was asked for.
         whole: The whole training part.
+        held_out: The original indices of the pair's split; None where it has none.
 
     Returns:
         The SGD-trained and the SAM-trained model, and the SGD checkpoint's description, with ``differing``: the
@@ -221,12 +219,13 @@ def load_pair(pair: Pair, query: Query, whole: ImageSet) -> tuple[nn.Module, nn.
         "epoch": query.epoch,
         "lr_sched": pair.lr_sched,
         "validation_split": pair.split,
+        "held_out": None if held_out is None else label_hash(held_out),
     }
     loaded = [load_model(getattr(pair, name), {**asked, "optimizer": name}) for name in OPTIMIZERS]
     (sgd, first), (sam, second) = loaded
     if first["normalisation"] != second["normalisation"]:
         raise FileError(f"{pair.sam}: was trained with another normalisation than {pair.sgd}; train one of them anew")
-    ignore = (*_MAY_DIFFER, *_free_epochs(pair.lr_sched))
+    ignore = (*_MAY_DIFFER, *free_epochs(pair.lr_sched))
     return sgd, sam, {**first, "differing": differences(first["settings"], second["settings"], ignore=ignore)}
 
 

@@ -7,9 +7,11 @@ from src.training.evaluation import evaluate, logits_of, predictions
 from src.training.finding import (
     find_checkpoint,
     find_schedules,
+    free_epochs,
     missing_epochs,
     only_schedule,
     training_command,
+    training_facts,
 )
 from src.training.group import Group
 from src.training.loop import Trainer
@@ -28,6 +30,7 @@ __all__ = [
     "evaluate",
     "find_checkpoint",
     "find_schedules",
+    "free_epochs",
     "image_facts",
     "load_model",
     "logits_of",
@@ -38,4 +41,5 @@ __all__ = [
     "read_dynamics",
     "run_training",
     "training_command",
+    "training_facts",
 ]

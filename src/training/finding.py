@@ -10,6 +10,9 @@ from src.errors import FileError, FlagError
 from src.optimizers import SCHEDULES
 from src.training.run import RunFiles
 
+# Settings of a run that differ from seed to seed, change nothing, or are those of the data.
+_PER_SEED = ("seed", "held_out", "measure_proxies", "dataset", "labels", "images", "decoding")
+
 
 def find_checkpoint(models_folder: str | Path, experiment: str, seed: int, epoch: int) -> Path | None:
     """A run's checkpoint of an epoch: its own file, or ``last.pt`` if that is of the epoch; None if neither is."""
@@ -45,6 +48,17 @@ def only_schedule(models_folder: str | Path, pattern: str, seed: int, given: str
     if len(found) > 1:
         raise FlagError(f"--lr_sched: runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
     return found[0] if found else None
+
+
+def free_epochs(lr_sched: str | None) -> tuple[str, ...]:
+    """The setting of a run's length, where another length would not have changed its epochs so far."""
+    return ("epochs",) if lr_sched in SCHEDULES and not SCHEDULES[lr_sched].depends_on_epochs else ()
+
+
+def training_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that runs of other seeds must share, if something is to be averaged over them."""
+    skip = {*_PER_SEED, *free_epochs(settings.get("lr_sched"))}
+    return {name: value for name, value in settings.items() if name not in skip and not name.startswith("selection")}
 
 
 def training_command(script: str, flags: Mapping[str, Any]) -> str:

@@ -175,7 +175,7 @@ class _Run:
         for epoch in self.files.states():
             path = self.files.state(epoch)
             try:
-                state = self._read_state(path)
+                state = self._read_state(epoch)
                 rows = self._read_rows(epoch)
             except FileError as error:
                 log.warning("%s; using the state before it", error)
@@ -199,15 +199,18 @@ class _Run:
         """The settings of the resume states, for a run whose checkpoints are gone or in another folder."""
         for epoch in self.files.states():
             try:
-                return self._read_state(self.files.state(epoch))["settings"]
+                return self._read_state(epoch)["settings"]
             except FileError:
                 continue
         return None
 
-    def _read_state(self, path: Path) -> dict[str, Any]:
+    def _read_state(self, epoch: int) -> dict[str, Any]:
+        path = self.files.state(epoch)
         state = read_checkpoint(path)
         if state.get("format") != STATE_FORMAT or not isinstance(state.get("settings"), dict):
             raise FileError(f"{path}: is not a resume state of this project")
+        if state.get("epoch") != epoch:
+            raise FileError(f"{path}: is the resume state of epoch {state.get('epoch')}; it was copied or renamed")
         return state
 
     def _read_rows(self, epochs: int) -> dict[int, np.ndarray]:
@@ -216,7 +219,10 @@ class _Run:
         rows = {}
         for epoch in range(1, epochs + 1):
             path = self.files.row(epoch)
-            rows[epoch] = read_npz(path).get("row")
+            stored = read_npz(path)
+            rows[epoch] = stored.get("row")
+            if not np.array_equal(stored.get("epoch", epoch), epoch):
+                raise FileError(f"{path}: holds the dynamics of epoch {stored['epoch']}")
             if not self.trainer.dynamics.fits(rows[epoch]):
                 raise FileError(f"{path}: does not hold the dynamics of these training examples")
         return rows
@@ -244,7 +250,7 @@ class _Run:
         self.measure(trainer)
         files, epoch = self.files, trainer.epoch
         if trainer.dynamics is not None:
-            write_npz(files.row(epoch), row=trainer.dynamics.rows[epoch])
+            write_npz(files.row(epoch), row=trainer.dynamics.rows[epoch], epoch=epoch)
         state = {"format": STATE_FORMAT, "epoch": epoch, "settings": self.settings, **trainer.state()}
         write_checkpoint(files.state(epoch), state)
         self._finish_epoch()

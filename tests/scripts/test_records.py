@@ -279,3 +279,46 @@ def test_seeds_of_the_papers_code_are_averaged(base):
     (base / "metrics" / "digits" / "small_mlp" / "2" / "nn_loss_diff_score.npz").unlink()
     np.savez(base / "metrics" / "digits" / "small_mlp" / "2" / "nn_loss_diff_score.npz", np.full(N, np.nan))
     refuse("average_scores.py", *averaging(base, "--modes", "samis_loss"), status=FILE, says=("finite",))
+
+
+def test_splits_that_changed_after_training_are_noticed(splits, tmp_path):
+    base = shutil.copytree(splits, tmp_path / "base")
+    one, two = ((base / "datasets" / "splits" / "digits" / "seed_1" / f"val_{i}.txt") for i in (1, 2))
+    content = one.read_bytes(), two.read_bytes()
+    one.write_bytes(content[1])
+    two.write_bytes(content[0])
+    refuse("compute_sam_sgd.py", *scoring(base), status=FILE, says=("val_split_1/", "held_out"))
+
+
+def test_models_of_seeds_trained_otherwise_are_not_averaged(base):
+    train(base, "--seed=2", "--batch_size=10", optimizers=["sgd"])
+    kernels = ("compute_ntk.py", *QUICK[:2], *KERNELS, "--ntk_chosen_metric=mem", f"--ntk_folder={base / 'ntk'}",
+               *folders(base, *READ))  # fmt: skip
+    (base / "metrics" / "memorization").mkdir(parents=True)
+    np.savez(base / "metrics" / "memorization" / "digits_infl_matrix.npz", tr_mem=np.linspace(0, 1, N))
+    says = (r"seed_2/epoch_1\.pt: ", r"batch_size \(20 there, 10 here\)")
+    refuse(*kernels, "--seeds", 1, 2, status=FILE, says=says)
+    for seed in (1, 2):
+        succeed(*kernels, "--seeds", seed)
+        succeed("compute_hessian_eigen.py", *QUICK[:2], *MEASURE, f"--seed={seed}", f"--hessian_folder={base / 'h'}",
+                *folders(base, *READ))  # fmt: skip
+    figure = (f"--plots_folder={base / 'plots'}", *folders(base, "datasets"))
+    refuse("plot_ntk.py", *QUICK[:2], "--metrics", "mem", f"--ntk_folder={base / 'ntk'}", *figure, status=FILE,
+           says=("batch_size",))  # fmt: skip
+    refuse("plot_hessian.py", *QUICK[:2], "--optimizers", "sgd", f"--hessian_folder={base / 'h'}", *figure,
+           status=FILE, says=(r"batch_size \(20 there, 10 here\)",))  # fmt: skip
+
+
+def test_resume_states_and_rows_must_be_what_their_names_say(base):
+    train(base, "--measure_proxies", "--overwrite", optimizers=["sgd"])
+    states = base / "resume_ckpts" / RUN.format("sgd", "const") / "seed_1"
+    flags = ("train_full.py", *QUICK, "--epochs=2", "--lr_sched=const", "--measure_proxies", "--resume",
+             *folders(base, *TRAIN))  # fmt: skip
+    one, two = (states / f"epoch={epoch}.pth.tar" for epoch in (1, 2))
+    with spoilt(two, one.read_bytes()):
+        done = succeed(*flags)
+        assert f"{two}: is the resume state of epoch 1" in done.err
+        assert "continuing after epoch 1 of 2" in done.err
+    rows = [states / f"dynamics_epoch={epoch}.npz" for epoch in (1, 2)]
+    rows[1].write_bytes(rows[0].read_bytes())
+    assert f"{rows[1]}: holds the dynamics of epoch 1" in succeed(*flags).err
