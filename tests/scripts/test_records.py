@@ -306,7 +306,7 @@ def test_models_of_seeds_trained_otherwise_are_not_averaged(base):
     refuse("plot_ntk.py", *QUICK[:2], "--metrics", "mem", f"--ntk_folder={base / 'ntk'}", *figure, status=FILE,
            says=("batch_size",))  # fmt: skip
     refuse("plot_hessian.py", *QUICK[:2], "--optimizers", "sgd", f"--hessian_folder={base / 'h'}", *figure,
-           status=FILE, says=(r"batch_size \(20 there, 10 here\)",))  # fmt: skip
+           status=FILE, says=("batch_size",))  # fmt: skip
 
 
 def test_resume_states_and_rows_must_be_what_their_names_say(base):
