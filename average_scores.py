@@ -17,7 +17,6 @@ from src.artifacts.score_files import write_scores
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.metrics import MODES, modes_from
-from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
 from src.metrics.dynamics_scores import WINDOW, Windows
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.scripting import Parser, run_script, start_logging
@@ -67,6 +66,8 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, average, write, print."""
     args = parse()
+    from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
+
     start_logging(quiet=True)
     if len(set(args.seeds)) < len(args.seeds):
         raise FlagError(f"--seeds: {' '.join(map(str, args.seeds))} names a seed twice; name each once")

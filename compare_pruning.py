@@ -18,9 +18,7 @@ cell; resume states of finished cells are removed.
 import logging
 from argparse import Namespace
 
-from src.pruning.grid import Grid
 from src.scripting import Parser, run_script
-from src.session import Session
 from src.settings import (
     SEED,
     add_compute_flags,
@@ -78,6 +76,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, run what is missing, draw, print."""
     args = parse()
+    from src.pruning.grid import Grid
+    from src.session import Session
+
     with Session(args) as session:
         grid = Grid(session, args)
         grid.check()

@@ -13,18 +13,27 @@ measurement goes on with --resume; power iteration (--eigen_mode=power_iter) alo
       --subset=10000 --basis=half --resume
 """
 
+from __future__ import annotations
+
 import logging
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from src.curvature.hessian_runs import HessianRun
-from src.curvature.hessian_subject import refuse_idle_flags
 from src.metrics import Proxy
-from src.scripting import Parser, given_flags, run_script, start_logging
+from src.scripting import Parser, run_script, start_logging
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
-from src.settings.geometry import EIGEN_PRECISIONS, add_checkpoint_flags, add_measurement_flags, add_spectrum_flags
-from src.trained import TrainedNetworks
+from src.settings.geometry import (
+    EIGEN_PRECISIONS,
+    add_checkpoint_flags,
+    add_measurement_flags,
+    add_spectrum_flags,
+    refuse_idle_flags,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from src.trained import TrainedNetworks
 
 log = logging.getLogger("compute_hessian_eigen")
 
@@ -39,14 +48,18 @@ def parse() -> Namespace:
     add_score_flags(parser)
     add_compute_flags(parser, precisions=EIGEN_PRECISIONS)
     add_folder_flags(parser, "datasets", "models", "metrics", "hessian")
-    return parser.parse_args()
+    args = parser.parse_args()
+    refuse_idle_flags(args)
+    return args
 
 
 def main() -> None:
     """Parse, find the network, measure, save, print."""
     args = parse()
+    from src.curvature.hessian_runs import HessianRun
+    from src.trained import TrainedNetworks
+
     start_logging()
-    refuse_idle_flags(args, given_flags)
     networks = TrainedNetworks(args)
     run = HessianRun(args, networks, read_scores(args, networks))
     if not args.overwrite and run.files.is_done(run.settings):

@@ -12,14 +12,16 @@ interrupted run goes on where it was. plot_ntk.py draws the velocities.
   python compute_ntk.py --dataset=cifar100 --model=resnet18 --ntk_chosen_metric=mem --m_samples=50
 """
 
+from __future__ import annotations
+
 import logging
 from argparse import BooleanOptionalAction, Namespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from src.curvature.ntk import NTK_CLASSES, lower_indices, refuse_groups, velocity_epochs
-from src.curvature.ntk_runs import CHECKED, Kernels
+from src.curvature.choices import CHECKED, NTK_CLASS_NAMES
 from src.datasets import parse_subset
 from src.errors import FlagError
 from src.metrics import MODES, Proxy
@@ -37,7 +39,9 @@ from src.settings import (
     number,
     score_folders,
 )
-from src.trained import TrainedNetworks
+
+if TYPE_CHECKING:
+    from src.trained import TrainedNetworks
 
 log = logging.getLogger("compute_ntk")
 
@@ -75,7 +79,7 @@ def parse() -> Namespace:
     )
     add(
         "--ntk_classes",
-        choices=tuple(NTK_CLASSES),
+        choices=NTK_CLASS_NAMES,
         default="all",
         help="gradients of all logits, or, cheaper, of their sum or of the true label's logit alone",
     )
@@ -103,6 +107,10 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, find the networks, say what it takes, compute, save, print."""
     args = parse()
+    from src.curvature.ntk import lower_indices, refuse_groups, velocity_epochs
+    from src.curvature.ntk_runs import Kernels
+    from src.trained import TrainedNetworks
+
     start_logging()
     networks = TrainedNetworks(args)
     ranked, scores = ranking(args, networks)

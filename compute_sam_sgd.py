@@ -10,24 +10,23 @@ them.
   python compute_sam_sgd.py --dataset='cifar100' --model='resnet50' --seed=1234 --epochs=160
 """
 
+from __future__ import annotations
+
 import json
 import logging
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path
-from src.datasets import Batches, ImageSet, load_dataset, parse_subset, validation_indices
-from src.devices import prepare, resolve_device
+from src.datasets import load_dataset, parse_subset, validation_indices
 from src.errors import FileError
 from src.metrics import Proxy, find_scores
 from src.metrics.compare import half_overlaps, spearman_test
-from src.metrics.pairs import Pair, Query, find_pairs, load_pair, score_pair, training_settings
-from src.metrics.samis import PairScores, read_seed, save_seed
 from src.models import MODELS
 from src.optimizers import SCHEDULES
 from src.precisions import PRECISIONS
@@ -44,7 +43,10 @@ from src.settings import (
     score_folders,
     splits_folder,
 )
-from src.training import image_facts
+
+if TYPE_CHECKING:
+    from src.datasets import ImageSet
+    from src.metrics.pairs import Pair, Query
 
 log = logging.getLogger("compute_sam_sgd")
 
@@ -80,6 +82,11 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, find the networks, score, print, save."""
     args = parse()
+    from src.devices import prepare, resolve_device
+    from src.metrics.pairs import Query, find_pairs, training_settings
+    from src.metrics.samis import PairScores, save_seed
+    from src.training import image_facts
+
     start_logging()
     device = resolve_device(args.device)
     prepare(device, PRECISIONS[args.precision], args.deterministic)
@@ -151,6 +158,8 @@ def read_memorization(args: Namespace, dataset: str, labels: np.ndarray) -> Prox
 
 def check_target(path: Path, facts: dict, labels: str, overwrite: bool) -> None:
     """Stop if the seed's file holds scores of other settings or labels."""
+    from src.metrics.samis import read_seed
+
     if not path.exists() or overwrite:
         return
     try:
@@ -171,6 +180,11 @@ def score_one(
     args: Namespace, query: Query, pair: Pair, chosen: ImageSet, whole: ImageSet, facts: dict, scores: dict
 ) -> None:
     """Score the examples that belong to one pair, and print how good its networks are on them."""
+    import torch
+
+    from src.datasets import Batches
+    from src.metrics.pairs import load_pair, score_pair
+
     entry = chosen.entry
     images, held_out = chosen, None
     if pair.split is not None:

@@ -33,7 +33,6 @@ from src.curvature.hessian_groups import (
     sources,
     warn_of_differences,
 )
-from src.curvature.hessian_plots import spectrum_figure
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.optimizers import OPTIMIZERS, SCHEDULES
@@ -72,6 +71,8 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, tabulate."""
     args = parse()
+    from src.curvature.hessian_plots import spectrum_figure
+
     start_logging(quiet=True)
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
         raise FlagError(f"--labels: {len(args.labels)} for {wanted} --files; give one for each")

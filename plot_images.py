@@ -10,22 +10,26 @@ overview_{mode}_{n}.
   python plot_images.py --dataset=cifar100 --modes mem samis_loss samis_prob --n=5 --classes apple bed
 """
 
+from __future__ import annotations
+
 import re
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from src.artifacts import label_hash, save_figure
 from src.artifacts.figures import literal
-from src.datasets import ImageSet, load_dataset, parse_subset
+from src.datasets import load_dataset, parse_subset
 from src.errors import FlagError
 from src.metrics import MODES, Proxy
-from src.metrics.image_plots import class_grids, extremes, overview
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, number, score_folders
+
+if TYPE_CHECKING:
+    from src.datasets import ImageSet
 
 ENDS = ("lowest", "highest")
 
@@ -56,6 +60,8 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, sort, draw, print."""
     args = parse()
+    from src.metrics.image_plots import extremes
+
     start_logging()
     images, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
     checks = {"n": images.total, "label_hash": label_hash(images.labels), "data_hash": images.digest}
@@ -95,11 +101,15 @@ def chosen_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
 
 def fetch(images: ImageSet, positions: np.ndarray) -> np.ndarray:
     """uint8 images ``(m, c, h, w)`` at positions of the set."""
+    import torch
+
     return images.fetch(torch.from_numpy(positions)).cpu().numpy()
 
 
 def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int], n: int, folder: Path) -> None:
     """All classes by one score."""
+    from src.metrics.image_plots import overview
+
     rows = [
         (literal(images.class_names[label]), *(fetch(images, positions) for positions in ends[label]))
         for label in classes
@@ -114,6 +124,8 @@ def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int]
 
 def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: int, n: int, folder: Path) -> None:
     """One class: a figure of the lowest and one of the highest, a row per score."""
+    from src.metrics.image_plots import class_grids
+
     rows = {mode: end for mode, end in ends.items() if end is not None and len(end[0])}
     if not rows:
         return

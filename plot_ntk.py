@@ -14,7 +14,6 @@ from argparse import Namespace
 import numpy as np
 
 from src.artifacts import ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
-from src.curvature.ntk_plots import velocity_figure
 from src.curvature.ntk_velocities import Velocities, read_all_velocities
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
@@ -53,6 +52,8 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
+    from src.curvature.ntk_plots import velocity_figure
+
     start_logging(quiet=True)
     name = args.dataset
     if ":" in name:  # own data are named by their content

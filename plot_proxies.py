@@ -22,7 +22,6 @@ from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES, Proxy, find_scores
 from src.metrics.compare import against_reference, comparison_table
-from src.metrics.plots import comparison
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, score_folders
 
@@ -49,6 +48,8 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, compare, print."""
     args = parse()
+    from src.metrics.plots import comparison
+
     start_logging()
     if ":" not in args.dataset:
         found_modes(args, args.dataset)  # before anything is downloaded

@@ -17,9 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from src.errors import FlagError
-from src.pruning import Choice, select
 from src.scripting import Parser, run_script
-from src.session import Session
 from src.settings import (
     add_augmentation_flags,
     add_compute_flags,
@@ -56,6 +54,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, select, write, print."""
     args = parse()
+    from src.pruning import Choice, select
+    from src.session import Session
+
     with Session(args) as session:
         choice = Choice.of(session, args.out)
         if choice.method.dynamic:

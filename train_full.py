@@ -13,7 +13,6 @@ Reads the data set (downloaded if need be) under --datasets_folder. Writes check
 
 from src.artifacts import standard_experiment
 from src.scripting import Parser, run_script
-from src.session import Session
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -34,6 +33,8 @@ def main() -> None:
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
     args = parser.parse_args()
+    from src.session import Session
+
     with Session(args) as session:
         experiment = standard_experiment(args.model, session.entry.name, args.optimizer, args.lr_sched)
         history = session.run(experiment, session.train)

@@ -19,9 +19,7 @@ from argparse import Namespace
 
 from src.artifacts import claim
 from src.errors import FileError
-from src.pruning import Choice, PrunedRun
 from src.scripting import Parser, run_script
-from src.session import Session
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -57,6 +55,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, select, train, print."""
     args = parse()
+    from src.pruning import Choice, PrunedRun
+    from src.session import Session
+
     with Session(args) as session:
         run = PrunedRun(session, None if args.selection else Choice.of(session), args.selection)
         if not session.group.leads:

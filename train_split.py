@@ -13,16 +13,17 @@ With --samis_validation_split_index all, the ten are trained in turn; what is do
       --samis_validation_split_index=1 --epochs=160 --batch_size=128 --learning_rate=0.1 --lr_sched='step' --resume
 """
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from src.artifacts import label_hash, split_experiment
 from src.datasets import validation_indices
 from src.errors import FlagError
 from src.scripting import Parser, run_script
-from src.session import Session
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -32,6 +33,9 @@ from src.settings import (
     add_training_flags,
     splits_folder,
 )
+
+if TYPE_CHECKING:
+    from src.session import Session
 
 SPLITS = range(1, 11)
 
@@ -62,6 +66,8 @@ def main() -> None:
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "splits", "models", "metrics", "log", "resume_ckpts")
     args = parser.parse_args()
+    from src.session import Session
+
     with Session(args) as session:
         for index in args.samis_validation_split_index:
             train_one(session, index, skip_done=len(args.samis_validation_split_index) > 1)
@@ -69,6 +75,8 @@ def main() -> None:
 
 def train_one(session: Session, index: int, skip_done: bool) -> None:
     """Train without split ``index``."""
+    import torch
+
     args, name = session.args, session.entry.name
     experiment = split_experiment(args.model, name, args.optimizer, args.lr_sched, index)
     held_out = validation_indices(

@@ -19,8 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpe.choices import STRUCTURES
-from mpe.experiment import Experiment, plain_args
-from mpe.loo_iterations import LooIterations
 from mpe.results import Result
 from src.artifacts import label_hash, score_path
 from src.artifacts.score_files import refuse_other_scores
@@ -76,6 +74,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, train and measure, print."""
     args = parse()
+    from mpe.experiment import Experiment, plain_args
+    from mpe.loo_iterations import LooIterations
+
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_iter.log")
     experiment = Experiment(args, "iter")
     result = Result(

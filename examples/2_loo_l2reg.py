@@ -20,9 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.experiment import Experiment, plain_args
-from mpe.l2_selection import l2_content, measure_deltas
-from mpe.many_networks import check_last_batches, train_with_deltas, vectorised
 from mpe.results import Result
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
@@ -61,6 +58,10 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, train, estimate, print."""
     args = parse()
+    from mpe.experiment import Experiment, plain_args
+    from mpe.l2_selection import l2_content, measure_deltas
+    from mpe.many_networks import check_last_batches, train_with_deltas, vectorised
+
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_cv.log")
     experiment = Experiment(args, "cv")
     deltas = np.logspace(args.deltas_start, args.deltas_stop, args.n_exp)

@@ -22,19 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.experiment import Experiment, plain_args
-from mpe.many_networks import check_last_batches, check_retraining, retrain_without
 from mpe.results import Result
-from mpe.retraining_run import weights_hash
-from mpe.validation import (
-    drawn_examples,
-    estimates_of,
-    kept_scores,
-    measure_removed,
-    retrain_content,
-    score_content,
-    spread_examples,
-)
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags, number
@@ -76,6 +64,19 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, train, estimate, retrain, print."""
     args = parse()
+    from mpe.experiment import Experiment, plain_args
+    from mpe.many_networks import check_last_batches, check_retraining, retrain_without
+    from mpe.retraining_run import weights_hash
+    from mpe.validation import (
+        drawn_examples,
+        estimates_of,
+        kept_scores,
+        measure_removed,
+        retrain_content,
+        score_content,
+        spread_examples,
+    )
+
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_retrain.log")
     experiment = Experiment(args, "retrain")
     wanted = args.n_retrain + args.n_spread

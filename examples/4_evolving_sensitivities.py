@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.evolving import Evolving, checkpoints_of
-from mpe.experiment import Experiment, plain_args
 from mpe.results import Result
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_experiment_flags, number
@@ -57,6 +55,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, train and measure, print."""
     args = parse()
+    from mpe.evolving import Evolving, checkpoints_of
+    from mpe.experiment import Experiment, plain_args
+
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_evolving.log")
     experiment = Experiment(args, "evolving")
     steps = args.epochs * -(-experiment.count // args.bs)

@@ -18,9 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.class_removal import class_content, class_estimates, measure_test
-from mpe.experiment import Experiment, plain_args
-from mpe.many_networks import check_last_batches, check_retraining, retrain_without
 from mpe.results import Result
 from src.scripting import Parser, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags
@@ -50,6 +47,10 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, train, estimate, retrain, print."""
     args = parse()
+    from mpe.class_removal import class_content, class_estimates, measure_test
+    from mpe.experiment import Experiment, plain_args
+    from mpe.many_networks import check_last_batches, check_retraining, retrain_without
+
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_leaveclassout.log")
     experiment = Experiment(args, "leaveclassout")
     check_retraining(experiment)

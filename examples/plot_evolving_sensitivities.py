@@ -14,8 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
-from mpe.figure_parts import show
-from mpe.plots import evolving
 from mpe.stored import StoredResult
 from src.artifacts import save_figure
 from src.scripting import Parser, run_script, start_logging
@@ -36,6 +34,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
+    from mpe.figure_parts import show
+    from mpe.plots import evolving
+
     start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "evolving")
     sensitivities = result.array(result.of("sensitivity", args.class_cov), 2, low=0)  # (K, N)

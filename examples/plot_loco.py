@@ -9,23 +9,27 @@ Numbers are classes; the larger a marker, the more test accuracy goes with its c
   python examples/plot_loco.py --names_exp fmnist_small_mlp --plot_name small --labels "MLP (32, 16)"
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
 import numpy as np
 
-from mpe.figure_parts import show
-from mpe.plots import LeaveClassOut, loco
 from mpe.stored import StoredResult
 from src.artifacts import save_figure
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
 from src.settings import file_name
 from src.settings.mpe_plots import add_class_cov_flag, add_figure_flags
+
+if TYPE_CHECKING:
+    from mpe.plots import LeaveClassOut
 
 log = logging.getLogger("plot_loco")
 
@@ -61,6 +65,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
+    from mpe.figure_parts import show
+    from mpe.plots import loco
+
     start_logging()
     results = [StoredResult(args.pickles_folder, name, "leaveclassout") for name in args.names_exp]
     labels = args.labels or legend_labels(results)
@@ -81,6 +88,8 @@ def legend_labels(results: list[StoredResult]) -> list[str]:
 
 def read(result: StoredResult, label: str, class_cov: str | None) -> LeaveClassOut:
     """One experiment's classes that have results: some have no examples, or are still to come."""
+    from mpe.plots import LeaveClassOut
+
     estimated = result.array(result.of("est_nll", class_cov), gaps=True)  # (C,), as the two below
     test_nlls = result.array("perturb_nll", gaps=True)
     drops = result.number("org_acc", low=0, high=1) - result.array("perturb_acc", low=0, high=1, gaps=True)

@@ -16,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.figure_parts import show
-from mpe.plots import loo_iterations
 from mpe.stored import StoredResult
 from src.artifacts import save_figure
 from src.scripting import Parser, run_script, start_logging
@@ -36,6 +34,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
+    from mpe.figure_parts import show
+    from mpe.plots import loo_iterations
+
     start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "iter")
     test_nlls = result.array("test_nlls")  # (E,)

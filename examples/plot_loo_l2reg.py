@@ -16,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.figure_parts import show
-from mpe.plots import loo_l2reg, moving_average
 from mpe.stored import StoredResult
 from src.artifacts import save_figure
 from src.errors import FlagError
@@ -40,6 +38,9 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
+    from mpe.figure_parts import show
+    from mpe.plots import loo_l2reg, moving_average
+
     start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "cv")
     deltas = result.array("deltas")  # (n,), as the two below

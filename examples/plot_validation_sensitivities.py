@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.correlation import correlation_text
-from mpe.figure_parts import show
-from mpe.plots import validation
 from mpe.stored import StoredResult
 from src.artifacts import save_figure
 from src.errors import FileError, FlagError
@@ -59,6 +57,9 @@ def in_a_line(text: str) -> str:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
+    from mpe.figure_parts import show
+    from mpe.plots import validation
+
     start_logging()
     scores = StoredResult(args.pickles_folder, args.name_exp, "scores")
     retrain = StoredResult(args.pickles_folder, args.name_exp, "retrain")

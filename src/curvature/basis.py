@@ -20,7 +20,7 @@ class Basis:
         size: P.
         dtype: The type of the vectors.
         device: Where they come from.
-        storage: A name of ``plan.STORAGES`` but ``"none"``.
+        storage: A name of ``choices.STORAGES`` but ``"none"``.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, storage: str = "full") -> None:

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from src import draws
-from src.curvature.plan import OPERATOR_NAMES
+from src.curvature.choices import OPERATOR_NAMES
 from src.datasets import Batch
 from src.errors import MeasurementError
 from src.jacobians import refuse_batch_statistics

@@ -1,15 +1,17 @@
 """The files of a measured spectrum: the pickle of the papers' plotting code, and beside it the record."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from src.artifacts import read_json, read_pickle, refuse_other_settings, write_json, write_pickle
-from src.curvature.plan import SpectrumPlan
-from src.curvature.spectrum import Spectrum
-from src.curvature.trace import mean_and_error
-from src.curvature.tridiagonal import Ritz
 from src.errors import FileError
+
+if TYPE_CHECKING:
+    from src.curvature.choices import SpectrumPlan
+    from src.curvature.spectrum import Spectrum
 
 KEYS = ("eigenvals", "trace", "density_eigen", "density_weight")
 
@@ -108,6 +110,9 @@ def _numbers(values: Any) -> list[float]:
 
 def describe(spectrum: Spectrum, plan: SpectrumPlan) -> dict[str, Any]:
     """What the record says of a spectrum."""
+    from src.curvature.trace import mean_and_error
+    from src.curvature.tridiagonal import Ritz
+
     found = Ritz(spectrum.eigenvalues, spectrum.residuals, None)
     relative = found.relative_residuals()
     hutchinson, deflated = mean_and_error(spectrum.trace.samples), mean_and_error(spectrum.trace.deflated)

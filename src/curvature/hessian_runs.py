@@ -21,10 +21,10 @@ from src.artifacts import (
     require_writable,
 )
 from src.curvature.basis import basis_bytes
+from src.curvature.choices import SpectrumPlan
 from src.curvature.hessian import OPERATORS, CurvatureOperator
 from src.curvature.hessian_files import HessianFiles, describe
 from src.curvature.hessian_subject import chosen_examples, find_subject, subset_of
-from src.curvature.plan import SpectrumPlan
 from src.curvature.power import power_iteration
 from src.curvature.spectrum import DEFLATED, Spectrum, SpectrumRun, true_residuals
 from src.curvature.spectrum_state import SpectrumState

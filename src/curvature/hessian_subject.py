@@ -2,7 +2,6 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,37 +45,6 @@ class Subject:
     experiment: str
     seed: int
     which: str
-
-
-def refuse_idle_flags(args: Namespace, given: Callable[..., list[str]]) -> None:
-    """Stop at flags that have no effect beside each other.
-
-    Args:
-        args: The flags.
-        given: ``scripting.given_flags``: which of some flags stand on the command line.
-
-    Raises:
-        FlagError: There are some.
-    """
-    if args.eigen_split == "test":
-        for flag, value in (("--subset", args.subset), ("--high_low_spec", args.high_low_spec)):
-            if value is not None:
-                raise FlagError(f"{flag}: chooses training examples; it has no place beside --eigen_split=test")
-    power = args.eigen_mode == "power_iter"
-    if power:
-        if args.operator != "hessian":
-            raise FlagError(f"--eigen_mode power_iter: knows the Hessian alone, not --operator={args.operator}")
-        if args.eigen_order == "largest":
-            raise FlagError("--eigen_order largest: power_iter finds eigenvalues of largest magnitude; use lanczos")
-    for applies, flags, why in (
-        (args.checkpoint is not None, ("--seed", "--epochs", "--optimizer", "--lr_sched"), "--checkpoint is a file"),
-        (args.exp is not None, ("--optimizer", "--lr_sched"), "--exp names the run"),
-        (power, ("--max_steps",), "power_iter stops after --power_iterations"),
-        (not power, ("--power_iterations",), "it is for --eigen_mode=power_iter"),
-        (args.high_low_spec is None, ("--scores_folder",), "scores are read for --high_low_spec"),
-    ):
-        if applies and (idle := given(*flags)):
-            raise FlagError(f"{idle[0]}: has no effect here, {why}; leave it out")
 
 
 def find_subject(args: Namespace, networks: TrainedNetworks) -> tuple[Subject, nn.Module, dict[str, Any]]:

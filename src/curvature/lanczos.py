@@ -25,7 +25,7 @@ class Lanczos:
     Args:
         operator: The matrix.
         start: The first vector ``(P,)``, of any length.
-        storage: How the basis is stored, a name of ``plan.STORAGES``.
+        storage: How the basis is stored, a name of ``choices.STORAGES``.
         seed: Seed of the vectors with which an exhausted run goes on.
 
     Attributes:
@@ -96,7 +96,7 @@ class Lanczos:
         self._current /= dot(self._current, self._current) ** 0.5
 
     def ritz(self, count: int, order: str = "largest") -> Ritz:
-        """The first ``count`` approximate eigenvalues, in an order of ``plan.ORDERS``."""
+        """The first ``count`` approximate eigenvalues, in an order of ``choices.ORDERS``."""
         unit = torch.finfo(self.operator.dtype).eps
         found = ritz(self.matrix, count, order, ghosts_of=None if self.basis is not None else unit)
         floor = unit * max(map(abs, self.alphas))  # products are no more accurate than this

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from src.curvature.choices import NTK_CLASS_NAMES
 from src.jacobians import gram_matrix, sketch_jacobian
 from src.jacobians.fallback import Quantities
 from src.jacobians.variances import logit_rows
@@ -25,11 +26,7 @@ def _own_logit(outputs: Tensor, labels: Tensor) -> Tensor:
     return outputs.gather(1, labels[:, None])[:, 0]
 
 
-NTK_CLASSES: dict[str, Quantities] = {
-    "all": logit_rows,
-    "sum_logits": _sum_of_logits,
-    "true_label": _own_logit,
-}
+NTK_CLASSES: dict[str, Quantities] = dict(zip(NTK_CLASS_NAMES, (logit_rows, _sum_of_logits, _own_logit), strict=True))
 """What is differentiated: all logits (exact), or one number per example, C times as cheap in time, C^2 in memory."""
 
 VELOCITY_EPOCHS: Mapping[str, tuple[int, ...]] = {

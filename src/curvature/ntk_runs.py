@@ -20,6 +20,7 @@ from src.artifacts import (
     require_writable,
     standard_experiment,
 )
+from src.curvature.choices import CHECKED
 from src.curvature.ntk import ntk_kernel, relative_error, velocity
 from src.curvature.ntk_cost import forecast, kernel_bytes
 from src.curvature.ntk_files import KernelFiles
@@ -31,9 +32,6 @@ from src.training import only_schedule, training_facts
 from src.words import duration, gib
 
 log = logging.getLogger(__name__)
-
-CHECKED = 4
-"""Examples on which a sketch is compared with the exact kernel."""
 
 
 class Kernels:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from src.curvature.choices import SpectrumPlan
 from src.curvature.hessian import CurvatureOperator
 from src.curvature.lanczos import Lanczos, rademacher
-from src.curvature.plan import SpectrumPlan
 from src.curvature.spectrum_state import SpectrumState
 from src.curvature.trace import TraceEstimate, add_probe
 from src.curvature.tridiagonal import Tridiagonal, quadrature

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 
-from src.curvature.plan import ORDERS
+from src.curvature.choices import ORDERS
 
 
 class Tridiagonal(NamedTuple):

@@ -9,13 +9,12 @@ from src.datasets.catalogue import (
     dataset_names,
     lookup,
 )
+from src.datasets.loading import dataset_name, load_dataset
 from src.datasets.splits import make_splits, partition, split_path, validation_indices
 from src.datasets.subset import parse_subset
 from src.lazy import lazy_names
 
-__getattr__ = lazy_names(
-    __name__, batches=["Batch", "Batches"], images=["ImageSet"], loading=["dataset_name", "load_dataset"]
-)
+__getattr__ = lazy_names(__name__, batches=["Batch", "Batches"], images=["ImageSet"])
 
 __all__ = [
     "CATALOGUE",

@@ -1,33 +1,35 @@
-"""From a name to a training and a test part."""
+"""From a name to a training and a test part. Torch is imported by who loads them."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from src.datasets.catalogue import CATALOGUE, DatasetEntry, lookup
-from src.datasets.digits import load_digits
-from src.datasets.image_folder import load_folder
-from src.datasets.imagenet import load_imagenet
-from src.datasets.images import Content, ImageSet
-from src.datasets.npz import load_catalogue_npz, load_npz
-from src.datasets.tiny_imagenet import load_tiny_imagenet
-from src.datasets.vision import load_vision
 from src.errors import ArgumentError, FileError
+from src.lazy import later
 
-Parts = tuple[ImageSet, ImageSet]
+if TYPE_CHECKING:
+    from src.datasets.images import ImageSet
+
+    Parts = tuple[ImageSet, ImageSet]
 
 # Who loads a catalogue entry, by its source; the folder is {datasets_folder}/{name}.
 SOURCES: dict[str, Callable[[DatasetEntry, Path], Parts]] = {
-    "digits": load_digits,
-    "torchvision": load_vision,
-    "tiny_imagenet": load_tiny_imagenet,
-    "imagenet": load_imagenet,
+    "digits": later("src.datasets.digits", "load_digits"),
+    "torchvision": later("src.datasets.vision", "load_vision"),
+    "tiny_imagenet": later("src.datasets.tiny_imagenet", "load_tiny_imagenet"),
+    "imagenet": later("src.datasets.imagenet", "load_imagenet"),
 }
 
 # Who loads own data, by the word before the colon.
 OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], Parts]] = {
-    "npz": load_npz,
-    "folder": load_folder,
+    "npz": later("src.datasets.npz", "load_npz"),
+    "folder": later("src.datasets.image_folder", "load_folder"),
 }
+
+_load_catalogue_npz = later("src.datasets.npz", "load_catalogue_npz")
 
 
 def dataset_name(text: str) -> str:
@@ -97,7 +99,7 @@ def load_dataset(
     local = folder / f"{entry.name}.npz"
     try:
         return _together(
-            load_catalogue_npz(entry, local) if local.exists() else SOURCES[entry.source](entry, folder / entry.name)
+            _load_catalogue_npz(entry, local) if local.exists() else SOURCES[entry.source](entry, folder / entry.name)
         )
     except OSError as error:
         raise FileError(
@@ -107,6 +109,8 @@ def load_dataset(
 
 def _together(parts: Parts) -> Parts:
     """Both parts, with what identifies their images."""
+    from src.datasets.images import Content
+
     content = Content(*parts)
     for part in parts:
         part.content = content

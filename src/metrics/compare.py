@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from src.errors import FlagError
 
@@ -41,6 +40,8 @@ def spearman_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     a, b, _ = _pairs(a, b)
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan"), float("nan")
+    from scipy import stats
+
     result = stats.spearmanr(a, b)
     return float(result.statistic), float(result.pvalue)
 
@@ -107,6 +108,8 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     scores = np.asarray(scores, dtype=np.float64)
     known = ~np.isnan(scores)
     positive = np.asarray(positive, dtype=bool)[known]
+    from scipy import stats
+
     ranks = stats.rankdata(scores[known])
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.artifacts import SCORE_FOLDERS
-from src.curvature.plan import OPERATOR_NAMES, ORDERS, STORAGES, SpectrumPlan
+from src.curvature.choices import OPERATOR_NAMES, ORDERS, STORAGES, SpectrumPlan
+from src.errors import FlagError
 from src.models import model_names
 from src.optimizers import OPTIMIZERS, SCHEDULES
+from src.scripting import given_flags
 from src.settings import values
 from src.settings.common import add_overwrite_flag
 
@@ -150,3 +152,30 @@ def add_measurement_flags(parser: argparse.ArgumentParser) -> None:
         "--save_every", type=values.number(int, 1), default=10, help="products between two states to go on from"
     )
     add_overwrite_flag(group)
+
+
+def refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Stop at flags of compute_hessian_eigen.py that have no effect beside each other.
+
+    Raises:
+        FlagError: There are some.
+    """
+    if args.eigen_split == "test":
+        for flag, value in (("--subset", args.subset), ("--high_low_spec", args.high_low_spec)):
+            if value is not None:
+                raise FlagError(f"{flag}: chooses training examples; it has no place beside --eigen_split=test")
+    power = args.eigen_mode == "power_iter"
+    if power:
+        if args.operator != "hessian":
+            raise FlagError(f"--eigen_mode power_iter: knows the Hessian alone, not --operator={args.operator}")
+        if args.eigen_order == "largest":
+            raise FlagError("--eigen_order largest: power_iter finds eigenvalues of largest magnitude; use lanczos")
+    for applies, flags, why in (
+        (args.checkpoint is not None, ("--seed", "--epochs", "--optimizer", "--lr_sched"), "--checkpoint is a file"),
+        (args.exp is not None, ("--optimizer", "--lr_sched"), "--exp names the run"),
+        (power, ("--max_steps",), "power_iter stops after --power_iterations"),
+        (not power, ("--power_iterations",), "it is for --eigen_mode=power_iter"),
+        (args.high_low_spec is None, ("--scores_folder",), "scores are read for --high_low_spec"),
+    ):
+        if applies and (idle := given_flags(*flags)):
+            raise FlagError(f"{idle[0]}: has no effect here, {why}; leave it out")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from curvature_ground import Matrix, batches, dense, images_and_labels, network, small_network
 
+from src.curvature.choices import STORAGES, SpectrumPlan
 from src.curvature.hessian import Hessian
 from src.curvature.hessian_files import HessianFiles, describe
 from src.curvature.hessian_subject import by_score
-from src.curvature.plan import STORAGES, SpectrumPlan
 from src.curvature.power import power_iteration
 from src.curvature.spectrum import SpectrumRun, true_residuals
 from src.curvature.spectrum_state import SpectrumState

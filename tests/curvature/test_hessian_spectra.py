@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.curvature.basis import Basis, basis_bytes
+from src.curvature.choices import STORAGES
 from src.curvature.density import MOST_POINTS, density, extent, grid, moment, width
 from src.curvature.hessian import OPERATORS
 from src.curvature.lanczos import Lanczos, rademacher
-from src.curvature.plan import STORAGES
 from src.curvature.trace import TraceEstimate, add_probe, mean_and_error
 from src.curvature.tridiagonal import quadrature
 

@@ -1,4 +1,4 @@
-"""What can be measured of a spectrum, and how: what flags choose from. Nothing here needs torch."""
+"""What can be measured, and how: what flags choose from. Nothing here needs torch."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,12 @@ import numpy as np
 
 OPERATOR_NAMES = ("hessian", "ggn")
 """The values of ``--operator``."""
+
+NTK_CLASS_NAMES = ("all", "sum_logits", "true_label")
+"""The values of ``--ntk_classes``."""
+
+CHECKED = 4
+"""Examples on which a sketch is compared with the exact kernel."""
 
 STORAGES = {
     "full": "in the precision of computing",
