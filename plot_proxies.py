@@ -53,9 +53,9 @@ def main() -> None:
     start_logging()
     if ":" not in args.dataset:
         found_modes(args, args.dataset)  # before anything is downloaded
-    dataset, labels = read_labels(args)
-    proxies = read_proxies(args, dataset, labels)
-    references = read_references(args, dataset, labels) if args.reference else proxies
+    dataset, labels, checks = read_labels(args)
+    proxies = read_proxies(args, dataset, checks)
+    references = read_references(args, dataset, checks) if args.reference else proxies
     first = next(iter(proxies.values()))
     for proxy in (*proxies.values(), *references.values()):
         proxy.check(len(first))
@@ -96,8 +96,8 @@ def main() -> None:
     print(write_text(folder / "correlations.csv", comparison_table(table)))
 
 
-def read_labels(args: Namespace) -> tuple[str, np.ndarray | None]:
-    """The data set's name in paths and, if it can be loaded, the labels of its training part."""
+def read_labels(args: Namespace) -> tuple[str, np.ndarray | None, dict]:
+    """The data set's name in paths and, if it can be loaded, its training labels and what scores must match."""
     try:
         train, _ = load_dataset(
             args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels
@@ -106,8 +106,10 @@ def read_labels(args: Namespace) -> tuple[str, np.ndarray | None]:
         if ":" in args.dataset:
             raise
         log.warning("%s; correlations within classes are left out", error)
-        return args.dataset, None
-    return train.entry.name, train.labels.numpy()
+        return args.dataset, None, {}
+    labels = train.labels.numpy()
+    checks = {"n": len(labels), "label_hash": label_hash(labels), "data_hash": train.digest}
+    return train.entry.name, labels, checks
 
 
 def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
@@ -128,17 +130,15 @@ def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
     return found
 
 
-def read_proxies(args: Namespace, dataset: str, labels: np.ndarray | None) -> dict[str, Proxy]:
+def read_proxies(args: Namespace, dataset: str, checks: dict) -> dict[str, Proxy]:
     """The chosen scores, or all that are found."""
-    checks = {} if labels is None else {"n": len(labels), "label_hash": label_hash(labels)}
     return {
         mode: Proxy(mode, dataset, folder=folders, **checks) for mode, folders in found_modes(args, dataset).items()
     }
 
 
-def read_references(args: Namespace, dataset: str, labels: np.ndarray | None) -> dict[str, Proxy]:
+def read_references(args: Namespace, dataset: str, checks: dict) -> dict[str, Proxy]:
     """The chosen scores of the reference folder, or all that stand there; no other folder is searched."""
-    checks = {} if labels is None else {"n": len(labels), "label_hash": label_hash(labels)}
     if not args.reference.is_dir():
         raise FlagError(f"--reference {args.reference}: there is no such folder; give a metrics folder")
     paths = {mode: score_path(args.reference, mode, dataset) for mode in args.reference_modes or MODES}

@@ -111,7 +111,11 @@ def main() -> None:
     print(result.path)
     if args.write_scores:
         found = iterations.sensitivities(trainer)
-        more = {**experiment.settings(), "label_hash": label_hash(experiment.whole_labels)}
+        more = {
+            **experiment.settings(),
+            "label_hash": label_hash(experiment.whole_labels),
+            "data_hash": experiment.whole_train.digest,
+        }
         for path in found.write_scores(
             args.metrics_folder, experiment.entry.name, total=experiment.train.total, settings=more
         ):

@@ -22,6 +22,7 @@ from src.artifacts import (
     pickle_path,
     require_writable,
     resume_folder,
+    without_idle,
 )
 from src.datasets import Batches, ImageSet, load_dataset, parse_subset
 from src.devices import prepare, resolve_device
@@ -155,7 +156,7 @@ class Experiment:
         """Everything that determines the result."""
         flags = {name: value for name, value in vars(self.args).items() if name not in _RESULT_FREE}
         return {
-            **{name: plain(value) for name, value in flags.items()},
+            **without_idle({name: plain(value) for name, value in flags.items()}),
             **MODELS[self.args.model].settings,
             "dataset": self.entry.name,
             "image_size": self.entry.image_size,

@@ -36,6 +36,10 @@ _ACTS = {
     "hess_init": lambda beside: beside.get("optimizer", "iblr") == "iblr",
     "lr_min": lambda beside: beside.get("lr_sched") != "const",
     "cutout_length": lambda beside: bool(beside.get("cutout_holes", True)),
+    "dual_c": lambda beside: beside.get("dual_beta", True),
+    "laplace_backend": lambda beside: not beside.get("optim_var"),
+    "trace_tolerance": lambda beside: beside.get("trace_probes", 1) > 0,
+    "var_version": lambda beside: not beside.get("optim_var"),
 }
 
 # Settings of one thing inside the record of another: what their names begin with, and what is known of them.

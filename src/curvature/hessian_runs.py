@@ -19,6 +19,7 @@ from src.artifacts import (
     label_hash,
     refuse_other_settings,
     require_writable,
+    without_idle,
 )
 from src.curvature.basis import basis_bytes
 from src.curvature.choices import SpectrumPlan
@@ -94,7 +95,7 @@ class HessianRun:
             "example_hash": label_hash(images.indices.cpu().numpy()),
             "operator": args.operator,
             "eigen_mode": args.eigen_mode,
-            **{("probe_seed" if name == "seed" else name): value for name, value in asdict(self.plan).items()},
+            **{("probe_seed" if name == "seed" else name): v for name, v in without_idle(asdict(self.plan)).items()},
             "power_iterations": args.power_iterations if args.eigen_mode == "power_iter" else None,
             "batch_size": args.batch_size,
             "precision": args.precision,

@@ -21,6 +21,7 @@ from src.artifacts import (
     read_npz,
     refuse_other_settings,
     selection_path,
+    without_idle,
 )
 from src.coresets import Group, Material, Method, Options, Selection, find_method, make_groups
 from src.errors import FileError, FlagError
@@ -119,7 +120,7 @@ class Choice:
         if method.needs.pretraining:
             facts["pretraining"] = PretrainedNetwork(session).key
             facts["coreset_networks"] = self.networks
-        return facts
+        return without_idle(facts)
 
     def check(self) -> None:
         """Find, before anything is computed, what would stop the selection later.

@@ -37,6 +37,11 @@ def test_defaults_are_those_of_training():
         ({"training_epochs": 3}, {}, []),
         ({"training_epochs": 3}, {"training_epochs": 4}, ["training_epochs (3 there, 4 here)"]),
         ({"settings": {"momentum": 0.9}}, {"settings": {}}, []),
+        ({"optim_var": True, "var_version": "diag", "laplace_backend": "fast"}, {"optim_var": True}, []),
+        ({"var_version": "diag"}, {"var_version": "kfac"}, ["var_version (diag there, kfac here)"]),
+        ({"selection_dual_beta": False, "selection_dual_c": 3.0}, {"selection_dual_beta": False}, []),
+        ({"trace_probes": 0, "trace_tolerance": 0.1}, {"trace_probes": 0}, []),
+        ({"training": {"lr": 1}}, {}, []),
         ({"settings": {"a": 1}}, {"settings": {"a": 2}}, ["a (1 there, 2 here)"]),
     ],
 )

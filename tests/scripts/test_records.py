@@ -81,6 +81,8 @@ def after_other_images(base):
         "selection file": ("train_prune.py", f"--selection={base / 'selection.npz'}", *PRUNE, *rest),
         "images": ("plot_images.py", "--dataset=digits", "--modes", "samis_loss", f"--plots_folder={base / 'plots'}",
                    *folders(base, "datasets", "metrics")),
+        "proxies": ("plot_proxies.py", "--dataset=digits", "--modes", "samis_loss",
+                    *folders(base, "plots", "datasets", "metrics")),
         "iterations": ("examples/1_loo_iterations.py", *MPE, f"--pickles_folder={base / 'pickles'}",
                        *folders(base, "datasets", "models", "log", "resume_ckpts")),
     }  # fmt: skip
