@@ -8,6 +8,7 @@ import torch
 
 from src import draws
 from src.errors import FlagError
+from src.models.restoring import copy_tensor
 from src.training import Group
 
 _FIRST_LOSS = 3.0  # of examples not yet seen, the same for all: none lies below the mean
@@ -116,5 +117,5 @@ class InfoBatchPlan:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._losses.copy_(state["losses"])
+        copy_tensor("losses", self._losses, state["losses"])
         self._new.zero_()

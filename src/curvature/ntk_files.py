@@ -1,5 +1,6 @@
 """The files of neural tangent kernels: one kernel per group, the velocities of all groups, and their settings."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,4 +140,5 @@ class KernelFiles:
 
 
 def _is_group(lower: str, group: Any) -> bool:
-    return lower.isdigit() and isinstance(group, dict) and isinstance(group.get("velocity"), float)
+    velocity = group.get("velocity") if isinstance(group, dict) else None
+    return lower.isdecimal() and isinstance(velocity, float) and math.isfinite(velocity)

@@ -1,5 +1,6 @@
 """The stored velocities of a run, read for a figure: epochs, seeds, and where each group stands."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,18 +69,33 @@ def read_all_velocities(
 
 def _of_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
     """The velocities of several seeds, which must have the same groups."""
-    per_seed = [read_pickle(path) for path in paths.values()]
-    lowers: list[int] = sorted(per_seed[0]) if isinstance(per_seed[0], dict) else []
+    per_seed = [_read(path) for path in paths.values()]
+    lowers = sorted(per_seed[0])
     files = list(paths.values())
     for path, velocities in zip(files, per_seed, strict=True):
-        if not lowers or not isinstance(velocities, dict) or sorted(velocities) != lowers:
+        if sorted(velocities) != lowers:
             raise FileError(f"{path}: has other groups than {files[0]}; compute both with the same --lower_index")
     groups = _beside(files[0], "groups")
-    percentiles = [groups.get(str(lower), {}).get("percentile") for lower in lowers]
-    known = None not in percentiles
+    facts = [groups.get(str(lower), {}) for lower in lowers]
+    percentiles = [group.get("percentile") if isinstance(group, dict) else None for group in facts]
+    known = all(map(_is_number, percentiles))
     values = [[velocities[lower] for lower in lowers] for velocities in per_seed]
     places = np.array(percentiles if known else lowers, dtype=np.float64)
     return Velocities(epoch, tuple(paths), np.array(lowers), places, np.array(values, dtype=np.float64), known)
+
+
+def _read(path: Path) -> dict[int, float]:
+    """The velocities of a seed by rank."""
+    found = read_pickle(path)
+    if not isinstance(found, dict) or not found or not all(isinstance(lower, int | np.integer) for lower in found):
+        raise FileError(f"{path}: is not a dict rank -> velocity; compute it again with --overwrite")
+    if not all(map(_is_number, found.values())):
+        raise FileError(f"{path}: has velocities that are not finite numbers; compute it again with --overwrite")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and math.isfinite(value)
 
 
 def _beside(path: Path, key: str) -> dict[str, Any]:

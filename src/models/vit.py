@@ -21,6 +21,7 @@ from src import artifacts
 from src._torchvision import torchvision
 from src.errors import FileError
 from src.models.network import Network, centre_pad
+from src.models.restoring import load_weights
 
 PRETRAINED_CLASSES = 1000
 
@@ -103,7 +104,12 @@ def resize_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
 
     Returns:
         ``(1, length, d)``.
+
+    Raises:
+        ValueError: They are no such numbers.
     """
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 3 or not positions.is_floating_point():
+        raise ValueError("its position embedding is not (1, tokens, width) numbers")
     if positions.shape[1] == length:
         return positions
     token, grid = positions[:, :1], positions[:, 1:]
@@ -135,13 +141,13 @@ def load_pretrained(network: ViT, source: bool | str | Path) -> None:
         state["encoder.pos_embedding"] = resize_positions(state["encoder.pos_embedding"], network.body.seq_length)
         if network.body.conv_proj.in_channels != 3:
             state.update({name: own[name] for name in ("conv_proj.weight", "conv_proj.bias")})
-        network.body.load_state_dict(state)
+        load_weights(network.body, state)
         if network.head.out_features == PRETRAINED_CLASSES:
-            network.head.load_state_dict(head)
+            load_weights(network.head, head)
         else:
             nn.init.zeros_(network.head.weight)
             nn.init.zeros_(network.head.bias)
-    except (KeyError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise FileError(
             f"--pretrained: {where} is not a state dict of torchvision's vit_b_16 ({reason}); give such a file"

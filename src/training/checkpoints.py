@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, and how a network is built from one."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from src.artifacts import differences, label_hash, read_checkpoint
 from src.datasets import ImageSet, Normalisation
 from src.errors import FileError, FlagError
 from src.models import build_model
+from src.models.restoring import load_weights
 
 FORMAT = "network-1"
 _KEYS = (
@@ -95,14 +97,27 @@ def load_model(path: str | Path, asked: Mapping[str, Any] | None = None) -> tupl
     _refuse_another(path, state, asked or {})
     try:
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
-        model.load_state_dict(weights)
-        state["normalisation"] = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
+        load_weights(model, weights)
+        state["normalisation"] = _normalisation(stored, state["channels"])
     except FlagError as error:  # the file says it, not a flag
         raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it anew") from error
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path}: its weights do not fit the network {state['model']}; train it anew") from error
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FileError(
+            f"{path}: its weights do not fit the network {state['model']!s:.40} ({reason}); train it again"
+        ) from error
     model.to(next(value for value in weights.values() if value.is_floating_point()).dtype).eval()
     return model, state
+
+
+def _normalisation(stored: Mapping[str, Any], channels: int) -> Normalisation:
+    """The stored normalization: a finite mean and a positive deviation for each channel."""
+    for name, lowest in (("mean", -math.inf), ("std", 0.0)):
+        values = stored[name]
+        right = isinstance(values, list | tuple) and len(values) == channels
+        if not right or not all(type(value) in (int, float) and lowest < value < math.inf for value in values):
+            raise ValueError(f"the {name} of its normalization is not {channels} numbers to scale pixels by")
+    return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
 
 
 def _refuse_another(path: str | Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

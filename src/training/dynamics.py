@@ -10,6 +10,7 @@ import torch
 
 from src.artifacts import label_hash, parse_settings, read_npz, write_npz
 from src.errors import FileError
+from src.models.restoring import copy_tensor
 from src.training.group import Group
 
 DYNAMICS_FILE = "dynamics.npz"
@@ -90,8 +91,8 @@ class Dynamics:
 
     def restore(self, state: Mapping[str, torch.Tensor], rows: Mapping[int, np.ndarray]) -> None:
         """Go on from a resume state and the rows of the epochs before it."""
-        self._before.copy_(state["before"])
-        self._known.copy_(state["known"])
+        copy_tensor("before", self._before, state["before"])
+        copy_tensor("known", self._known, state["known"])
         self._now.fill_(float("nan"))
         self.rows = dict(rows)
 

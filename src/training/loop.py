@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from src.devices import computing
 from src.draws import derived_seed
 from src.errors import FlagError, TrainingError
 from src.models.modes import trains_on_one
+from src.models.restoring import load_weights
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
 from src.precisions import PRECISIONS
 from src.training.config import TrainingConfig
@@ -30,6 +31,10 @@ from src.training.sync_batchnorm import synchronised_batchnorm
 
 log = logging.getLogger(__name__)
 
+_RECORD = (  # what is kept of each epoch
+    *("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+    *("train_seconds", "seconds"),
+)
 _CHECK_EVERY = 64  # steps between looks at whether the loss is finite: a look waits for the device
 
 
@@ -311,10 +316,27 @@ class Trainer:
         plan = state.get("plan")  # states older than plans have none
         if (plan is None) != (self.plan is None):
             raise ValueError("the state is of a run with an epoch plan, or this run is; the other is not")
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.history = list(state["history"])
+        self.history = _checked_history(state)
         if self.dynamics is not None:
             self.dynamics.restore(state["dynamics"], rows)
         if self.plan is not None:
             self.plan.restore(plan)
+
+
+def _checked_history(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The history of a resume state.
+
+    Raises:
+        ValueError: It is not one record of numbers for each epoch.
+    """
+    history = state["history"]
+    if not isinstance(history, list) or not history or len(history) != state["epoch"]:
+        raise ValueError("its history is not one record per epoch")
+    for epoch, record in enumerate(history, start=1):
+        numbers = [record[name] for name in _RECORD]
+        numbers += [record[name] for name in ("examples", "steps") if name in record]
+        if record["epoch"] != epoch or not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"its record of epoch {epoch} is not numbers")
+    return history

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.models.modes import evaluating
+from src.models.restoring import copy_tensor, load_weights
 from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPerceptron, perceptron_layers
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam and AdamW, torch's defaults
@@ -126,10 +127,8 @@ class StackedMembers:
         pairs += [(values, state["moments"][kind]) for kind, values in self._moments.items()]
         for ours, theirs in pairs:
             for name, value in ours.items():
-                if theirs[name].shape != value.shape:
-                    raise ValueError(f"the state's {name} is {tuple(theirs[name].shape)}, not {tuple(value.shape)}")
-                value.copy_(theirs[name])
-        self._steps.copy_(state["steps"])
+                copy_tensor(name, value, theirs[name])
+        copy_tensor("steps", self._steps, state["steps"])
 
 
 class SequentialMembers:
@@ -194,7 +193,7 @@ class SequentialMembers:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
         for member, optimizer, (weights, steps) in zip(self._models, self._optimizers, state["members"], strict=True):
-            member.load_state_dict(weights)
+            load_weights(member, weights)
             optimizer.load_state_dict(steps)
 
 

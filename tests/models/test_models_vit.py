@@ -165,9 +165,20 @@ def test_failed_download_is_one_line(monkeypatch):
         {**published().state_dict(), "encoder.ln.weight": torch.zeros(3)},
         {**published().state_dict(), "encoder.pos_embedding": torch.zeros(1, 4, 8)},
         {**published().state_dict(), "encoder.pos_embedding": 3},
+        {**published().state_dict(), "encoder.pos_embedding": torch.tensor(3.0)},
+        {**published().state_dict(), "encoder.pos_embedding": torch.zeros(8)},
+        {**published().state_dict(), "encoder.pos_embedding": torch.zeros(5, 8)},
+        {**published().state_dict(), "encoder.pos_embedding": torch.zeros(1, 1, 8)},
+        {**published().state_dict(), "encoder.pos_embedding": torch.zeros(1, 10, 8, dtype=torch.int64)},
+        {**published().state_dict(), "encoder.ln.weight": torch.zeros(8, dtype=torch.complex64)},
+        {**published().state_dict(), "encoder.ln.weight": "text"},
+        {**published().state_dict(), 5: torch.zeros(8)},
         {k: v for k, v in published().state_dict().items() if "mlp.0" not in k},
     ],
-    ids=["foreign", "shape", "grid", "number", "missing"],
+    ids=[
+        *("foreign", "shape", "grid", "number", "no axis", "one axis", "two axes", "no grid", "whole grid"),
+        *("complex", "text", "key", "missing"),
+    ],
 )
 def test_weights_of_another_network_are_refused_in_one_line(state, tmp_path):
     path = tmp_path / "other.pth"

@@ -69,6 +69,30 @@ def test_damaged_networks(world, tmp_path):
         (packed({**whole, "model": "nope"}), r"model \(nope there, small_mlp here\)"),
         (packed({**whole, "settings": 5}), "not a checkpoint of this project"),
         (packed({**whole, "normalisation": {}}), "do not fit the network"),
+        *(
+            (packed({**whole, "normalisation": {"mean": mean, "std": std}}), rf"the {name} of its normalization")
+            for name, mean, std in (
+                ("mean", [0.5, 0.5], [0.5]),
+                ("mean", ["x"], [0.5]),
+                ("mean", [float("nan")], [0.5]),
+                ("mean", 1, [0.5]),
+                ("std", [0.5], [0.0]),
+                ("std", [0.5], [None]),
+                ("std", [0.5], []),
+                ("std", [0.5], torch.ones(1)),
+            )
+        ),
+        *(
+            (
+                packed({**whole, "model_state": {n: value.to(kind) for n, value in whole["model_state"].items()}}),
+                "is of",
+            )
+            for kind in (torch.int64, torch.complex64, torch.bool)
+        ),
+        (
+            packed({**whole, "model_state": {**whole["model_state"], "head.bias": 3}}),
+            "head.bias is not a dense tensor",
+        ),
         (packed({**whole, "num_classes": 7}), "trained on other data: num_classes"),
         (packed({**whole, "model_state": nothing}), "losses that are not finite"),
     ):

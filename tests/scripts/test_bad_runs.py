@@ -116,7 +116,14 @@ def test_a_state_that_does_not_fit_is_named(blobs, finished, tmp_path):
     for changes in (
         {"model": {name: value[:1] for name, value in whole["model"].items()}},
         {"optimizer": {}},
+        {"model": {name: value.to(torch.complex64) for name, value in whole["model"].items()}},
+        {"model": 3},
         {"history": 7},
+        {"history": []},
+        {"history": whole["history"][:2]},
+        {"history": [*whole["history"][:2], {**whole["history"][2], "test_accuracy": "text"}]},
+        {"history": [*whole["history"][:2], {**whole["history"][2], "train_seconds": torch.zeros(2)}]},
+        {"history": [*whole["history"][:2], 5]},
     ):
         with spoilt(newest, saved(tmp_path, {**whole, **changes})):
             says = (r"epoch=3\.pth\.tar: does not fit this network and optimiser", "delete it")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -245,6 +246,14 @@ def test_damaged_results(world, tmp_path):
         with spoilt(folder / "vs.json", content):
             refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("vs.json: ", says), keep=tmp_path)
             refuse("plot_ntk.py", *drawing(world, tmp_path), status=FILE, says=("vs.json: ",), keep=tmp_path)
+    known = json.loads((folder / "vs.json").read_text())
+    for bad in (float("nan"), "fast", None):
+        known["groups"]["0"]["velocity"] = bad
+        with spoilt(folder / "vs.json", json.dumps(known).encode()):
+            refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("vs.json: ", "no velocities"))
+        for content in ({0: bad, 30: 0.5}, {"a": 0.5}, {(): bad}, [bad], {}):
+            with spoilt(folder / "vs.pkl", pickle.dumps(content)):
+                refuse("plot_ntk.py", *drawing(world, tmp_path), status=FILE, says=("vs.pkl: ",), keep=tmp_path)
     (folder / "vs.pkl").unlink()
     (folder / "vs.json").unlink()
     with spoilt(folder / "l_index_0" / "m_5" / "k.pkl", (folder / "l_index_0" / "m_5" / "k.json").read_bytes()):
