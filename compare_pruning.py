@@ -52,6 +52,13 @@ def parse() -> Namespace:
     share.add_argument(
         "--shots", type=number(int, 1), nargs="+", metavar="N", help="examples to keep of each class (default: none)"
     )
+    share.add_argument(
+        "--shots_up_to",
+        type=number(int, 1),
+        nargs="+",
+        metavar="N",
+        help="examples to keep of each class, all of a smaller one (default: none)",
+    )
     add("--seeds", type=SEED, nargs="+", default=[1, 2, 3], metavar="SEED", help="seeds of selection and training")
     add("--full", action="store_true", help="train on everything too, as the reference")
     add("--name", type=file_name, default="comparison", help="name of table and figure")
@@ -67,7 +74,7 @@ def parse() -> Namespace:
     add_folder_flags(parser, "datasets", "models", "metrics", "plots", "log", "resume_ckpts")
     parser.set_defaults(save_epochs="last")
     args = parser.parse_args()
-    for name in ("funcs", "fractions", "shots", "seeds"):  # each once, in the order given
+    for name in ("funcs", "fractions", "shots", "shots_up_to", "seeds"):  # each once, in the order given
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
     args.epochs, args.seed, args.resume = args.coreset_epochs, args.seeds[0], True
     return args

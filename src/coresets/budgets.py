@@ -1,9 +1,11 @@
 """How many examples to choose, and among which."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from src.coresets.material import Group
-from src.errors import FlagError
+from src.errors import ArgumentError, FlagError
 
 _ROUNDING = 1e-9  # 0.55 * 6000 is a hair above 3300; the budget is 3300
 
@@ -31,7 +33,9 @@ def make_groups(
     *,
     fraction: float | None = None,
     shots: int | None = None,
+    shots_up_to: int | None = None,
     per_class: bool = True,
+    class_names: Sequence[str] = (),
 ) -> list[Group]:
     """The groups that a selection is made in.
 
@@ -40,7 +44,9 @@ def make_groups(
         num_classes: C.
         fraction: Share to keep, in (0, 1].
         shots: Examples per class, in place of a fraction.
+        shots_up_to: The same, but a smaller class is kept whole.
         per_class: A group per class that has candidates; else one group of all.
+        class_names: Names of the classes, for messages.
 
     Returns:
         Groups in the order of the labels.
@@ -50,9 +56,9 @@ def make_groups(
     """
     labels = np.asarray(labels)
     sizes = np.bincount(labels, minlength=num_classes)
-    if shots is not None:
-        _check_shots(shots, sizes, per_class)
-        budgets = np.where(sizes > 0, shots, 0)
+    if shots is not None or shots_up_to is not None:
+        _check_shots(shots, shots_up_to, sizes, per_class, class_names)
+        budgets = np.minimum(sizes, shots_up_to if shots is None else shots)
     elif fraction is None or not 0.0 < fraction <= 1.0:
         raise FlagError(f"--coreset_fraction {fraction}: must be above 0 and at most 1")
     elif not per_class:
@@ -69,14 +75,20 @@ def make_groups(
     return [Group(members[c], int(budgets[c]), c) for c in range(num_classes) if sizes[c]]
 
 
-def _check_shots(shots: int, sizes: np.ndarray, per_class: bool) -> None:
-    if shots < 1:
-        raise FlagError(f"--shots {shots}: must be at least 1")
+def _check_shots(
+    shots: int | None, shots_up_to: int | None, sizes: np.ndarray, per_class: bool, class_names: Sequence[str]
+) -> None:
+    name, count = ("shots_up_to", shots_up_to) if shots is None else ("shots", shots)
+    if count < 1:
+        raise ArgumentError(name, f"{count}: must be at least 1")
     if not per_class:
-        raise FlagError("--shots: counts examples per class; leave --per_class on")
+        raise ArgumentError(name, ": counts examples per class; leave --per_class on")
     present = np.flatnonzero(sizes)
     smallest = present[sizes[present].argmin()]
-    if shots > sizes[smallest]:
+    if shots is not None and shots > sizes[smallest]:
+        which = f"{class_names[smallest]!r}" if len(class_names) else smallest
+        text = f"shots {shots}: class {which} has only {sizes[smallest]} examples; give at most that many, or"
         raise FlagError(
-            f"--shots {shots}: class {smallest} has only {sizes[smallest]} examples; give at most that many"
+            f"{text} shots_up_to={shots}, which keeps all of a smaller class",
+            f"--{text} --shots_up_to {shots}, which keeps all of a smaller class",
         )

@@ -90,7 +90,11 @@ class Choice:
     def experiment(self) -> str:
         """The name of the run on the selection."""
         args = self.session.args
-        share = args.coreset_fraction if args.shots is None else f"shots_{args.shots}"
+        share = args.coreset_fraction
+        if args.shots is not None:
+            share = f"shots_{args.shots}"
+        elif args.shots_up_to is not None:
+            share = f"shots_up_to_{args.shots_up_to}"
         return coreset_experiment(args.coreset_func, args.coreset_mode, share, args.model, self.session.entry.name)
 
     @property
@@ -105,8 +109,9 @@ class Choice:
         options = dataclasses.asdict(self.options)
         facts: dict[str, Any] = {
             "coreset_func": method.name,
-            "coreset_fraction": args.coreset_fraction if args.shots is None else None,
+            "coreset_fraction": args.coreset_fraction if args.shots is None and args.shots_up_to is None else None,
             "shots": args.shots,
+            "shots_up_to": args.shots_up_to,
             "per_class": args.per_class,
             "seed": args.seed,
             "dataset": session.entry.name,
@@ -220,7 +225,9 @@ class Choice:
             self.session.entry.num_classes,
             fraction=args.coreset_fraction,
             shots=args.shots,
+            shots_up_to=args.shots_up_to,
             per_class=args.per_class,
+            class_names=self.session.train.class_names,
         )
 
     @cached_property

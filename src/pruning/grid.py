@@ -29,7 +29,7 @@ REFERENCE = "random"  # at share 1 it is training on everything
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid."""
+    """One run of the grid; ``shots`` are those of ``--shots`` or ``--shots_up_to``."""
 
     func: str
     fraction: float | None
@@ -64,13 +64,17 @@ class Grid:
                 yield Cell(REFERENCE, 1.0, None, seed)
             for func in args.funcs:
                 yield from (Cell(func, share, None, seed) for share in args.fractions)
-                yield from (Cell(func, None, shots, seed) for shots in args.shots)
+                yield from (Cell(func, None, shots, seed) for shots in args.shots or args.shots_up_to)
 
     def run_of(self, cell: Cell) -> PrunedRun:
         """The run of a cell."""
         if cell not in self._runs:
             session = self.session.variant(
-                coreset_func=cell.func, coreset_fraction=cell.fraction, shots=cell.shots, seed=cell.seed
+                coreset_func=cell.func,
+                coreset_fraction=cell.fraction,
+                shots=cell.shots if self.args.shots else None,
+                shots_up_to=cell.shots if self.args.shots_up_to else None,
+                seed=cell.seed,
             )
             self._runs[cell] = PrunedRun(session, Choice.of(session))
         return self._runs[cell]
@@ -175,7 +179,7 @@ class Grid:
         facts = session.settings(session.train)
         read = {option for func in args.funcs for option in find_method(func).options}
         facts.update({key: value for key, value in vars(args).items() if key.startswith("coreset_") or key in read})
-        facts.update(per_class=args.per_class)
+        facts.update(per_class=args.per_class, shots_up_to=bool(args.shots_up_to) or None)
         for key in ("seed", "coreset_func", "coreset_fraction"):
             facts.pop(key, None)
         return facts

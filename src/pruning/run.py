@@ -45,7 +45,8 @@ class PrunedRun:
     def _refuse_idle_flags(self) -> None:
         """Stop at flags that say how much to choose, where a file says what."""
         args = self.session.args
-        for flag, given in (("--shots", args.shots is not None), ("--coreset_mode", args.coreset_mode != "large"),
+        for flag, given in (("--shots", args.shots is not None), ("--shots_up_to", args.shots_up_to is not None),
+                            ("--coreset_mode", args.coreset_mode != "large"),
                             ("--coreset_fraction", args.coreset_fraction != FRACTION)):  # fmt: skip
             if given:
                 raise FlagError(f"{flag}: has no place beside --selection, which says what is kept; leave it out")
@@ -74,8 +75,9 @@ class PrunedRun:
 
     def _check_dynamic(self) -> None:
         args, name = self.session.args, self.choice.method.name
-        if args.shots is not None:
-            raise FlagError(f"--shots: {name} visits a share of all examples; give --coreset_fraction")
+        for flag in ("shots", "shots_up_to"):
+            if getattr(args, flag) is not None:
+                raise FlagError(f"--{flag}: {name} visits a share of all examples; give --coreset_fraction")
         if OPTIMIZERS[args.optimizer].needs_sampling:
             raise FlagError(
                 f"--optimizer {args.optimizer}: does not go with {name}, which scales the loss; choose sgd"

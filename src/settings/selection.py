@@ -64,6 +64,12 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
         amount.add_argument(
             "--shots", type=values.number(int, 1), metavar="N", help="examples to keep of each class (default: none)"
         )
+        amount.add_argument(
+            "--shots_up_to",
+            type=values.number(int, 1),
+            metavar="N",
+            help="examples to keep of each class, all of a smaller one (default: none)",
+        )
     add(
         "--per_class",
         type=values.yes_or_no,

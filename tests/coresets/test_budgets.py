@@ -61,6 +61,15 @@ def test_shots_count_examples_of_each_class_that_has_any():
     assert [(g.label, g.budget, g.positions.tolist()) for g in groups] == [(0, 2, [0, 3]), (2, 2, [1, 2, 4])]
 
 
+def test_shots_up_to_keep_all_of_a_smaller_class():
+    labels = np.array([0, 2, 2, 0, 2, 3])
+    groups = make_groups(labels, 5, shots_up_to=2)
+    assert [(g.label, g.budget) for g in groups] == [(0, 2), (2, 2), (3, 1)]
+    with pytest.raises(FlagError, match=r"class 'dog' has only 1 examples; .*shots_up_to=2") as refusal:
+        make_groups(labels, 5, shots=2, class_names=["a", "b", "c", "dog", "e"])
+    assert "--shots_up_to 2" in refusal.value.line
+
+
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
@@ -72,9 +81,11 @@ def test_shots_count_examples_of_each_class_that_has_any():
         ({"shots": 0}, "--shots 0: must be at least 1"),
         ({"shots": 3}, "--shots 3: class 0 has only 2 examples; give at most that many"),
         ({"shots": 1, "per_class": False}, "--shots: counts examples per class; leave --per_class on"),
+        ({"shots_up_to": 0}, "--shots_up_to 0: must be at least 1"),
+        ({"shots_up_to": 1, "per_class": False}, "--shots_up_to: counts examples per class; leave --per_class on"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings_, message):
     with pytest.raises(FlagError) as refusal:
         make_groups(np.array([0, 2, 2, 0, 2]), 4, **settings_)
-    assert str(refusal.value).startswith(message)
+    assert refusal.value.line.startswith(message)

@@ -39,7 +39,7 @@ def flags(blobs, base, *more):
         (("--coreset_func=random", "--coreset_fraction=1.01"), ("--coreset_fraction", "at most 1")),
         (("--coreset_func=random", "--coreset_fraction=nan"), ("--coreset_fraction", "finite")),
         (("--coreset_func=random", "--shots=0"), ("--shots", "at least 1")),
-        (("--coreset_func=random", "--shots=21"), ("--shots 21", "class 0 has only 20", "at most that many")),
+        (("--coreset_func=random", "--shots=21"), ("--shots 21", "class '0' has only 20", "--shots_up_to 21")),
         (("--coreset_func=random", "--shots=2", "--per_class=0"), ("--shots", "leave --per_class on")),
         (("--coreset_func=random", "--shots=2", "--coreset_fraction=0.5"), ("not allowed with",)),
         (
@@ -50,6 +50,8 @@ def flags(blobs, base, *more):
         (("--coreset_func=tdds",), ("--coreset_pretrain_epochs 1", "too few for tdds", "at least 3")),
         (("--coreset_func=dual",), ("--coreset_pretrain_epochs 1", "too few for dual", "at least 2")),
         (("--coreset_func=infobatch_dynamic", "--shots=2"), ("--shots", "infobatch_dynamic", "--coreset_fraction")),
+        (("--coreset_func=infobatch_dynamic", "--shots_up_to=2"), ("--shots_up_to", "infobatch_dynamic")),
+        (("--coreset_func=random", "--shots=2", "--shots_up_to=2"), ("not allowed with",)),
         (("--coreset_func=ccs", "--ccs_cutoff=1"), ("--ccs_cutoff", "at least 0 and below 1")),
         (("--coreset_func=dual", "--dual_c=0"), ("--dual_c", "above 0")),
         (("--coreset_func=grand", "--coreset_networks=0"), ("--coreset_networks", "at least 1")),
@@ -187,7 +189,9 @@ def test_the_settings_of_another_pretraining_are_named(blobs, tmp_path):
     succeed("select_coreset.py", *run, "--coreset_pretrain_lr=0.06", "--overwrite")
 
 
-@pytest.mark.parametrize("flag", ["--shots=2", "--coreset_fraction=0.5", "--coreset_mode=few_shot"])
+@pytest.mark.parametrize(
+    "flag", ["--shots=2", "--shots_up_to=2", "--coreset_fraction=0.5", "--coreset_mode=few_shot"]
+)
 def test_flags_that_a_selection_file_leaves_no_place_for(blobs, tmp_path, flag):
     np.savez(tmp_path / "chosen.npz", indices=[1, 2])
     more = (f"--selection={tmp_path / 'chosen.npz'}", flag)

@@ -115,6 +115,10 @@ def test_a_grid_of_shots(blobs, tmp_path):
     succeed("compare_pruning.py", *shots, "--shots", "2", "5")
     cells = read_json(comparison(tmp_path, "json"))["cells"]
     assert {cell["examples"] for cell in cells} == {6, 15}
+    refuse("compare_pruning.py", *shots, "--shots_up_to", "2", "5", status=FILE, says=("shots_up_to",))
+    succeed("compare_pruning.py", *shots, "--shots_up_to", "2", "99", "--name=up_to")
+    cells = read_json(comparison(tmp_path, "json").with_name("up_to.json"))["cells"]
+    assert {cell["examples"] for cell in cells} == {6, 90}
 
 
 @pytest.mark.parametrize(

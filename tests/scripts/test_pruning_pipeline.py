@@ -102,6 +102,31 @@ def test_modes_keep_opposite_ends(place):
             assert set(indices[indices % CLASSES == label]) == set(wanted)
 
 
+@pytest.mark.parametrize("func", [func for func in STATIC if not func.startswith("min_")] + ["min_csl"])
+def test_shots_up_to_keep_all_of_a_smaller_class(place, tmp_path, func):
+    """Three examples of class 0, all the others of the rest."""
+    keep = np.sort(np.r_[np.arange(0, N, CLASSES)[:3], [i for i in range(N) if i % CLASSES]])
+    (tmp_path / "subset.txt").write_text("\n".join(map(str, keep)))
+    flags = (*place.flags(func), f"--subset={tmp_path / 'subset.txt'}", *folders(tmp_path, *TRAIN))
+    flags += (f"--metrics_folder={place.base / 'metrics'}",)
+    refused = call("select_coreset.py", *flags, "--shots=4")
+    assert (refused.status, "--shots_up_to 4" in refused.complaint) == (2, True)
+    succeed("select_coreset.py", *flags, "--shots_up_to=4")
+    indices = chosen(place, func, "shots_up_to_4", base=tmp_path)["indices"]
+    assert np.bincount(indices % CLASSES).tolist() == [3, *[4] * (CLASSES - 1)]
+    assert set(indices) <= set(keep)
+
+
+def test_shots_up_to_equal_shots_where_all_classes_are_large_enough(place, tmp_path):
+    flags = (*place.flags("random"), *folders(tmp_path, *TRAIN))
+    succeed("train_prune.py", *flags, "--coreset_epochs=1", "--shots=5")
+    succeed("train_prune.py", *flags, "--coreset_epochs=1", "--shots_up_to=5")
+    first, second = (
+        chosen(place, "random", share, base=tmp_path)["indices"] for share in ("shots_5", "shots_up_to_5")
+    )
+    assert np.array_equal(first, second)
+
+
 def test_pretraining_is_shared_and_keyed(place, tmp_path):
     where = folders(tmp_path, *TRAIN)
     for func in ("el2n", "forget", "ccs"):
