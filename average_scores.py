@@ -11,6 +11,7 @@ says how it was made. Seeds of different epochs, protocols, data or settings are
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 
 from src.artifacts import score_path
 from src.artifacts.score_files import write_scores
@@ -19,7 +20,7 @@ from src.errors import FlagError
 from src.metrics import MODES, modes_from
 from src.metrics.dynamics_scores import WINDOW, Windows
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number
 
 PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")
@@ -58,9 +59,31 @@ def parse() -> Namespace:
         metavar=("FIRST", "LAST"),
         help="the epochs that el2n averages over",
     )
+    of_window = {"dual", "dyn_unc", "tdds"}
+    restrict(
+        group,
+        {
+            ("--optimizer", "--lr_sched", "--exp"): (
+                lambda args: bool(set(wanted_modes(args)) & set(RUN_MODES)),
+                f"on {', '.join(PAIR_MODES)}: it chooses a training run",
+            ),
+            ("--optimizer", "--lr_sched"): (lambda args: args.exp is None, "beside --exp, which names the run"),
+            ("--window",): (
+                lambda args: bool(set(wanted_modes(args)) & of_window),
+                f"without {', '.join(of_window)}",
+            ),
+            ("--el2n_epochs",): (lambda args: "el2n" in wanted_modes(args), "without el2n"),
+        },
+    )
     add_overwrite_flag(group)
     add_folder_flags(parser, "datasets", "metrics")
     return parser.parse_args()
+
+
+def wanted_modes(args: Namespace) -> Sequence[str]:
+    """The scores to average: those asked for, or all of the run, or of the pair."""
+    of_run = any(choice is not None for choice in (args.optimizer, args.lr_sched, args.exp))
+    return args.modes or (RUN_MODES if of_run else PAIR_MODES)
 
 
 def main() -> None:
@@ -71,9 +94,7 @@ def main() -> None:
     start_logging(quiet=True)
     if len(set(args.seeds)) < len(args.seeds):
         raise FlagError(f"--seeds: {' '.join(map(str, args.seeds))} names a seed twice; name each once")
-    of_run = any(choice is not None for choice in (args.optimizer, args.lr_sched, args.exp))
-    modes = args.modes or (RUN_MODES if of_run else PAIR_MODES)
-    dataset = args.dataset
+    modes, dataset = wanted_modes(args), args.dataset
     if ":" in dataset:  # own data are named by their content
         train, _ = load_dataset(dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
         dataset = train.entry.name

@@ -27,7 +27,6 @@ from src.settings import (
     add_folder_flags,
     add_model_flags,
     add_run_flags,
-    add_score_flags,
     add_selection_flags,
     add_training_flags,
     file_name,
@@ -69,7 +68,6 @@ def parse() -> Namespace:
     add_downstream_flags(parser)
     add_training_flags(parser, epochs=False, seed=False)
     add_run_flags(parser, resume=False)
-    add_score_flags(parser)
     add_compute_flags(parser, training=True, distributed=False)
     add_folder_flags(parser, "datasets", "models", "metrics", "plots", "log", "resume_ckpts")
     parser.set_defaults(save_epochs="last")

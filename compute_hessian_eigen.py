@@ -20,14 +20,14 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from src.metrics import Proxy
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
 from src.settings.geometry import (
     EIGEN_PRECISIONS,
     add_checkpoint_flags,
     add_measurement_flags,
     add_spectrum_flags,
-    refuse_idle_flags,
+    refuse_contradictions,
 )
 
 if TYPE_CHECKING:
@@ -46,10 +46,11 @@ def parse() -> Namespace:
     add_spectrum_flags(parser)
     add_measurement_flags(parser)
     add_score_flags(parser)
+    restrict(parser, {("--scores_folder",): (lambda args: args.high_low_spec is not None, "without --high_low_spec")})
     add_compute_flags(parser, precisions=EIGEN_PRECISIONS)
     add_folder_flags(parser, "datasets", "models", "metrics", "hessian")
     args = parser.parse_args()
-    refuse_idle_flags(args)
+    refuse_contradictions(args)
     return args
 
 

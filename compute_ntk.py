@@ -27,7 +27,7 @@ from src.errors import FlagError
 from src.metrics import MODES, Proxy
 from src.metrics.compare import spearman
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import (
     SEED,
     add_compute_flags,
@@ -97,6 +97,8 @@ def parse() -> Namespace:
         default=True,
         help="store the kernels; otherwise the velocities alone",
     )
+    exact = (lambda args: args.projection_dim is not None, "without --projection_dim: kernels are exact")
+    restrict(group, {("--projection_seed",): exact})
     add_overwrite_flag(group)
     add_score_flags(parser)
     add_compute_flags(parser, precisions=("fp32", "tf32", "fp64"))
@@ -118,8 +120,6 @@ def main() -> None:
     problem = refuse_groups(lowers, args.m_samples, len(ranked))
     if problem is not None:
         raise FlagError(problem)
-    if args.projection_seed and args.projection_dim is None:
-        log.warning("--projection_seed %d is idle: kernels are exact without --projection_dim", args.projection_seed)
     epochs = sorted(set(args.ntk_velocity_epoch or velocity_epochs(networks.train.entry.name)))
     kernels = Kernels(args, networks, ranked, scores, epochs, lowers)
     found: dict[int, list[dict[int, float]]] = {epoch: [] for epoch in epochs}

@@ -36,7 +36,7 @@ from src.curvature.hessian_groups import (
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, given_flags, run_script, start_logging
+from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, file_name, number
 from src.settings.geometry import add_drawn_flags
 
@@ -64,6 +64,7 @@ def parse() -> Namespace:
     group.add_argument(
         "--name", type=file_name, help="name of figure and table (default: what was chosen; spectra with --files)"
     )
+    restrict(parser, {OF_RUNS: (lambda args: not args.files, "beside --files")})
     add_folder_flags(parser, "datasets", "hessian", "plots")
     return parser.parse_args()
 
@@ -76,8 +77,6 @@ def main() -> None:
     start_logging(quiet=True)
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
         raise FlagError(f"--labels: {len(args.labels)} for {wanted} --files; give one for each")
-    if args.files and (idle := given_flags(*OF_RUNS)):
-        raise FlagError(f"{idle[0]}: has no effect beside --files; leave it out")
     dataset, groups, usual, where = given(args) if args.files else found(args)
     warn_of_differences(groups)
     stem = spectrum_figure_stem(args.plots_folder, dataset, args.name or usual)

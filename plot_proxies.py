@@ -22,7 +22,7 @@ from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES, Proxy, find_scores
 from src.metrics.compare import against_reference, comparison_table
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, score_folders
 
 log = logging.getLogger("plot_proxies")
@@ -40,6 +40,7 @@ def parse() -> Namespace:
         "--reference", type=Path, metavar="DIR", help="metrics folder of the scores to compare with (default: none)"
     )
     group.add_argument("--reference_modes", **names, help="which of its scores (default: all that are found)")
+    restrict(group, {("--reference_modes",): (lambda args: args.reference is not None, "without --reference")})
     group.add_argument("--plot", choices=("scatter", "line"), default="scatter", help="how shares are drawn")
     add_folder_flags(parser, "datasets", "metrics", "plots")
     return parser.parse_args()

@@ -26,7 +26,6 @@ from src.settings import (
     add_method_flags,
     add_model_flags,
     add_overwrite_flag,
-    add_score_flags,
     add_seed_flag,
     add_selection_flags,
 )
@@ -44,7 +43,6 @@ def parse() -> Namespace:
     add_augmentation_flags(group)
     group.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: train_prune.py's)")
     add_overwrite_flag(group)
-    add_score_flags(parser)
     add_compute_flags(parser, training=True, distributed=False)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
     parser.set_defaults(save_epochs="last", epochs=1)

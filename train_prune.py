@@ -28,7 +28,6 @@ from src.settings import (
     add_method_flags,
     add_model_flags,
     add_run_flags,
-    add_score_flags,
     add_selection_flags,
     add_training_flags,
 )
@@ -44,7 +43,6 @@ def parse() -> Namespace:
     add_downstream_flags(parser)
     add_training_flags(parser, epochs=False)
     add_run_flags(parser)
-    add_score_flags(parser)
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from mpe.results import Result
 from src.artifacts import label_hash, score_path
 from src.artifacts.score_files import refuse_other_scores
 from src.errors import FlagError
-from src.scripting import Parser, given_flags, run_script, start_logging
+from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import add_experiment_flags, add_folder_flags, add_laplace_flags, number
 
 log = logging.getLogger("1_loo_iterations")
@@ -52,13 +52,22 @@ def parse() -> Namespace:
     group.add_argument(
         "--optim_var",
         action="store_true",
-        help="variances from the optimiser's state (iblr, adam), not Laplace's: --var_version and --laplace_backend "
-        "then choose nothing, which a log line says where they are given",
+        help="variances from the optimiser's state (iblr, adam), not Laplace's",
     )
     group.add_argument(
         "--var_version", choices=STRUCTURES, default=STRUCTURES[0], help="structure of Laplace's posterior"
     )
     add_laplace_flags(parser)
+    restrict(
+        parser,
+        {
+            ("--hess_init",): (lambda args: args.optimizer == "iblr", "without --optimizer=iblr"),
+            ("--var_version", "--laplace_backend"): (
+                lambda args: not args.optim_var,
+                "beside --optim_var: no Laplace posterior is fitted",
+            ),
+        },
+    )
     scores = parser.add_argument_group("scores")
     scores.add_argument("--write_scores", action="store_true", help="write the last sensitivities as the score 'mpe'")
     add_folder_flags(parser, "metrics")
@@ -89,9 +98,6 @@ def main() -> None:
     if args.write_scores and not args.overwrite:
         refuse_other_scores(score_path(args.metrics_folder, "mpe", experiment.entry.name), experiment.settings())
     if args.optim_var:
-        unused = given_flags("--var_version", "--laplace_backend")
-        if unused:
-            log.warning("--optim_var: no Laplace posterior is fitted, so %s has no effect", " and ".join(unused))
         experiment.check_network()
         measure = experiment.from_optimizer
     else:

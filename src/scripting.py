@@ -8,14 +8,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from src.artifacts import ROOT
-from src.errors import FileError, UserError
+from src.errors import FileError, FlagError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +30,24 @@ class Parser(argparse.ArgumentParser):
             epilog="Default folders stand at the repository root; given ones are relative to the current folder.",
         )
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
+        """Parse, and refuse flags that do nothing in this combination."""
+        words = sys.argv[1:] if args is None else list(args)
+        found = super().parse_args(words, namespace)
+        self._refuse_idle(words, found)
+        return found
+
+    def _refuse_idle(self, words: Sequence[str], args: Namespace) -> None:
+        """Stop at a given flag that does nothing in this combination (see ``restrict``), whatever its value.
+
+        Raises:
+            FlagError: There is one.
+        """
+        for flag in (word.split("=")[0] for word in words):
+            for acts, where in getattr(self._option_string_actions.get(flag), "rules", ()):
+                if not acts(args):
+                    raise FlagError(f"{flag}: has no effect {where}; leave it out")
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -41,6 +60,19 @@ class Parser(argparse.ArgumentParser):
         if not _speaks():
             sys.exit(2)
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
+
+
+def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespace], bool], str]]) -> None:
+    """Declare where flags act, so that ``Parser`` refuses them where they are given and would do nothing.
+
+    Args:
+        group: The parser, or one of its groups, that has the flags.
+        table: For some flags, whether they act, given all values, and where they do not, as in "without --resume".
+    """
+    for flags, rule in table.items():
+        for flag in flags:
+            action = group._option_string_actions[flag]
+            action.rules = [*getattr(action, "rules", ()), rule]
 
 
 def given_flags(*flags: str) -> list[str]:

@@ -18,7 +18,7 @@ def check(result: Result, script: str, status: int, *patterns: str) -> str:
     """Check that a script ended with one line that contains all patterns; returns the line."""
     lines = [line for line in result.err.splitlines() if line.strip() and not LOG_LINE.match(line)]
     assert len(lines) == 1, result.err
-    assert lines[0].startswith(f"{script}: "), lines[0]
+    assert lines[0].startswith(f"{script.rsplit('/')[-1]}: "), lines[0]
     assert result.status == status, lines[0]
     for pattern in patterns:
         assert re.search(pattern, lines[0]), f"{pattern!r} is not in: {lines[0]}"

@@ -15,7 +15,6 @@ from src.optimizers import OPTIMIZERS
 from src.pruning.choice import Choice, select
 from src.pruning.files import read_selection, selection_digest, weights_tensor
 from src.session import Session
-from src.settings import FRACTION
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +36,9 @@ class PrunedRun:
             self.experiment = choice.experiment
         else:
             args = session.args
-            self._refuse_idle_flags()
             name = f"selection_{file_digest(file)[:8]}"
             share = len(read_selection(file, session)[0].indices)
             self.experiment = coreset_experiment(name, args.coreset_mode, share, args.model, session.entry.name)
-
-    def _refuse_idle_flags(self) -> None:
-        """Stop at flags that say how much to choose, where a file says what."""
-        args = self.session.args
-        for flag, given in (("--shots", args.shots is not None), ("--shots_up_to", args.shots_up_to is not None),
-                            ("--coreset_mode", args.coreset_mode != "large"),
-                            ("--coreset_fraction", args.coreset_fraction != FRACTION)):  # fmt: skip
-            if given:
-                raise FlagError(f"{flag}: has no place beside --selection, which says what is kept; leave it out")
 
     @property
     def claim(self) -> Path:

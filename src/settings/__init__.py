@@ -23,12 +23,11 @@ from src.settings.experiments import (
     add_pickles_flag,
     add_retraining_flags,
 )
-from src.settings.selection import FRACTION, add_downstream_flags, add_method_flags, add_selection_flags
+from src.settings.selection import add_downstream_flags, add_method_flags, add_selection_flags
 from src.settings.values import SEED, file_name, fraction, method_name, number, whole_number
 
 __all__ = [
     "FOLDERS",
-    "FRACTION",
     "SEED",
     "add_augmentation_flags",
     "add_compute_flags",

@@ -11,7 +11,7 @@ from src.errors import FlagError
 from src.models import model_names
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.precisions import PRECISIONS
-from src.scripting import given_flags
+from src.scripting import given_flags, restrict
 from src.settings import values
 
 FOLDERS = {
@@ -132,6 +132,7 @@ def add_compute_flags(
         group.add_argument(
             "--sync_bn", action="store_true", help="BatchNorm statistics over the batches of all processes"
         )
+        restrict(group, {("--sync_bn",): (lambda args: args.distributed_training, "without --distributed_training")})
 
 
 def add_training_flags(parser: argparse.ArgumentParser, *, epochs: bool = True, seed: bool = True) -> None:
@@ -183,6 +184,17 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: bool = True, 
         help="prior precision of iBLR (default: weight_decay x examples, else 1)",
     )
     add("--hess_init", type=values.number(float, 0, open_low=True), default=0.1, help="initial Hessian of iBLR")
+    restrict(
+        group,
+        {
+            ("--lr_min",): (lambda args: args.lr_sched != "const", "with --lr_sched=const"),
+            ("--rho", "--adaptive", "--no-adaptive"): (
+                lambda args: args.optimizer == "sam",
+                "without --optimizer=sam",
+            ),
+            ("--delta", "--hess_init"): (lambda args: args.optimizer == "iblr", "without --optimizer=iblr"),
+        },
+    )
     add_augmentation_flags(group)
 
 
@@ -202,6 +214,7 @@ def add_augmentation_flags(group: Any) -> None:
     )
     add("--cutout_holes", type=values.number(int, 0), default=0, help="Cutout: squares blanked per image")
     add("--cutout_length", type=values.number(int, 1), default=16, help="Cutout: side of a square in pixels")
+    restrict(group, {("--cutout_length",): (lambda args: args.cutout_holes > 0, "without --cutout_holes")})
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, resume: bool = True) -> None:

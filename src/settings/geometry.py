@@ -9,7 +9,7 @@ from src.curvature.choices import OPERATOR_NAMES, ORDERS, STORAGES, SpectrumPlan
 from src.errors import FlagError
 from src.models import model_names
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import given_flags
+from src.scripting import restrict
 from src.settings import values
 from src.settings.common import add_overwrite_flag
 
@@ -62,6 +62,16 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
         "train_prune.py (default: that of train_full.py)",
     )
     either.add_argument("--checkpoint", type=Path, metavar="FILE", help="this very file (default: none)")
+    restrict(
+        group,
+        {
+            ("--seed", "--epochs", "--optimizer", "--lr_sched"): (
+                lambda args: args.checkpoint is None,
+                "beside --checkpoint, which is a file",
+            ),
+            ("--optimizer", "--lr_sched"): (lambda args: args.exp is None, "beside --exp, which names the run"),
+        },
+    )
 
 
 def add_spectrum_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +131,24 @@ def add_spectrum_flags(parser: argparse.ArgumentParser) -> None:
         default=plain.basis,
         help="how the Lanczos vectors are kept; " + "; ".join(f"{name}: {what}" for name, what in STORAGES.items()),
     )
+    restrict(
+        group,
+        {
+            ("--subset", "--high_low_spec"): (
+                lambda args: args.eigen_split == "train",
+                "with --eigen_split=test: it chooses training examples",
+            ),
+            ("--max_steps",): (
+                lambda args: args.eigen_mode != "power_iter",
+                "with --eigen_mode=power_iter, which stops after --power_iterations",
+            ),
+            ("--power_iterations",): (
+                lambda args: args.eigen_mode == "power_iter",
+                "without --eigen_mode=power_iter",
+            ),
+            ("--trace_tolerance",): (lambda args: args.trace_probes > 0, "with --trace_probes=0"),
+        },
+    )
 
 
 def add_drawn_flags(parser: argparse.ArgumentParser) -> None:
@@ -154,28 +182,14 @@ def add_measurement_flags(parser: argparse.ArgumentParser) -> None:
     add_overwrite_flag(group)
 
 
-def refuse_idle_flags(args: argparse.Namespace) -> None:
-    """Stop at flags of compute_hessian_eigen.py that have no effect beside each other.
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    """Stop at values of compute_hessian_eigen.py that cannot be had together.
 
     Raises:
         FlagError: There are some.
     """
-    if args.eigen_split == "test":
-        for flag, value in (("--subset", args.subset), ("--high_low_spec", args.high_low_spec)):
-            if value is not None:
-                raise FlagError(f"{flag}: chooses training examples; it has no place beside --eigen_split=test")
-    power = args.eigen_mode == "power_iter"
-    if power:
+    if args.eigen_mode == "power_iter":
         if args.operator != "hessian":
             raise FlagError(f"--eigen_mode power_iter: knows the Hessian alone, not --operator={args.operator}")
         if args.eigen_order == "largest":
             raise FlagError("--eigen_order largest: power_iter finds eigenvalues of largest magnitude; use lanczos")
-    for applies, flags, why in (
-        (args.checkpoint is not None, ("--seed", "--epochs", "--optimizer", "--lr_sched"), "--checkpoint is a file"),
-        (args.exp is not None, ("--optimizer", "--lr_sched"), "--exp names the run"),
-        (power, ("--max_steps",), "power_iter stops after --power_iterations"),
-        (not power, ("--power_iterations",), "it is for --eigen_mode=power_iter"),
-        (args.high_low_spec is None, ("--scores_folder",), "scores are read for --high_low_spec"),
-    ):
-        if applies and (idle := given_flags(*flags)):
-            raise FlagError(f"{idle[0]}: has no effect here, {why}; leave it out")

@@ -1,11 +1,15 @@
 """Flags of the scripts that choose training examples."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from src.coresets import METHODS, Options
 from src.optimizers import SCHEDULES
+from src.scripting import restrict
 from src.settings import values
+from src.settings.common import add_score_flags
 
 FRACTION = 0.1  # kept where neither --coreset_fraction nor --shots says otherwise
 
@@ -37,7 +41,7 @@ def add_downstream_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) -> None:
-    """How to choose training examples: mode, share, pre-training, and the options of the methods.
+    """How to choose training examples: mode, share, pre-training, options of the methods, folders of stored scores.
 
     Args:
         parser: The script's parser.
@@ -153,4 +157,38 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
         default=plain.selection_memory,
         metavar="MIB",
         help="memory for pairwise similarities; larger ones are computed in blocks",
+    )
+    add_score_flags(parser)
+    _restrict(group)
+
+
+def _restrict(group: Any) -> None:
+    """Declare where the flags of ``add_selection_flags`` act.
+
+    The SAMIS paper's commands give ``--coreset_mode``, ``--per_class`` and the flags of pre-training with every
+    method, so every method accepts them (and ``--coreset_networks``, which is one of pre-training).
+    """
+    from src.coresets import METHODS, Options, find_method
+
+    def chosen(args: argparse.Namespace) -> list[Any]:
+        names = getattr(args, "funcs", None) or [args.coreset_func]
+        return [find_method(name) for name in names if name is not None]
+
+    own = {flag: action for flag, action in group._option_string_actions.items() if action in group._group_actions}
+    unchosen = "beside --selection, which says what is kept"
+    restrict(group, {tuple(own): (lambda args: getattr(args, "selection", None) is None, unchosen)})
+    for field in fields(Options):
+        readers = " or ".join(method.name for method in METHODS.values() if field.name in method.options)
+        acts = (lambda args, name=field.name: any(name in m.options for m in chosen(args)), f"without {readers}")
+        if field.name != "coreset_mode":
+            restrict(group, {tuple(flag for flag, action in own.items() if action.dest == field.name): acts})
+    restrict(
+        group,
+        {
+            ("--dual_c",): (lambda args: args.dual_beta, "with --no-dual_beta"),
+            ("--scores_folder",): (
+                lambda args: any(m.needs.stored for m in chosen(args)),
+                "without a method that reads a stored score (min_*)",
+            ),
+        },
     )

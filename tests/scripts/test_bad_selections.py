@@ -11,7 +11,7 @@ from src.artifacts import score_path, write_pickle
 from src.datasets import load_dataset
 
 N = 60
-SHORT = ("--coreset_epochs=1", "--batch_size=16", "--learning_rate=0.05", "--coreset_pretrain_epochs=1")
+SHORT = ("--coreset_epochs=1", "--batch_size=16", "--learning_rate=0.05")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,9 @@ def name(blobs):
 
 
 def flags(blobs, base, *more):
-    return (f"--dataset=npz:{blobs}", "--model=small_mlp", *SHORT, *more, *folders(base, *TRAIN))
+    chooses = not any(str(flag).startswith("--selection=") for flag in more)
+    short = (*SHORT, "--coreset_pretrain_epochs=1") if chooses else SHORT
+    return (f"--dataset=npz:{blobs}", "--model=small_mlp", *short, *more, *folders(base, *TRAIN))
 
 
 @pytest.mark.parametrize(

@@ -124,16 +124,6 @@ def test_variances_that_the_optimiser_does_not_have_are_refused_at_once(tmp_path
     assert not (tmp_path / "models").exists()
 
 
-@pytest.mark.parametrize("given", [(), ("--var_version=kfac",), ("--var_version", "diag", "--laplace_backend=fast")])
-def test_flags_of_laplace_beside_the_optimisers_variances_are_named(tmp_path, given):
-    """The paper's commands give --optim_var alone, and hear nothing."""
-    answer = succeed(LOO, *flags(tmp_path, "--epochs=1", "--optimizer=iblr", "--optim_var", *given))
-    lines = [line for line in answer.err.splitlines() if "has no effect" in line]
-    assert len(lines) == bool(given)
-    for word in ("--var_version", "--laplace_backend"):
-        assert any(word in line for line in lines) is any(flag.startswith(word) for flag in given)
-
-
 def test_a_floor_above_the_rate_is_refused(tmp_path):
     result = call(LOO, *flags(tmp_path, "--lrmin=1"))
     assert result.status == 2

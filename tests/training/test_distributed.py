@@ -55,7 +55,7 @@ def test_two_processes_equal_one(blobs, tmp_path, model, optimizer, more):
         f"--batch_size={batch}",
         *COMMON,
     )
-    succeed("train_full.py", *flags, *folders(tmp_path / "one", *TRAIN), *more)
+    succeed("train_full.py", *flags, *folders(tmp_path / "one", *TRAIN))
     torchrun(2, "train_full.py", *flags, *more, "--distributed_training", *folders(tmp_path / "two", *TRAIN))
     assert_close(last(tmp_path / "one"), last(tmp_path / "two"))
     arrays = [read_npz(next((tmp_path / x / "metrics").glob("*/seed_1/dynamics.npz"))) for x in ("one", "two")]
