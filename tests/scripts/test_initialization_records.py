@@ -9,7 +9,6 @@ from support import TRAIN, call, folders, succeed, write_blobs
 
 from src.models import MODELS
 from src.models.vit import ViT
-from src.pruning.pretraining import settings_hash
 
 SHORT = ("--epochs=1", "--batch_size=10", "--lr_sched=const")
 MPE = ("datasets", "models", "log", "resume_ckpts", "pickles")
@@ -39,17 +38,19 @@ def test_networks_that_start_as_before_record_nothing_new(blobs, tmp_path):
     assert "initialization" not in results(tmp_path)[1]["settings"]
 
 
-@pytest.mark.parametrize(("model", "recorded"), [("resnet18", "default"), ("resnet8", None)])
-def test_pre_training_is_kept_apart_from_that_of_the_earlier_version(model, recorded, blobs, tmp_path):
-    succeed(
-        "select_coreset.py", f"--dataset=npz:{blobs}", f"--model={model}", "--coreset_func=el2n",
-        "--coreset_networks=1", "--coreset_pretrain_epochs=1", "--coreset_pretrain_batch_size=10",
-        "--coreset_fraction=0.5", *folders(tmp_path, *TRAIN),
+def test_pre_training_is_kept_apart_from_that_of_the_earlier_version(blobs, tmp_path, monkeypatch):
+    flags = (
+        f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=el2n", "--coreset_networks=1",
+        "--coreset_pretrain_epochs=1", "--coreset_pretrain_batch_size=10", "--coreset_fraction=0.5",
+        *folders(tmp_path, *TRAIN),
     )  # fmt: skip
-    path, content = results(tmp_path)
-    assert content["settings"].get("initialization") == recorded
-    settings = {name: value for name, value in content["settings"].items() if name != "seed"}
-    assert settings_hash(settings) in str(path)
+    succeed("select_coreset.py", *flags, f"--out={tmp_path / 'old.npz'}")
+    old, content = results(tmp_path)
+    assert "initialization" not in content["settings"]
+    monkeypatch.setitem(MODELS, "small_mlp", replace(MODELS["small_mlp"], initialization="default"))
+    succeed("select_coreset.py", *flags, f"--out={tmp_path / 'new.npz'}")
+    (new,) = set(tmp_path.rglob("results.json")) - {old}
+    assert json.loads(new.read_text())["settings"]["initialization"] == "default"
 
 
 def test_an_experiment_records_it_too(blobs, tmp_path, monkeypatch):
