@@ -65,6 +65,7 @@ def main() -> None:
     run = HessianRun(args, networks, read_scores(args, networks))
     if not args.overwrite and run.files.is_done(run.settings):
         print("done already, with these settings; --overwrite measures anew")
+        run.forget_state()
         report(run.files.read_record())
     else:
         report(run.measure()[1])

@@ -17,8 +17,7 @@ With --selection FILE it trains on a selection of anyone's making.
 
 from argparse import Namespace
 
-from src.artifacts import claim
-from src.errors import FileError
+from src.artifacts import sole
 from src.scripting import Parser, run_script
 from src.settings import (
     add_compute_flags,
@@ -61,9 +60,7 @@ def main() -> None:
         if not session.group.leads:
             run.train()
             return
-        with claim(run.claim) as mine:
-            if not mine:
-                raise FileError(f"{run.claim.parent}: another process is training this run; wait for it")
+        with sole(run.claim, "training this run"):
             history = run.train()
         print(f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}")
         print(session.files(run.experiment).checkpoints)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mpe.orders import as_positions, shuffle_seeds
 from mpe.retraining_files import RetrainingFiles
 from mpe.retraining_run import RetrainSettings, Run
+from src.artifacts import sole
 from src.training.ensemble import Ensemble, vectorised_is_faster
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def retrain(
         The measured arrays of all chunks, joined along their first axis.
 
     Raises:
-        FileError: ``folder`` holds results of other settings, or cannot be written.
+        FileError: ``folder`` holds results of other settings, cannot be written, or another process works in it.
         TrainingError: A loss is not finite.
         ValueError: Arguments do not belong together.
     """
@@ -103,11 +104,13 @@ def retrain(
     if vectorised is None:
         vectorised = vectorised_is_faster(model, next(model.parameters()).device, settings.batch_size)
     run = Run(model, images, labels, left_out, settings, seeds, permutation, deltas, vectorised, rate_flag)
-    files = None
-    if folder is not None:
-        files = RetrainingFiles(Path(folder), {**(key or {}), **run.facts()}, save_seconds)
+    after_chunk = after_chunk or (lambda arrays, done: None)
+    if folder is None:
+        return _all_chunks(run, None, chunk, measure, measure_each, after_chunk)
+    files = RetrainingFiles(Path(folder), {**(key or {}), **run.facts()}, save_seconds)
+    with sole(files.claim, "retraining these models"):
         files.start(resume=resume, overwrite=overwrite)
-    return _all_chunks(run, files, chunk, measure, measure_each, after_chunk or (lambda arrays, done: None))
+        return _all_chunks(run, files, chunk, measure, measure_each, after_chunk)
 
 
 def _all_chunks(
@@ -124,6 +127,8 @@ def _all_chunks(
     if done:
         log.info("%d of %d networks were retrained before", done, count)
         after_chunk(_joined(parts), done)
+    if files and done == count:
+        files.forget_states()
     begun = files.chunk_around(done, count) if files and measure_each else None
     chunks = [begun] if begun else []
     start = begun.stop if begun else done

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from src.artifacts import (
+    CLAIM_NAME,
     differences,
     read_checkpoint,
     read_json,
@@ -74,6 +75,11 @@ class RetrainingFiles:
                 file.unlink()
         write_json(path, self.settings)
 
+    @property
+    def claim(self) -> Path:
+        """The lock of the process that retrains."""
+        return self.folder / CLAIM_NAME
+
     def finished(self, count: int) -> tuple[list[dict[str, np.ndarray]], int]:
         """The arrays of finished chunks, from network 0 on without a gap, and how many networks they are of.
 
@@ -111,8 +117,11 @@ class RetrainingFiles:
     def finish(self, numbers: range, part: Mapping[str, np.ndarray], *, last: bool = True) -> None:
         """Write what was measured; after a chunk's last networks, remove what only an unfinished one needs."""
         write_npz(self._chunk(numbers), **part)
-        if not last:
-            return
+        if last:
+            self.forget_states()
+
+    def forget_states(self) -> None:
+        """Remove what only an unfinished chunk needs."""
         for file in self.folder.iterdir():
             if _STATE.fullmatch(file.name):
                 file.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Every file of the project: its name, how it is written (atomically) and how it is read (safely)."""
 
-from src.artifacts.claims import claim, claim_holder, claimed
+from src.artifacts.claims import claim, claim_holder, claimed, sole
 from src.artifacts.paths import (
+    CLAIM_NAME,
     PACKAGED_SCORES,
     PICKLE_PLOTS,
     PICKLES,
@@ -61,6 +62,7 @@ from src.artifacts.writing import (
 )
 
 __all__ = [
+    "CLAIM_NAME",
     "DEFAULTS",
     "PACKAGED_SCORES",
     "PICKLES",
@@ -107,6 +109,7 @@ __all__ = [
     "save_figure",
     "score_path",
     "selection_path",
+    "sole",
     "spectrum_figure_name",
     "spectrum_figure_stem",
     "split_experiment",

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,7 +20,11 @@ from src.errors import FileError
 log = logging.getLogger(__name__)
 
 _POLL = 0.25  # seconds between two tries: short beside any training, long beside a file server's answer
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class NoLocksError(FileError):
+    """A file system has no locks."""
 
 
 @contextmanager
@@ -71,6 +75,30 @@ def claimed(path: str | Path, waiting: str = "another process works on this") ->
         lock.release()
 
 
+@contextmanager
+def sole(path: str | Path, doing: str) -> Iterator[None]:
+    """Claim work that one process alone may do; stop where another process is doing it.
+
+    A file system without locks costs this protection, and a warning, not the work.
+
+    Args:
+        path: The lock file, as of :func:`claim`.
+        doing: What the other process is doing, for the message, such as ``"training this run"``.
+
+    Raises:
+        FileError: Another process holds the claim, or the file cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            mine = held.enter_context(claim(path))
+        except NoLocksError as error:
+            log.warning("%s", error)
+            mine = True
+        if not mine:
+            raise FileError(f"{Path(path).parent}: another process is {doing} ({claim_holder(path)}); wait for it")
+        yield
+
+
 def claim_holder(path: str | Path) -> str:
     """Who locked the file last, as ``host NAME, process ID``, for messages: it may have ended since."""
     with suppress(OSError):
@@ -106,8 +134,8 @@ def _acquire(lock: FileLock, *, blocking: bool) -> bool:
     except Timeout:  # also an OSError, so it comes first
         return False
     except OSError as error:
-        if error.errno in _NO_LOCKS:
-            raise FileError(
+        if error.errno in _NO_LOCK_ERRORS:
+            raise NoLocksError(
                 f"{path}: cannot be locked, its file system has no locks ({error.strerror}); "
                 "choose a folder on a local disk, or one whose file system is mounted with locks"
             ) from error

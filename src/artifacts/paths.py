@@ -26,6 +26,7 @@ SCORE_FOLDERS = {
     "mpe": "mpe",
 }
 
+CLAIM_NAME = "claim.lock"
 SAMIS_FILES = {"loss": "nn_loss_diff_score.npz", "prob": "nn_prob_diff_score.npz"}
 
 
@@ -66,7 +67,7 @@ def selection_path(models_folder: str | Path, experiment: str, seed: int) -> Pat
 
 def claim_path(models_folder: str | Path, experiment: str, seed: int) -> Path:
     """The lock of the process that works on a run."""
-    return experiment_folder(models_folder, experiment, seed) / "claim.lock"
+    return experiment_folder(models_folder, experiment, seed) / CLAIM_NAME
 
 
 def comparison_stem(plots_folder: str | Path, dataset: str, model: str, name: str) -> Path:

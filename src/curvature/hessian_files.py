@@ -36,6 +36,11 @@ class HessianFiles:
         """The folder of an interrupted measurement."""
         return self.path.with_suffix(".state")
 
+    @property
+    def claim(self) -> Path:
+        """The lock of the process that measures it."""
+        return self.path.with_suffix(".lock")
+
     def is_done(self, settings: dict[str, Any]) -> bool:
         """Whether a spectrum of these settings is there.
 

@@ -19,6 +19,7 @@ from src.artifacts import (
     label_hash,
     refuse_other_settings,
     require_writable,
+    sole,
     without_idle,
 )
 from src.curvature.basis import basis_bytes
@@ -124,10 +125,14 @@ class HessianRun:
 
         Raises:
             MeasurementError: Something is not finite.
-            FileError: A file cannot be written, or the state does not fit.
+            FileError: A file cannot be written, the state does not fit, or another process is measuring it.
         """
-        args, operator, plan = self.args, self.operator, self.plan
         require_writable(self.files.path.parent)
+        with sole(self.files.claim, "measuring this spectrum"):
+            return self._measure()
+
+    def _measure(self) -> tuple[Spectrum, dict[str, Any]]:
+        args, operator, plan = self.args, self.operator, self.plan
         self._announce()
         began = time.monotonic()
         state = SpectrumState(self.files.state, self.settings)
@@ -156,6 +161,10 @@ class HessianRun:
         self.files.write(spectrum, record)
         state.clear()
         return spectrum, record
+
+    def forget_state(self) -> None:
+        """Remove the state of a measurement that ended before it removed its state itself."""
+        SpectrumState(self.files.state, self.settings).clear()
 
     def _announce(self) -> None:
         """Say what memory the vectors take: usually, and at most."""

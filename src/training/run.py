@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from src.artifacts import (
+    CLAIM_NAME,
     checkpoint_name,
     differences,
     dynamics_row_name,
@@ -21,6 +23,7 @@ from src.artifacts import (
     refuse_other_settings,
     require_writable,
     resume_name,
+    sole,
     write_checkpoint,
     write_json,
     write_npz,
@@ -57,6 +60,11 @@ class RunFiles:
     def row(self, epoch: int) -> Path:
         """The recorded dynamics of an epoch."""
         return self.resume / dynamics_row_name(epoch)
+
+    @property
+    def claim(self) -> Path:
+        """The lock of the process that trains the run."""
+        return self.checkpoints / CLAIM_NAME
 
     @property
     def results(self) -> Path:
@@ -119,16 +127,17 @@ def run_training(
         The history: one record per epoch.
 
     Raises:
-        FileError: The folders hold a run of other settings.
+        FileError: The folders hold a run of other settings, or another process is training in them.
         TrainingError: The loss is not finite.
     """
     run = _Run(trainer, files, dict(settings), dict(description), save_epochs, measure)
-    started = resume and run.resume(overwrite)
-    if not started:
-        run.start(overwrite)
-    trainer.group.wait()
-    trainer.fit(run.after_epoch)
-    trainer.group.wait()
+    with sole(files.claim, "training this run") if trainer.group.leads else nullcontext():
+        started = resume and run.resume(overwrite)
+        if not started:
+            run.start(overwrite)
+        trainer.group.wait()
+        trainer.fit(run.after_epoch)
+        trainer.group.wait()
     return trainer.history
 
 
@@ -254,9 +263,6 @@ class _Run:
         state = {"format": STATE_FORMAT, "epoch": epoch, "settings": self.settings, **trainer.state()}
         write_checkpoint(files.state(epoch), state)
         self._finish_epoch()
-        for old in files.states():  # also later ones, of a run that this one replaces: they would be resumed first
-            if not epoch - _KEEP_STATES < old <= epoch:
-                files.state(old).unlink(missing_ok=True)
         record = trainer.history[-1]
         log.info(
             "epoch %d/%d: train loss %.5f accuracy %.2f %%, test loss %.5f accuracy %.2f %%, %.1f s",
@@ -286,6 +292,9 @@ class _Run:
             for path in targets:
                 write_checkpoint(path, {**state, "settings": self.settings})
         self._write_results()
+        for old in files.states():  # also later ones, of a run that this one replaces: they would be resumed first
+            if not epoch - _KEEP_STATES < old <= epoch:
+                files.state(old).unlink(missing_ok=True)
 
     def _write_results(self) -> None:
         trainer = self.trainer

@@ -14,7 +14,7 @@ import filelock._unix
 import pytest
 from support import ROOT
 
-from src.artifacts import claim, claim_holder, claimed
+from src.artifacts import claim, claim_holder, claimed, sole
 from src.errors import FileError
 
 SERVER = multiprocessing.get_context("forkserver")  # fresh processes that inherit no open file
@@ -219,3 +219,13 @@ def test_a_disk_that_takes_no_name_still_takes_the_claim(tmp_path, monkeypatch, 
         assert mine
     assert claim_holder(path) == "an unknown process"
     assert claim_holder(tmp_path / "missing") == "an unknown process"
+
+
+def test_sole_work_goes_on_without_locks_and_says_so(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock._unix.fcntl, "flock", no_locks)
+    with sole(tmp_path / "claim.lock", "training this run"):
+        pass
+    assert "no locks" in caplog.text

@@ -87,7 +87,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, at, k
     assert np.array_equal(whole["logits"], resumed["logits"])
     assert calls == [(2, 2), (4, 4)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "networks_0_2.npz", "networks_2_4.npz", "settings.json",
+        "claim.lock", "networks_0_2.npz", "networks_2_4.npz", "settings.json",
     ]  # fmt: skip
 
 
@@ -156,11 +156,11 @@ def test_a_damaged_chunk_is_retrained(tmp_path, caplog):
 )
 def test_a_folder_of_other_settings_is_refused(tmp_path, change, word, resume):
     run(folder=tmp_path, key={"dataset": "mine"})
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.[!l]*"))
     change = {"settings": SETTINGS, "key": {"dataset": "mine"}, **change}
     with pytest.raises(FileError, match=rf"{tmp_path}: holds results of other settings: .*{word}"):
         run(folder=tmp_path, resume=resume, **change)
-    assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.[!l]*")) == before
     replaced = run(folder=tmp_path, resume=resume, overwrite=True, **change)
     assert np.array_equal(replaced["logits"], run(**change)["logits"])
     stored = json.loads((tmp_path / "settings.json").read_text())

@@ -1,11 +1,13 @@
 """Runs that are killed or interrupted, as a user's are."""
 
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 import torch
+from refusals import FILE, refuse
 from support import TRAIN, folders, start, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, read_npz, read_pickle
@@ -108,3 +110,25 @@ def test_two_processes_at_once_make_the_splits_once(blobs, tmp_path):
     found = sorted(path.name for path in (tmp_path / "datasets" / "splits").rglob("*") if path.is_file())
     assert found == sorted(f"val_{i}.txt" for i in range(1, 11))
     assert succeed("train_split.py", *flags, "--samis_validation_split_index=3").status == 0
+
+
+def test_a_second_process_may_not_train_the_same_run(blobs, tmp_path):
+    flags = (f"--dataset=npz:{blobs}", *FLAGS, "--lr_sched=const", *folders(tmp_path, *TRAIN))
+    process = start("train_full.py", *flags, "--epochs=2000", "--save_epochs=last")
+    folder = f"standard_resnet8_over_{_name(blobs)}_with_sam_sched_const/seed_1"
+    wait_for(tmp_path / "resume_ckpts" / folder / "epoch=1.pth.tar", process)
+    refuse("train_full.py", *flags, "--learning_rate=0.1", "--overwrite", status=FILE,
+           says=(f"{folder}: another process is training this run", "wait for it"))  # fmt: skip
+    process.kill()
+    process.communicate()
+    assert succeed("train_full.py", *flags, "--learning_rate=0.1", "--overwrite", "--epochs=1").status == 0
+
+
+def test_resuming_removes_states_that_a_kill_left(blobs, tmp_path):
+    flags = (f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=4", "--batch_size=64", "--lr_sched=const",
+             "--learning_rate=0.01", "--resume", *folders(tmp_path, *TRAIN))  # fmt: skip
+    succeed("train_full.py", *flags)
+    state = only(tmp_path, "resume_ckpts/*/seed_1/epoch=4.pth.tar")
+    shutil.copy(state, state.with_name("epoch=2.pth.tar"))
+    succeed("train_full.py", *flags)
+    assert sorted(path.name for path in state.parent.iterdir()) == ["epoch=3.pth.tar", "epoch=4.pth.tar"]
