@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from src.errors import FlagError
+from src.errors import ArgumentError
 from src.precisions import Precision
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
         local_rank: The process's number on this machine; with None or ``"cuda"`` it chooses the GPU.
 
     Raises:
-        FlagError: There is no such device on this machine.
+        ArgumentError: There is no such device on this machine.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text is None:
@@ -34,10 +34,10 @@ def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     index = local_rank % max(gpus, 1) if text == "cuda" else text.removeprefix("cuda:")
     if not str(index).isdigit():
-        raise FlagError(f"--device {text}: unknown; give cpu, cuda, or the index of a GPU")
+        raise ArgumentError("device", f"{text}: unknown; give cpu, cuda, or the index of a GPU")
     if int(index) >= gpus:
         found = f"{gpus} GPU(s); give cpu or an index below {gpus}" if gpus else "no GPU; give cpu"
-        raise FlagError(f"--device {text}: this machine has {found}")
+        raise ArgumentError("device", f"{text}: this machine has {found}")
     return torch.device("cuda", int(index))
 
 

@@ -52,7 +52,7 @@ def make_groups(
         Groups in the order of the labels.
 
     Raises:
-        FlagError: The fraction or the shots do not fit the candidates.
+        ArgumentError: The fraction or the shots do not fit the candidates.
     """
     labels = np.asarray(labels)
     sizes = np.bincount(labels, minlength=num_classes)
@@ -60,12 +60,14 @@ def make_groups(
         _check_shots(shots, shots_up_to, sizes, per_class, class_names)
         budgets = np.minimum(sizes, shots_up_to if shots is None else shots)
     elif fraction is None or not 0.0 < fraction <= 1.0:
-        raise FlagError(f"--coreset_fraction {fraction}: must be above 0 and at most 1")
+        raise ArgumentError("fraction", f"{fraction}: must be above 0 and at most 1", "--coreset_fraction")
     elif not per_class:
         budget = total_budget(len(labels), fraction)
         if not budget:
-            raise FlagError(
-                f"--coreset_fraction {fraction:g}: keeps none of {len(labels)} examples; give a larger one"
+            raise ArgumentError(
+                "fraction",
+                f"{fraction:g}: keeps none of {len(labels)} examples; give a larger one",
+                "--coreset_fraction",
             )
         return [Group(np.arange(len(labels)), budget)]
     else:
@@ -82,7 +84,7 @@ def _check_shots(
     if count < 1:
         raise ArgumentError(name, f"{count}: must be at least 1")
     if not per_class:
-        raise ArgumentError(name, ": counts examples per class; leave --per_class on")
+        raise ArgumentError(name, ": counts examples per class; leave per_class on")
     present = np.flatnonzero(sizes)
     smallest = present[sizes[present].argmin()]
     if shots is not None and shots > sizes[smallest]:

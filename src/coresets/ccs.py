@@ -8,7 +8,7 @@ import numpy as np
 from src import draws
 from src.coresets.material import Group, Material, Options, Selection
 from src.coresets.ranked import checked_scores
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +108,13 @@ def ccs(material: Material, groups: Sequence[Group], options: Options) -> Select
         options: ``ccs_cutoff`` in [0, 1) or None, ``ccs_bins`` at least 1.
 
     Raises:
-        FlagError: An option is out of range.
+        ArgumentError: An option is out of range.
         FileError: A candidate has no finite score.
     """
     if options.ccs_cutoff is not None and not 0.0 <= options.ccs_cutoff < 1.0:
-        raise FlagError(f"--ccs_cutoff {options.ccs_cutoff}: must be at least 0 and below 1")
+        raise ArgumentError("ccs_cutoff", f"{options.ccs_cutoff}: must be at least 0 and below 1")
     if options.ccs_bins < 1:
-        raise FlagError(f"--ccs_bins {options.ccs_bins}: must be at least 1")
+        raise ArgumentError("ccs_bins", f"{options.ccs_bins}: must be at least 1")
     scores = finite_scores(material, "ccs")
     generator = draws.numpy_generator(material.seed, 0, "ccs")
     picks, capped = [], 0

@@ -9,7 +9,7 @@ import torch
 
 from src.coresets.ccs import finite_scores
 from src.coresets.material import Group, Material, Options, Selection
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 _FORWARD_DECAY = 1.0  # gamma_f
 _ROWS = 256  # of distances at once, at most: more is not faster
@@ -172,13 +172,13 @@ def d2(material: Material, groups: Sequence[Group], options: Options) -> Selecti
         options: ``d2_neighbors`` and ``d2_gamma``, at least 0; ``selection_memory``.
 
     Raises:
-        FlagError: An option is out of range.
+        ArgumentError: An option is out of range.
         FileError: A candidate has no finite score.
     """
     if options.d2_neighbors < 0:
-        raise FlagError(f"--d2_neighbors {options.d2_neighbors}: must be at least 0")
+        raise ArgumentError("d2_neighbors", f"{options.d2_neighbors}: must be at least 0")
     if not 0 <= options.d2_gamma < np.inf:
-        raise FlagError(f"--d2_gamma {options.d2_gamma}: must be a number of at least 0")
+        raise ArgumentError("d2_gamma", f"{options.d2_gamma}: must be a number of at least 0")
     scores = finite_scores(material, "d2")
     embeddings = material.networks[0].embeddings
     picks = []

@@ -7,7 +7,7 @@ import numpy as np
 from src import draws
 from src.coresets.material import Group, Material, Options, Selection
 from src.coresets.ranked import checked_scores, keep_by_rank
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 _CONCENTRATION = 15.0  # C = alpha + beta
 _EDGE = 1e-6  # the density has poles at 0 and 1
@@ -90,14 +90,14 @@ def dual(material: Material, groups: Sequence[Group], options: Options) -> Selec
         options: ``dual_beta``, ``dual_c`` above 0 (``score_window`` is read where the scores are made).
 
     Raises:
-        FlagError: ``dual_c`` is out of range.
+        ArgumentError: ``dual_c`` is out of range.
         FileError: A candidate has no score.
     """
     scores = checked_scores(material, "dual")
     if not options.dual_beta:
         return keep_by_rank(scores, groups, highest=True, what="dual")
     if not 0 < options.dual_c < np.inf:
-        raise FlagError(f"--dual_c {options.dual_c}: must be a number above 0")
+        raise ArgumentError("dual_c", f"{options.dual_c}: must be a number above 0")
     predictions = mean_predictions(np.asarray(material.dynamics["probability"]))
     mu = float(predictions[scores == scores.max()].mean())
     generator = draws.numpy_generator(material.seed, 0, "dual")

@@ -13,7 +13,7 @@ from src.coresets.budgets import total_budget
 from src.coresets.gradmatch import first_largest
 from src.coresets.last_layer import gradient_sum, products_with
 from src.coresets.material import Group, LastLayer, Material, Options, Selection, errors_of
-from src.errors import FlagError, UserError
+from src.errors import ArgumentError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ def glister(material: Material, groups: Sequence[Group], options: Options) -> Se
     Memory: n (C + d) numbers of 8 bytes, and n |V| where |V| is below d and those fit in ``selection_memory``.
 
     Raises:
-        FlagError: The step is negative, or there is no pick between two refreshes.
+        ArgumentError: The step is negative, or there is no pick between two refreshes.
         UserError: The network's gradients are not finite.
     """
     if not 0.0 <= options.glister_eta < math.inf:
-        raise FlagError(f"--glister_eta {options.glister_eta}: must be at least 0 and finite")
+        raise ArgumentError("glister_eta", f"{options.glister_eta}: must be at least 0 and finite")
     if options.glister_refresh < 1:
-        raise FlagError(f"--glister_refresh {options.glister_refresh}: must be at least 1")
+        raise ArgumentError("glister_refresh", f"{options.glister_refresh}: must be at least 1")
     network, labels = material.networks[0], np.asarray(material.labels)
     held = held_out(labels, material.num_classes, material.seed)
     picks = []

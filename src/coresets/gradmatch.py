@@ -20,7 +20,7 @@ import torch
 from src import draws
 from src.coresets.last_layer import gradient_norms, gradient_sum, inner_products, products_with
 from src.coresets.material import Group, Material, Options, Selection
-from src.errors import FlagError, UserError
+from src.errors import ArgumentError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ def gradmatch(material: Material, groups: Sequence[Group], options: Options) -> 
     itself (C (d + 1) numbers) takes its place, and a pick costs n C d + k^2.
 
     Raises:
-        FlagError: The ridge is negative.
+        ArgumentError: The ridge is negative.
         UserError: The network's gradients are not finite.
     """
     ridge = options.gradmatch_lambda
     if not 0.0 <= ridge < math.inf:
-        raise FlagError(f"--gradmatch_lambda {ridge}: must be at least 0 and finite")
+        raise ArgumentError("gradmatch_lambda", f"{ridge}: must be at least 0 and finite")
     network, generator = material.networks[0], draws.numpy_generator(material.seed, 0, "gradmatch fill")
     picks, weights, filled = [], [], 0
     for group in groups:

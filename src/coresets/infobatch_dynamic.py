@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from src import draws
-from src.errors import FlagError
+from src.errors import ArgumentError, FlagError
 from src.models.restoring import copy_tensor
 from src.training import Group
 
@@ -55,9 +55,14 @@ class InfoBatchPlan:
         device: torch.device | str = "cpu",
     ) -> None:
         if not 0.0 <= prune_ratio < 1.0:
-            raise FlagError(f"--coreset_fraction {1 - prune_ratio:g}: must be above 0 and at most 1")
+            raise FlagError(
+                f"prune_ratio {prune_ratio:g}: must be at least 0 and below 1",
+                f"--coreset_fraction {1 - prune_ratio:g}: must be above 0 and at most 1",
+            )
         if not 0.0 <= delta <= 1.0:
-            raise FlagError(f"--infobatch_delta {delta:g}: is a share of the epochs; give a number from 0 to 1")
+            raise ArgumentError(
+                "delta", f"{delta:g}: is a share of the epochs; give a number from 0 to 1", "--infobatch_delta"
+            )
         self.prune_ratio, self.seed, self.delta = prune_ratio, seed, delta
         self.pruned_epochs = math.floor(delta * epochs + _ROUNDING)
         self._indices = indices.cpu()

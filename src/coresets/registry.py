@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from src.coresets.material import Group, Material, Options, Selection
-from src.errors import FlagError
+from src.errors import ArgumentError
 from src.lazy import later
 
 Select = Callable[[Material, Sequence[Group], Options], Selection]
@@ -279,10 +279,10 @@ def find_method(name: str) -> Method:
     """The method of a name.
 
     Raises:
-        FlagError: There is none.
+        ArgumentError: There is none.
     """
     if name not in METHODS:
-        raise FlagError(f"--coreset_func {name}: unknown; choose from {', '.join(METHODS)}")
+        raise ArgumentError("method", f"{name}: unknown; choose from {', '.join(METHODS)}", "--coreset_func")
     return METHODS[name]
 
 

@@ -303,9 +303,10 @@ def find_run(
     if len(found) == 1:
         return found[0]
     if found:
+        runs = f"{len(found)} runs match, choose one"
         raise FlagError(
-            f"--exp: {len(found)} runs match, choose one with --exp NAME, or --optimizer and --lr_sched: "
-            + ", ".join(found)
+            f"{folder}: {runs} of {', '.join(found)}",
+            f"--exp: {runs} with --exp NAME, or --optimizer and --lr_sched: {', '.join(found)}",
         )
     raise FileError(
         f"{folder}: no recorded dynamics of {' or '.join(patterns)}; "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.errors import FlagError
+from src.errors import ArgumentError, FlagError
 
 
 class Overlap(NamedTuple):
@@ -85,10 +85,10 @@ def top_overlap(a: np.ndarray, b: np.ndarray, fraction: float = 0.1) -> float:
     The highest are the last of a stable sort. 1 is full agreement, ``fraction`` is chance.
 
     Raises:
-        FlagError: ``fraction`` is not in (0, 1].
+        ArgumentError: ``fraction`` is not in (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise FlagError(f"--fraction: {fraction} is out of range; give a share in (0, 1]")
+        raise ArgumentError("fraction", f"{fraction}: must be a share in (0, 1]")
     a, b, _ = _pairs(a, b)
     k = max(1, round(fraction * len(a)))
     top_a, top_b = np.argsort(a, kind="stable")[-k:], np.argsort(b, kind="stable")[-k:]

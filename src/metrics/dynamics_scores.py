@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 WINDOW = 10  # epochs; J of DUAL, Dyn-Unc and TDDS, and the early epochs of EL2N
 
@@ -35,8 +35,9 @@ def _std(values: np.ndarray) -> np.ndarray:
 def _window(epochs: int, wanted: int, score: str) -> int:
     """The window's length: ``wanted``, or all epochs of a shorter run."""
     if min(epochs, wanted) < 2:
-        raise FlagError(
-            f"--modes: {score} needs at least 2 recorded epochs, there are {epochs}; leave it out, or train longer"
+        raise ArgumentError(
+            "modes",
+            f"{score}: needs at least 2 recorded epochs, there are {epochs}; leave it out, or train longer",
         )
     return min(epochs, wanted)
 
@@ -128,10 +129,10 @@ def el2n(error_norm: np.ndarray, first: int = 1, last: int = WINDOW) -> np.ndarr
     Paul et al., NeurIPS 2021, definition 2.4: an early score. ``last`` beyond the run means its last epoch.
 
     Raises:
-        FlagError: The window holds no epoch.
+        ArgumentError: The window holds no epoch.
     """
     if not 1 <= first <= min(last, len(error_norm)):
-        raise FlagError(f"--el2n_epochs: {first} to {last} is no window of a run of {len(error_norm)} epochs")
+        raise ArgumentError("el2n_epochs", f"{first} {last}: is no window of a run of {len(error_norm)} epochs")
     return _mean(error_norm[first - 1 : last])
 
 

@@ -19,7 +19,7 @@ from src.artifacts import (
     without_idle,
 )
 from src.datasets import Batches, ImageSet
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.metrics.samis import PairScores, score_batch
 from src.models.modes import evaluating
 from src.training import (
@@ -107,7 +107,7 @@ def find_pairs(query: Query, protocol: str) -> tuple[str, list[Pair]]:
 
     Raises:
         FileError: Checkpoints are missing; the message says which, and the command that makes the first.
-        FlagError: Several schedules fit.
+        ArgumentError: Several schedules fit.
     """
     kinds = {"split": SPLITS, "full": (None,)}
     wanted = ("split", "full") if protocol == "auto" else (protocol,)
@@ -123,7 +123,7 @@ def find_pairs(query: Query, protocol: str) -> tuple[str, list[Pair]]:
                 missing[kind] = absent
         if len(complete) > 1:
             names = ", ".join(pairs[0].lr_sched for pairs in complete)
-            raise FlagError(f"--lr_sched: runs of {len(complete)} schedules fit; choose one of {names}")
+            raise ArgumentError("lr_sched", f": runs of {len(complete)} schedules fit; choose one of {names}")
         if complete:
             return kind, complete[0]
     # Speak of the protocol that lacks the smaller share of its runs.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
 from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
-from src.errors import FlagError
+from src.errors import ArgumentError, FlagError
 
 BINS = 50
 PASTEL = matplotlib.colormaps["tab20"].colors[1::2]  # ten light colours
@@ -100,10 +100,10 @@ def shares(indices: np.ndarray, values: np.ndarray, label: str, title: str, plot
         plot: ``"scatter"`` or ``"line"``.
 
     Raises:
-        FlagError: ``plot`` is neither.
+        ArgumentError: ``plot`` is neither.
     """
     if plot not in ("scatter", "line"):
-        raise FlagError(f"plot: {plot!r} is not known; choose scatter or line")
+        raise ArgumentError("plot", f"{plot!r}: unknown; choose scatter or line")
     with matplotlib.rc_context(FIGURE_STYLE):
         figure, axes = _figure(12, 6, f"{title} ({len(indices):,} examples)")
         style = {"s": 9, "lw": 0} if plot == "scatter" else {"lw": 0.6}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.errors import FlagError
+from src.errors import ArgumentError, FlagError
 from src.lazy import later
 
 if TYPE_CHECKING:
@@ -146,20 +146,24 @@ def build_model(
     import torch
 
     if name not in MODELS:
-        raise FlagError(f"--model: there is no {name!r}; choose one of {', '.join(MODELS)}")
+        raise ArgumentError("model", f"{name!r}: unknown; choose from {', '.join(MODELS)}")
     entry = MODELS[name]
-    for flag, value in (("num_classes", num_classes), ("--channels", in_channels), ("--image_size", image_size)):
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
         if value < 1:
-            raise FlagError(f"{flag}: {value} is not possible; it must be at least 1")
+            raise ArgumentError(argument, f"{value}: must be at least 1")
     smallest = entry.smallest(in_channels)
     if image_size < smallest:
+        problem = (
+            f"{name}: takes images of {in_channels} channels from {smallest}x{smallest} pixels on, and these are "
+            f"{image_size}x{image_size}"
+        )
         raise FlagError(
-            f"--model {name} takes images of {in_channels} channels from {smallest}x{smallest} pixels on, and these "
-            f"are {image_size}x{image_size}; choose --image_size {smallest} or more, or another --model"
+            f"model {problem}; choose larger images, or another model",
+            f"--model {problem}; choose --image_size {smallest} or more, or another --model",
         )
     if pretrained and entry.pretrain is None:
         able = ", ".join(other.name for other in MODELS.values() if other.pretrain)
-        raise FlagError(f"--pretrained: there are no weights for --model {name}; only for {able}")
+        raise ArgumentError("pretrained", f": there are no weights for {name}; only for {able}")
     # Only the CPU's generator is forked and seeded: every draw below is the CPU's.
     place = "meta" if torch.empty(0).device.type == "meta" else "cpu"
     with torch.random.fork_rng(devices=[]), torch.device(place):

@@ -150,7 +150,7 @@ def load_pretrained(network: ViT, source: bool | str | Path) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise FileError(
-            f"--pretrained: {where} is not a state dict of torchvision's vit_b_16 ({reason}); give such a file"
+            f"{where} is not a state dict of torchvision's vit_b_16 ({reason}); give such a file"
         ) from error
 
 
@@ -158,9 +158,10 @@ def _download() -> dict[str, torch.Tensor]:
     try:
         return torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
+        problem = f"torchvision's vit_b_16 weights could not be downloaded ({error}); "
         raise FileError(
-            f"--pretrained: torchvision's vit_b_16 weights could not be downloaded ({error}); "
-            "give the path of a local state dict instead"
+            f"{problem}give the path of a local state dict instead",
+            f"--pretrained: {problem}give --pretrained=FILE, a local state dict",
         ) from error
 
 

@@ -55,7 +55,7 @@ class IBLR(Optimizer):
             from ivon import IVON  # GPL-3: needed by those who use iBLR, by no one else
         except ImportError as error:
             raise UserError(
-                "--optimizer iblr needs the package ivon-opt; install it with 'pip install ivon-opt'"
+                "the optimizer iblr needs the package ivon-opt; install it with 'pip install ivon-opt'"
             ) from error
         params = [p for p in params if p.requires_grad]
         super().__init__([{"params": params}], {})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from src.errors import FlagError
+from src.errors import ArgumentError, FlagError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +88,10 @@ def _iblr(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimi
         raise ValueError("iblr needs num_examples, the number of training examples")
     delta = settings.delta
     if delta is not None and settings.weight_decay > 0.0:
-        raise FlagError("--delta and --weight_decay both set the prior of iblr; give one of them")
+        raise FlagError(
+            "delta and weight_decay both set the prior of iblr; give one of them",
+            "--delta and --weight_decay both set the prior of iblr; give one of them",
+        )
     if delta is None:
         delta = settings.weight_decay * settings.num_examples or DEFAULT_DELTA
     hess_init = DEFAULT_HESS_INIT if settings.hess_init is None else settings.hess_init
@@ -151,28 +154,29 @@ def build_optimizer(
         ValueError: If iblr is built without ``num_examples``.
     """
     if name not in OPTIMIZERS:
-        raise FlagError(f"--optimizer '{name}' is unknown; choose from {', '.join(OPTIMIZERS)}")
-    _check("--learning_rate", lr, above=0.0)
-    _check("--momentum", momentum, at_least=0.0, below=1.0)
-    _check("--weight_decay", weight_decay, at_least=0.0)
-    _check("--rho", rho, at_least=0.0)
-    _check("--delta", delta, above=0.0)
-    _check("--hess_init", hess_init, above=0.0)
+        raise ArgumentError("optimizer", f"{name!r}: unknown; choose from {', '.join(OPTIMIZERS)}")
+    _check("lr", lr, above=0.0, flag="--learning_rate")
+    _check("momentum", momentum, at_least=0.0, below=1.0)
+    _check("weight_decay", weight_decay, at_least=0.0)
+    _check("rho", rho, at_least=0.0)
+    _check("delta", delta, above=0.0)
+    _check("hess_init", hess_init, above=0.0)
     if delta is not None and not OPTIMIZERS[name].needs_sampling:
-        raise FlagError(f"--delta: is the prior precision of iblr; leave it out with --optimizer {name}")
+        raise ArgumentError("delta", f": is the prior precision of iblr; leave it out with {name}")
     if nesterov and not OPTIMIZERS[name].has_nesterov:
         able = ", ".join(entry.name for entry in OPTIMIZERS.values() if entry.has_nesterov)
-        raise FlagError(f"--nesterov: is a momentum of {able} alone; leave it out with --optimizer {name}")
+        raise ArgumentError("nesterov", f": is a momentum of {able} alone; leave it out with {name}")
     if nesterov and momentum == 0.0:
-        raise FlagError("--nesterov: needs a momentum; give --momentum above 0, or leave it out")
+        raise ArgumentError("nesterov", ": needs a momentum above 0; give one, or leave it out")
     settings = OptimizerSettings(lr, momentum, weight_decay, rho, adaptive, num_examples, delta, hess_init, nesterov)
     return OPTIMIZERS[name].build(list(parameters), settings)
 
 
 def _check(
-    flag: str,
+    name: str,
     value: float | None,
     *,
+    flag: str | None = None,
     above: float = -math.inf,
     at_least: float = -math.inf,
     below: float = math.inf,
@@ -181,4 +185,4 @@ def _check(
         return
     limits = {"greater than": above, "at least": at_least, "below": below}
     wanted = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if math.isfinite(limit))
-    raise FlagError(f"{flag} must be a finite number {wanted}, not {value}")
+    raise ArgumentError(name, f"{value}: must be a finite number {wanted}", flag)

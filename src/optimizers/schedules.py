@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 Share = Callable[[int, int], float]
 
@@ -54,13 +54,13 @@ def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> f
         The rate to use throughout the epoch.
 
     Raises:
-        FlagError: If the schedule is unknown, or the floor is not between 0 and ``lr``.
+        ArgumentError: If the schedule is unknown, or the floor is not between 0 and ``lr``.
         ValueError: If the epoch lies outside the run.
     """
     if name not in SCHEDULES:
-        raise FlagError(f"--lr_sched '{name}' is unknown; choose from {', '.join(SCHEDULES)}")
+        raise ArgumentError("schedule", f"{name!r}: unknown; choose from {', '.join(SCHEDULES)}", "--lr_sched")
     if not 0.0 <= floor <= lr:
-        raise FlagError(f"--lr_min must be between 0 and the learning rate {lr:g}, not {floor:g}")
+        raise ArgumentError("floor", f"{floor:g}: must be between 0 and the learning rate {lr:g}", "--lr_min")
     if not 1 <= epoch <= epochs:
         raise ValueError(f"epoch {epoch} is not one of the run's epochs 1 to {epochs}")
     return floor + (lr - floor) * SCHEDULES[name].share(epoch, epochs)

@@ -160,8 +160,8 @@ class Grid:
             except Busy:
                 return None
             except UserError as error:
-                log.error("%s: %s", cell, error)
-                failures[cell] = str(error)
+                log.error("%s: %s", cell, error.line)
+                failures[cell] = error.line
                 return False
             run.session.files(run.experiment).remove_states()
         return True

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import checkpoint_path, read_checkpoint
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.optimizers import SCHEDULES
 from src.training.run import RunFiles
 
@@ -40,13 +40,13 @@ def only_schedule(models_folder: str | Path, pattern: str, seed: int, given: str
     """The schedule that was asked for, or the only one there is; None where there is no run.
 
     Raises:
-        FlagError: There are several; the message names them.
+        ArgumentError: There are several; the message names them.
     """
     if given is not None:
         return given
     found = find_schedules(models_folder, pattern, seed)
     if len(found) > 1:
-        raise FlagError(f"--lr_sched: runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
+        raise ArgumentError("lr_sched", f": runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
     return found[0] if found else None
 
 

@@ -128,9 +128,9 @@ def test_a_cutoff_beyond_the_budget_is_capped_with_a_notice(caplog):
 
 def test_complaints():
     group = [Group(np.arange(3), 1)]
-    with pytest.raises(FlagError, match=r"--ccs_cutoff 1\.0"):
+    with pytest.raises(FlagError, match=r"^ccs_cutoff 1\.0"):
         ccs.ccs(material(np.zeros(3)), group, Options(ccs_cutoff=1.0))
-    with pytest.raises(FlagError, match="--ccs_bins 0"):
+    with pytest.raises(FlagError, match=r"^ccs_bins 0"):
         ccs.ccs(material(np.zeros(3)), group, Options(ccs_bins=0))
     for bad, words in ((np.nan, "no score"), (np.inf, "infinite")):
         with pytest.raises(FileError, match=words):

@@ -142,9 +142,9 @@ def test_equal_examples_and_groups_of_one(budget):
 
 def test_complaints():
     made, group = material([0.0, 1.0], torch.eye(2)), [Group(np.arange(2), 1)]
-    with pytest.raises(FlagError, match="--d2_neighbors -1"):
+    with pytest.raises(FlagError, match=r"^d2_neighbors -1"):
         d2.d2(made, group, Options(d2_neighbors=-1))
-    with pytest.raises(FlagError, match=r"--d2_gamma -0\.5"):
+    with pytest.raises(FlagError, match=r"^d2_gamma -0\.5"):
         d2.d2(made, group, Options(d2_gamma=-0.5))
     with pytest.raises(FileError, match="infinite"):
         d2.d2(material([0.0, np.inf], torch.eye(2)), group, Options())

@@ -143,7 +143,7 @@ def test_seeds_reproduce():
 def test_complaints():
     scores, probability = planted(5)
     group = [Group(np.arange(5), 2)]
-    with pytest.raises(FlagError, match="--dual_c 0"):
+    with pytest.raises(FlagError, match=r"^dual_c 0"):
         dual.dual(material(scores, probability), group, Options(dual_c=0))
     scores[2] = np.nan
     with pytest.raises(FileError, match="no score"):

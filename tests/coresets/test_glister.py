@@ -215,7 +215,7 @@ def test_a_long_run_says_how_to_shorten_it(monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("options", "flag"),
-    [({"glister_eta": -0.1}, "--glister_eta"), ({"glister_refresh": 0}, "--glister_refresh")],
+    [({"glister_eta": -0.1}, "glister_eta"), ({"glister_refresh": 0}, "glister_refresh")],
 )
 def test_bad_values_are_refused(options, flag):
     head, embeddings, labels = problem(n=12)

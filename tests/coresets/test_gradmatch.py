@@ -251,7 +251,7 @@ def test_groups_of_one_and_two(size):
 def test_bad_values_are_refused():
     logits, labels, embeddings = problem(n=8)
     groups = [Group(np.arange(8), 2)]
-    with pytest.raises(FlagError, match="--gradmatch_lambda -1"):
+    with pytest.raises(FlagError, match=r"^gradmatch_lambda -1"):
         select(material(logits, labels, embeddings), groups, gradmatch_lambda=-1.0)
     embeddings[3, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):

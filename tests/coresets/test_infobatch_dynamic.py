@@ -147,10 +147,10 @@ def test_an_example_more_is_kept_where_the_last_batch_would_be_too_small():
 
 def test_bad_flags_are_named():
     for ratio in (1.0, 1.5, -0.1, float("nan")):
-        with pytest.raises(FlagError, match=r"--coreset_fraction .*: must be above 0 and at most 1"):
+        with pytest.raises(FlagError, match=r"^prune_ratio .*: must be at least 0 and below 1"):
             make_plan(range(3), ratio)
     for delta in (-0.1, 1.1, float("nan")):
-        with pytest.raises(FlagError, match=r"--infobatch_delta .*: is a share of the epochs"):
+        with pytest.raises(FlagError, match=r"^delta .*: is a share of the epochs"):
             make_plan(range(3), delta=delta)
 
 

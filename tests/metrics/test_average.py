@@ -165,7 +165,7 @@ def test_the_run_is_found_or_the_matches_are_listed(tmp_path):
     assert find_run(tmp_path, "toy", "mlp") == sgd
     for name in (sam, split):
         write_run(tmp_path, name, 1)
-    with pytest.raises(FlagError, match=rf"--exp: 3 runs match.*{split}.*{sam}.*{sgd}"):
+    with pytest.raises(FlagError, match=rf"3 runs match.*{split}.*{sam}.*{sgd}"):
         find_run(tmp_path, "toy", "mlp")
     assert find_run(tmp_path, "toy", "mlp", optimizer="sam") == sam
     assert find_run(tmp_path, "toy", "mlp", lr_sched="step") == split

@@ -32,7 +32,7 @@ def test_every_model_of_the_project_is_registered():
 def test_any_size_and_channel_count_gives_logits_or_one_clear_line(name, channels, size):
     with torch.device("meta"):
         if size < MODELS[name].smallest(channels):
-            with pytest.raises(FlagError, match=rf"--model {name} .*--image_size"):
+            with pytest.raises(FlagError, match=rf"^model {name}: .*larger images"):
                 build_model(name, 7, channels, size, seed=0)
             return
         network = build_model(name, 7, channels, size, seed=0).eval()
@@ -119,16 +119,16 @@ def test_first_weight_of_seed_1_is_the_published_one(name, value):
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(FlagError, match=r"^--model: there is no 'resnet19'; choose one of .*resnet18.*$"):
+    with pytest.raises(FlagError, match=r"^model 'resnet19': unknown; choose from .*resnet18.*$"):
         build_model("resnet19", 10, 3, 32, seed=0)
 
 
 def test_pretrained_weights_are_refused_where_there_are_none():
-    with pytest.raises(FlagError, match=r"^--pretrained: .*--model resnet18; only for vit$"):
+    with pytest.raises(FlagError, match=r"^pretrained: .* for resnet18; only for vit$"):
         build_model("resnet18", 10, 3, 32, seed=0, pretrained=True)
 
 
-@pytest.mark.parametrize(("channels", "size", "flag"), [(0, 32, "--channels"), (3, 0, "--image_size")])
+@pytest.mark.parametrize(("channels", "size", "flag"), [(0, 32, "in_channels"), (3, 0, "image_size")])
 def test_impossible_sizes_are_refused(channels, size, flag):
     with pytest.raises(FlagError, match=flag):
         build_model("mlp", 10, channels, size, seed=0)

@@ -180,7 +180,7 @@ def test_resnet20_frn_is_the_slow_one(fill, images):
 
 
 def test_images_too_small_for_resnet20_frn_are_refused_in_one_line():
-    with pytest.raises(FlagError, match=r"^--model resnet20_frn .*5x5[^\n]*--image_size 5[^\n]*$"):
+    with pytest.raises(FlagError, match=r"^model resnet20_frn: .*5x5[^\n]*larger images[^\n]*$"):
         build_model("resnet20_frn", 10, 3, 4, seed=0)
 
 

@@ -121,10 +121,10 @@ def test_every_rate_lies_between_floor_and_base(name, epochs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("linear", 1, 2, 0.1), "--lr_sched 'linear' is unknown; choose from const, step"),
-        (("cosine", 1, 2, 0.1, 0.2), "--lr_min must be between 0 and the learning rate 0.1, not 0.2"),
-        (("cosine", 1, 2, 0.1, -0.2), "--lr_min"),
-        (("cosine", 1, 2, 0.1, float("nan")), "--lr_min"),
+        (("linear", 1, 2, 0.1), "schedule 'linear': unknown; choose from const, step"),
+        (("cosine", 1, 2, 0.1, 0.2), "floor 0.2: must be between 0 and the learning rate 0.1"),
+        (("cosine", 1, 2, 0.1, -0.2), "floor"),
+        (("cosine", 1, 2, 0.1, float("nan")), "floor"),
     ],
 )
 def test_bad_flags_are_named(arguments, message):

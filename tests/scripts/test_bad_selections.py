@@ -42,7 +42,7 @@ def flags(blobs, base, *more):
         (("--coreset_func=random", "--coreset_fraction=nan"), ("--coreset_fraction", "finite")),
         (("--coreset_func=random", "--shots=0"), ("--shots", "at least 1")),
         (("--coreset_func=random", "--shots=21"), ("--shots 21", "class '0' has only 20", "--shots_up_to 21")),
-        (("--coreset_func=random", "--shots=2", "--per_class=0"), ("--shots", "leave --per_class on")),
+        (("--coreset_func=random", "--shots=2", "--per_class=0"), ("--shots", "leave per_class on")),
         (("--coreset_func=random", "--shots=2", "--coreset_fraction=0.5"), ("not allowed with",)),
         (
             ("--coreset_func=random", "--coreset_fraction=0.001", "--per_class=no"),

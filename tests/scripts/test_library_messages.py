@@ -1,0 +1,64 @@
+"""What the library says names arguments; what scripts print names their flags."""
+
+import numpy as np
+import pytest
+import torch
+from refusals import FLAG, refuse
+
+from src.coresets import find_method
+from src.coresets.budgets import make_groups
+from src.datasets import load_dataset, lookup, parse_subset
+from src.devices import resolve_device
+from src.errors import UserError
+from src.metrics import Proxy, score_mode
+from src.metrics.published import published_files
+from src.models import build_model
+from src.optimizers import build_optimizer
+from src.optimizers.schedules import rate
+
+LABELS = np.arange(6) % 2
+PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "flag"),
+    [
+        (lambda: score_mode("x"), "mode", "--modes"),
+        (lambda: Proxy("x"), "mode", "--modes"),
+        (lambda: Proxy("mem", "a/b"), "dataset", "--dataset"),
+        (lambda: published_files("digits"), "dataset", "--dataset"),
+        (lambda: lookup("x"), "dataset", "--dataset"),
+        (lambda: load_dataset("x", "."), "dataset", "--dataset"),
+        (lambda: load_dataset("digits", ".", channels=3), "channels", "--channels"),
+        (lambda: load_dataset("digits", ".", image_size=5), "image_size", "--image_size"),
+        (lambda: lookup("svhn").training_augmentation(True, cutout_holes=1), "cutout_holes", "--cutout_holes"),
+        (lambda: parse_subset("7", 6, LABELS), "subset", "--subset"),
+        (lambda: build_model("x", 2, 1, 8, 0), "model", "--model"),
+        (lambda: build_model("inception", 2, 1, 2, 0), "model", "--model"),
+        (lambda: build_model("lenet", 2, 1, 32, 0, True), "pretrained", "--pretrained"),
+        (lambda: build_optimizer("x", PARAMETERS, lr=1.0), "optimizer", "--optimizer"),
+        (lambda: build_optimizer("sgd", PARAMETERS, lr=0.0), "lr", "--learning_rate"),
+        (lambda: rate("cosine", 1, 2, 0.1, 0.2), "floor", "--lr_min"),
+        (lambda: find_method("x"), "method", "--coreset_func"),
+        (lambda: make_groups(LABELS, 2, fraction=2.0), "fraction", "--coreset_fraction"),
+        (lambda: make_groups(LABELS, 2, shots=9), "shots", "--shots"),
+        (lambda: resolve_device("tpu"), "device", "--device"),
+    ],
+)
+def test_arguments_and_flags(call, argument, flag):
+    with pytest.raises(UserError) as caught:
+        call()
+    error = caught.value
+    assert str(error).startswith(argument)
+    assert "--" not in str(error)
+    assert error.line.startswith(flag)
+    assert error.status == FLAG
+
+
+def test_scripts_name_the_flag(tmp_path):
+    for flags, says in (
+        (("--dataset=digits", "--image_size=5"), "^train_full.py: --image_size 5: applies to own data"),
+        (("--dataset=digits", "--subset=0"), "^train_full.py: --subset 0: must be from 1"),
+        (("--dataset=digits", "--model=lenet", "--lr_min=2"), "^train_full.py: --lr_min 2: must be between"),
+    ):
+        refuse("train_full.py", *flags, f"--log_folder={tmp_path}", status=FLAG, says=(says,))
