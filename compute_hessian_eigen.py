@@ -16,9 +16,10 @@ measurement goes on with --resume; power iteration (--eigen_mode=power_iter) alo
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from typing import TYPE_CHECKING
 
+from src.errors import FlagError
 from src.metrics import Proxy
 from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
@@ -29,6 +30,7 @@ from src.settings.geometry import (
     add_spectrum_flags,
     refuse_contradictions,
 )
+from src.settings.papers import add_dead_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +51,8 @@ def parse() -> Namespace:
     restrict(parser, {("--scores_folder",): (lambda args: args.high_low_spec is not None, "without --high_low_spec")})
     add_compute_flags(parser, precisions=EIGEN_PRECISIONS)
     add_folder_flags(parser, "datasets", "models", "metrics", "hessian")
+    parser.add_argument("--deactivate_bn", action="store_true", help=SUPPRESS)
+    add_dead_flags(parser)
     args = parser.parse_args()
     refuse_contradictions(args)
     return args
@@ -63,6 +67,10 @@ def main() -> None:
     start_logging()
     networks = TrainedNetworks(args)
     run = HessianRun(args, networks, read_scores(args, networks))
+    if args.deactivate_bn and run.norm == "bn":
+        raise FlagError("--deactivate_bn: the model has BatchNorm, and bn or nobn follows from that; leave it out")
+    if args.deactivate_bn:
+        log.info("--deactivate_bn: the model has no BatchNorm, so that nobn follows from it without this flag")
     if not args.overwrite and run.files.is_done(run.settings):
         print("done already, with these settings; --overwrite measures anew")
         run.forget_state()

@@ -43,6 +43,7 @@ from src.settings import (
     score_folders,
     splits_folder,
 )
+from src.settings.papers import add_dead_flags
 
 if TYPE_CHECKING:
     from src.datasets import ImageSet
@@ -76,6 +77,7 @@ def parse() -> Namespace:
     add_score_flags(parser)
     add_compute_flags(parser)
     add_folder_flags(parser, "datasets", "splits", "models", "metrics")
+    add_dead_flags(parser)
     return parser.parse_args()
 
 

@@ -21,6 +21,7 @@ from src.settings import (
     add_run_flags,
     add_training_flags,
 )
+from src.settings.papers import add_dead_flags, add_fixed_func_flag
 
 
 def main() -> None:
@@ -32,6 +33,8 @@ def main() -> None:
     add_run_flags(parser)
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
+    add_fixed_func_flag(parser, "full")
+    add_dead_flags(parser)
     args = parser.parse_args()
     from src.session import Session
 

@@ -30,6 +30,7 @@ from src.settings import (
     add_selection_flags,
     add_training_flags,
 )
+from src.settings.papers import add_dead_flags
 
 
 def parse() -> Namespace:
@@ -44,6 +45,7 @@ def parse() -> Namespace:
     add_run_flags(parser)
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
+    add_dead_flags(parser)
     args = parser.parse_args()
     args.epochs = args.coreset_epochs
     return args

@@ -33,6 +33,7 @@ from src.settings import (
     add_training_flags,
     splits_folder,
 )
+from src.settings.papers import add_dead_flags, add_fixed_func_flag
 
 if TYPE_CHECKING:
     from src.session import Session
@@ -65,6 +66,8 @@ def main() -> None:
     add_run_flags(parser)
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "splits", "models", "metrics", "log", "resume_ckpts")
+    add_fixed_func_flag(parser, "split")
+    add_dead_flags(parser)
     args = parser.parse_args()
     from src.session import Session
 

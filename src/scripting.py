@@ -31,10 +31,18 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
-        """Parse, and refuse flags that do nothing in this combination."""
+        """Parse, refuse flags that do nothing in this combination, and name those that are ignored."""
         words = sys.argv[1:] if args is None else list(args)
         found = super().parse_args(words, namespace)
         self._refuse_idle(words, found)
+        known = self._option_string_actions
+        ignored = {flag: known[flag] for flag in (word.split("=")[0] for word in words) if flag in known}
+        ignored = {flag: action.dest for flag, action in ignored.items() if getattr(action, "ignored", False)}
+        for name in set(ignored.values()):
+            delattr(found, name)
+        if ignored and _speaks():
+            start_logging()
+            logging.getLogger(__name__).warning("%s: does nothing here; ignored", " ".join(ignored))
         return found
 
     def _refuse_idle(self, words: Sequence[str], args: Namespace) -> None:
@@ -52,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         """Print one line and exit with status 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            given, flags = unknown.split("=")[0].split()[0], self._option_string_actions
+            given, known = unknown.split("=")[0].split()[0], self._option_string_actions
+            flags = [flag for flag, action in known.items() if action.help != argparse.SUPPRESS]
             close = [flag for flag in flags if flag.startswith(given)]
             close = close or [flag for flag in flags if flag.endswith(f"_{given.lstrip('-')}")]
             close = close or difflib.get_close_matches(given, flags, 1, 0.75)
@@ -73,6 +82,11 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
         for flag in flags:
             action = group._option_string_actions[flag]
             action.rules = [*getattr(action, "rules", ()), rule]
+
+
+def ignore(action: argparse.Action) -> None:
+    """Declare that a flag is accepted and does nothing, which ``Parser`` says in a warning where it is given."""
+    action.ignored = True
 
 
 def given_flags(*flags: str) -> list[str]:

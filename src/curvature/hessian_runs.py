@@ -51,6 +51,7 @@ class HessianRun:
     Attributes:
         files: Where the result is written.
         settings: All that it depends on.
+        norm: ``"bn"`` for a model with BatchNorm, ``"nobn"`` for others.
     """
 
     def __init__(self, args: Namespace, networks: TrainedNetworks, scores: np.ndarray | None = None) -> None:
@@ -63,9 +64,10 @@ class HessianRun:
         self.operator: CurvatureOperator = OPERATORS[args.operator](network, batches, len(images))
         if args.top_n > self.operator.size:
             raise FlagError(f"--top_n {args.top_n}: must be at most {self.operator.size}, the number of parameters")
-        norm = "bn" if any(isinstance(module, _BatchNorm) for module in network.modules()) else "nobn"
+        self.norm = "bn" if any(isinstance(module, _BatchNorm) for module in network.modules()) else "nobn"
         spec = str(args.high_low_spec) if args.high_low_spec is not None else "all"
-        where = (subject.experiment, norm, subject.seed, subject.which, eigen_name(args.eigen_mode, args.operator))
+        name = eigen_name(args.eigen_mode, args.operator)
+        where = (subject.experiment, self.norm, subject.seed, subject.which, name)
         self.files = HessianFiles(hessian_path(args.hessian_folder, args.eigen_split, spec, *where))
         self.plan = SpectrumPlan(
             top_n=args.top_n,
