@@ -1,5 +1,6 @@
 """The per-seed proxy files that a run with ``--measure_proxies`` leaves beside its dynamics."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from src.datasets import Batches
 from src.metrics.dynamics_scores import epochs_to_learn, forgetting_events
 from src.metrics.epsilon_flatness import epsilon_flatness
 from src.metrics.input_curvature import input_curvature
+from src.metrics.modes import MODES
+
+log = logging.getLogger(__name__)
 
 PER_SEED_FILES = {
     "forg": "forgettability_train.pkl",
@@ -59,6 +63,15 @@ def write_end_of_training_scores(
         "flat": input_curvature(model, batches, total=correct.shape[1], progress=True),
         "eps": epsilon_flatness(model, batches, total=correct.shape[1], progress=True),
     }
+    for mode in ("flat", "eps"):  # epochs to learn are NaN on purpose
+        wrong = visited[~np.isfinite(scores[mode][visited])]
+        if len(wrong):
+            log.warning(
+                "the %s of %d examples is not finite (indices %s); average_scores.py will refuse it",
+                MODES[mode].title,
+                len(wrong),
+                ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else ""),
+            )
     written = [
         artifacts.write_pickle(
             folder / PER_SEED_FILES[mode], dict(zip(visited.tolist(), values[visited].tolist(), strict=True))

@@ -57,3 +57,14 @@ def test_histories_are_bytes_with_a_mark_for_not_visited(written):
         assert history.shape == correct.shape
         np.testing.assert_array_equal(history[:, CHOSEN], correct[:, CHOSEN])
         assert (np.delete(history, CHOSEN, axis=1) == end_of_training.NOT_VISITED).all()
+
+
+def test_scores_that_are_not_finite_are_named(written, tmp_path, monkeypatch, caplog):
+    _, _, correct, model = written
+    values = np.zeros(correct.shape[1])
+    values[[8, 41]] = np.nan, np.inf
+    monkeypatch.setattr(end_of_training, "input_curvature", lambda *args, **options: values)
+    monkeypatch.setattr(end_of_training, "epsilon_flatness", lambda *args, **options: np.zeros_like(values))
+    write_end_of_training_scores(tmp_path, model, None, {"correct": correct})
+    assert "input curvature of 2 examples is not finite (indices 8, 41)" in caplog.text
+    assert len(caplog.records) == 1

@@ -198,6 +198,24 @@ def test_the_file_that_is_read_is_named(tmp_path):
     refuse("plot_images.py", *flags, "--scores_folder=run=3", status=FLAG, says=("run=3: there is no such folder",))
 
 
+def test_memorization_of_other_labels_or_not_where_it_was_asked_for(world, tmp_path):
+    labels = np.arange(N) % 3
+    path = score_path(tmp_path / "scores", "mem", world.name)
+    path.parent.mkdir(parents=True)
+    scores = f"--scores_folder={tmp_path / 'scores'}"
+    np.savez(path, tr_mem=np.arange(N) / N, tr_labels=labels)
+    assert "and memori" in succeed("compute_sam_sgd.py", *world.compute("--overwrite", scores)).out
+    np.savez(path, tr_mem=np.arange(N) / N, tr_labels=labels[::-1])
+    says = (r"infl_matrix\.npz: was made for other labels",)
+    plot = (world.dataset, "--modes", "mem", f"--plots_folder={tmp_path}", scores)
+    for script, flags in (("compute_sam_sgd.py", world.compute("--overwrite", scores)), ("plot_images.py", plot),
+                          ("plot_proxies.py", plot)):  # fmt: skip
+        refuse(script, *flags, status=FILE, says=says, keep=world.base)
+    path.unlink()
+    refuse("compute_sam_sgd.py", *world.compute("--overwrite", scores), status=FILE, keep=world.base,
+           says=("no memorization scores",))  # fmt: skip
+
+
 def test_published_scores_by_data_set():
     line = refuse(
         "fetch_scores.py", "--dataset=digits", status=FLAG, says=("^fetch_scores.py: --dataset digits: no sc",)
