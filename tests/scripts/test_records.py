@@ -324,3 +324,11 @@ def test_resume_states_and_rows_must_be_what_their_names_say(base):
     rows = [states / f"dynamics_epoch={epoch}.npz" for epoch in (1, 2)]
     rows[1].write_bytes(rows[0].read_bytes())
     assert f"{rows[1]}: holds the dynamics of epoch 1" in succeed(*flags).err
+
+
+def test_names_of_pretrained_models_stay(base):
+    """What older versions kept of pre-training is found: neither the images nor idle settings are in its name."""
+    select = after_other_images(base)["selection"]
+    succeed(*select)
+    (folder,) = (base / "models" / "pretrain").glob("digits/small_mlp/*")
+    assert folder.name == "f665fcce2a78908f"
