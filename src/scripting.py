@@ -149,7 +149,8 @@ def _keep_console() -> None:
             setattr(sys, name, _losable_text(number, "w", "utf-8", line_buffering=True))
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
-            setattr(sys, name, _losable_text(number, "w", stream.encoding, stream.line_buffering))
+            at_once = stream.line_buffering or stream.write_through  # the latter by PYTHONUNBUFFERED
+            setattr(sys, name, _losable_text(number, "w", stream.encoding, line_buffering=at_once))
 
 
 class _LogFile(logging.FileHandler):
