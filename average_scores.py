@@ -77,7 +77,10 @@ def parse() -> Namespace:
     )
     add_overwrite_flag(group)
     add_folder_flags(parser, "datasets", "metrics")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(set(args.seeds)) < len(args.seeds):
+        raise FlagError(f"--seeds: {' '.join(map(str, args.seeds))} names a seed twice; name each once")
+    return args
 
 
 def wanted_modes(args: Namespace) -> Sequence[str]:
@@ -92,8 +95,6 @@ def main() -> None:
     from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
 
     start_logging(quiet=True)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise FlagError(f"--seeds: {' '.join(map(str, args.seeds))} names a seed twice; name each once")
     modes, dataset = wanted_modes(args), args.dataset
     if ":" in dataset:  # own data are named by their content
         train, _ = load_dataset(dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)

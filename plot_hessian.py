@@ -72,11 +72,11 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, tabulate."""
     args = parse()
-    from src.curvature.hessian_plots import spectrum_figure
-
     start_logging(quiet=True)
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
         raise FlagError(f"--labels: {len(args.labels)} for {wanted} --files; give one for each")
+    from src.curvature.hessian_plots import spectrum_figure
+
     dataset, groups, usual, where = given(args) if args.files else found(args)
     warn_of_differences(groups)
     stem = spectrum_figure_stem(args.plots_folder, dataset, args.name or usual)

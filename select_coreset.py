@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from src.coresets import METHODS
 from src.errors import FlagError
 from src.scripting import Parser, run_script
 from src.settings import (
@@ -46,7 +47,12 @@ def parse() -> Namespace:
     add_compute_flags(parser, training=True, distributed=False)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
     parser.set_defaults(save_epochs="last", epochs=1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if METHODS[args.coreset_func].dynamic:
+        raise FlagError(
+            f"--coreset_func {args.coreset_func}: chooses anew in each epoch of training; use train_prune.py"
+        )
+    return args
 
 
 def main() -> None:
@@ -57,10 +63,6 @@ def main() -> None:
 
     with Session(args) as session:
         choice = Choice.of(session, args.out)
-        if choice.method.dynamic:
-            raise FlagError(
-                f"--coreset_func {args.coreset_func}: chooses anew in each epoch of training; use train_prune.py"
-            )
         selection, seconds = select(choice, overwrite=args.overwrite)
         print(f"{len(selection.indices)} of {len(session.train)} examples by {args.coreset_func} in {seconds:.2f} s")
         labels = session.train.labels.cpu().numpy()[selection.indices]

@@ -52,6 +52,8 @@ def parse() -> Namespace:
         raise FlagError(
             f"--deltas_stop {args.deltas_stop:g}: lies below --deltas_start {args.deltas_start:g}; give at least that"
         )
+    if args.compile:
+        raise FlagError("--compile: networks side by side are not compiled; leave it out")
     return args
 
 

@@ -75,9 +75,6 @@ _RESULT_FREE = (  # flags that change neither a result nor what it is called
 )
 
 
-_ENSEMBLES = ("cv", "retrain", "leaveclassout")  # the kinds that train many networks side by side
-
-
 class Experiment:
     """One experiment: its data, network and device, from the flags of ``add_experiment_flags``.
 
@@ -91,12 +88,6 @@ class Experiment:
 
     def __init__(self, args: Namespace, kind: str) -> None:
         self.args, self.kind = args, kind
-        if args.lrmin > args.lr:
-            raise FlagError(f"--lrmin {args.lrmin:g}: lies above --lr {args.lr:g}; give at most that")
-        if args.precision == "bf16" and kind in _ENSEMBLES:
-            raise FlagError("--precision bf16: networks side by side are not trained so; give fp32, tf32 or fp64")
-        if args.compile and kind == "cv":
-            raise FlagError("--compile: networks side by side are not compiled; leave it out")
         self.device, self.precision = resolve_device(args.device), PRECISIONS[args.precision]
         prepare(self.device, self.precision, args.deterministic)
         torch.manual_seed(args.seed)

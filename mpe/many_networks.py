@@ -24,7 +24,7 @@ def check_retraining(experiment: Experiment) -> None:
     """Refuse flags of retraining that cannot be followed, before anything is trained.
 
     Raises:
-        FlagError: The floor of the rate lies above it, nothing would be left to retrain on, or the network cannot be
+        FlagError: Nothing would be left to retrain on, or the network cannot be
             vectorised and is to be.
     """
     args = experiment.args
@@ -32,10 +32,6 @@ def check_retraining(experiment: Experiment) -> None:
         raise FlagError(
             f"--subset {args.subset}: its {experiment.count} training examples are of one class; give some of two "
             "classes or more"
-        )
-    if args.lrmin_retrain > args.lr_retrain:
-        raise FlagError(
-            f"--lrmin_retrain {args.lrmin_retrain:g}: lies above --lr_retrain {args.lr_retrain:g}; give at most that"
         )
     vectorised(experiment)
 

@@ -20,9 +20,15 @@ from src.errors import FileError, FlagError, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a bad flag with one line, and never guesses what an abbreviation means."""
+    """A parser that answers a bad flag with one line, and never guesses what an abbreviation means.
+
+    Attributes:
+        checks: Called with all values after parsing, before torch is imported: each raises ``FlagError`` where flags
+            contradict each other.
+    """
 
     def __init__(self, description: str | None) -> None:
+        self.checks: list[Callable[[argparse.Namespace], None]] = []
         super().__init__(
             description=description,
             formatter_class=_HelpFormatter,
@@ -31,10 +37,12 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
-        """Parse, refuse flags that do nothing in this combination, and name those that are ignored."""
+        """Parse, refuse flags that do nothing or contradict each other, and name those that are ignored."""
         words = sys.argv[1:] if args is None else list(args)
         found = super().parse_args(words, namespace)
         self._refuse_idle(words, found)
+        for check in self.checks:
+            check(found)
         known = self._option_string_actions
         ignored = {flag: known[flag] for flag in (word.split("=")[0] for word in words) if flag in known}
         ignored = {flag: action.dest for flag, action in ignored.items() if getattr(action, "ignored", False)}

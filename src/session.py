@@ -60,7 +60,6 @@ class Session:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        _check_save_epochs(args.save_epochs, args.epochs)
         self.group = Group.from_environment() if args.distributed_training else Group.alone()
         start_logging(quiet=not self.group.leads)
         if self.group.world > 1 and args.device not in (None, "cpu", "cuda"):
@@ -274,10 +273,3 @@ class Session:
             "measure_proxies": args.measure_proxies,
             **(more or {}),
         }
-
-
-def _check_save_epochs(chosen: str | list[int], epochs: int) -> None:
-    if isinstance(chosen, list) and chosen[-1] > epochs:
-        raise FlagError(
-            f"--save_epochs {chosen[-1]}: the run ends after epoch {epochs}; give epochs from 1 to {epochs}"
-        )

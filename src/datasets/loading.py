@@ -56,6 +56,32 @@ def dataset_name(text: str) -> str:
     return text
 
 
+def check_arguments(name: str, image_size: int | None, channels: int | None) -> None:
+    """Stop at arguments of ``load_dataset`` that cannot be right, whatever the files hold.
+
+    Raises:
+        ArgumentError: The name is unknown, or an argument does not apply to it.
+    """
+    if image_size is not None and image_size < 1:
+        raise ArgumentError("image_size", f"{image_size}: must be at least 1")
+    if channels not in (None, 1, 3):
+        raise ArgumentError("channels", f"{channels}: must be 1 (grey) or 3 (color)")
+    kind, colon, path = name.partition(":")
+    if colon and kind in OWN_SOURCES:
+        if not path:
+            raise ArgumentError("dataset", f"{name}: no path after the colon; npz:FILE or folder:DIR is needed")
+        return
+    entry = lookup(name)
+    for option, value, fixed in (
+        ("image_size", image_size, entry.image_size),
+        ("channels", channels, entry.channels),
+    ):
+        if value not in (None, fixed):
+            raise ArgumentError(
+                option, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
+            )
+
+
 def load_dataset(
     name: str, folder: str | Path, *, image_size: int | None = None, channels: int | None = None
 ) -> tuple[ImageSet, ImageSet]:
@@ -77,24 +103,11 @@ def load_dataset(
         ArgumentError: The name is unknown, or an argument does not apply to it.
         FileError: The data are missing, damaged, or not as they should be.
     """
-    if image_size is not None and image_size < 1:
-        raise ArgumentError("image_size", f"{image_size}: must be at least 1")
-    if channels not in (None, 1, 3):
-        raise ArgumentError("channels", f"{channels}: must be 1 (grey) or 3 (color)")
+    check_arguments(name, image_size, channels)
     kind, colon, path = name.partition(":")
     if colon and kind in OWN_SOURCES:
-        if not path:
-            raise ArgumentError("dataset", f"{name}: no path after the colon; npz:FILE or folder:DIR is needed")
         return _together(OWN_SOURCES[kind](Path(path).expanduser(), image_size, channels))
     entry = lookup(name)
-    for option, value, fixed in (
-        ("image_size", image_size, entry.image_size),
-        ("channels", channels, entry.channels),
-    ):
-        if value not in (None, fixed):
-            raise ArgumentError(
-                option, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
-            )
     folder = Path(folder)
     local = folder / f"{entry.name}.npz"
     try:

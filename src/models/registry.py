@@ -114,6 +114,17 @@ def model_names() -> list[str]:
     return list(MODELS)
 
 
+def require_weights(name: str) -> None:
+    """Stop at a model without pre-trained weights.
+
+    Raises:
+        ArgumentError: There are none for it.
+    """
+    if MODELS[name].pretrain is None:
+        able = ", ".join(other.name for other in MODELS.values() if other.pretrain)
+        raise ArgumentError("pretrained", f": there are no weights for {name}; only for {able}")
+
+
 def build_model(
     name: str,
     num_classes: int,
@@ -161,9 +172,8 @@ def build_model(
             f"model {problem}; choose larger images, or another model",
             f"--model {problem}; choose --image_size {smallest} or more, or another --model",
         )
-    if pretrained and entry.pretrain is None:
-        able = ", ".join(other.name for other in MODELS.values() if other.pretrain)
-        raise ArgumentError("pretrained", f": there are no weights for {name}; only for {able}")
+    if pretrained:
+        require_weights(name)
     # Only the CPU's generator is forked and seeded: every draw below is the CPU's.
     place = "meta" if torch.empty(0).device.type == "meta" else "cpu"
     with torch.random.fork_rng(devices=[]), torch.device(place):

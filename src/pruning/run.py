@@ -10,8 +10,7 @@ import torch
 from src.artifacts import claim_path, coreset_experiment, file_digest, refuse_other_settings
 from src.coresets import Selection
 from src.coresets.infobatch_dynamic import InfoBatchPlan
-from src.errors import FileError, FlagError
-from src.optimizers import OPTIMIZERS
+from src.errors import FileError
 from src.pruning.choice import Choice, select
 from src.pruning.files import read_selection, selection_digest, weights_tensor
 from src.session import Session
@@ -64,13 +63,6 @@ class PrunedRun:
 
     def _check_dynamic(self) -> None:
         args, name = self.session.args, self.choice.method.name
-        for flag in ("shots", "shots_up_to"):
-            if getattr(args, flag) is not None:
-                raise FlagError(f"--{flag}: {name} visits a share of all examples; give --coreset_fraction")
-        if OPTIMIZERS[args.optimizer].needs_sampling:
-            raise FlagError(
-                f"--optimizer {args.optimizer}: does not go with {name}, which scales the loss; choose sgd"
-            )
         if not args.per_class:
             log.warning("--per_class: changes nothing for %s, which looks at all examples at once", name)
 

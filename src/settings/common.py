@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import ROOT, SCORE_FOLDERS
-from src.datasets import dataset_names
+from src.datasets import CATALOGUE, dataset_names
+from src.datasets.loading import check_arguments
 from src.errors import FlagError
-from src.models import model_names
-from src.optimizers import OPTIMIZERS, SCHEDULES
+from src.models import model_names, require_weights
+from src.optimizers import OPTIMIZERS, SCHEDULES, rate
 from src.precisions import PRECISIONS
 from src.scripting import given_flags, restrict
 from src.settings import values
@@ -57,6 +58,13 @@ def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True, defa
             help="use only N training examples (the same share of each class) or those whose indices stand in "
             "FILE, one per line; indices stay those of the whole data set (default: all)",
         )
+    parser.checks.append(_check_data)
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    check_arguments(args.dataset, args.image_size, args.channels)
+    if args.dataset in CATALOGUE and getattr(args, "cutout_holes", 0):
+        CATALOGUE[args.dataset].training_augmentation(False, cutout_holes=args.cutout_holes)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +78,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="start vit from ImageNet weights, as the SAMIS paper does: torchvision's, downloaded, or those of FILE",
     )
+    parser.checks.append(lambda args: require_weights(args.model) if args.pretrained else None)
 
 
 def add_model_choice(parser: argparse.ArgumentParser, default: str = "resnet50") -> Any:
@@ -115,7 +124,9 @@ def add_compute_flags(
         precisions: The choices of ``--precision``.
     """
     group = parser.add_argument_group("computing")
-    group.add_argument("--device", help="cpu, cuda, or the index of a GPU (default: the first GPU, else the CPU)")
+    group.add_argument(
+        "--device", type=values.device, help="cpu, cuda, or the index of a GPU (default: the first GPU, else the CPU)"
+    )
     notes = "; ".join(f"{name}: {PRECISIONS[name].note}" for name in precisions)
     group.add_argument("--precision", choices=tuple(precisions), default="fp32", help=notes)
     group.add_argument("--deterministic", action="store_true", help="only deterministic algorithms (slower on GPUs)")
@@ -196,6 +207,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: bool = True, 
         },
     )
     add_augmentation_flags(group)
+    parser.checks.append(lambda args: rate(args.lr_sched, 1, 1, args.learning_rate, args.lr_min) and None)
 
 
 def add_seed_flag(group: Any) -> None:
@@ -236,6 +248,15 @@ def add_run_flags(parser: argparse.ArgumentParser, *, resume: bool = True) -> No
         action="store_true",
         help="record per-example dynamics, and measure forgetting, epochs to learn and flatness at the end",
     )
+    parser.checks.append(_check_save_epochs)
+
+
+def _check_save_epochs(args: argparse.Namespace) -> None:
+    chosen, epochs = args.save_epochs, getattr(args, "epochs", None) or args.coreset_epochs
+    if isinstance(chosen, list) and chosen[-1] > epochs:
+        raise FlagError(
+            f"--save_epochs {chosen[-1]}: the run ends after epoch {epochs}; give epochs from 1 to {epochs}"
+        )
 
 
 def add_overwrite_flag(group: Any) -> None:

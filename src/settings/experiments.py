@@ -7,6 +7,7 @@ from typing import Any
 
 from mpe.choices import CLASS_COVARIANCES, ORDERS, SHUFFLES
 from src.artifacts import PICKLE_PLOTS, PICKLES
+from src.errors import FlagError
 from src.settings import values
 from src.settings.common import (
     add_compute_flags,
@@ -70,6 +71,16 @@ def add_experiment_flags(
     add_compute_flags(parser, training=True, distributed=False)
     add_folder_flags(parser, "datasets", "models", "log", "resume_ckpts")
     add_pickles_flag(parser)
+    parser.checks.append(_check_experiment)
+
+
+def _check_experiment(args: argparse.Namespace) -> None:
+    for floor, top in (("lrmin", "lr"), ("lrmin_retrain", "lr_retrain")):
+        low, high = getattr(args, floor, 0.0), getattr(args, top, 0.0)
+        if low > high:
+            raise FlagError(f"--{floor} {low:g}: lies above --{top} {high:g}; give at most that")
+    if args.precision == "bf16" and hasattr(args, "ensemble"):
+        raise FlagError("--precision bf16: networks side by side are not trained so; give fp32, tf32 or fp64")
 
 
 def add_pickles_flag(parser: argparse.ArgumentParser, *, plots: bool = False) -> None:

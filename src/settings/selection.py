@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from src.coresets import METHODS, Options
-from src.optimizers import SCHEDULES
+from src.errors import FlagError
+from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.scripting import restrict
 from src.settings import values
 from src.settings.common import add_score_flags
@@ -38,6 +39,21 @@ def add_downstream_flags(parser: argparse.ArgumentParser) -> None:
         default=160,
         help="passes over the chosen examples; the schedule runs over them",
     )
+    parser.checks.append(_check_dynamic)
+
+
+def _check_dynamic(args: argparse.Namespace) -> None:
+    """Stop at what a method that chooses in each epoch cannot have."""
+    for name in getattr(args, "funcs", None) or [args.coreset_func]:
+        if name is None or not METHODS[name].dynamic:
+            continue
+        for flag in ("shots", "shots_up_to"):
+            if getattr(args, flag, None):
+                raise FlagError(f"--{flag}: {name} visits a share of all examples; give --coreset_fraction")
+        if OPTIMIZERS[args.optimizer].needs_sampling:
+            raise FlagError(
+                f"--optimizer {args.optimizer}: does not go with {name}, which scales the loss; choose sgd"
+            )
 
 
 def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) -> None:

@@ -93,6 +93,13 @@ def method_name(text: str) -> str:
     return names[text]
 
 
+def device(text: str) -> str:
+    """A type for ``--device``; whether the machine has it is seen when it is used."""
+    if text not in ("cpu", "cuda") and not text.removeprefix("cuda:").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; give cpu, cuda, or the index of a GPU")
+    return text
+
+
 def yes_or_no(text: str) -> bool:
     """A type for flags that take 1 or 0, or a word for it."""
     words = {"yes": True, "true": True, "t": True, "y": True, "1": True}

@@ -44,3 +44,76 @@ def test_help_and_unknown_flags_import_no_large_package(script):
     assert helped[2] == ""
     assert unknown[0] == 2
     assert len(unknown[2].splitlines()) == 1
+
+
+TRAIN = ["--dataset=digits", "--model=lenet"]
+PRUNE = [*TRAIN, "--coreset_func=random"]
+
+# Of each script, command lines that are wrong whatever the files hold, and the flag that the answer begins with.
+WRONG = {
+    "train_full.py": [
+        ["--dataset=nothing"],
+        ["--model=nothing"],
+        ["--optimizer=nothing"],
+        ["--lr_sched=nothing"],
+        ["--precision=fp8"],
+        ["--device=nothing"],
+        ["--epochs=0"],
+        [*TRAIN, "--save_epochs=1,7", "--epochs=6"],
+        [*TRAIN, "--lr_min=1", "--learning_rate=0.1"],
+        [*TRAIN, "--image_size=9"],
+        [*TRAIN, "--channels=3"],
+        [*TRAIN, "--pretrained"],
+        [*TRAIN, "--cutout_holes=1"],
+        ["--dataset=npz:"],
+    ],
+    "train_split.py": [
+        ["--samis_validation_split_index=11"],
+        [*TRAIN, "--save_epochs=7", "--epochs=6"],
+    ],
+    "train_prune.py": [
+        [*TRAIN, "--coreset_func=nothing"],
+        [*PRUNE, "--coreset_fraction=2"],
+        [*PRUNE, "--save_epochs=7", "--coreset_epochs=6"],
+        [*TRAIN, "--shots=1", "--coreset_func=infobatch_dynamic"],
+        [*TRAIN, "--optimizer=iblr", "--coreset_func=infobatch_dynamic"],
+    ],
+    "select_coreset.py": [[*TRAIN, "--coreset_func=infobatch_dynamic"], [*PRUNE, "--channels=3"]],
+    "compare_pruning.py": [
+        [*TRAIN, "--funcs", "random", "nothing", "--fractions=0.1"],
+        [*TRAIN, "--shots=1", "--funcs", "random", "infobatch_dynamic"],
+    ],
+    "compute_sam_sgd.py": [["--protocol=nothing"], ["--dataset=digits", "--image_size=9"]],
+    "average_scores.py": [["--dataset=digits", "--seeds", "1", "1"], ["--seeds=1", "--modes", "nothing"]],
+    "fetch_scores.py": [["--base_url=nothing"], ["--dataset=nothing"], ["--modes", "nothing"]],
+    "compute_hessian_eigen.py": [
+        ["--operator=nothing"],
+        ["--basis=nothing"],
+        ["--high_low_spec=mem:middle:0.3"],
+        ["--eigen_split=test", "--subset=10"],
+    ],
+    "compute_ntk.py": [["--ntk_chosen_metric=nothing"], ["--ntk_classes=nothing"], ["--precision=bf16"]],
+    "plot_hessian.py": [["--optimizers=nothing"], ["--high_low_specs=nothing"], ["--labels", "one", "two"]],
+    "plot_images.py": [["--modes=nothing"]],
+    "plot_ntk.py": [["--metrics=nothing"]],
+    "plot_proxies.py": [["--modes=nothing"], ["--plot=nothing"]],
+    "examples/1_loo_iterations.py": [["--lrmin=1", "--lr=0.1"], ["--optim_var", "--optimizer=sgd"]],
+    "examples/2_loo_l2reg.py": [["--deltas_stop=0", "--deltas_start=1"], ["--compile"], ["--precision=bf16"]],
+    "examples/3_validation_sensitivities.py": [["--retrain_shuffle=nothing"], ["--precision=bf16"]],
+    "examples/4_evolving_sensitivities.py": [["--lrmin=1", "--lr=0.1"], ["--class_cov=nothing"]],
+    "examples/5_loco.py": [["--lrmin_retrain=1", "--lr_retrain=0.1"], ["--base_shuffle=nothing"]],
+    "examples/plot_evolving_sensitivities.py": [["--class_cov=nothing"]],
+    "examples/plot_loco.py": [["--labels", "one", "--names_exp", "a", "b"]],
+    "examples/plot_loo_iterations.py": [["--name_exp=a/b"]],
+    "examples/plot_loo_l2reg.py": [["--window=0"]],
+    "examples/plot_validation_sensitivities.py": [["--class_cov=nothing"]],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_that_are_wrong_whatever_the_files_hold_import_no_large_package(script):
+    lines = WRONG[script]
+    for line, (status, out, err) in zip(lines, answers(script, *lines), strict=True):
+        assert (status, out) == (2, ""), (line, err)
+        assert len(err.splitlines()) == 1, (line, err)
+        assert any(word.split("=")[0] in err for word in line if word.startswith("--")), (line, err)
