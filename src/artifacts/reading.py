@@ -181,9 +181,12 @@ def read_index_file(path: str | Path) -> np.ndarray:
 
 
 def file_digest(path: str | Path) -> str:
-    """The sha256 of a file's content, in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of a file's content, in hex.
+
+    Raises:
+        FileError: The file is missing, or cannot be read.
+    """
+    return _read(path, "a regular file", lambda file: hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def label_hash(labels: Any) -> str:

@@ -39,8 +39,7 @@ def fetch(entry: DatasetEntry, folder: Path) -> list[Path]:
 def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
     path = folder / download.file
     if path.exists():
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = artifacts.file_digest(path)
         if found != download.sha256:
             raise FileError(
                 f"{path}: is damaged (its sha256 is {found}, not {download.sha256}); delete it to download it again"

@@ -60,18 +60,28 @@ def _labels(path: Path, key: str, array: np.ndarray, count: int) -> np.ndarray:
 def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None]:
     """Images and labels of both parts, checked, and the class names if the file has them."""
     arrays = artifacts.read_npz(path)
+    missing = [key for part in PARTS for key in (f"x_{part}", f"y_{part}") if key not in arrays]
+    if missing:
+        raise FileError(f"{path}: has no array {', '.join(missing)}; x_train, y_train, x_test and y_test are needed")
     images, labels = [], []
     for part in PARTS:
-        for key in (f"x_{part}", f"y_{part}"):
-            if key not in arrays:
-                raise FileError(f"{path}: has no array {key}; x_train, y_train, x_test and y_test are needed")
         images.append(_images(path, f"x_{part}", arrays.pop(f"x_{part}")))
         labels.append(_labels(path, f"y_{part}", arrays[f"y_{part}"], len(images[-1])))
     if images[0].shape[1:] != images[1].shape[1:]:
         shapes = [tuple(part.shape[1:]) for part in images]
         raise FileError(f"{path}: x_train holds images (c, h, w) = {shapes[0]}, x_test {shapes[1]}; make them alike")
-    names = arrays.get(CLASS_NAMES)
-    return images, labels, None if names is None else [str(name) for name in names]
+    return images, labels, _class_names(path, arrays.get(CLASS_NAMES))
+
+
+def _class_names(path: Path, names: np.ndarray | None) -> list[str] | None:
+    """Texts that can be printed, whatever bytes they were made from."""
+    if names is None:
+        return None
+    if names.ndim != 1:
+        raise FileError(f"{path}: {CLASS_NAMES} has shape {names.shape}; one name per class is needed")
+    if names.dtype.kind == "S":
+        return [name.decode("utf-8", errors="backslashreplace") for name in names]
+    return [str(name).encode("utf-8", errors="backslashreplace").decode() for name in names]
 
 
 def _sets(

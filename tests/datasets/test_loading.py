@@ -102,6 +102,7 @@ CIFAR_SHAPE = (20, 32, 32, 3)
     ("replaced", "message"),
     [
         ({"y_test": None}, "no array y_test"),
+        ({"x_train": None, "y_test": None}, "no array x_train, y_test"),
         ({"x_train": np.zeros(CIFAR_SHAPE, np.float32)}, "x_train is float32; uint8"),
         ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"x_train has shape \(20, 3, 32, 32\)"),
         ({"x_train": np.zeros((20, 32), np.uint8)}, r"x_train has shape"),

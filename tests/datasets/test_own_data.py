@@ -81,6 +81,7 @@ def test_grey_arrays_without_channel_axis(tmp_path):
     [
         ({"labels": (0, 0, 1, 1, 3, 3), "test_labels": (0, 1, 3)}, "no image of class 2"),
         ({"test_labels": (0, 1, 3)}, "y_test holds class 3, which y_train lacks"),
+        ({"class_names": np.array("abc")}, r"class_names has shape \(\); one name per class"),
         ({"x": (8, 6, 3)}, "8x6; make them square, or give --image_size"),
     ],
 )
@@ -89,6 +90,13 @@ def test_bad_npz(tmp_path, arguments, message):
     with pytest.raises(FileError, match=message) as caught:
         load_dataset(name, ".")
     assert f"{tmp_path}/a.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [["ant", "bée", "c\udce9"], [b"ant", "bée".encode(), b"c\xe9"]])
+def test_class_names_can_be_printed(tmp_path, names):
+    train, _ = load_dataset(write_npz(tmp_path / "a.npz", class_names=np.array(names)), ".")
+    assert train.class_names[:2] == ["ant", "bée"]
+    assert train.class_names[2].encode().startswith(b"c\\")
 
 
 def test_image_size_makes_oblong_images_square(tmp_path):

@@ -1,15 +1,19 @@
 """Data that cannot be trained on: one line that names the file, what is wrong and what would be right."""
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from refusals import FILE, FLAG, refuse, spoilt
-from support import TRAIN, call, folders, succeed, write_blobs
+from support import ROOT, TRAIN, call, folders, succeed, write_blobs
 
 N = 30
 CLASSES = np.arange(N) % 3
@@ -246,3 +250,47 @@ def test_pictures_that_do_not_fit_in_memory(photos, tmp_path, monkeypatch):
            says=("not enough memory", "smaller"))  # fmt: skip
     monkeypatch.undo()
     assert call("train_full.py", *train(f"folder:{photos}", tmp_path)).status == 0
+
+
+def test_pipes_are_not_waited_for(photos, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    flags = train(f"folder:{photos}", tmp_path)
+    for script, more in (
+        ("train_full.py", (f"--dataset=npz:{pipe}",)),
+        ("train_full.py", (f"--subset={pipe}",)),
+        ("train_full.py", (f"--pretrained={pipe}", "--model=vit", "--image_size=32")),
+        ("train_prune.py", (f"--selection={pipe}",)),
+    ):
+        given = [flag for flag in flags if script == "train_full.py" or not flag.startswith("--epochs")]
+        refuse(script, *given, *more, status=FILE, says=("pipe: is a pipe, socket or device",))
+    os.mkfifo(photos / "train" / "dog" / "x.png")
+    refuse("train_full.py", *flags, status=FILE, says=(r"x\.png: is not a regular file",))
+
+
+def test_names_that_are_not_utf8_from_training_to_figures(photos, tmp_path):
+    for part in ("train", "test"):
+        folder = os.fsencode(photos / part)
+        os.rename(folder + b"/dog", folder + b"/d\xf6g")
+        os.rename(folder + b"/d\xf6g/0.png", folder + b"/d\xf6g/\xff.png")
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/phot\xf6s")
+    photos.rename(place)
+    base = os.fsdecode(os.fsencode(tmp_path) + b"/\xfctput")
+    for optimizer in ("sgd", "sam"):
+        succeed(
+            "train_full.py", *train(f"folder:{place}", Path(base), f"--optimizer={optimizer}", "--lr_sched=const")
+        )
+    data, kept = (f"--dataset=folder:{place}", "--model=mlp"), folders(Path(base), "datasets", "metrics")
+    succeed("compute_sam_sgd.py", *data, "--epochs=1", *kept, f"--models_folder={base}/models")
+    succeed("average_scores.py", *data, "--seeds=1", *kept)
+    succeed("plot_images.py", data[0], *kept, f"--plots_folder={base}/plots")
+    assert len(list(Path(base).rglob("lowest_*/*.png"))) == 2
+    (Path(place) / "test" / os.fsdecode(b"d\xf6g") / "1.png").write_bytes(b"junk")
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_full.py", *train(f"folder:{place}", Path(base))],
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    assert b"cannot be read as an image" in done.stderr
