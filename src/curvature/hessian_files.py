@@ -102,6 +102,9 @@ class HessianFiles:
         record = read_json(self.record)
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
             raise FileError(f"{self.record}: holds no settings; make it anew")
+        for name, kinds in (("loss", int | float), ("trace", int | float | None), ("trace_quadrature", int | float)):
+            if name in record and not isinstance(record[name], kinds):
+                raise FileError(f"{self.record}: its {name} is not a number; compute it again")
         return record
 
 

@@ -102,10 +102,15 @@ class Grid:
             return
         content = read_json(path)
         advice = "give this one another --name, or --overwrite to replace it"
+        if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
+            raise FileError(f"{path}: is not a table of this script; {advice}")
         if found := differences(content.get("settings", {}), self.settings(), ignore=self._unread()):
             raise FileError(f"{path}: is a table of other settings: {', '.join(found)}; {advice}")
         own = {(cell.func, cell.fraction, cell.shots, cell.seed) for cell in self.cells}
-        other = {(c["method"], c["share"], c["shots"], c["seed"]) for c in content.get("cells", ())} - own
+        try:
+            other = {(c["method"], c["share"], c["shots"], c["seed"]) for c in content.get("cells", ())} - own
+        except (TypeError, KeyError) as error:
+            raise FileError(f"{path}: is damaged, its cells cannot be read; {advice}") from error
         if other:
             cell = Cell(*min(other, key=str))
             raise FileError(f"{path}: has {len(other)} cells that this grid lacks, such as {cell}; {advice}")

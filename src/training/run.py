@@ -29,7 +29,7 @@ from src.artifacts import (
     write_npz,
 )
 from src.errors import FileError
-from src.training.loop import Trainer
+from src.training.loop import Trainer, check_history
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,13 @@ class RunFiles:
         results = read_json(self.results)
         if not isinstance(results, dict) or not isinstance(results.get("settings"), dict):
             raise FileError(f"{self.results}: is damaged, it holds no settings")
+        try:
+            check_history(results.get("history", []))
+        except ValueError as error:
+            raise FileError(f"{self.results}: is damaged, {error}") from error
+        for name in ("best_test_accuracy", "seconds"):
+            if not isinstance(results.get(name), int | float | None):
+                raise FileError(f"{self.results}: is damaged, its {name} is not a number")
         return results if results.get("history") or self.states() else {}
 
     def states(self) -> list[int]:

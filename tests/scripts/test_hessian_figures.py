@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from refusals import FILE, FLAG, refuse
+from refusals import FILE, FLAG, refuse, spoilt
 from support import folders, succeed
 
 from src.curvature.density import width
@@ -185,6 +185,10 @@ def test_bad_files_and_several_epochs(world, data_flags, spectra, tmp_path):
         (tmp_path / "x.pkl").write_bytes(content)
         refuse(SCRIPT, *data_flags, "--files", tmp_path / "x.pkl", status=FILE, says=(r"x\.pkl: ", "anew|recreate"))
     folder = next(spectra.glob("train_all_*_sgd_*/1"))
+    record = next(folder.rglob("*.json"))
+    for name, value in (("loss", "low"), ("loss", None), ("trace", [1]), ("settings", 1)):
+        with spoilt(record, json.dumps({**json.loads(record.read_text()), name: value}).encode()):
+            refuse(SCRIPT, *flags, status=FILE, says=(rf"{record.name}: ", name))
     (folder / "epoch_4").mkdir()
     for path in (folder / "epoch_3").iterdir():
         (folder / "epoch_4" / path.name).write_bytes(path.read_bytes())

@@ -1,11 +1,12 @@
 """The grid of pruning runs: filled once, by one process or several, whatever is killed in between."""
 
 import csv
+import json
 import time
 
 import numpy as np
 import pytest
-from refusals import FILE, FLAG, refuse
+from refusals import FILE, FLAG, refuse, spoilt
 from support import TRAIN, call, folders, start, succeed, write_blobs
 
 from src.artifacts import read_json
@@ -106,6 +107,30 @@ def test_a_partial_grid_is_a_table_too(blobs, tmp_path):
     result = succeed("compare_pruning.py", *flags(blobs, tmp_path), "--table_only")
     assert "1 of 2 seeds" in result.out
     assert len(results(tmp_path)) == 1
+
+
+def test_damaged_tables_and_results_are_named(blobs, tmp_path):
+    table = (f"--dataset=npz:{blobs}", "--model=small_mlp", "--funcs", "random", "--fractions", "0.5", *TRAINING,
+             "--seeds", "1", *folders(tmp_path, *TRAIN, "plots"))  # fmt: skip
+    succeed("compare_pruning.py", *table)
+    (path,) = results(tmp_path).values()
+    content, history = read_json(path), read_json(path)["history"]
+    for changes, says in (
+        ({"best_test_accuracy": ["a"]}, "best_test_accuracy is not a number"),
+        ({"seconds": "long"}, "seconds is not a number"),
+        ({"history": 5}, "history is not a list"),
+        ({"history": [*history[:1], None]}, "no accuracy of epoch 2"),
+        ({"history": [*history[:1], {**history[1], "test_accuracy": "a"}]}, "record of epoch 2 is not numbers"),
+    ):
+        with spoilt(path, json.dumps({**content, **changes}).encode()):
+            refuse("compare_pruning.py", *table, status=FILE, says=(r"results\.json: is damaged", says))
+    path = comparison(tmp_path, "json")
+    for damaged, says in (([1], "not a table"), ({"settings": 3}, "not a table")):
+        with spoilt(path, json.dumps(damaged).encode()):
+            refuse("compare_pruning.py", *table, status=FILE, says=(r"comparison\.json: ", says, "--overwrite"))
+    for cells in (5, [5], [{}], [{"method": [], "share": 0.5, "shots": None, "seed": 1}]):
+        with spoilt(path, json.dumps({**read_json(path), "cells": cells}).encode()):
+            refuse("compare_pruning.py", *table, status=FILE, says=("cells cannot be read", "--overwrite"))
 
 
 def test_a_grid_of_shots(blobs, tmp_path):
