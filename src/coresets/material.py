@@ -15,6 +15,31 @@ if TYPE_CHECKING:
     import torch
 
 
+def _refuse_not_finite(name: str, values: np.ndarray | torch.Tensor, axis: int = 0) -> None:
+    """Stop at the first example, along ``axis``, that has a NaN or an infinity among its values.
+
+    Raises:
+        UserError: There is one.
+    """
+    finite = np.isfinite(values) if isinstance(values, np.ndarray) else values.isfinite()
+    if bool(finite.all()):
+        return
+    flat = np.moveaxis(np.asarray(finite if isinstance(finite, np.ndarray) else finite.cpu()), axis, 0)
+    first = int(np.flatnonzero(~flat.reshape(len(flat), -1).all(axis=1))[0])
+    raise UserError(f"{name}: those of example {first} are not finite; every value must be a finite number")
+
+
+def _refuse_other_lengths(count: int, arrays: Mapping[str, tuple[int, ...]]) -> None:
+    """Stop at an array of another number of examples than ``count``, given each one's name and shape.
+
+    Raises:
+        UserError: There is one.
+    """
+    for name, shape in arrays.items():
+        if len(shape) == 0 or shape[0] != count:
+            raise UserError(f"{name}: has the shape {tuple(shape)}, but there are {count} labels, one per example")
+
+
 @dataclass(frozen=True)
 class Selection:
     """The chosen examples.
@@ -24,10 +49,29 @@ class Selection:
             original indices in files.
         weights: float64 ``(k,)``, the sample weights of training; all 1, or with mean 1 where a method weights
             (InfoBatch: with a sum of n). Training divides by their sum.
+
+    Raises:
+        UserError: An index is negative or there twice, or a weight is missing, negative or not finite.
     """
 
     indices: np.ndarray
     weights: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.weights.shape != self.indices.shape:
+            raise UserError(f"weights: there are {self.weights.size} for {self.indices.size} indices; give one each")
+        ordered = np.sort(self.indices)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(ordered) and (ordered[0] < 0 or len(repeated)):
+            raise UserError(
+                f"indices: {repeated[0] if len(repeated) else ordered[0]} is "
+                f"{'there twice' if len(repeated) else 'negative'}; an example is chosen by its position, once"
+            )
+        if not (np.isfinite(self.weights) & (self.weights >= 0)).all():
+            bad = int(np.flatnonzero(~(np.isfinite(self.weights) & (self.weights >= 0)))[0])
+            raise UserError(
+                f"weights: {self.weights[bad]:g}, of index {self.indices[bad]}, is not a finite number of at least 0"
+            )
 
     @classmethod
     def of(cls, picks: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None) -> Selection:
@@ -67,11 +111,22 @@ class Group:
         positions: int64 ``(m,)``, ascending.
         budget: How many to choose, from 1 to m.
         label: The class; None for the group of all.
+
+    Raises:
+        UserError: The budget is not from 1 to m, or the positions are not ascending from 0 on, each once.
     """
 
     positions: np.ndarray
     budget: int
     label: int | None = None
+
+    def __post_init__(self) -> None:
+        which = "the group" if self.label is None else f"class {self.label}"
+        count = len(self.positions)
+        if not 1 <= self.budget <= count:
+            raise UserError(f"budget {self.budget}: {which} has {count} examples; choose 1 to {count} of them")
+        if self.positions[0] < 0 or (np.diff(self.positions) <= 0).any():
+            raise UserError(f"positions of {which}: must be ascending from 0 on, each once")
 
 
 @dataclass(frozen=True)
@@ -85,12 +140,23 @@ class LastLayer:
         labels: int64 ``(n,)``.
         embeddings: h, ``(n, d)``; None where the method needs none.
         gradient_norms: ``(n,)``, norms of the gradients in all parameters; None where the method needs none.
+
+    Raises:
+        UserError: A value is not finite, a label is outside 0 to C - 1, or the arrays differ in length.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
     embeddings: torch.Tensor | None = None
     gradient_norms: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        optional = {"embeddings": self.embeddings, "gradient_norms": self.gradient_norms}
+        given = {"logits": self.logits, **{name: values for name, values in optional.items() if values is not None}}
+        _refuse_other_lengths(len(self.labels), {name: values.shape for name, values in given.items()})
+        for name, values in given.items():
+            _refuse_not_finite(name, values)
+        _refuse_other_labels(self.labels.cpu().numpy(), self.logits.shape[1])
 
     @cached_property
     def errors(self) -> torch.Tensor:
@@ -111,6 +177,17 @@ class LastLayer:
         chosen = torch.from_numpy(np.ascontiguousarray(positions)).to(self.labels.device)
         optional = [None if t is None else t[chosen] for t in (self.embeddings, self.gradient_norms)]
         return LastLayer(self.logits[chosen], self.labels[chosen], *optional)
+
+
+def _refuse_other_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Stop at the first label that is no class.
+
+    Raises:
+        UserError: There is one.
+    """
+    bad = np.flatnonzero(~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))))
+    if len(bad):
+        raise UserError(f"labels: {labels[bad[0]]}, of example {bad[0]}, is not one of 0 to {num_classes - 1}")
 
 
 def errors_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -173,6 +250,10 @@ class Material:
         dynamics: Recorded arrays ``(epochs, n)`` by name.
         networks: The pre-trained networks' last layers.
         names: Original indices of the candidates, ``(n,)``, for messages; default the positions.
+
+    Raises:
+        UserError: The arrays differ in length, a label is outside 0 to C - 1 or not a network's, or dynamics are
+            infinite or NaN in every epoch. (Scores may be infinite, and the methods refuse those that are NaN.)
     """
 
     labels: np.ndarray
@@ -182,6 +263,21 @@ class Material:
     dynamics: Mapping[str, np.ndarray] = field(default_factory=dict)
     networks: Sequence[LastLayer] = ()
     names: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {name: np.shape(values) for name, values in (("scores", self.scores), ("names", self.names))
+                  if values is not None}  # fmt: skip
+        shapes |= {f"dynamics {name}": np.shape(values)[1:] for name, values in self.dynamics.items()}
+        shapes |= {f"network {number}": network.labels.shape for number, network in enumerate(self.networks)}
+        _refuse_other_lengths(len(self.labels), shapes)
+        _refuse_other_labels(np.asarray(self.labels), self.num_classes)
+        for name, values in self.dynamics.items():
+            unvisited = np.isnan(values)  # in some epochs, not in all
+            _refuse_not_finite(f"dynamics {name}", np.where(unvisited & ~unvisited.all(axis=0), 0, values), axis=1)
+        for number, network in enumerate(self.networks):
+            others = np.flatnonzero(network.labels.cpu().numpy() != self.labels)
+            if len(others):
+                raise UserError(f"network {number}: the label of example {others[0]} is another than in labels")
 
     def name(self, position: int) -> int:
         """An example's original index."""
