@@ -55,7 +55,7 @@ def test_the_papers_commands(folder):
             flags = flags[:-2]  # one of the three seeds was trained here
         more = ["--modes", "samis_loss", "--classes", "apple"] if script == "plot_images.py" else []
         succeed(script, *flags, *SHORT.get(script, []), *folders(folder, *need[script.split("_")[0]]), *more)
-    assert (folder / "plots" / "images" / "cifar100" / "lowest_samis_loss_samis_prob_5" / "apple.png").exists()
+    assert (folder / "plots" / "images" / "cifar100" / "lowest_samis_loss_5" / "apple.png").exists()
 
 
 def test_a_command_of_the_split_protocol(folder):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from refusals import FILE, refuse, spoilt
 from support import TRAIN, call, folders, succeed, write_blobs
 
@@ -144,6 +145,32 @@ def test_starting_weights_of_older_versions_are_other_settings(base):
     write_json(path, {**record, "settings": {**record["settings"], "initialization": "default"}})
     command = after_other_images(base)["start"]
     refuse(*command, status=FILE, says=("initialization",))
+
+
+def test_images_as_older_versions_decoded_them_are_other_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for number in range(4):
+                image = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8))  # transparent
+                image.save(tmp_path / "photos" / part / name / f"{number}.png")
+    data = (f"--dataset=folder:{tmp_path / 'photos'}", "--model=small_mlp", "--epochs=1")
+    command = ("train_full.py", *data, *folders(tmp_path, *TRAIN))
+    for optimizer in ("sgd", "sam"):
+        succeed(*command, f"--optimizer={optimizer}")
+    succeed(*command)  # the same again
+    succeed("compute_sam_sgd.py", *data, *folders(tmp_path, *READ))
+    for path in tmp_path.rglob("results.json"):
+        record = read_json(path)
+        assert record["settings"].pop("decoding") == "alpha"
+        write_json(path, record)
+    for path in tmp_path.rglob("*.pt"):
+        state = read_checkpoint(path)
+        assert state.pop("decoding") == state["settings"].pop("decoding") == "alpha"
+        write_checkpoint(path, state)
+    refuse(*command, status=FILE, says=("decoding",))
+    refuse("compute_sam_sgd.py", *data, *folders(tmp_path, *READ), "--overwrite", status=FILE, says=("decod",))
 
 
 # -------------------------------------------------------------------------------------- a file is not its name
