@@ -1,6 +1,7 @@
 """Help and the answers to bad flags need none of the large packages, which take seconds to import."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -117,3 +118,35 @@ def test_flags_that_are_wrong_whatever_the_files_hold_import_no_large_package(sc
         assert (status, out) == (2, ""), (line, err)
         assert len(err.splitlines()) == 1, (line, err)
         assert any(word.split("=")[0] in err for word in line if word.startswith("--")), (line, err)
+
+
+PLOTTING = [
+    "src.metrics.plots",
+    "src.metrics.image_plots",
+    "src.coresets.plots",
+    "src.curvature.hessian_plots",
+    "src.curvature.ntk_plots",
+    "mpe.plots",
+    "mpe.figure_parts",
+]
+
+# What a notebook hands to the processes that it starts, and a back end that is installed nowhere.
+BACKENDS = ["module://matplotlib_inline.backend_inline", "inline", "widget", "module://nonexistent.backend"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_figures_need_no_back_end(backend):
+    code = f"import sys, {', '.join(PLOTTING)}; assert 'matplotlib.pyplot' not in sys.modules"
+    environment = {**os.environ, "MPLBACKEND": backend}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_plot_script_runs_under_the_back_end_of_a_notebook(tmp_path):
+    flags = ["--dataset=digits", "--modes", "forg", f"--plots_folder={tmp_path}"]
+    environment = {**os.environ, "MPLBACKEND": BACKENDS[0]}
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "plot_proxies.py"), *flags], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "proxies" / "digits" / "comparison.png").stat().st_size > 0
