@@ -74,10 +74,11 @@ def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[s
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     gray = image.mode in GRAY_MODES if channels is None else channels == 1
     kind = "L" if gray else "RGB"
-    plain = np.asarray(image.convert(kind))
-    pixels = np.asarray(_on_white(image).convert(kind)) if image.has_transparency_data else plain
-    if not np.array_equal(pixels, plain):
-        rules.add("alpha")
+    pixels = np.asarray(image.convert(kind))
+    if image.has_transparency_data:
+        plain, pixels = pixels, np.asarray(_on_white(image).convert(kind))
+        if not np.array_equal(pixels, plain):
+            rules.add("alpha")
     return np.array(pixels[None] if gray else pixels.transpose(2, 0, 1), order="C"), rules
 
 
