@@ -19,7 +19,7 @@ import logging
 from argparse import SUPPRESS, Namespace
 from typing import TYPE_CHECKING
 
-from src.errors import FlagError
+from src.errors import FileError, FlagError
 from src.metrics import Proxy
 from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
@@ -74,7 +74,10 @@ def main() -> None:
     if not args.overwrite and run.files.is_done(run.settings):
         print("done already, with these settings; --overwrite measures anew")
         run.forget_state()
-        report(run.files.read_record())
+        try:
+            report(run.files.read_record())
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(f"{run.files.record}: is damaged ({error}); measure again with --overwrite") from error
     else:
         report(run.measure()[1])
     print(run.files.path, run.files.record, sep="\n")

@@ -95,10 +95,11 @@ class RetrainingFiles:
             path = self._chunk(range(start, stop))
             try:
                 part = read_npz(path)
-                if not part or any(np.ndim(values) == 0 for values in part.values()):
-                    raise FileError(f"{path}: does not hold arrays")
-                if parts and part.keys() != parts[0].keys():
-                    raise FileError(f"{path}: does not hold what the chunks before it hold")
+                right = part and all(values.shape[:1] == (stop - start,) for values in part.values())
+                if not right or any(values.dtype.kind not in "biuf" for values in part.values()):
+                    raise FileError(f"{path}: does not have numbers for {stop - start} networks")
+                if parts and _rows(part) != _rows(parts[0]):
+                    raise FileError(f"{path}: does not have what the chunks before it have")
             except FileError as error:
                 log.warning("%s; these networks are retrained", error)
                 continue
@@ -144,12 +145,14 @@ class RetrainingFiles:
                 state = read_checkpoint(path)
                 if (state.get("format"), state.get("epoch")) != (STATE_FORMAT, epoch) or epoch > epochs:
                     raise FileError(f"{path}: is not the state of such a chunk")
-                if differences(state.get("settings") or {}, self.settings):
+                if not isinstance(state.get("settings"), dict) or not isinstance(state.get("ensemble"), dict):
+                    raise FileError(f"{path}: is not the state of such a chunk")
+                if differences(state["settings"], self.settings):
                     raise FileError(f"{path}: is of other settings")
             except FileError as error:
                 log.warning("%s; using the state before it", error)
                 continue
-            yield path, epoch, state.get("ensemble") or {}
+            yield path, epoch, state["ensemble"]
 
     def _states(self, numbers: range) -> list[int]:
         """The epochs of a chunk's states, newest first."""
@@ -164,3 +167,8 @@ class RetrainingFiles:
 
     def _state(self, numbers: range, epoch: int) -> Path:
         return self.folder / f"state_{numbers.start}_{numbers.stop}_epoch_{epoch}.pt"
+
+
+def _rows(part: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+    """What each network has in a chunk: kind and shape by name."""
+    return {name: (values.dtype.kind, values.shape[1:]) for name, values in part.items()}

@@ -242,5 +242,9 @@ class HessianRun:
             kept = {"values": values.tolist(), "residuals": residuals.tolist(), "products": operator.products}
             kept["seconds"] = time.monotonic() - began
             state.keep("power", kept)
+        elif not all(isinstance(kept.get(name), list) for name in ("values", "residuals")) or not all(
+            isinstance(kept.get(name), int | float) for name in ("products", "seconds")
+        ):
+            raise FileError(f"{state.folder}: its state is damaged; remove it, or leave --resume out")
         operator.products = max(operator.products, kept["products"])
         return kept

@@ -15,6 +15,7 @@ from src import draws
 from src.curvature.basis import Basis
 from src.curvature.hessian import CurvatureOperator, dot
 from src.curvature.tridiagonal import Ritz, Tridiagonal, ritz
+from src.models.restoring import check_tensor
 
 _NOISE = 100  # rounding units, relative to the matrix: a remainder below it is noise, the space is exhausted
 
@@ -121,11 +122,17 @@ class Lanczos:
 
     def load(self, state: dict[str, Any], rows: Tensor | None) -> None:
         """Continue from a state; ``rows`` are the stored vectors of its basis."""
-        self.alphas, self.betas, self.exhausted = list(state["alphas"]), list(state["betas"]), state["exhausted"]
+        self.alphas, self.betas = ([float(value) for value in state[name]] for name in ("alphas", "betas"))
+        self.exhausted = bool(state["exhausted"])
         device = self.operator.device
+        for name in ("current", "previous"):
+            if state[name] is not None or name == "current":
+                check_tensor(name, self._current, state[name])
         self._current = state["current"].to(device)
         self._previous = None if state["previous"] is None else state["previous"].to(device)
         if self.basis is not None:
+            if rows.shape[1:] != (self.basis.size,):
+                raise ValueError("its vectors have another length")
             self.basis = Basis(self.basis.size, self.basis.dtype, device, self.basis.storage)
             self.basis.append_stored(rows)
 

@@ -88,6 +88,14 @@ class SpectrumRun:
         Raises:
             FileError: It is damaged, or of other settings.
         """
+        try:
+            return self._resume()
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise FileError(
+                f"{self.state.folder}: its state is damaged ({error}); remove it, or leave --resume out"
+            ) from error
+
+    def _resume(self) -> bool:
         stored = None if self.state is None else self.state.load()
         if stored is None:
             return False
@@ -96,20 +104,23 @@ class SpectrumRun:
             raise FileError(f"{self.state.folder}: has lost its vectors; remove it, or leave --resume out")
         result = stored["result"]
         self.result = Spectrum(
-            np.array(result["eigenvalues"]),
-            np.array(result["residuals"]),
-            result["nodes"],
-            result["weights"],
-            result["steps"],
-            TraceEstimate(result["samples"], result["deflated"]),
+            np.array(_numbers(result["eigenvalues"])),
+            np.array(_numbers(result["residuals"])),
+            [_numbers(run) for run in result["nodes"]],
+            [_numbers(run) for run in result["weights"]],
+            int(result["steps"]),
+            TraceEstimate(_numbers(result["samples"]), _numbers(result["deflated"])),
             self.operator.size,
         )
-        self.operator.products, self.seconds = stored["products"], stored["seconds"]
+        self.operator.products, self.seconds = int(stored["products"]), float(stored["seconds"])
         if stored["lanczos"] is not None:
             self._process = self._start()
             self._process.load(stored["lanczos"], stored["rows"])
         if known is not None:
-            self._known = np.array(known["values"]), known["vectors"].to(self.operator.device)
+            values = np.array(known["values"], dtype=np.float64)
+            if known["vectors"].shape != (len(values), self.operator.size):
+                raise ValueError("its vectors have another shape")
+            self._known = values, known["vectors"].to(self.operator.device)
             self._known_stored = True
         return True
 
@@ -216,3 +227,8 @@ def true_residuals(operator: CurvatureOperator, values: np.ndarray, vectors: Ten
         torch.linalg.vector_norm((operator @ x) - value * x).item() for value, x in zip(values, vectors, strict=True)
     ]
     return np.array(found)
+
+
+def _numbers(values: Any) -> list[float]:
+    """A stored list of numbers, checked."""
+    return [float(value) for value in values]

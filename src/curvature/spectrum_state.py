@@ -80,9 +80,13 @@ class SpectrumState:
             FileError: A file is damaged.
         """
         files = sorted(self.folder.glob("*.pt"))
-        return {
+        found = {
             path: read_checkpoint(path).get("settings", {}) for path in files if not path.name.startswith(_VECTORS)
         }
+        for path, settings in found.items():
+            if not isinstance(settings, dict):
+                raise FileError(f"{path}: has no settings; remove {self.folder}, or leave --resume out")
+        return found
 
     def keep(self, name: str, values: dict[str, Any]) -> None:
         """Write what a finished part of the measurement found."""

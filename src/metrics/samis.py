@@ -182,8 +182,12 @@ def read_seed(path: str | Path) -> dict[str, Any]:
         raise FileError(f"{path}: its scores and losses differ in length; make it anew with compute_sam_sgd.py")
     if any(content[name].dtype.kind != kind for name, kind in zip(arrays, "fffi", strict=True)):
         raise FileError(f"{path}: its scores are not numbers; make it anew with compute_sam_sgd.py")
+    if any(
+        content[name].shape or content[name].dtype.kind != kind for name, kind in zip(facts, "iiUUU", strict=True)
+    ):
+        raise FileError(f"{path}: does not say how it was made; score the seed again with compute_sam_sgd.py")
     indices = content["indices"]
-    if not len(indices) or indices.min() < 0 or indices.max() >= shape[0]:
+    if indices.ndim != 1 or not len(indices) or indices.min() < 0 or indices.max() >= shape[0]:
         raise FileError(f"{path}: its indices do not fit its scores; make it anew with compute_sam_sgd.py")
     if not all(np.isfinite(content[name][indices]).all() for name in arrays[:3]):
         raise FileError(f"{path}: holds scores that are not finite; make it anew with compute_sam_sgd.py")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from curvature_ground import Matrix, batches, dense, images_and_labels, network, small_network
 
+from src.artifacts import read_checkpoint, write_checkpoint
 from src.curvature.choices import STORAGES, SpectrumPlan
 from src.curvature.hessian import Hessian
 from src.curvature.hessian_files import HessianFiles, describe
@@ -20,6 +21,7 @@ from src.curvature.spectrum_state import SpectrumState
 from src.errors import FileError, FlagError
 
 PLAN = SpectrumPlan(top_n=3, steps=12, probes=2, trace_probes=15, trace_tolerance=0.0, max_steps=40)
+NOTHING = torch.zeros(0)
 SPECTRUM = np.concatenate([[40.0, 20.0, 10.0], np.linspace(-1, 2, 77)])
 
 
@@ -79,6 +81,36 @@ def test_states_that_do_not_fit(tmp_path):
         SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 2})).resume()
     (state.folder / "progress.pt").write_bytes(b"junk")
     with pytest.raises(FileError, match="damaged"):
+        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *(
+            (("result", name), value)
+            for name in ("eigenvalues", "nodes", "samples")
+            for value in (5, ["a"], [[None]])
+        ),
+        *((("lanczos", name), value) for name in ("alphas", "current", "previous") for value in (5, ["a"])),
+        *((("lanczos", name), NOTHING) for name in ("current", "previous")),
+        *((("lanczos",), value) for value in (5, {})),
+        *(((name,), value) for name in ("products", "rows", "result") for value in ("a", [7], None)),
+        (("settings",), "a"),
+    ],
+)
+def test_damaged_states_are_one_line(tmp_path, place, value):
+    matrix = Interrupting.of_spectrum(SPECTRUM, torch.float32)
+    state = SpectrumState(tmp_path / "s", {"a": 1})
+    matrix.at = 5
+    with pytest.raises(Interrupted):
+        SpectrumRun(matrix, PLAN, state, 1).run()
+    content = read_checkpoint(state.folder / "progress.pt")
+    inner = content[place[0]] if len(place) == 2 else content
+    inner[place[-1]] = value
+    write_checkpoint(state.folder / "progress.pt", content)
+    matrix.at = None
+    with pytest.raises(FileError, match=r"^[^\n]*s: its state is damaged|has no settings|is no state"):
         SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
 
 

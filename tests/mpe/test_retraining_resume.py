@@ -11,6 +11,7 @@ from small_retraining import CLASSES, REMOVED, SETTINGS, SIZE, run
 from torch import nn
 
 from mpe.retraining import RetrainSettings
+from src.artifacts import read_npz, write_npz
 from src.errors import FileError
 from src.models import build_model
 from src.optimizers import rate
@@ -111,7 +112,7 @@ def test_other_chunks_may_go_on(tmp_path, monkeypatch):
     assert seen == [2, 5]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other ensemble"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other ensemble", "no ensemble", "settings"])
 def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path, monkeypatch, caplog, damage):
     whole = run()
     with stopped(monkeypatch, 6):  # in the third epoch of the second chunk
@@ -123,7 +124,12 @@ def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path, monkeypatch, ca
         torch.save({"epoch": 2}, newest)
     else:
         state = torch.load(newest, weights_only=True)
-        del state["ensemble"]["moments"]
+        if damage == "other ensemble":
+            del state["ensemble"]["moments"]
+        elif damage == "settings":
+            state["settings"] = "text"
+        else:
+            state["ensemble"] = "text"
         torch.save(state, newest)
     with caplog.at_level(logging.WARNING):
         found = run(folder=tmp_path, resume=True)
@@ -138,6 +144,17 @@ def test_a_damaged_chunk_is_retrained(tmp_path, caplog):
     whole = run(folder=tmp_path)
     path = tmp_path / "networks_2_4.npz"
     path.write_bytes(path.read_bytes()[:50])
+    with caplog.at_level(logging.WARNING):
+        found = run(folder=tmp_path, resume=True)
+    assert np.array_equal(whole["logits"], found["logits"])
+    assert any(str(path) in record.message for record in caplog.records if record.levelname == "WARNING")
+
+
+@pytest.mark.parametrize("damage", [lambda a: a[0], lambda a: a[:1], lambda a: a[..., None], lambda a: a.astype(str)])
+def test_a_chunk_of_other_arrays_is_retrained(tmp_path, caplog, damage):
+    whole = run(folder=tmp_path)
+    path = tmp_path / "networks_2_4.npz"
+    write_npz(path, **{name: damage(values) for name, values in read_npz(path).items()})
     with caplog.at_level(logging.WARNING):
         found = run(folder=tmp_path, resume=True)
     assert np.array_equal(whole["logits"], found["logits"])

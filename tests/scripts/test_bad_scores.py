@@ -78,6 +78,26 @@ def test_damaged_dynamics(world, changes, says):
                says=(r"dynamics\.npz: ", says))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": np.array(["a", "b"])},
+        {"settings": np.zeros(3)},
+        {"epoch": np.array("x")},
+        {"seed": np.array([1, 2])},
+        {"label_hash": np.array(5)},
+        {"indices": np.arange(4)[None]},
+        {"indices": np.array(0)},
+    ],
+)
+def test_seed_files_that_do_not_say_how_they_were_made(world, changes):
+    arrays = dict(np.load(world.seed_file))
+    file = io.BytesIO()
+    np.savez(file, **{**arrays, **changes})
+    with spoilt(world.seed_file, file.getvalue()):
+        refuse("average_scores.py", *world.average("--overwrite"), status=FILE, says=(r"score\.npz: ",))
+
+
 def test_damaged_scores_of_a_run(world, tmp_path):
     path, proof = world.dynamics.with_name("hessian_flat_train.pkl"), tmp_path / "proof"
     for bad, says in (

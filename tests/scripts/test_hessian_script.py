@@ -1,6 +1,7 @@
 """compute_hessian_eigen.py as users run it: good runs, bad input, interruptions."""
 
 import io
+import json
 import pickle
 import re
 import shutil
@@ -268,6 +269,18 @@ def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sig
     assert records[1]["resumed"]
     np.testing.assert_array_equal(records[0]["residuals"], records[1]["residuals"])
     assert not list((tmp_path / "stopped").rglob("*.state"))
+
+
+def test_a_damaged_record_of_what_is_done(world, flags, tmp_path):
+    succeed(SCRIPT, *flags)
+    (path,) = tmp_path.rglob("*.json")
+    record = read_json(path)
+    for name, value in (("residuals", [None]), ("eigenvalues", 5), ("gradient_norm", "a"), ("loss", None)):
+        with spoilt(path, json.dumps({**record, name: value}).encode()):
+            refuse(SCRIPT, *flags, status=FILE, says=(r"\.json: ", "--overwrite|again"))
+    del record["converged"]
+    with spoilt(path, json.dumps(record).encode()):
+        refuse(SCRIPT, *flags, status=FILE, says=(r"\.json: is damaged", "converged", "--overwrite"))
 
 
 def test_an_interrupted_measurement_of_other_settings_is_not_lost(world, flags, tmp_path):
