@@ -20,7 +20,7 @@ from src.errors import FlagError
 from src.metrics import MODES, modes_from
 from src.metrics.dynamics_scores import WINDOW, Windows
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, restrict, run_script, start_logging
+from src.scripting import DATA_FLAGS, Parser, print_next, restrict, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number
 
 PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")
@@ -132,6 +132,8 @@ def main() -> None:
             f"{MODES[mode].title}: mean of {len(args.seeds)} seeds, "
             f"before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
         )
+    keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]
+    print_next("plot_images.py", keep, modes=list(averages))
 
 
 def check_run(experiment: str | None, dataset: str, record: dict) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from src.errors import FileError, FlagError
 from src.metrics import Proxy
-from src.scripting import Parser, restrict, run_script, start_logging
+from src.scripting import Parser, print_next, restrict, run_script, start_logging
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
 from src.settings.geometry import (
     EIGEN_PRECISIONS,
@@ -35,6 +35,7 @@ from src.settings.papers import add_dead_flags
 if TYPE_CHECKING:
     import numpy as np
 
+    from src.curvature.hessian_runs import HessianRun
     from src.trained import TrainedNetworks
 
 log = logging.getLogger("compute_hessian_eigen")
@@ -81,6 +82,34 @@ def main() -> None:
     else:
         report(run.measure()[1])
     print(run.files.path, run.files.record, sep="\n")
+    print_figure(args, run)
+
+
+def print_figure(args: Namespace, run: HessianRun) -> None:
+    """Print the command that draws the spectrum."""
+    if args.exp is not None or args.checkpoint is not None:
+        print_next("plot_hessian.py", (), files=[run.files.path])
+        return
+    settings = run.settings
+    print_next(
+        "plot_hessian.py",
+        (
+            "dataset",
+            "image_size",
+            "channels",
+            "datasets_folder",
+            "hessian_folder",
+            "eigen_split",
+            "operator",
+            "eigen_mode",
+        ),
+        model=settings["model"],
+        optimizers=[args.optimizer],
+        lr_sched=args.lr_sched,
+        seeds=[args.seed],
+        epochs=args.epochs,
+        high_low_specs=None if args.high_low_spec is None else [args.high_low_spec],
+    )
 
 
 def read_scores(args: Namespace, networks: TrainedNetworks) -> np.ndarray | None:

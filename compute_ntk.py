@@ -27,7 +27,7 @@ from src.errors import FlagError
 from src.metrics import MODES, Proxy
 from src.metrics.compare import spearman
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, restrict, run_script, start_logging
+from src.scripting import Parser, print_next, restrict, run_script, start_logging
 from src.settings import (
     SEED,
     add_compute_flags,
@@ -131,6 +131,13 @@ def main() -> None:
                 found[epoch].append(kernels.velocities(seed, epoch, bar))
     report(found, lowers)
     print(kernels.files.velocities(kernels.seeds[0], epochs[0]).parents[2])
+    print_next(
+        "plot_ntk.py",
+        ("dataset", "image_size", "channels", "datasets_folder", "ntk_folder", "model", "optimizer", "lr_sched"),
+        metrics=[args.ntk_chosen_metric],
+        epochs=epochs,
+        seeds=kernels.seeds,
+    )
 
 
 def ranking(args: Namespace, networks: TrainedNetworks) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path
+from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path, score_path
+from src.artifacts.score_files import read_sidecar
 from src.datasets import load_dataset, parse_subset, validation_indices
 from src.errors import FileError
 from src.metrics import Proxy, find_scores
@@ -30,7 +31,7 @@ from src.metrics.compare import half_overlaps, spearman_test
 from src.models import MODELS
 from src.optimizers import SCHEDULES
 from src.precisions import PRECISIONS
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import DATA_FLAGS, Parser, print_next, run_script, start_logging
 from src.settings import (
     SEED,
     add_compute_flags,
@@ -137,6 +138,31 @@ def main() -> None:
     )
     report(scores, memorization)
     print(*written, sep="\n")
+    seeds = scored_seeds(args.metrics_folder, name, args.model, facts)
+    averaged = read_sidecar(score_path(args.metrics_folder, "samis_loss", name)).get("seeds")
+    print_next(
+        "average_scores.py",
+        [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"],
+        model=args.model,
+        seeds=seeds,
+        overwrite=(bool(averaged) and set(averaged) < set(seeds)) or None,
+    )
+
+
+def scored_seeds(metrics_folder: Path, dataset: str, model: str, facts: dict) -> list[int]:
+    """The seeds that are scored with the settings of this one."""
+    from src.metrics.samis import read_seed
+
+    seeds = []
+    for folder in samis_path(metrics_folder, dataset, model, 0, "loss").parents[1].iterdir():
+        path = folder / SAMIS_FILES["loss"]
+        try:
+            same = not differences(parse_settings(path, read_seed(path)["settings"]), facts, ignore=("seed",))
+        except FileError:
+            continue
+        if same and folder.name.isdigit():
+            seeds.append(int(folder.name))
+    return sorted(seeds)
 
 
 def read_memorization(args: Namespace, dataset: str, labels: np.ndarray) -> Proxy | None:

@@ -15,7 +15,7 @@ from src.artifacts import PACKAGED_SCORES
 from src.errors import FlagError
 from src.metrics import MODES
 from src.metrics.published import BASE_URL, fetch, published_files, published_summary
-from src.scripting import Parser, run_script
+from src.scripting import Parser, print_next, run_script
 from src.settings import add_overwrite_flag
 
 
@@ -38,6 +38,8 @@ def main() -> None:
     for file in published_files(args.dataset, args.modes):
         fresh = fetch(file, args.folder, args.base_url, args.overwrite)
         print(f"{file.path(args.folder)}: {'fetched and verified' if fresh else 'there already'}")
+    given = None if args.folder == PACKAGED_SCORES else args.folder
+    print_next("plot_proxies.py", ["modes"], dataset=args.dataset, scores_folder=given)
 
 
 if __name__ == "__main__":

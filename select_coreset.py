@@ -18,7 +18,7 @@ import numpy as np
 
 from src.coresets import METHODS
 from src.errors import FlagError
-from src.scripting import Parser, run_script
+from src.scripting import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_augmentation_flags,
     add_compute_flags,
@@ -69,6 +69,13 @@ def main() -> None:
         counts = np.bincount(labels, minlength=session.entry.num_classes)
         print(f"per class: {counts.min()} to {counts.max()}")
         print(choice.path)
+        training = (
+            *DATA_FLAGS,
+            *("model", "pretrained", "seed", "data_augmentation", "cutout_holes", "cutout_length"),
+            *("models_folder", "metrics_folder", "log_folder", "resume_ckpts_folder"),
+            *("device", "precision", "deterministic", "compile"),
+        )
+        print_next("train_prune.py", training, selection=choice.path)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ Reads the data set (downloaded if need be) under --datasets_folder. Writes check
       --epochs=20 --batch_size=128 --learning_rate=0.1 --lr_sched='const' --resume
 """
 
+from argparse import Namespace
+
 from src.artifacts import standard_experiment
-from src.scripting import Parser, run_script
+from src.scripting import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -37,13 +39,35 @@ def main() -> None:
     add_dead_flags(parser)
     args = parser.parse_args()
     from src.session import Session
+    from src.training import summary
 
     with Session(args) as session:
         experiment = standard_experiment(args.model, session.entry.name, args.optimizer, args.lr_sched)
         history = session.run(experiment, session.train)
         if session.group.leads:
-            print(f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}")
+            print(summary(history))
             print(session.files(experiment).checkpoints)
+            print_next_step(args, session.entry.name)
+
+
+def print_next_step(args: Namespace, dataset: str) -> None:
+    """SAMIS needs a pair, one trained with SGD and one with SAM; of a model on its own, the curvature."""
+    from src.training import find_checkpoint
+
+    optimizer = {"sgd": "sam", "sam": "sgd"}.get(args.optimizer)
+    run = {"model": args.model, "seed": args.seed, "epochs": args.epochs, "lr_sched": args.lr_sched}
+    keep = (*DATA_FLAGS, "models_folder", "device")
+    if optimizer is None:
+        print_next("compute_hessian_eigen.py", keep, **run, optimizer=args.optimizer)
+    elif find_checkpoint(
+        args.models_folder,
+        standard_experiment(args.model, dataset, optimizer, args.lr_sched),
+        args.seed,
+        args.epochs,
+    ):
+        print_next("compute_sam_sgd.py", (*keep, "metrics_folder", "precision"), **run, protocol="full")
+    else:
+        print_next("train_full.py", drop=("rho", "adaptive"), optimizer=optimizer)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ With --selection FILE it trains on a selection of anyone's making.
 from argparse import Namespace
 
 from src.artifacts import sole
-from src.scripting import Parser, run_script
+from src.scripting import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -30,7 +30,7 @@ from src.settings import (
     add_selection_flags,
     add_training_flags,
 )
-from src.settings.papers import add_dead_flags
+from src.settings.papers import DEAD_FLAGS, add_dead_flags
 
 
 def parse() -> Namespace:
@@ -56,6 +56,7 @@ def main() -> None:
     args = parse()
     from src.pruning import Choice, PrunedRun
     from src.session import Session
+    from src.training import summary
 
     with Session(args) as session:
         run = PrunedRun(session, None if args.selection else Choice.of(session), args.selection)
@@ -64,8 +65,27 @@ def main() -> None:
             return
         with sole(run.claim, "training this run"):
             history = run.train()
-        print(f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}")
+        print(summary(history))
         print(session.files(run.experiment).checkpoints)
+        if args.selection:
+            keep = (*DATA_FLAGS, "models_folder", "device", "seed")
+            print_next("compute_hessian_eigen.py", keep, exp=run.experiment, epochs=args.epochs)
+        else:
+            print_comparison(args)
+
+
+def print_comparison(args: Namespace) -> None:
+    """Print the command that compares the method with a random choice."""
+    share = {"shots": args.shots, "shots_up_to": args.shots_up_to}
+    share = {name: [value] for name, value in share.items() if value is not None}
+    print_next(
+        "compare_pruning.py",
+        drop=("coreset_func", "coreset_fraction", "seed", "resume", "distributed_training", "sync_bn", *DEAD_FLAGS),
+        funcs=list(dict.fromkeys(["random", args.coreset_func])),
+        seeds=[args.seed],
+        coreset_epochs=args.coreset_epochs,
+        **share or {"fractions": [args.coreset_fraction]},
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from src.artifacts import label_hash, split_experiment
 from src.datasets import validation_indices
 from src.errors import FlagError
-from src.scripting import Parser, run_script
+from src.scripting import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -74,11 +74,15 @@ def main() -> None:
     with Session(args) as session:
         for index in args.samis_validation_split_index:
             train_one(session, index, skip_done=len(args.samis_validation_split_index) > 1)
+        if session.group.leads:
+            print_next_step(session)
 
 
 def train_one(session: Session, index: int, skip_done: bool) -> None:
     """Train without split ``index``."""
     import torch
+
+    from src.training import summary
 
     args, name = session.args, session.entry.name
     experiment = split_experiment(args.model, name, args.optimizer, args.lr_sched, index)
@@ -103,8 +107,30 @@ def train_one(session: Session, index: int, skip_done: bool) -> None:
         return
     history = session.run(experiment, train, more_settings=more)
     if session.group.leads:
-        print(f"split {index}: test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}")
+        print(f"split {index}: {summary(history)}")
         print(session.files(experiment).checkpoints)
+
+
+def print_next_step(session: Session) -> None:
+    """SAMIS needs ten pairs, each trained with SGD and with SAM."""
+    args = session.args
+    optimizers = [args.optimizer, "sam" if args.optimizer == "sgd" else "sgd"]
+    for optimizer in optimizers:
+        runs = [split_experiment(args.model, session.entry.name, optimizer, args.lr_sched, index) for index in SPLITS]
+        if not all(session.files(run).read_results().get("finished") for run in runs):
+            drop = () if optimizer == args.optimizer else ("rho", "adaptive", "delta", "hess_init")
+            print_next("train_split.py", drop=drop, optimizer=optimizer, samis_validation_split_index="all")
+            return
+    if set(optimizers) == {"sgd", "sam"}:
+        print_next(
+            "compute_sam_sgd.py",
+            (*DATA_FLAGS, "splits_folder", "models_folder", "metrics_folder", "device", "precision"),
+            model=args.model,
+            seed=args.seed,
+            epochs=args.epochs,
+            lr_sched=args.lr_sched,
+            protocol="split",
+        )
 
 
 if __name__ == "__main__":

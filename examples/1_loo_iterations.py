@@ -23,7 +23,7 @@ from mpe.results import Result
 from src.artifacts import label_hash, score_path
 from src.artifacts.score_files import refuse_other_scores
 from src.errors import FlagError
-from src.scripting import Parser, restrict, run_script, start_logging
+from src.scripting import Parser, print_next, restrict, run_script, start_logging
 from src.settings import add_experiment_flags, add_folder_flags, add_laplace_flags, number
 
 log = logging.getLogger("1_loo_iterations")
@@ -126,6 +126,7 @@ def main() -> None:
             args.metrics_folder, experiment.entry.name, total=experiment.train.total, settings=more
         ):
             print(path)
+    print_next("plot_loo_iterations.py", ["pickles_folder"], name_exp=args.name_exp)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 
 from mpe.results import Result
 from src.errors import FlagError
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, print_next, run_script, start_logging
 from src.settings import add_ensemble_flags, add_experiment_flags, add_laplace_flags, number, whole_number
 
 DEFAULTS = {
@@ -91,6 +91,7 @@ def main() -> None:
     for what, values in (("leave-one-out", rows[f"estimated_nll_{args.class_cov}"]), ("test", rows["test_nlls"])):
         print(f"lowest {what} NLL {values.min():.6f} at delta {deltas[values.argmin()]:.4g}")
     print(result.path)
+    print_next("plot_loo_l2reg.py", ["pickles_folder"], name_exp=args.name_exp)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 
 from mpe.results import Result
 from src.errors import FlagError
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, print_next, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags, number
 
 log = logging.getLogger("3_validation_sensitivities")
@@ -119,6 +119,7 @@ def main() -> None:
     leave_out = [np.empty(0, np.int64), *removed[:, None]]
     write(retrain_without(experiment, images, leave_out, measure_removed(images, removed), write))
     print(retrained.path)
+    print_next("plot_validation_sensitivities.py", ["pickles_folder"], name_exp=args.name_exp)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from mpe.results import Result
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, print_next, run_script, start_logging
 from src.settings import add_experiment_flags, number
 
 DEFAULTS = {
@@ -77,6 +77,7 @@ def main() -> None:
     print(f"test accuracy {100 * last['test_accuracy']:.2f} %, test NLL {last['test_loss']:.6f}")
     print(f"{len(evolving.rows)} checkpoints, after steps {', '.join(map(str, sorted(evolving.rows)))}")
     print(result.path)
+    print_next("plot_evolving_sensitivities.py", ["pickles_folder"], name_exp=args.name_exp)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from mpe.results import Result
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import Parser, print_next, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags
 
 DEFAULTS = {
@@ -83,6 +83,7 @@ def main() -> None:
         who = f"{experiment.train.class_names[c]} ({(labels == c).sum()})"
         print(f"without {who}: estimated {estimated['est_nll'][c]:.4f}, test NLL {nll:.4f}, {100 * acc:.2f} %")
     print(result.path)
+    print_next("plot_loco.py", ["pickles_folder"], names_exp=[args.name_exp], plot_name=args.name_exp)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,6 +102,40 @@ def given_flags(*flags: str) -> list[str]:
     """Which of the flags stand on the command line, where an unused one deserves a word and a default does not."""
     words = {word.split("=")[0] for word in sys.argv[1:]}
     return [flag for flag in flags if flag in words]
+
+
+DATA_FLAGS = ("dataset", "image_size", "channels", "subset", "datasets_folder")
+"""Flags by which scripts that work on the same data find them."""
+
+
+def print_next(script: str, keep: Collection[str] | None = None, *, drop: Collection[str] = (), **flags: Any) -> None:
+    """Print the command to run next, built from the flags of this one.
+
+    Args:
+        script: A script in the folder of this one.
+        keep: Flags, without dashes, that are passed on as they were given, where they were; None for all.
+        drop: Flags that are not passed on.
+        flags: Flags with values of their own: True is a flag without a value, a list has several, None leaves it out.
+    """
+    given: dict[str, list[str]] = {}
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            name = word.split("=")[0].removeprefix("--").removeprefix("no-")
+        given.setdefault(name, []).append(word)
+    words = [
+        word
+        for name, those in given.items()
+        if (keep is None or name in keep) and name not in drop and name not in flags
+        for word in those
+    ]
+    for name, value in flags.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
+    together = "--distributed_training" in words
+    program = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"] if together else ["python"]
+    print("next:", shlex.join([*program, str(Path(sys.argv[0]).parent / script), *words]))  # noqa: T201
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -16,7 +16,7 @@ from src.training.finding import (
 from src.training.group import Group
 from src.training.loop import Trainer
 from src.training.plan import EpochPlan
-from src.training.run import RunFiles, run_training
+from src.training.run import RunFiles, run_training, summary
 
 __all__ = [
     "DYNAMICS_FILE",
@@ -40,6 +40,7 @@ __all__ = [
     "predictions",
     "read_dynamics",
     "run_training",
+    "summary",
     "training_command",
     "training_facts",
 ]

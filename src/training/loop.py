@@ -152,7 +152,7 @@ class Trainer:
             group["lr"] = current
         bar.set_description(f"epoch {epoch}/{config.epochs}")
         positions, weights = (None, self.weights) if self.plan is None else self.plan.choose(epoch, self._fits)
-        train_loss, train_accuracy = self._train_pass(epoch, bar, positions, weights)
+        train_loss, train_accuracy, first_loss = self._train_pass(epoch, bar, positions, weights)
         if self.plan is not None:
             self.plan.end_epoch(self.group)
         trained = time.perf_counter()
@@ -179,14 +179,20 @@ class Trainer:
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
+        if epoch == 1:
+            record["untrained_loss"] = first_loss
         if positions is not None:
             record |= {"examples": len(positions), "steps": self.train_batches.steps(len(positions))}
         return record
 
     def _train_pass(
         self, epoch: int, bar: tqdm, positions: torch.Tensor | None, weights: torch.Tensor | None
-    ) -> tuple[float, float]:
-        """All steps of an epoch; returns mean loss and accuracy of the first passes, before each step."""
+    ) -> tuple[float, float, float]:
+        """All steps of an epoch; returns mean loss and accuracy of the first passes, before each step.
+
+        The third number is the mean loss of the first batch alone. In epoch 1 the model has not taken a step then,
+        so this is the loss of the untrained model, measured without an extra pass over the data.
+        """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, weight, correct
         bad = torch.zeros((), dtype=torch.int64, device=self.device)  # first step with a loss that is not finite
         devices = [self.device] if self.device.type == "cuda" else []
@@ -205,6 +211,8 @@ class Trainer:
                 one_pass = partial(self._one_pass, batch, divisor)
                 losses, logits = self._step(self.optimizer, self.model, one_pass)
                 weighted = (losses * batch.weights).sum()
+                if step == 1:
+                    first = torch.stack([weighted, batch.weights.sum()]).double()
                 sums += torch.stack(
                     [weighted, batch.weights.sum(), (logits.argmax(1) == batch.labels).sum()]
                 ).double()
@@ -218,11 +226,12 @@ class Trainer:
                 if step % _CHECK_EVERY == 0:
                     self._check_finite(bad, epoch)
                 bar.update()
-        self.group.sum_([sums])
+        self.group.sum_([sums, first])
         self.group.share_(self.model.buffers())  # running statistics, where each process keeps its own
         self._check_finite(bad, epoch)
         loss, weight, correct = sums.tolist()
-        return loss / (weight or 1.0), correct / count
+        first_loss, first_weight = first.tolist()
+        return loss / (weight or 1.0), correct / count, first_loss / (first_weight or 1.0)
 
     def _divisor(self, batch: Batch, size: int) -> torch.Tensor:
         """What turns a batch's sum(w l) into its loss; ``size`` is the batch's over all processes."""

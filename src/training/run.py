@@ -145,7 +145,30 @@ def run_training(
         trainer.group.wait()
         trainer.fit(run.after_epoch)
         trainer.group.wait()
+    warning = divergence(trainer.history)
+    if warning is not None:
+        log.warning("%s; a smaller %s may help", warning, trainer.rate_flag)
     return trainer.history
+
+
+def divergence(history: list[dict[str, Any]]) -> str | None:
+    """What is wrong with a run that ends with a higher training loss than that of the untrained model.
+
+    The untrained model's loss is that of the first batch before any step. Histories of earlier versions lack it.
+
+    Returns:
+        A sentence, or None if the loss fell.
+    """
+    before, after = history[0].get("untrained_loss"), history[-1]["train_loss"]
+    if before is None or after <= before:
+        return None
+    return f"training diverged: its last loss is {after:.5g}, that of the untrained model was {before:.5g}"
+
+
+def summary(history: list[dict[str, Any]]) -> str:
+    """How a run ended, in a line or two."""
+    lines = [f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}"]
+    return "\n".join([*lines, *filter(None, [divergence(history)])])
 
 
 class _Run:

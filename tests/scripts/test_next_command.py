@@ -1,0 +1,116 @@
+"""The last line of a run that ends well is the command to run next, and it runs as printed."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from support import ROOT, TRAIN, folders, succeed, write_blobs
+
+SMALL = ("--dataset=digits", "--model=small_mlp", "--subset=200")
+RATE = ("--batch_size=50", "--learning_rate=0.1", "--lr_sched=const")
+
+
+def follow(result, script, *contains, flags=()):
+    """Run the printed command, which must be of ``script``."""
+    line = result.out.strip().splitlines()[-1]
+    word, program, path, *words = shlex.split(line)
+    assert (word, program, Path(path).name) == ("next:", "python", script)
+    for part in contains:
+        assert part in words, line
+    return succeed(str(Path(path).resolve().relative_to(ROOT)), *words, *flags)
+
+
+def test_from_training_to_images(tmp_path):
+    (tmp_path / "a b").mkdir()  # a name that needs quotes
+    flags = ("--dataset=digits", "--model=small_mlp", "--epochs=2", *RATE, *folders(tmp_path / "a b", *TRAIN))
+    first = succeed("train_full.py", *flags, "--optimizer=sam", "--rho=0.1")
+    second = follow(first, "train_full.py", "--optimizer=sgd")
+    scored = follow(second, "compute_sam_sgd.py", "--protocol=full", "--epochs=2")
+    averaged = follow(scored, "average_scores.py", "--seeds", "1")
+    drawn = follow(averaged, "plot_images.py", flags=("--only_overview", f"--plots_folder={tmp_path}"))
+    assert "overview_samis_loss_5.png" in drawn.out
+    succeed("train_full.py", *flags, "--seed=2")
+    last = succeed("train_full.py", *flags, "--seed=2", "--optimizer=sam", "--rho=0.1")
+    follow(follow(last, "compute_sam_sgd.py"), "average_scores.py", "--seeds", "1", "2", "--overwrite")
+
+
+def test_the_splits(tmp_path):
+    data = write_blobs(tmp_path / "blobs.npz", n=90)
+    flags = (f"--dataset=npz:{data}", "--model=small_mlp", "--epochs=1", *RATE, "--save_epochs=last",
+             *folders(tmp_path, *TRAIN))  # fmt: skip
+    result = succeed("train_split.py", *flags, "--samis_validation_split_index=3")
+    result = follow(result, "train_split.py", "--samis_validation_split_index=all")
+    result = follow(result, "train_split.py", "--optimizer=sam", "--samis_validation_split_index=all")
+    result = follow(result, "compute_sam_sgd.py", "--protocol=split")
+    follow(result, "average_scores.py")
+
+
+def test_from_a_selection_to_the_curvature(tmp_path):
+    result = succeed("select_coreset.py", *SMALL, "--coreset_func=random", "--coreset_fraction=0.5",
+                     f"--out={tmp_path / 'half.npz'}", *folders(tmp_path, *TRAIN))  # fmt: skip
+    result = follow(result, "train_prune.py", f"--selection={tmp_path / 'half.npz'}", flags=("--coreset_epochs=2",))
+    few = ("--top_n=1", "--lanczos_steps=5", "--max_steps=5", "--trace_probes=2", f"--hessian_folder={tmp_path}")
+    result = follow(result, "compute_hessian_eigen.py", flags=few)
+    follow(result, "plot_hessian.py", flags=(f"--plots_folder={tmp_path}",))
+
+
+def test_from_pruning_to_a_comparison(tmp_path):
+    result = succeed("train_prune.py", *SMALL, *RATE, "--coreset_func=csl", "--coreset_fraction=0.5",
+                     "--coreset_epochs=1", "--coreset_pretrain_epochs=2", *folders(tmp_path, *TRAIN))  # fmt: skip
+    result = follow(result, "compare_pruning.py", "random", "csl", flags=(f"--plots_folder={tmp_path}",))
+    assert "csl" in result.out
+
+
+def test_the_geometry(tmp_path):
+    flags = ("--dataset=digits", "--model=small_mlp", *RATE, *folders(tmp_path, *TRAIN))
+    result = succeed("train_full.py", *flags, "--epochs=2", "--optimizer=adam", "--learning_rate=0.01")
+    few = ("--top_n=1", "--lanczos_steps=5", "--max_steps=5", "--trace_probes=2", f"--hessian_folder={tmp_path}")
+    result = follow(result, "compute_hessian_eigen.py", "--optimizer=adam", flags=few)
+    result = follow(result, "plot_hessian.py", "adam", flags=(f"--plots_folder={tmp_path}",))
+    result = succeed("compute_ntk.py", "--dataset=digits", "--model=small_mlp", "--optimizer=adam", "--seeds", "1",
+                     "--ntk_chosen_metric=samis_loss", "--scores_folder=src/metrics", "--m_samples=2",
+                     "--lower_index", "0", "500", "--ntk_velocity_epoch", "1", f"--ntk_folder={tmp_path}",
+                     *folders(tmp_path, "datasets", "models"))  # fmt: skip
+    follow(result, "plot_ntk.py", flags=(f"--plots_folder={tmp_path}",))
+
+
+@pytest.mark.parametrize(
+    ("script", "figure", "more"),
+    [
+        ("1_loo_iterations.py", "plot_loo_iterations.py", ()),
+        ("2_loo_l2reg.py", "plot_loo_l2reg.py", ("--n_exp=4",)),
+        ("3_validation_sensitivities.py", "plot_validation_sensitivities.py",
+         ("--n_retrain=3", "--epochs_retrain=1", "--delta=1")),
+        ("4_evolving_sensitivities.py", "plot_evolving_sensitivities.py", ("--delta=1",)),
+        ("5_loco.py", "plot_loco.py", ("--epochs_retrain=1", "--delta=1")),
+    ],
+)  # fmt: skip
+def test_the_experiments(tmp_path, script, figure, more):
+    result = succeed(
+        f"examples/{script}",
+        *SMALL,
+        "--epochs=2",
+        "--bs=50",
+        "--name_exp=small",
+        "--lr=0.01",
+        "--lrmin=0",
+        *more,
+        *folders(tmp_path, "datasets", "models", "log", "resume_ckpts", "pickles"),
+    )
+    drawn = follow(result, figure, f"--pickles_folder={tmp_path / 'pickles'}", flags=(f"--plots_folder={tmp_path}",))
+    assert list(tmp_path.glob("*.png")), drawn.out
+
+
+def test_the_command_runs_from_any_folder(tmp_path, monkeypatch, capsys):
+    from src.scripting import print_next
+
+    monkeypatch.setattr(
+        "sys.argv", ["../tools/train_full.py", "--no-adaptive", "--name", "it's", "--seeds", "-1", "2"]
+    )
+    print_next("next.py", ("seeds", "adaptive", "name"), left=None, on=True)
+    assert (
+        capsys.readouterr().out
+        == "next: python ../tools/next.py --no-adaptive --name 'it'\"'\"'s' --seeds -1 2 --on\n"
+    )
+    print_next("next.py", drop=("name", "adaptive"), seeds=[3, 4], rate=0.5)
+    assert capsys.readouterr().out == "next: python ../tools/next.py --seeds 3 4 --rate=0.5\n"
