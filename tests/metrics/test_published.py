@@ -133,6 +133,7 @@ def test_what_was_not_published_is_named():
 
 
 def test_the_address_names_the_commit():
+    assert published.BASE_URL.startswith("https://")
     assert published.COMMIT in published.BASE_URL
     assert len(published.COMMIT) == 40
 

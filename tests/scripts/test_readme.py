@@ -95,15 +95,16 @@ def test_the_pruning_commands(folder, tmp_path):
     memorization.parent.mkdir(parents=True)
     np.savez(memorization, tr_mem=np.linspace(0, 1, 200))
     data = f"--datasets_folder={folder / 'datasets'}"
-    succeed(*large, "--coreset_epochs=1", *where)
-    succeed(*few_shot, "--coreset_epochs=1", *where)
+    shipped = f"--scores_folder={ROOT / 'src' / 'metrics'}"  # the commands as they are give no folder
+    succeed(*large, "--coreset_epochs=1", *where, shipped)
+    succeed(*few_shot, "--coreset_epochs=1", *where, shipped)
     succeed(*paper, *SHORT["train_prune.py"], *where, data)
     (run,) = (tmp_path / "models").glob("min_mem_static_coreset_large_0.8_resnet8_over_cifar100/seed_1234")
     assert (run / "selection.npz").exists()
     succeed(*select, "--coreset_pretrain_epochs=1", f"--out={tmp_path / 'craig.npz'}", *where)
     succeed(*train, f"--selection={tmp_path / 'craig.npz'}", "--coreset_epochs=1", *where)
     short = ("--fractions", "0.1", "--seeds", "1", "--coreset_epochs=1", "--coreset_pretrain_epochs=1")
-    succeed(*compare, *short, *where, *folders(tmp_path, "plots"))
+    succeed(*compare, *short, *where, shipped, *folders(tmp_path, "plots"))
     assert (tmp_path / "plots" / "pruning" / "lenet_over_digits" / "comparison.png").exists()
 
 
