@@ -32,6 +32,14 @@ _KEEP_STATES = 2  # the newest, and the one before it in case that one is damage
 _CHUNK = re.compile(r"networks_(\d+)_(\d+)\.npz")
 _STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
 
+_NUMBERS = "model_numbers"  # the entry that says which models a file is of; files of older versions lack it
+
+
+def _refuse_another(path: Path, said: Any, numbers: range) -> None:
+    """Stop at a file that was copied or renamed, and is of other models than its name says."""
+    if said is not None and not np.array_equal(said, [numbers.start, numbers.stop]):
+        raise FileError(f"{path}: is of other models than its name says; it was copied or renamed")
+
 
 class RetrainingFiles:
     """The folder of one run.
@@ -95,6 +103,7 @@ class RetrainingFiles:
             path = self._chunk(range(start, stop))
             try:
                 part = read_npz(path)
+                _refuse_another(path, part.pop(_NUMBERS, None), range(start, stop))
                 right = part and all(values.shape[:1] == (stop - start,) for values in part.values())
                 if not right or any(values.dtype.kind not in "biuf" for values in part.values()):
                     raise FileError(f"{path}: does not have numbers for {stop - start} networks")
@@ -117,7 +126,7 @@ class RetrainingFiles:
 
     def finish(self, numbers: range, part: Mapping[str, np.ndarray], *, last: bool = True) -> None:
         """Write what was measured; after a chunk's last networks, remove what only an unfinished one needs."""
-        write_npz(self._chunk(numbers), **part)
+        write_npz(self._chunk(numbers), **part, **{_NUMBERS: np.array([numbers.start, numbers.stop])})
         if last:
             self.forget_states()
 
@@ -132,6 +141,7 @@ class RetrainingFiles:
         if epoch < epochs and time.monotonic() - self._saved < self.save_seconds:
             return
         state = {"format": STATE_FORMAT, "settings": self.settings, "epoch": epoch, "ensemble": ensemble.state()}
+        state[_NUMBERS] = [numbers.start, numbers.stop]
         write_checkpoint(self._state(numbers, epoch), state)
         self._saved = time.monotonic()
         for old in self._states(numbers)[_KEEP_STATES:]:
@@ -145,6 +155,7 @@ class RetrainingFiles:
                 state = read_checkpoint(path)
                 if (state.get("format"), state.get("epoch")) != (STATE_FORMAT, epoch) or epoch > epochs:
                     raise FileError(f"{path}: is not the state of such a chunk")
+                _refuse_another(path, state.get(_NUMBERS), numbers)
                 if not isinstance(state.get("settings"), dict) or not isinstance(state.get("ensemble"), dict):
                     raise FileError(f"{path}: is not the state of such a chunk")
                 if differences(state["settings"], self.settings):

@@ -161,6 +161,16 @@ def test_a_chunk_of_other_arrays_is_retrained(tmp_path, caplog, damage):
     assert any(str(path) in record.message for record in caplog.records if record.levelname == "WARNING")
 
 
+def test_a_chunk_under_the_name_of_another_is_retrained(tmp_path, caplog):
+    whole = run(folder=tmp_path)
+    path = tmp_path / "networks_2_4.npz"
+    path.write_bytes((tmp_path / "networks_0_2.npz").read_bytes())
+    with caplog.at_level(logging.WARNING):
+        found = run(folder=tmp_path, resume=True)
+    assert np.array_equal(whole["logits"], found["logits"])
+    assert any("networks_2_4.npz: is of other models" in record.message for record in caplog.records)
+
+
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize(
     ("change", "word"),
