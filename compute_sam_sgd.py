@@ -157,7 +157,7 @@ def scored_seeds(metrics_folder: Path, dataset: str, model: str, facts: dict) ->
     for folder in samis_path(metrics_folder, dataset, model, 0, "loss").parents[1].iterdir():
         path = folder / SAMIS_FILES["loss"]
         try:
-            same = not differences(parse_settings(path, read_seed(path)["settings"]), facts, ignore=("seed",))
+            same = not differences(parse_settings(path, read_seed(path).get("settings")), facts, ignore=("seed",))
         except FileError:
             continue
         if same and folder.name.isdigit():
