@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from src.datasets import CATALOGUE, dataset_names, load_dataset, lookup
 from src.datasets.own import normalisation_of
@@ -70,6 +71,8 @@ def test_digits():
     assert np.allclose(measured.mean + measured.std, stated.mean + stated.std, atol=5e-5)
     everything = torch.cat([images, test.fetch(torch.arange(359))]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797
+    published = np.round(load_digits().data * (255 / 16)).astype(np.uint8)
+    assert torch.equal(everything.unique(dim=0), torch.from_numpy(published).unique(dim=0))
 
 
 def test_image_sets_keep_original_indices():

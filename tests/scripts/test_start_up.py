@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, folders
+from support import TRAIN as TRAIN_FOLDERS
 
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "examples") for path in folder.glob("*.py"))
 
@@ -14,9 +15,8 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "exampl
 ANSWER = """
 import contextlib, io, json, runpy, sys
 
-for name in ("torch", "torchvision", "matplotlib", "scipy", "sklearn", "pandas", "PIL"):
-    sys.modules[name] = None
-script, *lines = map(json.loads, sys.argv[1:])
+absent, script, *lines = map(json.loads, sys.argv[1:])
+sys.modules.update(dict.fromkeys(absent))
 for line in lines:
     sys.argv = [script, *line]
     out, err, status = io.StringIO(), io.StringIO(), 0
@@ -29,9 +29,12 @@ for line in lines:
 """
 
 
-def answers(script: str, *lines: list[str]) -> list[tuple[int, str, str]]:
-    """Exit status, output and error output of a script for each command line."""
-    words = [json.dumps(word) for word in (str(ROOT / script), *lines)]
+LARGE = ["torch", "torchvision", "matplotlib", "scipy", "sklearn", "pandas", "PIL"]
+
+
+def answers(script: str, *lines: list[str], absent: list[str] = LARGE) -> list[tuple[int, str, str]]:
+    """Exit status, output and error output of a script for each command line, without the ``absent`` packages."""
+    words = [json.dumps(word) for word in (absent, str(ROOT / script), *lines)]
     ran = subprocess.run([sys.executable, "-c", ANSWER, *words], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     return [tuple(json.loads(line)) for line in ran.stdout.splitlines()]
@@ -118,6 +121,14 @@ def test_flags_that_are_wrong_whatever_the_files_hold_import_no_large_package(sc
         assert (status, out) == (2, ""), (line, err)
         assert len(err.splitlines()) == 1, (line, err)
         assert any(word.split("=")[0] in err for word in line if word.startswith("--")), (line, err)
+
+
+def test_training_imports_no_package_that_it_does_not_need(tmp_path):
+    flags = ["--dataset=digits", "--model=lenet", "--subset=50", "--epochs=1", *folders(tmp_path, *TRAIN_FOLDERS)]
+    absent = ["torchvision", "matplotlib", "scipy", "sklearn.base", "pandas"]
+    ((status, out, err),) = answers("train_full.py", flags, absent=absent)
+    assert status == 0, err
+    assert "test accuracy" in out
 
 
 PLOTTING = [
