@@ -139,7 +139,7 @@ def test_a_planned_run_resumes_with_the_same_bits_and_goes_on_counting_steps(pla
 def test_states_without_a_plan_load_where_there_is_none(make_trainer, planned):
     trainer = make_trainer(epochs=1, dynamics=False)
     trainer.fit()
-    state = trainer.state()
+    state = {**trainer.state(), "epoch": 1}
     del state["plan"]  # as written before there were plans
     again = make_trainer(epochs=1, dynamics=False)
     again.restore(state, {})
@@ -290,19 +290,21 @@ def test_nesterov_is_torchs_formula(make_trainer):
 def test_settings_without_nesterov_are_those_of_older_runs(make_trainer, tmp_path):
     off, on = TrainingConfig(epochs=3), TrainingConfig(epochs=3, nesterov=True)
     assert "nesterov" not in off.as_dict()
-    assert on.as_dict() == {**off.as_dict(), "nesterov": True} == asdict(on)
+    assert on.as_dict() == {**off.as_dict(), "nesterov": True}
+    idle = {"rho", "adaptive", "hess_init", "lr_min"}  # of sgd at a constant rate
+    assert on.as_dict() == {name: value for name, value in asdict(on).items() if name not in idle}
     files = run(make_trainer(epochs=2), tmp_path)
     assert "nesterov" not in json.loads(files.results.read_text())["settings"]
-    with pytest.raises(FileError, match=r"other settings: nesterov \(None there, True here\)"):
+    with pytest.raises(FileError, match=r"other settings: nesterov \(False there, True here\)"):
         run(make_trainer(epochs=2, nesterov=True), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("adam", {}, "--nesterov: is a momentum of sgd alone; leave it out with --optimizer adam"),
-        ("sam", {}, "--nesterov: .* leave it out with --optimizer sam"),
-        ("sgd", {"momentum": 0.0}, "--nesterov: needs a momentum; give --momentum above 0"),
+        ("adam", {}, "nesterov: is a momentum of sgd alone; leave it out with adam"),
+        ("sam", {}, "nesterov: .* leave it out with sam"),
+        ("sgd", {"momentum": 0.0}, "nesterov: needs a momentum above 0"),
     ],
 )
 def test_nesterov_where_there_is_none_is_refused(name, options, message):
