@@ -1,8 +1,5 @@
 """The ten validation splits: which tenth of the training part a network does not see."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +51,7 @@ def validation_indices(
 ) -> np.ndarray:
     """The held-out positions of split ``index``, from its file; all ten files are made if it is missing.
 
-    Several processes may call this at once: each makes all files in a folder of its own, the first to rename it
-    wins, and all read what stands there.
+    Several processes may call this at once: all write the same content.
 
     Args:
         splits_folder: The folder of splits.
@@ -101,37 +97,18 @@ def partition(indices: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 
-def _text(split: np.ndarray) -> str:
-    return "".join(f"{position}\n" for position in split.tolist())
-
-
 def _write(folder: Path, paths: list[Path], splits: list[np.ndarray]) -> None:
-    """Write the missing files: all at once where the folder is new, else one by one."""
-    temporary = None
+    """Write the missing files."""
     try:
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            for path, split in zip(paths, splits, strict=True):
-                artifacts.write_text(temporary / path.name, _text(split))
-            temporary.chmod(folder.parent.stat().st_mode & 0o777)
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster, with the same content
-                    raise
         for path, split in zip(paths, splits, strict=True):
             if not path.exists():
-                artifacts.write_text(path, _text(split))
+                artifacts.write_text(path, "".join(f"{position}\n" for position in split.tolist()))
     except (OSError, FileError) as error:
         reason = getattr(error, "strerror", None) or getattr(error.__cause__, "strerror", None) or error
         raise FileError(
             f"{folder}: the validation splits could not be written ({reason}); give --splits_folder, a folder that "
             "can be written"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _checked(paths: list[Path], index: int, labels: np.ndarray, num_classes: int) -> np.ndarray:
