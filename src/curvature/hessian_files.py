@@ -102,6 +102,11 @@ class HessianFiles:
         record = read_json(self.record)
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
             raise FileError(f"{self.record}: holds no settings; make it anew")
+        settings = record["settings"]
+        known = {"operator": ("hessian", "ggn"), "eigen_split": ("train", "test")}
+        right = all(settings.get(name, words[0]) in words for name, words in known.items())
+        if not right or not isinstance(settings.get("examples", 0), int):
+            raise FileError(f"{self.record}: its settings are not of a spectrum; compute it again")
         for name, kinds in (("loss", int | float), ("trace", int | float | None), ("trace_quadrature", int | float)):
             if name in record and not isinstance(record[name], kinds):
                 raise FileError(f"{self.record}: its {name} is not a number; compute it again")

@@ -117,7 +117,7 @@ class _Global:
         self.where = (module, name)
 
 
-def dumps(value, protocol: int = 2) -> bytes:
+def dumps(value, protocol: int = 3) -> bytes:
     """Pickle a value that may hold ``_Global``."""
 
     class Pickler(pickle._Pickler):
@@ -165,7 +165,7 @@ ATTACKS = {
         )
     ),
     "Namespace that is an array": dumps(Calls(NAMESPACE, state=(None, {"__array_interface__": INTERFACE}))),
-    "attributes of the class Namespace": dumps([NAMESPACE])[:-2] + dumps({"evil": 1})[2:-1] + b"ba.",
+    "attributes of the class Namespace": dumps([NAMESPACE])[:-2] + dumps((None, {"evil": 1}))[2:-1] + b"ba.",
     # The same doors from other sides.
     "objects through frombuffer": dumps(Calls(FROMBUFFER, POINTERS, OBJECTS, (2,), "C")),
     "objects through frombuffer, by name": dumps(Calls(FROMBUFFER, POINTERS, "O", (2,), "C")),

@@ -186,7 +186,15 @@ def test_bad_files_and_several_epochs(world, data_flags, spectra, tmp_path):
         refuse(SCRIPT, *data_flags, "--files", tmp_path / "x.pkl", status=FILE, says=(r"x\.pkl: ", "anew|recreate"))
     folder = next(spectra.glob("train_all_*_sgd_*/1"))
     record = next(folder.rglob("*.json"))
-    for name, value in (("loss", "low"), ("loss", None), ("trace", [1]), ("settings", 1)):
+    for name, value in (
+        ("loss", "low"),
+        ("loss", None),
+        ("trace", [1]),
+        ("settings", 1),
+        ("settings", {"operator": ["a"]}),
+        ("settings", {"eigen_split": "7"}),
+        ("settings", {"examples": "all"}),
+    ):
         with spoilt(record, json.dumps({**json.loads(record.read_text()), name: value}).encode()):
             refuse(SCRIPT, *flags, status=FILE, says=(rf"{record.name}: ", name))
     (folder / "epoch_4").mkdir()
