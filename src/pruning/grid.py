@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.artifacts import claim, comparison_stem, differences, read_json, save_figure
+from src.artifacts import claim, claimed, comparison_stem, differences, read_json, save_figure
 from src.coresets import find_method
 from src.coresets.comparison import markdown, summarise, write_table
 from src.coresets.plots import accuracy_figure
@@ -223,7 +223,17 @@ class Grid:
         return record
 
     def write(self) -> list[Path]:
-        """Write table and figure of what is done; nothing while nothing is."""
+        """Write table and figure of what is done; nothing while nothing is.
+
+        Raises:
+            FileError: Another grid has written its table there since this one began.
+        """
+        with claimed(self._stem.with_name(f"{self._stem.name}.lock"), waiting="another process is writing the table"):
+            if not self.args.overwrite:
+                self._refuse_other_table()
+            return self._write()
+
+    def _write(self) -> list[Path]:
         records = self.records()
         if not any(record["finished"] for record in records):
             return []

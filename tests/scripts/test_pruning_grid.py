@@ -182,6 +182,14 @@ def test_a_table_with_more_cells_is_kept(blobs, tmp_path):
     succeed("compare_pruning.py", *fewer, "--name=half", "--coreset_pretrain_epochs=9")  # which nothing reads
 
 
+def test_a_table_that_another_grid_wrote_meanwhile_is_kept(blobs, tmp_path, monkeypatch):
+    grid = (*flags(blobs, tmp_path), "--seeds", "1")
+    succeed("compare_pruning.py", *grid, "--funcs", "random")
+    monkeypatch.setattr("src.pruning.grid.Grid.check", lambda grid: None)  # when it began, there was no table yet
+    refuse("compare_pruning.py", *grid, "--funcs", "csl", status=FILE, keep=tmp_path,
+           says=("2 cells that this grid lacks", "another --name"))  # fmt: skip
+
+
 def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
     """A run that still has its resume states, as one that was interrupted has, and other settings."""
     succeed("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=random",
