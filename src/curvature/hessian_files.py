@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.artifacts import read_json, read_pickle, refuse_other_settings, write_json, write_pickle
+from src.curvature.choices import OPERATOR_NAMES
 from src.errors import FileError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class HessianFiles:
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
             raise FileError(f"{self.record}: holds no settings; make it anew")
         settings = record["settings"]
-        known = {"operator": ("hessian", "ggn"), "eigen_split": ("train", "test")}
+        known = {"operator": OPERATOR_NAMES, "eigen_split": ("train", "test")}
         right = all(settings.get(name, words[0]) in words for name, words in known.items())
         if not right or not isinstance(settings.get("examples", 0), int):
             raise FileError(f"{self.record}: its settings are not of a spectrum; compute it again")

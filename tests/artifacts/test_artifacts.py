@@ -1,6 +1,5 @@
 """Files: written whole or not at all, read without running anything."""
 
-import contextlib
 import io
 import os
 import pickle
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import unprivileged
 from support import ROOT
 
 from src import artifacts
@@ -143,24 +143,12 @@ def test_good_files_that_may_not_be_read_are_not_called_damaged(read, suffix):
             path.write_bytes(b"")
         for path, mode in ((alone, 0), (folder, 0), (Path(base), 0o755)):
             path.chmod(mode)
-        with _unprivileged():
+        with unprivileged():
             for path in (inside, alone):
                 with pytest.raises(FileError, match=f"{path}: cannot be opened .Permission denied") as error:
                     read(path)
                 assert "damaged" not in str(error.value)
         folder.chmod(0o700)
-
-
-@contextlib.contextmanager
-def _unprivileged():
-    """Root may read everything: become nobody for a while."""
-    user = os.geteuid()
-    if not user:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def test_truncated_archives_are_named(tmp_path):

@@ -2,11 +2,13 @@
 
 import io
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from refusals import FILE, FLAG, RunsCode, assert_kept, check, on_a_full_disk, refuse, snapshot, spoilt
-from support import ROOT, TRAIN, folders, succeed
+from refusals import FILE, FLAG, RunsCode, assert_kept, check, on_a_full_disk, refuse, snapshot, spoilt, unprivileged
+from support import ROOT, TRAIN, call, folders, succeed
 
 from src.artifacts import score_path
 
@@ -76,6 +78,17 @@ def test_damaged_dynamics(world, changes, says):
     with spoilt(world.dynamics, arrays_with(world.dynamics, **changes)):
         refuse("average_scores.py", *world.average("--optimizer=sgd"), status=FILE, keep=world.base,
                says=(r"dynamics\.npz: ", says))  # fmt: skip
+
+
+def test_a_folder_that_may_not_be_entered_is_not_called_empty():
+    with tempfile.TemporaryDirectory() as base:  # not tmp_path, whose parents only the owner may enter
+        closed = Path(base, "closed")
+        closed.mkdir(mode=0)
+        Path(base).chmod(0o755)
+        call("plot_proxies.py", "--dataset=digits", "--modes=flat")  # modules that only root may read are imported
+        with unprivileged():
+            refuse("plot_proxies.py", "--dataset=digits", "--modes=flat", f"--scores_folder={closed}", status=FILE,
+                   says=(f"{closed}.*: Permission denied",))  # fmt: skip
 
 
 @pytest.mark.parametrize(
