@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from support import ROOT, TRAIN, folders, succeed, write_blobs
 
+from src.artifacts import write_pickle
+
 SMALL = ("--dataset=digits", "--model=small_mlp", "--subset=200")
 RATE = ("--batch_size=50", "--learning_rate=0.1", "--lr_sched=const")
 
@@ -72,6 +74,18 @@ def test_the_geometry(tmp_path):
                      "--lower_index", "0", "500", "--ntk_velocity_epoch", "1", f"--ntk_folder={tmp_path}",
                      *folders(tmp_path, "datasets", "models"))  # fmt: skip
     follow(result, "plot_ntk.py", flags=(f"--plots_folder={tmp_path}",))
+
+
+def test_fetched_scores(tmp_path, monkeypatch):
+    def fetch(file, folder, *_):
+        file.path(folder).parent.mkdir(parents=True)
+        return write_pickle(file.path(folder), {index: index / 60 for index in range(60)})
+
+    monkeypatch.setattr("src.metrics.published.fetch", fetch)
+    result = succeed("fetch_scores.py", "--dataset=cifar10", "--modes", "eps", f"--folder={tmp_path / 'scores'}")
+    write_blobs(tmp_path / "cifar10.npz", n=60, classes=10, size=32, channels=3)
+    where = (f"--datasets_folder={tmp_path}", f"--plots_folder={tmp_path}")
+    follow(result, "plot_proxies.py", f"--scores_folder={tmp_path / 'scores'}", "eps", flags=where)
 
 
 @pytest.mark.parametrize(
