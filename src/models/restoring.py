@@ -46,3 +46,35 @@ def load_weights(module: nn.Module, stored: Mapping[str, Any]) -> None:
         if name in stored:
             check_tensor(name, own, stored[name])
     module.load_state_dict(stored)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
+    """Fill an optimizer with a stored state, which must be of the same settings (but for the rate).
+
+    Raises:
+        ValueError: A value cannot take its place. Other exceptions mean that the state is of another form.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _check_optimizer(optimizer.state_dict(), stored, parameters)
+    optimizer.load_state_dict(stored)
+
+
+def _check_optimizer(own: Mapping[str, Any], stored: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
+    if "param_groups" not in own:  # SAM's and iBLR's, around the state of another optimizer
+        for name, value in own.items():
+            if isinstance(value, dict):
+                _check_optimizer(value, stored[name], parameters)
+            elif type(stored[name]) is not type(value):
+                raise ValueError(f"{name} is not like {value}")
+        return
+    for mine, theirs in zip(own["param_groups"], stored["param_groups"], strict=True):
+        for name, value in mine.items():
+            other = theirs.get(name, value)  # older versions of torch have fewer settings
+            if isinstance(value, torch.Tensor):
+                check_tensor(name, value, other)
+            elif not isinstance(other, int | float) if name == "lr" else other != value:
+                raise ValueError(f"{name} is not {value}")
+    for index, values in stored["state"].items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if value is not None:
+                check_tensor(name, torch.zeros(()) if name == "step" else parameters[index], value)

@@ -163,7 +163,7 @@ class Ensemble:
             raise ValueError("the state is of an ensemble of another kind or size")
         try:
             self._members.restore(dict(state))
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"the state does not fit this ensemble ({str(error).splitlines()[0]})") from error
 
 

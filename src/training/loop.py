@@ -18,7 +18,7 @@ from src.devices import computing
 from src.draws import derived_seed
 from src.errors import FlagError, TrainingError
 from src.models.modes import trains_on_one
-from src.models.restoring import load_weights
+from src.models.restoring import load_optimizer, load_weights
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
 from src.precisions import PRECISIONS
 from src.training.config import TrainingConfig
@@ -322,7 +322,7 @@ class Trainer:
         if (plan is None) != (self.plan is None):
             raise ValueError("the state is of a run with an epoch plan, or this run is; the other is not")
         load_weights(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.history = check_history(state["history"])
         if not self.history or self.epoch != state["epoch"]:
             raise ValueError("its history is not one record per epoch")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.models.modes import evaluating
-from src.models.restoring import copy_tensor, load_weights
+from src.models.restoring import copy_tensor, load_optimizer, load_weights
 from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPerceptron, perceptron_layers
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam and AdamW, torch's defaults
@@ -194,7 +194,7 @@ class SequentialMembers:
         """Go on from ``state``."""
         for member, optimizer, (weights, steps) in zip(self._models, self._optimizers, state["members"], strict=True):
             load_weights(member, weights)
-            optimizer.load_state_dict(steps)
+            load_optimizer(optimizer, steps)
 
 
 def _zeros_like(values: Stack) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ class _Run:
                 return False
             try:
                 self.trainer.restore(state, rows)
-            except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 raise FileError(
                     f"{path}: does not fit this network and optimiser; delete it to go on from the state before it"
                 ) from error

@@ -113,9 +113,30 @@ def test_a_bad_state_is_named_and_the_one_before_it_is_used(blobs, finished, tmp
 def test_a_state_that_does_not_fit_is_named(blobs, finished, tmp_path):
     newest = only(finished, "epoch=3.pth.tar")
     whole = read_checkpoint(newest)
+    steps = whole["optimizer"]
     for changes in (
         {"model": {name: value[:1] for name, value in whole["model"].items()}},
         {"optimizer": {}},
+        *(
+            {
+                "optimizer": {
+                    **steps,
+                    "state": {i: {n: spoil(v) for n, v in s.items()} for i, s in steps["state"].items()},
+                }
+            }
+            for spoil in (
+                lambda v: v[:1],
+                lambda v: v.long(),
+                lambda v: v.to(torch.complex64),
+                lambda v: v.sum(),
+                str,
+            )
+        ),
+        {"optimizer": {**steps, "state": {99: steps["state"][0]}}},
+        *(
+            {"optimizer": {**steps, "param_groups": [{**steps["param_groups"][0], name: value}]}}
+            for name, value in (("lr", "a"), ("momentum", "a"), ("momentum", 0.5), ("params", 3), ("nesterov", None))
+        ),
         {"model": {name: value.to(torch.complex64) for name, value in whole["model"].items()}},
         {"model": 3},
         {"history": 7},
