@@ -49,7 +49,7 @@ def load_weights(module: nn.Module, stored: Mapping[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """Fill an optimizer with a stored state, which must be of the same settings (but for the rate).
+    """Fill an optimizer with a stored state of the same form.
 
     Raises:
         ValueError: A value cannot take its place. Other exceptions mean that the state is of another form.
@@ -72,9 +72,17 @@ def _check_optimizer(own: Mapping[str, Any], stored: Mapping[str, Any], paramete
             other = theirs.get(name, value)  # older versions of torch have fewer settings
             if isinstance(value, torch.Tensor):
                 check_tensor(name, value, other)
-            elif not isinstance(other, int | float) if name == "lr" else other != value:
+            elif type(value) in (int, float):  # rates and weight decays change while training goes on
+                if type(other) not in (int, float):
+                    raise ValueError(f"{name} is not a number")
+            elif _plain(other) != _plain(value):
                 raise ValueError(f"{name} is not {value}")
     for index, values in stored["state"].items():
         for name, value in values.items() if isinstance(values, dict) else ():
             if value is not None:
                 check_tensor(name, torch.zeros(()) if name == "step" else parameters[index], value)
+
+
+def _plain(value: Any) -> Any:
+    """A tuple as a list, which some states hold in its place."""
+    return list(value) if isinstance(value, tuple) else value
