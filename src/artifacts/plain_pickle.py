@@ -188,11 +188,15 @@ def load_plain(data: bytes) -> Any:
         PlainPickleError: The pickle holds anything else.
         ValueError: It is damaged; other exceptions of this kind are possible (``TypeError``, ``IndexError``).
     """
-    return _Plain(budget=10 * len(data) + 10**5).of(_run(io.BytesIO(data)), 0)
+    budget = 10 * len(data) + 10**5
+    return _Plain(budget).of(_run(io.BytesIO(data), budget), 0)
 
 
-def _run(file: io.BytesIO) -> Any:
-    """Carry out the instructions; the result may hold arrays and Namespaces that are still to be unwrapped."""
+def _run(file: io.BytesIO, budget: int) -> Any:
+    """Carry out the instructions; the result may hold arrays and Namespaces that are still to be unwrapped.
+
+    ``budget`` is how many bytes calls may make: arguments that are used again and again are small in the file.
+    """
     stack: list[Any] = []
     below: list[list[Any]] = []  # what lies below each mark
     memo: dict[int, Any] = {}
@@ -217,6 +221,7 @@ def _run(file: io.BytesIO) -> Any:
             if type(function) is not _Name or function.call is None or type(arguments) is not tuple:
                 raise PlainPickleError("it calls what is not plain data")
             stack.append(function.call(*arguments))
+            budget -= _size(stack[-1])
         elif name in _TUPLES:
             start = len(stack) - _TUPLES[name]
             if start < 0:
@@ -232,6 +237,7 @@ def _run(file: io.BytesIO) -> Any:
                 count = 2 if name == "SETITEM" else 1
                 items = [stack.pop() for _ in range(count)][::-1]
             _change(name, stack[-1], items)
+            budget -= _size(stack[-1]) if name == "BUILD" else 0
         elif name in ("TUPLE", "LIST", "DICT", "POP_MARK"):
             items, stack = stack, below.pop()
             if name == "DICT":
@@ -264,6 +270,13 @@ def _run(file: io.BytesIO) -> Any:
             stack.append(stack[-1])
         elif name not in ("PROTO", "FRAME"):
             raise PlainPickleError(f"the instruction {name} makes what is not plain data")
+        if budget < 0:
+            raise PlainPickleError("it makes much more data than it contains")
+
+
+def _size(value: Any) -> int:
+    """Bytes of the data of an array, a numpy scalar or bytes."""
+    return len(value) if type(value) is bytes else getattr(getattr(value, "values", value), "nbytes", 0)
 
 
 def _change(name: str, target: Any, items: list[Any]) -> None:

@@ -173,8 +173,24 @@ def find_group(query: Query, optimizer: str, spec: str, label: str) -> SpectrumG
             f"({query.part}, {spec}), {epoch}seed {seed}; make it with: {_command(query, optimizer, spec, seed)}"
         )
     group = SpectrumGroup(label, [Measured.read(path) for path in paths])
+    for spectrum in group.spectra:
+        _refuse_another(spectrum)
     _refuse_mixtures(group)
     return group
+
+
+def _refuse_another(spectrum: Measured) -> None:
+    """Stop if a record says that a spectrum is of another run, seed or epoch than its path."""
+    path, settings = spectrum.path, spectrum.settings
+    asked = {"seed": int(path.parents[1].name), "epoch": int(_epoch(path))}
+    found = differences({name: settings.get(name, value) for name, value in asked.items()}, asked)
+    experiment = str(settings.get("experiment", ""))
+    if experiment.removeprefix("standard_") not in path.parents[2].name:
+        found.append(f"experiment ({experiment} there)")
+    if found:
+        raise FileError(
+            f"{path}: is not what its name says: {', '.join(found)}; it was copied or renamed; measure it again"
+        )
 
 
 def _schedule(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The stored velocities of a run, read for a figure: epochs, seeds, and where each group stands."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def read_all_velocities(
     Raises:
         FileError: There are none, one is missing, or they are of different settings or groups.
     """
-    found, first = [], None
+    found, first, sources = [], None, {}
     for epoch in dict.fromkeys(epochs) if epochs is not None else _epochs_of(folder):
         place = folder / f"epoch_{epoch}"
         of_seeds = seeds if seeds is not None else [s for s in _numbers(place, "seed_") if _path(place, s).exists()]
@@ -56,7 +57,10 @@ def read_all_velocities(
                 f"{place}: holds no velocities; make them with compute_ntk.py --ntk_velocity_epoch {epoch}"
             )
         for path in paths.values():
-            settings = {name: v for name, v in _beside(path, "settings").items() if name != "checkpoints"}
+            settings = _beside(path, "settings")
+            checkpoints = json.dumps(settings.pop("checkpoints", str(path)))
+            if (source := sources.setdefault(checkpoints, path)) != path:
+                raise FileError(f"{path}: was computed from the checkpoints of {source}; it was copied or renamed")
             first = first or (path, settings)
             different = differences(first[1], settings)
             if different:

@@ -94,7 +94,8 @@ def read_pair_seed(
         if "settings" in content:
             facts = {name: content[name] for name in ("epoch", "protocol", "label_hash", "data_hash")}
             facts["settings"] = artifacts.parse_settings(path, content["settings"])
-            _refuse_another(path, {**facts["settings"], "seed": content["seed"]}, dataset, model, seed)
+            said = {**facts["settings"], "seed": content["seed"], "score": content["score"] or which}
+            _refuse_another(path, said, dataset=dataset, model=model, seed=seed, score=which)
         else:
             if "mean_loss" in wanted:
                 raise FileError(
@@ -124,7 +125,7 @@ def read_run_seed(
     if not path.exists():
         raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
     run = read_dynamics(path)
-    _refuse_another(path, {"seed": seed, **run["settings"]}, None, None, seed)
+    _refuse_another(path, run["settings"], seed=seed)
     visited = ~np.isnan(run["correct"]).all(axis=0)
     facts = {"epoch": len(run["correct"]), "label_hash": run["label_hash"], "settings": run["settings"]}
     facts["data_hash"] = run["settings"].get("images")
@@ -159,12 +160,13 @@ def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
     return values, scored
 
 
-def _refuse_another(path: Path, said: Mapping[str, Any], dataset: str | None, model: str | None, seed: int) -> None:
-    """Stop if a seed's file says that it is of another one: it was copied or renamed."""
-    asked = {"dataset": dataset, "model": model, "seed": seed}
-    asked = {name: value for name, value in asked.items() if value is not None and name in said}
+def _refuse_another(path: Path, said: Mapping[str, Any], **asked: Any) -> None:
+    """Stop if a seed's file says that it is of another seed, or of another score: it was copied or renamed."""
+    asked = {name: value for name, value in asked.items() if name in said}
     if found := artifacts.differences({name: said[name] for name in asked}, asked):
-        raise FileError(f"{path}: is not of this seed: {', '.join(found)}; it was copied or renamed: make it again")
+        raise FileError(
+            f"{path}: is not what its name says: {', '.join(found)}; it was copied or renamed; score the seed again"
+        )
 
 
 def _without_seed(facts: Mapping[str, Any]) -> dict[str, Any]:

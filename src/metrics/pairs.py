@@ -195,7 +195,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def load_pair(
-    pair: Pair, query: Query, whole: ImageSet, held_out: np.ndarray | None
+    pair: Pair, query: Query, whole: ImageSet, held_out: np.ndarray | None, subset: str | None = None
 ) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     """Load both models and check that they are those that were asked for, and belong to the data.
 
@@ -204,6 +204,8 @@ def load_pair(
         query: What was asked for.
         whole: The whole training part.
         held_out: The original indices of the pair's split; None where it has none.
+        subset: ``artifacts.label_hash`` of the indices of ``--subset``, on which both must have been trained; None
+            for all examples.
 
     Returns:
         The SGD-trained and the SAM-trained model, and the SGD checkpoint's description, with ``differing``: the
@@ -223,6 +225,9 @@ def load_pair(
     }
     loaded = [load_model(getattr(pair, name), {**asked, "optimizer": name}) for name in OPTIMIZERS]
     (sgd, first), (sam, second) = loaded
+    for path, state in ((pair.sgd, first), (pair.sam, second)):
+        if state["settings"].get("subset") != subset:
+            raise FileError(f"{path}: was trained on another subset of {query.dataset}; give the same --subset")
     if first["normalisation"] != second["normalisation"]:
         raise FileError(f"{pair.sam}: was trained with another normalisation than {pair.sgd}; train one of them anew")
     ignore = (*_MAY_DIFFER, *free_epochs(pair.lr_sched))

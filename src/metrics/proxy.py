@@ -199,6 +199,8 @@ class Proxy(Scores):
         self.mode = mode
         self.dataset = dataset
         self.record = score_files.read_sidecar(path)
+        if self.record.get("mode", mode) != mode:
+            raise FileError(f"{path}: has the scores {self.record['mode']}, not {mode}; it was copied or renamed")
         self.check(n, label_hash, data_hash)
 
 

@@ -145,6 +145,7 @@ def save_seed(
         artifacts.write_npz(
             artifacts.samis_path(metrics_folder, dataset, model, seed, which),
             arr_0=scores,
+            score=which,
             settings=settings,
             **arrays,
             **facts,
@@ -158,8 +159,9 @@ def read_seed(path: str | Path) -> dict[str, Any]:
 
     Returns:
         ``arr_0``, ``loss_sgd``, ``loss_sam`` as float64 ``(total,)``, ``indices`` of the scored examples, and
-        ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash`` (None if unknown) and ``settings`` (json) as
-        plain values. Of a file of the papers' code: ``arr_0`` and ``indices``.
+        ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``settings`` (json), and ``data_hash`` and ``score``
+        (``"loss"`` or ``"prob"``), None if unknown, as plain values. Of a file of the papers' code: ``arr_0`` and
+        ``indices``.
 
     Raises:
         FileError: The file is missing, damaged, incomplete, or a score is not finite.
@@ -192,5 +194,6 @@ def read_seed(path: str | Path) -> dict[str, Any]:
     if not all(np.isfinite(content[name][indices]).all() for name in arrays[:3]):
         raise FileError(f"{path}: holds scores that are not finite; make it anew with compute_sam_sgd.py")
     content.update({name: content[name].item() for name in facts})
-    content["data_hash"] = str(content["data_hash"]) if "data_hash" in content else None
+    for name in ("data_hash", "score"):  # files of older versions lack them
+        content[name] = str(content[name]) if name in content else None
     return content

@@ -289,3 +289,10 @@ def test_own_data_with_colours(tmp_path):
     succeed("compute_ntk.py", f"--dataset={data}", "--model=resnet8", "--ntk_chosen_metric=csl", "--m_samples=2",
             "--seeds", "1", "--ntk_velocity_epoch", "1", f"--ntk_folder={tmp_path / 'ntks'}", *where[:3])  # fmt: skip
     assert len(list(tmp_path.rglob("k.pkl"))) == 2 * 23
+
+
+def test_velocities_of_a_seed_are_not_those_of_another(world, tmp_path):
+    succeed("compute_ntk.py", *flags(world, tmp_path))
+    for one in list(place(world, tmp_path).glob("epoch_*/seed_1")):
+        shutil.copytree(one, one.with_name("seed_9"))
+    refuse("plot_ntk.py", *drawing(world, tmp_path), "--seeds", 1, 9, status=FILE, says=("seed_9/", "seed_1/"))

@@ -214,6 +214,34 @@ def test_seeds_must_be_what_their_names_say(base):
     refuse("average_scores.py", *averaging(base), status=FILE, says=("/2/", r"seed \(1 there, 2 here\)"))
 
 
+def test_scores_must_be_what_their_names_say(base):
+    succeed("compute_sam_sgd.py", *scoring(base))
+    prob = base / "metrics" / "digits" / "small_mlp" / "1" / "nn_prob_diff_score.npz"
+    one = (*QUICK[:2], "--seeds", 1, *folders(base, "datasets", "metrics"))
+    with spoilt(prob, prob.with_name("nn_loss_diff_score.npz").read_bytes()):
+        refuse("average_scores.py", *one, status=FILE, says=(f"{prob.name}: ", r"score \(loss there, prob here\)"))
+    succeed("average_scores.py", *one)
+    folder = base / "metrics" / "sam_sgd"
+    for kind in ("pkl", "json"):
+        shutil.copy(folder / f"samis_loss_digits.{kind}", folder / f"samis_prob_digits.{kind}")
+    command = ("plot_proxies.py", "--dataset=digits", "--modes", "samis_prob",
+               *folders(base, "plots", "datasets", "metrics"))  # fmt: skip
+    refuse(*command, status=FILE, says=("samis_prob_digits.pkl: ", "samis_loss, not samis_prob"))
+
+
+def test_both_models_of_a_pair_are_trained_on_the_same_examples(base):
+    train(base, "--subset=30", "--overwrite", optimizers=["sam"])
+    for more in ((), ("--subset=30",)):
+        refuse("compute_sam_sgd.py", *scoring(base, *more), status=FILE, says=("another subset of digits",))
+
+
+def test_a_damaged_average_does_not_spoil_the_scoring_of_a_seed(base):
+    (base / "metrics" / "sam_sgd").mkdir(parents=True)
+    for content in ('{"seeds": 3}', "{"):
+        (base / "metrics" / "sam_sgd" / "samis_loss_digits.json").write_text(content)
+        assert "average_scores.py" in succeed("compute_sam_sgd.py", *scoring(base)).out
+
+
 def test_another_image_size_is_named(tmp_path):
     data = f"npz:{write_blobs(tmp_path / 'blobs.npz', n=N)}"
     flags = (f"--dataset={data}", "--model=small_mlp", "--epochs=1")
