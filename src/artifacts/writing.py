@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,12 +23,13 @@ _OLD = 24 * 3600.0  # seconds after which a temporary file that nothing is known
 _swept: set[str] = set()
 
 
-def write_with(path: str | Path, write: Callable[[BinaryIO], None]) -> Path:
+def write_with(path: str | Path, write: Callable[[BinaryIO], None], *, interruptible: bool = False) -> Path:
     """Write a file atomically: into a temporary file beside it, flushed to the disk, then renamed.
 
     Args:
         path: The file to write; its folder is made.
         write: Called with the open binary file.
+        interruptible: Let Ctrl-C and termination stop ``write`` at once, as it may take minutes.
 
     Returns:
         The path.
@@ -42,7 +43,7 @@ def write_with(path: str | Path, write: Callable[[BinaryIO], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
         descriptor, temporary = _temporary(path)
-        with _uninterrupted(), os.fdopen(descriptor, "wb") as file:
+        with nullcontext() if interruptible else _uninterrupted(), os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -4,13 +4,22 @@ import os
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 # Pillow tries every format that it knows otherwise, rarely used parsers among them.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-GRAY_MODES = ("1", "L", "LA", "La", "I;16")
+GRAY_MODES = ("1", "L", "LA", "La")
 ORIENTATION = 274  # EXIF tag: how to turn the image upright
-TURNED = range(2, 9)
+UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 # System files that turn up among images, in lower case; names that start with a dot are hidden and ignored as well.
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
@@ -59,12 +68,16 @@ def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[s
         ValueError: It has 32 bits per pixel (I, F), for which no scale to 8 bits is given.
     """
     rules = set()
+    # not ImageOps.exif_transpose, which also rewrites the EXIF data and fails where another tag is malformed
     try:
-        if image.getexif().get(ORIENTATION) in TURNED:
-            image = ImageOps.exif_transpose(image)
-            rules.add("exif")
-    except (ValueError, SyntaxError, TypeError, KeyError, OSError):  # unreadable EXIF: as stored
-        pass
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF data raise nearly anything: the image as stored
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
+        rules.add("exif")
     deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # PGM: scaled by Pillow
     if image.mode in ("I", "F") and not deep:
         raise ValueError(f"has 32 bits per pixel (mode {image.mode}); save it with 8 or 16")

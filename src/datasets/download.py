@@ -3,8 +3,9 @@
 import hashlib
 import http.client
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
@@ -14,6 +15,8 @@ from src.errors import FileError
 
 TIMEOUT = 60  # seconds without an answer
 BLOCK = 1 << 20
+
+T = TypeVar("T")
 
 
 class _DownloadError(Exception):
@@ -48,7 +51,7 @@ def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
     reasons = []
     for url in download.urls:
         try:
-            return artifacts.write_with(path, lambda file, url=url: _copy(url, download, file))
+            return artifacts.write_with(path, lambda file, url=url: _copy(url, download, file), interruptible=True)
         except _DownloadError as error:
             reasons.append(f"{url}: {error}")
     raise FileError(
@@ -60,25 +63,23 @@ def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
 def _copy(url: str, download: Download, file: BinaryIO) -> None:
     """Download into an open file."""
     digests = {name: hashlib.new(name) for name in ("md5", "sha256")}
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            length = int(answer.headers.get("Content-Length") or 0) or None
-            label = f"downloading {Path(download.file).name}"
-            with tqdm(total=length, unit="B", unit_scale=True, desc=label, disable=None) as bar:
-                while block := _read(answer):
-                    for digest in digests.values():
-                        digest.update(block)
-                    bar.update(len(block))
-                    file.write(block)
-    except urllib.error.URLError as error:
-        raise _DownloadError(str(error)) from error
+    with _connected(lambda: urllib.request.urlopen(url, timeout=TIMEOUT)) as answer:
+        length = int(answer.headers.get("Content-Length") or 0) or None
+        label = f"downloading {Path(download.file).name}"
+        with tqdm(total=length, unit="B", unit_scale=True, desc=label, disable=None) as bar:
+            while block := _connected(lambda: answer.read(BLOCK)):
+                for digest in digests.values():
+                    digest.update(block)
+                bar.update(len(block))
+                file.write(block)
     for name, digest in digests.items():
         if digest.hexdigest() != getattr(download, name):
             raise _DownloadError(f"has {name} {digest.hexdigest()}, not {getattr(download, name)}")
 
 
-def _read(answer: http.client.HTTPResponse) -> bytes:
+def _connected(step: Callable[[], T]) -> T:
+    """Take a step that needs the connection; what goes wrong with it is not an error of the file that is written."""
     try:
-        return answer.read(BLOCK)
+        return step()
     except (OSError, http.client.HTTPException) as error:
         raise _DownloadError(str(error) or type(error).__name__) from error

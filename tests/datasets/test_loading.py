@@ -1,8 +1,12 @@
+import contextlib
+import http.client
+import signal
 import struct
 import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -174,6 +178,40 @@ def test_data_that_cannot_be_downloaded(tmp_path, monkeypatch, name):
         load_dataset(name, tmp_path)
     assert "\n" not in str(caught.value)
     assert f"{name}.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), http.client.BadStatusLine("x")])
+def test_a_server_that_hangs_up_is_not_a_disk_that_fails(tmp_path, monkeypatch, error):
+    tried = []
+
+    def urlopen(url, **_settings):
+        tried.append(url)
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(FileError, match="is missing and could not be downloaded"):
+        load_dataset("fmnist", tmp_path)
+    assert len(tried) == 2  # both mirrors
+
+
+def test_a_download_can_be_interrupted(tmp_path, monkeypatch):
+    class Answer(contextlib.nullcontext):
+        headers: ClassVar[dict] = {}
+        reads = 0
+
+        def __enter__(self):
+            return self
+
+        def read(self, _size):
+            Answer.reads += 1
+            signal.raise_signal(signal.SIGINT)
+            return b"x" if Answer.reads < 3 else b""
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_arguments, **_settings: Answer())
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("cifar10", tmp_path)
+    assert Answer.reads == 1
+    assert list((tmp_path / "cifar10").iterdir()) == []
 
 
 def test_data_folder_that_cannot_be_written(tmp_path):

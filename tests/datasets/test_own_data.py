@@ -1,6 +1,7 @@
 import hashlib
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -337,6 +338,18 @@ def test_images_are_upright(tmp_path, orientation, kind):
     # Pillow has always turned TIFF images
     assert train.decoding == test.decoding == ("exif" if orientation > 1 and kind != "TIFF" else None)
     assert train.subset(torch.tensor([1])).to("meta").decoding == train.decoding
+
+
+def test_other_exif_tags_do_not_matter(tmp_path):
+    """Pillow reads this orientation, but fails to write the malformed tag beside it back."""
+    name = write_folder(tmp_path / "pets", mode="L")
+    image = np.random.default_rng(5).integers(0, 256, (8, 8), dtype=np.uint8)
+    # big endian; two entries of (tag, type, count, value): orientation, and an ASCII tag of type "undefined"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + struct.pack(">HHIHH", 274, 3, 1, 6, 0)
+    exif += struct.pack(">HHI4s", 271, 5, 1, b"\0\0\0\x26") + b"\0\0\0\0" + struct.pack(">II", 1, 2)
+    Image.fromarray(image).save(tmp_path / "pets" / "train" / "ant" / "0.png", exif=exif)
+    train, _ = load_dataset(name, ".")
+    assert torch.equal(pixels(train)[0, 0], torch.from_numpy(np.rot90(image, -1).copy()))
 
 
 def transparent(kind):
