@@ -64,7 +64,7 @@ def parse() -> Namespace:
     group.add_argument(
         "--name", type=file_name, help="name of figure and table (default: what was chosen; spectra with --files)"
     )
-    restrict(parser, {OF_RUNS: (lambda args: not args.files, "beside --files")})
+    restrict(parser, {OF_RUNS: (lambda args: not args.files, "with --files")})
     add_folder_flags(parser, "datasets", "hessian", "plots")
     return parser.parse_args()
 

@@ -126,7 +126,7 @@ def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
             continue
         found[mode] = folders
     if not found:
-        # says where was looked, and how to get some
+        # its error names the folders that were searched, and the command that makes scores
         find_scores("samis_loss", dataset, score_folders(args.scores_folder, "samis_loss", args.metrics_folder))
     return found
 

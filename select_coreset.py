@@ -50,7 +50,7 @@ def parse() -> Namespace:
     args = parser.parse_args()
     if METHODS[args.coreset_func].dynamic:
         raise FlagError(
-            f"--coreset_func {args.coreset_func}: chooses anew in each epoch of training; use train_prune.py"
+            f"--coreset_func {args.coreset_func}: chooses again in each epoch of training; use train_prune.py"
         )
     return args
 

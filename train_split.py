@@ -22,7 +22,7 @@ import numpy as np
 
 from src.artifacts import label_hash, split_experiment
 from src.datasets import validation_indices
-from src.errors import FlagError
+from src.errors import FileError, FlagError
 from src.scripting import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
@@ -111,13 +111,21 @@ def train_one(session: Session, index: int, skip_done: bool) -> None:
         print(session.files(experiment).checkpoints)
 
 
+def is_finished(session: Session, experiment: str) -> bool:
+    """Whether another run is finished; one with damaged files is not, and says so when it is run."""
+    try:
+        return bool(session.files(experiment).read_results().get("finished"))
+    except FileError:
+        return False
+
+
 def print_next_step(session: Session) -> None:
     """SAMIS needs ten pairs, each trained with SGD and with SAM."""
     args = session.args
     optimizers = [args.optimizer, "sam" if args.optimizer == "sgd" else "sgd"]
     for optimizer in optimizers:
         runs = [split_experiment(args.model, session.entry.name, optimizer, args.lr_sched, index) for index in SPLITS]
-        if not all(session.files(run).read_results().get("finished") for run in runs):
+        if not all(is_finished(session, run) for run in runs):
             drop = () if optimizer == args.optimizer else ("rho", "adaptive", "delta", "hess_init")
             print_next("train_split.py", drop=drop, optimizer=optimizer, samis_validation_split_index="all")
             return

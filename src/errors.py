@@ -26,12 +26,12 @@ class FlagError(UserError):
 
 
 class ArgumentError(FlagError):
-    """An argument of a library function is wrong. Scripts name it as the flag that it is there.
+    """An argument of a library function is wrong. Scripts name the flag that sets it.
 
     Args:
-        name: The argument. A flag of another name stands in front of it in ``flag``.
+        name: The argument.
         text: Its value, what is wrong with it, and what would be right, such as ``48: must be at most 32``.
-        flag: The flag (default: ``--`` and the name).
+        flag: The flag, where its name differs (default: ``--`` and the argument's name).
     """
 
     def __init__(self, name: str, text: str, flag: str | None = None) -> None:

@@ -94,7 +94,7 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
 
 
 def ignore(action: argparse.Action) -> None:
-    """Declare that a flag is accepted and does nothing, which ``Parser`` says in a warning where it is given."""
+    """Declare that a flag is accepted and does nothing, which ``Parser`` reports in a warning where it is given."""
     action.ignored = True
 
 
@@ -109,7 +109,7 @@ DATA_FLAGS = ("dataset", "image_size", "channels", "subset", "datasets_folder")
 
 
 def print_next(script: str, keep: Collection[str] | None = None, *, drop: Collection[str] = (), **flags: Any) -> None:
-    """Print the command to run next, built from the flags of this one.
+    """Print the command to run next, built from the flags of this one (but ``--overwrite``, which was for its files).
 
     Args:
         script: A script in the folder of this one.
@@ -125,7 +125,7 @@ def print_next(script: str, keep: Collection[str] | None = None, *, drop: Collec
     words = [
         word
         for name, those in given.items()
-        if (keep is None or name in keep) and name not in drop and name not in flags
+        if (keep is None or name in keep) and name not in (*drop, "overwrite") and name not in flags
         for word in those
     ]
     for name, value in flags.items():

@@ -277,7 +277,7 @@ class Material:
         for number, network in enumerate(self.networks):
             others = np.flatnonzero(network.labels.cpu().numpy() != self.labels)
             if len(others):
-                raise UserError(f"network {number}: the label of example {others[0]} is another than in labels")
+                raise UserError(f"network {number}: the label of example {others[0]} differs from labels")
 
     def name(self, position: int) -> int:
         """An example's original index."""

@@ -161,8 +161,7 @@ _ALL = (
         Needs(embeddings=True),
         paper="Mirzasoleiman et al. 2020",
         equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = how "
-        "many are "
-        "nearest to j (algorithm 1)",
+        "many are nearest to j (algorithm 1)",
         cost="n^2 (C + d)",
         options=("selection_memory",),
         weighted=True,

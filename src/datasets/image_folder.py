@@ -76,7 +76,7 @@ class _Listing:
         for path in files:
             if path.is_dir():
                 self.faults.add(self.relative(path), "is a folder inside a class folder; images are needed there")
-            elif not path.is_file():  # opening a pipe would wait for ever
+            elif not path.is_file():  # opening a pipe would block
                 self.faults.add(self.relative(path), "is not a regular file; remove or replace it")
         return [path for path in files if path.is_file()]
 
@@ -88,7 +88,7 @@ class _Listing:
 class _Images:
     """Images read one after the other into one tensor per part.
 
-    Grey images among color ones become color.
+    Gray images among color ones become color.
     """
 
     def __init__(self, listing: _Listing, image_size: int | None, channels: int | None) -> None:

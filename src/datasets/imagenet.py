@@ -82,7 +82,7 @@ def _scan(entry: DatasetEntry, part: str, folder: Path, classes: list[str]) -> "
         there = list(os.scandir(folder / wnid)) if (folder / wnid).is_dir() else []
         there = sorted((file for file in there if not is_system_file(file.name)), key=lambda file: file.name)
         for file in there:
-            if not file.is_file():  # opening a pipe would wait for ever
+            if not file.is_file():  # opening a pipe would block
                 faults.add(f"{wnid}/{file.name}", "is not a regular file; remove or replace it")
         if not there and part == "train":
             faults.add(wnid, "has no image; extract the archives again")
@@ -205,8 +205,8 @@ class StreamedImages(ImageSet):
             if "DataLoader worker" not in str(error):
                 raise
             raise FileError(
-                f"{self._folder}: a process that reads images was killed, perhaps for want of memory; try again with "
-                "fewer other processes"
+                f"{self._folder}: a process that reads images was killed, probably because memory ran out; stop "
+                "other processes and try again"
             ) from error
 
     def subset(self, positions: Tensor) -> "StreamedImages":

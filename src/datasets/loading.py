@@ -57,7 +57,7 @@ def dataset_name(text: str) -> str:
 
 
 def check_arguments(name: str, image_size: int | None, channels: int | None) -> None:
-    """Stop at arguments of ``load_dataset`` that cannot be right, whatever the files hold.
+    """Stop at arguments of ``load_dataset`` that are wrong whatever the files contain.
 
     Raises:
         ArgumentError: The name is unknown, or an argument does not apply to it.
@@ -65,7 +65,7 @@ def check_arguments(name: str, image_size: int | None, channels: int | None) -> 
     if image_size is not None and image_size < 1:
         raise ArgumentError("image_size", f"{image_size}: must be at least 1")
     if channels not in (None, 1, 3):
-        raise ArgumentError("channels", f"{channels}: must be 1 (grey) or 3 (color)")
+        raise ArgumentError("channels", f"{channels}: must be 1 (gray) or 3 (color)")
     kind, colon, path = name.partition(":")
     if colon and kind in OWN_SOURCES:
         if not path:

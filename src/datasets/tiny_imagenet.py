@@ -68,7 +68,7 @@ def _load(entry: DatasetEntry, where: Path, tree: Tree, cache: Path) -> tuple[Im
     classes = sorted({name.split("/")[1] for name in train})
     if len(classes) != entry.num_classes:
         raise FileError(
-            f"{where}: holds {len(classes)} classes below train/, not {entry.num_classes}; get the zip again"
+            f"{where}: has {len(classes)} classes below train/, not {entry.num_classes}; get the zip again"
         )
     number = {wnid: label for label, wnid in enumerate(classes)}
     listing = [(name, number[name.split("/")[1]]) for name in sorted(train, key=_class_and_name)]

@@ -104,7 +104,7 @@ _add(
 _add(
     "resnet20_frn",
     "resnet_frn",
-    smallest=lambda in_channels: 5,
+    smallest=lambda in_channels: 5,  # the last maps are then 2x2: FRN leaves only the sign of a single position
     note="ResNet-20 with filter response normalisation in place of batch normalisation",
 )
 

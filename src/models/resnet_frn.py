@@ -15,8 +15,6 @@ from src.models.frn import FilterResponseNorm
 from src.models.network import Network
 from src.models.same_padding import same_conv
 
-# Normalisation leaves nothing of a map of one position but its sign; from this size on the last maps are 2x2.
-
 
 def frn_unit(in_channels: int, width: int, kernel: int, stride: int, *, activate: bool) -> nn.Sequential:
     """SAME convolution with bias, filter response normalisation and, if ``activate``, ReLU."""

@@ -1,4 +1,4 @@
-"""Stored tensors, put back where they came from.
+"""Restoring stored tensors.
 
 ``copy_`` and ``load_state_dict`` broadcast, cast integers and drop imaginary parts without a word. What was read
 from a file must be of the shape and kind of what it replaces.
@@ -15,14 +15,14 @@ def check_tensor(name: str, own: torch.Tensor, stored: Any) -> None:
     """Stop if a stored value cannot take a tensor's place; precisions may differ.
 
     Raises:
-        ValueError: It is no tensor, or of another shape or kind of numbers.
+        ValueError: It is not a dense tensor, or its shape or kind of number (real, complex, integer) differs.
     """
     if not isinstance(stored, torch.Tensor) or stored.layout != torch.strided or stored.is_meta:
         raise ValueError(f"{name} is not a dense tensor")
     if stored.shape != own.shape:
         raise ValueError(f"{name} has shape {tuple(stored.shape)}, not {tuple(own.shape)}")
     if (stored.is_floating_point(), stored.is_complex()) != (own.is_floating_point(), own.is_complex()):
-        raise ValueError(f"{name} is of {stored.dtype}, not {own.dtype}")
+        raise ValueError(f"{name} has type {stored.dtype}, not {own.dtype}")
 
 
 def copy_tensor(name: str, own: torch.Tensor, stored: Any) -> None:

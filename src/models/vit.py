@@ -106,10 +106,10 @@ def resize_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
         ``(1, length, d)``.
 
     Raises:
-        ValueError: They are no such numbers.
+        ValueError: They are not floating-point numbers of such a shape.
     """
     if not isinstance(positions, torch.Tensor) or positions.ndim != 3 or not positions.is_floating_point():
-        raise ValueError("its position embedding is not (1, tokens, width) numbers")
+        raise ValueError("its position embedding is not a (1, tokens, width) tensor of floating-point numbers")
     if positions.shape[1] == length:
         return positions
     token, grid = positions[:, :1], positions[:, 1:]

@@ -207,7 +207,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: bool = True, 
         },
     )
     add_augmentation_flags(group)
-    parser.checks.append(lambda args: rate(args.lr_sched, 1, 1, args.learning_rate, args.lr_min) and None)
+    parser.checks.append(lambda args: rate(args.lr_sched, 1, 1, args.learning_rate, args.lr_min))
 
 
 def add_seed_flag(group: Any) -> None:

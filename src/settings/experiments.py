@@ -78,9 +78,11 @@ def _check_experiment(args: argparse.Namespace) -> None:
     for floor, top in (("lrmin", "lr"), ("lrmin_retrain", "lr_retrain")):
         low, high = getattr(args, floor, 0.0), getattr(args, top, 0.0)
         if low > high:
-            raise FlagError(f"--{floor} {low:g}: lies above --{top} {high:g}; give at most that")
+            raise FlagError(f"--{floor} {low:g}: is above --{top} {high:g}; give at most that")
     if args.precision == "bf16" and hasattr(args, "ensemble"):
-        raise FlagError("--precision bf16: networks side by side are not trained so; give fp32, tf32 or fp64")
+        raise FlagError(
+            "--precision bf16: is not supported where models are trained side by side; give fp32, tf32 or fp64"
+        )
 
 
 def add_pickles_flag(parser: argparse.ArgumentParser, *, plots: bool = False) -> None:

@@ -67,9 +67,9 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
         {
             ("--seed", "--epochs", "--optimizer", "--lr_sched"): (
                 lambda args: args.checkpoint is None,
-                "beside --checkpoint, which is a file",
+                "with --checkpoint, which names the file",
             ),
-            ("--optimizer", "--lr_sched"): (lambda args: args.exp is None, "beside --exp, which names the run"),
+            ("--optimizer", "--lr_sched"): (lambda args: args.exp is None, "with --exp, which names the run"),
         },
     )
 
@@ -183,13 +183,15 @@ def add_measurement_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
-    """Stop at values of compute_hessian_eigen.py that cannot be had together.
+    """Stop at values of compute_hessian_eigen.py that contradict each other.
 
     Raises:
         FlagError: There are some.
     """
     if args.eigen_mode == "power_iter":
         if args.operator != "hessian":
-            raise FlagError(f"--eigen_mode power_iter: knows the Hessian alone, not --operator={args.operator}")
+            raise FlagError(
+                f"--eigen_mode power_iter: supports the Hessian only, not --operator={args.operator}; use lanczos"
+            )
         if args.eigen_order == "largest":
             raise FlagError("--eigen_order largest: power_iter finds eigenvalues of largest magnitude; use lanczos")

@@ -52,7 +52,7 @@ def add_fixed_func_flag(parser: argparse.ArgumentParser, name: str) -> None:
 def _only(name: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text != name:
-            raise argparse.ArgumentTypeError(f"{text!r}: this script knows {name} alone; use train_prune.py")
+            raise argparse.ArgumentTypeError(f"{text!r}: this script accepts only {name}; use train_prune.py")
         return text
 
     return parse

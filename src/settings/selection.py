@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from src.coresets import METHODS, Options
+from src.coresets import METHODS, Method, Options
 from src.errors import FlagError
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.scripting import restrict
@@ -42,17 +42,22 @@ def add_downstream_flags(parser: argparse.ArgumentParser) -> None:
     parser.checks.append(_check_dynamic)
 
 
+def _chosen(args: argparse.Namespace) -> list[Method]:
+    """The methods that were asked for; none where a file says what is kept."""
+    return [METHODS[name] for name in getattr(args, "funcs", None) or [args.coreset_func] if name is not None]
+
+
 def _check_dynamic(args: argparse.Namespace) -> None:
     """Stop at what a method that chooses in each epoch cannot have."""
-    for name in getattr(args, "funcs", None) or [args.coreset_func]:
-        if name is None or not METHODS[name].dynamic:
+    for method in _chosen(args):
+        if not method.dynamic:
             continue
         for flag in ("shots", "shots_up_to"):
             if getattr(args, flag, None):
-                raise FlagError(f"--{flag}: {name} visits a share of all examples; give --coreset_fraction")
+                raise FlagError(f"--{flag}: {method.name} visits a share of all examples; give --coreset_fraction")
         if OPTIMIZERS[args.optimizer].needs_sampling:
             raise FlagError(
-                f"--optimizer {args.optimizer}: does not go with {name}, which scales the loss; choose sgd"
+                f"--optimizer {args.optimizer}: does not go with {method.name}, which scales the loss; choose sgd"
             )
 
 
@@ -184,18 +189,12 @@ def _restrict(group: Any) -> None:
     The SAMIS paper's commands give ``--coreset_mode``, ``--per_class`` and the flags of pre-training with every
     method, so every method accepts them (and ``--coreset_networks``, which is one of pre-training).
     """
-    from src.coresets import METHODS, Options, find_method
-
-    def chosen(args: argparse.Namespace) -> list[Any]:
-        names = getattr(args, "funcs", None) or [args.coreset_func]
-        return [find_method(name) for name in names if name is not None]
-
     own = {flag: action for flag, action in group._option_string_actions.items() if action in group._group_actions}
-    unchosen = "beside --selection, which says what is kept"
+    unchosen = "with --selection, which lists what is kept"
     restrict(group, {tuple(own): (lambda args: getattr(args, "selection", None) is None, unchosen)})
     for field in fields(Options):
         readers = " or ".join(method.name for method in METHODS.values() if field.name in method.options)
-        acts = (lambda args, name=field.name: any(name in m.options for m in chosen(args)), f"without {readers}")
+        acts = (lambda args, name=field.name: any(name in m.options for m in _chosen(args)), f"without {readers}")
         if field.name != "coreset_mode":
             restrict(group, {tuple(flag for flag, action in own.items() if action.dest == field.name): acts})
     restrict(
@@ -203,7 +202,7 @@ def _restrict(group: Any) -> None:
         {
             ("--dual_c",): (lambda args: args.dual_beta, "with --no-dual_beta"),
             ("--scores_folder",): (
-                lambda args: any(m.needs.stored for m in chosen(args)),
+                lambda args: any(m.needs.stored for m in _chosen(args)),
                 "without a method that reads a stored score (min_*)",
             ),
         },

@@ -170,7 +170,7 @@ def _spoil(files, how):
     if how == "missing class":
         for name in [name for name in files if "train/n02" in name]:
             del files[name]
-        return "holds 2 classes below train/, not 3"
+        return "has 2 classes below train/, not 3"
     if how == "missing image":
         del files["val/images/val_2.JPEG"]
         return r"'val_2\.JPEG' of class 'n01'"

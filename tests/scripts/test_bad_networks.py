@@ -85,7 +85,7 @@ def test_damaged_networks(world, tmp_path):
         *(
             (
                 packed({**whole, "model_state": {n: value.to(kind) for n, value in whole["model_state"].items()}}),
-                "is of",
+                "has type",
             )
             for kind in (torch.int64, torch.complex64, torch.bool)
         ),

@@ -120,7 +120,7 @@ def test_files(world, data_flags, spectra, tmp_path):
         (("--high_low_specs", "forg"), FLAG, ("'forg' is not metric:low|high:fraction",)),
         (("--operator=ggn",), FILE, ("no spectrum",)),
         (("--labels", "a"), FLAG, ("--labels: 1 for 0 --files",)),
-        (("--files", "/none.pkl"), FLAG, ("--model: has no effect beside --files",)),
+        (("--files", "/none.pkl"), FLAG, ("--model: has no effect with --files",)),
         (("--name=a/b",), FLAG, ("--name: 'a/b' is no name of a file",)),
     ],
 )

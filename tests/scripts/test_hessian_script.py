@@ -163,8 +163,8 @@ def test_what_is_there_is_left(world, flags, tmp_path):
         (("--exp=pretrain/x/lenet/0123",), FILE, ("no checkpoint of epoch 3", "made by train_prune.py and select")),
         (("--exp=mpe/mine_iter",), FILE, ("no checkpoint of epoch 3", "made by the scripts in examples/$")),
         (("--exp=other",), FILE, ("no checkpoint of epoch 3, seed 1 for other; look for its name there",)),
-        (("--exp=x", "--optimizer=sam"), FLAG, ("--optimizer: has no effect beside --exp, which names the run",)),
-        (("--checkpoint=x.pt",), FLAG, ("--epochs: has no effect beside --checkpoint",)),
+        (("--exp=x", "--optimizer=sam"), FLAG, ("--optimizer: has no effect with --exp, which names the run",)),
+        (("--checkpoint=x.pt",), FLAG, ("--epochs: has no effect with --checkpoint",)),
         (("--power_iterations=5",), FLAG, ("--power_iterations: has no effect without --eigen_mode",)),
         (
             ("--eigen_mode=power_iter", "--max_steps", "9"),
@@ -191,7 +191,11 @@ def test_what_is_there_is_left(world, flags, tmp_path):
             ("--high_low_spec: has no effect with --eigen_split=test",),
         ),
         (("--subset=61",), FLAG, ("--subset 61: must be from 1 to 60",)),
-        (("--eigen_mode=power_iter", "--operator=ggn"), FLAG, ("--eigen_mode power_iter: knows the Hessian alone",)),
+        (
+            ("--eigen_mode=power_iter", "--operator=ggn"),
+            FLAG,
+            ("--eigen_mode power_iter: supports the Hessian only",),
+        ),
         (("--eigen_mode=power_iter", "--eigen_order=largest"), FLAG, ("--eigen_order largest",)),
         (("--precision=bf16",), FLAG, ("--precision: invalid choice: 'bf16'",)),
         (("--hessian_folder=/proc/x",), FILE, ("/proc/x.*: cannot be written", "another folder")),

@@ -1,12 +1,14 @@
 """The last line of a run that ends well is the command to run next, and it runs as printed."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from support import ROOT, TRAIN, folders, succeed, write_blobs
 
 from src.artifacts import write_pickle
+from src.datasets import dataset_name
 
 SMALL = ("--dataset=digits", "--model=small_mlp", "--subset=200")
 RATE = ("--batch_size=50", "--learning_rate=0.1", "--lr_sched=const")
@@ -41,7 +43,13 @@ def test_the_splits(tmp_path):
     flags = (f"--dataset=npz:{data}", "--model=small_mlp", "--epochs=1", *RATE, "--save_epochs=last",
              *folders(tmp_path, *TRAIN))  # fmt: skip
     result = succeed("train_split.py", *flags, "--samis_validation_split_index=3")
+    damaged = (
+        tmp_path / "models" / f"split_small_mlp_over_{dataset_name(f'npz:{data}')}_with_sam_sched_const_val_split_1"
+    )
+    (damaged / "seed_1").mkdir(parents=True)
+    (damaged / "seed_1" / "results.json").write_text("{")  # of another run: this one ends well all the same
     result = follow(result, "train_split.py", "--samis_validation_split_index=all")
+    shutil.rmtree(damaged)
     result = follow(result, "train_split.py", "--optimizer=sam", "--samis_validation_split_index=all")
     result = follow(result, "compute_sam_sgd.py", "--protocol=split")
     follow(result, "average_scores.py")
@@ -119,7 +127,8 @@ def test_the_command_runs_from_any_folder(tmp_path, monkeypatch, capsys):
     from src.scripting import print_next
 
     monkeypatch.setattr(
-        "sys.argv", ["../tools/train_full.py", "--no-adaptive", "--name", "it's", "--seeds", "-1", "2"]
+        "sys.argv",
+        ["../tools/train_full.py", "--no-adaptive", "--name", "it's", "--overwrite", "--seeds", "-1", "2"],
     )
     print_next("next.py", ("seeds", "adaptive", "name"), left=None, on=True)
     assert (
@@ -128,3 +137,5 @@ def test_the_command_runs_from_any_folder(tmp_path, monkeypatch, capsys):
     )
     print_next("next.py", drop=("name", "adaptive"), seeds=[3, 4], rate=0.5)
     assert capsys.readouterr().out == "next: python ../tools/next.py --seeds 3 4 --rate=0.5\n"
+    print_next("next.py", ("name", "overwrite"), overwrite=True)  # where the next script needs it
+    assert capsys.readouterr().out == "next: python ../tools/next.py --name 'it'\"'\"'s' --overwrite\n"
