@@ -19,7 +19,7 @@ class Faults:
         self._found: list[tuple[str, str]] = []
 
     def add(self, name: str, reason: str) -> None:
-        """Note what is wrong with a file, named relative to the root, and what to do."""
+        """Note what is wrong with a file, named relative to the root, and what to do, such as "give image_size"."""
         self._found.append((name, reason))
 
     def refuse(self) -> None:
@@ -32,8 +32,16 @@ class Faults:
             return
         if len(self._found) == 1:
             name, reason = self._found[0]
-            raise FileError(f"{self.root / name}: {reason}")
-        listed = [f"({k}) {name}: {reason}" for k, (name, reason) in enumerate(self._found[:MOST_LISTED], 1)]
+            raise FileError(f"{self.root / name}: {reason}", f"{self.root / name}: {_with_flags(reason)}")
+        listed = list(enumerate(self._found[:MOST_LISTED], 1))
+        texts = [f"({k}) {name}: {reason}" for k, (name, reason) in listed]
+        lines = [f"({k}) {name}: {_with_flags(reason)}" for k, (name, reason) in listed]
         rest = len(self._found) - len(listed)
         more = f"; and {rest} more" if rest else ""
-        raise FileError(f"{self.root}: {len(self._found)} files or folders cannot be used: {'; '.join(listed)}{more}")
+        start = f"{self.root}: {len(self._found)} files or folders cannot be used: "
+        raise FileError(f"{start}{'; '.join(texts)}{more}", f"{start}{'; '.join(lines)}{more}")
+
+
+def _with_flags(reason: str) -> str:
+    """A reason in terms of flags, for users of the scripts."""
+    return reason.replace("give image_size", "give --image_size")

@@ -116,10 +116,10 @@ class _Images:
             if self.size is None:
                 self.size = size
                 if size[0] != size[1]:
-                    faults.add(name, f"is {size[0]}x{size[1]}; square images are needed, or give --image_size")
+                    faults.add(name, f"is {size[0]}x{size[1]}; square images are needed, or give image_size")
             if size != self.size:
                 wanted = f"{self.size[0]}x{self.size[1]}"
-                faults.add(name, f"is {size[0]}x{size[1]} among images of {wanted}; give --image_size to resize all")
+                faults.add(name, f"is {size[0]}x{size[1]} among images of {wanted}; give image_size to resize all")
                 continue
             if storage is None:
                 storage = torch.empty((len(files), *image.shape), dtype=torch.uint8)
@@ -162,7 +162,7 @@ def load_folder(root: Path, image_size: int | None, channels: int | None) -> tup
     images = read.parts
     if read.gray and read.color:
         log.info(
-            "%s: %d gray and %d color images: all are converted to color (--channels 1: to gray)",
+            "%s: %d gray and %d color images: all are converted to color (channels=1: to gray)",
             root, read.gray, read.color,
         )  # fmt: skip
         images = [own.convert_channels(part, 3) for part in images]

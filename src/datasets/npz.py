@@ -145,7 +145,8 @@ def load_npz(path: Path, image_size: int | None, channels: int | None) -> tuple[
     )
     height, width = images[0].shape[2:]
     if image_size is None and height != width:
-        raise FileError(f"{path}: holds images of {height}x{width}; make them square, or give --image_size")
+        problem = f"{path}: has images of {height}x{width}; make them square, or give "
+        raise FileError(f"{problem}image_size", f"{problem}--image_size")
     for index, storage in enumerate(images):
         if channels is not None:
             storage = own.convert_channels(storage, channels)

@@ -267,7 +267,9 @@ def test_mnist_files_that_are_not_the_published_ones(tmp_path, caplog):
         load_dataset("fmnist", tmp_path)
 
 
-@pytest.mark.skipif(not (SHARED / "lay_out_data.py").exists(), reason="needs the shared MNIST files")
+@pytest.mark.skipif(
+    not (SHARED / "lay_out_data.py").exists(), reason="needs the original MNIST and Fashion-MNIST files"
+)
 @pytest.mark.parametrize("name", ["mnist", "fmnist"])
 def test_published_files_are_recognized(tmp_path, caplog, name):
     subprocess.run([sys.executable, SHARED / "lay_out_data.py", tmp_path, name], check=True, capture_output=True)

@@ -142,7 +142,8 @@ UNCHANGED = {
 def test_the_other_networks_start_from_the_same_numbers_as_before(name):
     parameters = build_model(name, 10, 3, 32, seed=1).parameters()
     total = sum(p.detach().double().abs().sum().item() for p in parameters)
-    assert total == pytest.approx(UNCHANGED[name], rel=1e-12)
+    # processors round draws differently; another distribution, or another order of draws, changes far more
+    assert total == pytest.approx(UNCHANGED[name], rel=1e-6)
     assert MODELS[name].settings == {}
 
 

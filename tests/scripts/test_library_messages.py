@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refusals import FLAG, refuse
 
 from src.coresets import find_method
@@ -53,6 +54,19 @@ def test_arguments_and_flags(call, argument, flag):
     assert "--" not in str(error)
     assert error.line.startswith(flag)
     assert error.status == FLAG
+
+
+def test_files_that_an_argument_mends(tmp_path):
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "oblong" / part / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 6), np.uint8)).save(tmp_path / "oblong" / part / name / "0.png")
+    images = np.zeros((2, 8, 6), np.uint8)
+    np.savez(tmp_path / "oblong.npz", x_train=images, y_train=[0, 1], x_test=images, y_test=[0, 1])
+    for dataset in (f"folder:{tmp_path / 'oblong'}", f"npz:{tmp_path / 'oblong.npz'}"):
+        with pytest.raises(UserError, match=r" or give image_size$") as caught:
+            load_dataset(dataset, ".")
+        assert caught.value.line.endswith(" or give --image_size")
 
 
 def test_scripts_name_the_flag(tmp_path):
