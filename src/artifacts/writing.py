@@ -42,13 +42,14 @@ def write_with(path: str | Path, write: Callable[[BinaryIO], None], *, interrupt
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
-        descriptor, temporary = _temporary(path)
-        with nullcontext() if interruptible else _uninterrupted(), os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)  # before the file is closed, which unlocks it
+        with nullcontext() if interruptible else _uninterrupted():
+            descriptor, temporary = _temporary(path)
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(temporary, 0o666 & ~_umask())
+                os.replace(temporary, path)  # before the file is closed, which unlocks it
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
