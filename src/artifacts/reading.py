@@ -148,9 +148,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise FileError(
                     f"{path}: is a whole pickled model (torch.save(model)), as the papers' scripts write it; it is "
                     "not read, as that would run code. Where it was written, "
-                    f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), NEW) saves its weights; "
-                    "--pretrained takes such a file for --model vit, and for other uses train the model with "
-                    "train_full.py or train_split.py"
+                    f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), NEW) saves its weights "
+                    "for PyTorch code of your own. The scripts here read checkpoints that they wrote: train "
+                    "the model with train_full.py or train_split.py"
                 ) from error
             raise ValueError("it holds more than tensors and plain values, so reading it could run code") from error
         if not isinstance(state, dict):
