@@ -16,7 +16,7 @@ from tqdm import tqdm
 from src.datasets import Batch, Batches
 from src.devices import computing
 from src.draws import derived_seed
-from src.errors import FlagError, TrainingError
+from src.errors import ArgumentError, TrainingError
 from src.models.modes import trains_on_one
 from src.models.restoring import load_optimizer, load_weights
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
@@ -100,12 +100,13 @@ class Trainer:
         entry = OPTIMIZERS[config.optimizer]
         self._step = sampled_step if entry.needs_sampling else sam_step if entry.passes == 2 else plain_step
         if self.group.world > 1 and entry.needs_sampling:
-            raise FlagError(f"--optimizer {config.optimizer}: its noise is not shared; train it in one process")
+            raise ArgumentError("optimizer", f"{config.optimizer}: its noise is not shared; train it in one process")
         if plan is not None and plan.divide_by_size and entry.needs_sampling:
             # on average sum(w l) / b is n / k of the mean loss, for an epoch that visits k of n
-            raise FlagError(
-                f"--optimizer {config.optimizer}: its posterior needs the mean loss, which dynamic pruning scales; "
-                "choose another optimiser"
+            raise ArgumentError(
+                "optimizer",
+                f"{config.optimizer}: its posterior needs the mean loss, which dynamic pruning scales; "
+                "choose another optimiser",
             )
         self.history: list[dict[str, Any]] = []
         self._rate(1)  # a wrong floor is found before anything is written
@@ -293,10 +294,12 @@ class Trainer:
         """Refuse a last batch that leaves a process one example where BatchNorm cannot normalise it."""
         count = len(self.train_batches.images)
         if not self._fits(count):
-            raise FlagError(
-                f"{self.size_flag}: {count} examples leave a last batch of one"
-                + (", " if self.group.world == 1 else " for a process, ")
-                + "which this network's BatchNorm cannot normalise; give another size"
+            whose = "" if self.group.world == 1 else " for a process"
+            raise ArgumentError(
+                "batch_size",
+                f": {count} examples leave a last batch of one{whose}, which this model's BatchNorm cannot normalize; give "
+                "another size",
+                self.size_flag,
             )
 
     def _fits(self, examples: int) -> bool:

@@ -155,14 +155,14 @@ def test_a_last_batch_of_one_is_refused_where_batchnorm_cannot_take_it(make_trai
     good.fit()
     trainer = make_trainer(train=train, epochs=1)
     trainer.model = OnePixel()
-    with pytest.raises(FlagError, match="--batch_size: 65 examples leave a last batch of one"):
+    with pytest.raises(FlagError, match="batch_size: 65 examples leave a last batch of one"):
         trainer._check_last_batch()
 
 
 def test_a_last_batch_that_leaves_a_process_one_example_is_refused(make_trainer, digits):
     trainer = make_trainer(train=digits[0].subset(torch.arange(67)), epochs=1)  # 64 and 3: shares of 2 and 1
     trainer.model, trainer.group = OnePixel(), Group(rank=0, world=2)
-    with pytest.raises(FlagError, match="--batch_size: 67 examples leave a last batch of one for a process"):
+    with pytest.raises(FlagError, match="batch_size: 67 examples leave a last batch of one for a process"):
         trainer._check_last_batch()
     trainer.sync_batchnorm = True
     trainer._check_last_batch()

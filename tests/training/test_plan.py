@@ -176,7 +176,7 @@ def test_a_plan_excludes_weights_and_iblr(make_trainer, digits):
     parts = (trainer.model, trainer.train_batches, trainer.test_batches)
     with pytest.raises(ValueError, match="one of the two"):
         Trainer(*parts, trainer.config, weights=torch.ones(200), plan=Thinning(digits[0]))
-    with pytest.raises(FlagError, match="--optimizer iblr: its posterior needs the mean loss"):
+    with pytest.raises(FlagError, match="optimizer iblr: its posterior needs the mean loss"):
         Trainer(*parts, replace(trainer.config, optimizer="iblr"), plan=Thinning(digits[0], divide_by_size=True))
 
 
