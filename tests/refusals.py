@@ -44,8 +44,9 @@ def refuse(script: str, *flags: object, status: int, says: tuple[str, ...], keep
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
-    """The files below a folder, without logs."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+    """The files below a folder, without logs and locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", ".lock"))
+    return {path: path.read_bytes() for path in files}
 
 
 def assert_kept(before: dict[Path, bytes], folder: Path) -> None:

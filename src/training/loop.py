@@ -297,8 +297,8 @@ class Trainer:
             whose = "" if self.group.world == 1 else " for a process"
             raise ArgumentError(
                 "batch_size",
-                f": {count} examples leave a last batch of one{whose}, which this model's BatchNorm cannot normalize; give "
-                "another size",
+                f": {count} examples leave a last batch of one{whose}, which this model's BatchNorm cannot "
+                "normalize; give another size",
                 self.size_flag,
             )
 

@@ -174,15 +174,15 @@ def test_damaged_dynamics_make_the_run_start_again(blobs, tmp_path, content):
 def test_a_folder_that_cannot_be_written_is_found_before_training(blobs, tmp_path, name):
     (tmp_path / name).write_text("a file in place of a folder")
     done = call("train_full.py", *quick(blobs, tmp_path, "--measure_proxies"))
-    check(done, "train_full.py", FILE, f"{tmp_path / name}/", "cannot be written|could not be written",
-          "choose another")  # fmt: skip
+    check(done, "train_full.py", FILE, f"{tmp_path / name}/", "cannot be (written|locked)|could not be written",
+          "choose a")  # fmt: skip
     assert "epoch 1/3" not in done.err
     assert (tmp_path / name).read_text() == "a file in place of a folder"
 
 
 def test_splits_that_cannot_be_written(blobs, tmp_path):
     (tmp_path / "datasets").write_text("")
-    says = ("datasets/splits/.*: the splits could not be written", "choose another --datasets_folder")
+    says = ("datasets/splits/.*: the validation splits could not be written", "give --splits_folder")
     refuse("train_split.py", *quick(blobs, tmp_path), status=FILE, says=says, keep=tmp_path)
 
 
