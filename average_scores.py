@@ -130,7 +130,7 @@ def main() -> None:
     for mode, (path, values, record) in averages.items():
         write_scores(path, values, record)
         print(
-            f"{MODES[mode].title}: mean of {len(args.seeds)} seeds, "
+            f"{MODES[mode].title}: mean of {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}, "
             f"before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
         )
     keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]

@@ -25,7 +25,7 @@ from src.artifacts.figures import literal
 from src.datasets import load_dataset, parse_subset
 from src.errors import FlagError
 from src.metrics import MODES, Proxy
-from src.scripting import Parser, run_script, start_logging
+from src.scripting import DATA_FLAGS, Parser, print_next, run_script, start_logging
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, number, score_folders
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def main() -> None:
         print(
             *(f"{folder / f'{end}_{modes}_{args.n}'}: {len(classes)} classes, PNG and PDF" for end in ENDS), sep="\n"
         )
+    keep = {*DATA_FLAGS, "scores_folder", "metrics_folder", "plots_folder"} - {"subset"}
+    print_next("plot_proxies.py", keep, modes=args.modes)
 
 
 def chosen_classes(wanted: list[str] | None, names: list[str]) -> list[int]:

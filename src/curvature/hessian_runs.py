@@ -115,7 +115,8 @@ class HessianRun:
         count = trained.get("examples", settings["examples"])
         if trained.get("subset") != settings["subset"] or count != settings["examples"]:
             log.warning(
-                "%s: was trained on other examples (%s) than its loss is measured on (%d; see --subset)",
+                "%s: was trained on %s examples; the loss is measured on other ones, or on a part of them: %d "
+                "(see --subset)",
                 self.path, count, settings["examples"],
             )  # fmt: skip
 

@@ -18,6 +18,7 @@ from src.errors import FileError
 
 PARTS = ("train", "test")
 PROGRESS_FROM = 2000  # files
+ODD_SIZES_LISTED = 3
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,11 @@ class _Images:
         self.rules: set[str] = set()  # see as_seen
         self.gray = self.color = 0  # how many of each
         self.size: tuple[int, int] | None = None  # of the first image
+        self.odd_sizes = 0
         self.parts = [self._read(part, files) for part, files in listing.files.items()]
+        if self.odd_sizes > ODD_SIZES_LISTED:  # all have the same remedy, and would hide unreadable files
+            more = f"{self.odd_sizes - ODD_SIZES_LISTED} more images"
+            listing.faults.add(more, "differ in size, too; give image_size to resize all")
 
     def _read(self, part: str, files: list[Path]) -> Tensor | None:
         faults, storage = self.listing.faults, None
@@ -118,8 +123,12 @@ class _Images:
                 if size[0] != size[1]:
                     faults.add(name, f"is {size[0]}x{size[1]}; square images are needed, or give image_size")
             if size != self.size:
-                wanted = f"{self.size[0]}x{self.size[1]}"
-                faults.add(name, f"is {size[0]}x{size[1]} among images of {wanted}; give image_size to resize all")
+                self.odd_sizes += 1
+                if self.odd_sizes <= ODD_SIZES_LISTED:
+                    wanted = f"{self.size[0]}x{self.size[1]}"
+                    faults.add(
+                        name, f"is {size[0]}x{size[1]} among images of {wanted}; give image_size to resize all"
+                    )
                 continue
             if storage is None:
                 storage = torch.empty((len(files), *image.shape), dtype=torch.uint8)
@@ -162,7 +171,7 @@ def load_folder(root: Path, image_size: int | None, channels: int | None) -> tup
     images = read.parts
     if read.gray and read.color:
         log.info(
-            "%s: %d gray and %d color images: all are converted to color (channels=1: to gray)",
+            "%s: %d gray and %d color images: all are converted to color (1 channel makes them gray)",
             root, read.gray, read.color,
         )  # fmt: skip
         images = [own.convert_channels(part, 3) for part in images]

@@ -43,19 +43,19 @@ def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True, defa
         "--image_size",
         type=values.number(int, 1),
         metavar="PIXELS",
-        help="resize own data to this height and width (default: as they are)",
+        help="scale own data so that the shorter side has PIXELS, and cut the center square (default: as they are)",
     )
     group.add_argument(
         "--channels",
         type=int,
         choices=(1, 3),
-        help="turn own data into grey (1) or colour (3) (default: as they are)",
+        help="turn own data into gray (1) or color (3) (default: as they are)",
     )
     if subset:
         group.add_argument(
             "--subset",
             metavar="N|FILE",
-            help="use only N training examples (the same share of each class) or those whose indices stand in "
+            help="use only N training examples (the same share of each class) or those whose indices are in "
             "FILE, one per line; indices stay those of the whole data set (default: all)",
         )
     parser.checks.append(_check_data)

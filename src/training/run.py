@@ -147,7 +147,7 @@ def run_training(
         trainer.group.wait()
     warning = divergence(trainer.history)
     if warning is not None:
-        log.warning("%s; a smaller %s may help", warning, trainer.rate_flag)
+        log.warning("%s; more epochs or a smaller %s may help", warning, trainer.rate_flag)
     return trainer.history
 
 
@@ -162,7 +162,9 @@ def divergence(history: list[dict[str, Any]]) -> str | None:
     before, after = history[0].get("untrained_loss"), history[-1]["train_loss"]
     if before is None or after <= before:
         return None
-    return f"training diverged: its last loss is {after:.5g}, that of the untrained model was {before:.5g}"
+    return (
+        f"training did not lower the loss: the last one is {after:.5g}, that of the untrained model was {before:.5g}"
+    )
 
 
 def summary(history: list[dict[str, Any]]) -> str:

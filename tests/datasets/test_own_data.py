@@ -265,6 +265,20 @@ def test_oblong_folder(tmp_path):
     assert load_dataset(name, ".", image_size=6)[0].image_shape == (3, 6, 6)
 
 
+def test_images_of_many_sizes_hide_no_broken_file(tmp_path):
+    name = write_folder(tmp_path / "pets", count=30)
+    for number, path in enumerate(sorted((tmp_path / "pets" / "train").rglob("*.png"))[1:-1]):
+        Image.new("RGB", (20 + number, 9)).save(path)
+    last = sorted((tmp_path / "pets" / "train").rglob("*.png"))[-1]
+    last.write_bytes(b"junk")
+    with pytest.raises(FileError) as caught:
+        load_dataset(name, ".")
+    message = str(caught.value)
+    assert f"train/{last.parent.name}/{last.name}: cannot be read" in message
+    assert message.count(" among images of ") == 3
+    assert "more images: differ in size" in message
+
+
 def test_all_bad_files_are_listed_at_once(tmp_path):
     name = write_folder(tmp_path / "pets", count=12)
     expected = [spoil(tmp_path / "pets") for spoil in (_empty_class, _nested, _other_size)]

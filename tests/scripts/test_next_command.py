@@ -33,6 +33,7 @@ def test_from_training_to_images(tmp_path):
     averaged = follow(scored, "average_scores.py", "--seeds", "1")
     drawn = follow(averaged, "plot_images.py", flags=("--only_overview", f"--plots_folder={tmp_path}"))
     assert "overview_samis_loss_5.png" in drawn.out
+    follow(drawn, "plot_proxies.py", "--modes", "samis_loss")
     succeed("train_full.py", *flags, "--seed=2")
     last = succeed("train_full.py", *flags, "--seed=2", "--optimizer=sam", "--rho=0.1")
     follow(follow(last, "compute_sam_sgd.py"), "average_scores.py", "--seeds", "1", "2", "--overwrite")
