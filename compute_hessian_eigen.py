@@ -5,8 +5,8 @@ Reads a checkpoint of train_full.py under --models_folder (any other run's by --
 loss is the mean cross-entropy over the training or test part, un-augmented. Writes
 {hessian_folder}/{eigen_split}_{high_low_spec or all}_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_{bn or
 nobn}/{seed}/epoch_{epochs}/pyhessian_eigen_{eigen_mode}.pkl (eigenvals, trace, density_eigen, density_weight) and a
-json beside it: settings, residuals, standard errors, costs. plot_hessian.py draws and tabulates them. An interrupted
-measurement goes on with --resume; power iteration (--eigen_mode=power_iter) alone begins anew until it has ended.
+json beside it: settings, residuals, standard errors, costs. plot_hessian.py draws and tabulates them. --resume
+continues an interrupted measurement; power iteration (--eigen_mode=power_iter) alone starts from scratch then.
 
   python compute_hessian_eigen.py --dataset=digits --model=lenet --optimizer=sgd --seed=1 --epochs=20
   python compute_hessian_eigen.py --dataset=cifar10 --model=resnet18 --optimizer=sam --seed=1234 --epochs=160 \

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
-            epilog="Default folders stand at the repository root; given ones are relative to the current folder.",
+            epilog="Default folders are at the repository root; given ones are relative to the current folder.",
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             delattr(found, name)
         if ignored and _speaks():
             start_logging()
-            logging.getLogger(__name__).warning("%s: does nothing here; ignored", " ".join(ignored))
+            logging.getLogger(__name__).warning("%s: accepted for compatibility, and ignored", " ".join(ignored))
         return found
 
     def _refuse_idle(self, words: Sequence[str], args: Namespace) -> None:
@@ -75,6 +75,7 @@ class Parser(argparse.ArgumentParser):
             close = close or [flag for flag in flags if flag.endswith(f"_{given.lstrip('-')}")]
             close = close or difflib.get_close_matches(given, flags, 1, 0.75)
             message = f"{unknown}: unknown" + (f"; did you mean {' or '.join(close)}?" if close else "")
+        message = message.replace("ignored explicit argument", "takes no value, and was given")
         if not _speaks():
             sys.exit(2)
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")

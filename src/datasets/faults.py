@@ -38,7 +38,7 @@ class Faults:
         lines = [f"({k}) {name}: {_with_flags(reason)}" for k, (name, reason) in listed]
         rest = len(self._found) - len(listed)
         more = f"; and {rest} more" if rest else ""
-        start = f"{self.root}: {len(self._found)} files or folders cannot be used: "
+        start = f"{self.root}: these files or folders cannot be used: "
         raise FileError(f"{start}{'; '.join(texts)}{more}", f"{start}{'; '.join(lines)}{more}")
 
 

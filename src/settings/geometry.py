@@ -174,7 +174,7 @@ def add_measurement_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an interrupted measurement, if there is one; an unfinished power iteration begins anew",
+        help="continue an interrupted measurement, if there is one; an unfinished power iteration starts over",
     )
     group.add_argument(
         "--save_every", type=values.number(int, 1), default=10, help="products between two states to go on from"

@@ -138,7 +138,7 @@ def no_test(root):
         (half_an_image, (r"x\.png: cannot be read as an image", "remove or replace")),
         (nested, ("dog/x: is a folder inside a class folder", "images are needed")),
         (deep, (r"x\.png: has 32 bits per pixel", "save it with 8 or 16")),
-        (several, (r"photos: 2 files", r"x\.png: cannot be read", "test/dog/x.png: is 9x9")),
+        (several, (r"photos: these files", r"x\.png: cannot be read", "test/dog/x.png: is 9x9")),
         (no_test, ("test: there is no such folder", "train/ and test/")),
     ],
 )

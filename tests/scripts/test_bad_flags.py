@@ -45,6 +45,7 @@ def trained(blobs, *flags):
         ("--learning_rate=inf", ("--learning_rate", "inf is not a finite number")),
         ("--learning_rate=fast", ("--learning_rate", "'fast' is not a finite number")),
         ("--learning_rate", ("--learning_rate", "expected one argument")),
+        ("--resume=yes", ("--resume", "takes no value")),
         ("--lr_min=-1", ("--lr_min", "at least 0")),
         ("--lr_min=0.9", ("--lr_min", "0.9: must be between 0 and the learning rate 0.4")),
         ("--weight_decay=nan", ("--weight_decay", "at least 0")),
