@@ -155,6 +155,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise ValueError("it holds more than tensors and plain values, so reading it could run code") from error
         if not isinstance(state, dict):
             raise ValueError("it holds no dictionary")
+        try:
+            json.dumps(state.get("settings"))
+        except (TypeError, ValueError) as error:
+            raise ValueError("its settings are not plain values") from error
         return state
 
     return _read(path, "a checkpoint", load)

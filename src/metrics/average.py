@@ -16,7 +16,7 @@ from src.datasets import dataset_flag
 from src.errors import FileError, FlagError
 from src.metrics import samis
 from src.metrics.dynamics_scores import REDUCTIONS, Windows
-from src.metrics.end_of_training import PER_SEED_FILES
+from src.metrics.end_of_training import PER_SEED_FILES, RECORD_FILE
 from src.metrics.modes import score_mode
 from src.metrics.proxy import min_max
 from src.training.dynamics import DYNAMICS_FILE, read_dynamics
@@ -126,6 +126,7 @@ def read_run_seed(
         raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
     run = read_dynamics(path)
     _refuse_another(path, run["settings"], seed=seed)
+    _refuse_another_run(path, run["settings"], experiment)
     visited = ~np.isnan(run["correct"]).all(axis=0)
     facts = {"epoch": len(run["correct"]), "label_hash": run["label_hash"], "settings": run["settings"]}
     facts["data_hash"] = run["settings"].get("images")
@@ -138,6 +139,7 @@ def read_run_seed(
             source = folder / PER_SEED_FILES[mode]
             if not source.exists():
                 raise FileError(f"{source}: is missing; train seed {seed} with --measure_proxies to its end")
+            _refuse_copy(source)
             values, scored = _end_scores(source, len(visited))
         result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **windows.facts(mode)}), source)
     return result
@@ -166,6 +168,29 @@ def _refuse_another(path: Path, said: Mapping[str, Any], **asked: Any) -> None:
     if found := artifacts.differences({name: said[name] for name in asked}, asked):
         raise FileError(
             f"{path}: is not what its name says: {', '.join(found)}; it was copied or renamed; score the seed again"
+        )
+
+
+def _refuse_another_run(path: Path, settings: Mapping[str, Any], experiment: str) -> None:
+    """Stop if a run's recorded dynamics are of another run than their folder is named after."""
+    run = [settings.get(name) for name in ("model", "dataset", "optimizer", "lr_sched")]
+    if not experiment.startswith(("standard_", "split_")) or None in run:
+        return
+    split = settings.get("validation_split")
+    name = artifacts.standard_experiment(*run) if split is None else artifacts.split_experiment(*run, split)
+    if name != experiment:
+        raise FileError(f"{path}: is of the run {name}; it was copied or renamed; train {experiment} again")
+
+
+def _refuse_copy(path: Path) -> None:
+    """Stop if an end-of-training file is not the one that its run wrote, where the run recorded its digest."""
+    record = path.with_name(RECORD_FILE)
+    if not record.exists():
+        return
+    digests = artifacts.read_json(record)
+    if not isinstance(digests, dict) or digests.get(path.name) != artifacts.file_digest(path):
+        raise FileError(
+            f"{path}: is not what the run wrote (its digest is not the one in {RECORD_FILE}); train the seed again"
         )
 
 

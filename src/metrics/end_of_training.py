@@ -23,6 +23,7 @@ PER_SEED_FILES = {
     "eps": "epsilon_flat_train.pkl",
 }
 HISTORY_FILES = ("forgettability_history.pkl", "epochs_to_learn_history.pkl")
+RECORD_FILE = "end_of_training.json"  # the sha256 of each score file; folders of older versions lack it
 NOT_VISITED = 255
 
 
@@ -33,7 +34,7 @@ def has_end_of_training_scores(folder: str | Path) -> bool:
 
 def remove_end_of_training_scores(folder: str | Path) -> None:
     """Remove what an earlier run left in a folder of dynamics."""
-    for name in (*PER_SEED_FILES.values(), *HISTORY_FILES):
+    for name in (*PER_SEED_FILES.values(), RECORD_FILE, *HISTORY_FILES):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -78,5 +79,7 @@ def write_end_of_training_scores(
         )
         for mode, values in scores.items()
     ]
+    digests = {path.name: artifacts.file_digest(path) for path in written}
+    written.append(artifacts.write_json(folder / RECORD_FILE, digests))  # before the files that complete the folder
     history = np.where(np.isnan(correct), NOT_VISITED, correct).astype(np.uint8)
     return written + [artifacts.write_pickle(folder / name, history) for name in HISTORY_FILES]

@@ -9,7 +9,12 @@ import torch
 from src.artifacts import read_pickle
 from src.datasets import Batches, Normalisation, load_dataset
 from src.metrics import end_of_training
-from src.metrics.end_of_training import HISTORY_FILES, PER_SEED_FILES, write_end_of_training_scores
+from src.metrics.end_of_training import (
+    HISTORY_FILES,
+    PER_SEED_FILES,
+    RECORD_FILE,
+    write_end_of_training_scores,
+)
 from src.models import build_model
 
 CHOSEN = [3, 8, 20, 41]
@@ -31,7 +36,7 @@ def written(tmp_path_factory):
 
 def test_every_file_of_the_format_is_there(written):
     folder, paths, _, _ = written
-    assert {path.name for path in paths} == {*PER_SEED_FILES.values(), *HISTORY_FILES}
+    assert {path.name for path in paths} == {*PER_SEED_FILES.values(), RECORD_FILE, *HISTORY_FILES}
     assert all(path.parent == folder for path in paths)
     for name in PER_SEED_FILES.values():
         content = pickle.loads((folder / name).read_bytes())

@@ -387,3 +387,36 @@ def test_names_of_pretrained_models_stay(base):
     succeed(*select)
     (folder,) = (base / "models" / "pretrain").glob("digits/small_mlp/*")
     assert folder.name == "f665fcce2a78908f"
+
+
+def test_scores_of_a_run_must_be_that_runs(tmp_path):
+    """Dynamics or scores of another optimizer or seed, copied under this one's name."""
+    (tmp_path / "datasets").mkdir()
+    write_blobs(tmp_path / "datasets" / "digits.npz", n=N)
+    train(tmp_path, "--measure_proxies")
+    train(tmp_path, "--measure_proxies", "--seed=2", optimizers=("sgd",))
+    average = (
+        *QUICK[:2],
+        "--optimizer=sgd",
+        "--modes",
+        "forg",
+        "csl",
+        "flat",
+        *folders(tmp_path, "datasets", "metrics"),
+    )
+    succeed("average_scores.py", *average, "--seeds", 1)
+    sgd, sam = (tmp_path / "metrics" / RUN.format(name, "const") for name in ("sgd", "sam"))
+    for name, other in (("dynamics.npz", sam / "seed_1"), ("hessian_flat_train.pkl", sgd / "seed_2")):
+        with spoilt(sgd / "seed_1" / name, (other / name).read_bytes()):
+            refuse("average_scores.py", *average, "--seeds", 1, "--overwrite", status=FILE, says=(name,))
+    (sgd / "seed_1" / "end_of_training.json").unlink()  # older versions did not write it
+    succeed("average_scores.py", *average, "--seeds", 1)
+
+
+def test_settings_of_a_checkpoint_are_plain_values(base):
+    path = base / "models" / RUN.format("sam", "const") / "seed_1" / "epoch_2.pt"
+    state = read_checkpoint(path)
+    state["settings"]["rho"] = state["model_state"]
+    with spoilt(path, path.read_bytes()):
+        write_checkpoint(path, state)
+        refuse("compute_sam_sgd.py", *scoring(base), status=FILE, says=("epoch_2.pt", "settings"))
