@@ -113,6 +113,7 @@ def test_seed_files_that_do_not_say_how_they_were_made(world, changes):
 
 def test_damaged_scores_of_a_run(world, tmp_path):
     path, proof = world.dynamics.with_name("hessian_flat_train.pkl"), tmp_path / "proof"
+    record = path.with_name("end_of_training.json")  # older versions did not write it
     for bad, says in (
         (b"junk", "is damaged"),
         (path.read_bytes()[:200], "is damaged"),
@@ -123,7 +124,7 @@ def test_damaged_scores_of_a_run(world, tmp_path):
         (pickle.dumps(dict.fromkeys(range(N), float("nan"))), "no finite flat score"),
         (None, "is missing"),
     ):
-        with spoilt(path, bad):
+        with spoilt(record, None), spoilt(path, bad):
             refuse("average_scores.py", *world.average("--optimizer=sgd", "--modes", "flat"), status=FILE,
                    says=(r"hessian_flat_train\.pkl: ", says), keep=world.base)  # fmt: skip
     assert not proof.exists()
