@@ -21,7 +21,7 @@ from src.artifacts import (
     write_json,
     write_text,
 )
-from src.curvature.hessian_groups import (
+from src.curvature.hessian_files import (
     Measured,
     Query,
     SpectrumGroup,
@@ -75,7 +75,7 @@ def main() -> None:
     start_logging(quiet=True)
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
         raise FlagError(f"--labels: {len(args.labels)} for {wanted} --files; give one for each")
-    from src.curvature.hessian_plots import spectrum_figure
+    from src.curvature.plots import spectrum_figure
 
     dataset, groups, usual, where = given(args) if args.files else found(args)
     warn_of_differences(groups)

@@ -14,7 +14,7 @@ from argparse import Namespace
 import numpy as np
 
 from src.artifacts import ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
-from src.curvature.ntk_velocities import Velocities, read_all_velocities
+from src.curvature.ntk_files import Velocities, read_all_velocities
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES
@@ -52,7 +52,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from src.curvature.ntk_plots import velocity_figure
+    from src.curvature.plots import velocity_figure
 
     start_logging(quiet=True)
     name = args.dataset

@@ -25,8 +25,7 @@ import torch
 from benchmarks.bench_memory import peak
 from benchmarks.common import Row, in_fresh_process, in_turn, run
 from src import draws
-from src.coresets.craig import choose_weighted, greedy_by_sample, weigh
-from src.coresets.facility_location import Distances, greedy_on_matrix
+from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
 from src.coresets.material import LastLayer
 
 OFFSET = 1e-3

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import Row, in_turn, run
 from mpe.orders import Orders, as_positions, own_orders
-from mpe.retraining_run import one_epoch
+from mpe.retraining import one_epoch
 from src.models import build_model
 from src.training.ensemble import Ensemble, vectorised_is_faster
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import Row, in_turn, run
 from src.datasets import Batch
-from src.metrics.epsilon_flatness import epsilon_flatness
-from src.metrics.input_curvature import input_curvature
+from src.metrics.flatness import epsilon_flatness, input_curvature
 from src.models import build_model
 
 BATCH = 250

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from benchmarks.common import Row, in_turn, random_images, run, seconds
 from src.curvature.choices import SpectrumPlan
 from src.curvature.hessian import GGN, CurvatureOperator, Hessian
-from src.curvature.lanczos import Lanczos, rademacher
+from src.curvature.lanczos import Lanczos, TraceEstimate, add_probe, mean_and_error, rademacher
 from src.curvature.spectrum import DEFLATED, SpectrumRun, true_residuals
-from src.curvature.trace import TraceEstimate, add_probe, mean_and_error
 from src.datasets import Batches, ImageSet, load_dataset
 from src.models import build_model
 

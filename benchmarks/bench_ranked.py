@@ -10,13 +10,13 @@ import numpy as np
 
 from benchmarks.common import Row, in_turn, run
 from src.coresets.budgets import make_groups
-from src.coresets.material import Group, Selection
+from src.coresets.material import CandidateGroup, Selection
 from src.coresets.ranked import keep_by_rank
 
 TARGET = 1 / 3
 
 
-def class_by_class(scores: np.ndarray, groups: list[Group]) -> np.ndarray:
+def class_by_class(scores: np.ndarray, groups: list[CandidateGroup]) -> np.ndarray:
     """The same choice, ascending."""
     kept = [g.positions[np.argsort(scores[g.positions], kind="stable")[-g.budget :]] for g in groups]
     return np.sort(np.concatenate(kept))

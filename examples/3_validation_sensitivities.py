@@ -66,7 +66,7 @@ def main() -> None:
     args = parse()
     from mpe.experiment import Experiment, plain_args
     from mpe.many_networks import check_last_batches, check_retraining, retrain_without
-    from mpe.retraining_run import weights_hash
+    from mpe.retraining import weights_hash
     from mpe.validation import (
         drawn_examples,
         estimates_of,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
-from mpe.stored import StoredResult
+from mpe.results import StoredResult
 from src.artifacts import save_figure
 from src.scripting import Parser, run_script, start_logging
-from src.settings.mpe_plots import add_class_cov_flag, add_experiment_flag, add_figure_flags
+from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
 
@@ -34,8 +34,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.figure_parts import show
-    from mpe.plots import evolving
+    from mpe.plots import evolving, show
 
     start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "evolving")

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.stored import StoredResult
+from mpe.results import StoredResult
 from src.artifacts import save_figure
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
 from src.settings import file_name
-from src.settings.mpe_plots import add_class_cov_flag, add_figure_flags
+from src.settings.experiments import add_class_cov_flag, add_figure_flags
 
 if TYPE_CHECKING:
     from mpe.plots import LeaveClassOut
@@ -65,8 +65,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.figure_parts import show
-    from mpe.plots import loco
+    from mpe.plots import loco, show
 
     start_logging()
     results = [StoredResult(args.pickles_folder, name, "leaveclassout") for name in args.names_exp]

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.stored import StoredResult
+from mpe.results import StoredResult
 from src.artifacts import save_figure
 from src.errors import FlagError
 from src.scripting import Parser, run_script, start_logging
 from src.settings import number
-from src.settings.mpe_plots import add_class_cov_flag, add_experiment_flag, add_figure_flags
+from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 
 def parse() -> Namespace:
@@ -38,8 +38,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.figure_parts import show
-    from mpe.plots import loo_l2reg, moving_average
+    from mpe.plots import loo_l2reg, moving_average, show
 
     start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "cv")

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.correlation import correlation_text
-from mpe.stored import StoredResult
+from mpe.results import StoredResult
 from src.artifacts import save_figure
 from src.errors import FileError, FlagError
 from src.scripting import Parser, run_script, start_logging
-from src.settings.mpe_plots import add_class_cov_flag, add_experiment_flag, add_figure_flags
+from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 
 def parse() -> Namespace:
@@ -57,8 +57,7 @@ def in_a_line(text: str) -> str:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.figure_parts import show
-    from mpe.plots import validation
+    from mpe.plots import show, validation
 
     start_logging()
     scores = StoredResult(args.pickles_folder, args.name_exp, "scores")

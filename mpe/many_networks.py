@@ -10,8 +10,7 @@ from torch import Tensor
 from mpe.choices import ORDERS
 from mpe.experiment import Experiment
 from mpe.orders import replay_generator
-from mpe.retraining import Measure, MeasureEach, retrain
-from mpe.retraining_run import RetrainSettings
+from mpe.retraining import Measure, MeasureEach, RetrainSettings, retrain
 from src.errors import FlagError
 from src.models import MODELS
 from src.models.modes import trains_on_one

@@ -33,7 +33,7 @@ from src.training import (
     DYNAMICS_FILE,
     Dynamics,
     EpochPlan,
-    Group,
+    ProcessGroup,
     RunFiles,
     Trainer,
     TrainingConfig,
@@ -60,7 +60,7 @@ class Session:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        self.group = Group.from_environment() if args.distributed_training else Group.alone()
+        self.group = ProcessGroup.from_environment() if args.distributed_training else ProcessGroup.alone()
         start_logging(quiet=not self.group.leads)
         if self.group.world > 1 and args.device not in (None, "cpu", "cuda"):
             raise FlagError(f"--device {args.device}: several processes need a GPU each; give cuda or cpu")

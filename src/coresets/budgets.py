@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src.coresets.material import Group
+from src.coresets.material import CandidateGroup
 from src.errors import ArgumentError, FlagError
 
 _ROUNDING = 1e-9  # 0.55 * 6000 is a hair above 3300; the budget is 3300
@@ -36,7 +36,7 @@ def make_groups(
     shots_up_to: int | None = None,
     per_class: bool = True,
     class_names: Sequence[str] = (),
-) -> list[Group]:
+) -> list[CandidateGroup]:
     """The groups that a selection is made in.
 
     Args:
@@ -69,12 +69,12 @@ def make_groups(
                 f"{fraction:g}: keeps none of {len(labels)} examples; give a larger one",
                 "--coreset_fraction",
             )
-        return [Group(np.arange(len(labels)), budget)]
+        return [CandidateGroup(np.arange(len(labels)), budget)]
     else:
         budgets = class_budgets(sizes, fraction)
     order = np.argsort(labels, kind="stable")
     members = np.split(order, np.cumsum(sizes)[:-1])
-    return [Group(members[c], int(budgets[c]), c) for c in range(num_classes) if sizes[c]]
+    return [CandidateGroup(members[c], int(budgets[c]), c) for c in range(num_classes) if sizes[c]]
 
 
 def _check_shots(

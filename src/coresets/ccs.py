@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from src import draws
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.coresets.ranked import checked_scores
 from src.errors import ArgumentError, FileError
 
@@ -18,7 +18,7 @@ _ROUNDING = 1e-9  # 0.3 * 10 is a hair below 3; three examples are cut off
 CUTOFFS = ((0.3, 0.0), (0.5, 0.0), (0.7, 0.1), (0.8, 0.1), (0.9, 0.3))
 
 
-def finite_scores(material: Material, what: str) -> np.ndarray:
+def finite_scores(material: SelectionInputs, what: str) -> np.ndarray:
     """The material's scores, float64 ``(n,)``.
 
     Raises:
@@ -90,7 +90,7 @@ def _choose(
     return np.concatenate(drawn)
 
 
-def ccs(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def ccs(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, algorithm 1), with AUM as difficulty.
 
     From the paper: the share beta of hardest examples (those of the lowest AUM) is cut off; the range of the scores

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from src.coresets.ccs import finite_scores
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import ArgumentError
 
 _FORWARD_DECAY = 1.0  # gamma_f
@@ -149,7 +149,7 @@ def scaled_difficulty(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
 
 
-def d2(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def d2(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """D2 pruning (Maharana et al., ICLR 2024): message passing for diversity and difficulty.
 
     From the paper: examples are nodes of an undirected graph of k nearest neighbours in embedding space, with

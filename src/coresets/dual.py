@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from src import draws
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.coresets.ranked import checked_scores, keep_by_rank
 from src.errors import ArgumentError
 
@@ -70,7 +70,7 @@ def weighted_choice(
     return np.lexsort((-keys, ~positive))[:budget]  # stable: of equal keys the lower place
 
 
-def dual(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def dual(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """DUAL pruning (Cho et al., ICML 2025, section 4): difficulty and uncertainty, with Beta sampling.
 
     From the paper: the score ``S_i`` is the mean over windows of ``(1 - mean p) * std p`` for p the true label's

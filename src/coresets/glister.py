@@ -12,7 +12,7 @@ from src import draws
 from src.coresets.budgets import total_budget
 from src.coresets.gradmatch import first_largest
 from src.coresets.last_layer import gradient_sum, products_with
-from src.coresets.material import Group, LastLayer, Material, Options, Selection, errors_of
+from src.coresets.material import CandidateGroup, LastLayer, Options, Selection, SelectionInputs, errors_of
 from src.errors import ArgumentError, UserError
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _LONG = 60.0  # seconds of a group above which the log says how to shorten it
 _TIMED = 5  # refreshes that the estimate is made from
 
 
-def glister(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def glister(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """GLISTER on last-layer gradients, group by group (Killamsetty et al. 2021, GreedyDSS, algorithm 2).
 
     A seeded tenth of each class is held out as V. To first order, training on x lowers the loss on V by ``<g_x, v>``,

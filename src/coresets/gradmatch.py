@@ -19,7 +19,7 @@ import torch
 
 from src import draws
 from src.coresets.last_layer import gradient_norms, gradient_sum, inner_products, products_with
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import ArgumentError, UserError
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _SLACK = 1e-10  # of the largest product: slopes down to minus this count as not
 _ROUNDS = 100  # of block pivoting; it settles in about ten
 
 
-def gradmatch(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def gradmatch(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """GradMatch with weights, group by group (Killamsetty et al. 2021, algorithms 1 and 2; fill as in CORDS).
 
     The target of a group is the *sum* of its last-layer gradients. The mean would give the same picks and weights

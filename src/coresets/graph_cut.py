@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from src.coresets.last_layer import gradient_sum, inner_products, products_with
-from src.coresets.material import Group, LastLayer, Material, Options, Selection
+from src.coresets.material import CandidateGroup, LastLayer, Options, Selection, SelectionInputs
 
 _LAMBDA = 1.0
 _NOISE = 1e-12  # per candidate: gains are sums over all; closer than that they are ties
@@ -109,7 +109,7 @@ def choose(network: LastLayer, budget: int, memory: int) -> np.ndarray:
     return greedy_graph_cut(similarities.sums(), similarities.column, budget)
 
 
-def graph_cut(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def graph_cut(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Graph cut (Iyer et al., ALT 2021, generalised graph cut with lambda 1; the form of Guo et al., 2022).
 
     In float64. Memory: ``n (C + d)`` numbers of a group and the n x n matrix of similarities, kept in the main

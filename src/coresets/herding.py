@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 
 _NOISE = 1e-12  # relative: criteria closer than that are ties
 
@@ -44,7 +44,7 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-def herding(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def herding(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Herding on embeddings, in the form of Rebuffi et al. (CVPR 2017, algorithm 4).
 
     Of the two forms in use, this one takes the example that brings the mean of the picks nearest to the group's

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 
 _NOISE = 1e-12  # relative: distances closer than that are ties
 
@@ -47,7 +47,7 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-def k_center(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def k_center(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """k-center greedy (Sener and Savarese, ICLR 2018, algorithm 1) on embeddings.
 
     The radius is at most twice the best one's. The paper starts from labelled examples; here, where there are none,

@@ -104,7 +104,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Group:
+class CandidateGroup:
     """Candidates among which a method chooses at once: a class, or all of them.
 
     Attributes:
@@ -239,7 +239,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Material:
+class SelectionInputs:
     """Everything that a selection may depend on; what a method's entry does not ask for is absent.
 
     Attributes:

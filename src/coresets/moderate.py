@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 
 
 def centre_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def nearest_to_median(values: np.ndarray, budget: int) -> np.ndarray:
     return np.argsort(np.abs(values - np.median(values)), kind="stable")[:budget]
 
 
-def moderate(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def moderate(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Moderate coreset (Xia et al., ICLR 2023): distances to the class centre closest to their median.
 
     From the paper: an example's score is the Euclidean distance of its embedding to the mean embedding of its

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from src import draws
 from src.coresets.last_layer import gradient_norms
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import FileError
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 _MANY_TIES = 0.01  # of a selection: where more of it is decided by index alone, a notice says so
 
 
-def keep_by_rank(scores: np.ndarray, groups: Sequence[Group], *, highest: bool, what: str) -> Selection:
+def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highest: bool, what: str) -> Selection:
     """Of each group, the examples of the highest or the lowest scores.
 
     Candidates are ordered by (score, position); the lowest are the head of that order, the highest its tail.
@@ -54,7 +55,7 @@ def _tied_picks(scores: np.ndarray, value: float) -> int:
     return int((scores == value).sum())
 
 
-def checked_scores(material: Material, what: str) -> np.ndarray:
+def checked_scores(material: SelectionInputs, what: str) -> np.ndarray:
     """The material's scores.
 
     Raises:
@@ -70,13 +71,13 @@ def checked_scores(material: Material, what: str) -> np.ndarray:
     return scores
 
 
-def stored(mode: str, material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def stored(mode: str, material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """A stored score: its highest (``coreset_mode`` large) or lowest (few_shot)."""
     scores = checked_scores(material, f"the stored score {mode}")
     return keep_by_rank(scores, groups, highest=options.coreset_mode == "large", what=mode)
 
 
-def reduced(name: str, material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def reduced(name: str, material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """A score reduced from the dynamics: its highest."""
     return keep_by_rank(checked_scores(material, name), groups, highest=True, what=name)
 
@@ -85,16 +86,29 @@ def _mean_over_networks(columns: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.stack([column.double().cpu() for column in columns]).mean(dim=0).numpy()
 
 
-def el2n(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def el2n(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """EL2N: the largest error norms, averaged over independent initialisations."""
     scores = _mean_over_networks([network.errors.double().norm(dim=1) for network in material.networks])
     return keep_by_rank(scores, groups, highest=True, what="el2n")
 
 
-def grand(material: Material, groups: Sequence[Group], options: Options) -> Selection:
+def grand(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """GraNd: the largest gradient norms, averaged over independent initialisations."""
     if options.grand_gradient == "full":
         columns = [network.gradient_norms for network in material.networks]
     else:
         columns = [gradient_norms(network.errors, network.embeddings) for network in material.networks]
     return keep_by_rank(_mean_over_networks(columns), groups, highest=True, what="grand")
+
+
+def uniform_choice(
+    material: SelectionInputs, groups: Sequence[CandidateGroup], purpose: str = "coreset"
+) -> list[np.ndarray]:
+    """``budget`` positions of each group, drawn uniformly without replacement."""
+    generator = draws.numpy_generator(material.seed, 0, purpose)
+    return [generator.choice(group.positions, group.budget, replace=False) for group in groups]
+
+
+def random_choice(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+    """A uniform choice."""
+    return Selection.of(uniform_choice(material, groups))

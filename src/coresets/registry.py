@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from src.coresets.material import Group, Material, Options, Selection
+from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import ArgumentError
 from src.lazy import later
 
-Select = Callable[[Material, Sequence[Group], Options], Selection]
+Select = Callable[[SelectionInputs, Sequence[CandidateGroup], Options], Selection]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _reduced(name: str, score: str, paper: str, equation: str, options: tuple[st
 _ALL = (
     Method(
         "random",
-        _of("random_choice"),
+        _of("ranked", "random_choice"),
         Needs(),
         paper="baseline",
         equation="uniform, without replacement",

@@ -21,8 +21,7 @@ from src.artifacts import (
     standard_experiment,
 )
 from src.curvature.choices import CHECKED
-from src.curvature.ntk import ntk_kernel, relative_error, velocity
-from src.curvature.ntk_cost import forecast, kernel_bytes
+from src.curvature.ntk import forecast, kernel_bytes, ntk_kernel, relative_error, velocity
 from src.curvature.ntk_files import KernelFiles
 from src.datasets import parse_subset
 from src.devices import available_memory

@@ -10,8 +10,7 @@ from src.datasets.catalogue import (
     lookup,
 )
 from src.datasets.loading import dataset_name, load_dataset
-from src.datasets.splits import make_splits, partition, split_path, validation_indices
-from src.datasets.subset import parse_subset
+from src.datasets.splits import make_splits, parse_subset, partition, split_path, validation_indices
 from src.lazy import lazy_names
 
 __getattr__ = lazy_names(__name__, batches=["Batch", "Batches"], images=["ImageSet"])

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from src.datasets.augment import crop_boxes
 from src.datasets.catalogue import DatasetEntry
-from src.datasets.decoding import is_system_file, open_image
-from src.datasets.faults import Faults
+from src.datasets.decoding import Faults, is_system_file, open_image
 from src.datasets.images import ImageSet
 from src.errors import FileError
 

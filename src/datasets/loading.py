@@ -25,11 +25,11 @@ SOURCES: dict[str, Callable[[DatasetEntry, Path], Parts]] = {
 
 # Who loads own data, by the word before the colon.
 OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], Parts]] = {
-    "npz": later("src.datasets.npz", "load_npz"),
-    "folder": later("src.datasets.image_folder", "load_folder"),
+    "npz": later("src.datasets.own", "load_npz"),
+    "folder": later("src.datasets.own", "load_folder"),
 }
 
-_load_catalogue_npz = later("src.datasets.npz", "load_catalogue_npz")
+_load_catalogue_npz = later("src.datasets.own", "load_catalogue_npz")
 
 
 def dataset_name(text: str) -> str:

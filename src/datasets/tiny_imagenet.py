@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from src import artifacts
 from src.datasets.catalogue import DatasetEntry
-from src.datasets.decoding import is_system_file, open_image
+from src.datasets.decoding import Faults, is_system_file, open_image
 from src.datasets.download import fetch
-from src.datasets.faults import Faults
 from src.datasets.images import ImageSet
-from src.datasets.npz import CLASS_NAMES
+from src.datasets.own import CLASS_NAMES
 from src.errors import FileError
 
 ROOT = "tiny-imagenet-200"

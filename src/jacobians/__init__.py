@@ -1,13 +1,12 @@
 """Per-example gradient and Jacobian contractions; never the Jacobian itself."""
 
+from src.jacobians.capture import refuse_batch_statistics, refuse_mixing
+from src.jacobians.engine import SquaredNorms
 from src.jacobians.ggn import ggn_diagonal, kronecker_factors
 from src.jacobians.gram import gram_matrix
-from src.jacobians.independence import refuse_batch_statistics, refuse_mixing
-from src.jacobians.kinds import register_kind
-from src.jacobians.norms import plain_kind
+from src.jacobians.layer_rules import plain_kind, register_kind
 from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, Posterior, Rotated
 from src.jacobians.sketch import sketch_jacobian
-from src.jacobians.squared_norms import SquaredNorms
 from src.jacobians.variances import OutputVariances
 
 __all__ = [

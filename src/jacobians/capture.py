@@ -1,29 +1,247 @@
-"""Capture: what flows into each parameterised module, and the gradients that come back to its output.
+"""Capture: the inputs of each layer with parameters, and the gradients at its output.
 
-A module's Jacobian is a sum over positions t of ``g_t (x) a_t`` (inputs ``a``, gradients at the output ``g``), so
-these two tensors hold everything that a contraction needs, and the Jacobian itself is never built.
+A layer's Jacobian is a sum over positions t of ``g_t (x) a_t`` (inputs ``a``, gradients at the output ``g``), so
+these two tensors are all that a contraction needs, and the Jacobian itself is never built.
 
-Outputs are remembered as gradient edges (node and slot of the autograd graph), taken the moment the module
-returns: an activation that later works in place on that output moves the tensor, not the edge, so ``g`` stays
-the gradient at the module's own output.
+Outputs are remembered as gradient edges (node and slot of the autograd graph), taken the moment the layer returns: an
+activation that later works in place on that output moves the tensor, not the edge, so ``g`` stays the gradient at the
+layer's own output.
+
+Two things belong to capturing. Whether the examples of a batch are independent is tried on gradients, not guessed
+from shapes. And on a CPU, convolutions and pooling are fastest when the channels of a position are adjacent in
+memory, but under `torch.func.vmap` autograd's own backward operations lose that layout, copy what is the same for all
+rows, or both; for the layers in `PASSAGES` the output is recomputed, with the same values, in that layout and with a
+backward operation that keeps it.
 """
 
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from src.jacobians.channels_last import PASSAGES
-from src.jacobians.contract import Kind
-from src.jacobians.independence import refuse_batch_statistics
+from src.errors import MeasurementError
+from src.jacobians.layer_rules import Kind, all_rows
+from src.models.same_padding import SamePad, same_padding
+
+TOLERANCE = 0.02
+"""A wrong axis is off by about a third of the norm; rounding, even in TF32, by far less than this."""
+
+
+def _far_apart(count: int, like: Tensor) -> Tensor:
+    """Numbers in [0.5, 1.5), neighbours far from each other (multiples of the golden ratio)."""
+    steps = torch.arange(1, count + 1, dtype=torch.float64)
+    return (0.5 + (0.6180339887498949 * steps) % 1.0).to(like.device, like.dtype)
+
+
+def mixture(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One row that mixes q quantities, and numbers to scale its examples with.
+
+    Args:
+        rows: (q, b) quantities.
+
+    Returns:
+        The mixed row (b,) with its graph, and the scale of each example (b,).
+    """
+    return _far_apart(rows.shape[0], rows) @ rows, _far_apart(rows.shape[1], rows)
+
+
+def scales_by_example(plain: Tensor, scaled: Tensor, scale: Tensor) -> bool | None:
+    """Whether ``scaled`` is ``plain`` with row i multiplied by ``scale[i]``; None if both vanish.
+
+    Args:
+        plain: (b, ...) gradients of the mixed row's sum.
+        scaled: (b, ...) gradients of the sum of mixed row times scale.
+        scale: (b,).
+    """
+    expected = plain * scale.to(plain).view(-1, *[1] * (plain.ndim - 1))
+    size, gap = expected.norm().item(), (scaled - expected).norm().item()
+    if size == 0.0 and gap == 0.0:
+        return None
+    return gap <= TOLERANCE * size
+
+
+def refuse_mixing(rows: Tensor, images: Tensor) -> None:
+    """Raise if an example's quantities depend on another example's image. Keeps the graph.
+
+    Args:
+        rows: (q, b) quantities with their graph.
+        images: the leaf (b, ...) that they were computed from.
+
+    Raises:
+        ValueError: they do.
+        MeasurementError: a gradient is not finite, so that nothing can be said.
+    """
+    row, scale = mixture(rows)
+    found = [
+        torch.autograd.grad(values.sum(), images, retain_graph=True, allow_unused=True)[0]
+        for values in (row, row * scale)
+    ]
+    if any(gradient is None for gradient in found):
+        return
+    if not all(gradient.isfinite().all() for gradient in found):
+        raise MeasurementError(
+            "the gradients at the first images are not finite: the images or the weights are not, or they are "
+            "too large"
+        )
+    if scales_by_example(*found, scale) is False:
+        raise ValueError(
+            "per-example gradients are not defined: the model's output for one image depends on the other images "
+            "of its batch, even in eval mode"
+        )
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """Raise where examples would depend on each other through the statistics of their batch.
+
+    Args:
+        model: the network about to be run.
+
+    Raises:
+        ValueError: a BatchNorm of the model is in training mode or keeps no running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            why = "is in training mode" if module.training else "keeps no running statistics"
+            raise ValueError(
+                f"per-example gradients need fixed statistics, but the BatchNorm {name!r} {why}: "
+                "call model.eval() and build it with track_running_stats=True"
+            )
+
+
+Passage = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(module, inputs, output) -> the output to go on with."""
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(b, c, h, w) with the channels last in memory; by operations that `vmap` knows. No copy where they are."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+class _Convolution(torch.autograd.Function):
+    """The weight and the bias are inputs so that the graph shows them; they get no gradient."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, module: nn.Conv2d) -> Tensor:
+        ctx.inputs, ctx.weight = a.detach(), weight.detach().contiguous(memory_format=torch.channels_last)
+        ctx.settings = module.stride, module.padding, module.dilation, module.groups
+        return output.clone(memory_format=torch.channels_last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        stride, padding, dilation, groups = ctx.settings
+        to_inputs, _, _ = torch.ops.aten.convolution_backward(
+            channels_last(g), ctx.inputs, ctx.weight, None, stride, padding, dilation, False, (0, 0), groups,
+            (True, False, False),
+        )  # fmt: skip
+        return to_inputs, None, None, None, None
+
+
+def convolution(module: nn.Conv2d, a: Tensor, output: Tensor) -> Tensor:
+    """See `Passage`."""
+    if a.ndim != 4 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return output
+    return _Convolution.apply(a, module.weight, module.bias, output.detach(), module)
+
+
+def _max_pool_maps(g: Tensor, a: Tensor, places: Tensor, settings: tuple) -> tuple[Tensor]:
+    """Row by row, into (q, b, h, w, c)."""
+    q, (b, c, h, w) = len(g), a.shape
+    found = g.new_empty(q, b, h, w, c).permute(0, 1, 4, 2, 3)
+    for row, into in zip(g, found, strict=True):
+        torch.ops.aten.max_pool2d_with_indices_backward(row, a, *settings, places, grad_input=into)
+    return (found,)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, output: Tensor, module: nn.MaxPool2d) -> Tensor:
+        sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+        settings = (*(size if isinstance(size, tuple) else (size, size) for size in sizes), module.ceil_mode)
+        a = a.contiguous(memory_format=torch.channels_last)
+        ctx.constants = a, torch.ops.aten.max_pool2d_with_indices(a, *settings)[1], settings
+        return output.clone(memory_format=torch.channels_last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *all_rows(_max_pool_maps, g, *ctx.constants), None, None
+
+
+def max_pool(module: nn.MaxPool2d, a: Tensor, output: Tensor) -> Tensor:
+    """See `Passage`."""
+    if a.ndim != 4 or module.return_indices:
+        return output
+    return _MaxPool.apply(a, output.detach(), module)
+
+
+def adaptive_average_pool(module: nn.AdaptiveAvgPool2d, a: Tensor, output: Tensor) -> Tensor:
+    """See `Passage`: a mean over all positions, or over one each, which is nothing."""
+    if a.ndim != 4:
+        return output
+    if output.shape == a.shape:
+        return a.clone()
+    if output.shape[2:] == (1, 1):
+        return a.permute(0, 2, 3, 1).flatten(1, 2).mean(1)[:, :, None, None]
+    return output
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, output: Tensor, top: int, left: int) -> Tensor:
+        ctx.rows, ctx.columns = slice(top, top + a.shape[2]), slice(left, left + a.shape[3])
+        return output.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        return g[:, :, ctx.rows, ctx.columns], None, None, None
+
+
+def same_pad(module: SamePad, a: Tensor, output: Tensor) -> Tensor:
+    """See `Passage`: the way back is a view."""
+    (top, _), (left, _) = (same_padding(size, module.kernel, module.stride) for size in a.shape[2:])
+    return _Pad.apply(a, output.detach(), top, left)
+
+
+PASSAGES: dict[type[nn.Module], Passage] = {
+    nn.Conv2d: convolution,
+    nn.MaxPool2d: max_pool,
+    nn.AdaptiveAvgPool2d: adaptive_average_pool,
+    SamePad: same_pad,
+}
+"""By exact module type."""
+
+CHANNELS = 16
+"""Numbers in a vector register; convolutions that give other numbers of maps are no faster in this layout."""
+
+KEEPING = frozenset({*PASSAGES, nn.Linear, nn.Flatten, nn.Identity, nn.Dropout, nn.ReLU, nn.ELU, nn.GELU, nn.Tanh})
+"""Modules whose way back keeps the layout, or that do not see maps."""
+
+
+def suits_channels_last(model: nn.Module) -> bool:
+    """Whether a network gains from these ways.
+
+    It is on a processor, its convolutions give multiples of 16 maps each, it takes maxima over maps (where the gain
+    is largest), and it has no layer that loses the layout again, as normalisation does.
+    """
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    return (
+        {nn.Conv2d, nn.MaxPool2d} <= {type(module) for module in leaves} <= KEEPING
+        and all(m.out_channels % CHANNELS == 0 for m in leaves if isinstance(m, nn.Conv2d))
+        and all(p.device.type == "cpu" for p in model.parameters())
+    )
+
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from src.jacobians.capture import Record
-from src.jacobians.contract import outer_gradients
+from src.jacobians.engine import CAPTURED, Routing
+from src.jacobians.layer_rules import outer_gradients
 from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, KroneckerFactors
-from src.jacobians.routing import CAPTURED, Routing
 from src.jacobians.variances import logit_rows
 
 Batches = Iterable[Tensor | Sequence[Tensor]]

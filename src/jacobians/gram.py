@@ -1,22 +1,346 @@
 """Gram matrices of Jacobians, ``J J^T``: the inner products of all examples' gradients, without the Jacobian.
 
-The empirical neural tangent kernel (Jacot et al. 2018). Each layer adds its own inner products, found from what flows
-in and what comes back (`src.jacobians.gram_parts`), and is forgotten. What does not fit into the memory is made anew:
-layers come in bands, one pass over the examples for each; a layer too large for that comes in blocks of examples.
+The empirical neural tangent kernel (Jacot et al. 2018). Each layer adds its own inner products, computed from its
+inputs and output gradients, and is forgotten. What does not fit into memory is recomputed: layers come in bands, one
+pass over the examples for each; a layer too large for that comes in blocks of examples. A plan chooses, for each
+layer, between rows of the Jacobian and the two factors that make them, and the layers that are in memory together.
+
+Letters: n examples, q quantities (the loss or one logit: one; the logits: one per class), o outputs and k inputs of a
+layer, t positions (pixels, tokens), p numbers of a parameter. A weight's gradient is ``G = sum_t g_t a_t^T``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from src.jacobians.capture import Record
-from src.jacobians.fallback import Quantities
-from src.jacobians.gram_parts import Factors, Part, Rows, as_rows, weight_rows
-from src.jacobians.gram_plan import Band, Plan, make_plan, without_factors, work
-from src.jacobians.routing import Routing
+from src.jacobians.engine import Quantities, Routing
+from src.jacobians.layer_rules import Outer, outer_gradients
+
+BLOCK_BYTES = 48 * 2**20
+"""About how much a product of two parts takes beside the parts themselves."""
+
+
+class Part(Protocol):
+    """What is kept of one parameter, or of one layer's weight, for the examples of a block."""
+
+    def put(self, start: int, a: Tensor, g: Tensor) -> None:
+        """Keep what came for the examples from ``start`` on."""
+
+    def products(self, other: "Part", into: Tensor, symmetric: bool) -> None:
+        """Add all inner products with another block's examples.
+
+        Args:
+            other: The same parameter, other examples (or the same).
+            into: (n q, n' q), what to add to.
+            symmetric: Whether ``other`` is this part; then only the blocks on and above the diagonal are wanted.
+        """
+
+
+class Rows:
+    """Rows of the Jacobian in full, (n, q, p).
+
+    Args:
+        examples: n.
+    """
+
+    def __init__(self, examples: int) -> None:
+        self._examples = examples
+        self._rows: Tensor | None = None
+
+    def put(self, start: int, rows: Tensor, _: Tensor | None = None) -> None:
+        """Keep rows (b, q, p)."""
+        if self._rows is None:
+            self._rows = rows.new_zeros(self._examples, *rows.shape[1:])
+        self._rows[start : start + len(rows)] = rows
+
+    def products(self, other: "Rows", into: Tensor, symmetric: bool) -> None:
+        """See `Part`: one matrix product for each block of rows."""
+        left, right = self._rows.flatten(0, 1), other._rows.flatten(0, 1)
+        step = block_of(len(left), left.element_size() * len(right), symmetric)
+        for start in range(0, len(left), step):
+            rows = slice(start, start + step)
+            rest = slice(start if symmetric else 0, None)
+            into[rows, rest].addmm_(left[rows], right[rest].mT)
+
+
+class Factors:
+    """A layer's inputs ``a`` and the gradients ``g`` at its output; G is never formed.
+
+    One position: ``(a . a') (g . g')``, and with the bias's share ``(a . a' + 1) (g . g')``. Several positions:
+    ``sum_{t,t'} (a_t . a'_t') (g_t . g'_t')``: the inner products of the inputs first, then times g, then times g'.
+
+    Args:
+        examples: n.
+        module: The layer.
+        outer: How its inputs become (n, 1, k, t).
+        bias: Whether the layer's bias is to be counted, too (one position only).
+    """
+
+    def __init__(self, examples: int, module: nn.Module, outer: Outer, bias: bool) -> None:
+        self._examples = examples
+        self._bias = bias
+        self._module = module
+        self._outer = outer
+        self._a: Tensor | None = None
+        self._g: Tensor | None = None
+
+    def put(self, start: int, a: Tensor, g: Tensor) -> None:
+        """Keep raw inputs (b, ...) and gradients (q, b, 1, o, t)."""
+        g = g[:, :, 0].transpose(0, 1)  # (b, q, o, t)
+        if self._a is None:
+            self._a = a.new_zeros(self._examples, *a.shape[1:])
+            self._g = g.new_zeros(self._examples, *g.shape[1:])
+        self._a[start : start + len(a)] = a
+        self._g[start : start + len(g)] = g
+
+    def _inputs(self, part: slice) -> Tensor:
+        return self._outer.inputs(self._module, self._a[part])[:, 0]  # (b, k, t)
+
+    def products(self, other: "Factors", into: Tensor, symmetric: bool) -> None:
+        """See `Part`."""
+        if self._g.shape[-1] == 1:
+            self._one_position(other, into, symmetric)
+        else:
+            self._pairs_of_positions(other, into, symmetric)
+
+    def _one_position(self, other: "Factors", into: Tensor, symmetric: bool) -> None:
+        inputs = self._inputs(slice(None))[..., 0] @ other._inputs(slice(None))[..., 0].mT  # (n, n')
+        if self._bias:
+            inputs += 1
+        q = self._g.shape[1]
+        left, right = self._g[..., 0], other._g[..., 0].flatten(0, 1)  # (n, q, o), (n' q, o)
+        step = block_of(len(left), left.element_size() * q * len(right), symmetric)
+        for start in range(0, len(left), step):
+            first = start if symmetric else 0
+            found = left[start : start + step].flatten(0, 1) @ right[first * q :].mT
+            found = found.view(-1, q, len(inputs[0]) - first, q)
+            part = into[start * q : (start + step) * q, first * q :].unflatten(1, (-1, q)).unflatten(0, (-1, q))
+            part.addcmul_(found, inputs[start : start + step, None, first:, None])
+
+    def _pairs_of_positions(self, other: "Factors", into: Tensor, symmetric: bool) -> None:
+        q, o, t = self._g.shape[1:]
+        per_pair = self._g.element_size() * (t * t + q * o * t) + self._g.element_size() * 2 * other._a[0].numel()
+        step = block_of(len(other._g), per_pair)
+        for begin in range(0, len(other._g), step):
+            end = min(begin + step, len(other._g))
+            theirs, right = other._inputs(slice(begin, end)), other._g[begin:end].flatten(2)  # (b, k, t), (b, q, o t)
+            for i in range(end if symmetric else len(self._g)):
+                first = max(i - begin, 0) if symmetric else 0
+                mine = self._inputs(slice(i, i + 1))  # (1, k, t)
+                inputs = mine.mT @ theirs[first:]  # (b, t, t')
+                mixed = (self._g[i].flatten(0, 1) @ inputs).view(-1, q, o * t)  # (b, q, o t')
+                found = mixed @ right[first:].mT  # (b, q, q')
+                columns = slice((begin + first) * q, end * q)
+                into[i * q : (i + 1) * q, columns] += found.transpose(0, 1).flatten(1)
+
+
+def block_of(count: int, bytes_each: int, symmetric: bool = False) -> int:
+    """How many of ``count`` things fit into a block; at most a quarter where half of all blocks can be left out."""
+    most = -(-count // 4) if symmetric else count
+    return max(1, min(BLOCK_BYTES // max(bytes_each, 1), most))
+
+
+def as_rows(gradients: Tensor) -> Tensor:
+    """(q, b, *shape) as (b, q, p)."""
+    return gradients.reshape(*gradients.shape[:2], -1).transpose(0, 1)
+
+
+def weight_rows(a: Tensor, g: Tensor) -> Tensor:
+    """G of each example and quantity, (b, q, p), from (b, n, k, t) and (q, b, n, o, t)."""
+    return outer_gradients(a, g).transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one parameter or layer, and what either way of keeping it costs.
+
+    Attributes:
+        key: The parameter's name in the model (a layer's: its weight's).
+        numbers: p, with those of a bias that is kept with the weight.
+        factors: (o, k, t, numbers of the raw inputs) where the weight's gradient is such a sum, else None.
+    """
+
+    key: str
+    numbers: int
+    factors: tuple[int, int, int, int] | None = None
+
+    def row_numbers(self, q: int) -> int:
+        """Numbers that rows take per example."""
+        return q * self.numbers
+
+    def factor_numbers(self, q: int) -> int:
+        """Numbers that factors take per example."""
+        o, _, t, raw = self.factors
+        return q * o * t + raw
+
+    def making(self, q: int, n: int) -> float:
+        """Multiplications of the way back to this layer, and as many again of forming G from it."""
+        return n * q * (self.factors[2] if self.factors else 1) * self.numbers
+
+    def row_cost(self, q: int, n: int) -> float:
+        """Multiplications of all pairs of rows."""
+        return n * n / 2 * q * q * self.numbers
+
+    def factor_cost(self, q: int, n: int) -> float:
+        """Multiplications with factors, all pairs; their small products run at about half the speed of large ones."""
+        o, k, t, _ = self.factors
+        if t == 1:
+            return n * n / 2 * (k + q * q * (o + 1))
+        return n * n * (k * t * t + q * o * t * t + q * q * o * t)
+
+
+def prefers_factors(shape: Shape, q: int, n: int, price: float) -> bool:
+    """Whether a layer is kept as factors.
+
+    Args:
+        shape: The layer.
+        q: Quantities.
+        n: Examples.
+        price: Multiplications that each number kept costs, as it brings the next pass over the network nearer.
+    """
+    if shape.factors is None:
+        return False
+    rows = shape.making(q, n) + shape.row_cost(q, n) + price * n * shape.row_numbers(q)
+    return shape.factor_cost(q, n) + price * n * shape.factor_numbers(q) < rows
+
+
+@dataclass(frozen=True)
+class Band:
+    """Parameters whose parts are in memory together.
+
+    Attributes:
+        names: Of the parameters.
+        blocks: In how many blocks the examples come.
+    """
+
+    names: frozenset[str]
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a Gram matrix is found.
+
+    Attributes:
+        shapes: Of all parameters.
+        factors: Keys of the layers that are kept as factors.
+        bands: See `Band`.
+        examples: n.
+        limit: How many numbers may be kept at a time.
+        quantities: q.
+        dtype: Of the parameters.
+        trial: What has tried whether the examples are independent.
+    """
+
+    shapes: dict[str, Shape]
+    factors: frozenset[str]
+    bands: tuple[Band, ...]
+    examples: int
+    limit: float
+    quantities: int
+    dtype: torch.dtype
+    trial: Routing = field(repr=False, compare=False)
+
+    def numbers(self, shape: Shape) -> int:
+        """Numbers that are kept of a parameter per example."""
+        return _numbers(shape, shape.key in self.factors, self.quantities)
+
+
+class _Shapes(Routing):
+    """Notes the sizes of all parameters, from one example."""
+
+    def begin(self, rows: Tensor) -> None:
+        """See `Routing`."""
+        self.quantities = rows.shape[0]
+        self.shapes: dict[str, Shape] = {}
+
+    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+        """See `Routing`."""
+        for name in names.values():
+            self.shapes[name] = Shape(name, self._parameters[name].numel())
+        if record.kind.outer is None or "weight" not in names:
+            return
+        groups, o, t = record.kind.outer.outputs(record.module, record.gradient).shape[2:]
+        if groups == 1:
+            weight = names["weight"]
+            numbers = self.shapes[weight].numbers
+            self.shapes[weight] = Shape(weight, numbers, (o, numbers // o, t, record.inputs[0].numel()))
+
+    def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
+        """See `Routing`."""
+        self.shapes[name] = Shape(name, self._parameters[name].numel())
+
+
+def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets: Tensor, memory_mb: float) -> Plan:
+    """Which form each layer is kept in, and which layers are kept together.
+
+    Args:
+        model: The network.
+        images: (n, ...) inputs; only the first ones are looked at.
+        quantities: See `gram_matrix`.
+        targets: See `gram_matrix`.
+        memory_mb: See `gram_matrix`.
+
+    Raises:
+        ValueError: See `gram_matrix`.
+    """
+    with _Shapes(model) as noting:
+        noting.run(images[:2], targets[:2], quantities)
+    shapes, q = {name: s for name, s in noting.shapes.items() if name not in noting.unused}, noting.quantities
+    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)  # inputs may be whole numbers
+    n, limit = len(images), memory_mb * 2**20 / dtype.itemsize
+    # a pass over the network makes all gradients once, and is due each time that the memory is full
+    one_pass = sum(s.making(q, n) for s in shapes.values())
+    factors = frozenset(key for key, s in shapes.items() if prefers_factors(s, q, n, one_pass / limit))
+    return Plan(shapes, factors, _bands(shapes, factors, n, limit, q), n, limit, q, dtype, noting)
+
+
+def without_factors(plan: Plan, key: str) -> Plan:
+    """The plan with one layer kept as rows: some of its examples cannot be taken apart."""
+    factors = plan.factors - {key}
+    bands = _bands(plan.shapes, factors, plan.examples, plan.limit, plan.quantities)
+    return replace(plan, factors=factors, bands=bands)
+
+
+def _numbers(shape: Shape, as_factors: bool, q: int) -> int:
+    """Numbers that are kept of a parameter per example."""
+    return shape.factor_numbers(q) if as_factors else shape.row_numbers(q)
+
+
+def _bands(shapes: Mapping[str, Shape], factors: frozenset[str], n: int, limit: float, q: int) -> tuple[Band, ...]:
+    """Neighbouring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
+    bands, names, taken = [], [], 0.0
+    for key, shape in shapes.items():
+        each = _numbers(shape, key in factors, q)
+        size = n * each
+        if size > limit:
+            # two blocks are in memory at a time
+            examples = max(1, int(limit / 2 // each))
+            bands.append(Band(frozenset([key]), -(-n // examples)))
+            continue
+        if names and taken + size > limit:
+            bands.append(Band(frozenset(names)))
+            names, taken = [], 0.0
+        names.append(key)
+        taken += size
+    if names:
+        bands.append(Band(frozenset(names)))
+    return tuple(bands)
+
+
+def work(plan: Plan, band: Band, n: int) -> tuple[float, float]:
+    """Multiplications of a band: to make its parts, and to multiply them."""
+    q, shapes = plan.quantities, [plan.shapes[name] for name in band.names]
+    passes = (band.blocks + 1) / 2
+    pairs = sum(s.factor_cost(q, n) if s.key in plan.factors else s.row_cost(q, n) for s in shapes)
+    return passes * sum(s.making(q, n) for s in shapes), pairs
+
 
 STEP_MB = 128.0
 """MiB of gradients that are alive at a time beside what is kept."""

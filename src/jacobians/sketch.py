@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from src import draws
 from src.jacobians.capture import Record
-from src.jacobians.fallback import Quantities
-from src.jacobians.gram_parts import as_rows, weight_rows
-from src.jacobians.routing import Routing
+from src.jacobians.engine import Quantities, Routing
+from src.jacobians.gram import as_rows, weight_rows
 
 
 class _Sketcher(Routing):

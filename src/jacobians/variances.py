@@ -1,8 +1,8 @@
-"""Variances of a network's outputs under a Gaussian posterior over its parameters: ``J S J^T`` for each example.
+"""Variances of a model's outputs under a Gaussian posterior over its parameters: ``J S J^T`` for each example.
 
-The linearised predictive covariance of the Memory-Perturbation Equation (Nickl et al. 2023, Eq. 12 and 13), layer by
-layer: a parameter's block is contracted with what flows in and what comes back (`src.jacobians.contract`), and no
-Jacobian of the batch ever exists.
+The linearized predictive covariance of the Memory-Perturbation Equation (Nickl et al. 2023, Eq. 12 and 13), layer by
+layer: the posterior's block of a parameter (`src.jacobians.posterior`) is contracted with the layer's inputs and
+output gradients (`src.jacobians.layer_rules`), and no Jacobian of the batch ever exists.
 """
 
 from typing import Self
@@ -10,12 +10,139 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from src.jacobians import channels_last
-from src.jacobians.capture import Record
-from src.jacobians.contract import Outer
-from src.jacobians.covariance import entrywise_variances, gradient_covariance, outer_covariance
+from src.jacobians.capture import Record, suits_channels_last
+from src.jacobians.engine import Routing
+from src.jacobians.layer_rules import Outer, outer_gradients
 from src.jacobians.posterior import Block, Posterior, Rotated
-from src.jacobians.routing import Routing
+
+TILE = 2**20
+"""Bytes of the largest piece of a G that is formed before it is squared and summed: half of a usual L2 cache."""
+
+
+def _parts(block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Variances, and the bases of outputs and inputs in which they hold (None: as they are)."""
+    return (block.variances, block.outputs, block.inputs) if isinstance(block, Rotated) else (block, None, None)
+
+
+def _contracted(jacobian: Tensor, variances: Tensor, full: bool, overwrite: bool = False) -> Tensor:
+    """Diagonal S: jacobian (b, q, p), variances (p,) or (b, p)."""
+    if full:
+        return (jacobian * variances.unsqueeze(-2)) @ jacobian.mT
+    squares = jacobian.square_() if overwrite else jacobian.square()
+    return (squares @ variances.unsqueeze(-1)).squeeze(-1)
+
+
+def gradient_covariance(gradients: Tensor, block: Block, full: bool) -> Tensor:
+    """``J S J^T`` from gradients that exist in full.
+
+    Args:
+        gradients: (q, b, *shape).
+        block: covariance of the parameter.
+        full: all pairs of quantities, or only the diagonal.
+    """
+    jacobian = gradients.transpose(0, 1)  # (b, q, *shape)
+    variances, outputs, inputs = _parts(block)
+    if outputs is not None:
+        jacobian = jacobian.reshape(*jacobian.shape[:2], *variances.shape)
+        jacobian = torch.einsum("bqno...,noj->bqnj...", jacobian, outputs)
+    if inputs is not None:
+        jacobian = torch.einsum("bqnok,nkj->bqnoj", jacobian, inputs)
+    return _contracted(jacobian.reshape(*jacobian.shape[:2], -1), variances.flatten(), full)
+
+
+def outer_covariance(a: Tensor, g: Tensor, weight: Block | None, bias: Block | None, full: bool) -> Tensor:
+    """``J S J^T`` of a weight with gradient ``sum_t g_t a_t^T`` and of its bias with gradient ``sum_t g_t``.
+
+    Args:
+        a: (b, n, k, t).
+        g: (q, b, n, o, t).
+        weight: covariance of the weight, None where it does not count.
+        bias: the same for the bias.
+        full: all pairs of quantities, or only the diagonal.
+    """
+    if g.shape[-1] == 1 and weight is not None:
+        return _one_position(a[..., 0], g[..., 0].transpose(0, 1), weight, bias, full)
+    found = []
+    if bias is not None:
+        found.append(gradient_covariance(g.sum(-1), _by_group(bias, *g.shape[2:4]), full))
+    if weight is not None:
+        found.append(_many_positions(a, g, weight, full))
+    return sum(found)
+
+
+def _by_group(bias: Block, n: int, o: int) -> Block:
+    """Variances of a bias (n * o,) as (n, o)."""
+    return bias if isinstance(bias, Rotated) else bias.view(n, o)
+
+
+def _one_position(a: Tensor, g: Tensor, weight: Block, bias: Block | None, full: bool) -> Tensor:
+    """No outer product: ``T_o = sum_k S_ok a_k^2`` serves all quantities, then ``sum_o g_o T_o g'_o``.
+
+    Here a is (b, n, k) and g (b, q, n, o); the rest as in `outer_covariance`.
+    """
+    b, q, n, o = g.shape
+    variances, basis, inputs = _parts(weight)
+    if inputs is not None:
+        a = torch.einsum("bnk,nkj->bnj", a, inputs)
+    scales = torch.einsum("bnk,nok->bno", a.square(), variances.view(n, o, -1))
+    rest = 0.0
+    if bias is not None:
+        of_bias, basis_of_bias, _ = _parts(bias)
+        if basis_of_bias is basis:
+            scales = scales + of_bias.view(n, o)  # an input that is always 1
+        else:
+            rest = gradient_covariance(g.transpose(0, 1), _by_group(bias, n, o), full)
+    if basis is not None:
+        g = torch.einsum("bqno,noj->bqnj", g, basis)
+    return rest + _contracted(g.reshape(b, q, n * o), scales.reshape(b, n * o), full)
+
+
+def _many_positions(a: Tensor, g: Tensor, weight: Block, full: bool) -> Tensor:
+    """Form ``G = sum_t g_t a_t^T`` and contract it; rotate before or after, whichever is less work."""
+    q, b, n, o, t = g.shape
+    k = a.shape[2]
+    variances, outputs, inputs = _parts(weight)
+    if inputs is not None and t < q * o:
+        a, inputs = torch.einsum("nkj,bnkt->bnjt", inputs, a), None
+    if outputs is not None and t < k:
+        g, outputs = torch.einsum("noj,qbnot->qbnjt", outputs, g), None
+    jacobian = outer_gradients(a, g)  # (b, n, q, o, k)
+    if outputs is not None:
+        jacobian = torch.einsum("bnqok,noj->bnqjk", jacobian, outputs)
+    if inputs is not None:
+        jacobian = torch.einsum("bnqok,nkj->bnqoj", jacobian, inputs)
+    jacobian = jacobian.transpose(1, 2).reshape(b, q, n * o * k)
+    return _contracted(jacobian, variances.flatten(), full, overwrite=True)
+
+
+def entrywise_variances(rows: Tensor, g: Tensor, variances: Tensor) -> Tensor:
+    """The diagonal for a weight with variances of its own for each entry, in pieces that stay in a processor's cache.
+
+    The same as `outer_covariance`, but for the order of the sums and for a product per example and group in place of
+    one for all: faster where these are large, on a processor.
+
+    Args:
+        rows: (b, n, t, k).
+        g: (q, b, n, o, t).
+        variances: (n, o, k).
+
+    Returns:
+        (b, q).
+    """
+    q, b, n, o, _ = g.shape
+    k = rows.shape[-1]
+    step = max(1, min(q, TILE // (o * k * g.element_size())))
+    tile = g.new_empty(step, o, k)
+    found = g.new_zeros(b, q)
+    for i in range(b):
+        for group in range(n):
+            for start in range(0, q, step):
+                part = g[start : start + step, i, group]  # (step, o, t)
+                product = tile[: len(part)]
+                torch.bmm(part, rows[i, group].expand(len(part), -1, -1), out=product)
+                found[i, start : start + step] += product.square_().flatten(1) @ variances[group].flatten()
+    return found
+
 
 WORTH_A_CALL = 2**22
 """Multiplications in one example's products from which on `entrywise_variances` is the faster way."""
@@ -67,7 +194,7 @@ class OutputVariances(Routing):
         self._blocks = self._posterior.fitted_to(trainable) if trainable else {}
         self._ordered: dict[str, Tensor] = {}  # variances of weights in the order of `Outer.rows`
         rotated = any(isinstance(block, Rotated) for block in self._blocks.values())
-        if not rotated and not self._full and channels_last.suits(self.model):
+        if not rotated and not self._full and suits_channels_last(self.model):
             self._capture.channels_last = True
             self._room = 1.25  # nothing is copied; maps in between may be larger
         return super().__enter__()

@@ -10,8 +10,7 @@ from torch import nn
 from src import artifacts
 from src.datasets import Batches
 from src.metrics.dynamics_scores import epochs_to_learn, forgetting_events
-from src.metrics.epsilon_flatness import epsilon_flatness
-from src.metrics.input_curvature import input_curvature
+from src.metrics.flatness import epsilon_flatness, input_curvature
 from src.metrics.modes import MODES
 
 log = logging.getLogger(__name__)

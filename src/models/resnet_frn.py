@@ -1,7 +1,8 @@
-"""ResNet-20 with filter response normalisation, as in the Memory-Perturbation Equation's experiments.
+"""ResNet-20 with filter response normalization, as in the Memory-Perturbation Equation's experiments.
 
-Sources: He et al. 2016, "Deep residual learning for image recognition"; Singh and Krishnan 2020 (see ``frn``). It
-differs from ``resnet20`` in more than the normalisation: convolutions have biases, SAME padding (at stride 2 an even
+Sources: He et al. 2016, "Deep residual learning for image recognition"; Singh and Krishnan 2020, "Filter response
+normalization layer: eliminating batch dependence in the training of deep neural networks", equations 1 to 3. It
+differs from ``resnet20`` in more than the normalization: convolutions have biases, SAME padding (at stride 2 an even
 map gets its zeros at the bottom and the right only) and PyTorch's initial weights. No operation mixes examples.
 """
 
@@ -11,9 +12,43 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from src.models.frn import FilterResponseNorm
 from src.models.network import Network
 from src.models.same_padding import same_conv
+
+
+class FilterResponseNorm(nn.Module):
+    """Divides each map by its root mean square, then scales, shifts and thresholds it.
+
+    With ``x`` the map of one example and channel: ``max(gamma * x / sqrt(mean(x^2) + eps) + beta, tau)``, the mean
+    over positions. Examples do not meet, so training and evaluation are the same. Where both sides of the maximum
+    are equal, each takes half of the gradient.
+
+    Attributes:
+        tau: Threshold ``(1, channels, 1, 1)``, from 0.
+        beta: Shift ``(1, channels, 1, 1)``, from 0.
+        gamma: Scale ``(1, channels, 1, 1)``, from 1.
+        eps: 1e-6, not learned.
+    """
+
+    eps = 1e-6
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        shape = (1, channels, 1, 1)
+        self.tau = nn.Parameter(torch.zeros(shape))
+        self.beta = nn.Parameter(torch.zeros(shape))
+        self.gamma = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(n, channels, h, w)`` to the same shape."""
+        scale = self.gamma * torch.rsqrt(
+            x.square().mean(dim=(-2, -1), keepdim=True) + self.eps
+        )  # (n, channels, 1, 1)
+        return torch.maximum(x * scale + self.beta, self.tau)
+
+    def extra_repr(self) -> str:
+        """What a printed network says of this layer."""
+        return f"{self.tau.shape[1]}"
 
 
 def frn_unit(in_channels: int, width: int, kernel: int, stride: int, *, activate: bool) -> nn.Sequential:

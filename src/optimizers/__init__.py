@@ -4,7 +4,7 @@ from src.lazy import lazy_names
 from src.optimizers.registry import OPTIMIZERS, OptimizerEntry, build_optimizer, optimizer_names
 from src.optimizers.schedules import SCHEDULES, Schedule, rate, schedule_names
 
-__getattr__ = lazy_names(__name__, batchnorm=["frozen_batchnorm"], iblr=["IBLR"], sam=["SAM"])
+__getattr__ = lazy_names(__name__, iblr=["IBLR"], sam=["SAM", "frozen_batchnorm"])
 
 __all__ = [
     "IBLR",

@@ -23,7 +23,7 @@ from src.artifacts import (
     selection_path,
     without_idle,
 )
-from src.coresets import Group, Material, Method, Options, Selection, find_method, make_groups
+from src.coresets import CandidateGroup, Method, Options, Selection, SelectionInputs, find_method, make_groups
 from src.errors import FileError, FlagError
 from src.metrics import Proxy
 from src.metrics import dynamics_scores as reductions
@@ -150,7 +150,7 @@ class Choice:
                 "--coreset_mode few_shot: changes nothing for %s, which keeps what its paper keeps", self.method.name
             )
 
-    def material(self, networks: list[PretrainedNetwork]) -> Material:
+    def material(self, networks: list[PretrainedNetwork]) -> SelectionInputs:
         """What the method reads."""
         session, needs, options = self.session, self.method.needs, self.options
         scores, dynamics, layers = None, {}, []
@@ -166,7 +166,7 @@ class Choice:
                 network.last_layer(embeddings=needs.embeddings and not full, gradient_norms=full)
                 for network in networks
             ]
-        return Material(
+        return SelectionInputs(
             labels=self._labels(),
             num_classes=session.entry.num_classes,
             seed=session.args.seed,
@@ -217,7 +217,7 @@ class Choice:
             for side, more in sides
         )  # fmt: skip
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[CandidateGroup]:
         """Among which examples is chosen, and how many."""
         args = self.session.args
         return make_groups(

@@ -9,7 +9,7 @@ import torch
 
 from src.artifacts import claim_path, coreset_experiment, file_digest, refuse_other_settings
 from src.coresets import Selection
-from src.coresets.infobatch_dynamic import InfoBatchPlan
+from src.coresets.infobatch import InfoBatchPlan
 from src.errors import FileError
 from src.pruning.choice import Choice, select
 from src.pruning.files import read_selection, selection_digest, weights_tensor

@@ -1,19 +1,22 @@
 """Training networks: one loop for every script, evaluation, per-example dynamics, checkpoints, resume."""
 
-from src.training.checkpoints import data_facts, image_facts, load_model, model_description
-from src.training.config import TrainingConfig
-from src.training.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
-from src.training.evaluation import evaluate, logits_of, predictions
-from src.training.finding import (
+from src.training.checkpoints import (
+    data_facts,
     find_checkpoint,
     find_schedules,
     free_epochs,
+    image_facts,
+    load_model,
     missing_epochs,
+    model_description,
     only_schedule,
     training_command,
     training_facts,
 )
-from src.training.group import Group
+from src.training.config import TrainingConfig
+from src.training.distributed import ProcessGroup
+from src.training.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
+from src.training.evaluation import evaluate, logits_of, predictions
 from src.training.loop import Trainer
 from src.training.plan import EpochPlan
 from src.training.run import RunFiles, run_training, summary
@@ -22,7 +25,7 @@ __all__ = [
     "DYNAMICS_FILE",
     "Dynamics",
     "EpochPlan",
-    "Group",
+    "ProcessGroup",
     "RunFiles",
     "Trainer",
     "TrainingConfig",

@@ -11,7 +11,7 @@ import torch
 from src.artifacts import label_hash, parse_settings, read_npz, write_npz
 from src.errors import FileError
 from src.models.restoring import copy_tensor
-from src.training.group import Group
+from src.training.distributed import ProcessGroup
 
 DYNAMICS_FILE = "dynamics.npz"
 QUANTITIES = ("loss", "probability", "margin", "correct", "el2n", "divergence")
@@ -58,7 +58,7 @@ class Dynamics:
         self._before[indices] = p.half()
         self._known[indices] = True
 
-    def end_epoch(self, epoch: int, group: Group) -> np.ndarray:
+    def end_epoch(self, epoch: int, group: ProcessGroup) -> np.ndarray:
         """Close an epoch: gather the shares of all processes, keep the row ``(quantities, total)``, return it."""
         if group.world > 1:
             self._gather(group)
@@ -66,7 +66,7 @@ class Dynamics:
         self._now.fill_(float("nan"))
         return self.rows[epoch]
 
-    def _gather(self, group: Group) -> None:
+    def _gather(self, group: ProcessGroup) -> None:
         """Sum the shares: each example was visited by one process, whose new probabilities all processes take."""
         for start in range(0, self._now.shape[1], _SLICE):
             part = slice(start, start + _SLICE)

@@ -9,7 +9,7 @@ from src.datasets import Batch, Batches
 from src.devices import computing
 from src.models.modes import evaluating
 from src.precisions import PRECISIONS
-from src.training.group import Group
+from src.training.distributed import ProcessGroup
 
 
 def logits_of(forward: nn.Module, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
@@ -50,7 +50,7 @@ def evaluate(
     *,
     precision: str = "fp32",
     forward: nn.Module | None = None,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
     loss_cap: float | None = None,
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy over a set.
@@ -73,6 +73,6 @@ def evaluate(
         correct = (logits.argmax(dim=1) == batch.labels).sum()
         part = torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
         totals = part if totals is None else totals + part
-    (group or Group()).sum_([totals])
+    (group or ProcessGroup()).sum_([totals])
     loss, correct, count = totals.tolist()
     return loss / count, correct / count

@@ -22,12 +22,11 @@ from src.models.restoring import load_optimizer, load_weights
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
 from src.precisions import PRECISIONS
 from src.training.config import TrainingConfig
+from src.training.distributed import ProcessGroup, synchronised_batchnorm
 from src.training.dynamics import Dynamics
 from src.training.evaluation import evaluate
-from src.training.group import Group
 from src.training.plan import EpochPlan
 from src.training.steps import plain_step, sam_step, sampled_step
-from src.training.sync_batchnorm import synchronised_batchnorm
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class Trainer:
         weights: torch.Tensor | None = None,
         plan: EpochPlan | None = None,
         dynamics: Dynamics | None = None,
-        group: Group | None = None,
+        group: ProcessGroup | None = None,
         sync_batchnorm: bool = False,
         compile_model: bool = False,
         after_step: Sequence[Callable[["Trainer", int, int], None]] = (),
@@ -76,7 +75,7 @@ class Trainer:
         self.config, self.weights, self.plan, self.dynamics = config, weights, plan, dynamics
         if plan is not None and weights is not None:
             raise ValueError("an epoch plan brings weights of its own; give one of the two")
-        self.group = group or Group()
+        self.group = group or ProcessGroup()
         self.after_step = tuple(after_step)
         self.test_loss_cap = test_loss_cap
         self.rate_flag, self.size_flag = rate_flag, size_flag

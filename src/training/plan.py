@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from src.training.group import Group
+from src.training.distributed import ProcessGroup
 
 
 class EpochPlan(Protocol):
@@ -43,7 +43,7 @@ class EpochPlan(Protocol):
         """Take a step's losses ``(b,)``, unweighted and before the step, of original indices ``(b,)``."""
         ...
 
-    def end_epoch(self, group: Group) -> None:
+    def end_epoch(self, group: ProcessGroup) -> None:
         """Close an epoch: put the records of all processes together."""
         ...
 

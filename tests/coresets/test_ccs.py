@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from src import draws
-from src.coresets import Group, Material, Options, ccs, find_method, make_groups
+from src.coresets import CandidateGroup, Options, SelectionInputs, ccs, find_method, make_groups
 from src.errors import FileError, FlagError
 
 
 def material(scores, labels=None, seed=1):
     scores = np.asarray(scores, dtype=np.float64)
     labels = np.zeros(len(scores), dtype=np.int64) if labels is None else labels
-    return Material(labels, int(labels.max()) + 1, seed, scores)
+    return SelectionInputs(labels, int(labels.max()) + 1, seed, scores)
 
 
 def slow_ccs(material, groups, cutoff, bins):
@@ -58,7 +58,9 @@ def test_equals_the_plain_algorithm(per_class, fraction, cutoff, bins):
 def test_hardest_are_cut_and_all_strata_are_covered():
     rng = np.random.default_rng(0)
     scores = np.abs(rng.normal(size=1000))  # many easy, few hard
-    selection = ccs.ccs(material(scores), [Group(np.arange(1000), 100)], Options(ccs_cutoff=0.2, ccs_bins=10))
+    selection = ccs.ccs(
+        material(scores), [CandidateGroup(np.arange(1000), 100)], Options(ccs_cutoff=0.2, ccs_bins=10)
+    )
     kept = np.sort(scores)[:800]
     assert scores[selection.indices].max() <= kept[-1]
     counts = np.bincount(ccs.strata(np.concatenate([kept[[0, -1]], scores[selection.indices]]), 10)[2:], minlength=10)
@@ -67,7 +69,7 @@ def test_hardest_are_cut_and_all_strata_are_covered():
 
 def test_ties_at_the_cut_keep_the_lower_index():
     scores = np.array([5.0, 1, 5, 1, 5, 1])
-    selection = ccs.ccs(material(scores), [Group(np.arange(6), 4)], Options(ccs_cutoff=0.34))
+    selection = ccs.ccs(material(scores), [CandidateGroup(np.arange(6), 4)], Options(ccs_cutoff=0.34))
     np.testing.assert_array_equal(selection.indices, [0, 1, 3, 5])
 
 
@@ -90,14 +92,18 @@ def test_published_cutoffs():
     assert ccs.published_cutoff(0.85) == pytest.approx(0.2)
     assert ccs.published_cutoff(0.99) == pytest.approx(0.3)
     scores = np.arange(100.0)
-    selection = ccs.ccs(material(scores), [Group(np.arange(100), 10)], Options())
+    selection = ccs.ccs(material(scores), [CandidateGroup(np.arange(100), 10)], Options())
     assert selection.indices.max() < 70
 
 
 @pytest.mark.parametrize("cutoff", [None, 0.0, 0.99])
 def test_edges(cutoff):
     options = Options(ccs_cutoff=cutoff)
-    groups = [Group(np.array([0]), 1), Group(np.arange(1, 9), 8), Group(np.arange(9, 20), 1)]
+    groups = [
+        CandidateGroup(np.array([0]), 1),
+        CandidateGroup(np.arange(1, 9), 8),
+        CandidateGroup(np.arange(9, 20), 1),
+    ]
     scores = np.concatenate([np.arange(9.0), np.full(11, 2.0)])
     selection = ccs.ccs(material(scores), groups, options)
     np.testing.assert_array_equal(selection.indices[:9], np.arange(9))
@@ -107,13 +113,13 @@ def test_edges(cutoff):
 def test_equal_scores_are_drawn_uniformly():
     counts = np.zeros(6)
     for seed in range(300):
-        counts[ccs.ccs(material(np.zeros(6), seed=seed), [Group(np.arange(6), 2)], Options()).indices] += 1
+        counts[ccs.ccs(material(np.zeros(6), seed=seed), [CandidateGroup(np.arange(6), 2)], Options()).indices] += 1
     assert (np.abs(counts - 100) < 5 * np.sqrt(100 * 2 / 3)).all()
 
 
 def test_seeds_reproduce():
     scores = np.random.default_rng(0).normal(size=300)
-    group = [Group(np.arange(300), 60)]
+    group = [CandidateGroup(np.arange(300), 60)]
     first, second, other = (ccs.ccs(material(scores, seed=seed), group, Options()).indices for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
@@ -121,13 +127,13 @@ def test_seeds_reproduce():
 
 def test_a_cutoff_beyond_the_budget_is_capped_with_a_notice(caplog):
     with caplog.at_level(logging.INFO):
-        selection = ccs.ccs(material(np.arange(10.0)), [Group(np.arange(10), 8)], Options(ccs_cutoff=0.5))
+        selection = ccs.ccs(material(np.arange(10.0)), [CandidateGroup(np.arange(10), 8)], Options(ccs_cutoff=0.5))
     np.testing.assert_array_equal(selection.indices, np.arange(8))
     assert "1 of 1 groups" in caplog.text
 
 
 def test_complaints():
-    group = [Group(np.arange(3), 1)]
+    group = [CandidateGroup(np.arange(3), 1)]
     with pytest.raises(FlagError, match=r"^ccs_cutoff 1\.0"):
         ccs.ccs(material(np.zeros(3)), group, Options(ccs_cutoff=1.0))
     with pytest.raises(FlagError, match=r"^ccs_bins 0"):

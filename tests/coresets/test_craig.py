@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from src.coresets import craig
 from src.coresets.budgets import make_groups
-from src.coresets.craig import choose, choose_weighted, greedy_by_sample, weigh
-from src.coresets.facility_location import Distances, greedy_on_matrix
-from src.coresets.material import Group, LastLayer, Material, Options
+from src.coresets.craig import Distances, choose, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
+from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs
 from src.coresets.registry import find_method
 from src.errors import UserError
 
@@ -55,7 +54,7 @@ def generator(seed=1):
 
 
 def select(layer, groups, memory=EXACT, seed=1):
-    content = Material(layer.labels.numpy(), layer.logits.shape[1], seed, networks=[layer])
+    content = SelectionInputs(layer.labels.numpy(), layer.logits.shape[1], seed, networks=[layer])
     return find_method("craig").select(content, groups, Options(selection_memory=memory))
 
 
@@ -166,12 +165,12 @@ def test_errors_of_zero(memory):
     certain = torch.tensor([[1e4, 0.0, 0.0]])
     layer = LastLayer(certain.repeat(8, 1), torch.zeros(8, dtype=torch.int64), torch.ones(8, 2))
     assert (layer.errors == 0).all()
-    selection = select(layer, [Group(np.arange(8), 3, 0)], memory)
+    selection = select(layer, [CandidateGroup(np.arange(8), 3, 0)], memory)
     assert selection.indices.tolist() == [0, 1, 2]
     assert selection.weights.tolist() == [3.0, 0.0, 0.0]
     mixed = torch.cat([certain.repeat(6, 1), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])])
     layer = LastLayer(mixed, torch.zeros(8, dtype=torch.int64), torch.zeros(8, 2))
-    selection = select(layer, [Group(np.arange(8), 3, 0)], memory)
+    selection = select(layer, [CandidateGroup(np.arange(8), 3, 0)], memory)
     assert selection.indices.tolist() == [0, 6, 7]
     np.testing.assert_allclose(selection.weights, np.array([6, 1, 1]) * 3 / 8)
 
@@ -199,7 +198,7 @@ def test_near_duplicates_in_float32_are_told_apart():
 @pytest.mark.parametrize("memory", [EXACT, LARGE])
 def test_group_of_one_and_whole_groups(memory):
     layer = network(7)
-    groups = [Group(np.array([4]), 1, 0), Group(np.array([0, 2, 5, 6]), 4, 1)]
+    groups = [CandidateGroup(np.array([4]), 1, 0), CandidateGroup(np.array([0, 2, 5, 6]), 4, 1)]
     selection = select(layer, groups, memory)
     assert selection.indices.tolist() == [0, 2, 4, 5, 6]
     assert selection.weights.tolist() == [1.0] * 5
@@ -209,7 +208,7 @@ def test_gradients_that_are_not_finite_are_refused():
     layer = network(6)
     layer.embeddings[3, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        select(layer, [Group(np.arange(6), 2)])
+        select(layer, [CandidateGroup(np.arange(6), 2)])
 
 
 @pytest.mark.parametrize("pairs", [3_000, 30_000, 10**7])  # examples are drawn in two or more rounds; once; all kept
@@ -276,7 +275,7 @@ def test_it_says_which_way_it_goes_and_repeats_itself(monkeypatch, caplog):
     monkeypatch.setattr(craig, "_LEAST_SAMPLE", 100)
     monkeypatch.setattr(craig, "_LEAST_PAIRS", 2_000)
     layer = clustered(400)
-    groups = [Group(np.arange(300), 60, 0), Group(np.arange(300, 400), 20, 1)]
+    groups = [CandidateGroup(np.arange(300), 60, 0), CandidateGroup(np.arange(300, 400), 20, 1)]
     with caplog.at_level(logging.INFO):
         first = select(layer, groups, memory=LARGE)
         assert "sample's picks in 2 groups" in caplog.text

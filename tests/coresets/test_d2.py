@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets import Group, LastLayer, Material, Options, d2, find_method, make_groups
+from src.coresets import CandidateGroup, LastLayer, Options, SelectionInputs, d2, find_method, make_groups
 from src.errors import FileError, FlagError
 
 
@@ -10,7 +10,7 @@ def material(scores, embeddings, labels=None):
     h = torch.as_tensor(embeddings)
     labels = np.zeros(len(h), dtype=np.int64) if labels is None else labels
     layer = LastLayer(torch.zeros(len(h), 2), torch.from_numpy(labels), h)
-    return Material(labels, 2, scores=np.asarray(scores, dtype=np.float64), networks=[layer])
+    return SelectionInputs(labels, 2, scores=np.asarray(scores, dtype=np.float64), networks=[layer])
 
 
 def slow_d2(material, groups, k, gamma):
@@ -106,7 +106,7 @@ def test_without_edges_the_most_difficult_are_kept():
     rng = np.random.default_rng(7)
     scores = rng.normal(size=30)
     made = material(scores, rng.normal(size=(30, 3)))
-    selection = d2.d2(made, [Group(np.arange(30), 9)], Options(d2_neighbors=0))
+    selection = d2.d2(made, [CandidateGroup(np.arange(30), 9)], Options(d2_neighbors=0))
     np.testing.assert_array_equal(selection.indices, np.sort(np.argsort(-scores)[:9]))
 
 
@@ -117,7 +117,7 @@ def test_reverse_messages_cover_both_clusters():
     scores = np.append(scores, 0.0)
     h = np.concatenate([h, [[50.0, 50.0]]])
     by_difficulty = np.argsort(-scores)[:20]
-    selection = d2.d2(material(scores, h), [Group(np.arange(81), 20)], Options(d2_gamma=1.0))
+    selection = d2.d2(material(scores, h), [CandidateGroup(np.arange(81), 20)], Options(d2_gamma=1.0))
     assert (by_difficulty < 40).all()
     assert 5 <= (selection.indices < 40).sum() <= 15
 
@@ -125,7 +125,7 @@ def test_reverse_messages_cover_both_clusters():
 def test_the_embeddings_scale_does_not_matter():
     rng = np.random.default_rng(9)
     scores, h = rng.normal(size=40), rng.normal(size=(40, 4))
-    group = [Group(np.arange(40), 15)]
+    group = [CandidateGroup(np.arange(40), 15)]
     one = d2.d2(material(scores, h), group, Options())
     other = d2.d2(material(3 + 5 * scores, h.astype(np.float32) * 1024), group, Options())
     np.testing.assert_array_equal(one.indices, other.indices)
@@ -134,14 +134,18 @@ def test_the_embeddings_scale_does_not_matter():
 @pytest.mark.parametrize("budget", [1, 6])
 def test_equal_examples_and_groups_of_one(budget):
     made = material(np.full(8, 0.5), torch.full((8, 4), 0.3))
-    groups = [Group(np.arange(6), budget), Group(np.array([6]), 1), Group(np.array([7]), 1)]
+    groups = [
+        CandidateGroup(np.arange(6), budget),
+        CandidateGroup(np.array([6]), 1),
+        CandidateGroup(np.array([7]), 1),
+    ]
     selection = d2.d2(made, groups, Options())
     assert len(np.unique(selection.indices)) == budget + 2
     assert selection.indices[0] == 0
 
 
 def test_complaints():
-    made, group = material([0.0, 1.0], torch.eye(2)), [Group(np.arange(2), 1)]
+    made, group = material([0.0, 1.0], torch.eye(2)), [CandidateGroup(np.arange(2), 1)]
     with pytest.raises(FlagError, match=r"^d2_neighbors -1"):
         d2.d2(made, group, Options(d2_neighbors=-1))
     with pytest.raises(FlagError, match=r"^d2_gamma -0\.5"):

@@ -3,14 +3,14 @@ import pytest
 from scipy import stats
 
 from src import draws
-from src.coresets import Group, Material, Options, dual, find_method, make_groups
+from src.coresets import CandidateGroup, Options, SelectionInputs, dual, find_method, make_groups
 from src.errors import FileError, FlagError
 
 
 def material(scores, probability, labels=None, seed=1):
     scores = np.asarray(scores, dtype=np.float64)
     labels = np.zeros(len(scores), dtype=np.int64) if labels is None else labels
-    return Material(labels, int(labels.max()) + 1, seed, scores, {"probability": np.asarray(probability)})
+    return SelectionInputs(labels, int(labels.max()) + 1, seed, scores, {"probability": np.asarray(probability)})
 
 
 def planted(n=400, seed=0):
@@ -77,7 +77,7 @@ def test_easy_examples_become_likelier_as_more_is_pruned():
     mean = probability.mean(axis=0)
     kept = []
     for budget in (2000, 600, 150, 60):
-        selection = dual.dual(material(scores, probability), [Group(np.arange(3000), budget)], Options())
+        selection = dual.dual(material(scores, probability), [CandidateGroup(np.arange(3000), budget)], Options())
         kept.append(mean[selection.indices].mean())
     assert (np.diff(kept) > 0).all()
     assert kept[-1] > kept[0] + 0.2
@@ -106,33 +106,37 @@ def test_scores_of_zero_come_last_and_are_drawn_uniformly():
     counts = np.zeros(6)
     for seed in range(600):
         made = material([0.1, 0, 0, 0, 0, 0], probability, seed=seed)
-        counts[dual.dual(made, [Group(np.arange(6), 2)], Options()).indices] += 1
+        counts[dual.dual(made, [CandidateGroup(np.arange(6), 2)], Options()).indices] += 1
     assert counts[0] == 600
     assert stats.chisquare(counts[1:]).pvalue > 1e-3
     zeros = material(np.zeros(6), probability)
-    assert len(dual.dual(zeros, [Group(np.arange(6), 3)], Options()).indices) == 3
+    assert len(dual.dual(zeros, [CandidateGroup(np.arange(6), 3)], Options()).indices) == 3
 
 
 def test_without_the_density_the_highest_scores_are_kept():
     scores, _ = planted(50)
-    made = Material(np.zeros(50, dtype=np.int64), 1, 1, scores)
-    selection = dual.dual(made, [Group(np.arange(50), 7)], Options(dual_beta=False))
+    made = SelectionInputs(np.zeros(50, dtype=np.int64), 1, 1, scores)
+    selection = dual.dual(made, [CandidateGroup(np.arange(50), 7)], Options(dual_beta=False))
     np.testing.assert_array_equal(selection.indices, np.sort(np.argsort(scores)[-7:]))
 
 
 def test_edges():
     scores, probability = planted(12)
-    groups = [Group(np.array([0]), 1), Group(np.arange(1, 8), 7), Group(np.arange(8, 12), 1)]
+    groups = [
+        CandidateGroup(np.array([0]), 1),
+        CandidateGroup(np.arange(1, 8), 7),
+        CandidateGroup(np.arange(8, 12), 1),
+    ]
     selection = dual.dual(material(scores, probability), groups, Options())
     np.testing.assert_array_equal(selection.indices[:8], np.arange(8))
     assert len(selection.indices) == 9
     certain = material(np.full(4, 0.2), np.ones((3, 4)))  # mu = 1: beta = 0
-    assert len(dual.dual(certain, [Group(np.arange(4), 2)], Options()).indices) == 2
+    assert len(dual.dual(certain, [CandidateGroup(np.arange(4), 2)], Options()).indices) == 2
 
 
 def test_seeds_reproduce():
     scores, probability = planted(200)
-    group = [Group(np.arange(200), 40)]
+    group = [CandidateGroup(np.arange(200), 40)]
     first, second, other = (
         dual.dual(material(scores, probability, seed=seed), group, Options()).indices for seed in (1, 1, 2)
     )
@@ -142,7 +146,7 @@ def test_seeds_reproduce():
 
 def test_complaints():
     scores, probability = planted(5)
-    group = [Group(np.arange(5), 2)]
+    group = [CandidateGroup(np.arange(5), 2)]
     with pytest.raises(FlagError, match=r"^dual_c 0"):
         dual.dual(material(scores, probability), group, Options(dual_c=0))
     scores[2] = np.nan

@@ -12,7 +12,7 @@ from torch import nn
 from src.coresets import glister
 from src.coresets.budgets import make_groups
 from src.coresets.glister import Validation, greedy, held_out
-from src.coresets.material import Group, LastLayer, Material, Options
+from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs
 from src.coresets.registry import find_method
 from src.errors import FlagError, UserError
 
@@ -68,7 +68,7 @@ def slow_greedy(head, embeddings, labels, pool, first, judges, budget, eta, refr
 
 
 def select(head, embeddings, labels, groups, seed=1, **options):
-    content = Material(labels.numpy(), head.out_features, seed, networks=[layer(head, embeddings, labels)])
+    content = SelectionInputs(labels.numpy(), head.out_features, seed, networks=[layer(head, embeddings, labels)])
     return find_method("glister").select(content, groups, Options(**options))
 
 
@@ -159,16 +159,16 @@ def test_a_class_without_held_out_examples_is_judged_by_all():
 def test_groups_of_one_and_two(size):
     head, embeddings, labels = problem(n=size, classes=[1] * size)
     for budget in range(1, size + 1):
-        found = select(head, embeddings, labels, [Group(np.arange(size), budget, 1)])
+        found = select(head, embeddings, labels, [CandidateGroup(np.arange(size), budget, 1)])
         assert len(found.indices) == budget
     held = held_out(labels.numpy(), 3, 1)
-    first = select(head, embeddings, labels, [Group(np.arange(size), 1, 1)]).indices
+    first = select(head, embeddings, labels, [CandidateGroup(np.arange(size), 1, 1)]).indices
     assert not held[first].any()
 
 
 def test_without_any_second_example_the_candidates_are_the_judges():
     head, embeddings, labels = problem(n=3, classes=[0, 1, 2])
-    found = select(head, embeddings, labels, [Group(np.arange(3), 2)])
+    found = select(head, embeddings, labels, [CandidateGroup(np.arange(3), 2)])
     wanted = slow_greedy(head, embeddings, labels, [0, 1, 2], 3, [0, 1, 2], 2, 0.1)
     assert found.indices.tolist() == sorted(wanted)
 
@@ -179,11 +179,11 @@ def test_ties_and_zero_gradients_go_by_index():
     free = np.flatnonzero(~held)
     zero = LastLayer(torch.tensor([[900.0, -900.0, -900.0]]).repeat(30, 1), labels, embeddings.float())
     found = find_method("glister").select(
-        Material(labels.numpy(), 3, networks=[zero]), [Group(np.arange(30), 8, 0)], Options()
+        SelectionInputs(labels.numpy(), 3, networks=[zero]), [CandidateGroup(np.arange(30), 8, 0)], Options()
     )
     assert found.indices.tolist() == free[:8].tolist()
     embeddings[:] = embeddings[0]
-    found = select(head, embeddings, labels, [Group(np.arange(30), 8, 0)])
+    found = select(head, embeddings, labels, [CandidateGroup(np.arange(30), 8, 0)])
     assert found.indices.tolist() == free[:8].tolist()
 
 
@@ -191,7 +191,7 @@ def test_float32_material_keeps_the_picks_and_the_seed_decides():
     head, embeddings, labels = problem(n=60)
     groups = make_groups(labels.numpy(), 3, fraction=0.3)
     single = LastLayer(head(embeddings).detach().float(), labels, embeddings.float())
-    content = Material(labels.numpy(), 3, networks=[single])
+    content = SelectionInputs(labels.numpy(), 3, networks=[single])
     found = find_method("glister").select(content, groups, Options())
     assert found.indices.tolist() == select(head, embeddings, labels, groups).indices.tolist()
     assert found.indices.tolist() != select(head, embeddings, labels, groups, seed=5).indices.tolist()
@@ -208,7 +208,7 @@ def test_a_long_run_says_how_to_shorten_it(monkeypatch, caplog):
     head, embeddings, labels = problem(n=40)
     monkeypatch.setattr(glister, "_LONG", -1.0)
     with caplog.at_level(logging.INFO, logger=glister.__name__):
-        select(head, embeddings, labels, [Group(np.arange(40), 10)])
+        select(head, embeddings, labels, [CandidateGroup(np.arange(40), 10)])
     assert "--glister_refresh" in caplog.text
     assert len(caplog.records) == 1
 
@@ -220,11 +220,11 @@ def test_a_long_run_says_how_to_shorten_it(monkeypatch, caplog):
 def test_bad_values_are_refused(options, flag):
     head, embeddings, labels = problem(n=12)
     with pytest.raises(FlagError, match=flag):
-        select(head, embeddings, labels, [Group(np.arange(12), 2)], **options)
+        select(head, embeddings, labels, [CandidateGroup(np.arange(12), 2)], **options)
 
 
 def test_gradients_that_are_not_finite_are_refused():
     head, embeddings, labels = problem(n=12)
     embeddings[4] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        select(head, embeddings, labels, [Group(np.arange(12), 2)])
+        select(head, embeddings, labels, [CandidateGroup(np.arange(12), 2)])

@@ -9,7 +9,7 @@ from src.coresets import gradmatch
 from src.coresets.budgets import make_groups
 from src.coresets.gradmatch import first_largest, pivoted, pursue
 from src.coresets.last_layer import gradient_norms, gradient_sum
-from src.coresets.material import Group, LastLayer, Material, Options, errors_of
+from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs, errors_of
 from src.coresets.registry import find_method
 from src.errors import FlagError, UserError
 
@@ -53,7 +53,7 @@ def nonnegative(columns, b, ridge):
 
 
 def material(logits, labels, embeddings, seed=1):
-    return Material(labels.numpy(), logits.shape[1], seed, networks=[LastLayer(logits, labels, embeddings)])
+    return SelectionInputs(labels.numpy(), logits.shape[1], seed, networks=[LastLayer(logits, labels, embeddings)])
 
 
 def select(content, groups, **options):
@@ -129,7 +129,7 @@ def test_it_stops_early_where_the_target_is_reached(memory):
 def test_a_budget_left_over_is_filled_at_random_with_weight_one():
     logits, labels, embeddings = problem(n=90, C=2, d=3, classes=[0] * 90)
     content = material(logits, labels, embeddings)
-    groups = [Group(np.arange(90), 50, 0)]
+    groups = [CandidateGroup(np.arange(90), 50, 0)]
     found = select(content, groups, gradmatch_lambda=0.0)
     core, weights = pursue(errors_of(logits, labels), embeddings, 50, 0.0)
     assert len(core) < 10
@@ -152,7 +152,7 @@ def test_zero_gradients_are_chosen_at_random_with_equal_weights(memory, ridge):
     labels = torch.zeros(20, dtype=torch.int64)
     logits = torch.tensor([[800.0, -800.0]]).repeat(20, 1)  # float32, errors exactly 0
     content = material(logits, labels, torch.rand(20, 3))
-    found = select(content, [Group(np.arange(20), 7, 0)], gradmatch_lambda=ridge, selection_memory=memory)
+    found = select(content, [CandidateGroup(np.arange(20), 7, 0)], gradmatch_lambda=ridge, selection_memory=memory)
     assert len(set(found.indices.tolist())) == 7
     assert (found.weights == 1).all()
 
@@ -178,7 +178,7 @@ def test_some_zero_gradients_and_duplicates_leave_budgets_exact(memory, ridge):
         assert (weights >= 0).all()
         found = select(
             material(logits, labels, embeddings),
-            [Group(np.arange(24), budget, 0)],
+            [CandidateGroup(np.arange(24), budget, 0)],
             gradmatch_lambda=ridge,
             selection_memory=memory,
         )
@@ -243,14 +243,14 @@ def test_groups_of_one_and_two(size):
     logits, labels, embeddings = problem(n=size, C=2, classes=[0] * size)
     content = material(logits, labels, embeddings)
     for budget in range(1, size + 1):
-        found = select(content, [Group(np.arange(size), budget, 0)])
+        found = select(content, [CandidateGroup(np.arange(size), budget, 0)])
         assert len(found.indices) == budget
         assert found.weights.mean() == pytest.approx(1)
 
 
 def test_bad_values_are_refused():
     logits, labels, embeddings = problem(n=8)
-    groups = [Group(np.arange(8), 2)]
+    groups = [CandidateGroup(np.arange(8), 2)]
     with pytest.raises(FlagError, match=r"^gradmatch_lambda -1"):
         select(material(logits, labels, embeddings), groups, gradmatch_lambda=-1.0)
     embeddings[3, 0] = torch.nan

@@ -11,11 +11,11 @@ from support import write_blobs
 from torch import nn
 
 from src import draws
-from src.coresets.infobatch_dynamic import InfoBatchPlan
+from src.coresets.infobatch import InfoBatchPlan
 from src.coresets.registry import find_method
 from src.datasets import Batches, load_dataset
 from src.errors import FileError, FlagError
-from src.training import Group, RunFiles, Trainer, TrainingConfig, run_training
+from src.training import ProcessGroup, RunFiles, Trainer, TrainingConfig, run_training
 
 EPOCHS = 8
 
@@ -31,7 +31,7 @@ def make_plan(indices, prune_ratio=0.5, epochs=EPOCHS, **options):
 def told(plan, indices, losses):
     """The plan after an epoch of these losses."""
     plan.record(torch.as_tensor(indices), torch.as_tensor(losses, dtype=torch.float64))
-    plan.end_epoch(Group())
+    plan.end_epoch(ProcessGroup())
     return plan
 
 

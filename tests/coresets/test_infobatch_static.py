@@ -7,10 +7,10 @@ import torch
 
 from src.coresets.budgets import make_groups
 from src.coresets.infobatch import draw, infobatch, split_by_mean
-from src.coresets.material import LastLayer, Material, Options, Selection
+from src.coresets.material import LastLayer, Options, Selection, SelectionInputs
 
 
-def material(losses, labels=None, seed: int = 1) -> Material:
+def material(losses, labels=None, seed: int = 1) -> SelectionInputs:
     """Two logits whose cross-entropy at class 0 (at class 1: mirrored) is the given loss."""
     losses = torch.as_tensor(losses, dtype=torch.float64)
     labels = np.zeros(len(losses), dtype=np.int64) if labels is None else np.asarray(labels)
@@ -20,10 +20,10 @@ def material(losses, labels=None, seed: int = 1) -> Material:
     logits[mirrored] = logits[mirrored].flip(1)
     network = LastLayer(logits, torch.from_numpy(labels))
     np.testing.assert_allclose(network.losses.numpy(), losses, rtol=1e-12)
-    return Material(labels, 2, seed, networks=[network])
+    return SelectionInputs(labels, 2, seed, networks=[network])
 
 
-def select(given: Material, fraction: float, per_class: bool = True) -> Selection:
+def select(given: SelectionInputs, fraction: float, per_class: bool = True) -> Selection:
     return infobatch(given, make_groups(given.labels, 2, fraction=fraction, per_class=per_class), Options())
 
 

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets import Group, LastLayer, Material, Options, find_method, make_groups, moderate
+from src.coresets import CandidateGroup, LastLayer, Options, SelectionInputs, find_method, make_groups, moderate
 
 
 def material(embeddings, labels):
     h, y = torch.as_tensor(embeddings), torch.as_tensor(labels)
     layer = LastLayer(torch.zeros(len(y), int(y.max()) + 1), y, h)
-    return Material(y.numpy(), int(y.max()) + 1, networks=[layer])
+    return SelectionInputs(y.numpy(), int(y.max()) + 1, networks=[layer])
 
 
 def slow_moderate(material, groups):
@@ -44,7 +44,7 @@ def test_the_median_is_picked():
     # the class's centre is 0: distances 1, 1, 2, 2, 3, 3, 8, 8
     line = np.array([1.0, -1, 2, -2, 3, -3, 8, -8])[:, None]
     made = material(line, np.zeros(8, dtype=np.int64))
-    selection = moderate.moderate(made, [Group(np.arange(8), 4)], Options())
+    selection = moderate.moderate(made, [CandidateGroup(np.arange(8), 4)], Options())
     np.testing.assert_array_equal(selection.indices, [2, 3, 4, 5])
 
 
@@ -63,7 +63,7 @@ def test_centres_are_of_all_candidates_of_a_label():
 @pytest.mark.parametrize("budget", [1, 5])
 def test_equal_embeddings_and_groups_of_one(budget):
     made = material(torch.full((6, 4), 0.1), np.array([0, 0, 0, 0, 0, 1]))
-    groups = [Group(np.arange(5), budget, 0), Group(np.array([5]), 1, 1)]
+    groups = [CandidateGroup(np.arange(5), budget, 0), CandidateGroup(np.array([5]), 1, 1)]
     selection = moderate.moderate(made, groups, Options())
     np.testing.assert_array_equal(selection.indices, [*range(budget), 5])
 

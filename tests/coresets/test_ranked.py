@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from src.coresets import ranked
 from src.coresets.budgets import make_groups
-from src.coresets.material import Group, LastLayer, Material, Options
+from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs
 from src.coresets.registry import METHODS, STORED
 from src.errors import FileError, FlagError
 
 few_values = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1.0, 2.0, np.inf])  # many ties
 
 
-def by_sorting(scores, groups: list[Group], highest: bool) -> list[int]:
+def by_sorting(scores, groups: list[CandidateGroup], highest: bool) -> list[int]:
     kept: list[int] = []
     for group in groups:
         order = sorted(group.positions.tolist(), key=lambda i: (scores[i], i))
@@ -44,14 +44,14 @@ def test_the_kept_are_an_end_of_the_order_by_score_and_index(rows, fraction, hig
 
 def test_groups_may_leave_examples_out_and_come_in_any_order():
     scores = np.array([5.0, 1.0, 4.0, 2.0, 3.0, 9.0])
-    groups = [Group(np.array([3, 4]), 1), Group(np.array([0, 1, 2]), 2)]
+    groups = [CandidateGroup(np.array([3, 4]), 1), CandidateGroup(np.array([0, 1, 2]), 2)]
     assert ranked.keep_by_rank(scores, groups, highest=True, what="score").indices.tolist() == [0, 2, 4]
     assert ranked.keep_by_rank(scores, groups, highest=False, what="score").indices.tolist() == [1, 2, 3]
 
 
 def test_more_groups_than_int16_can_number():
     scores = np.random.default_rng(0).standard_normal(70_000)
-    groups = [Group(np.array([2 * i, 2 * i + 1]), 1) for i in range(35_000)]
+    groups = [CandidateGroup(np.array([2 * i, 2 * i + 1]), 1) for i in range(35_000)]
     pairs = scores.reshape(-1, 2)
     kept = ranked.keep_by_rank(scores, groups, highest=True, what="score").indices
     assert (kept == pairs.argmax(axis=1) + 2 * np.arange(35_000)).all()
@@ -68,7 +68,7 @@ def test_more_groups_than_int16_can_number():
     ],
 )
 def test_a_notice_counts_what_ties_decide(caplog, scores, budget, highest, decided):
-    groups = [Group(np.arange(len(scores)), budget)]
+    groups = [CandidateGroup(np.arange(len(scores)), budget)]
     with caplog.at_level(logging.WARNING):
         ranked.keep_by_rank(np.array(scores, dtype=float), groups, highest=highest, what="min_forg")
     if decided is None:
@@ -81,12 +81,12 @@ def test_a_notice_counts_what_ties_decide(caplog, scores, budget, highest, decid
 def test_few_ties_need_no_notice(caplog):
     scores = np.arange(1000.0)
     scores[499] = 500.0
-    ranked.keep_by_rank(scores, [Group(np.arange(1000), 500)], highest=True, what="score")
+    ranked.keep_by_rank(scores, [CandidateGroup(np.arange(1000), 500)], highest=True, what="score")
     assert not caplog.records
 
 
 def test_a_missing_score_is_refused_by_the_original_index():
-    material = Material(np.zeros(3), 1, scores=np.array([1.0, np.nan, np.inf]), names=np.array([10, 77, 80]))
+    material = SelectionInputs(np.zeros(3), 1, scores=np.array([1.0, np.nan, np.inf]), names=np.array([10, 77, 80]))
     with pytest.raises(FileError, match=r"min_mem: .* 1 of the 3 .*example 77"):
         ranked.checked_scores(material, "min_mem")
 
@@ -97,7 +97,7 @@ def test_stored_scores_keep_the_end_that_the_mode_names(mode):
     assert method.needs.stored == mode
     assert method.has_modes
     labels = np.array([0, 1, 0, 1, 0, 1])
-    material = Material(labels, 2, scores=np.array([3.0, 0.0, 1.0, 5.0, 2.0, 4.0]))
+    material = SelectionInputs(labels, 2, scores=np.array([3.0, 0.0, 1.0, 5.0, 2.0, 4.0]))
     groups = make_groups(labels, 2, shots=1)
     large, few = (method.select(material, groups, Options(coreset_mode=mode)) for mode in ("large", "few_shot"))
     assert large.indices.tolist() == [0, 3]
@@ -109,8 +109,8 @@ def test_stored_scores_keep_the_end_that_the_mode_names(mode):
 def test_reduced_scores_keep_the_highest_whatever_the_mode(name, mode):
     method = METHODS[name]
     assert not method.has_modes
-    material = Material(np.zeros(4, dtype=int), 1, scores=np.array([0.0, np.inf, 2.0, 1.0]))
-    selection = method.select(material, [Group(np.arange(4), 2)], Options(coreset_mode=mode))
+    material = SelectionInputs(np.zeros(4, dtype=int), 1, scores=np.array([0.0, np.inf, 2.0, 1.0]))
+    selection = method.select(material, [CandidateGroup(np.arange(4), 2)], Options(coreset_mode=mode))
     assert selection.indices.tolist() == [1, 2]
 
 
@@ -149,6 +149,6 @@ def test_norms_are_averaged_over_networks_and_the_highest_kept(name, gradient, e
     groups = make_groups(labels, 3, fraction=0.3)
     method = METHODS[name]
     assert method.needs.ensemble
-    selection = method.select(Material(labels, 3, networks=networks), groups, Options(grand_gradient=gradient))
+    selection = method.select(SelectionInputs(labels, 3, networks=networks), groups, Options(grand_gradient=gradient))
     expected = by_sorting(explicit_scores(name, networks, gradient), groups, highest=True)
     assert selection.indices.tolist() == expected

@@ -14,10 +14,9 @@ from src.artifacts import read_checkpoint, write_checkpoint
 from src.curvature.choices import STORAGES, SpectrumPlan
 from src.curvature.hessian import Hessian
 from src.curvature.hessian_files import HessianFiles, describe
-from src.curvature.hessian_subject import by_score
+from src.curvature.hessian_runs import by_score
 from src.curvature.power import power_iteration
-from src.curvature.spectrum import SpectrumRun, true_residuals
-from src.curvature.spectrum_state import SpectrumState
+from src.curvature.spectrum import SpectrumRun, SpectrumState, true_residuals
 from src.errors import FileError, FlagError
 
 PLAN = SpectrumPlan(top_n=3, steps=12, probes=2, trace_probes=15, trace_tolerance=0.0, max_steps=40)

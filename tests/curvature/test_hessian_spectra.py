@@ -8,13 +8,19 @@ from curvlinops import hutchinson_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.curvature.basis import Basis, basis_bytes
 from src.curvature.choices import STORAGES
-from src.curvature.density import MOST_POINTS, density, extent, grid, moment, width
 from src.curvature.hessian import OPERATORS
-from src.curvature.lanczos import Lanczos, rademacher
-from src.curvature.trace import TraceEstimate, add_probe, mean_and_error
-from src.curvature.tridiagonal import quadrature
+from src.curvature.hessian_files import MOST_POINTS, density, extent, grid, moment, width
+from src.curvature.lanczos import (
+    Basis,
+    Lanczos,
+    TraceEstimate,
+    add_probe,
+    basis_bytes,
+    mean_and_error,
+    quadrature,
+    rademacher,
+)
 
 OUTLIERS = [50.0, 30.0, 22.0, 21.0, 15.0, 9.0, -4.0]
 

@@ -9,6 +9,7 @@ from torch.func import functional_call, jacrev
 
 from src.curvature.ntk import (
     NTK_CLASSES,
+    forecast,
     lower_indices,
     ntk_kernel,
     refuse_groups,
@@ -16,7 +17,6 @@ from src.curvature.ntk import (
     velocity,
     velocity_epochs,
 )
-from src.curvature.ntk_cost import forecast
 from src.models import build_model
 
 

@@ -7,7 +7,8 @@ from jacobian_networks import NETWORKS, images_and_labels, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from src.jacobians import OutputVariances, Posterior, channels_last, covariance, variances
+from src.jacobians import OutputVariances, Posterior, variances
+from src.jacobians.capture import suits_channels_last
 from src.models import build_model
 from src.models.same_padding import same_max_pool
 
@@ -21,9 +22,9 @@ def exact_diagonal(net, images, posterior):
 @pytest.mark.parametrize("tile", [1, 2**20], ids=["row by row", "whole"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_any_network_stays_exact(name, tile, monkeypatch):
-    monkeypatch.setattr(channels_last, "suits", lambda model: True)
+    monkeypatch.setattr(variances, "suits_channels_last", lambda model: True)
     monkeypatch.setattr(variances, "WORTH_A_CALL", 0)
-    monkeypatch.setattr(covariance, "TILE", tile)
+    monkeypatch.setattr(variances, "TILE", tile)
     net = network(name)
     images, _ = images_and_labels()
     posterior = Posterior(random_posterior(net, rotated=False))
@@ -118,4 +119,4 @@ def test_single_precision():
     [("cnn_deepobs", True), ("lenet", False), ("resnet8", False), ("resnet20_frn", False), ("mlp", False)],
 )
 def test_which_networks_go_channels_last(name, suited):
-    assert channels_last.suits(build_model(name, 10, 3, 32, seed=0)) is suited
+    assert suits_channels_last(build_model(name, 10, 3, 32, seed=0)) is suited

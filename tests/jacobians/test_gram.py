@@ -6,7 +6,7 @@ from full_jacobians import full_jacobians, loop_jacobians
 from jacobian_networks import NETWORKS, images_and_labels, logits, network
 from torch import nn
 
-from src.jacobians import gram_matrix, gram_plan
+from src.jacobians import gram, gram_matrix
 from src.models import build_model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -18,14 +18,12 @@ def explicit(jacobians):
 
 
 def plan_of(net, images, memory_mb):
-    return gram_plan.make_plan(net, images, logits, torch.zeros(len(images)), memory_mb)
+    return gram.make_plan(net, images, logits, torch.zeros(len(images)), memory_mb)
 
 
 def keep_all_as(form, monkeypatch):
     """Have every layer that has a choice kept as rows, or as factors."""
-    monkeypatch.setattr(
-        gram_plan, "prefers_factors", lambda shape, *_: form == "factors" and shape.factors is not None
-    )
+    monkeypatch.setattr(gram, "prefers_factors", lambda shape, *_: form == "factors" and shape.factors is not None)
 
 
 def images_like(count, *shape):
@@ -108,12 +106,12 @@ def test_layers_are_kept_in_the_cheaper_form():
     """resnet18 with 100 classes: few positions make factors cheap, few channels make rows cheap."""
     with torch.device("meta"):
         shapes = {
-            "early": gram_plan.Shape("early", 64 * 576, (64, 576, 1024, 65536)),
-            "late": gram_plan.Shape("late", 512 * 4608, (512, 4608, 16, 8192)),
-            "head": gram_plan.Shape("head", 100 * 512, (100, 512, 1, 512)),
+            "early": gram.Shape("early", 64 * 576, (64, 576, 1024, 65536)),
+            "late": gram.Shape("late", 512 * 4608, (512, 4608, 16, 8192)),
+            "head": gram.Shape("head", 100 * 512, (100, 512, 1, 512)),
         }
     for n in (4, 50):
-        chosen = {key for key, shape in shapes.items() if gram_plan.prefers_factors(shape, 100, n, 0.0)}
+        chosen = {key for key, shape in shapes.items() if gram.prefers_factors(shape, 100, n, 0.0)}
         assert chosen == {"late", "head"}
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from src import devices
 from src.jacobians import OutputVariances, Posterior, Rotated, plain_kind, register_kind
-from src.jacobians.kinds import KINDS
+from src.jacobians.layer_rules import KINDS
 from src.models import build_model
-from src.models.frn import FilterResponseNorm
+from src.models.resnet_frn import FilterResponseNorm
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 

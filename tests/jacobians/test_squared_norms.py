@@ -6,8 +6,7 @@ from jacobian_networks import NETWORKS, images_and_labels, logits, loop_norms, l
 from torch import nn
 
 from src.jacobians import SquaredNorms
-from src.jacobians.contract import outer_gradients, outer_squares, prefers_pairs
-from src.jacobians.kinds import KINDS
+from src.jacobians.layer_rules import KINDS, outer_gradients, outer_squares, prefers_pairs
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 

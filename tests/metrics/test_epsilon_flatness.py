@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from flatness_ground import batches, examples, linear_model, small_network
 from torch import nn
 
-from src.metrics.epsilon_flatness import epsilon_flatness
+from src.metrics.flatness import epsilon_flatness
 
 
 def loop(net, images, labels, rho=0.05):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from flatness_ground import batches, examples, linear_model, small_network
 from torch import nn
 
-from src.metrics.input_curvature import input_curvature
+from src.metrics.flatness import input_curvature
 
 
 def loop(net, images, labels, h=3.0):

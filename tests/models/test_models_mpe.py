@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from src.errors import FlagError
 from src.models import build_model
-from src.models.frn import FilterResponseNorm
-from src.models.resnet_frn import FRNBlock, build_resnet_frn
+from src.models.resnet_frn import FilterResponseNorm, FRNBlock, build_resnet_frn
 
 
 def test_layers_of_cnn_deepobs_are_the_published_ones():

@@ -14,7 +14,7 @@ from mpe.predictions import predict
 from src.errors import FlagError
 from src.jacobians import OutputVariances
 from src.models import build_model
-from src.models.frn import FilterResponseNorm
+from src.models.resnet_frn import FilterResponseNorm
 
 pytest.importorskip("laplace")
 

@@ -6,14 +6,15 @@ from matplotlib.collections import PathCollection
 from scipy.stats import pearsonr, spearmanr
 
 from mpe.correlation import Correlation, correlation_intervals, correlation_text
-from mpe.figure_parts import Decimals, place_labels
 from mpe.plots import (
+    Decimals,
     LeaveClassOut,
     evolving,
     loco,
     loo_iterations,
     loo_l2reg,
     moving_average,
+    place_labels,
     ranked_bins,
     validation,
 )

@@ -34,7 +34,7 @@ def stopped(monkeypatch, at):
         return rate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpe.retraining_run.rate", stop)
+        patch.setattr("mpe.retraining.rate", stop)
         with pytest.raises(StoppedError):
             yield
 
@@ -43,7 +43,7 @@ def stopped(monkeypatch, at):
 def untrained(monkeypatch):
     """Let a run stop with an error if it trains at all."""
     with monkeypatch.context() as patch:
-        patch.setattr("mpe.retraining_run.rate", None)
+        patch.setattr("mpe.retraining.rate", None)
         yield
 
 

@@ -14,9 +14,8 @@ from PIL import Image
 from refusals import FILE, FLAG, refuse, spoilt
 from support import folders, succeed
 
-from src.curvature.density import width
-from src.curvature.hessian_groups import Measured, SpectrumGroup, csv_table, markdown_table
-from src.curvature.hessian_plots import FLOOR, spectrum_figure
+from src.curvature.hessian_files import Measured, SpectrumGroup, csv_table, markdown_table, width
+from src.curvature.plots import FLOOR, spectrum_figure
 
 SCRIPT = "plot_hessian.py"
 

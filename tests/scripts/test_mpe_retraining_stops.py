@@ -26,11 +26,10 @@ from support import call, succeed
 
 import mpe.l2_selection
 import mpe.retraining
-import mpe.retraining_run
 from mpe.estimates import loo_losses
 from mpe.experiment import Experiment
+from mpe.retraining import one_epoch
 from mpe.retraining_files import RetrainingFiles
-from mpe.retraining_run import one_epoch
 from src.artifacts import write_pickle
 from src.datasets import load_dataset
 
@@ -51,7 +50,7 @@ class Stop:
 
     def __init__(self, monkeypatch, epochs):
         self.left = epochs
-        monkeypatch.setattr(mpe.retraining_run, "one_epoch", self)
+        monkeypatch.setattr(mpe.retraining, "one_epoch", self)
         monkeypatch.setattr(
             mpe.retraining, "RetrainingFiles", lambda folder, key, seconds: RetrainingFiles(folder, key, 0.0)
         )

@@ -135,10 +135,10 @@ PLOTTING = [
     "src.metrics.plots",
     "src.metrics.image_plots",
     "src.coresets.plots",
-    "src.curvature.hessian_plots",
-    "src.curvature.ntk_plots",
+    "src.curvature.plots",
+    "src.curvature.plots",
     "mpe.plots",
-    "mpe.figure_parts",
+    "mpe.plots",
 ]
 
 # What a notebook hands to the processes that it starts, and a back end that is installed nowhere.

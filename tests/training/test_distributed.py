@@ -77,8 +77,8 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from dataclasses import replace
 from src.datasets import Batches, load_dataset
 from src.models import build_model
-from src.training import Group, Trainer, TrainingConfig
-group = Group.from_environment()
+from src.training import ProcessGroup, Trainer, TrainingConfig
+group = ProcessGroup.from_environment()
 group.start(torch.device("cpu"))
 train, test = load_dataset("npz:" + sys.argv[1], "unused")
 norm = train.entry.normalisations["samis"]

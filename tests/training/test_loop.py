@@ -9,7 +9,7 @@ from torch import nn
 
 from src.errors import FlagError, TrainingError
 from src.optimizers import rate
-from src.training import Group
+from src.training import ProcessGroup
 
 
 def plain_epochs(trainer, model, step):
@@ -161,7 +161,7 @@ def test_a_last_batch_of_one_is_refused_where_batchnorm_cannot_take_it(make_trai
 
 def test_a_last_batch_that_leaves_a_process_one_example_is_refused(make_trainer, digits):
     trainer = make_trainer(train=digits[0].subset(torch.arange(67)), epochs=1)  # 64 and 3: shares of 2 and 1
-    trainer.model, trainer.group = OnePixel(), Group(rank=0, world=2)
+    trainer.model, trainer.group = OnePixel(), ProcessGroup(rank=0, world=2)
     with pytest.raises(FlagError, match="batch_size: 67 examples leave a last batch of one for a process"):
         trainer._check_last_batch()
     trainer.sync_batchnorm = True

@@ -14,7 +14,7 @@ from training_tools import assert_same, weights_of
 
 from src.errors import FileError, FlagError
 from src.optimizers import build_optimizer
-from src.training import Group, RunFiles, Trainer, TrainingConfig, run_training
+from src.training import ProcessGroup, RunFiles, Trainer, TrainingConfig, run_training
 
 DOUBLE = {"dropout": 0.0, "dtype": torch.float64, "precision": "fp64"}
 
@@ -166,7 +166,7 @@ def test_a_plan_is_told_which_sizes_fit(make_trainer):
     assert trainer._fits(65)  # its BatchNorm sees 8x8 values of a single example
     trainer.model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
     for world, sync, misfits in ((1, False, [1]), (2, False, [1, 2, 3]), (2, True, [1])):
-        trainer.group, trainer.sync_batchnorm = Group(rank=world - 1, world=world), sync
+        trainer.group, trainer.sync_batchnorm = ProcessGroup(rank=world - 1, world=world), sync
         assert [last for last in range(64) if not trainer._fits(128 + last)] == misfits
         assert [count for count in range(1, 64) if not trainer._fits(count)] == misfits
 
@@ -212,10 +212,10 @@ def test_a_positive_weight_is_divided_by_as_it_is(make_trainer):
 WORKER = """
 import sys, torch
 sys.path[:0] = [{root!r}]
-from src.coresets.infobatch_dynamic import InfoBatchPlan
+from src.coresets.infobatch import InfoBatchPlan
 from src.datasets import Batches, load_dataset
 from src.models import build_model
-from src.training import Group, Trainer, TrainingConfig
+from src.training import ProcessGroup, Trainer, TrainingConfig
 
 def train(group, blobs, planned):
     data, test = load_dataset("npz:" + blobs, "unused")
@@ -232,7 +232,7 @@ def train(group, blobs, planned):
     return {{"model": trainer.model.state_dict(), "history": trainer.history, "losses": plan.losses}}
 
 if __name__ == "__main__":
-    group = Group.from_environment()
+    group = ProcessGroup.from_environment()
     group.start(torch.device("cpu"))
     results = [train(group, sys.argv[1], planned) for planned in (True, False)]
     torch.save(results, sys.argv[2] + str(group.rank))
@@ -255,7 +255,7 @@ def test_two_processes_equal_one_under_a_plan_and_with_batches_without_weight(tm
     ranks = [torch.load(tmp_path / f"two{rank}", weights_only=True) for rank in (0, 1)]
     assert torch.equal(ranks[0][0]["losses"], ranks[1][0]["losses"])
     for planned, two in zip((True, False), ranks[0], strict=True):
-        one = names["train"](Group(), str(blobs), planned)
+        one = names["train"](ProcessGroup(), str(blobs), planned)
         for name, value in one["model"].items():
             torch.testing.assert_close(value, two["model"][name], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-10, atol=1e-12)

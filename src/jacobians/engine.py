@@ -1,29 +1,135 @@
-"""Routing: per-example gradients of a whole network, part by part; captured modules, the fallback, nothing left out.
+"""Per-example gradients of a whole model, parameter by parameter: captured layers, the fallback, nothing left out.
 
-Each parameter takes one of three routes, found anew for every batch:
-- *captured*: one recorded call of one module holds all its uses; contracted without forming its gradient
-  where that is possible;
-- *summed*: several recorded calls (a module called twice, modules that share a weight): the calls' gradients are
+Each parameter takes one of three routes, chosen for every batch:
+- *captured*: one recorded call of one layer contains all its uses; contracted without forming its gradient where that
+  is possible;
+- *summed*: several recorded calls (a layer called twice, layers that share a weight): the gradients of the calls are
   added per example, then used;
-- *fallback*: everything else (`src.jacobians.fallback`).
-That a record holds all uses is read off the autograd graph; that a module's first axis counts independent examples
+- *fallback*: everything else, by `vmap` over examples, exact for any parameter.
+That a record contains all uses is read off the autograd graph; that a layer's first axis counts independent examples
 is tried once, on a few examples.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src.devices import keep_freed_blocks
-from src.jacobians.capture import Capture, Record, graph_uses
-from src.jacobians.fallback import ExampleGradients, Quantities, as_rows
-from src.jacobians.independence import mixture, refuse_mixing, scales_by_example
-from src.jacobians.kinds import KINDS
+from src.jacobians.capture import Capture, Record, graph_uses, mixture, refuse_mixing, scales_by_example
+from src.jacobians.layer_rules import KINDS, weighted_squares
 from src.models.modes import evaluating
+
+logger = logging.getLogger(__name__)
+
+Quantities = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone."""
+
+
+def as_rows(quantities: Tensor) -> Tensor:
+    """Quantities (b,) or (q, b) as (q, b)."""
+    return quantities.unsqueeze(0) if quantities.ndim == 1 else quantities
+
+
+class ExampleGradients:
+    """Per-example gradients of any parameters of a model.
+
+    Args:
+        model: the network, in the mode in which it is to be differentiated.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._vectorised = True  # until the model turns out not to be
+
+    def __call__(
+        self, names: Sequence[str], images: Tensor, targets: Tensor, quantities: Quantities, chunk: int
+    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Gradients of the named parameters, a chunk of examples at a time.
+
+        Args:
+            names: parameters, by their (first) name in the model.
+            images: (b, ...) inputs.
+            targets: (b, ...) what ``quantities`` takes beside the outputs.
+            quantities: see `Quantities`.
+            chunk: examples at once.
+
+        Yields:
+            The slice of examples, and per name a tensor (q, chunk, *shape).
+        """
+        for start in range(0, images.shape[0], chunk):
+            part = slice(start, min(start + chunk, images.shape[0]))
+            # a copy each time: the network may work on its input in place
+            found = self._try_vectorised(names, images[part].clone(), targets[part], quantities)
+            if found is None:
+                found = _one_by_one(self.model, names, images[part].clone(), targets[part], quantities)
+            yield part, found
+
+    def _try_vectorised(
+        self, names: Sequence[str], images: Tensor, targets: Tensor, quantities: Quantities
+    ) -> dict[str, Tensor] | None:
+        if not self._vectorised:
+            return None
+        try:
+            return _vectorised(self.model, names, images, targets, quantities)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            # what vmap does not know raises these; one by one is exact, too, and raises a network's own errors again
+            logger.warning(
+                "%s cannot be vectorised over examples, which are now taken one by one (slow): %.160s",
+                type(self.model).__name__,
+                str(error).strip().splitlines()[0],
+            )
+            self._vectorised = False
+            return None
+
+
+def _vectorised(
+    model: nn.Module, names: Sequence[str], images: Tensor, targets: Tensor, quantities: Quantities
+) -> dict[str, Tensor]:
+    constants = {name: p.detach() for name, p in model.named_parameters()}
+    values = {name: constants[name] for name in names}
+
+    def single(image: Tensor, target: Tensor) -> dict[str, Tensor]:
+        def rows(chosen: dict[str, Tensor]) -> Tensor:
+            outputs = functional_call(model, {**constants, **chosen}, (image.unsqueeze(0),))
+            return as_rows(quantities(outputs, target.unsqueeze(0)))[:, 0]  # (q,)
+
+        primals, pull = vjp(rows, values)
+        units = torch.eye(len(primals), dtype=primals.dtype, device=primals.device)
+        pulled = [pull(unit)[0] for unit in units]
+        return {name: torch.stack([gradients[name] for gradients in pulled]) for name in names}
+
+    # plain attention: the fused kernels have no batching rule
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        found = vmap(single)(images, targets)  # (b, q, *shape); gradients that are equal for all are spread over b
+    return {name: gradients.transpose(0, 1) for name, gradients in found.items()}
+
+
+def _one_by_one(
+    model: nn.Module, names: Sequence[str], images: Tensor, targets: Tensor, quantities: Quantities
+) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name] for name in names]
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for image, target in zip(images.split(1), targets.split(1), strict=True):
+        rows = as_rows(quantities(model(image), target))[:, 0]
+        per_row = []
+        for q, row in enumerate(rows):
+            gradients = torch.autograd.grad(row, chosen, retain_graph=q + 1 < len(rows), allow_unused=True)
+            per_row.append([torch.zeros_like(p) if g is None else g for p, g in zip(chosen, gradients, strict=True)])
+        for name, *stacked in zip(names, *per_row, strict=True):
+            found[name].append(torch.stack(stacked))
+    return {name: torch.stack(parts, dim=1) for name, parts in found.items()}
+
 
 CAPTURED, SUMMED, FALLBACK = "captured", "summed", "fallback"
 
@@ -283,3 +389,69 @@ class Routing(ABC):
                 for name, gradients in found.items():
                     self.take_gradients(name, gradients, part)
         return names
+
+
+Weighting = Callable[[str, Tensor], Tensor] | None
+"""(name in the model, parameter) -> weights S of the parameter's shape; None stands for ones."""
+
+
+class SquaredNorms(Routing):
+    """Context manager that computes ``sum over parameters of S * grad_i^2`` for each example i.
+
+    See `Routing` for its arguments, for what it does to the model, and for what it raises.
+    """
+
+    def __call__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        quantities: Quantities,
+        weightings: Sequence[Weighting] = (None,),
+    ) -> tuple[Tensor, Tensor]:
+        """Squared norms of one batch.
+
+        Args:
+            images: (b, ...) inputs.
+            targets: (b, ...) what ``quantities`` takes beside the outputs, labels for a loss.
+            quantities: (outputs, targets) -> (b,) or (q, b) values to differentiate.
+            weightings: f families of weights that share every per-example gradient.
+
+        Returns:
+            (f, q, b) float64 squared norms, and the model's outputs without their graph.
+
+        Raises:
+            ValueError: a BatchNorm would use statistics of the batch, the model mixes the examples of a batch, or the
+                quantities have no gradient.
+        """
+        self._weightings = weightings
+        outputs = self.run(images, targets, quantities)
+        return self._norms, outputs
+
+    def begin(self, rows: Tensor) -> None:
+        """See `Routing`."""
+        self._norms = torch.zeros(len(self._weightings), *rows.shape, dtype=torch.float64, device=rows.device)
+        self._weights: dict[str, Tensor] = {}  # of the module at hand
+        self._latest: Record | None = None
+
+    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+        """See `Routing`."""
+        if record is not self._latest:
+            self._weights.clear()
+            self._latest = record
+        weights = {local: self._weight(name) for local, name in names.items()}
+        squares = record.kind.squares(record.module, record.inputs[part], record.gradient[:, part], weights)
+        self._norms[:, :, part] += squares
+
+    def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
+        """See `Routing`."""
+        self._norms[:, :, part] += weighted_squares(gradients, self._weight(name))
+
+    def _weight(self, name: str) -> Tensor | None:
+        """The families' weights of one parameter, (f, *shape), or None if all are ones."""
+        if all(weighting is None for weighting in self._weightings):
+            return None
+        if name not in self._weights:
+            p = self._parameters[name].detach()
+            families = [torch.ones_like(p) if w is None else w(name, p).to(p) for w in self._weightings]
+            self._weights[name] = torch.stack(families)
+        return self._weights[name]

@@ -1,20 +1,59 @@
-"""Contract: per-example gradients of one module, squared, weighted and summed as soon as they exist.
+"""How each kind of layer turns its inputs and output gradients into per-example gradients.
 
 Letters: q quantities (the loss: one; the logits: one per class), b examples, n groups, o outputs and k inputs of a
 group, t positions (pixels, tokens), f families of weights. A weight's gradient is ``G = sum_t g_t a_t^T``.
 
-Each kind of module has two functions: `squares` (what the engine wants) and `gradients` (the same gradients in
-full, for parameters whose parts must be added up before squaring). Where the weight's gradient is that sum of outer
-products, the kind also says how to bring ``a`` and ``g`` into one form (`Outer`), which posteriors and curvatures
-use.
+Each kind of layer has two functions: `squares` (what the engine wants) and `gradients` (the same gradients in full,
+for parameters whose parts must be added up before squaring). Where the weight's gradient is a sum of outer products,
+the kind also brings ``a`` and ``g`` into one form (`Outer`), which posteriors and curvatures use. Normalization
+layers have one or two parameters per channel, so their per-example gradients are formed in full. A layer type without
+a rule goes through the exact fallback of `src.jacobians.engine`.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from src.models.resnet_frn import FilterResponseNorm
+
+Maps = Callable[..., tuple[Tensor, ...]]
+"""(g, *constants) -> gradients, where g and they are (q, b, ...) and the constants, tensors or not, have no rows."""
+
+
+class _AllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(maps: Maps, g: Tensor, *constants: object) -> tuple[Tensor, ...]:
+        return tuple(found[0] for found in maps(g.unsqueeze(0), *constants))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        pass  # a second derivative is never asked for
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, maps: Maps, g: Tensor, *constants: object) -> tuple[tuple, tuple]:
+        found = maps(g.movedim(in_dims[1], 0), *constants)
+        return found, (0,) * len(found)
+
+
+def all_rows(maps: Maps, g: Tensor, *constants: object) -> tuple[Tensor, ...]:
+    """Apply ``maps`` to all rows that `vmap` carries along, (q, b, ...), or to the one there is, (1, b, ...).
+
+    The batching rules of many operations copy once for each row what is the same for all, or lose the layout.
+
+    Args:
+        maps: see `Maps`.
+        g: (b, ...) gradients, as a `torch.autograd.Function` is given them.
+        constants: the same for all rows.
+
+    Returns:
+        What ``maps`` returns, without the axis of rows.
+    """
+    return _AllRows.apply(maps, g, *constants)
+
 
 Weights = Mapping[str, Tensor | None]
 
@@ -246,3 +285,164 @@ LINEAR = _outer_kind(
 CONVOLUTION = _outer_kind(
     Outer(conv_inputs, conv_outputs, conv_rows, conv_in_row_order), lambda module, a: a.ndim == 4
 )
+
+
+Gradients = Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
+
+
+def plain_kind(
+    parameters: Collection[str], gradients: Gradients, fits: Callable[[nn.Module, Tensor], bool] | None = None
+) -> Kind:
+    """A kind from nothing but its gradients, for modules whose parameters are few.
+
+    Args:
+        parameters: names of all parameters that the module may have.
+        gradients: (module, a, g, names) -> per name (q, b, *shape of the parameter).
+        fits: (module, a) -> whether ``gradients`` covers inputs of this shape; default always.
+    """
+
+    def squares(module: nn.Module, a: Tensor, g: Tensor, weights: Weights) -> Tensor:
+        found = gradients(module, a, g, list(weights))
+        return sum(weighted_squares(found[name], weights[name]) for name in weights)
+
+    return Kind(frozenset(parameters), fits or (lambda module, a: True), squares, gradients, _bytes_per_example)
+
+
+def _bytes_per_example(module: nn.Module, a: Tensor, g: Tensor) -> int:
+    return a.element_size() * (2 + g.shape[0]) * a[0].numel()
+
+
+def _over_positions(products: Tensor) -> Tensor:
+    """(q, b, c, ...) summed over all axes behind the channels: (q, b, c)."""
+    return products.reshape(*products.shape[:3], -1).sum(-1)
+
+
+def batchnorm_gradients(module: nn.BatchNorm2d, a: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Scale: ``sum_t g * xhat``, shift: ``sum_t g``, with xhat from the running statistics; each (q, b, c)."""
+    found = {}
+    if "weight" in names:
+        shape = (1, -1) + (1,) * (a.ndim - 2)
+        deviation = (module.running_var + module.eps).sqrt().view(shape)
+        found["weight"] = _over_positions(g * ((a - module.running_mean.view(shape)) / deviation))
+    if "bias" in names:
+        found["bias"] = _over_positions(g)
+    return found
+
+
+def layernorm_gradients(module: nn.LayerNorm, a: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Scale: ``sum_t g * xhat``, shift: ``sum_t g``, over the positions t in front of the normalised axes."""
+    shape = tuple(module.normalized_shape)
+
+    def over_positions(products: Tensor) -> Tensor:
+        return products.reshape(*products.shape[:2], -1, *shape).sum(2)
+
+    found = {}
+    if "weight" in names:
+        found["weight"] = over_positions(g * F.layer_norm(a, shape, eps=module.eps))
+    if "bias" in names:
+        found["bias"] = over_positions(g)
+    return found
+
+
+def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes back from the output of filter response normalisation, in few passes over the maps.
+
+    With ``z = max(gamma * xhat + beta, tau)``, ``xhat = x * r``, ``r = 1 / sqrt(mean x^2 + eps)`` and the mask m of
+    the maximum (1 where the first is the larger, 1/2 where both are equal, as autograd has it):
+    ``sum_t g m xhat`` for gamma, ``sum_t g m`` for beta, ``sum_t g (1 - m)`` for tau, and
+    ``gamma * r * (g m - xhat * mean(g m xhat))`` for x.
+
+    Source: Singh and Krishnan 2020, "Filter Response Normalization Layer", Eqs. 1-3.
+
+    Args:
+        g: (q, b, c, h, w).
+        xhat: (b, c, h, w).
+        mask: (b, c, h, w).
+        scale: (b, c, 1, 1), ``gamma * r``.
+
+    Returns:
+        (q, b, c, h, w) for x, and (q, b, 3, c) for gamma, beta and tau.
+    """
+    factors = torch.stack([mask * xhat, mask, 1 - mask], dim=2).flatten(3)  # (b, c, 3, t)
+    sums = (factors @ g.flatten(3).permute(1, 2, 3, 0)).permute(3, 0, 2, 1)  # (q, b, 3, c)
+    means = (sums[:, :, 0] / factors.shape[-1])[..., None, None] * scale
+    return (g * (mask * scale)).addcmul_(xhat, means, value=-1), sums
+
+
+class _FilterResponse(torch.autograd.Function):
+    """Filter response normalisation with a short way back: autograd's own takes some fifteen passes over the maps.
+
+    The parameters come as (b, 3, c), a copy for each example, so their gradients are per example. The tensors that
+    the way back needs are its own: what becomes of x afterwards does not matter.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, parameters: Tensor, output: Tensor, eps: float) -> Tensor:
+        gamma, beta, tau = parameters[..., None, None].unbind(1)  # (b, c, 1, 1)
+        inverse = (a.square().mean((2, 3), keepdim=True) + eps).rsqrt()
+        scale = gamma * inverse
+        above = (a * scale).add_(beta).sub_(tau)  # rounded as the module rounds it: what is equal there is equal here
+        mask = above.sign_().add_(1).mul_(0.5)
+        ctx.constants = a * inverse, mask, scale
+        return output.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *all_rows(_filter_response_maps, g, *ctx.constants), None, None
+
+
+def filter_response_tap(module: FilterResponseNorm, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """See `src.jacobians.layer_rules.Kind.tap`; the gradients that it leads to are (q, b, 3, c)."""
+    parameters = torch.stack([p.flatten() for p in (module.gamma, module.beta, module.tau)])
+    parameters = parameters.expand(len(a), -1, -1)
+    return _FilterResponse.apply(a, parameters, output.detach(), module.eps), parameters
+
+
+def filter_response_gradients(
+    module: FilterResponseNorm, a: Tensor, g: Tensor, names: Collection[str]
+) -> dict[str, Tensor]:
+    """Pick each parameter's (q, b, 1, c, 1, 1) out of the gradients g (q, b, 3, c) at the tap."""
+    found = dict(zip(("gamma", "beta", "tau"), g.unbind(2), strict=True))
+    return {name: found[name].unflatten(2, getattr(module, name).shape) for name in names}
+
+
+def _has_batch(module: nn.Module, a: Tensor) -> bool:
+    return a.ndim >= 2
+
+
+BATCHNORM = plain_kind({"weight", "bias"}, batchnorm_gradients, _has_batch)
+LAYERNORM = plain_kind(
+    {"weight", "bias"}, layernorm_gradients, lambda module, a: a.ndim > len(module.normalized_shape)
+)
+FILTER_RESPONSE_NORM = replace(
+    plain_kind({"tau", "beta", "gamma"}, filter_response_gradients, lambda module, a: a.ndim == 4),
+    tap=filter_response_tap,
+)
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: LINEAR,
+    nn.Conv2d: CONVOLUTION,
+    nn.BatchNorm1d: BATCHNORM,
+    nn.BatchNorm2d: BATCHNORM,
+    nn.BatchNorm3d: BATCHNORM,
+    nn.SyncBatchNorm: BATCHNORM,
+    nn.LayerNorm: LAYERNORM,
+    FilterResponseNorm: FILTER_RESPONSE_NORM,
+}
+
+
+def register_kind(module_type: type[nn.Module], kind: Kind) -> None:
+    """Have modules of exactly this type contracted by a rule of their own instead of the fallback.
+
+    Args:
+        module_type: the module's class; subclasses stay with the fallback.
+        kind: the rule; `src.jacobians.layer_rules.plain_kind` makes one from a function of gradients.
+
+    Raises:
+        ValueError: the type has a rule already.
+    """
+    if KINDS.get(module_type, kind) is not kind:
+        raise ValueError(f"{module_type.__name__} has a contraction rule already")
+    KINDS[module_type] = kind
