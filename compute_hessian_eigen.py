@@ -73,7 +73,7 @@ def main() -> None:
     if args.deactivate_bn:
         log.info("--deactivate_bn: the model has no BatchNorm, so that nobn follows from it without this flag")
     if not args.overwrite and run.files.is_done(run.settings):
-        print("done already, with these settings; --overwrite measures anew")
+        print("done already with these settings; --overwrite measures again")
         run.forget_state()
         try:
             report(run.files.read_record())

@@ -187,7 +187,7 @@ def read_memorization(args: Namespace, dataset: str, labels: np.ndarray) -> Prox
 
 
 def check_target(path: Path, facts: dict, labels: str, overwrite: bool) -> None:
-    """Stop if the seed's file holds scores of other settings or labels."""
+    """Stop if the seed's file has scores made with different settings or labels."""
     from src.metrics.samis import read_seed
 
     if not path.exists() or overwrite:
@@ -195,14 +195,15 @@ def check_target(path: Path, facts: dict, labels: str, overwrite: bool) -> None:
     try:
         content = read_seed(path)
         if "settings" not in content:
-            raise FileError(f"{path}: holds scores of unknown settings; replace them")
+            raise FileError(f"{path}: does not record how its scores were made")
         stored = {**parse_settings(path, content["settings"]), "labels": content["label_hash"]}
         found = differences(stored, {**facts, "labels": labels})
     except FileError as error:
-        raise FileError(f"{error}, with --overwrite") from error
+        raise FileError(f"{error}; give --overwrite to replace the scores") from error
     if found:
         raise FileError(
-            f"{path}: holds scores of other settings: {', '.join(found)}; give --overwrite to replace them"
+            f"{path}: its scores were made with different settings: {', '.join(found)}; "
+            "give --overwrite to replace them"
         )
 
 

@@ -174,32 +174,22 @@ CHAINS = {
         ["fetch_scores.py", "--dataset=digits"],
     ],
     "splits": [
-        [
-            "train_split.py",
-            *DATA,
-            "--model=small_mlp",
-            "--optimizer=sgd",
-            "--samis_validation_split_index=all",
-            "--epochs=1",
-            "--batch_size=128",
-            "--learning_rate=0.1",
-            "--lr_sched=step",
-            "--save_epochs=last",
-            *RUN,
-        ],
-        [
-            "train_split.py",
-            *DATA,
-            "--model=small_mlp",
-            "--optimizer=sam",
-            "--samis_validation_split_index=all",
-            "--epochs=1",
-            "--batch_size=128",
-            "--learning_rate=0.1",
-            "--lr_sched=step",
-            "--save_epochs=last",
-            *RUN,
-        ],
+        *(
+            [
+                "train_split.py",
+                *DATA,
+                "--model=small_mlp",
+                f"--optimizer={optimizer}",
+                "--samis_validation_split_index=all",
+                "--epochs=1",
+                "--batch_size=128",
+                "--learning_rate=0.1",
+                "--lr_sched=step",
+                "--save_epochs=last",
+                *RUN,
+            ]
+            for optimizer in ("sgd", "sam")
+        ),
         [
             "compute_sam_sgd.py",
             *DATA,

@@ -327,7 +327,7 @@ def test_seeds_of_the_papers_code_are_averaged(base):
     np.testing.assert_allclose(scores, (mean - mean.min()) / np.ptp(mean), atol=1e-12)
     refuse("average_scores.py", *averaging(base, "--overwrite", "--modes", "mean_loss"), status=FILE,
            says=("mean_loss",))  # fmt: skip
-    refuse("compute_sam_sgd.py", *scoring(base), status=FILE, says=("unknown settings", "--overwrite"))
+    refuse("compute_sam_sgd.py", *scoring(base), status=FILE, says=("does not record how", "--overwrite"))
     succeed("compute_sam_sgd.py", *scoring(base, "--overwrite"))  # seed 1 is now recorded, seed 2 is not
     done = succeed("average_scores.py", *averaging(base, "--overwrite", *modes))
     assert "averaged with those that do" in done.err
