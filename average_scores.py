@@ -16,12 +16,12 @@ from collections.abc import Sequence
 
 from src.artifacts import score_path
 from src.artifacts.score_files import write_scores
+from src.cli import DATA_FLAGS, Parser, print_next, restrict, run_script, start_logging
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.metrics import MODES, modes_from
 from src.metrics.dynamics_scores import WINDOW, Windows
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import DATA_FLAGS, Parser, print_next, restrict, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number
 
 PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")

@@ -18,7 +18,7 @@ cell; resume states of finished cells are removed.
 import logging
 from argparse import Namespace
 
-from src.scripting import Parser, run_script
+from src.cli import Parser, run_script
 from src.settings import (
     SEED,
     add_compute_flags,

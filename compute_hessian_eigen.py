@@ -19,9 +19,9 @@ import logging
 from argparse import SUPPRESS, Namespace
 from typing import TYPE_CHECKING
 
+from src.cli import Parser, print_next, restrict, run_script, start_logging
 from src.errors import FileError, FlagError
 from src.metrics import Proxy
-from src.scripting import Parser, print_next, restrict, run_script, start_logging
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
 from src.settings.geometry import (
     EIGEN_PRECISIONS,

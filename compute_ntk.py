@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from src.cli import Parser, print_next, restrict, run_script, start_logging
 from src.curvature.choices import CHECKED, NTK_CLASS_NAMES
 from src.datasets import parse_subset
 from src.errors import FlagError
 from src.metrics import MODES, Proxy
 from src.metrics.compare import spearman
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, print_next, restrict, run_script, start_logging
 from src.settings import (
     SEED,
     add_compute_flags,

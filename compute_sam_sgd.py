@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path, score_path
 from src.artifacts.score_files import read_sidecar
+from src.cli import DATA_FLAGS, Parser, print_next, run_script, start_logging
 from src.datasets import load_dataset, parse_subset, validation_indices
+from src.devices import PRECISIONS
 from src.errors import FileError
 from src.metrics import Proxy, find_scores
 from src.metrics.compare import half_overlaps, spearman_test
 from src.models import MODELS
 from src.optimizers import SCHEDULES
-from src.precisions import PRECISIONS
-from src.scripting import DATA_FLAGS, Parser, print_next, run_script, start_logging
 from src.settings import (
     SEED,
     add_compute_flags,

@@ -12,10 +12,10 @@ A file that is there already and is right is skipped; a file that is not the pub
 from pathlib import Path
 
 from src.artifacts import PACKAGED_SCORES
+from src.cli import Parser, print_next, run_script
 from src.errors import FlagError
 from src.metrics import MODES
 from src.metrics.published import BASE_URL, fetch, published_files, published_summary
-from src.scripting import Parser, print_next, run_script
 from src.settings import add_overwrite_flag
 
 

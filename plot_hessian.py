@@ -21,6 +21,7 @@ from src.artifacts import (
     write_json,
     write_text,
 )
+from src.cli import Parser, restrict, run_script, start_logging
 from src.curvature.hessian_files import (
     Measured,
     Query,
@@ -36,7 +37,6 @@ from src.curvature.hessian_files import (
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, file_name, number
 from src.settings.geometry import add_drawn_flags
 

@@ -14,13 +14,13 @@ from argparse import Namespace
 import numpy as np
 
 from src.artifacts import ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
+from src.cli import Parser, run_script, start_logging
 from src.curvature.ntk_files import Velocities, read_all_velocities
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES
 from src.metrics.compare import spearman
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import Parser, run_script, start_logging
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, number
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from src.artifacts import label_hash, save_figure, score_path, write_json, write_text
+from src.cli import Parser, restrict, run_script, start_logging
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES, Proxy, find_scores
 from src.metrics.compare import against_reference, comparison_table
-from src.scripting import Parser, restrict, run_script, start_logging
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, score_folders
 
 log = logging.getLogger("plot_proxies")

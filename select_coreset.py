@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.coresets import METHODS
 from src.errors import FlagError
-from src.scripting import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_augmentation_flags,
     add_compute_flags,

@@ -14,7 +14,7 @@ Reads the data set (downloaded if need be) under --datasets_folder. Writes check
 from argparse import Namespace
 
 from src.artifacts import standard_experiment
-from src.scripting import DATA_FLAGS, Parser, print_next, run_script
+from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -44,7 +44,7 @@ def main() -> None:
     with Session(args) as session:
         experiment = standard_experiment(args.model, session.entry.name, args.optimizer, args.lr_sched)
         history = session.run(experiment, session.train)
-        if session.group.leads:
+        if session.group.is_main_process:
             print(summary(history))
             print(session.files(experiment).checkpoints)
             print_next_step(args, session.entry.name)

@@ -18,7 +18,7 @@ With --selection FILE it trains on a selection of anyone's making.
 from argparse import Namespace
 
 from src.artifacts import sole
-from src.scripting import DATA_FLAGS, Parser, print_next, run_script
+from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -60,7 +60,7 @@ def main() -> None:
 
     with Session(args) as session:
         run = PrunedRun(session, None if args.selection else Choice.of(session), args.selection)
-        if not session.group.leads:
+        if not session.group.is_main_process:
             run.train()
             return
         with sole(run.claim, "training this run"):

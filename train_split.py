@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.artifacts import label_hash, split_experiment
+from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.datasets import validation_indices
 from src.errors import FileError, FlagError
-from src.scripting import DATA_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -74,7 +74,7 @@ def main() -> None:
     with Session(args) as session:
         for index in args.samis_validation_split_index:
             train_one(session, index, skip_done=len(args.samis_validation_split_index) > 1)
-        if session.group.leads:
+        if session.group.is_main_process:
             print_next_step(session)
 
 
@@ -102,11 +102,11 @@ def train_one(session: Session, index: int, skip_done: bool) -> None:
         )
     more = {"validation_split": index, "held_out": label_hash(held_out)}
     if skip_done and session.is_done(experiment, train, more):
-        if session.group.leads:
+        if session.group.is_main_process:
             print(f"split {index}: done already")
         return
     history = session.run(experiment, train, more_settings=more)
-    if session.group.leads:
+    if session.group.is_main_process:
         print(f"split {index}: {summary(history)}")
         print(session.files(experiment).checkpoints)
 

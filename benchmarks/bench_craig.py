@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.bench_memory import peak
 from benchmarks.common import Row, in_fresh_process, in_turn, run
-from src import draws
+from src import rng
 from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
 from src.coresets.material import LastLayer
 
@@ -97,13 +97,13 @@ def plain_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarra
 
 def our_choice(network: LastLayer, budget: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
     """Our picks and weights."""
-    return choose_weighted(Distances.of(network), budget, memory, draws.numpy_generator(1, 0, "craig"))
+    return choose_weighted(Distances.of(network), budget, memory, rng.numpy_generator(1, 0, "craig"))
 
 
 def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
     """The picks and weights by the way of large groups with few pairs."""
     distances, count = Distances.of(network), len(network.labels)
-    generator = draws.numpy_generator(1, 0, "craig")
+    generator = rng.numpy_generator(1, 0, "craig")
     sample = np.sort(generator.choice(count, count // SAMPLED, replace=False))
     picks = np.sort(greedy_by_sample(distances, budget, sample, count**2 // KEPT, generator))
     return picks, weigh(distances, picks)

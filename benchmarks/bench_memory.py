@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import Row, in_fresh_process, run
 from src.datasets import Batches, load_dataset
-from src.devices import prepare
+from src.devices import PRECISIONS, prepare
 from src.models import build_model
-from src.precisions import PRECISIONS
 from src.training import Trainer, TrainingConfig
 
 BATCH, SIZE = 128, 32

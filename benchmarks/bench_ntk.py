@@ -21,9 +21,8 @@ from torch.func import functional_call, jacrev, vmap
 from benchmarks.bench_memory import peak
 from benchmarks.common import Row, in_fresh_process, in_turn, run
 from src.curvature.ntk import ntk_kernel
-from src.devices import prepare
+from src.devices import PRECISIONS, prepare
 from src.models import build_model
-from src.precisions import PRECISIONS
 
 CASES = {"large_mlp": (1, 28, 10, 50, 200.0), "lenet": (1, 28, 10, 50, None), "resnet18": (3, 32, 10, 4, 1.5)}
 QUICK = {"small_mlp": (1, 8, 3, 4, None)}

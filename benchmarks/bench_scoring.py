@@ -19,10 +19,9 @@ from torch import nn
 
 from benchmarks.common import PlainImages, Row, in_turn, random_images, run
 from src.datasets import Batches
-from src.devices import prepare
+from src.devices import PRECISIONS, prepare
 from src.metrics.pairs import score_pair
 from src.models import MODELS, build_model
-from src.precisions import PRECISIONS
 
 BATCH = 512
 

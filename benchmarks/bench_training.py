@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import PlainImages, Row, in_fresh_process, random_images, run
 from src.datasets import Batches, lookup
-from src.devices import prepare
+from src.devices import PRECISIONS, prepare
 from src.models import MODELS, build_model
-from src.precisions import PRECISIONS
 from src.training import Dynamics, Trainer, TrainingConfig
 
 RATE, MOMENTUM = 0.1, 0.9

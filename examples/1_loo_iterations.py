@@ -22,8 +22,8 @@ from mpe.choices import STRUCTURES
 from mpe.results import Result
 from src.artifacts import label_hash, score_path
 from src.artifacts.score_files import refuse_other_scores
+from src.cli import Parser, print_next, restrict, run_script, start_logging
 from src.errors import FlagError
-from src.scripting import Parser, print_next, restrict, run_script, start_logging
 from src.settings import add_experiment_flags, add_folder_flags, add_laplace_flags, number
 
 log = logging.getLogger("1_loo_iterations")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from mpe.results import Result
-from src.scripting import Parser, print_next, run_script, start_logging
+from src.cli import Parser, print_next, run_script, start_logging
 from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags
 
 DEFAULTS = {

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 from mpe.results import StoredResult
 from src.artifacts import save_figure
-from src.scripting import Parser, run_script, start_logging
+from src.cli import Parser, run_script, start_logging
 from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")

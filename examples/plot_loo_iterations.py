@@ -18,7 +18,7 @@ import numpy as np
 
 from mpe.results import StoredResult
 from src.artifacts import save_figure
-from src.scripting import Parser, run_script, start_logging
+from src.cli import Parser, run_script, start_logging
 from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 

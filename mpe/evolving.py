@@ -11,8 +11,8 @@ from mpe.estimates import estimate, sampled_errors, sensitivity
 from mpe.loo_iterations import forms_of
 from mpe.predictions import Predictions
 from mpe.results import Result
-from src.draws import generator
 from src.errors import FileError, FlagError
+from src.rng import generator
 from src.training import Trainer
 
 log = logging.getLogger(__name__)

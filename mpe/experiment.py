@@ -25,11 +25,10 @@ from src.artifacts import (
     without_idle,
 )
 from src.datasets import Batches, ImageSet, load_dataset, parse_subset
-from src.devices import prepare, resolve_device
+from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FlagError
 from src.jacobians import OutputVariances, Posterior
 from src.models import MODELS, build_model
-from src.precisions import PRECISIONS
 from src.training import (
     RunFiles,
     Trainer,

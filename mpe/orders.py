@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpe.choices import SHUFFLES
-from src import draws
+from src import rng
 
 PASSES_BEFORE = 6
 """Passes over loaders before the first retraining of the papers' scripts, each of which draws one number: training
@@ -126,9 +126,9 @@ def shuffle_seeds(
     if shuffle not in SHUFFLES:
         raise ValueError(f"shuffle {shuffle!r} is not one of {', '.join(SHUFFLES)}")
     if shuffle == "shared":
-        return [draws.derived_seed(seed, 0, "retraining, shared")] * len(removed)
+        return [rng.derived_seed(seed, 0, "retraining, shared")] * len(removed)
     if shuffle == "seeded":
-        return [draws.derived_seed(seed, 0, f"retraining without {','.join(map(str, left))}") for left in removed]
+        return [rng.derived_seed(seed, 0, f"retraining without {','.join(map(str, left))}") for left in removed]
     if replay is None:
         raise ValueError("the replay of shuffles needs the generator at the first retraining")
     sequence, first = replay.clone_state(), replay.clone_state()

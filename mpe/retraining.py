@@ -15,9 +15,9 @@ from tqdm import tqdm
 from mpe.orders import Orders, as_positions, own_orders, seeded_permutation, shared_orders, shuffle_seeds
 from mpe.retraining_files import RetrainingFiles
 from src.artifacts import sole
-from src.draws import derived_seed
 from src.errors import TrainingError
 from src.optimizers import rate
+from src.rng import derived_seed
 from src.training.ensemble import Ensemble, vectorised_is_faster
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,6 @@
-"""Where and how precisely to compute: devices, precisions, determinism. Scripts call this once, at their start."""
+"""Where and how precisely to compute: devices, precisions, determinism."""
+
+from __future__ import annotations
 
 import ctypes
 import logging
@@ -7,14 +9,53 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from src.errors import ArgumentError
-from src.precisions import Precision
+from src.lazy import torch
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the network computes.
+
+    Attributes:
+        name: The name of the flag's choice.
+        weights: The type of the weights and inputs, a name in torch.
+        products: The type of matrix products and convolutions, or None for ``weights``.
+        tf32: Whether an NVIDIA GPU may round the inputs of float32 products to TF32.
+        note: One line for the help text.
+    """
+
+    name: str
+    weights: str = "float32"
+    products: str | None = None
+    tf32: bool = False
+    note: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights and inputs."""
+        return getattr(torch, self.weights)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type of matrix products and convolutions, or None for ``dtype``."""
+        return self.products and getattr(torch, self.products)
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", note="float32"),
+        Precision("tf32", tf32=True, note="float32 with TF32 products on NVIDIA GPUs"),
+        Precision("bf16", products="bfloat16", note="float32 weights, bfloat16 products"),
+        Precision("fp64", weights="float64", note="float64, for checks"),
+    )
+}
 
 
 def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
@@ -94,7 +135,7 @@ def keep_freed_blocks() -> float:
 
 
 @contextmanager
-def computing(device: torch.device, precision: Precision) -> Iterator[None]:
+def autocast_context(device: torch.device, precision: Precision) -> Iterator[None]:
     """The context in which a forward pass runs under ``precision``."""
     if precision.autocast is None:
         yield

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 def lazy_names(package: str, **modules: Sequence[str]) -> Callable[[str], Any]:
@@ -32,3 +32,22 @@ def later(module: str, name: str, *first: Any) -> Callable[..., Any]:
         return getattr(import_module(module), name)(*first, *args, **kwargs)
 
     return call
+
+
+class _Module:
+    """A stand-in for a module, which imports it when one of its attributes is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(import_module(self._name), attribute)
+        if not attribute.startswith("__"):
+            setattr(self, attribute, value)
+        return value
+
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = _Module("torch")

@@ -18,8 +18,9 @@ from src.artifacts import (
     require_writable,
     resume_folder,
 )
+from src.cli import start_logging
 from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, load_dataset, parse_subset
-from src.devices import prepare, resolve_device
+from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FileError, FlagError
 from src.metrics.end_of_training import (
     has_end_of_training_scores,
@@ -27,8 +28,6 @@ from src.metrics.end_of_training import (
     write_end_of_training_scores,
 )
 from src.models import MODELS, build_model
-from src.precisions import PRECISIONS
-from src.scripting import start_logging
 from src.training import (
     DYNAMICS_FILE,
     Dynamics,
@@ -60,8 +59,8 @@ class Session:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        self.group = ProcessGroup.from_environment() if args.distributed_training else ProcessGroup.alone()
-        start_logging(quiet=not self.group.leads)
+        self.group = ProcessGroup.from_environment() if args.distributed_training else ProcessGroup.local()
+        start_logging(quiet=not self.group.is_main_process)
         if self.group.world > 1 and args.device not in (None, "cpu", "cuda"):
             raise FlagError(f"--device {args.device}: several processes need a GPU each; give cuda or cpu")
         self.device = resolve_device(args.device, self.group.local_rank)
@@ -93,7 +92,7 @@ class Session:
         """The whole training and test part; the leading process loads first, so that data are fetched once."""
         args = self.args
         for turn in (True, False):
-            if self.group.leads == turn:
+            if self.group.is_main_process == turn:
                 parts = load_dataset(
                     args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels
                 )
@@ -145,7 +144,7 @@ class Session:
             The history: one record per epoch.
         """
         args, config = self.args, self.config()
-        if self.group.leads:
+        if self.group.is_main_process:
             start_logging(args.log_folder / experiment / f"seed_{args.seed}.log")
         log.info("%s: %d training and %d test examples", experiment, len(train), len(self.test))
         if MODELS[args.model].pretrain is not None and not args.pretrained:
@@ -153,7 +152,7 @@ class Session:
                 "%s starts from random weights; the SAMIS experiments start from ImageNet weights (--pretrained)",
                 args.model,
             )
-        if args.measure_proxies and self.group.leads:
+        if args.measure_proxies and self.group.is_main_process:
             require_writable(dynamics_folder(args.metrics_folder, experiment, args.seed))
         model = self._model()
         dynamics = Dynamics(train.total, self.entry.num_classes, self.device) if args.measure_proxies else None
@@ -182,7 +181,7 @@ class Session:
             overwrite=args.overwrite,
             save_epochs=args.save_epochs,
         )
-        if dynamics is not None and self.group.leads:
+        if dynamics is not None and self.group.is_main_process:
             folder = dynamics_folder(args.metrics_folder, experiment, args.seed)
             remove_end_of_training_scores(folder)  # an older run's, which would pass for this run's
             dynamics.write(folder / DYNAMICS_FILE, whole_labels, settings)

@@ -9,9 +9,8 @@ from torch import nn
 
 from src.artifacts import experiment_folder, label_hash
 from src.datasets import Batches, ImageSet, load_dataset
-from src.devices import prepare, resolve_device
+from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FileError
-from src.precisions import PRECISIONS
 from src.training import (
     data_facts,
     find_checkpoint,

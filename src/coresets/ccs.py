@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src import draws
+from src import rng
 from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.coresets.ranked import checked_scores
 from src.errors import ArgumentError, FileError
@@ -116,7 +116,7 @@ def ccs(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Op
     if options.ccs_bins < 1:
         raise ArgumentError("ccs_bins", f"{options.ccs_bins}: must be at least 1")
     scores = finite_scores(material, "ccs")
-    generator = draws.numpy_generator(material.seed, 0, "ccs")
+    generator = rng.numpy_generator(material.seed, 0, "ccs")
     picks, capped = [], 0
     for group in groups:
         size = len(group.positions)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from src import draws
+from src import rng
 from src.coresets.material import CandidateGroup, LastLayer, Options, Selection, SelectionInputs
 from src.errors import UserError
 
@@ -432,7 +432,7 @@ def craig(material: SelectionInputs, groups: Sequence[CandidateGroup], options: 
     Raises:
         UserError: A gradient is not finite.
     """
-    generator = draws.numpy_generator(material.seed, 0, "craig")
+    generator = rng.numpy_generator(material.seed, 0, "craig")
     large = [group for group in groups if not fits(len(group.positions), options.selection_memory)]
     if len(large) < len(groups):
         log.info("craig: exact lazy greedy in %d groups", len(groups) - len(large))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src import draws
+from src import rng
 from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.coresets.ranked import checked_scores, keep_by_rank
 from src.errors import ArgumentError
@@ -100,7 +100,7 @@ def dual(material: SelectionInputs, groups: Sequence[CandidateGroup], options: O
         raise ArgumentError("dual_c", f"{options.dual_c}: must be a number above 0")
     predictions = mean_predictions(np.asarray(material.dynamics["probability"]))
     mu = float(predictions[scores == scores.max()].mean())
-    generator = draws.numpy_generator(material.seed, 0, "dual")
+    generator = rng.numpy_generator(material.seed, 0, "dual")
     picks = []
     for group in groups:
         members = group.positions

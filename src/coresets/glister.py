@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from src import draws
+from src import rng
 from src.coresets.budgets import total_budget
 from src.coresets.gradmatch import first_largest
 from src.coresets.last_layer import gradient_sum, products_with
@@ -59,7 +59,7 @@ def glister(material: SelectionInputs, groups: Sequence[CandidateGroup], options
 
 def held_out(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
     """Which candidates are held out, bool ``(n,)``: a tenth of each class, at least 1 where it has 2 or more."""
-    generator = draws.numpy_generator(seed, 0, "glister hold-out")
+    generator = rng.numpy_generator(seed, 0, "glister hold-out")
     held = np.zeros(len(labels), dtype=bool)
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)

@@ -17,7 +17,7 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
-from src import draws
+from src import rng
 from src.coresets.last_layer import gradient_norms, gradient_sum, inner_products, products_with
 from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import ArgumentError, UserError
@@ -50,7 +50,7 @@ def gradmatch(material: SelectionInputs, groups: Sequence[CandidateGroup], optio
     ridge = options.gradmatch_lambda
     if not 0.0 <= ridge < math.inf:
         raise ArgumentError("gradmatch_lambda", f"{ridge}: must be at least 0 and finite")
-    network, generator = material.networks[0], draws.numpy_generator(material.seed, 0, "gradmatch fill")
+    network, generator = material.networks[0], rng.numpy_generator(material.seed, 0, "gradmatch fill")
     picks, weights, filled = [], [], 0
     for group in groups:
         members = network.at(group.positions)

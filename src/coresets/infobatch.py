@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from src import draws
+from src import rng
 from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import ArgumentError, FlagError
 from src.models.restoring import copy_tensor
@@ -69,7 +69,7 @@ def infobatch(material: SelectionInputs, groups: Sequence[CandidateGroup], optio
         options: None is read.
     """
     losses = material.networks[0].losses.cpu().numpy()
-    generator = draws.numpy_generator(material.seed, 0, "infobatch")
+    generator = rng.numpy_generator(material.seed, 0, "infobatch")
     picks, weights, biased = [], [], 0
     for group in groups:
         places, weight = draw(losses[group.positions], group.budget, generator)
@@ -177,7 +177,7 @@ class InfoBatchPlan:
 
     def _draw(self, low: torch.Tensor, kept: int, epoch: int) -> torch.Tensor:
         """``kept`` of the positions ``low``: those of the smallest of one uniform number per original index."""
-        numbers = torch.from_numpy(draws.numpy_generator(self.seed, epoch, "infobatch").random(self._total))
+        numbers = torch.from_numpy(rng.numpy_generator(self.seed, epoch, "infobatch").random(self._total))
         return low[numbers[self._indices[low]].argsort(stable=True)[:kept]]
 
     def record(self, indices: torch.Tensor, losses: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from src import draws
+from src import rng
 from src.coresets.last_layer import gradient_norms
 from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import FileError
@@ -105,7 +105,7 @@ def uniform_choice(
     material: SelectionInputs, groups: Sequence[CandidateGroup], purpose: str = "coreset"
 ) -> list[np.ndarray]:
     """``budget`` positions of each group, drawn uniformly without replacement."""
-    generator = draws.numpy_generator(material.seed, 0, purpose)
+    generator = rng.numpy_generator(material.seed, 0, purpose)
     return [generator.choice(group.positions, group.budget, replace=False) for group in groups]
 
 

@@ -28,7 +28,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from src import draws
+from src import rng
 from src.curvature.choices import OPERATOR_NAMES
 from src.datasets import Batch
 from src.errors import MeasurementError
@@ -198,7 +198,7 @@ class Hessian(CurvatureOperator):
 
     def _ways_agree(self, batch: Batch) -> bool:
         few, labels = batch.images[:_TRIED], batch.labels[:_TRIED]
-        generator = draws.generator(0, 0, "vectors on which products are tried")
+        generator = rng.generator(0, 0, "vectors on which products are tried")
         vectors = torch.randn(2, self.size, generator=generator, dtype=self.dtype).to(self.device)
         expected, other = (self.flatten(self._by_gradients(few, labels, self.unflatten(v))) for v in vectors)
         try:

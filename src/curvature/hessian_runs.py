@@ -35,10 +35,10 @@ from src.curvature.spectrum import DEFLATED, Spectrum, SpectrumRun, SpectrumStat
 from src.datasets import ImageSet, parse_subset
 from src.devices import available_memory
 from src.errors import FileError, FlagError
+from src.formatting import gib
 from src.models import MODELS
 from src.trained import TrainedNetworks
 from src.training import find_checkpoint, only_schedule, training_facts
-from src.words import gib
 
 DEFAULT_MODEL = "resnet50"
 _RUN = r"(?P<model>.+)_over_.+_with_(?P<optimizer>.+)_sched_(?P<lr_sched>.+)"

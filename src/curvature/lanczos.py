@@ -16,7 +16,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 from torch import Tensor
 
-from src import draws
+from src import rng
 from src.curvature.choices import ORDERS
 from src.curvature.hessian import CurvatureOperator, dot
 from src.models.restoring import check_tensor
@@ -265,7 +265,7 @@ class Lanczos:
         if self.basis is None or len(self.basis) == self.operator.size:
             self.exhausted = True
             return
-        generator = draws.generator(self.seed, len(self.alphas), "vector to go on with")
+        generator = rng.generator(self.seed, len(self.alphas), "vector to go on with")
         fresh = torch.randn(self.operator.size, generator=generator, dtype=torch.float64)
         self._current = fresh.to(self.operator.device, self.operator.dtype)
         self.basis.orthogonalise_(self._current)
@@ -314,7 +314,7 @@ class Lanczos:
 
 def rademacher(size: int, seed: int, number: int, purpose: str) -> Tensor:
     """A vector ``(size,)`` of random signs on the CPU, float32, that depends on the arguments alone."""
-    generator = draws.generator(seed, number, purpose)
+    generator = rng.generator(seed, number, purpose)
     return torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8).float().mul_(2).sub_(1)
 
 

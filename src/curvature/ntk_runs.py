@@ -26,9 +26,9 @@ from src.curvature.ntk_files import KernelFiles
 from src.datasets import parse_subset
 from src.devices import available_memory
 from src.errors import FileError, FlagError
+from src.formatting import duration, gib
 from src.trained import TrainedNetworks
 from src.training import only_schedule, training_facts
-from src.words import duration, gib
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from src.curvature.hessian import CurvatureOperator
 from src.datasets import Batch
-from src.draws import derived_seed
 from src.models.modes import evaluating
+from src.rng import derived_seed
 
 
 class _Loader:

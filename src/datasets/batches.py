@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src import draws
+from src import rng
 from src.datasets import augment
 from src.datasets.catalogue import Augmentation, Normalisation
 from src.datasets.images import ImageSet
@@ -145,7 +145,7 @@ class Batches:
         """``positions`` in this epoch's order; ranks are drawn for the whole part, by original position."""
         if self.order == "sequential":
             return positions
-        generator = draws.generator(self.seed, 0 if self.order == "fixed" else epoch, "order")
+        generator = rng.generator(self.seed, 0 if self.order == "fixed" else epoch, "order")
         places = torch.randperm(self.images.total, generator=generator)
         return positions[places[self.images.indices.cpu()[positions]].argsort(stable=True)]
 
@@ -172,7 +172,7 @@ class _Draws:
         total, size = images.total, images.entry.image_size
 
         def generator(purpose: str) -> torch.Generator:
-            return draws.generator(seed, epoch, purpose)
+            return rng.generator(seed, epoch, purpose)
 
         if augmentation.random_resized_crop:
             self._boxes = torch.rand(total, augment.CROP_DRAWS, generator=generator("resized_crop")).to(device)

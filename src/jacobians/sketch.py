@@ -8,7 +8,7 @@ are right in expectation; their variance is about ``(|x|^2 |y|^2 + (x . y)^2) / 
 import torch
 from torch import Tensor, nn
 
-from src import draws
+from src import rng
 from src.jacobians.capture import Record
 from src.jacobians.engine import Quantities, Routing
 from src.jacobians.gram import as_rows, weight_rows
@@ -22,7 +22,7 @@ class _Sketcher(Routing):
         self._dimension = dimension
         self._signs: dict[str, tuple[Tensor, int]] = {}
         for name, p in self._parameters.items():
-            generator = draws.generator(seed, 0, f"sketch of {name}")
+            generator = rng.generator(seed, 0, f"sketch of {name}")
             signs = torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8)
             shift = int(torch.randint(dimension, (1,), generator=generator))
             self._signs[name] = (2 * signs - 1).to(p.device, p.dtype), shift

@@ -292,7 +292,7 @@ def select(choice: Choice, *, overwrite: bool = False, wait: bool = True) -> tup
         log.info("selection: read from %s", choice.path)
         return found
     networks = train_networks(choice.session, choice.networks, wait=wait)
-    if group.leads:
+    if group.is_main_process:
         started = time.perf_counter()
         selection = choice.method.select(choice.material(networks), choice.groups(), choice.options)
         seconds = time.perf_counter() - started

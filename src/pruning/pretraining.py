@@ -21,7 +21,7 @@ from src.artifacts import (
     write_npz,
 )
 from src.coresets import LastLayer
-from src.devices import computing
+from src.devices import autocast_context
 from src.errors import FileError, TrainingError
 from src.jacobians import SquaredNorms
 from src.models.modes import evaluating
@@ -115,7 +115,7 @@ class PretrainedNetwork:
         self._forget_states()
 
     def _forget_states(self) -> None:
-        if self.session.group.leads:
+        if self.session.group.is_main_process:
             self.session.files(self.experiment).remove_states()
 
     def dynamics(self) -> dict[str, np.ndarray]:
@@ -182,7 +182,7 @@ class PretrainedNetwork:
         batches = session.batches(self.train, alone=True)
         with torch.inference_mode(), evaluating(model):
             for batch in tqdm(batches, desc="last layer", unit="batch", disable=None, dynamic_ncols=True):
-                with computing(session.device, session.precision):
+                with autocast_context(session.device, session.precision):
                     h = model.features(batch.images)  # (b, d)
                     z = model.head(h)  # (b, C)
                 logits.append(z.to(session.precision.dtype).cpu())
@@ -235,7 +235,7 @@ def train_networks(session: Session, count: int, *, wait: bool = True) -> list[P
     """
     networks = [PretrainedNetwork(session, number) for number in range(count)]
     for network in networks:
-        if not session.group.leads:
+        if not session.group.is_main_process:
             _train_as_group(session, network)
         elif wait:
             with claimed(network.claim, waiting="another process is pre-training this network"):

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import ROOT, SCORE_FOLDERS
+from src.cli import given_flags, restrict
 from src.datasets import CATALOGUE, dataset_names
 from src.datasets.loading import check_arguments
+from src.devices import PRECISIONS
 from src.errors import FlagError
 from src.models import model_names, require_weights
 from src.optimizers import OPTIMIZERS, SCHEDULES, rate
-from src.precisions import PRECISIONS
-from src.scripting import given_flags, restrict
 from src.settings import values
 
 FOLDERS = {

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.artifacts import SCORE_FOLDERS
+from src.cli import restrict
 from src.curvature.choices import OPERATOR_NAMES, ORDERS, STORAGES, SpectrumPlan
 from src.errors import FlagError
 from src.models import model_names
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import restrict
 from src.settings import values
 from src.settings.common import add_overwrite_flag
 

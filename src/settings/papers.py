@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from src.scripting import ignore
+from src.cli import ignore
 
 # What the paper's code parses and never reads (the last sleeps before the work): True where a value follows.
 DEAD_FLAGS = {

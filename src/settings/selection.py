@@ -5,10 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from src.cli import restrict
 from src.coresets import METHODS, Method, Options
 from src.errors import FlagError
 from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.scripting import restrict
 from src.settings import values
 from src.settings.common import add_score_flags
 

@@ -45,7 +45,7 @@ class ProcessGroup:
             ) from None
 
     @classmethod
-    def alone(cls) -> "ProcessGroup":
+    def local(cls) -> "ProcessGroup":
         """The group of one process.
 
         Raises:
@@ -73,7 +73,7 @@ class ProcessGroup:
             dist.destroy_process_group()
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
 

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from src.datasets import Batch, Batches
-from src.devices import computing
+from src.devices import PRECISIONS, autocast_context
 from src.models.modes import evaluating
-from src.precisions import PRECISIONS
 from src.training.distributed import ProcessGroup
 
 
@@ -21,7 +20,7 @@ def logits_of(forward: nn.Module, images: torch.Tensor, precision: str = "fp32")
         precision: A name of ``PRECISIONS``.
     """
     chosen = PRECISIONS[precision]
-    with torch.inference_mode(), computing(images.device, chosen):
+    with torch.inference_mode(), autocast_context(images.device, chosen):
         return forward(images).to(chosen.dtype)
 
 

@@ -14,13 +14,12 @@ from torch import nn
 from tqdm import tqdm
 
 from src.datasets import Batch, Batches
-from src.devices import computing
-from src.draws import derived_seed
+from src.devices import PRECISIONS, autocast_context
 from src.errors import ArgumentError, TrainingError
 from src.models.modes import trains_on_one
 from src.models.restoring import load_optimizer, load_weights
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
-from src.precisions import PRECISIONS
+from src.rng import derived_seed
 from src.training.config import TrainingConfig
 from src.training.distributed import ProcessGroup, synchronised_batchnorm
 from src.training.dynamics import Dynamics
@@ -133,7 +132,7 @@ class Trainer:
             total=taken + len(self.train_batches) * (self.config.epochs - self.epoch),
             initial=taken,
             unit="step",
-            disable=None if self.group.leads else True,
+            disable=None if self.group.is_main_process else True,
             dynamic_ncols=True,
         ) as bar:
             for epoch in range(self.epoch + 1, self.config.epochs + 1):
@@ -204,7 +203,7 @@ class Trainer:
         with torch.random.fork_rng(devices=devices), synchronised:
             # What can only draw from torch's global generators (dropout, iBLR's noise) draws from these.
             # Processes draw differently: the same dropout for all would tie their examples together.
-            purpose = "global" if self.group.leads else f"global {self.group.rank}"
+            purpose = "global" if self.group.is_main_process else f"global {self.group.rank}"
             torch.manual_seed(derived_seed(self.config.seed, epoch, purpose))
             for step, batch in enumerate(batches.epoch(epoch, positions, weights), start=1):
                 divisor = self._divisor(batch, min(size, count - (step - 1) * size))
@@ -244,7 +243,7 @@ class Trainer:
         """Forward and backward over this process's share; gradients end as those of the whole batch's loss."""
         if not len(batch.labels) and not self.sync_batchnorm:
             return self._empty_pass(batch)
-        with computing(self.device, self.precision):
+        with autocast_context(self.device, self.precision):
             logits = self.forward(batch.images)
         logits = logits.to(self.precision.dtype)
         losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")

@@ -138,7 +138,7 @@ def run_training(
         TrainingError: The loss is not finite.
     """
     run = _Run(trainer, files, dict(settings), dict(description), save_epochs, measure)
-    with sole(files.claim, "training this run") if trainer.group.leads else nullcontext():
+    with sole(files.claim, "training this run") if trainer.group.is_main_process else nullcontext():
         started = resume and run.resume(overwrite)
         if not started:
             run.start(overwrite)
@@ -194,7 +194,7 @@ class _Run:
     def start(self, overwrite: bool) -> None:
         """Begin a run from nothing; stop if the folders hold one of other settings."""
         files = self.files
-        if not self.trainer.group.leads:
+        if not self.trainer.group.is_main_process:
             return
         try:
             stored = files.read_results().get("settings") or self._settings_of_states()
@@ -230,7 +230,7 @@ class _Run:
                     f"{path}: does not fit this network and optimiser; delete it to go on from the state before it"
                 ) from error
             log.info("continuing after epoch %d of %d", epoch, self.trainer.config.epochs)
-            if self.trainer.group.leads:
+            if self.trainer.group.is_main_process:
                 self._finish_epoch()
             return True
         log.info("no resume state in %s: starting from the beginning", self.files.resume)
@@ -286,7 +286,7 @@ class _Run:
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Measure, then write the epoch's dynamics, its resume state, checkpoints and results, in this order."""
-        if not trainer.group.leads:
+        if not trainer.group.is_main_process:
             return
         self.measure(trainer)
         files, epoch = self.files, trainer.epoch

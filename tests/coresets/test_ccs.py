@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from src import draws
+from src import rng
 from src.coresets import CandidateGroup, Options, SelectionInputs, ccs, find_method, make_groups
 from src.errors import FileError, FlagError
 
@@ -16,7 +16,7 @@ def material(scores, labels=None, seed=1):
 
 def slow_ccs(material, groups, cutoff, bins):
     """Algorithm 1, example by example, with the same draws."""
-    generator = draws.numpy_generator(material.seed, 0, "ccs")
+    generator = rng.numpy_generator(material.seed, 0, "ccs")
     chosen = []
     for group in groups:
         by_ease = sorted(group.positions, key=lambda i: (material.scores[i], i))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src import draws
+from src import rng
 from src.coresets import CandidateGroup, Options, SelectionInputs, dual, find_method, make_groups
 from src.errors import FileError, FlagError
 
@@ -27,7 +27,7 @@ def slow_dual(material, groups, c):
     n = probability.shape[1]
     means = [np.mean([float(p) for p in probability[:, i] if not np.isnan(p)]) for i in range(n)]
     mu = means[int(np.argmax(material.scores))]
-    generator = draws.numpy_generator(material.seed, 0, "dual")
+    generator = rng.numpy_generator(material.seed, 0, "dual")
     chosen = []
     for group in groups:
         pruned = 1 - group.budget / len(group.positions)

@@ -10,7 +10,7 @@ import torch
 from support import write_blobs
 from torch import nn
 
-from src import draws
+from src import rng
 from src.coresets.infobatch import InfoBatchPlan
 from src.coresets.registry import find_method
 from src.datasets import Batches, load_dataset
@@ -127,7 +127,7 @@ def test_draws_belong_to_original_indices_and_epochs():
     losses = np.array([0.1] * 7 + [9.0])
     plan = told(make_plan(indices), indices, losses)
     for epoch in (2, 3):
-        numbers = draws.numpy_generator(5, epoch, "infobatch").random(50)  # longer than needed: the same numbers
+        numbers = rng.numpy_generator(5, epoch, "infobatch").random(50)  # longer than needed: the same numbers
         expected = sorted(np.argsort(numbers[indices[:7]])[:3].tolist())
         assert plan.choose(epoch, anything)[0].tolist() == [*expected, 7]
     again = told(make_plan(indices), indices, losses)
@@ -204,7 +204,7 @@ def test_training_is_the_slow_loop(make_trainer, blobs, ratio):
         if epoch <= 7:
             mean = sum(stored.values()) / 30
             low = [i for i in stored if stored[i] < mean]
-            numbers = draws.numpy_generator(5, epoch, "infobatch").random(1000)
+            numbers = rng.numpy_generator(5, epoch, "infobatch").random(1000)
             kept = sorted(low, key=lambda i: numbers[i])[: math.floor((1 - ratio) * len(low) + 1e-9)]
             for i in low:
                 weight[i] = len(low) / len(kept) if i in kept else 0.0

@@ -12,8 +12,8 @@ from mpe.evolving import Evolving, checkpoints_of
 from mpe.predictions import Predictions
 from mpe.results import Result
 from src.artifacts import read_pickle
-from src.draws import generator
 from src.errors import FileError, FlagError
+from src.rng import generator
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from refusals import FLAG, refuse
 from support import ROOT, TRAIN, call, folders, write_blobs
 
-from src.scripting import Parser
+from src.cli import Parser
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 TRAINING = ("train_full.py", "train_split.py")

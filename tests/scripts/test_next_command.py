@@ -125,7 +125,7 @@ def test_the_experiments(tmp_path, script, figure, more):
 
 
 def test_the_command_runs_from_any_folder(tmp_path, monkeypatch, capsys):
-    from src.scripting import print_next
+    from src.cli import print_next
 
     monkeypatch.setattr(
         "sys.argv",

@@ -89,7 +89,7 @@ trainer = Trainer(model, Batches(train, 50, order="shuffled", seed=3, **cut), Ba
                   TrainingConfig(epochs=2, learning_rate=0.05, optimizer=sys.argv[2], precision="fp64"),
                   weights=weights, group=group)
 trainer.fit()
-if group.leads:
+if group.is_main_process:
     torch.save({{"model": model.state_dict(), "history": trainer.history}}, sys.argv[3])
 group.stop()
 """
