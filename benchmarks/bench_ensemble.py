@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Row, in_turn, run
-from mpe.orders import Orders, as_positions, own_orders
 from mpe.retraining import one_epoch
+from mpe.schedules import Orders, as_positions, own_orders
 from src.models import build_model
 from src.training.ensemble import Ensemble, vectorised_is_faster
 

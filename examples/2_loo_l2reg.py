@@ -62,7 +62,7 @@ def main() -> None:
     args = parse()
     from mpe.experiment import Experiment, plain_args
     from mpe.l2_selection import l2_content, measure_deltas
-    from mpe.many_networks import check_last_batches, train_with_deltas, vectorised
+    from mpe.retraining import check_last_batches, train_with_deltas, vectorised
 
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_cv.log")
     experiment = Experiment(args, "cv")

@@ -65,8 +65,7 @@ def main() -> None:
     """Parse, train, estimate, retrain, print."""
     args = parse()
     from mpe.experiment import Experiment, plain_args
-    from mpe.many_networks import check_last_batches, check_retraining, retrain_without
-    from mpe.retraining import weights_hash
+    from mpe.retraining import check_last_batches, check_retraining, retrain_without, weights_hash
     from mpe.validation import (
         drawn_examples,
         estimates_of,

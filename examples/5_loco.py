@@ -49,7 +49,7 @@ def main() -> None:
     args = parse()
     from mpe.class_removal import class_content, class_estimates, measure_test
     from mpe.experiment import Experiment, plain_args
-    from mpe.many_networks import check_last_batches, check_retraining, retrain_without
+    from mpe.retraining import check_last_batches, check_retraining, retrain_without
 
     start_logging(args.log_folder / "mpe" / f"{args.name_exp}_leaveclassout.log")
     experiment = Experiment(args, "leaveclassout")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.correlation import correlation_text
+from mpe.estimates import correlation_text
 from mpe.results import StoredResult
 from src.artifacts import save_figure
 from src.cli import Parser, run_script, start_logging

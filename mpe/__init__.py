@@ -3,15 +3,13 @@
 Nickl, Xu, Tailor, Moellenhoff and Khan, NeurIPS 2023, arXiv:2310.19273.
 """
 
-from mpe.choices import CLASS_COVARIANCES
+from mpe.config import CLASS_COVARIANCES
 from src.lazy import lazy_names
 
 __getattr__ = lazy_names(
     __name__,
-    api=["Sensitivities", "sensitivities"],
-    estimates=["Estimates", "estimate", "loo_losses", "sensitivity"],
-    posteriors=["laplace_posterior", "optimizer_posterior"],
-    predictions=["Predictions", "predict"],
+    estimates=["Estimates", "Sensitivities", "estimate", "loo_losses", "sensitivities", "sensitivity"],
+    posterior=["Predictions", "laplace_posterior", "optimizer_posterior", "predict"],
 )
 
 __all__ = [

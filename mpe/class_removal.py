@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpe.estimates import estimate, loo_losses
 from mpe.loo_iterations import forms_of
-from mpe.predictions import EPS, Predictions
+from mpe.posterior import EPS, Predictions
 from src.training.ensemble import Ensemble
 
 

@@ -12,13 +12,42 @@ With logits f, error ``e = p - onehot(y)``, covariance of the logits V, and ``La
 """
 
 import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from mpe.choices import CLASS_COVARIANCES
-from mpe.predictions import EPS, Predictions, chunks, clamped_errors, clamped_nll, refuse_not_finite
+from mpe.config import CLASS_COVARIANCES, STRUCTURES
+from mpe.posterior import (
+    EPS,
+    Predictions,
+    chunks,
+    clamped_errors,
+    clamped_nll,
+    given_indices,
+    laplace_posterior,
+    optimizer_posterior,
+    predict,
+    refuse_not_finite,
+)
+from src import artifacts
+from src.artifacts import score_files
+from src.datasets import dataset_name
+from src.jacobians import OutputVariances, Posterior
 from src.jacobians.ggn import root_of_softmax_covariance
 
 log = logging.getLogger(__name__)
@@ -196,3 +225,309 @@ def _centred_root(variances: Tensor) -> Tensor:
     centred = centred - centred.mean(2, keepdim=True)
     values, vectors = torch.linalg.eigh(centred)
     return (vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)) @ vectors.mT
+
+
+RESAMPLES = 2000
+COVERAGE = 0.95
+_BLOCK = 1_000_000  # values that are resampled at once
+_LEAST = 3  # pairs; two are always perfectly correlated
+
+
+class Correlation(NamedTuple):
+    """A correlation and the ends of its interval; NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "–"
+        return f"{self.value:.3f}" + ("" if np.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")
+
+
+def correlation_intervals(
+    x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Correlation]:
+    """Spearman's and Pearson's correlation of pairs, with percentile bootstrap intervals of 95 %.
+
+    Pairs are resampled with replacement, and ranked anew in each resample, ties by their mean rank. Resamples in
+    which ``x`` or ``y`` is constant have no correlation and are skipped.
+
+    Args:
+        x: ``(n,)``.
+        y: ``(n,)``.
+        resamples: How many.
+        seed: Of the resampling.
+
+    Returns:
+        ``Spearman`` and ``Pearson``; NaN for fewer than 3 pairs and where ``x`` or ``y`` is constant.
+
+    Raises:
+        ValueError: The lengths differ.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"{x.shape} and {y.shape} are not the shapes of n pairs")
+    if len(x) < _LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return dict.fromkeys(("Spearman", "Pearson"), Correlation(np.nan, np.nan, np.nan))
+    pairs = [(values, np.unique(values, return_inverse=True)[1]) for values in (x, y)]  # with their dense ranks
+    value = _both(pairs, np.arange(len(x))[None])[:, 0]
+    found = np.concatenate([_both(pairs, draws) for draws in _draws(len(x), resamples, seed)], axis=1)
+    ends = (1 - COVERAGE) / 2, (1 + COVERAGE) / 2
+    low, high = np.quantile(found, ends, axis=1) if found.size else np.full((2, 2), np.nan)
+    return {
+        name: Correlation(*map(float, each))
+        for name, *each in zip(("Spearman", "Pearson"), value, low, high, strict=True)
+    }
+
+
+def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
+    """The number of pairs and their correlations in words, a line each; a dash where there is none."""
+    found = correlation_intervals(true, estimated)
+    which = "" if np.isnan(found["Spearman"].low) else " (95 % bootstrap intervals)"
+    return "\n".join([f"n = {len(true):,}{which}", *(f"{name} {value}" for name, value in found.items())])
+
+
+def _draws(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Positions ``(b, count)`` of resamples, in blocks that bound the memory."""
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // count)
+    for start in range(0, resamples, block):
+        yield generator.integers(count, size=(min(block, resamples - start), count))
+
+
+def _both(pairs: list[tuple[np.ndarray, np.ndarray]], draws: np.ndarray) -> np.ndarray:
+    """Spearman's and Pearson's correlation ``(2, b)`` of resamples, without those that have none."""
+    groups = [dense[draws] for _, dense in pairs]
+    varied = np.logical_and(*(np.ptp(group, axis=1) > 0 for group in groups))
+    ranks = [_ranks(group[varied]) for group in groups]
+    values = [values[draws[varied]] for values, _ in pairs]
+    return np.stack([_pearson(*ranks), _pearson(*values)])
+
+
+def _ranks(groups: np.ndarray) -> np.ndarray:
+    """Mean ranks ``(b, n)`` within rows, from numbers ``(b, n)`` that order the values: by counting, not sorting."""
+    rows, width = len(groups), int(groups.max(initial=0)) + 1
+    places = groups + width * np.arange(rows)[:, None]
+    counts = np.bincount(places.ravel(), minlength=rows * width).reshape(rows, width)
+    return (counts.cumsum(axis=1) - (counts - 1) / 2).ravel()[places]
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Correlations ``(b,)`` of rows ``(b, n)``, none constant."""
+    x, y = (rows - rows.mean(axis=1, keepdims=True) for rows in (x, y))
+    x, y = (rows / np.abs(rows).max(axis=1, keepdims=True) for rows in (x, y))  # squares of tiny ones would vanish
+    product = np.einsum("bn,bn->b", x, y)
+    return np.clip(product / np.sqrt(np.einsum("bn,bn->b", x, x) * np.einsum("bn,bn->b", y, y)), -1, 1)
+
+
+class Sensitivities:
+    """Sensitivities and leave-one-out estimates of n examples.
+
+    Args:
+        predictions: of the examples.
+        estimates: of the same.
+        settings: how they were made, for the score file.
+
+    Attributes:
+        predictions: see above.
+        estimates: see above.
+        scores: float64 (n,), the L1 norm of the estimated deviation of each example's probabilities.
+        losses: float64 (n,), estimated leave-one-out losses, at most 23.026 nats each.
+
+    Raises:
+        MeasurementError: a score or a loss is not finite.
+    """
+
+    def __init__(
+        self, predictions: Predictions, estimates: Estimates, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.predictions = predictions
+        self.estimates = estimates
+        self.scores: np.ndarray = sensitivity(estimates).numpy()
+        self.losses: np.ndarray = loo_losses(predictions, estimates).numpy()
+        refuse_not_finite(predictions.indices, torch.from_numpy(self.scores), torch.from_numpy(self.losses))
+        self._settings = dict(settings or {})
+
+    @property
+    def indices(self) -> np.ndarray:
+        """int64 (n,), the original index of each entry of ``scores`` and ``losses``."""
+        return self.predictions.indices.numpy()
+
+    @property
+    def loo_nll(self) -> float:
+        """Mean of ``losses``, the estimate of the negative log-likelihood on unseen examples."""
+        return float(self.losses.mean())
+
+    @property
+    def unclamped_loo_nll(self) -> float:
+        """The same without the limit of 23.026 nats for an example."""
+        return float(loo_losses(self.predictions, self.estimates, clamp=False).mean())
+
+    @cached_property
+    def _ascending(self) -> np.ndarray:
+        return np.lexsort((self.indices, self.scores))
+
+    @cached_property
+    def _descending(self) -> np.ndarray:
+        return np.lexsort((self.indices, -self.scores))
+
+    def most_sensitive(self, k: int) -> np.ndarray:
+        """Original indices of the k highest scores, the highest first; ties by index."""
+        return self.indices[self._descending[:k]]
+
+    def least_sensitive(self, k: int) -> np.ndarray:
+        """Original indices of the k lowest scores, the lowest first; ties by index."""
+        return self.indices[self._ascending[:k]]
+
+    def write_scores(
+        self,
+        folder: str | Path,
+        dataset: str,
+        *,
+        total: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[Path]:
+        """Write the scores as a score file of mode ``mpe``, which ``Proxy(mode="mpe")`` reads.
+
+        Args:
+            folder: a metrics folder.
+            dataset: what scripts take as ``--dataset``, or the name in file names.
+            total: size of the whole part, where only some of it was scored; by default the highest index + 1.
+            settings: what the json beside the file is to say besides.
+
+        Returns:
+            The two files.
+
+        Raises:
+            ArgumentError: ``dataset`` is no such name.
+            FileError: the folder cannot be written.
+            ValueError: an index is not below ``total``.
+        """
+        dataset = dataset_name(dataset)
+        total = int(self.indices.max()) + 1 if total is None else total
+        if self.indices.min() < 0 or self.indices.max() >= total:
+            raise ValueError(
+                f"indices from {self.indices.min()} to {self.indices.max()} in a part of {total} examples"
+            )
+        scores = np.full(total, np.nan)
+        scores[self.indices] = self.scores
+        record = {"mode": "mpe", "dataset": dataset, **self._settings, **(settings or {})}
+        if total == len(self.indices):  # of a subset the hash of all labels is not known
+            labels = np.empty(total, dtype=np.int64)
+            labels[self.indices] = self.predictions.labels.numpy()
+            record.setdefault("label_hash", artifacts.label_hash(labels))
+        return score_files.write_scores(artifacts.score_path(folder, "mpe", dataset), scores, record)
+
+
+def sensitivities(
+    model: nn.Module,
+    loader: Iterable[Sequence[Tensor]],
+    posterior: Posterior | Optimizer | str,
+    *,
+    delta: float | None = None,
+    num_examples: int | None = None,
+    class_cov: str = "diag",
+    memory_mb: float = 128.0,
+    progress: bool = False,
+) -> Sensitivities:
+    """Sensitivity of a trained network to each training example (Memory-Perturbation Equation, Nickl et al. 2023).
+
+    Eq. 13 summed over classes, and Eq. 15. The model is left as it was, in whatever mode it is.
+
+    Args:
+        model: any network whose outputs are logits (b, C), on its device.
+        loader: the training examples, un-augmented: ``(images, labels)`` or ``(images, labels, indices, ...)``.
+            Without indices an example's index is its place in the pass, so that the loader must not shuffle; of
+            torch's DataLoaders only those are taken then that read their data set from its beginning in order.
+        posterior: ``"kfac"`` or ``"diag"`` for Laplace's, fitted on the same loader; the optimiser that has trained
+            the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a `Posterior`.
+        delta: prior precision: the training loss is ``mean cross-entropy + delta / (2 N) |w|^2``, so a weight decay
+            of w is delta = w N. For Laplace's and Adam's.
+        num_examples: N for Adam's; by default the loader's number of examples.
+        class_cov: a name of ``mpe.config.CLASS_COVARIANCES``.
+        memory_mb: how many MB of per-example gradients may be alive at a time.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: anything above is missing, unknown, or does not fit.
+        MeasurementError: a score is not finite.
+    """
+    if class_cov not in CLASS_COVARIANCES:
+        raise ValueError(f"class_cov {class_cov!r} is not one of {', '.join(CLASS_COVARIANCES)}")
+    settings = {"class_cov": class_cov, "posterior": _name(posterior), "delta": delta}
+    refuse_shuffling(loader)
+    if isinstance(posterior, str):
+        if posterior not in STRUCTURES:
+            known = ", ".join(repr(name) for name in STRUCTURES)
+            raise ValueError(f"posterior {posterior!r} is unknown; give {known}, an optimiser or a Posterior")
+        if delta is None:
+            raise ValueError("Laplace's posterior needs delta, the prior precision")
+        if isinstance(loader, Iterator):
+            raise ValueError("Laplace's posterior takes a pass of its own; give a loader, not an iterator")
+        posterior = laplace_posterior(
+            model, loader, delta, structure=posterior, memory_mb=memory_mb, progress=progress
+        )
+    elif isinstance(posterior, Optimizer):
+        if num_examples is None and "hess" not in posterior.param_groups[0]:
+            num_examples = _count(loader)
+        posterior = optimizer_posterior(posterior, model, num_examples=num_examples, delta=delta)
+    with OutputVariances(model, posterior, full=class_cov != "diag", memory_mb=memory_mb) as engine:
+        predictions = predict(engine, loader, progress=progress)
+    return Sensitivities(predictions, estimate(predictions, class_cov), settings)
+
+
+def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
+    """Stop if a torch DataLoader may shuffle and its first batch does not say which examples it holds.
+
+    A loader that is sure to go through its data set in order is not read. Of others a batch is, and the generators
+    of torch's random numbers are put back afterwards.
+
+    Raises:
+        ValueError: it may, and does not say.
+    """
+    if _in_order(loader):
+        return
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    own = [holder.generator for holder in holders if isinstance(getattr(holder, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in own]
+    with torch.random.fork_rng(devices=[]):
+        first = next(iter(loader), None)
+    for generator, state in zip(own, states, strict=True):
+        generator.set_state(state)
+    if first is not None and given_indices(first) is None:
+        raise ValueError(
+            "the loader shuffles, or may do so, and gives no integer indices, so that no score could be told to be "
+            "of which example; build it with shuffle=False and without a sampler of its own, or let it give "
+            "(images, labels, indices)"
+        )
+
+
+def _in_order(loader: Iterable[Sequence[Tensor]]) -> bool:
+    """Whether batches without indices are taken to hold examples 0, 1, 2, ...
+
+    Of torch's own loaders only what is known to do so: given a batch sampler, a DataLoader's ``sampler`` is a
+    sequential one that it does not use, and samplers that shuffle have no common class.
+    """
+    if not isinstance(loader, DataLoader):  # a list, `src.datasets.Batches`, something around a DataLoader
+        random = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
+        return not isinstance(getattr(loader, "sampler", None), random)
+    used = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if type(used) is BatchSampler:
+        used = used.sampler
+    as_they_come = loader.num_workers > 1 and not getattr(loader, "in_order", True)  # of torch 2.6 on
+    return type(used) is SequentialSampler and not as_they_come  # a subclass may do anything
+
+
+def _name(posterior: Posterior | Optimizer | str) -> str:
+    return posterior if isinstance(posterior, str) else type(posterior).__name__
+
+
+def _count(loader: Iterable[Sequence[Tensor]]) -> int | None:
+    """The loader's number of examples, where it says so: a DataLoader's data set, or `src.datasets.Batches`."""
+    for name in ("dataset", "images"):
+        if hasattr(getattr(loader, name, None), "__len__"):
+            return len(getattr(loader, name))
+    return None

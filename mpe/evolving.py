@@ -9,7 +9,7 @@ import torch
 
 from mpe.estimates import estimate, sampled_errors, sensitivity
 from mpe.loo_iterations import forms_of
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 from mpe.results import Result
 from src.errors import FileError, FlagError
 from src.rng import generator

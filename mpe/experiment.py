@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpe.choices import ORDERS
+from mpe.config import ORDERS
 from mpe.laplace_torch import LaplaceTorchVariances
-from mpe.posteriors import laplace_posterior, optimizer_posterior
-from mpe.predictions import EPS, Predictions, predict
+from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posterior, predict
 from src.artifacts import (
     experiment_folder,
     label_hash,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mpe.estimates import estimate, loo_losses
 from mpe.loo_iterations import forms_of
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpe.choices import STRUCTURES
+from mpe.config import STRUCTURES
 from src.errors import FlagError, UserError
 from src.models.modes import evaluating
 
@@ -36,7 +36,7 @@ class LaplaceTorchVariances:
         model: the network, with outputs (b, C).
         batches: the training examples, ``(images, labels, ...)``; run through several times.
         delta: prior precision.
-        structure: a name of ``mpe.choices.STRUCTURES``.
+        structure: a name of ``mpe.config.STRUCTURES``.
         full: the (C, C) covariance of each example instead of its diagonal.
         memory_mb: see above.
 
@@ -111,7 +111,7 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
     Args:
         model: the network; left as it was.
         images: a few examples (b, ...).
-        structure: a name of ``mpe.choices.STRUCTURES``.
+        structure: a name of ``mpe.config.STRUCTURES``.
 
     Raises:
         FlagError: there is none.

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mpe.api import Sensitivities
-from mpe.choices import CLASS_COVARIANCES
-from mpe.estimates import estimate, loo_losses
-from mpe.predictions import Predictions
+from mpe.config import CLASS_COVARIANCES
+from mpe.estimates import Sensitivities, estimate, loo_losses
+from mpe.posterior import Predictions
 from mpe.results import Result
 from src.errors import FileError
 from src.training import Trainer

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpe.choices import CLASS_COVARIANCES
+from mpe.config import CLASS_COVARIANCES
 from src.artifacts import PICKLES, differences, pickle_path, read_pickle, refuse_other_settings, write_pickle
 from src.errors import FileError, FlagError
 

@@ -2,8 +2,11 @@
 
 import hashlib
 import logging
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,195 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpe.orders import Orders, as_positions, own_orders, seeded_permutation, shared_orders, shuffle_seeds
-from mpe.retraining_files import RetrainingFiles
-from src.artifacts import sole
-from src.errors import TrainingError
+from mpe.config import ORDERS
+from mpe.experiment import Experiment
+from mpe.schedules import (
+    Orders,
+    as_positions,
+    own_orders,
+    replay_generator,
+    seeded_permutation,
+    shared_orders,
+    shuffle_seeds,
+)
+from src.artifacts import (
+    CLAIM_NAME,
+    differences,
+    read_checkpoint,
+    read_json,
+    read_npz,
+    refuse_other_settings,
+    require_writable,
+    sole,
+    write_checkpoint,
+    write_json,
+    write_npz,
+)
+from src.errors import FileError, FlagError, TrainingError
+from src.models import MODELS
+from src.models.modes import trains_on_one
 from src.optimizers import rate
 from src.rng import derived_seed
-from src.training.ensemble import Ensemble, vectorised_is_faster
+from src.training.ensemble import Ensemble, vectorised_is_faster, why_not_vectorised
+
+STATE_FORMAT = "retraining-1"
+
+_KEEP_STATES = 2  # the newest, and the one before it in case that one is damaged
+_CHUNK = re.compile(r"networks_(\d+)_(\d+)\.npz")
+_STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
+
+_NUMBERS = "model_numbers"  # the entry that says which models a file is of; files of older versions lack it
+
+
+def _refuse_another(path: Path, said: Any, numbers: range) -> None:
+    """Stop at a file that was copied or renamed, and is of other models than its name says."""
+    if said is not None and not np.array_equal(said, [numbers.start, numbers.stop]):
+        raise FileError(f"{path}: is of other models than its name says; it was copied or renamed")
+
+
+class RetrainingFiles:
+    """The folder of one run.
+
+    It holds ``settings.json``, ``networks_{start}_{stop}.npz`` for each finished chunk (or network, where these are
+    measured one by one), and ``state_{start}_{stop}_epoch_{e}.pt`` of the unfinished chunk. Networks are counted from
+    0, ``stop`` is exclusive. All files are of the settings in ``settings.json``.
+
+    Args:
+        folder: The folder.
+        settings: Everything that determines the results.
+        save_seconds: States are written if so many seconds have passed since the last.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], save_seconds: float) -> None:
+        self.folder, self.settings, self.save_seconds = folder, dict(settings), save_seconds
+        self._saved = time.monotonic()
+
+    def start(self, *, resume: bool, overwrite: bool) -> None:
+        """Take the folder.
+
+        Raises:
+            FileError: It holds results of other settings, or is damaged, and ``overwrite`` is off.
+        """
+        require_writable(self.folder)
+        path = self.folder / "settings.json"
+        mine = [file for file in self.folder.iterdir() if _CHUNK.fullmatch(file.name) or _STATE.fullmatch(file.name)]
+        stored: Any = None
+        if path.exists() or mine:
+            try:
+                stored = read_json(path)
+                if not isinstance(stored, dict):
+                    raise FileError(f"{path}: is damaged, it holds no settings; make it anew")
+            except FileError as error:
+                if not overwrite:
+                    raise FileError(f"{error}; give --overwrite to retrain anew, or choose other folders") from error
+        if stored is not None and not overwrite:
+            refuse_other_settings(self.folder, stored, self.settings)
+        if not resume or stored is None or differences(stored, self.settings):
+            for file in mine:
+                file.unlink()
+        write_json(path, self.settings)
+
+    @property
+    def claim(self) -> Path:
+        """The lock of the process that retrains."""
+        return self.folder / CLAIM_NAME
+
+    def finished(self, count: int) -> tuple[list[dict[str, np.ndarray]], int]:
+        """The arrays of finished chunks, from network 0 on without a gap, and how many networks they are of.
+
+        Damaged files are passed over, with a warning.
+        """
+        names = [_CHUNK.fullmatch(file.name) for file in self.folder.iterdir()]
+        chunks = sorted((int(name[1]), int(name[2])) for name in names if name)
+        parts: list[dict[str, np.ndarray]] = []
+        reached = 0
+        for start, stop in chunks:
+            if start != reached or not start < stop <= count:
+                continue
+            path = self._chunk(range(start, stop))
+            try:
+                part = read_npz(path)
+                _refuse_another(path, part.pop(_NUMBERS, None), range(start, stop))
+                numbers = all(values.ndim and values.dtype.kind in "biuf" for values in part.values())
+                if not numbers or max(map(len, part.values()), default=0) != stop - start:  # a control has fewer
+                    raise FileError(f"{path}: does not have numbers for {stop - start} networks")
+                if parts and _rows(part) != _rows(parts[0]):
+                    raise FileError(f"{path}: does not have what the chunks before it have")
+            except FileError as error:
+                log.warning("%s; these networks are retrained", error)
+                continue
+            parts.append(part)
+            reached = stop
+        return parts, reached
+
+    def chunk_around(self, number: int, count: int) -> range | None:
+        """The chunk that was trained but not measured to its end, if ``number`` is the first that was not."""
+        for file in self.folder.iterdir():
+            name = _STATE.fullmatch(file.name)
+            if name and int(name[1]) < number < int(name[2]) <= count:
+                return range(int(name[1]), int(name[2]))
+        return None
+
+    def finish(self, numbers: range, part: Mapping[str, np.ndarray], *, last: bool = True) -> None:
+        """Write what was measured; after a chunk's last networks, remove what only an unfinished one needs."""
+        write_npz(self._chunk(numbers), **part, **{_NUMBERS: np.array([numbers.start, numbers.stop])})
+        if last:
+            self.forget_states()
+
+    def forget_states(self) -> None:
+        """Remove what only an unfinished chunk needs."""
+        for file in self.folder.iterdir():
+            if _STATE.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+
+    def save(self, ensemble: Ensemble, numbers: range, epoch: int, epochs: int) -> None:
+        """Write the state after an epoch, if it is time; after the last one always, as measuring may fail."""
+        if epoch < epochs and time.monotonic() - self._saved < self.save_seconds:
+            return
+        state = {"format": STATE_FORMAT, "settings": self.settings, "epoch": epoch, "ensemble": ensemble.state()}
+        state[_NUMBERS] = [numbers.start, numbers.stop]
+        write_checkpoint(self._state(numbers, epoch), state)
+        self._saved = time.monotonic()
+        for old in self._states(numbers)[_KEEP_STATES:]:
+            self._state(numbers, old).unlink(missing_ok=True)
+
+    def states(self, numbers: range, epochs: int) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+        """The readable states of a chunk, newest first: path, epoch and the ensemble's state."""
+        for epoch in self._states(numbers):
+            path = self._state(numbers, epoch)
+            try:
+                state = read_checkpoint(path)
+                if (state.get("format"), state.get("epoch")) != (STATE_FORMAT, epoch) or epoch > epochs:
+                    raise FileError(f"{path}: is not the state of such a chunk")
+                _refuse_another(path, state.get(_NUMBERS), numbers)
+                if not isinstance(state.get("settings"), dict) or not isinstance(state.get("ensemble"), dict):
+                    raise FileError(f"{path}: is not the state of such a chunk")
+                if differences(state["settings"], self.settings):
+                    raise FileError(f"{path}: is of other settings")
+            except FileError as error:
+                log.warning("%s; using the state before it", error)
+                continue
+            yield path, epoch, state["ensemble"]
+
+    def _states(self, numbers: range) -> list[int]:
+        """The epochs of a chunk's states, newest first."""
+        names = [_STATE.fullmatch(file.name) for file in self.folder.iterdir()]
+        chunk = (numbers.start, numbers.stop)
+        return sorted(
+            (int(name[3]) for name in names if name and (int(name[1]), int(name[2])) == chunk), reverse=True
+        )
+
+    def _chunk(self, numbers: range) -> Path:
+        return self.folder / f"networks_{numbers.start}_{numbers.stop}.npz"
+
+    def _state(self, numbers: range, epoch: int) -> Path:
+        return self.folder / f"state_{numbers.start}_{numbers.stop}_epoch_{epoch}.pt"
+
+
+def _rows(part: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+    """What each network has in a chunk: kind and shape by name."""
+    return {name: (values.dtype.kind, values.shape[1:]) for name, values in part.items()}
+
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +219,7 @@ class RetrainSettings:
         lr_min: What the cosine schedule falls towards.
         delta: The L2 parameter: the objective is the batch's mean loss plus ``delta / (2 N) |w|^2``, N the number of
             examples that are left.
-        shuffle: One of ``mpe.orders.SHUFFLES``.
+        shuffle: One of ``mpe.schedules.SHUFFLES``.
         seed: Of the shuffles, and of dropout where a network has it.
         optimizer: ``sgd`` (momentum 0.9), ``adam`` or ``adamw``.
     """
@@ -251,7 +436,7 @@ def retrain(
         vectorised: Whether chunks train all networks at once; None for what is faster.
         after_chunk: Called as ``f(arrays so far, networks done)`` after each chunk, or each network where these are
             measured one by one, and after finished ones were read.
-        replay: For ``shuffle="replay"``, see ``mpe.orders.shuffle_seeds``; so is ``extra_draws``.
+        replay: For ``shuffle="replay"``, see ``mpe.schedules.shuffle_seeds``; so is ``extra_draws``.
         extra_draws: Numbers drawn after each retraining of the replayed script.
         deltas: An L2 parameter for each network, in place of that of the settings.
         permutation: Gives the order of all N examples in an epoch (from 1), the same for all networks, in place of
@@ -341,3 +526,154 @@ def _measured(
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+Rows = dict[str, np.ndarray]
+
+
+def check_retraining(experiment: Experiment) -> None:
+    """Refuse flags of retraining that cannot be followed, before anything is trained.
+
+    Raises:
+        FlagError: Nothing would be left to retrain on, or the network cannot be
+            vectorised and is to be.
+    """
+    args = experiment.args
+    if len(experiment.labels.unique()) < 2:
+        raise FlagError(
+            f"--subset {args.subset}: its {experiment.count} training examples are of one class; give some of two "
+            "classes or more"
+        )
+    vectorised(experiment)
+
+
+def check_last_batches(experiment: Experiment, counts: Sequence[int]) -> None:
+    """Refuse a batch size that leaves BatchNorm a last batch of one example, which it cannot normalise.
+
+    Args:
+        experiment: The experiment.
+        counts: Of how many examples networks will be trained.
+
+    Raises:
+        FlagError: It does.
+    """
+    size, shape = experiment.args.bs, experiment.train.image_shape
+    single = [count for count in counts if min(count, count % size or size) == 1]
+    if single and not trains_on_one(experiment.model, shape):
+        raise FlagError(
+            f"--bs {size}: {single[0]} examples leave a last batch of one, which this network's BatchNorm cannot "
+            "normalise; give another size"
+        )
+
+
+def vectorised(experiment: Experiment) -> bool:
+    """Whether networks are trained as one batch of networks.
+
+    Raises:
+        FlagError: The network cannot be, and is to be.
+    """
+    args, reason = experiment.args, why_not_vectorised(experiment.model)
+    if args.ensemble == "vectorised" and reason:
+        raise FlagError(f"--ensemble vectorised: {reason} in --model {args.model}; give auto or sequential")
+    if args.ensemble == "auto":
+        return vectorised_is_faster(experiment.model, experiment.device, args.bs)
+    return args.ensemble == "vectorised"
+
+
+def retrain_without(
+    experiment: Experiment,
+    images: Tensor,
+    removed: Sequence[np.ndarray],
+    measure: Measure,
+    write: Callable[[Rows], None],
+    *,
+    extra_draws: int = 0,
+) -> Rows:
+    """Retrain from ``experiment.model`` without some of the examples, many times, resumably.
+
+    Args:
+        experiment: The experiment, its network trained.
+        images: All training images, normalised.
+        removed: Positions that each network goes without.
+        measure: See ``mpe.retraining.retrain``.
+        write: Called with what was measured so far, after each chunk of networks.
+        extra_draws: Numbers that the paper's script draws between two retrainings, for ``replay``.
+    """
+    args, entry = experiment.args, experiment.entry
+    settings = RetrainSettings(
+        epochs=args.epochs_retrain,
+        batch_size=args.bs,
+        learning_rate=args.lr_retrain,
+        lr_min=args.lrmin_retrain,
+        delta=args.delta,
+        shuffle=args.retrain_shuffle,
+        seed=args.seed,
+    )
+    replay = None
+    if args.retrain_shuffle == "replay":
+        build = partial(MODELS[args.model].build, entry.num_classes, entry.channels, entry.image_size)
+        replay = replay_generator(build, seed=args.seed)
+    key = experiment.shared_settings()  # with the base weights, all that determines the rows
+    more = {"measure": measure, "replay": replay, "extra_draws": extra_draws}
+    return _run(experiment, images, removed, settings, key, write, **more)
+
+
+def train_with_deltas(
+    experiment: Experiment,
+    images: Tensor,
+    deltas: Sequence[float],
+    optimizer: str,
+    measure: MeasureEach,
+    write: Callable[[Rows], None],
+) -> Rows:
+    """Train one network for each L2 parameter from the same initial weights on the same batches, resumably.
+
+    Args:
+        experiment: The experiment, its network as it was built.
+        images: All training images, normalised.
+        deltas: The L2 parameters.
+        optimizer: sgd, adam or adamw.
+        measure: See ``measure_each`` of ``mpe.retraining.retrain``: curvature and variances of a network take long.
+        write: Called with what was measured so far, after each network.
+    """
+    args = experiment.args
+    settings = RetrainSettings(
+        epochs=args.epochs,
+        batch_size=args.bs,
+        learning_rate=args.lr,
+        lr_min=args.lrmin,
+        delta=0.0,  # each has its own
+        seed=args.seed,
+        optimizer=optimizer,
+    )
+    nothing = [np.empty(0, np.int64)] * len(deltas)
+    batches = experiment.batches(experiment.train, experiment.count, ORDERS[args.base_shuffle])
+    more = {"deltas": list(deltas), "permutation": batches.visited, "rate_flag": "--lr"}
+    return _run(experiment, images, nothing, settings, experiment.settings(), write, measure_each=measure, **more)
+
+
+def _run(
+    experiment: Experiment,
+    images: Tensor,
+    removed: Sequence[np.ndarray],
+    settings: RetrainSettings,
+    key: Mapping[str, Any],
+    write: Callable[[Rows], None],
+    **more: Any,
+) -> Rows:
+    args, at_once = experiment.args, vectorised(experiment)
+    return retrain(
+        experiment.model,
+        images,
+        experiment.labels,
+        removed,
+        settings,
+        chunk=args.ensemble_size if at_once else 1,  # one after another: each is written when it is done
+        folder=experiment.files.resume / "retraining",
+        key=key,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        vectorised=at_once,
+        after_chunk=lambda rows, done: write(rows),
+        **more,
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpe.estimates import Estimates, estimate, sensitivity
 from mpe.loo_iterations import forms_of
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 from src.training.ensemble import Ensemble
 
 PASS = 500

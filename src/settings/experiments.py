@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpe.choices import CLASS_COVARIANCES, ORDERS, SHUFFLES
+from mpe.config import CLASS_COVARIANCES, ORDERS, SHUFFLES
 from src.artifacts import PICKLE_PLOTS, PICKLES
 from src.errors import FlagError
 from src.settings import values

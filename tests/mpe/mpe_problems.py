@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 from src.jacobians import OutputVariances, ggn_diagonal
 
 

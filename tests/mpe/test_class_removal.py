@@ -9,7 +9,7 @@ from mpe_problems import examples, network, random_predictions
 
 from mpe.class_removal import class_content, class_estimates, measure_test
 from mpe.estimates import estimate, loo_losses
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 from src.training.ensemble import Ensemble
 
 

@@ -8,7 +8,7 @@ import torch
 from mpe_problems import random_predictions
 
 from mpe.estimates import CLASS_COVARIANCES, estimate, left_out_shift, loo_losses, sampled_errors, sensitivity
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 
 F64 = torch.float64
 

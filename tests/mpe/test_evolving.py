@@ -9,7 +9,7 @@ from mpe_problems import random_predictions
 
 from mpe.estimates import estimate, sampled_errors, sensitivity
 from mpe.evolving import Evolving, checkpoints_of
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 from mpe.results import Result
 from src.artifacts import read_pickle
 from src.errors import FileError, FlagError

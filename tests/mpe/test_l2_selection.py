@@ -7,7 +7,7 @@ from mpe_problems import batches, diagonal_variances, examples, network
 
 from mpe.estimates import estimate, loo_losses
 from mpe.l2_selection import l2_content, measure_deltas
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 from src.training.ensemble import Ensemble
 
 DELTAS = [0.5, 1.0, 4.0, 20.0]

@@ -9,8 +9,7 @@ from mpe_problems import batches, examples, network
 from torch import nn
 
 from mpe.laplace_torch import LaplaceTorchVariances, laplace_backend
-from mpe.posteriors import laplace_posterior
-from mpe.predictions import predict
+from mpe.posterior import laplace_posterior, predict
 from src.errors import FlagError
 from src.jacobians import OutputVariances
 from src.models import build_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mpe.orders import (
+from mpe.schedules import (
     SHUFFLES,
     as_positions,
     own_orders,

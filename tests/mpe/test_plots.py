@@ -5,7 +5,7 @@ import pytest
 from matplotlib.collections import PathCollection
 from scipy.stats import pearsonr, spearmanr
 
-from mpe.correlation import Correlation, correlation_intervals, correlation_text
+from mpe.estimates import Correlation, correlation_intervals, correlation_text
 from mpe.plots import (
     Decimals,
     LeaveClassOut,
@@ -124,7 +124,7 @@ def test_blocks_of_resamples_change_nothing(monkeypatch):
     whole = correlation_intervals(x, y)
     assert whole == correlation_intervals(x, y)
     assert whole != correlation_intervals(x, y, seed=1)
-    monkeypatch.setattr("mpe.correlation._BLOCK", 30 * 700)
+    monkeypatch.setattr("mpe.estimates._BLOCK", 30 * 700)
     assert whole == correlation_intervals(x, y)
 
 

@@ -7,7 +7,7 @@ import torch
 from mpe_problems import batches, examples, network
 from torch import nn
 
-from mpe.posteriors import laplace_posterior, optimizer_posterior
+from mpe.posterior import laplace_posterior, optimizer_posterior
 from src.jacobians import Rotated
 from src.models.resnet_frn import FilterResponseNorm
 from src.optimizers import IBLR
@@ -174,7 +174,7 @@ def test_laplace_structures():
 
 def test_diagonal_blocks_beside_factors_are_reported(caplog):
     net = nn.Sequential(nn.Conv2d(2, 3, 3), FilterResponseNorm(3), nn.Flatten(), nn.Linear(48, 4)).double()
-    with caplog.at_level(logging.INFO, "mpe.posteriors"):
+    with caplog.at_level(logging.INFO, "mpe.posterior"):
         blocks = laplace_posterior(net, [examples()[0]], 2.0).blocks
     assert isinstance(blocks["0.weight"], Rotated)
     assert isinstance(blocks["1.gamma"], torch.Tensor)

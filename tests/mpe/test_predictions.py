@@ -6,8 +6,7 @@ import pytest
 import torch
 from mpe_problems import batches, diagonal_variances, examples, network, random_predictions
 
-from mpe.posteriors import laplace_posterior
-from mpe.predictions import Predictions, clamped_errors, predict
+from mpe.posterior import Predictions, clamped_errors, laplace_posterior, predict
 from src.jacobians import OutputVariances
 
 

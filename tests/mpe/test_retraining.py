@@ -9,8 +9,8 @@ import torch
 from small_retraining import REMOVED, SETTINGS, SIZE, N, logits_of, material, run
 from torch import nn
 
-from mpe.orders import replay_generator
 from mpe.retraining import RetrainSettings, retrain
+from mpe.schedules import replay_generator
 from src.errors import TrainingError
 
 

@@ -17,10 +17,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from mpe.api import Sensitivities, refuse_shuffling, sensitivities
-from mpe.estimates import Estimates, estimate, loo_losses, sensitivity
-from mpe.posteriors import laplace_posterior, optimizer_posterior
-from mpe.predictions import Predictions, predict
+from mpe.estimates import Estimates, Sensitivities, estimate, loo_losses, refuse_shuffling, sensitivities, sensitivity
+from mpe.posterior import Predictions, laplace_posterior, optimizer_posterior, predict
 from src.artifacts import label_hash, score_files
 from src.datasets import load_dataset
 from src.errors import MeasurementError, UserError

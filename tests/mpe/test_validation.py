@@ -7,7 +7,7 @@ from mpe_problems import examples, network, random_predictions
 from torch import nn
 
 from mpe.estimates import estimate, sensitivity
-from mpe.predictions import Predictions
+from mpe.posterior import Predictions
 from mpe.validation import (
     drawn_examples,
     estimates_of,

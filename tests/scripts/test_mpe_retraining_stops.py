@@ -28,8 +28,7 @@ import mpe.l2_selection
 import mpe.retraining
 from mpe.estimates import loo_losses
 from mpe.experiment import Experiment
-from mpe.retraining import one_epoch
-from mpe.retraining_files import RetrainingFiles
+from mpe.retraining import RetrainingFiles, one_epoch
 from src.artifacts import write_pickle
 from src.datasets import load_dataset
 

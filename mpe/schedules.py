@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpe.choices import SHUFFLES
+from mpe.config import SHUFFLES
 from src import rng
 
 PASSES_BEFORE = 6
