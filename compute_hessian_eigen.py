@@ -30,7 +30,6 @@ from src.settings.geometry import (
     add_spectrum_flags,
     refuse_contradictions,
 )
-from src.settings.papers import add_dead_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +52,7 @@ def parse() -> Namespace:
     add_compute_flags(parser, precisions=EIGEN_PRECISIONS)
     add_folder_flags(parser, "datasets", "models", "metrics", "hessian")
     parser.add_argument("--deactivate_bn", action="store_true", help=SUPPRESS)
-    add_dead_flags(parser)
+    parser.accept_paper_flags()
     args = parser.parse_args()
     refuse_contradictions(args)
     return args

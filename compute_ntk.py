@@ -39,7 +39,6 @@ from src.settings import (
     number,
     score_folders,
 )
-from src.settings.papers import add_dead_flags
 
 if TYPE_CHECKING:
     from src.trained import TrainedNetworks
@@ -104,7 +103,7 @@ def parse() -> Namespace:
     add_score_flags(parser)
     add_compute_flags(parser, precisions=("fp32", "tf32", "fp64"))
     add_folder_flags(parser, "datasets", "models", "metrics", "ntk")
-    add_dead_flags(parser)
+    parser.accept_paper_flags()
     return parser.parse_args()
 
 

@@ -44,7 +44,6 @@ from src.settings import (
     score_folders,
     splits_folder,
 )
-from src.settings.papers import add_dead_flags
 
 if TYPE_CHECKING:
     from src.datasets import ImageSet
@@ -78,7 +77,7 @@ def parse() -> Namespace:
     add_score_flags(parser)
     add_compute_flags(parser)
     add_folder_flags(parser, "datasets", "splits", "models", "metrics")
-    add_dead_flags(parser)
+    parser.accept_paper_flags()
     return parser.parse_args()
 
 

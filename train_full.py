@@ -23,7 +23,6 @@ from src.settings import (
     add_run_flags,
     add_training_flags,
 )
-from src.settings.papers import add_dead_flags, add_fixed_func_flag
 
 
 def main() -> None:
@@ -35,8 +34,7 @@ def main() -> None:
     add_run_flags(parser)
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
-    add_fixed_func_flag(parser, "full")
-    add_dead_flags(parser)
+    parser.accept_paper_flags("full")
     args = parser.parse_args()
     from src.session import Session
     from src.training import summary

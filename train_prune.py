@@ -18,7 +18,7 @@ With --selection FILE it trains on a selection of anyone's making.
 from argparse import Namespace
 
 from src.artifacts import sole
-from src.cli import DATA_FLAGS, Parser, print_next, run_script
+from src.cli import DATA_FLAGS, PAPER_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
     add_data_flags,
@@ -30,7 +30,6 @@ from src.settings import (
     add_selection_flags,
     add_training_flags,
 )
-from src.settings.papers import DEAD_FLAGS, add_dead_flags
 
 
 def parse() -> Namespace:
@@ -45,7 +44,7 @@ def parse() -> Namespace:
     add_run_flags(parser)
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
-    add_dead_flags(parser)
+    parser.accept_paper_flags()
     args = parser.parse_args()
     args.epochs = args.coreset_epochs
     return args
@@ -80,7 +79,7 @@ def print_comparison(args: Namespace) -> None:
     share = {name: [value] for name, value in share.items() if value is not None}
     print_next(
         "compare_pruning.py",
-        drop=("coreset_func", "coreset_fraction", "seed", "resume", "distributed_training", "sync_bn", *DEAD_FLAGS),
+        drop=("coreset_func", "coreset_fraction", "seed", "resume", "distributed_training", "sync_bn", *PAPER_FLAGS),
         funcs=list(dict.fromkeys(["random", args.coreset_func])),
         seeds=[args.seed],
         coreset_epochs=args.coreset_epochs,

@@ -33,7 +33,6 @@ from src.settings import (
     add_training_flags,
     splits_folder,
 )
-from src.settings.papers import add_dead_flags, add_fixed_func_flag
 
 if TYPE_CHECKING:
     from src.session import Session
@@ -66,8 +65,7 @@ def main() -> None:
     add_run_flags(parser)
     add_compute_flags(parser, training=True)
     add_folder_flags(parser, "datasets", "splits", "models", "metrics", "log", "resume_ckpts")
-    add_fixed_func_flag(parser, "split")
-    add_dead_flags(parser)
+    parser.accept_paper_flags("split")
     args = parser.parse_args()
     from src.session import Session
 

@@ -1,9 +1,20 @@
-"""How a script starts and ends: its parser, log lines, one line for what the user can mend, exit statuses."""
+"""The shell side of a script: flags generated from dataclasses, log lines, one-line errors, exit statuses.
+
+A setting is stated once, as a field of a dataclass that configures the library::
+
+    @dataclass(frozen=True)
+    class SamConfig:
+        rho: float = option(0.05, "radius of SAM's perturbation", number(float, 0, open_low=True))
+
+    parser.add(SamConfig, "training")
+    sam = build(SamConfig, parser.parse_args())
+"""
 
 import argparse
 import difflib
 import io
 import logging
+import math
 import os
 import re
 import shlex
@@ -11,13 +22,128 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from src.artifacts import ROOT
 from src.errors import FileError, FlagError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Config = TypeVar("Config")
+Rule = tuple[Callable[[Namespace], bool], str]
+
+
+def option(
+    default: Any,
+    help: str,
+    kind: Callable[[str], Any] | None = None,
+    *,
+    acts: Rule | Sequence[Rule] = (),
+    negatable: bool = False,
+    title: str | None = None,
+    exclusive: str | None = None,
+    **keywords: Any,
+) -> Any:
+    """A dataclass field that ``Parser.add`` turns into a flag of the field's name.
+
+    Args:
+        default: The default value; a bool makes a flag without a value.
+        help: The help text.
+        kind: Turns the text into a value, or raises ``argparse.ArgumentTypeError``.
+        acts: Where the flag acts: a test of all values and where it fails, as in "without --resume". A flag that is
+            given and does not act is refused.
+        negatable: Whether a bool has a ``--no-`` form.
+        title: The group of the help text, where it is not that of the other fields.
+        exclusive: A name that fields share of which one may be given.
+        keywords: Further arguments of ``add_argument``, such as ``choices``, ``nargs`` and ``metavar``.
+    """
+    rules = [acts] if acts and callable(acts[0]) else list(acts)
+    if kind is not None:
+        keywords["type"] = kind
+    if isinstance(default, bool) and not {"type", "nargs", "choices"} & keywords.keys():
+        keywords["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
+    flag = {"help": help, "rules": rules, "title": title, "exclusive": exclusive, "keywords": keywords}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"flag": flag})
+    return field(default=default, metadata={"flag": flag})
+
+
+def build(config: type[Config], args: Namespace, **values: Any) -> Config:
+    """An instance of a dataclass with the values of the parsed flags.
+
+    Args:
+        config: The dataclass.
+        args: The parsed flags; those that are missing have the field's default.
+        values: Values of other fields, or in place of flags.
+    """
+    given = {item.name: getattr(args, item.name) for item in fields(config) if hasattr(args, item.name)}
+    return config(**{**given, **values})
+
+
+def number(
+    kind: type,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Callable:
+    """A type for finite numbers within bounds (a bound itself is excluded if it is open)."""
+
+    def parse(text: str) -> Any:
+        bounds = "an integer" if kind is int else "a finite number"
+        if low is not None:
+            bounds += f" {'above' if open_low else 'of at least'} {low}"
+        if high is not None:
+            bounds += f"{' and' if low is not None else ''} {'below' if open_high else 'at most'} {high}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
+        too_low = low is not None and (value <= low if open_low else value < low)
+        too_high = high is not None and (value >= high if open_high else value > high)
+        if not math.isfinite(value) or too_low or too_high:
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return parse
+
+
+def whole_number(low: int) -> Callable:
+    """A type for counts, which the paper's commands may write as 100 or 100.0."""
+    parse_any = number(float, low)
+
+    def parse(text: str) -> int:
+        value = parse_any(text)
+        if value != int(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
+        return int(value)
+
+    return parse
+
+
+SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
+
+
+fraction = number(float, 0, 1, open_low=True)
+
+
+def yes_or_no(text: str) -> bool:
+    """A type for flags that take 1 or 0, or a word for it."""
+    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
+    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no; give 1 or 0")
+    return words[text.lower()]
+
+
+def file_name(text: str) -> str:
+    """A type for the name of a file, without a folder."""
+    if not text or text.startswith(".") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give one without folders")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +162,67 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             epilog="Default folders are at the repository root; given ones are relative to the current folder.",
         )
+
+    def add(
+        self,
+        config: type,
+        title: str,
+        *,
+        only: Collection[str] | None = None,
+        skip: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+        required: Collection[str] = (),
+    ) -> None:
+        """Add the flags of a dataclass.
+
+        Args:
+            config: A dataclass with fields made by ``option``; other fields are no flags.
+            title: The group of the help text.
+            only: The fields to add; None for all.
+            skip: Fields to leave out.
+            defaults: Defaults of this script that differ from the dataclass's.
+            required: Fields, or names of exclusive fields, that must be given.
+        """
+        holders: dict[str, Any] = {}
+        for item in fields(config):
+            flag = item.metadata.get("flag")
+            if flag is None or item.name in skip or (only is not None and item.name not in only):
+                continue
+            default = item.default if item.default is not MISSING else item.default_factory()
+            default = (defaults or {}).get(item.name, default)
+            keywords, exclusive = dict(flag["keywords"]), flag["exclusive"]
+            holder = self._group(flag["title"] or title)
+            if exclusive is not None:
+                if exclusive not in holders:
+                    holders[exclusive] = holder.add_mutually_exclusive_group(required=exclusive in required)
+                holder = holders[exclusive]
+            if item.name in required:
+                keywords["required"] = True
+            action = holder.add_argument(f"--{item.name}", default=default, help=flag["help"], **keywords)
+            action.rules = flag["rules"]
+
+    def _group(self, title: str) -> Any:
+        """The group of a title, made where it is missing."""
+        for group in self._action_groups:
+            if group.title == title:
+                return group
+        return self.add_argument_group(title)
+
+    def accept_paper_flags(self, func: str | None = None) -> None:
+        """Accept the flags that the SAMIS paper's scripts, which share one parser, parse and never read.
+
+        They are not in ``--help``; giving one is reported in a warning. Flags that the script has by now are kept.
+
+        Args:
+            func: The one value of ``--coreset_func`` that this script accepts; None where the flag is its own.
+        """
+        for name, valued in PAPER_FLAGS.items():
+            if f"--{name}" not in self._option_string_actions:
+                keywords = {} if valued else {"action": "store_true"}
+                action = self.add_argument(f"--{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS, **keywords)
+                action.ignored = True
+        if func is not None:
+            self.add_argument("--coreset_func", type=_only(func), help=argparse.SUPPRESS, default=argparse.SUPPRESS)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
         """Parse, refuse flags that do nothing or contradict each other, and name those that are ignored."""
@@ -92,11 +279,6 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
         for flag in flags:
             action = group._option_string_actions[flag]
             action.rules = [*getattr(action, "rules", ()), rule]
-
-
-def ignore(action: argparse.Action) -> None:
-    """Declare that a flag is accepted and does nothing, which ``Parser`` reports in a warning where it is given."""
-    action.ignored = True
 
 
 def given_flags(*flags: str) -> list[str]:
@@ -275,3 +457,43 @@ def _first_line(error: BaseException) -> str:
 def _end(line: str, status: int) -> NoReturn:
     print(line.replace("\n", " "), file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(status)
+
+
+# What the paper's code parses and never reads (the last sleeps before the work): True where a value follows.
+PAPER_FLAGS = {
+    "coreset_epochs": True,
+    "coreset_epoch_selection": True,
+    "coreset_warmup_ratio": True,
+    "lower_index": True,
+    "m_samples": True,
+    "ntk_velocity_epoch": True,
+    "ntk_chosen_metric": True,
+    "out_folder": True,
+    "plots_folder": True,
+    "cumulative": True,
+    "weight_func": True,
+    "mode": True,
+    "pivots": True,
+    "mid_point": True,
+    "pivot_sample": True,
+    "pretrain_epoch": True,
+    "late_epoch": True,
+    "pretrain_splits": True,
+    "coeff_reg": True,
+    "mem_scale_coeff": True,
+    "coreset_splits": True,
+    "alpha": True,
+    "proxy": True,
+    "starting_index": True,
+    "deactivate_bn": False,
+    "wait_start": False,
+}
+
+
+def _only(name: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text != name:
+            raise argparse.ArgumentTypeError(f"{text!r}: this script accepts only {name}; use train_prune.py")
+        return text
+
+    return parse

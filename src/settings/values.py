@@ -2,57 +2,11 @@
 
 import argparse
 import difflib
-import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from src.cli import SEED, file_name, fraction, number, whole_number, yes_or_no
 from src.coresets import METHODS
 from src.datasets import dataset_names
-
-
-def number(
-    kind: type,
-    low: float | None = None,
-    high: float | None = None,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> Callable:
-    """A type for finite numbers within bounds (a bound itself is excluded if it is open)."""
-
-    def parse(text: str) -> Any:
-        bounds = "an integer" if kind is int else "a finite number"
-        if low is not None:
-            bounds += f" {'above' if open_low else 'of at least'} {low}"
-        if high is not None:
-            bounds += f"{' and' if low is not None else ''} {'below' if open_high else 'at most'} {high}"
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
-        too_low = low is not None and (value <= low if open_low else value < low)
-        too_high = high is not None and (value >= high if open_high else value > high)
-        if not math.isfinite(value) or too_low or too_high:
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return value
-
-    return parse
-
-
-def whole_number(low: int) -> Callable:
-    """A type for counts, which the paper's commands may write as 100 or 100.0."""
-    parse_any = number(float, low)
-
-    def parse(text: str) -> int:
-        value = parse_any(text)
-        if value != int(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
-        return int(value)
-
-    return parse
-
-
-SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
 
 
 def dataset(text: str) -> str:
@@ -80,9 +34,6 @@ def save_epochs(text: str) -> Any:
     return epochs
 
 
-fraction = number(float, 0, 1, open_low=True)
-
-
 def method_name(text: str) -> str:
     """A type for ``--coreset_func``; ``min_`` before a stored score's name is understood in both spellings."""
     names = {**{name: name for name in METHODS}, **{f"min_{m.needs.stored}": m.name for m in METHODS.values()}}
@@ -100,17 +51,15 @@ def device(text: str) -> str:
     return text
 
 
-def yes_or_no(text: str) -> bool:
-    """A type for flags that take 1 or 0, or a word for it."""
-    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
-    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no; give 1 or 0")
-    return words[text.lower()]
-
-
-def file_name(text: str) -> str:
-    """A type for the name of a file, without a folder."""
-    if not text or text.startswith(".") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give one without folders")
-    return text
+__all__ = [
+    "SEED",
+    "dataset",
+    "device",
+    "file_name",
+    "fraction",
+    "method_name",
+    "number",
+    "save_epochs",
+    "whole_number",
+    "yes_or_no",
+]

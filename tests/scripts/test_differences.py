@@ -6,8 +6,8 @@ import pytest
 from support import ROOT
 from test_bad_flags import SCRIPTS, parsers
 
+from src.cli import PAPER_FLAGS
 from src.models import MODELS
-from src.settings.papers import DEAD_FLAGS
 
 TEXT = (ROOT / "docs" / "differences.md").read_text()
 EXAMPLES = [f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py"))]
@@ -41,5 +41,5 @@ def test_the_networks_whose_start_changed_are_named():
     for name, entry in MODELS.items():
         if entry.settings:
             assert f"`{name}`" in TEXT
-    assert all(f"`--{name}`" in TEXT for name in ("wait_start", "out_folder", "pivots") if name in DEAD_FLAGS)
+    assert all(f"`--{name}`" in TEXT for name in ("wait_start", "out_folder", "pivots") if name in PAPER_FLAGS)
     assert "docs/differences.md" in (ROOT / "README.md").read_text()

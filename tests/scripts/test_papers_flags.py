@@ -5,7 +5,7 @@ from refusals import FLAG, refuse
 from support import TRAIN, call, folders, succeed, write_blobs
 from test_bad_flags import parsers
 
-from src.settings.papers import DEAD_FLAGS
+from src.cli import PAPER_FLAGS
 
 TRAINING = ("train_full.py", "train_split.py", "train_prune.py")
 SHARED_PARSER = (*TRAINING, "compute_sam_sgd.py", "compute_hessian_eigen.py", "compute_ntk.py")
@@ -24,11 +24,11 @@ def blobs(tmp_path_factory):
 
 @pytest.mark.parametrize("script", SHARED_PARSER)
 def test_dead_flags_are_named_once_and_leave_no_trace(script, monkeypatch, capsys):
-    dead = DEAD_FLAGS.keys() - OWN.get(script, set())
+    dead = PAPER_FLAGS.keys() - OWN.get(script, set())
     parser = parsers(script, monkeypatch)
     plain = parser.parse_args(REQUIRED.get(script, ()))
     assert "WARNING" not in capsys.readouterr().err
-    given = [f"--{name}=1" if DEAD_FLAGS[name] else f"--{name}" for name in sorted(dead)]
+    given = [f"--{name}=1" if PAPER_FLAGS[name] else f"--{name}" for name in sorted(dead)]
     assert vars(parser.parse_args([*REQUIRED.get(script, ()), *given])) == vars(plain)
     (line,) = capsys.readouterr().err.splitlines()
     assert "WARNING" in line

@@ -1,0 +1,57 @@
+"""Flags are generated from dataclasses: names, types, defaults, where they act."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from src.cli import Parser, build, number, option
+from src.errors import FlagError
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = option(3, "steps", number(int, 1))
+    kind: str = option("a", "kind", choices=("a", "b"))
+    fast: bool = option(False, "fast")
+    exact: bool = option(True, "exact", negatable=True, acts=(lambda args: args.kind == "b", "without --kind=b"))
+    names: tuple[str, ...] = option([], "names", nargs="+")
+    first: str | None = option(None, "first", exclusive="which")
+    second: str | None = option(None, "second", exclusive="which")
+    made: str = "elsewhere"
+
+
+def parse(*words, **keywords):
+    parser = Parser("test")
+    parser.add(Config, "settings", **keywords)
+    return build(Config, parser.parse_args(words))
+
+
+def test_flags_fill_the_fields():
+    assert parse() == Config()
+    found = parse("--steps=5", "--kind", "b", "--fast", "--no-exact", "--names", "x", "y", "--second=z")
+    assert found == Config(5, "b", True, False, ["x", "y"], None, "z")
+
+
+def test_scripts_choose_fields_and_defaults():
+    assert parse(defaults={"steps": 7}).steps == 7
+    with pytest.raises(SystemExit):
+        parse("--fast", skip=("fast",))
+    with pytest.raises(SystemExit):
+        parse("--made=here")
+    with pytest.raises(SystemExit):
+        parse(required=("steps",))
+    with pytest.raises(SystemExit):
+        parse(required=("which",))
+    assert build(Config, Parser("none").parse_args([]), made="here").made == "here"
+
+
+@pytest.mark.parametrize("words", [["--steps=0"], ["--kind=c"], ["--first=a", "--second=b"]])
+def test_bad_values_exit_with_2(words):
+    with pytest.raises(SystemExit) as stop:
+        parse(*words)
+    assert stop.value.code == 2
+
+
+def test_a_flag_that_does_not_act_is_refused():
+    with pytest.raises(FlagError, match="--no-exact"):
+        parse("--no-exact")
