@@ -4,7 +4,7 @@ from src.jacobians.capture import refuse_batch_statistics, refuse_mixing
 from src.jacobians.engine import SquaredNorms
 from src.jacobians.ggn import ggn_diagonal, kronecker_factors
 from src.jacobians.gram import gram_matrix
-from src.jacobians.layer_rules import plain_kind, register_kind
+from src.jacobians.layer_rules import register_layer_rule, rule_from_gradients
 from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, Posterior, Rotated
 from src.jacobians.sketch import sketch_jacobian
 from src.jacobians.variances import OutputVariances
@@ -19,9 +19,9 @@ __all__ = [
     "ggn_diagonal",
     "gram_matrix",
     "kronecker_factors",
-    "plain_kind",
     "refuse_batch_statistics",
     "refuse_mixing",
-    "register_kind",
+    "register_layer_rule",
+    "rule_from_gradients",
     "sketch_jacobian",
 ]

@@ -10,8 +10,8 @@ layer's own output.
 Two things belong to capturing. Whether the examples of a batch are independent is tried on gradients, not guessed
 from shapes. And on a CPU, convolutions and pooling are fastest when the channels of a position are adjacent in
 memory, but under `torch.func.vmap` autograd's own backward operations lose that layout, copy what is the same for all
-rows, or both; for the layers in `PASSAGES` the output is recomputed, with the same values, in that layout and with a
-backward operation that keeps it.
+rows, or both; for the layers in `BACKWARD_OVERRIDES` the output is recomputed, with the same values, in that layout
+and with a backward operation that keeps it.
 """
 
 import logging
@@ -19,7 +19,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -30,7 +29,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from src.errors import MeasurementError
-from src.jacobians.layer_rules import Kind, all_rows
+from src.jacobians.layer_rules import LayerRule, all_rows
 from src.models.same_padding import SamePad, same_padding
 
 TOLERANCE = 0.02
@@ -118,8 +117,8 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-Passage = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(module, inputs, output) -> the output to go on with."""
+BackwardOverride = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(module, inputs, output) -> an output with the same values and another backward operation."""
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def convolution(module: nn.Conv2d, a: Tensor, output: Tensor) -> Tensor:
-    """See `Passage`."""
+    """See `BackwardOverride`."""
     if a.ndim != 4 or module.padding_mode != "zeros" or isinstance(module.padding, str):
         return output
     return _Convolution.apply(a, module.weight, module.bias, output.detach(), module)
@@ -179,14 +178,14 @@ class _MaxPool(torch.autograd.Function):
 
 
 def max_pool(module: nn.MaxPool2d, a: Tensor, output: Tensor) -> Tensor:
-    """See `Passage`."""
+    """See `BackwardOverride`."""
     if a.ndim != 4 or module.return_indices:
         return output
     return _MaxPool.apply(a, output.detach(), module)
 
 
 def adaptive_average_pool(module: nn.AdaptiveAvgPool2d, a: Tensor, output: Tensor) -> Tensor:
-    """See `Passage`: a mean over all positions, or over one each, which is nothing."""
+    """See `BackwardOverride`: a mean over all positions, or over one each, which is nothing."""
     if a.ndim != 4:
         return output
     if output.shape == a.shape:
@@ -209,12 +208,12 @@ class _Pad(torch.autograd.Function):
 
 
 def same_pad(module: SamePad, a: Tensor, output: Tensor) -> Tensor:
-    """See `Passage`: the way back is a view."""
+    """See `BackwardOverride`: the backward operation is a view."""
     (top, _), (left, _) = (same_padding(size, module.kernel, module.stride) for size in a.shape[2:])
     return _Pad.apply(a, output.detach(), top, left)
 
 
-PASSAGES: dict[type[nn.Module], Passage] = {
+BACKWARD_OVERRIDES: dict[type[nn.Module], BackwardOverride] = {
     nn.Conv2d: convolution,
     nn.MaxPool2d: max_pool,
     nn.AdaptiveAvgPool2d: adaptive_average_pool,
@@ -225,12 +224,14 @@ PASSAGES: dict[type[nn.Module], Passage] = {
 CHANNELS = 16
 """Numbers in a vector register; convolutions that give other numbers of maps are no faster in this layout."""
 
-KEEPING = frozenset({*PASSAGES, nn.Linear, nn.Flatten, nn.Identity, nn.Dropout, nn.ReLU, nn.ELU, nn.GELU, nn.Tanh})
-"""Modules whose way back keeps the layout, or that do not see maps."""
+KEEPING = frozenset(
+    {*BACKWARD_OVERRIDES, nn.Linear, nn.Flatten, nn.Identity, nn.Dropout, nn.ReLU, nn.ELU, nn.GELU, nn.Tanh}
+)
+"""Modules whose backward operation keeps the layout, or that do not see maps."""
 
 
 def suits_channels_last(model: nn.Module) -> bool:
-    """Whether a network gains from these ways.
+    """Whether a model gains from `BACKWARD_OVERRIDES`.
 
     It is on a processor, its convolutions give multiples of 16 maps each, it takes maxima over maps (where the gain
     is largest), and it has no layer that loses the layout again, as normalisation does.
@@ -253,9 +254,9 @@ class Record:
     Attributes:
         name: the module's name in the model.
         module: the module.
-        kind: how its gradients are contracted.
+        rule: how its gradients are contracted.
         inputs: what it was called with, (b, ...).
-        edge: where its output (or what its kind taps instead) stands in the autograd graph.
+        edge: where its output (or what its rule taps instead) is in the autograd graph.
         output_shape: the shape of that tensor.
         version: version counter of ``inputs`` at the call.
         gradient: (q, b, ...) gradients of q quantities at the output, None until `Capture.backward` filled it.
@@ -263,7 +264,7 @@ class Record:
 
     name: str
     module: nn.Module
-    kind: Kind
+    rule: LayerRule
     inputs: Tensor
     edge: GradientEdge
     output_shape: torch.Size
@@ -285,77 +286,75 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Capture:
-    """Context manager: hooks on the modules of known kinds, recording while `forward` runs.
+    """Context manager: hooks on the modules that have a layer rule, recording while `forward` runs.
 
-    Modules of other kinds, subclasses, parametrised modules and modules with parameters of other names are left
-    alone: their parameters are nobody's here, and the caller must treat them in another way.
+    Modules of other types, subclasses, parametrized modules and modules with parameters of other names are left
+    alone; the caller must treat their parameters in another way.
 
     Args:
         model: the network.
-        kinds: contraction rules by exact module type.
+        rules: layer rules by exact module type.
 
     Attributes:
-        channels_last: whether maps take the ways of `src.jacobians.channels_last`; to be set before `forward`.
+        channels_last: whether `BACKWARD_OVERRIDES` apply; to be set before `forward`.
     """
 
-    def __init__(self, model: nn.Module, kinds: Mapping[type[nn.Module], Kind]) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[type[nn.Module], LayerRule]) -> None:
         self.model = model
         self.records: list[Record] = []
         self.channels_last = False
-        self._kinds = kinds
+        self._rules = rules
         self._recording = False
         self._vectorises: bool | None = None  # whether one pass can carry all rows; None: not tried
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for name, module in self.model.named_modules():
-            kind = self._kinds.get(type(module))
+            rule = self._rules.get(type(module))
             own = {key for key, value in module._parameters.items() if value is not None}
             # an instance that carries its own forward, or weights under other names (weight norm, pruning),
             # computes something else than its type says
-            if "forward" in vars(module) or not own <= (kind.parameters if kind else set()):
+            if "forward" in vars(module) or not own <= (rule.parameters if rule else set()):
                 continue
-            if kind is not None and trainable(module):
-                hook = self._hook(name, kind)
-            elif type(module) in PASSAGES and not own:
-                hook = self._passing
+            if rule is not None and trainable(module):
+                hook = self._hook(name, rule)
+            elif type(module) in BACKWARD_OVERRIDES and not own:
+                hook = self._override_hook
             else:
                 continue
             self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.records = []
 
-    def _hook(self, name: str, kind: Kind):
+    def _hook(self, name: str, rule: LayerRule):
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             # without a gradient (a call under no_grad) this call adds nothing to any parameter's gradient
             if not self._recording or not output.requires_grad:
                 return None
             inputs = args[0] if args else kwargs["input"]
-            tapped = output = self._passed(module, inputs, output)
-            if kind.tap is not None and kind.fits(module, inputs):
-                output, tapped = kind.tap(module, inputs, output)
+            tapped = output = self._overridden(module, inputs, output)
+            if rule.tap is not None and rule.fits(module, inputs):
+                output, tapped = rule.tap(module, inputs, output)
             edge = get_gradient_edge(tapped)
-            self.records.append(Record(name, module, kind, inputs.detach(), edge, tapped.shape, inputs._version))
+            self.records.append(Record(name, module, rule, inputs.detach(), edge, tapped.shape, inputs._version))
             return output
 
         return record
 
-    def _passing(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+    def _override_hook(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The hook of modules without parameters."""
         if not self._recording or not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        return self._passed(module, args[0] if args else next(iter(kwargs.values())), output)
+        return self._overridden(module, args[0] if args else next(iter(kwargs.values())), output)
 
-    def _passed(self, module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        passage = PASSAGES.get(type(module)) if self.channels_last else None
-        return output if passage is None else passage(module, inputs, output)
+    def _overridden(self, module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        override = BACKWARD_OVERRIDES.get(type(module)) if self.channels_last else None
+        return output if override is None else override(module, inputs, output)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the model and record; recording stops before any backward pass (checkpointing calls modules again).

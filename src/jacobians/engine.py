@@ -14,7 +14,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src.devices import keep_freed_blocks
 from src.jacobians.capture import Capture, Record, graph_uses, mixture, refuse_mixing, scales_by_example
-from src.jacobians.layer_rules import KINDS, weighted_squares
+from src.jacobians.layer_rules import LAYER_RULES, weighted_squares
 from src.models.modes import evaluating
 
 logger = logging.getLogger(__name__)
@@ -143,7 +142,7 @@ Calls = dict[str, list[tuple[Record, str]]]
 def covered(record: Record, b: int) -> bool:
     """Whether the formulas cover a call, its first axis having the length of a batch of b."""
     whole = record.inputs.shape[0] == record.output_shape[0] == b
-    return whole and record.intact() and record.kind.fits(record.module, record.inputs)
+    return whole and record.intact() and record.rule.fits(record.module, record.inputs)
 
 
 def checked_rows(quantities: Tensor, b: int) -> Tensor:
@@ -157,7 +156,7 @@ def checked_rows(quantities: Tensor, b: int) -> Tensor:
     return rows
 
 
-class Routing(ABC):
+class PerExampleEngine(ABC):
     """Context manager: what any contraction of per-example gradients has in common.
 
     Covers the parameters that require a gradient. Inside the context the model is in eval mode; on leaving it,
@@ -181,7 +180,7 @@ class Routing(ABC):
         self.routes: dict[str, str] = {}
         self.unused: frozenset[str] = frozenset()
         self._budget = memory_mb * 2**20
-        self._capture = Capture(self.model, KINDS)
+        self._capture = Capture(self.model, LAYER_RULES)
         self._fallback = ExampleGradients(self.model)
         self._room = 2.0  # the largest block of memory, in units of the largest gradient that is captured
         self._untried = True  # whether some module's examples may yet turn out to depend on each other
@@ -199,14 +198,12 @@ class Routing(ABC):
         self._capture.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._capture.__exit__(kind, error, trace)
-        self._evaluating.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._capture.__exit__(*error)
+        self._evaluating.__exit__(*error)
 
-    def trust(self, other: "Routing") -> None:
-        """Take over what another routing of the same model found out: independence of examples, sizes of batches."""
+    def trust(self, other: "PerExampleEngine") -> None:
+        """Take over what another engine of the same model found out: independence of examples, sizes of batches."""
         self._untried, self._independent = other._untried, dict(other._independent)
         self._sizes = dict(other._sizes)
 
@@ -360,19 +357,19 @@ class Routing(ABC):
                 self._hand_out_summed(name, found, q)
                 done.append(name)
         for record, names in alone.items():
-            size = record.kind.bytes_per_example(record.module, record.inputs, record.gradient)
+            size = record.rule.bytes_per_example(record.module, record.inputs, record.gradient)
             for part in self._chunks(record.inputs.shape[0], size, size, record.inputs.device):
                 self.take_captured(record, names, part)
             done += names.values()
         return done
 
     def _hand_out_summed(self, name: str, calls: list[tuple[Record, str]], q: int) -> None:
-        size = sum(r.kind.bytes_per_example(r.module, r.inputs, r.gradient) for r, _ in calls)
+        size = sum(r.rule.bytes_per_example(r.module, r.inputs, r.gradient) for r, _ in calls)
         size += 2 * q * self._parameters[name].nbytes
         first = calls[0][0].inputs
         for part in self._chunks(first.shape[0], size, size, first.device):
             total = sum(
-                r.kind.gradients(r.module, r.inputs[part], r.gradient[:, part], [local])[local] for r, local in calls
+                r.rule.gradients(r.module, r.inputs[part], r.gradient[:, part], [local])[local] for r, local in calls
             )
             self.take_gradients(name, total, part)
 
@@ -395,10 +392,10 @@ Weighting = Callable[[str, Tensor], Tensor] | None
 """(name in the model, parameter) -> weights S of the parameter's shape; None stands for ones."""
 
 
-class SquaredNorms(Routing):
+class SquaredNorms(PerExampleEngine):
     """Context manager that computes ``sum over parameters of S * grad_i^2`` for each example i.
 
-    See `Routing` for its arguments, for what it does to the model, and for what it raises.
+    See `PerExampleEngine` for its arguments, for what it does to the model, and for what it raises.
     """
 
     def __call__(
@@ -428,22 +425,22 @@ class SquaredNorms(Routing):
         return self._norms, outputs
 
     def begin(self, rows: Tensor) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         self._norms = torch.zeros(len(self._weightings), *rows.shape, dtype=torch.float64, device=rows.device)
         self._weights: dict[str, Tensor] = {}  # of the module at hand
         self._latest: Record | None = None
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         if record is not self._latest:
             self._weights.clear()
             self._latest = record
         weights = {local: self._weight(name) for local, name in names.items()}
-        squares = record.kind.squares(record.module, record.inputs[part], record.gradient[:, part], weights)
+        squares = record.rule.squares(record.module, record.inputs[part], record.gradient[:, part], weights)
         self._norms[:, :, part] += squares
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         self._norms[:, :, part] += weighted_squares(gradients, self._weight(name))
 
     def _weight(self, name: str) -> Tensor | None:

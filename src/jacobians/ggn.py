@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from src.jacobians.capture import Record
-from src.jacobians.engine import CAPTURED, Routing
+from src.jacobians.engine import CAPTURED, PerExampleEngine
 from src.jacobians.layer_rules import outer_gradients
 from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, KroneckerFactors
 from src.jacobians.variances import logit_rows
@@ -53,7 +53,7 @@ def ggn_rows(outputs: Tensor, targets: Tensor) -> Tensor:
     return (root_of_softmax_covariance(outputs) @ outputs.unsqueeze(2)).squeeze(2).T
 
 
-class _Fit(Routing):
+class _Fit(PerExampleEngine):
     """Sums of squared gradients per parameter entry over all batches, and what a subclass collects besides."""
 
     def __enter__(self):
@@ -70,23 +70,23 @@ class _Fit(Routing):
         self._count += len(images)
 
     def begin(self, rows: Tensor) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """See `Routing`."""
-        kind, module, a, g = record.kind, record.module, record.inputs[part], record.gradient[:, part]
-        if kind.outer is None:
-            for local, gradients in kind.gradients(module, a, g, list(names)).items():
+        """See `PerExampleEngine`."""
+        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
+        if rule.outer is None:
+            for local, gradients in rule.gradients(module, a, g, list(names)).items():
                 self.take_gradients(names[local], gradients, part)
             return
-        a, g = kind.outer.inputs(module, a), kind.outer.outputs(module, g)
+        a, g = rule.outer.inputs(module, a), rule.outer.outputs(module, g)
         if "bias" in names:
             self.take_gradients(names["bias"], g.sum(-1).flatten(2), part)
         if "weight" in names:
             self._add_diagonal(names["weight"], outer_squares_of_entries(a, g))
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         self._add_diagonal(name, gradients.square().sum((0, 1)))
 
     def _add_diagonal(self, name: str, diagonal: Tensor) -> None:
@@ -134,7 +134,7 @@ class _KroneckerFit(_Fit):
         return self
 
     def begin(self, rows: Tensor) -> None:
-        """See `Routing`.
+        """See `PerExampleEngine`.
 
         Raises:
             ValueError: a module is used in another way than in the first batch.
@@ -143,7 +143,7 @@ class _KroneckerFit(_Fit):
         found = {
             name
             for name, route in self.routes.items()
-            if route == CAPTURED and calls[name].kind.outer is not None and self._alone(calls[name])
+            if route == CAPTURED and calls[name].rule.outer is not None and self._alone(calls[name])
         }
         if self._chosen is None:
             self._chosen = found
@@ -158,12 +158,12 @@ class _KroneckerFit(_Fit):
         return all(self.routes[self._names[id(p)]] == CAPTURED for p in record.parameters().values())
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         if not self._chosen.issuperset(names.values()):
             super().take_captured(record, names, part)
             return
-        a = record.kind.outer.inputs(record.module, record.inputs[part])
-        g = record.kind.outer.outputs(record.module, record.gradient[:, part])
+        a = record.rule.outer.inputs(record.module, record.inputs[part])
+        g = record.rule.outer.outputs(record.module, record.gradient[:, part])
         t = g.shape[-1]
         inputs = second_moments(a)
         outputs = second_moments(g.transpose(0, 1).reshape(-1, *g.shape[2:])) / t
@@ -205,7 +205,7 @@ def ggn_diagonal(model: nn.Module, batches: Batches, memory_mb: float = 128.0) -
         For each trainable parameter its diagonal.
 
     Raises:
-        ValueError: there are no examples, or `Routing` refuses the model.
+        ValueError: there are no examples, or `PerExampleEngine` refuses the model.
     """
     with _Fit(model, memory_mb) as fit:
         _run(fit, batches)
@@ -225,7 +225,7 @@ def kronecker_factors(model: nn.Module, batches: Batches, memory_mb: float = 128
 
     Raises:
         ValueError: there are no examples, a module is used in different ways or at different image sizes, or
-            `Routing` refuses the model.
+            `PerExampleEngine` refuses the model.
     """
     with _KroneckerFit(model, memory_mb) as fit:
         _run(fit, batches)

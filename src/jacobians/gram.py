@@ -9,41 +9,24 @@ Letters: n examples, q quantities (the loss or one logit: one; the logits: one p
 layer, t positions (pixels, tokens), p numbers of a parameter. A weight's gradient is ``G = sum_t g_t a_t^T``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from src.jacobians.capture import Record
-from src.jacobians.engine import Quantities, Routing
+from src.jacobians.engine import PerExampleEngine, Quantities
 from src.jacobians.layer_rules import Outer, outer_gradients
 
 BLOCK_BYTES = 48 * 2**20
 """About how much a product of two parts takes beside the parts themselves."""
 
 
-class Part(Protocol):
-    """What is kept of one parameter, or of one layer's weight, for the examples of a block."""
-
-    def put(self, start: int, a: Tensor, g: Tensor) -> None:
-        """Keep what came for the examples from ``start`` on."""
-
-    def products(self, other: "Part", into: Tensor, symmetric: bool) -> None:
-        """Add all inner products with another block's examples.
-
-        Args:
-            other: The same parameter, other examples (or the same).
-            into: (n q, n' q), what to add to.
-            symmetric: Whether ``other`` is this part; then only the blocks on and above the diagonal are wanted.
-        """
-
-
 class Rows:
-    """Rows of the Jacobian in full, (n, q, p).
+    """What is kept of one parameter for the examples of a block: rows of the Jacobian in full, (n, q, p).
 
     Args:
         examples: n.
@@ -53,14 +36,21 @@ class Rows:
         self._examples = examples
         self._rows: Tensor | None = None
 
-    def put(self, start: int, rows: Tensor, _: Tensor | None = None) -> None:
-        """Keep rows (b, q, p)."""
+    def put(self, start: int, rows: Tensor) -> None:
+        """Keep rows (b, q, p) of the examples from ``start`` on."""
         if self._rows is None:
             self._rows = rows.new_zeros(self._examples, *rows.shape[1:])
         self._rows[start : start + len(rows)] = rows
 
     def products(self, other: "Rows", into: Tensor, symmetric: bool) -> None:
-        """See `Part`: one matrix product for each block of rows."""
+        """Add all inner products with another block's examples: one matrix product for each block of rows.
+
+        Args:
+            other: The same parameter, other examples (or the same).
+            into: (n q, n' q), what to add to.
+            symmetric: Whether ``other`` is this very object; then only the blocks on and above the diagonal are
+                wanted.
+        """
         left, right = self._rows.flatten(0, 1), other._rows.flatten(0, 1)
         step = block_of(len(left), left.element_size() * len(right), symmetric)
         for start in range(0, len(left), step):
@@ -70,7 +60,7 @@ class Rows:
 
 
 class Factors:
-    """A layer's inputs ``a`` and the gradients ``g`` at its output; G is never formed.
+    """The alternative for a layer's weight: the inputs ``a`` and gradients ``g`` at its output; G is never formed.
 
     One position: ``(a . a') (g . g')``, and with the bias's share ``(a . a' + 1) (g . g')``. Several positions:
     ``sum_{t,t'} (a_t . a'_t') (g_t . g'_t')``: the inner products of the inputs first, then times g, then times g'.
@@ -103,7 +93,7 @@ class Factors:
         return self._outer.inputs(self._module, self._a[part])[:, 0]  # (b, k, t)
 
     def products(self, other: "Factors", into: Tensor, symmetric: bool) -> None:
-        """See `Part`."""
+        """See `Rows.products`."""
         if self._g.shape[-1] == 1:
             self._one_position(other, into, symmetric)
         else:
@@ -146,7 +136,7 @@ def block_of(count: int, bytes_each: int, symmetric: bool = False) -> int:
     return max(1, min(BLOCK_BYTES // max(bytes_each, 1), most))
 
 
-def as_rows(gradients: Tensor) -> Tensor:
+def flat_rows(gradients: Tensor) -> Tensor:
     """(q, b, *shape) as (b, q, p)."""
     return gradients.reshape(*gradients.shape[:2], -1).transpose(0, 1)
 
@@ -170,14 +160,12 @@ class Shape:
     numbers: int
     factors: tuple[int, int, int, int] | None = None
 
-    def row_numbers(self, q: int) -> int:
-        """Numbers that rows take per example."""
+    def kept(self, q: int, as_factors: bool) -> int:
+        """Numbers that factors, or rows, take per example."""
+        if as_factors:
+            o, _, t, raw = self.factors
+            return q * o * t + raw
         return q * self.numbers
-
-    def factor_numbers(self, q: int) -> int:
-        """Numbers that factors take per example."""
-        o, _, t, raw = self.factors
-        return q * o * t + raw
 
     def making(self, q: int, n: int) -> float:
         """Multiplications of the way back to this layer, and as many again of forming G from it."""
@@ -206,8 +194,8 @@ def prefers_factors(shape: Shape, q: int, n: int, price: float) -> bool:
     """
     if shape.factors is None:
         return False
-    rows = shape.making(q, n) + shape.row_cost(q, n) + price * n * shape.row_numbers(q)
-    return shape.factor_cost(q, n) + price * n * shape.factor_numbers(q) < rows
+    rows = shape.making(q, n) + shape.row_cost(q, n) + price * n * shape.kept(q, False)
+    return shape.factor_cost(q, n) + price * n * shape.kept(q, True) < rows
 
 
 @dataclass(frozen=True)
@@ -245,35 +233,35 @@ class Plan:
     limit: float
     quantities: int
     dtype: torch.dtype
-    trial: Routing = field(repr=False, compare=False)
+    trial: PerExampleEngine = field(repr=False, compare=False)
 
     def numbers(self, shape: Shape) -> int:
         """Numbers that are kept of a parameter per example."""
-        return _numbers(shape, shape.key in self.factors, self.quantities)
+        return shape.kept(self.quantities, shape.key in self.factors)
 
 
-class _Shapes(Routing):
+class _Shapes(PerExampleEngine):
     """Notes the sizes of all parameters, from one example."""
 
     def begin(self, rows: Tensor) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         self.quantities = rows.shape[0]
         self.shapes: dict[str, Shape] = {}
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         for name in names.values():
             self.shapes[name] = Shape(name, self._parameters[name].numel())
-        if record.kind.outer is None or "weight" not in names:
+        if record.rule.outer is None or "weight" not in names:
             return
-        groups, o, t = record.kind.outer.outputs(record.module, record.gradient).shape[2:]
+        groups, o, t = record.rule.outer.outputs(record.module, record.gradient).shape[2:]
         if groups == 1:
             weight = names["weight"]
             numbers = self.shapes[weight].numbers
             self.shapes[weight] = Shape(weight, numbers, (o, numbers // o, t, record.inputs[0].numel()))
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         self.shapes[name] = Shape(name, self._parameters[name].numel())
 
 
@@ -301,23 +289,11 @@ def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets:
     return Plan(shapes, factors, _bands(shapes, factors, n, limit, q), n, limit, q, dtype, noting)
 
 
-def without_factors(plan: Plan, key: str) -> Plan:
-    """The plan with one layer kept as rows: some of its examples cannot be taken apart."""
-    factors = plan.factors - {key}
-    bands = _bands(plan.shapes, factors, plan.examples, plan.limit, plan.quantities)
-    return replace(plan, factors=factors, bands=bands)
-
-
-def _numbers(shape: Shape, as_factors: bool, q: int) -> int:
-    """Numbers that are kept of a parameter per example."""
-    return shape.factor_numbers(q) if as_factors else shape.row_numbers(q)
-
-
 def _bands(shapes: Mapping[str, Shape], factors: frozenset[str], n: int, limit: float, q: int) -> tuple[Band, ...]:
     """Neighbouring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
     bands, names, taken = [], [], 0.0
     for key, shape in shapes.items():
-        each = _numbers(shape, key in factors, q)
+        each = shape.kept(q, key in factors)
         size = n * each
         if size > limit:
             # two blocks are in memory at a time
@@ -348,16 +324,9 @@ STEP_MB = 128.0
 MIRRORED = 512
 """Rows that are mirrored at a time."""
 
-Tick = Callable[[float], None]
-"""Called with the share of the work that was just done; the shares add up to 1."""
-
 
 class _OtherRouteError(Exception):
-    """A layer whose factors were to be kept came with its gradients in full: some example is of no use for them."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    """A layer (its weight's name) whose factors were to be kept came with its gradients in full."""
 
 
 @contextmanager
@@ -373,50 +342,52 @@ def only_trainable(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-class _Collector(Routing):
+class _Collector(PerExampleEngine):
     """Keeps parts of the trainable parameters for a block of examples."""
 
-    def collect(self, plan: Plan, images: Tensor, targets: Tensor, quantities: Quantities) -> dict[str, Part]:
+    def collect(
+        self, plan: Plan, images: Tensor, targets: Tensor, quantities: Quantities
+    ) -> dict[str, Rows | Factors]:
         """The parts of all trainable parameters for ``images``."""
         self._plan = plan
         self._examples = len(images)
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, Rows | Factors] = {}
         for part in self.sub_batches(images):
             self._start = part.start
             self.run(images[part], targets[part], quantities)
         return self._parts
 
     def begin(self, rows: Tensor) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """See `Routing`."""
-        kind, module, a, g = record.kind, record.module, record.inputs[part], record.gradient[:, part]
+        """See `PerExampleEngine`."""
+        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
         start = self._start + part.start
-        if kind.outer is None:
-            for local, gradients in kind.gradients(module, a, g, list(names)).items():
-                self._rows(names[local]).put(start, as_rows(gradients))
+        if rule.outer is None:
+            for local, gradients in rule.gradients(module, a, g, list(names)).items():
+                self._rows(names[local]).put(start, flat_rows(gradients))
             return
-        g = kind.outer.outputs(module, g)
+        g = rule.outer.outputs(module, g)
         for local, name in names.items():
             if local == "bias":
                 if not (g.shape[-1] == 1 and names.get("weight") in self._plan.factors):
-                    self._rows(name).put(start, as_rows(g.sum(-1)))
+                    self._rows(name).put(start, flat_rows(g.sum(-1)))
             elif name in self._plan.factors:
                 if name not in self._parts:
                     bias = g.shape[-1] == 1 and "bias" in names
-                    self._parts[name] = Factors(self._examples, module, kind.outer, bias)
+                    self._parts[name] = Factors(self._examples, module, rule.outer, bias)
                 self._parts[name].put(start, a, g)
             else:
-                self._rows(name).put(start, weight_rows(kind.outer.inputs(module, a), g))
+                self._rows(name).put(start, weight_rows(rule.outer.inputs(module, a), g))
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         if name in self._plan.factors:
             raise _OtherRouteError(name)
-        self._rows(name).put(self._start + part.start, as_rows(gradients))
+        self._rows(name).put(self._start + part.start, flat_rows(gradients))
 
-    def _rows(self, name: str) -> Part:
+    def _rows(self, name: str) -> Rows:
         return self._parts.setdefault(name, Rows(self._examples))
 
 
@@ -427,7 +398,6 @@ def gram_matrix(
     targets: Tensor | None = None,
     *,
     memory_mb: float = 2048.0,
-    tick: Tick | None = None,
 ) -> Tensor:
     """``J J^T`` for the Jacobian J of some quantities of n examples with respect to all trainable parameters.
 
@@ -439,7 +409,6 @@ def gram_matrix(
         quantities: (outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone.
         targets: (n, ...) what ``quantities`` takes beside the outputs.
         memory_mb: MiB that the parts kept of the examples may take.
-        tick: Told of the progress.
 
     Returns:
         (n q, n q) in the parameters' type, symmetric.
@@ -452,26 +421,23 @@ def gram_matrix(
         raise ValueError("a Gram matrix of no examples")
     model = getattr(model, "_orig_mod", model)  # parameters have other names under torch.compile
     targets = torch.zeros(len(images), device=images.device) if targets is None else targets
-    tick = tick or (lambda share: None)
     plan = make_plan(model, images, quantities, targets, memory_mb)
     while True:
         try:
-            return _follow(plan, model, images, targets, quantities, tick)
-        except _OtherRouteError as found:
-            plan = without_factors(plan, found.name)
+            return _follow(plan, model, images, targets, quantities)
+        except _OtherRouteError as error:  # some example of the layer cannot be taken apart: keep its rows
+            factors = plan.factors - {error.args[0]}
+            bands = _bands(plan.shapes, factors, plan.examples, plan.limit, plan.quantities)
+            plan = replace(plan, factors=factors, bands=bands)
 
 
-def _follow(
-    plan: Plan, model: nn.Module, images: Tensor, targets: Tensor, quantities: Quantities, tick: Tick
-) -> Tensor:
+def _follow(plan: Plan, model: nn.Module, images: Tensor, targets: Tensor, quantities: Quantities) -> Tensor:
     """Add up what the bands contribute."""
     size = len(images) * plan.quantities
     found = torch.zeros(size, size, dtype=plan.dtype, device=images.device)
-    works = [sum(work(plan, band, len(images))) for band in plan.bands]
-    for band, its_work in zip(plan.bands, works, strict=True):
+    for band in plan.bands:
         with only_trainable(model, band.names):
-            share = its_work / sum(works)
-            _add_band(plan, band, model, images, targets, quantities, found, lambda s, w=share: tick(s * w))
+            _add_band(plan, band, model, images, targets, quantities, found)
     for start in range(0, len(found), MIRRORED):
         stop = start + MIRRORED
         found[start:stop, start:stop].triu_().add_(found[start:stop, start:stop].triu(1).mT)
@@ -487,7 +453,6 @@ def _add_band(
     targets: Tensor,
     quantities: Quantities,
     found: Tensor,
-    tick: Tick,
 ) -> None:
     """Add what the parameters of one band contribute to the blocks on and above the diagonal."""
     n, q = len(images), plan.quantities
@@ -496,15 +461,11 @@ def _add_band(
     with _Collector(model, STEP_MB) as collector:
         collector.trust(plan.trial)
 
-        def collect(block: slice) -> dict[str, Part]:
+        def collect(block: slice) -> dict[str, Rows | Factors]:
             return collector.collect(plan, images[block], targets[block], quantities)
 
-        making, pairs = work(plan, band, n)
-        pieces = band.blocks * (band.blocks + 1) / 2
-        making, pairs = (share / (making + pairs) / pieces for share in (making, pairs))
         for i, block in enumerate(blocks):
             mine = collect(block)
-            tick(making)
             for other in blocks[i:]:
                 theirs = mine if other is block else collect(other)
                 rows, columns = (slice(part.start * q, part.stop * q) for part in (block, other))
@@ -513,4 +474,3 @@ def _add_band(
                         mine[key].products(theirs[key], found[rows, columns], theirs is mine)
                     if band.blocks == 1:
                         del mine[key]
-                tick(pairs if other is block else making + pairs)

@@ -1,11 +1,11 @@
-"""How each kind of layer turns its inputs and output gradients into per-example gradients.
+"""Layer rules: how each type of layer turns its inputs and output gradients into per-example gradients.
 
 Letters: q quantities (the loss: one; the logits: one per class), b examples, n groups, o outputs and k inputs of a
 group, t positions (pixels, tokens), f families of weights. A weight's gradient is ``G = sum_t g_t a_t^T``.
 
-Each kind of layer has two functions: `squares` (what the engine wants) and `gradients` (the same gradients in full,
-for parameters whose parts must be added up before squaring). Where the weight's gradient is a sum of outer products,
-the kind also brings ``a`` and ``g`` into one form (`Outer`), which posteriors and curvatures use. Normalization
+A rule has two functions: `squares` (what the engine wants) and `gradients` (the same gradients in full, for
+parameters whose parts must be added up before squaring). Where the weight's gradient is a sum of outer products,
+the rule also brings ``a`` and ``g`` into one form (`Outer`), which posteriors and curvatures use. Normalization
 layers have one or two parameters per channel, so their per-example gradients are formed in full. A layer type without
 a rule goes through the exact fallback of `src.jacobians.engine`.
 """
@@ -59,7 +59,7 @@ Weights = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerRule:
     """How the modules of one type are contracted.
 
     Attributes:
@@ -158,7 +158,7 @@ def prefers_pairs(o: int, k: int, t: int) -> bool:
 
 @dataclass(frozen=True)
 class Outer:
-    """The functions of a `Kind` for modules with a weight whose gradient is ``sum_t g_t a_t^T``, and a bias.
+    """The functions of a `LayerRule` for modules with a weight whose gradient is ``sum_t g_t a_t^T``, and a bias.
 
     Attributes:
         inputs: (module, a) -> (b, n, k, t), k in the order of the weight.
@@ -173,7 +173,7 @@ class Outer:
     in_row_order: Callable[[nn.Module, Tensor], Tensor]
 
     def squares(self, module: nn.Module, a: Tensor, g: Tensor, weights: Weights) -> Tensor:
-        """See `Kind.squares`."""
+        """See `LayerRule.squares`."""
         g = self.outputs(module, g)
         parts = []
         if "bias" in weights:
@@ -183,7 +183,7 @@ class Outer:
         return sum(parts)
 
     def gradients(self, module: nn.Module, a: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-        """See `Kind.gradients`."""
+        """See `LayerRule.gradients`."""
         g = self.outputs(module, g)
         found = {}
         if "bias" in names:
@@ -194,7 +194,7 @@ class Outer:
         return found
 
     def bytes_per_example(self, module: nn.Module, a: Tensor, g: Tensor) -> int:
-        """See `Kind.bytes_per_example`: the unfolded inputs, the gradients, and G with its square."""
+        """See `LayerRule.bytes_per_example`: the unfolded inputs, the gradients, and G with its square."""
         q, outputs, weight = g.shape[0], module.weight.shape[0], module.weight.numel()
         positions = g[0, 0].numel() // outputs
         unfolded = weight // outputs * getattr(module, "groups", 1) * positions
@@ -273,16 +273,16 @@ def pad(module: nn.Conv2d, a: Tensor) -> Tensor:
     return F.pad(a, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
-def _outer_kind(outer: Outer, fits: Callable[[nn.Module, Tensor], bool]) -> Kind:
+def _outer_rule(outer: Outer, fits: Callable[[nn.Module, Tensor], bool]) -> LayerRule:
     names = frozenset({"weight", "bias"})
-    return Kind(names, fits, outer.squares, outer.gradients, outer.bytes_per_example, outer)
+    return LayerRule(names, fits, outer.squares, outer.gradients, outer.bytes_per_example, outer)
 
 
-LINEAR = _outer_kind(
+LINEAR = _outer_rule(
     Outer(linear_inputs, linear_outputs, linear_rows, linear_in_row_order), lambda module, a: a.ndim >= 2
 )
 # three axes would be one image without a batch
-CONVOLUTION = _outer_kind(
+CONVOLUTION = _outer_rule(
     Outer(conv_inputs, conv_outputs, conv_rows, conv_in_row_order), lambda module, a: a.ndim == 4
 )
 
@@ -290,10 +290,10 @@ CONVOLUTION = _outer_kind(
 Gradients = Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
 
 
-def plain_kind(
+def rule_from_gradients(
     parameters: Collection[str], gradients: Gradients, fits: Callable[[nn.Module, Tensor], bool] | None = None
-) -> Kind:
-    """A kind from nothing but its gradients, for modules whose parameters are few.
+) -> LayerRule:
+    """A rule from nothing but its gradients, for modules whose parameters are few.
 
     Args:
         parameters: names of all parameters that the module may have.
@@ -305,7 +305,7 @@ def plain_kind(
         found = gradients(module, a, g, list(weights))
         return sum(weighted_squares(found[name], weights[name]) for name in weights)
 
-    return Kind(frozenset(parameters), fits or (lambda module, a: True), squares, gradients, _bytes_per_example)
+    return LayerRule(frozenset(parameters), fits or (lambda module, a: True), squares, gradients, _bytes_per_example)
 
 
 def _bytes_per_example(module: nn.Module, a: Tensor, g: Tensor) -> int:
@@ -393,7 +393,7 @@ class _FilterResponse(torch.autograd.Function):
 
 
 def filter_response_tap(module: FilterResponseNorm, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """See `src.jacobians.layer_rules.Kind.tap`; the gradients that it leads to are (q, b, 3, c)."""
+    """See `src.jacobians.layer_rules.LayerRule.tap`; the gradients that it leads to are (q, b, 3, c)."""
     parameters = torch.stack([p.flatten() for p in (module.gamma, module.beta, module.tau)])
     parameters = parameters.expand(len(a), -1, -1)
     return _FilterResponse.apply(a, parameters, output.detach(), module.eps), parameters
@@ -411,17 +411,17 @@ def _has_batch(module: nn.Module, a: Tensor) -> bool:
     return a.ndim >= 2
 
 
-BATCHNORM = plain_kind({"weight", "bias"}, batchnorm_gradients, _has_batch)
-LAYERNORM = plain_kind(
+BATCHNORM = rule_from_gradients({"weight", "bias"}, batchnorm_gradients, _has_batch)
+LAYERNORM = rule_from_gradients(
     {"weight", "bias"}, layernorm_gradients, lambda module, a: a.ndim > len(module.normalized_shape)
 )
 FILTER_RESPONSE_NORM = replace(
-    plain_kind({"tau", "beta", "gamma"}, filter_response_gradients, lambda module, a: a.ndim == 4),
+    rule_from_gradients({"tau", "beta", "gamma"}, filter_response_gradients, lambda module, a: a.ndim == 4),
     tap=filter_response_tap,
 )
 
 
-KINDS: dict[type[nn.Module], Kind] = {
+LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LINEAR,
     nn.Conv2d: CONVOLUTION,
     nn.BatchNorm1d: BATCHNORM,
@@ -433,16 +433,16 @@ KINDS: dict[type[nn.Module], Kind] = {
 }
 
 
-def register_kind(module_type: type[nn.Module], kind: Kind) -> None:
+def register_layer_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
     """Have modules of exactly this type contracted by a rule of their own instead of the fallback.
 
     Args:
         module_type: the module's class; subclasses stay with the fallback.
-        kind: the rule; `src.jacobians.layer_rules.plain_kind` makes one from a function of gradients.
+        rule: the rule; `src.jacobians.layer_rules.rule_from_gradients` makes one from a function of gradients.
 
     Raises:
         ValueError: the type has a rule already.
     """
-    if KINDS.get(module_type, kind) is not kind:
+    if LAYER_RULES.get(module_type, rule) is not rule:
         raise ValueError(f"{module_type.__name__} has a contraction rule already")
-    KINDS[module_type] = kind
+    LAYER_RULES[module_type] = rule

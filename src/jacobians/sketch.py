@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from src import rng
 from src.jacobians.capture import Record
-from src.jacobians.engine import Quantities, Routing
-from src.jacobians.gram import as_rows, weight_rows
+from src.jacobians.engine import PerExampleEngine, Quantities
+from src.jacobians.gram import flat_rows, weight_rows
 
 
-class _Sketcher(Routing):
+class _Sketcher(PerExampleEngine):
     """Adds up the sketches of all parameters' gradients, an example at a time or a few."""
 
     def prepare(self, dimension: int, seed: int) -> None:
@@ -28,23 +28,23 @@ class _Sketcher(Routing):
             self._signs[name] = (2 * signs - 1).to(p.device, p.dtype), shift
 
     def begin(self, rows: Tensor) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         self.found = rows.new_zeros(rows.shape[1], rows.shape[0], self._dimension)
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """See `Routing`."""
-        kind, module, a, g = record.kind, record.module, record.inputs[part], record.gradient[:, part]
+        """See `PerExampleEngine`."""
+        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
         rest = list(names)
-        if kind.outer is not None and "weight" in names:
+        if rule.outer is not None and "weight" in names:
             rest.remove("weight")
-            self._add(names["weight"], weight_rows(kind.outer.inputs(module, a), kind.outer.outputs(module, g)), part)
+            self._add(names["weight"], weight_rows(rule.outer.inputs(module, a), rule.outer.outputs(module, g)), part)
         if rest:
-            for local, gradients in kind.gradients(module, a, g, rest).items():
-                self._add(names[local], as_rows(gradients), part)
+            for local, gradients in rule.gradients(module, a, g, rest).items():
+                self._add(names[local], flat_rows(gradients), part)
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """See `Routing`."""
-        self._add(name, as_rows(gradients), part)
+        """See `PerExampleEngine`."""
+        self._add(name, flat_rows(gradients), part)
 
     def _add(self, name: str, rows: Tensor, part: slice) -> None:
         signs, shift = self._signs[name]

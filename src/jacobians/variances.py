@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.jacobians.capture import Record, suits_channels_last
-from src.jacobians.engine import Routing
+from src.jacobians.engine import PerExampleEngine
 from src.jacobians.layer_rules import Outer, outer_gradients
 from src.jacobians.posterior import Block, Posterior, Rotated
 
@@ -165,11 +165,11 @@ def logit_rows(outputs: Tensor, _: Tensor) -> Tensor:
     return outputs.T
 
 
-class OutputVariances(Routing):
+class OutputVariances(PerExampleEngine):
     """Context manager that computes logits and their variances, one pass over each batch.
 
-    See `Routing` for what it does to the model. The gradients of all C logits at the modules' outputs and the
-    per-example products made of them are the memory it needs; batches are cut so that both stay within
+    See `PerExampleEngine` for what it does to the model. The gradients of all C logits at the modules' outputs and
+    the per-example products made of them are the memory it needs; batches are cut so that both stay within
     ``memory_mb`` each, plus a copy or two of the larger.
 
     Args:
@@ -220,25 +220,25 @@ class OutputVariances(Routing):
         return torch.cat(logits), torch.cat(variances)
 
     def begin(self, rows: Tensor) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         q, b = rows.shape
         shape = (b, q, q) if self._full else (b, q)
         self._variances = torch.zeros(shape, dtype=torch.float64, device=rows.device)
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """See `Routing`."""
-        kind, module, a, g = record.kind, record.module, record.inputs[part], record.gradient[:, part]
+        """See `PerExampleEngine`."""
+        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
         blocks = {local: self._blocks[name] for local, name in names.items()}
-        if kind.outer is not None:
-            g = kind.outer.outputs(module, g)
+        if rule.outer is not None:
+            g = rule.outer.outputs(module, g)
             if self._tiles(g, blocks):
-                self._variances[part] += self._entrywise(kind.outer, module, a, g, names, blocks)
+                self._variances[part] += self._entrywise(rule.outer, module, a, g, names, blocks)
                 return
-            a = kind.outer.inputs(module, a)
+            a = rule.outer.inputs(module, a)
             found = outer_covariance(a, g, blocks.get("weight"), blocks.get("bias"), self._full)
             self._variances[part] += found
             return
-        for local, gradients in kind.gradients(module, a, g, list(blocks)).items():
+        for local, gradients in rule.gradients(module, a, g, list(blocks)).items():
             self._variances[part] += gradient_covariance(gradients, blocks[local], self._full)
 
     def _tiles(self, g: Tensor, blocks: dict[str, Block]) -> bool:
@@ -262,5 +262,5 @@ class OutputVariances(Routing):
         return found
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """See `Routing`."""
+        """See `PerExampleEngine`."""
         self._variances[part] += gradient_covariance(gradients, self._blocks[name], self._full)

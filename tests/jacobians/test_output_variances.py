@@ -7,8 +7,8 @@ from jacobian_networks import NETWORKS, images_and_labels, network
 from torch import nn
 
 from src import devices
-from src.jacobians import OutputVariances, Posterior, Rotated, plain_kind, register_kind
-from src.jacobians.layer_rules import KINDS
+from src.jacobians import OutputVariances, Posterior, Rotated, register_layer_rule, rule_from_gradients
+from src.jacobians.layer_rules import LAYER_RULES
 from src.models import build_model
 from src.models.resnet_frn import FilterResponseNorm
 
@@ -123,16 +123,16 @@ def test_a_rule_for_a_module_of_ones_own():
     with OutputVariances(net, posterior, full=True) as engine:
         expected = engine(images)[1]
         assert engine.routes["1.gain"] == "fallback"
-    kind = plain_kind({"gain"}, lambda module, a, g, names: dict.fromkeys(names, g * a))
-    register_kind(Gain, kind)
+    rule = rule_from_gradients({"gain"}, lambda module, a, g, names: dict.fromkeys(names, g * a))
+    register_layer_rule(Gain, rule)
     try:
         with OutputVariances(net, posterior, full=True) as engine:
             torch.testing.assert_close(engine(images)[1], expected, **EXACT)
             assert engine.routes["1.gain"] == "captured"
         with pytest.raises(ValueError, match="Gain has a contraction rule already"):
-            register_kind(Gain, plain_kind({"gain"}, kind.gradients))
+            register_layer_rule(Gain, rule_from_gradients({"gain"}, rule.gradients))
     finally:
-        del KINDS[Gain]
+        del LAYER_RULES[Gain]
 
 
 def test_a_last_layers_prior_directions_cancel_against_errors():

@@ -6,7 +6,7 @@ from jacobian_networks import NETWORKS, images_and_labels, logits, loop_norms, l
 from torch import nn
 
 from src.jacobians import SquaredNorms
-from src.jacobians.layer_rules import KINDS, outer_gradients, outer_squares, prefers_pairs
+from src.jacobians.layer_rules import LAYER_RULES, outer_gradients, outer_squares, prefers_pairs
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
@@ -113,7 +113,7 @@ def test_summed_gradients_are_the_gradient_of_the_sum():
             rows = losses(capture.forward(images), labels).unsqueeze(0)
             for record, g in zip(capture.records, capture.backward(rows, capture.records, True), strict=True):
                 own = record.parameters()
-                found = record.kind.gradients(record.module, record.inputs, g, list(own))
+                found = record.rule.gradients(record.module, record.inputs, g, list(own))
                 expected = torch.autograd.grad(rows.sum(), list(own.values()), retain_graph=True)
                 for local, gradient in zip(own, expected, strict=True):
                     torch.testing.assert_close(found[local].sum((0, 1)), gradient, **EXACT)
@@ -292,7 +292,7 @@ def test_memory_estimates_cover_the_gradient():
         rows = losses(squared._capture.forward(images), labels).unsqueeze(0)
         for record in squared._capture.records:
             (g,) = squared._capture.backward(rows, [record], keep_graph=True)
-            estimate = KINDS[type(record.module)].bytes_per_example(record.module, record.inputs, g)
+            estimate = LAYER_RULES[type(record.module)].bytes_per_example(record.module, record.inputs, g)
             one = g[0, 0].numel() == record.module.weight.shape[0]  # one position needs no outer product
             assert estimate >= (0 if one else 2) * record.module.weight.nbytes
 
