@@ -1,17 +1,20 @@
 """What the benchmarks share: rows of the table, and how times are taken.
 
-Times are processor seconds (of the user and the system) on one thread, where a row does not say otherwise. Both ways
-of doing a thing take turns, and of each the smallest time counts, so that other work on the machine changes the ratio
-little.
+A benchmark is a function of ``quick`` that returns rows; a module lists its own as ``BENCHMARKS``. Times are
+processor seconds (of the user and the system) on one thread, where a row does not say otherwise. Both ways of doing a
+thing take turns, and of each the smallest time counts, so that other work on the machine changes the ratio little.
 """
 
 import argparse
 import math
 import multiprocessing
+import resource
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,9 +76,20 @@ def in_turn(ways: Sequence[Work], repeats: int, clock: Callable[[], float] = tim
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function(*arguments)`` returns in a process of its own, with an untouched allocator."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """What ``function(*arguments)`` returns in a process of its own, on one thread, with an untouched allocator."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def peak() -> float:
+    """The largest resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage would also count what the parent held when it started this process
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 2**10
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / 2**20 if sys.platform == "darwin" else largest / 2**10
 
 
 def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
@@ -132,14 +146,16 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def quick_flag(description: str | None) -> bool:
-    """Parse a benchmark's one flag."""
-    first_line = (description or "").strip().splitlines()[0]
-    parser = argparse.ArgumentParser(description=first_line)
+def run(benchmarks: Mapping[str, Callable[[bool], list[Row]]], description: str) -> None:
+    """Run a module's benchmarks, or those named on the command line, and print their rows."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)}")
     parser.add_argument("--quick", action="store_true", help="toy sizes: whether it runs, not how fast")
-    return parser.parse_args().quick
-
-
-def run(measure: Callable[[bool], list[Row]], description: str | None) -> None:
-    """Measure and print, as each benchmark does when it is run alone."""
-    print(table(measure(quick_flag(description))))
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(benchmarks):
+        parser.error(f"no benchmark is called {', '.join(unknown)}: choose from {', '.join(benchmarks)}")
+    rows = []
+    for name in args.names or benchmarks:
+        torch.set_num_threads(1)
+        rows += benchmarks[name](args.quick)
+    print(table(rows))

@@ -5,6 +5,7 @@
 Writes the table to ``runs/bench.json``.
 """
 
+import argparse
 import importlib
 import math
 import platform
@@ -15,40 +16,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import Row, in_fresh_process, quick_flag, table
+from benchmarks.common import Row, in_fresh_process, table
 from src import artifacts
 
-MODULES = (
-    "bench_batches",
-    "bench_scoring",
-    "bench_flatness",
-    "bench_training",
-    "bench_memory",
-    "bench_last_layer",
-    "bench_ranked",
-    "bench_graph_cut",
-    "bench_gradmatch",
-    "bench_craig",
-    "bench_variances",
-    "bench_ensemble",
-    "bench_hessian",
-    "bench_ntk",
-)
+MODULES = ("training", "selection", "jacobians", "curvature")
 
 
-def measure_module(name: str, quick: bool) -> list[Row]:
+def benchmarks_of(module: str) -> dict:
+    """A module's benchmarks by name."""
+    return importlib.import_module(f"benchmarks.{module}").BENCHMARKS
+
+
+def run_one(module: str, name: str, quick: bool) -> list[Row]:
     """The rows of one benchmark."""
-    return importlib.import_module(f"benchmarks.{name}").measure(quick)
-
-
-def measure(quick: bool = False) -> list[Row]:
-    """The rows of all benchmarks."""
-    rows = []
-    with tqdm(MODULES, unit="benchmark") as bar:
-        for name in bar:
-            bar.set_description(name)
-            rows += in_fresh_process(measure_module, name, quick)
-    return rows
+    return benchmarks_of(module)[name](quick)
 
 
 def _plain_values(row: Row) -> dict[str, Any]:
@@ -59,9 +40,15 @@ def _plain_values(row: Row) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print the table, and write it."""
-    quick = quick_flag(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="toy sizes: whether it runs, not how fast")
+    quick = parser.parse_args().quick
     started = time.perf_counter()
-    rows = measure(quick)
+    rows = []
+    with tqdm([(module, name) for module in MODULES for name in benchmarks_of(module)], unit="benchmark") as bar:
+        for module, name in bar:
+            bar.set_description(name)
+            rows += in_fresh_process(run_one, module, name, quick)
     seconds = time.perf_counter() - started
     print("Processor seconds on one thread unless the unit says otherwise; ratio = plain / ours, larger is better.")
     print(table(rows))

@@ -10,7 +10,7 @@ curvature matrix-vector products for second-order gradient descent"):
     Hessian v  =  J^T (L J v)  +  d<e, J v> / d parameters   e = (p - onehot(y)) / n, held fixed
 
 On a CPU thread this takes 0.7 to 0.8 of the time of a gradient's gradient, and 0.6 to 0.8 of that of curvlinops'
-operators (benchmarks/bench_hessian.py), which are the oracle of the tests instead. Graphs of a batch kept between
+operators (benchmarks/curvature.py), which are the oracle of the tests instead. Graphs of a batch kept between
 products would save nothing on convolutions: the second backward pass alone takes longer. No graph outlives a batch,
 and nothing is left behind after a product.
 """

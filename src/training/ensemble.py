@@ -188,7 +188,7 @@ def why_not_vectorised(model: nn.Module) -> str | None:
 def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_size: int) -> bool:
     """Whether to vectorise: on a GPU every network that can be, on a CPU perceptrons at small steps.
 
-    On one thread of a CPU, ``benchmarks/bench_ensemble.py`` measures: perceptrons, whose gradients are written by
+    On one thread of a CPU, ``benchmarks/training.py`` measures: perceptrons, whose gradients are written by
     hand, gain while a step is short beside what it takes to call it (small_mlp 4.6 times at batch 32, twice at 256;
     large_mlp 1.6 times at 32). Where parameters times batch exceed ``LONG_STEP`` the gain is not certain any more
     (small_mlp at 1024 and large_mlp at 256: 0.8 to 1.1 from run to run; mlp at 256: 1.2 to 1.5). Convolutions under

@@ -1,26 +1,23 @@
-"""Variances of a network's logits under a Gaussian posterior, without and with Jacobians.
+"""What needs every example's own gradient, without and with a pass for each.
 
-    python -m benchmarks.bench_variances [--quick]
-
-Diagonal posterior: the plain way builds the Jacobian of a batch by ``vmap(jacrev)`` and contracts it to all pairs of
-classes. Kronecker posterior: the plain way is laplace-torch's fit, its backend's Jacobians and its functional
-variance; times cover fit, eigendecomposition and variances, on the examples of the run. Batches of the plain way have
-the size that the Memory-Perturbation Equation's commands give them (but for resnet20_frn, whose 300 do not fit into
-the memory of small machines); ours are cut by the engine. Both ways' variances are compared on the way.
+python -m benchmarks.jacobians [variances flatness] [--quick]
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from benchmarks.bench_memory import peak
-from benchmarks.common import Row, in_fresh_process, in_turn, run
+from benchmarks.common import Row, in_fresh_process, in_turn, peak, run
 from src import _torchvision  # noqa: F401  prepares torchvision, which laplace-torch imports
+from src.datasets import Batch
 from src.jacobians import OutputVariances, Posterior, kronecker_factors
+from src.metrics.flatness import epsilon_flatness, input_curvature
 from src.models import build_model
 
 DELTA = 60.0
@@ -125,21 +122,24 @@ def timed(name: str, target: float, counts: tuple[int, int], plain: Callable, ou
 
 def peak_of(way: str, name: str, case: Case, count: int) -> float:
     """Peak memory in MiB of one way on one batch; ``count`` 1 for what it takes to do anything."""
-    torch.set_num_threads(1)
     model, images, posterior = prepared(name, case, count)
     {"plain": jacobian_variances, "ours": our_variances}[way](model, images, posterior)
     return peak()
 
 
-def measure(quick: bool = False) -> list[Row]:
-    """Time both posteriors both ways, and measure the memory of one case.
+def variances(quick: bool = False) -> list[Row]:
+    """Variances of logits under a Gaussian posterior, and the memory they take, without and with Jacobians.
 
+    Diagonal posterior: the plain way builds the Jacobian of a batch by ``vmap(jacrev)`` and contracts it to all pairs
+    of classes. Kronecker posterior: the plain way is laplace-torch's fit, its backend's Jacobians and its functional
+    variance; times cover fit, eigendecomposition and variances, on the examples of the run. Batches of the plain way
+    have the size that the Memory-Perturbation Equation's commands give them (but for resnet20_frn, whose 300 do not
+    fit into the memory of small machines); ours are cut by the engine. Both ways' variances are compared on the way.
     The memory is not measured where ``quick``: it takes processes of their own.
 
     Raises:
         RuntimeError: The two ways disagree.
     """
-    torch.set_num_threads(1)
     rows = []
     repeats = 1 if quick else 2
     cases = QUICK if quick else CASES
@@ -183,9 +183,70 @@ def measure(quick: bool = False) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    run(measure, __doc__)
+def in_batches(images: Tensor, labels: Tensor) -> Iterator[Batch]:
+    for rows in torch.arange(len(labels)).split(250):
+        yield Batch(images[rows], labels[rows], rows, torch.ones(len(rows)))
 
+
+def curvature_loop(model: nn.Module, images: Tensor, labels: Tensor, h: float = 3.0) -> np.ndarray:
+    def gradient(image: Tensor, label: Tensor) -> Tensor:
+        leaf = image.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(model(leaf), label), leaf)[0]
+
+    scores = []
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
+        before = gradient(image, label)
+        signs = before.sign()
+        after = gradient(image + h * (signs + 1e-7) / (signs.norm() + 1e-7), label)
+        scores.append((after - before).norm().item())
+    return np.array(scores)
+
+
+def epsilon_loop(model: nn.Module, images: Tensor, labels: Tensor, rho: float = 0.05) -> np.ndarray:
+    parameters = list(model.parameters())
+    scores = []
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(model(image), label), parameters)
+        pairs = list(zip(parameters, gradients, strict=True))
+        norm = torch.stack([(w.detach().abs() * g).norm() for w, g in pairs]).norm() + 1e-12
+        scores.append(torch.stack([(rho * w.detach() ** 2 * g / norm).norm() for w, g in pairs]).norm().item())
+    return np.array(scores)
+
+
+def flatness(quick: bool = False) -> list[Row]:
+    """Input curvature and epsilon-flatness over a data set, in batches and one example at a time.
+
+    The same network (lenet) and images both ways; the scores of both ways are compared on the way.
+
+    Raises:
+        RuntimeError: The two ways disagree.
+    """
+    count, repeats = (20, 1) if quick else (1_000, 2)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 1, 28, 28, generator=draw)
+    labels = torch.randint(10, (count,), generator=draw)
+    model = build_model("lenet", 10, 1, 28, seed=0).eval()
+    rows = []
+    for name, batched, loop in (
+        ("input curvature, lenet", input_curvature, curvature_loop),
+        ("epsilon-flatness, lenet", epsilon_flatness, epsilon_loop),
+    ):
+        found: dict[str, np.ndarray] = {}
+        ways = (
+            lambda loop=loop, found=found: found.update(plain=loop(model, images, labels)),
+            lambda batched=batched, found=found: found.update(
+                ours=batched(model, in_batches(images, labels), total=count)
+            ),
+        )
+        plain, ours = in_turn(ways, repeats)
+        if not np.allclose(found["ours"], found["plain"], rtol=1e-3):
+            raise RuntimeError(f"{name}: the two ways disagree")
+        scale = 1_000 / count
+        rows.append(Row(name, plain * scale, ours * scale, "s per 1,000 images", 5.0))
+    return rows
+
+
+BENCHMARKS = {"variances": variances, "flatness": flatness}
 
 if __name__ == "__main__":
-    main()
+    run(BENCHMARKS, __doc__)

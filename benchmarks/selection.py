@@ -1,0 +1,427 @@
+"""Choosing examples against the textbook's way of each method.
+
+    python -m benchmarks.selection [last_layer ranked graph_cut gradmatch craig] [--quick]
+
+Both ways start from the same scores, logits and embeddings, and must choose the same, or as well.
+A group of 100,000 examples takes CRAIG minutes: its seconds and the process's peak in MiB, 10,000 chosen, by
+
+    python -c "from benchmarks.selection import large; print(large())"
+"""
+
+import heapq
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common import Row, in_fresh_process, in_turn, peak, run, seconds
+from src import rng
+from src.coresets.budgets import make_groups
+from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
+from src.coresets.gradmatch import pursue
+from src.coresets.graph_cut import Similarities, choose, greedy_graph_cut
+from src.coresets.last_layer import gradient_norms, inner_products
+from src.coresets.material import CandidateGroup, LastLayer, Selection, errors_of
+from src.coresets.ranked import keep_by_rank
+
+LAST_LAYER: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor], float], ...] = (
+    ("inner products", inner_products, lambda gradients: gradients @ gradients.T, 30.0),
+    ("norms", gradient_norms, lambda gradients: gradients.norm(dim=1), 100.0),
+)
+
+
+def materialised(errors: Tensor, embeddings: Tensor) -> Tensor:
+    """The gradients ``[e, e (x) h]``, ``(n, C (d + 1))``."""
+    return torch.cat([errors, (errors[:, :, None] * embeddings[:, None, :]).flatten(1)], dim=1)
+
+
+def last_layer(quick: bool = False) -> list[Row]:
+    """Norms and inner products of last-layer gradients, from their factors and from the gradients themselves.
+
+    1,000 examples, 100 classes, embeddings of 512 numbers: a gradient has 51,300. The plain way builds them (205 MB).
+    Both ways' results are compared on the way.
+
+    Raises:
+        RuntimeError: The two ways disagree.
+    """
+    count, classes, size, repeats = (20, 5, 8, 1) if quick else (1_000, 100, 512, 5)
+    draw = torch.Generator().manual_seed(0)
+    errors = torch.softmax(3.0 * torch.randn(count, classes, generator=draw), dim=1)
+    errors -= torch.eye(classes)[torch.randint(classes, (count,), generator=draw)]
+    embeddings = torch.randn(count, size, generator=draw).relu()
+    rows = []
+    for name, factored, from_gradients, target in LAST_LAYER:
+        found: dict[str, Tensor] = {}
+        ways = (
+            lambda found=found, plain=from_gradients: found.update(plain=plain(materialised(errors, embeddings))),
+            lambda found=found, ours=factored: found.update(ours=ours(errors, embeddings)),
+        )
+        plain, ours = in_turn(ways, repeats)
+        expected = found["plain"].to(found["ours"])
+        if not torch.allclose(found["ours"], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+            raise RuntimeError(f"{name}: the two ways disagree")
+        rows.append(Row(f"last-layer gradients: {name}", 1e3 * plain, 1e3 * ours, "ms per 1,000 examples", target))
+    return rows
+
+
+def class_by_class(scores: np.ndarray, groups: list[CandidateGroup]) -> np.ndarray:
+    """The same choice, ascending."""
+    kept = [g.positions[np.argsort(scores[g.positions], kind="stable")[-g.budget :]] for g in groups]
+    return np.sort(np.concatenate(kept))
+
+
+def ranked(quick: bool = False) -> list[Row]:
+    """Choosing by rank within classes, against one stable sort of the scores.
+
+    50,000 scores in 100 classes, 30 % of each. The target says: at most three times the sort. The choice is compared
+    with a sort of each class on the way.
+
+    Raises:
+        RuntimeError: The choice is wrong.
+    """
+    count, classes, repeats = (500, 10, 1) if quick else (50_000, 100, 20)
+    generator = np.random.default_rng(0)
+    scores = generator.standard_normal(count)
+    groups = make_groups(generator.integers(classes, size=count), classes, fraction=0.3)
+    found: dict[str, Selection] = {}
+    ways = (
+        lambda: np.argsort(scores, kind="stable"),
+        lambda: found.update(ours=keep_by_rank(scores, groups, highest=True, what="scores")),
+    )
+    plain, ours = in_turn(ways, repeats)
+    if not np.array_equal(found["ours"].indices, class_by_class(scores, groups)):
+        raise RuntimeError("choosing by rank: the choice is wrong")
+    name = f"choice by rank, {count} in {classes} classes / one sort"
+    return [Row(name, 1e3 * plain, 1e3 * ours, "ms", 1 / 3)]
+
+
+def random_class(count: int, classes: int, size: int) -> LastLayer:
+    """Logits, labels and embeddings such as a ReLU network's."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 3.0 * torch.randn(count, classes, generator=draw)
+    embeddings = torch.randn(count, size, generator=draw).relu()
+    return LastLayer(logits, torch.randint(classes, (count,), generator=draw), embeddings)
+
+
+def plain_greedy(similarities: np.ndarray, budget: int) -> np.ndarray:
+    """All gains at each pick, as sums over the rows of what is chosen."""
+    sums = similarities.sum(axis=0)
+    taken = np.zeros(len(sums), dtype=bool)
+    picks: list[int] = []
+    for _ in range(budget):
+        gains = sums - 2.0 * similarities[picks].sum(axis=0)
+        gains[taken] = -np.inf
+        picks.append(int(gains.argmax()))
+        taken[picks[-1]] = True
+    return np.array(picks)
+
+
+def timed(way: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
+    """The smallest processor seconds of a way, and what it picks."""
+    picks: list[np.ndarray] = []
+    return min(seconds(lambda: picks.append(way()), time.process_time) for _ in range(repeats)), picks[-1]
+
+
+def graph_cut(quick: bool = False) -> list[Row]:
+    """Graph cut's greedy choice: running gains, and gains summed anew at each pick.
+
+    30 % of 5,000 examples of one group (embeddings of 512 numbers, 10 and 100 classes). The rows with a target time
+    the greedy picks alone, both ways on the same dense similarities; the others our whole choice without ("plain")
+    and with the dense similarities. All ways must pick the same. What takes more than a second runs once, without a
+    warm-up.
+
+    Raises:
+        RuntimeError: Two ways pick differently.
+    """
+    count, size, repeats = (200, 16, 1) if quick else (5_000, 512, 5)
+    budget = 3 * count // 10
+    rows = []
+    for classes in (10, 100):
+        network = random_class(count, classes, size)
+        factors = Similarities.of(network)
+        dense, sums = factors.matrix(), factors.sums()
+        plain, expected = timed(lambda dense=dense: plain_greedy(dense, budget), 1)
+        greedy, picks = timed(
+            lambda sums=sums, dense=dense: greedy_graph_cut(sums, dense.__getitem__, budget), repeats
+        )
+        whole, by_matrix = timed(lambda network=network: choose(network, budget, MEMORY), 1)
+        factored, by_columns = timed(lambda network=network: choose(network, budget, 0), 1)
+        if not all(np.array_equal(found, expected) for found in (picks, by_matrix, by_columns)):
+            raise RuntimeError(f"graph cut, {classes} classes: two ways pick differently")
+        what = f"graph cut, {count} x 30 %, {classes} classes"
+        rows.append(Row(f"{what}: picks", plain, greedy, "s", 500.0))
+        rows.append(Row(f"{what}: columns / dense, whole", factored, whole, "s"))
+    return rows
+
+
+MEMORY = 2048  # MiB
+RIDGE = 1.0
+Solve = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class GradMatchCase:
+    """A class of ``count`` examples, the picks, how the plain way solves, how often to time, what is asked for."""
+
+    classes: int
+    count: int
+    picks: int
+    plain: str | None
+    repeats: int
+    target: float | None = None
+    width: int = 512
+
+
+GRADMATCH = (
+    GradMatchCase(10, 1_000, 150, "least squares", 2, 50.0),
+    GradMatchCase(10, 1_000, 150, "normal equations", 3),
+    GradMatchCase(100, 1_000, 150, "normal equations", 1, 50.0),
+    GradMatchCase(10, 5_000, 1_500, None, 1),
+    GradMatchCase(100, 5_000, 1_500, None, 1),
+)
+
+
+def one_class(case: GradMatchCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors ``(n, C)`` of random logits that favour the label, and embeddings ``(n, d)`` as after a ReLU."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(case.count, case.classes, dtype=torch.float64, generator=generator)
+    logits[:, 0] += 2
+    embeddings = torch.randn(case.count, case.width, dtype=torch.float64, generator=generator).clamp_min(0)
+    return errors_of(logits, torch.zeros(case.count, dtype=torch.int64)), embeddings
+
+
+def least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The ridged least-squares problem by numpy's solver."""
+    size = columns.shape[1]
+    stacked = np.vstack([columns, math.sqrt(RIDGE) * np.eye(size)])
+    return np.linalg.lstsq(stacked, np.concatenate([target, np.zeros(size)]), rcond=None)[0]
+
+
+def normal_equations(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The same through its normal equations."""
+    return np.linalg.solve(columns.T @ columns + RIDGE * np.eye(columns.shape[1]), columns.T @ target)
+
+
+SOLVERS: dict[str, Solve] = {"least squares": least_squares, "normal equations": normal_equations}
+
+
+def written_down(errors: torch.Tensor, embeddings: torch.Tensor, picks: int, solve: Solve) -> tuple:
+    """Picks in their order and the last solution."""
+    weight = (errors[:, :, None] * embeddings[:, None, :]).flatten(1)
+    gradients = torch.cat([errors, weight], dim=1).numpy().T  # (C (d + 1), n), a gradient lies in one piece
+    target = gradients.sum(axis=1)
+    residual, chosen = target, []
+    while len(chosen) < picks and np.linalg.norm(residual) >= 1e-4 * np.linalg.norm(target):
+        products = gradients.T @ residual
+        products[chosen] = -np.inf
+        chosen.append(int(products.argmax()))
+        columns = gradients[:, chosen]
+        solution = solve(columns, target)
+        residual = target - columns @ solution
+    return chosen, solution
+
+
+def gradmatch_row(case: GradMatchCase) -> Row:
+    """Time one case.
+
+    Raises:
+        RuntimeError: The two ways disagree.
+    """
+    errors, embeddings = one_class(case)
+    name, found = f"GradMatch, {case.picks:,} of {case.count:,}, {case.classes} classes", {}
+
+    def ours() -> None:
+        found.update(ours=pursue(errors, embeddings, case.picks, RIDGE))
+
+    if case.plain is None:
+        return Row(f"{name} (ours alone)", math.nan, *in_turn((ours,), case.repeats), "s")
+
+    def plain() -> None:
+        found.update(plain=written_down(errors, embeddings, case.picks, SOLVERS[case.plain]))
+
+    times = in_turn((plain, ours), case.repeats)
+    (picks, weights), (wanted, solution) = found["ours"], found["plain"]
+    if picks.tolist() != wanted:
+        raise RuntimeError(f"{name}: the two ways pick different examples")
+    if (solution >= 0).all() and not np.allclose(weights, solution, rtol=1e-8):
+        raise RuntimeError(f"{name}: weights differ by {np.abs(weights - solution).max()}")
+    return Row(f"{name}, {case.plain}", *times, "s", case.target)
+
+
+def gradmatch(quick: bool = False) -> list[Row]:
+    """GradMatch: the picks of a class by matching pursuit, through inner products and on gradients written down.
+
+    The plain way holds the C (d + 1) x n matrix of last-layer gradients and solves each pick's problem from scratch:
+    the ridged least-squares problem itself, or its normal equations. Ours is ``pursue``. Both start from errors and
+    embeddings in float64; the picks and weights of both are compared on the way. The last rows have no plain way: its
+    matrix has 0.2 GB for 10 classes and 2 GB for 100, and its normal equations take 1e13 and 1e14 operations.
+
+    Raises:
+        RuntimeError: The two ways disagree.
+    """
+    if not quick:
+        return [gradmatch_row(case) for case in GRADMATCH]
+    toys = (replace(case, count=case.count // 20, picks=case.picks // 20, width=16, repeats=1) for case in GRADMATCH)
+    return [gradmatch_row(replace(case, plain=case.plain or "normal equations")) for case in toys]
+
+
+OFFSET = 1e-3
+SAMPLED, KEPT = 5, 300  # when pressed: one in 5 examples is sampled, one in 300 pairs kept
+
+
+def clustered_class(count: int, classes: int, size: int) -> LastLayer:
+    """A class of eight clusters in a few dimensions, seen by a random network: many gradients are alike."""
+    draw = torch.Generator().manual_seed(0)
+    centres = 2.0 * torch.randn(8, 12, generator=draw)
+    latent = torch.randn(count, 12, generator=draw) + centres[torch.randint(8, (count,), generator=draw)]
+    hidden = torch.tanh(latent @ torch.randn(12, 64, generator=draw) / 3.0)
+    embeddings = hidden @ torch.randn(64, size, generator=draw) / 8.0
+    embeddings = (embeddings + 0.3 * torch.randn(count, size, generator=draw)).relu()
+    logits = 3.0 * embeddings @ torch.randn(size, classes, generator=draw) / math.sqrt(size)
+    logits[:, 0] += 3.0
+    return LastLayer(logits, torch.zeros(count, dtype=torch.int64), embeddings)
+
+
+def plain_similarities(network: LastLayer) -> np.ndarray:
+    """``max d - d_ij + 1e-3``, in float64 as ours."""
+    errors, embeddings = network.errors.double().numpy(), network.embeddings.double().numpy()
+    products = embeddings @ embeddings.T
+    products += 1.0
+    products *= errors @ errors.T
+    squares = products.diagonal().copy()
+    products *= -2.0
+    products += squares
+    products += squares[:, None]
+    np.sqrt(np.maximum(products, 0.0, out=products), out=products)
+    np.fill_diagonal(products, 0.0)
+    return np.subtract(products.max() + OFFSET, products, out=products)
+
+
+def plain_picks(similarities: np.ndarray, budget: int) -> np.ndarray:
+    """The textbook's lazy greedy."""
+    best = np.zeros(len(similarities))
+    heap = [(-value, place) for place, value in enumerate(similarities.sum(axis=0))]
+    heapq.heapify(heap)
+    fresh = [0] * len(best)
+    picks: list[int] = []
+    while len(picks) < budget:
+        place = heap[0][1]
+        if fresh[place] == len(picks):
+            heapq.heappop(heap)
+            picks.append(place)
+            best = np.maximum(best, similarities[place])
+        else:
+            fresh[place] = len(picks)
+            heapq.heapreplace(heap, (-np.maximum(similarities[place] - best, 0.0).sum(), place))
+    return np.array(picks)
+
+
+def plain_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """The textbook's picks and weights."""
+    similarities = plain_similarities(network)
+    picks = np.sort(plain_picks(similarities, budget))
+    return picks, np.bincount(similarities[:, picks].argmax(axis=1), minlength=budget)
+
+
+def our_choice(network: LastLayer, budget: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
+    """Our picks and weights."""
+    return choose_weighted(Distances.of(network), budget, memory, rng.numpy_generator(1, 0, "craig"))
+
+
+def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """The picks and weights by the way of large groups with few pairs."""
+    distances, count = Distances.of(network), len(network.labels)
+    generator = rng.numpy_generator(1, 0, "craig")
+    sample = np.sort(generator.choice(count, count // SAMPLED, replace=False))
+    picks = np.sort(greedy_by_sample(distances, budget, sample, count**2 // KEPT, generator))
+    return picks, weigh(distances, picks)
+
+
+def craig_rows(name: str, network: LastLayer, repeats: int) -> list[Row]:
+    """Textbook and ours, and ours for large groups.
+
+    Raises:
+        RuntimeError: The objectives or the sums of the weights differ.
+    """
+    count = len(network.labels)
+    budget = count // 10
+    similarities, matrix = plain_similarities(network), Distances.of(network).matrix()
+    picking = in_turn([lambda: plain_picks(similarities, budget), lambda: greedy_on_matrix(matrix, budget)], repeats)
+    whole = in_turn([lambda: plain_choice(network, budget), lambda: our_choice(network, budget, MEMORY)], repeats)
+    too_small = max(0, matrix.nbytes // 2**20 - 1)
+    chosen = [
+        plain_choice(network, budget),
+        our_choice(network, budget, MEMORY),
+        our_choice(network, budget, too_small),
+        pressed_choice(network, budget),
+    ]
+    values = [float(similarities[:, picks].max(axis=1).sum()) for picks, _ in chosen]
+    if abs(values[1] - values[0]) > 1e-6 * values[0] or any(weights.sum() != count for _, weights in chosen):
+        raise RuntimeError(f"{name}: objectives {values}, weights {[weights.sum() for _, weights in chosen]}")
+    far = [float(matrix[:, picks].min(axis=1).mean()) for picks, _ in chosen]
+    return [
+        Row(f"{name}: picks", *picking, "s", 1.0),
+        Row(f"{name}: whole", *whole, "s", 1.0),
+        Row(f"{name}: objective, large / exact", values[2], values[1], "sum of similarities", 0.99),
+        Row(f"{name}: objective, pressed / exact", values[3], values[1], "sum of similarities", 0.99),
+        Row(f"{name}: distance to picks, exact / large", far[1], far[2], "mean distance"),
+        Row(f"{name}: distance to picks, exact / pressed", far[1], far[3], "mean distance"),
+    ]
+
+
+def large(count: int = 100_000, budget: int | None = None, classes: int = 10, size: int = 512) -> dict[str, float]:
+    """Processor seconds of a choice from a group that large, and the peak of its process in MiB, on one thread."""
+    return in_fresh_process(_large, count, budget or count // 10, classes, size)
+
+
+def _large(count: int, budget: int, classes: int, size: int) -> dict[str, float]:
+    network = clustered_class(count, classes, size)
+    before, start = peak(), time.process_time()
+    picks, weights = our_choice(network, budget, min(MEMORY, 8 * count**2 // 2**20 - 1))
+    seconds = time.process_time() - start
+    if len(np.unique(picks)) != budget or weights.sum() != count:
+        raise RuntimeError(f"craig, {count} examples: {len(picks)} picks, weights of {weights.sum():g}")
+    return {"seconds": seconds, "peak": peak(), "peak before": before}
+
+
+def craig(quick: bool = False) -> list[Row]:
+    """CRAIG's choice in a class: a textbook lazy greedy and ours; and ours for groups whose distances do not fit.
+
+    A tenth of 5,000 examples (embeddings of 512 numbers, 10 and 100 classes), drawn at random or in clusters, where
+    the lazy greedy works harder. The textbook way holds the matrix of similarities, keeps gains in a heap and
+    evaluates one column at a time. "picks" starts from the matrices of both, "whole" from errors and embeddings and
+    ends with the weights. Both must reach the same objective. Other rows compare the way of large groups with the
+    exact one: as it is where the matrix just does not fit, and pressed, with a smaller sample and one pair in 300
+    kept, so that crowded gradients must be drawn (of objectives, larger is better, so the large way stands first).
+    The last row is the memory of the large way beside that of a matrix.
+
+    Raises:
+        RuntimeError: A choice is worse than the textbook's.
+    """
+    count, size, repeats, many = (300, 16, 1, 1_500) if quick else (5_000, 512, 3, 20_000)
+    rows = []
+    for classes in (10, 100):
+        for kind, layer in (("random", random_class), ("clustered", clustered_class)):
+            name = f"craig, {count} x 10 %, {classes} classes, {kind}"
+            rows += craig_rows(name, layer(count, classes, size), repeats)
+    found = large(many, size=size)
+    rows.append(
+        Row(f"craig, {many} at once: float64 matrix / all of ours", many**2 / 2**17, found["peak"], "MiB at the peak")
+    )
+    return rows
+
+
+BENCHMARKS = {
+    "last_layer": last_layer,
+    "ranked": ranked,
+    "graph_cut": graph_cut,
+    "gradmatch": gradmatch,
+    "craig": craig,
+}
+
+if __name__ == "__main__":
+    run(BENCHMARKS, __doc__)
