@@ -49,7 +49,22 @@ from src.artifacts.reading import (
     read_npz,
     read_pickle,
 )
-from src.artifacts.sidecar import DEFAULTS, counted, differences, parse_settings, refuse_other_settings, without_idle
+from src.artifacts.store import (
+    DEFAULTS,
+    acting_settings,
+    check_consistent,
+    check_identity,
+    check_settings_match,
+    checked_array,
+    diff_settings,
+    load_result,
+    parse_settings,
+    read_record,
+    read_recorded,
+    record_path,
+    setting_value,
+    write_recorded,
+)
 from src.artifacts.writing import (
     require_writable,
     save_figure,
@@ -61,6 +76,11 @@ from src.artifacts.writing import (
     write_with,
 )
 
+# The older names, until all callers use the new ones.
+differences, refuse_other_settings, without_idle, counted = (
+    diff_settings, check_settings_match, acting_settings, setting_value,
+)  # fmt: skip
+
 __all__ = [
     "CLAIM_NAME",
     "DEFAULTS",
@@ -70,6 +90,11 @@ __all__ = [
     "ROOT",
     "SAMIS_FILES",
     "SCORE_FOLDERS",
+    "acting_settings",
+    "check_consistent",
+    "check_identity",
+    "check_settings_match",
+    "checked_array",
     "checkpoint_name",
     "checkpoint_path",
     "claim",
@@ -79,6 +104,7 @@ __all__ = [
     "comparison_stem",
     "coreset_experiment",
     "counted",
+    "diff_settings",
     "differences",
     "dynamics_folder",
     "dynamics_row_name",
@@ -88,6 +114,7 @@ __all__ = [
     "hessian_path",
     "kernel_path",
     "label_hash",
+    "load_result",
     "memorization_path",
     "mpe_experiment",
     "ntk_folder",
@@ -101,6 +128,9 @@ __all__ = [
     "read_json",
     "read_npz",
     "read_pickle",
+    "read_record",
+    "read_recorded",
+    "record_path",
     "refuse_other_settings",
     "require_writable",
     "resume_folder",
@@ -109,6 +139,7 @@ __all__ = [
     "save_figure",
     "score_path",
     "selection_path",
+    "setting_value",
     "sole",
     "spectrum_figure_name",
     "spectrum_figure_stem",
@@ -122,6 +153,7 @@ __all__ = [
     "write_json",
     "write_npz",
     "write_pickle",
+    "write_recorded",
     "write_text",
     "write_with",
 ]

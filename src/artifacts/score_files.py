@@ -16,7 +16,7 @@ import numpy as np
 
 from src.artifacts.reading import file_digest, read_json, read_npz, read_pickle
 from src.artifacts.reading import label_hash as hash_labels
-from src.artifacts.sidecar import refuse_other_settings
+from src.artifacts.store import check_settings_match
 from src.artifacts.writing import write_json, write_with
 from src.errors import FileError
 
@@ -156,7 +156,7 @@ def refuse_other_scores(path: str | Path, settings: Mapping[str, Any]) -> None:
     """
     if Path(path).exists():
         record = read_sidecar(path)
-        refuse_other_settings(path, {name: record.get(name) for name in settings}, settings)
+        check_settings_match(path, {name: record.get(name) for name in settings}, settings)
 
 
 def _known_label_hash(path: Path, count: int) -> str | None:

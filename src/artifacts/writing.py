@@ -157,8 +157,12 @@ def write_npz(path: str | Path, **arrays: Any) -> Path:
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Write a value as indented json; numpy scalars and paths are turned into plain ones."""
-    text = json.dumps(value, indent=2, default=_plain, allow_nan=True) + "\n"
-    return write_text(path, text)
+    return write_with(path, lambda file: file.write(json_bytes(value)) and None)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The content of such a file."""
+    return (json.dumps(value, indent=2, default=_plain, allow_nan=True) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

@@ -275,7 +275,7 @@ class _Run:
         found = differences(stored, self.settings, ignore=("epochs",) if longer else ())
         if found and not overwrite:
             raise FileError(
-                f"{path}: cannot be resumed under other settings: {', '.join(found)}; "
+                f"{path}: cannot be resumed with different settings: {', '.join(found)}; "
                 "give --overwrite to start anew, or choose other folders"
             )
         if found:

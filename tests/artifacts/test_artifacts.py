@@ -242,14 +242,6 @@ def test_label_hash_tells_orders_apart_and_ignores_the_type():
     assert artifacts.label_hash(labels) != artifacts.label_hash(labels[::-1])
 
 
-def test_other_settings_are_named():
-    with pytest.raises(
-        FileError, match=r"x: holds results of other settings: b \(2 there, 3 here\); give --overwrite"
-    ):
-        artifacts.refuse_other_settings("x", {"a": [1], "b": 2}, {"a": (1,), "b": 3})
-    artifacts.refuse_other_settings("x", {"a": [1], "b": 2}, {"a": (1,), "b": 3}, ignore=["b"])
-
-
 def test_an_interruption_waits_until_the_file_is_whole(tmp_path):
     def write(file):
         file.write(b"first ")

@@ -76,7 +76,7 @@ def test_states_that_do_not_fit(tmp_path):
     names = {p.name.split("_")[0] for p in state.folder.iterdir()}
     assert names == {"progress.pt", "vectors.pt"}, "vectors of ended runs are gone"
     assert state.settings_there() == {state.folder / "progress.pt": {"a": 1}}
-    with pytest.raises(FileError, match=r"other settings: a \(1 there, 2 here\)"):
+    with pytest.raises(FileError, match=r"different settings: a \(1 there, 2 here\)"):
         SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 2})).resume()
     (state.folder / "progress.pt").write_bytes(b"junk")
     with pytest.raises(FileError, match="damaged"):

@@ -53,7 +53,7 @@ def test_velocities_that_are_being_replaced(tmp_path, monkeypatch, cut):
     assert not files(tmp_path).velocities(1, 3).exists()
     there, other, value = (OLD, NEW, 0.1) if cut == "write_json" else (NEW, OLD, 0.2)
     assert files(tmp_path).read_velocities(1, 3, there) == group(value)
-    with pytest.raises(FileError, match="other settings: classes"):
+    with pytest.raises(FileError, match="different settings: classes"):
         files(tmp_path).read_velocities(1, 3, other)
     assert files(tmp_path, True).read_velocities(1, 3, other) == {}
 

@@ -185,7 +185,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, change, word, resume):
     run(folder=tmp_path, key={"dataset": "mine"})
     before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.[!l]*"))
     change = {"settings": SETTINGS, "key": {"dataset": "mine"}, **change}
-    with pytest.raises(FileError, match=rf"{tmp_path}: holds results of other settings: .*{word}"):
+    with pytest.raises(FileError, match=rf"{tmp_path}: was made with different settings: .*{word}"):
         run(folder=tmp_path, resume=resume, **change)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.[!l]*")) == before
     replaced = run(folder=tmp_path, resume=resume, overwrite=True, **change)

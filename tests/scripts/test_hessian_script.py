@@ -111,7 +111,7 @@ def test_parts_of_the_data(world, flags, tmp_path):
     with spoilt(world.checkpoint, split):  # as train_split.py and train_prune.py leave it
         result = succeed(SCRIPT, *flags, f"--hessian_folder={tmp_path / 'split'}")
     assert "was trained on 54 examples; the loss is measured on other ones, or on a part of them: 60" in result.err
-    says = (r"lanczos\.pkl: holds results of other settings", r"examples \(30 there, 60 here\)", "--overwrite")
+    says = (r"lanczos\.pkl: was made with different settings", r"examples \(30 there, 60 here\)", "--overwrite")
     refuse(SCRIPT, *flags, status=FILE, keep=tmp_path, says=says)
     succeed(SCRIPT, *flags, "--overwrite")
 
@@ -136,13 +136,13 @@ def test_what_is_there_is_left(world, flags, tmp_path):
     assert first.out.splitlines()[:6] == again.out.splitlines()[1:7]
     for flag, says in (("--top_n=3", r"top_n \(5 there, 3 here\)"), ("--precision=fp64", "precision"),
                        ("--basis=none", "basis"), ("--probe_seed=5", "probe_seed")):  # fmt: skip
-        refuse(SCRIPT, *flags, flag, status=FILE, says=("other settings", says, "--overwrite"), keep=tmp_path)
+        refuse(SCRIPT, *flags, flag, status=FILE, says=("different settings", says, "--overwrite"), keep=tmp_path)
     with spoilt(path.with_suffix(".json"), None):
         refuse(SCRIPT, *flags, status=FILE, says=("unknown settings", "--overwrite"), keep=tmp_path)
     with spoilt(path.with_suffix(".json"), b"junk"):
         refuse(SCRIPT, *flags, status=FILE, says=(r"lanczos\.json: ", "damaged", "--overwrite"), keep=tmp_path)
     with spoilt(world.checkpoint, packed({**read_checkpoint(world.checkpoint), "extra": 1})):
-        refuse(SCRIPT, *flags, status=FILE, says=("other settings: checkpoint",), keep=tmp_path)
+        refuse(SCRIPT, *flags, status=FILE, says=("different settings: checkpoint",), keep=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sig
     if sign == signal.SIGINT:
         assert err.strip().splitlines()[-1].startswith(f"{SCRIPT}: interrupted;")
     refuse(
-        SCRIPT, *longer, stopped, "--top_n=2", status=FILE, says=(r"progress\.pt: holds results of other", "top_n")
+        SCRIPT, *longer, stopped, "--top_n=2", status=FILE, says=(r"progress\.pt: was made with different", "top_n")
     )
     process = start(SCRIPT, *longer, stopped)
     _, err = process.communicate(timeout=300)
@@ -295,7 +295,7 @@ def test_an_interrupted_measurement_of_other_settings_is_not_lost(world, flags, 
         folder.mkdir(parents=True)
         torch.save({"settings": {"top_n": 9}}, folder / f"{name}.pt")
         for resume in ((), ("--resume",)):
-            says = (rf"{name}\.pt: holds results of other settings", r"top_n \(9 there", "--overwrite")
+            says = (rf"{name}\.pt: was made with different settings", r"top_n \(9 there", "--overwrite")
             refuse(SCRIPT, *flags, *more, *resume, status=FILE, keep=tmp_path, says=says)
         succeed(SCRIPT, *flags, *more, "--resume", "--overwrite")
         assert not folder.exists()

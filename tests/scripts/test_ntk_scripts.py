@@ -137,7 +137,7 @@ def test_other_groups_join_and_other_settings_are_refused(world, tmp_path):
     path = place(world, tmp_path) / "epoch_1" / "seed_1" / "vs.pkl"
     assert list(read_pickle(path)) == [0, 30, 55]
     refuse("compute_ntk.py", *flags(world, tmp_path, "--ntk_classes=true_label"), status=FILE, keep=tmp_path,
-           says=("vs.pkl: holds results of other settings: ntk_classes", "--overwrite"))  # fmt: skip
+           says=("vs.pkl: was made with different settings: ntk_classes", "--overwrite"))  # fmt: skip
     succeed("compute_ntk.py", *flags(world, tmp_path, "--ntk_classes=true_label", "--overwrite"))
     assert kernel(place(world, tmp_path), 1).shape == (5, 5)
 

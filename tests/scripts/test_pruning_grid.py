@@ -196,7 +196,7 @@ def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
             "--coreset_fraction=0.5", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
     other = ("--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")
     small = (*flags(blobs, tmp_path), *other)
-    says = ("holds results of other settings", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
+    says = ("was made with different settings", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
     refuse("compare_pruning.py", *small, status=FILE, says=says)
     succeed("compare_pruning.py", *small, "--overwrite")
     (path,) = results(tmp_path).values()
