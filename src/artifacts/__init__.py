@@ -1,6 +1,23 @@
 """Every file of the project: its name, how it is written (atomically) and how it is read (safely)."""
 
-from src.artifacts.claims import claim, claim_holder, claimed, sole
+from src.artifacts.io import (
+    file_digest,
+    label_hash,
+    read_checkpoint,
+    read_index_file,
+    read_json,
+    read_npz,
+    read_pickle,
+    require_writable,
+    save_figure,
+    write_checkpoint,
+    write_json,
+    write_npz,
+    write_pickle,
+    write_text,
+    write_with,
+)
+from src.artifacts.locks import claim, claimed, lock, sole, try_lock
 from src.artifacts.paths import (
     CLAIM_NAME,
     PACKAGED_SCORES,
@@ -40,15 +57,6 @@ from src.artifacts.paths import (
     velocity_figure_stem,
     velocity_path,
 )
-from src.artifacts.reading import (
-    file_digest,
-    label_hash,
-    read_checkpoint,
-    read_index_file,
-    read_json,
-    read_npz,
-    read_pickle,
-)
 from src.artifacts.store import (
     DEFAULTS,
     acting_settings,
@@ -64,16 +72,6 @@ from src.artifacts.store import (
     record_path,
     setting_value,
     write_recorded,
-)
-from src.artifacts.writing import (
-    require_writable,
-    save_figure,
-    write_checkpoint,
-    write_json,
-    write_npz,
-    write_pickle,
-    write_text,
-    write_with,
 )
 
 # The older names, until all callers use the new ones.
@@ -98,7 +96,6 @@ __all__ = [
     "checkpoint_name",
     "checkpoint_path",
     "claim",
-    "claim_holder",
     "claim_path",
     "claimed",
     "comparison_stem",
@@ -115,6 +112,7 @@ __all__ = [
     "kernel_path",
     "label_hash",
     "load_result",
+    "lock",
     "memorization_path",
     "mpe_experiment",
     "ntk_folder",
@@ -146,6 +144,7 @@ __all__ = [
     "split_experiment",
     "splits_folder",
     "standard_experiment",
+    "try_lock",
     "velocity_figure_stem",
     "velocity_path",
     "without_idle",

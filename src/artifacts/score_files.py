@@ -14,10 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.artifacts.reading import file_digest, read_json, read_npz, read_pickle
-from src.artifacts.reading import label_hash as hash_labels
+from src.artifacts.io import file_digest, read_json, read_npz, read_pickle, write_json, write_with
+from src.artifacts.io import label_hash as hash_labels
 from src.artifacts.store import check_settings_match
-from src.artifacts.writing import write_json, write_with
 from src.errors import FileError
 
 DERIVED = ("n", "total", "sha256")

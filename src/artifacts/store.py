@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.artifacts.reading import read_json
-from src.artifacts.writing import json_bytes, write_with
+from src.artifacts.io import json_bytes, read_json, write_with
 from src.errors import FileError
 
 REPLACE = "give --overwrite to replace it, or choose other folders"

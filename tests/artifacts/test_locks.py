@@ -1,4 +1,4 @@
-"""Claims: one process at a time, freed by whatever ends it."""
+"""Locks: one process at a time, freed by whatever ends it."""
 
 import errno
 import logging
@@ -9,16 +9,17 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import filelock._unix
 import pytest
 from support import ROOT
 
-from src.artifacts import claim, claim_holder, claimed, sole
+from src.artifacts.locks import lock, try_lock
 from src.errors import FileError
 
 SERVER = multiprocessing.get_context("forkserver")  # fresh processes that inherit no open file
-SERVER.set_forkserver_preload(["src.artifacts"])  # once, not in each of them
+SERVER.set_forkserver_preload(["src.artifacts.locks"])  # once, not in each of them
 
 
 def work(path, pipe):
@@ -26,13 +27,13 @@ def work(path, pipe):
     held = None
     while (order := pipe.recv()) != "end":
         if order == "hold":
-            held = claim(path)
+            held = try_lock(path)
             pipe.send(held.__enter__())
         elif order == "release":
             held.__exit__(None, None, None)
             pipe.send(True)
         elif order == "try":
-            with claim(path) as mine:
+            with try_lock(path) as mine:
                 pass
             pipe.send(mine)  # after its end
         elif order == "fork":
@@ -40,7 +41,7 @@ def work(path, pipe):
             child.start()
             pipe.send(child.pid)
         elif order == "crash":
-            with claim(path):
+            with try_lock(path):
                 os.close(2)  # keep the traceback out of the tests' output
                 raise ValueError
 
@@ -93,12 +94,14 @@ def test_one_of_two_processes_gets_it_and_the_name_of_the_holder_is_known(tmp_pa
     first, second = start(path), start(path)
     assert first.ask("hold")
     assert not second.ask("try")
-    with claim(path) as mine:
+    with try_lock(path) as mine:
         assert not mine
-    assert claim_holder(path) == f"host {socket.gethostname()}, process {first.process.pid}"
+    who = f"another process is training this run \\(host {socket.gethostname()}, process {first.process.pid}\\)"
+    with pytest.raises(FileError, match=who), lock(path, "training this run"):
+        pass
     assert first.ask("release")
     assert second.ask("try")
-    with claim(path) as mine:
+    with try_lock(path) as mine:
         assert mine
     assert path.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
 
@@ -109,11 +112,11 @@ def test_a_killed_holder_and_a_crashed_one_free_it_also_while_a_forked_child_liv
     assert killed.ask("hold")
     child = killed.ask("fork")
     try:
-        with claim(path) as mine:
+        with try_lock(path) as mine:
             assert not mine
         os.kill(killed.process.pid, signal.SIGKILL)
         killed.process.join(60)
-        with claim(path) as mine:
+        with try_lock(path) as mine:
             assert mine
         os.kill(child, 0)  # the child was alive all along
     finally:
@@ -122,7 +125,7 @@ def test_a_killed_holder_and_a_crashed_one_free_it_also_while_a_forked_child_liv
     crashed = start(path)
     crashed.end("crash")
     assert crashed.process.exitcode == 1
-    with claim(path) as mine:
+    with try_lock(path) as mine:
         assert mine
 
 
@@ -133,7 +136,7 @@ def test_waiting_logs_one_line_that_names_the_holder(tmp_path, start, caplog):
     got = threading.Event()
 
     def wait():
-        with claimed(path, waiting="another process pre-trains this network"):
+        with lock(path, "pre-training this model", wait=True):
             got.set()
 
     with caplog.at_level(logging.INFO, logger="src"), in_thread(wait):
@@ -142,30 +145,30 @@ def test_waiting_logs_one_line_that_names_the_holder(tmp_path, start, caplog):
     assert got.is_set()
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"waiting: another process pre-trains this network (host {socket.gethostname()}, "
+        f"waiting: another process is pre-training this model (host {socket.gethostname()}, "
         f"process {holder.process.pid}; {path})"
     )
 
 
-def test_a_free_claim_does_not_wait_and_says_nothing(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="src"), claimed(tmp_path / "claim.lock"):
+def test_a_free_lock_does_not_wait_and_says_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="src"), lock(tmp_path / "claim.lock", "working", wait=True):
         pass
     assert not caplog.records
 
 
-def test_claims_of_one_process_nest_and_end_with_the_last(tmp_path, start, monkeypatch):
+def test_locks_of_one_process_nest_and_end_with_the_last(tmp_path, start, monkeypatch):
     path = tmp_path / "claim.lock"
     other = start(path)
     monkeypatch.chdir(tmp_path)
-    with claim(path) as outer:
-        with claim("claim.lock") as inner, claimed(path):  # however the path is spelled
+    with try_lock(path) as outer:
+        with try_lock("claim.lock") as inner, lock(path, "working"):  # however the path is spelled
             assert outer
             assert inner
         assert not other.ask("try")
         answers = []
 
         def within():
-            with claim(path) as mine:
+            with try_lock(path) as mine:
                 answers.append(mine)
 
         with in_thread(within):
@@ -177,11 +180,11 @@ def test_claims_of_one_process_nest_and_end_with_the_last(tmp_path, start, monke
 
 def test_an_exception_frees_it_and_passes(tmp_path):
     path = tmp_path / "claim.lock"
-    for context in (claim, claimed):
+    for context in (try_lock, partial(lock, doing="working"), partial(lock, doing="working", wait=True)):
         with pytest.raises(OSError, match="of the work"), context(path):
             raise OSError("of the work")
         inode = path.stat().st_ino
-        with claim(path) as mine:
+        with try_lock(path) as mine:
             assert mine
         assert path.stat().st_ino == inode  # never removed: whoever waits has this very file open
 
@@ -190,42 +193,34 @@ def test_folders_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "claim.lock", tmp_path / "folder"):
-        for context in (claim, claimed):
+        for context in (try_lock, partial(lock, doing="working"), partial(lock, doing="working", wait=True)):
             said = r"cannot be locked \(.*\); choose a folder that can be"
             with pytest.raises(FileError, match=said) as caught, context(path):
                 pass
             assert str(caught.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, number):
-    def refuse(descriptor, operation):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(filelock._unix.fcntl, "flock", refuse)
-    said = r"claim\.lock: cannot be locked, its file system has no locks"
-    with pytest.raises(FileError, match=said) as caught, claim(tmp_path / "claim.lock"):
-        pass
-    assert "\n" not in str(caught.value)
-
-
-def test_a_disk_that_takes_no_name_still_takes_the_claim(tmp_path, monkeypatch, start):
+def test_a_disk_that_takes_no_name_still_takes_the_lock(tmp_path, monkeypatch, start):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "claim.lock"
     monkeypatch.setattr(os, "pwrite", full)
-    with claim(path) as mine:
+    with try_lock(path) as mine:
         assert mine
-    assert claim_holder(path) == "an unknown process"
-    assert claim_holder(tmp_path / "missing") == "an unknown process"
+    holder = start(path)
+    assert holder.ask("hold")
+    path.write_text("")
+    with pytest.raises(FileError, match="an unknown process"), lock(path, "working"):
+        pass
 
 
-def test_sole_work_goes_on_without_locks_and_says_so(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_work_goes_on_without_locks_and_says_so(tmp_path, monkeypatch, caplog, number):
     def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(filelock._unix.fcntl, "flock", no_locks)
-    with sole(tmp_path / "claim.lock", "training this run"):
+    with lock(tmp_path / "claim.lock", "training this run"):
         pass
-    assert "no locks" in caplog.text
+    assert "claim.lock: cannot be locked, its file system has no locks" in caplog.text
