@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from src.artifacts import score_path
 from src.artifacts.score_files import write_scores
-from src.cli import DATA_FLAGS, Parser, print_next, restrict, run_script, start_logging
+from src.cli import DATA_FLAGS, Parser, print_next, restrict, run_script
 from src.datasets import load_dataset
 from src.errors import FlagError
 from src.metrics import MODES, modes_from
@@ -95,7 +95,6 @@ def main() -> None:
     args = parse()
     from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
 
-    start_logging(quiet=True)
     modes, dataset = wanted_modes(args), args.dataset
     if ":" in dataset:  # own data are named by their content
         train, _ = load_dataset(dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)

@@ -19,7 +19,7 @@ import logging
 from argparse import SUPPRESS, Namespace
 from typing import TYPE_CHECKING
 
-from src.cli import Parser, print_next, restrict, run_script, start_logging
+from src.cli import Parser, print_next, restrict, run_script
 from src.errors import FileError, FlagError
 from src.metrics import Proxy
 from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
@@ -64,7 +64,6 @@ def main() -> None:
     from src.curvature.hessian_runs import HessianRun
     from src.trained import TrainedNetworks
 
-    start_logging()
     networks = TrainedNetworks(args)
     run = HessianRun(args, networks, read_scores(args, networks))
     if args.deactivate_bn and run.norm == "bn":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from src.cli import Parser, print_next, restrict, run_script, start_logging
+from src.cli import Parser, print_next, restrict, run_script
 from src.curvature.choices import CHECKED, NTK_CLASS_NAMES
 from src.datasets import parse_subset
 from src.errors import FlagError
@@ -114,7 +114,6 @@ def main() -> None:
     from src.curvature.ntk_runs import Kernels
     from src.trained import TrainedNetworks
 
-    start_logging()
     networks = TrainedNetworks(args)
     ranked, scores = ranking(args, networks)
     lowers = sorted(set(args.lower_index or lower_indices(networks.train.entry.name, len(ranked), args.m_samples)))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path, score_path
 from src.artifacts.score_files import read_sidecar
-from src.cli import DATA_FLAGS, Parser, print_next, run_script, start_logging
+from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.datasets import load_dataset, parse_subset, validation_indices
 from src.devices import PRECISIONS
 from src.errors import FileError
@@ -89,7 +89,6 @@ def main() -> None:
     from src.metrics.samis import PairScores, save_seed
     from src.training import image_facts
 
-    start_logging()
     device = resolve_device(args.device)
     prepare(device, PRECISIONS[args.precision], args.deterministic)
     train, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)

@@ -21,7 +21,7 @@ from src.artifacts import (
     write_json,
     write_text,
 )
-from src.cli import Parser, restrict, run_script, start_logging
+from src.cli import Parser, restrict, run_script
 from src.curvature.hessian_files import (
     Measured,
     Query,
@@ -72,7 +72,6 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, tabulate."""
     args = parse()
-    start_logging(quiet=True)
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
         raise FlagError(f"--labels: {len(args.labels)} for {wanted} --files; give one for each")
     from src.curvature.plots import spectrum_figure

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from src.artifacts import label_hash, save_figure
 from src.artifacts.figures import literal
-from src.cli import DATA_FLAGS, Parser, print_next, run_script, start_logging
+from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.datasets import load_dataset, parse_subset
 from src.errors import FlagError
 from src.metrics import MODES, Proxy
@@ -62,7 +62,6 @@ def main() -> None:
     args = parse()
     from src.metrics.image_plots import extremes
 
-    start_logging()
     images, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
     checks = {"n": images.total, "label_hash": label_hash(images.labels), "data_hash": images.digest}
     dataset = images.entry.name

@@ -14,7 +14,7 @@ from argparse import Namespace
 import numpy as np
 
 from src.artifacts import ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
-from src.cli import Parser, run_script, start_logging
+from src.cli import Parser, run_script
 from src.curvature.ntk_files import Velocities, read_all_velocities
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
@@ -54,7 +54,6 @@ def main() -> None:
     args = parse()
     from src.curvature.plots import velocity_figure
 
-    start_logging(quiet=True)
     name = args.dataset
     if ":" in name:  # own data are named by their content
         parts = load_dataset(name, args.datasets_folder, image_size=args.image_size, channels=args.channels)

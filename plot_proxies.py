@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from src.artifacts import label_hash, save_figure, score_path, write_json, write_text
-from src.cli import Parser, restrict, run_script, start_logging
+from src.cli import Parser, restrict, run_script
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import MODES, Proxy, find_scores
@@ -51,7 +51,6 @@ def main() -> None:
     args = parse()
     from src.metrics.plots import comparison
 
-    start_logging()
     if ":" not in args.dataset:
         found_modes(args, args.dataset)  # before anything is downloaded
     dataset, labels, checks = read_labels(args)

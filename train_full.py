@@ -11,61 +11,52 @@ Reads the data set (downloaded if need be) under --datasets_folder. Writes check
       --epochs=20 --batch_size=128 --learning_rate=0.1 --lr_sched='const' --resume
 """
 
-from argparse import Namespace
-
-from src.artifacts import standard_experiment
-from src.cli import DATA_FLAGS, Parser, print_next, run_script
-from src.settings import (
-    add_compute_flags,
-    add_data_flags,
-    add_folder_flags,
-    add_model_flags,
-    add_run_flags,
-    add_training_flags,
-)
+from src.artifacts import TRAINING_FOLDERS, Folders, standard_experiment
+from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.models import ModelConfig
+from src.training import RunConfig, TrainingConfig
 
 
 def main() -> None:
     """Parse, train, print."""
     parser = Parser(__doc__)
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_training_flags(parser)
-    add_run_flags(parser)
-    add_compute_flags(parser, training=True)
-    add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
+    parser.add(DataConfig, "data")
+    parser.add(ModelConfig, "model")
+    parser.add(TrainingConfig, "training")
+    parser.add(RunConfig, "run")
+    parser.add(ComputeConfig, "computing")
+    parser.add(Folders, "folders", only=TRAINING_FOLDERS)
     parser.accept_paper_flags("full")
     args = parser.parse_args()
-    from src.session import Session
-    from src.training import summary
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    config = build(RunConfig, args, model=build(ModelConfig, args), training=build(TrainingConfig, args))
+    from src.context import RunContext, TrainingRun
+    from src.training import find_checkpoint, summary
 
-    with Session(args) as session:
-        experiment = standard_experiment(args.model, session.entry.name, args.optimizer, args.lr_sched)
-        history = session.run(experiment, session.train)
-        if session.group.is_main_process:
-            print(summary(history))
-            print(session.files(experiment).checkpoints)
-            print_next_step(args, session.entry.name)
+    with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
+        name = context.entry.name
+        experiment = standard_experiment(args.model, name, args.optimizer, args.lr_sched)
+        run = TrainingRun(context, config, folders, experiment, context.train)
+        history = run.fit()
+        if not context.group.is_main_process:
+            return
+    print(summary(history))
+    print(run.files.checkpoints)
 
-
-def print_next_step(args: Namespace, dataset: str) -> None:
-    """SAMIS needs a pair, one trained with SGD and one with SAM; of a model on its own, the curvature."""
-    from src.training import find_checkpoint
-
-    optimizer = {"sgd": "sam", "sam": "sgd"}.get(args.optimizer)
-    run = {"model": args.model, "seed": args.seed, "epochs": args.epochs, "lr_sched": args.lr_sched}
+    # SAMIS needs a pair, one trained with SGD and one with SAM; of a model on its own, the curvature can be had.
     keep = (*DATA_FLAGS, "models_folder", "device")
-    if optimizer is None:
-        print_next("compute_hessian_eigen.py", keep, **run, optimizer=args.optimizer)
-    elif find_checkpoint(
-        args.models_folder,
-        standard_experiment(args.model, dataset, optimizer, args.lr_sched),
-        args.seed,
-        args.epochs,
-    ):
-        print_next("compute_sam_sgd.py", (*keep, "metrics_folder", "precision"), **run, protocol="full")
+    flags = {"model": args.model, "seed": args.seed, "epochs": args.epochs, "lr_sched": args.lr_sched}
+    other = {"sgd": "sam", "sam": "sgd"}.get(args.optimizer)
+    if other is None:
+        print_next("compute_hessian_eigen.py", keep, **flags, optimizer=args.optimizer)
+        return
+    experiment = standard_experiment(args.model, name, other, args.lr_sched)
+    if find_checkpoint(args.models_folder, experiment, args.seed, args.epochs):
+        print_next("compute_sam_sgd.py", (*keep, "metrics_folder", "precision"), **flags, protocol="full")
     else:
-        print_next("train_full.py", drop=("rho", "adaptive"), optimizer=optimizer)
+        print_next("train_full.py", drop=("rho", "adaptive"), optimizer=other)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-r"""Train a network on 90 % of the training part, leaving one of ten validation splits out.
+r"""Train a model on 90 % of the training set, leaving one of ten validation splits out.
 
 Makes the splits of a data set and seed at the first call, and reuses them afterwards:
 {datasets_folder}/splits/{dataset}/seed_{seed}/val_{1..10}.txt (--splits_folder moves them).
 Writes checkpoints and results.json to
 {models_folder}/split_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_val_split_{i}/seed_{seed}/.
-With --samis_validation_split_index all, the ten are trained in turn; what is done is skipped.
+With --samis_validation_split_index all, the ten are trained in turn; finished runs are skipped.
 
   python train_split.py --dataset=digits --model=lenet --optimizer=sgd --samis_validation_split_index=all \
       --epochs=20 --batch_size=128 --learning_rate=0.1 --lr_sched=step --resume
@@ -13,29 +13,18 @@ With --samis_validation_split_index all, the ten are trained in turn; what is do
       --samis_validation_split_index=1 --epochs=160 --batch_size=128 --learning_rate=0.1 --lr_sched='step' --resume
 """
 
-from __future__ import annotations
-
 import argparse
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 
-from src.artifacts import label_hash, split_experiment
-from src.cli import DATA_FLAGS, Parser, print_next, run_script
-from src.datasets import validation_indices
+from src.artifacts import TRAINING_FOLDERS, Folders, label_hash, split_experiment
+from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
+from src.datasets import DataConfig, validation_indices
+from src.devices import ComputeConfig
 from src.errors import FileError, FlagError
-from src.settings import (
-    add_compute_flags,
-    add_data_flags,
-    add_folder_flags,
-    add_model_flags,
-    add_run_flags,
-    add_training_flags,
-    splits_folder,
-)
-
-if TYPE_CHECKING:
-    from src.session import Session
+from src.models import ModelConfig
+from src.training import RunConfig, TrainingConfig
 
 SPLITS = range(1, 11)
 
@@ -52,9 +41,9 @@ def split_index(text: str) -> list[int]:
 def main() -> None:
     """Parse, make the splits, train, print."""
     parser = Parser(__doc__)
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_training_flags(parser)
+    parser.add(DataConfig, "data")
+    parser.add(ModelConfig, "model")
+    parser.add(TrainingConfig, "training")
     parser.add_argument_group("splits").add_argument(
         "--samis_validation_split_index",
         type=split_index,
@@ -62,71 +51,62 @@ def main() -> None:
         metavar="1..10|all",
         help="the validation split that is left out, or all ten in turn",
     )
-    add_run_flags(parser)
-    add_compute_flags(parser, training=True)
-    add_folder_flags(parser, "datasets", "splits", "models", "metrics", "log", "resume_ckpts")
+    parser.add(RunConfig, "run")
+    parser.add(ComputeConfig, "computing")
+    parser.add(Folders, "folders", only=(*TRAINING_FOLDERS, "splits_folder"))
     parser.accept_paper_flags("split")
     args = parser.parse_args()
-    from src.session import Session
-
-    with Session(args) as session:
-        for index in args.samis_validation_split_index:
-            train_one(session, index, skip_done=len(args.samis_validation_split_index) > 1)
-        if session.group.is_main_process:
-            print_next_step(session)
-
-
-def train_one(session: Session, index: int, skip_done: bool) -> None:
-    """Train without split ``index``."""
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    config = build(RunConfig, args, model=build(ModelConfig, args), training=build(TrainingConfig, args))
     import torch
 
+    from src.context import RunContext, TrainingRun
     from src.training import summary
 
-    args, name = session.args, session.entry.name
-    experiment = split_experiment(args.model, name, args.optimizer, args.lr_sched, index)
-    held_out = validation_indices(
-        splits_folder(args),
-        name,
-        args.seed,
-        index,
-        session.whole_train.labels.cpu().numpy(),
-        session.entry.num_classes,
-    )
-    keep = ~np.isin(session.train.indices.cpu().numpy(), held_out)
-    train = session.train.subset(torch.from_numpy(np.flatnonzero(keep)))
-    if not len(train):
-        raise FlagError(
-            f"--samis_validation_split_index {index}: leaves no training example; take another split, or more data"
-        )
-    more = {"validation_split": index, "held_out": label_hash(held_out)}
-    if skip_done and session.is_done(experiment, train, more):
-        if session.group.is_main_process:
-            print(f"split {index}: done already")
-        return
-    history = session.run(experiment, train, more_settings=more)
-    if session.group.is_main_process:
-        print(f"split {index}: {summary(history)}")
-        print(session.files(experiment).checkpoints)
+    with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
+        name, indices = context.entry.name, context.train.indices.cpu().numpy()
+        for split in args.samis_validation_split_index:
+            held_out = validation_indices(
+                folders.splits, name, args.seed, split, context.labels, context.entry.num_classes
+            )
+            keep = np.flatnonzero(~np.isin(indices, held_out))
+            if not len(keep):
+                raise FlagError(
+                    f"--samis_validation_split_index {split}: leaves no training example; take another split, or "
+                    "more data"
+                )
+            run = TrainingRun(
+                context,
+                config,
+                folders,
+                split_experiment(args.model, name, args.optimizer, args.lr_sched, split),
+                context.train.subset(torch.from_numpy(keep)),
+                {"validation_split": split, "held_out": label_hash(held_out)},
+            )
+            done = len(args.samis_validation_split_index) > 1 and run.is_done()
+            if not done:
+                history = run.fit()
+            if context.group.is_main_process and done:
+                print(f"split {split}: done already")
+            elif context.group.is_main_process:
+                print(f"split {split}: {summary(history)}")
+                print(run.files.checkpoints)
+        if not context.group.is_main_process:
+            return
 
-
-def is_finished(session: Session, experiment: str) -> bool:
-    """Whether another run is finished; one with damaged files is not, and says so when it is run."""
-    try:
-        return bool(session.files(experiment).read_results().get("finished"))
-    except FileError:
-        return False
-
-
-def print_next_step(session: Session) -> None:
-    """SAMIS needs ten pairs, each trained with SGD and with SAM."""
-    args = session.args
+    # SAMIS needs ten pairs, each of a model trained with SGD and one trained with SAM.
     optimizers = [args.optimizer, "sam" if args.optimizer == "sgd" else "sgd"]
     for optimizer in optimizers:
-        runs = [split_experiment(args.model, session.entry.name, optimizer, args.lr_sched, index) for index in SPLITS]
-        if not all(is_finished(session, run) for run in runs):
-            drop = () if optimizer == args.optimizer else ("rho", "adaptive", "delta", "hess_init")
-            print_next("train_split.py", drop=drop, optimizer=optimizer, samis_validation_split_index="all")
-            return
+        for split in SPLITS:
+            experiment = split_experiment(args.model, name, optimizer, args.lr_sched, split)
+            try:
+                finished = replace(run, experiment=experiment).files.read_results().get("finished")
+            except FileError:  # running it says what is damaged
+                finished = False
+            if not finished:
+                drop = () if optimizer == args.optimizer else ("rho", "adaptive", "delta", "hess_init")
+                print_next("train_split.py", drop=drop, optimizer=optimizer, samis_validation_split_index="all")
+                return
     if set(optimizers) == {"sgd", "sam"}:
         print_next(
             "compute_sam_sgd.py",

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 from mpe.results import StoredResult
 from src.artifacts import save_figure
-from src.cli import Parser, run_script, start_logging
+from src.cli import Parser, run_script
 from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
@@ -36,7 +36,6 @@ def main() -> None:
     args = parse()
     from mpe.plots import evolving, show
 
-    start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "evolving")
     sensitivities = result.array(result.of("sensitivity", args.class_cov), 2, low=0)  # (K, N)
     figure = evolving(sensitivities, checkpoints(result, len(sensitivities)))

@@ -23,7 +23,7 @@ import numpy as np
 
 from mpe.results import StoredResult
 from src.artifacts import save_figure
-from src.cli import Parser, run_script, start_logging
+from src.cli import Parser, run_script
 from src.errors import FlagError
 from src.settings import file_name
 from src.settings.experiments import add_class_cov_flag, add_figure_flags
@@ -67,7 +67,6 @@ def main() -> None:
     args = parse()
     from mpe.plots import loco, show
 
-    start_logging()
     results = [StoredResult(args.pickles_folder, name, "leaveclassout") for name in args.names_exp]
     labels = args.labels or legend_labels(results)
     figure = loco([read(result, label, args.class_cov) for result, label in zip(results, labels, strict=True)])

@@ -18,7 +18,7 @@ import numpy as np
 
 from mpe.results import StoredResult
 from src.artifacts import save_figure
-from src.cli import Parser, run_script, start_logging
+from src.cli import Parser, run_script
 from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 
@@ -36,7 +36,6 @@ def main() -> None:
     args = parse()
     from mpe.plots import loo_iterations, show
 
-    start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "iter")
     test_nlls = result.array("test_nlls")  # (E,)
     epochs = result.integers("epochs", 1, len(test_nlls))  # (k,)

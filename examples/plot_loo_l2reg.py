@@ -18,7 +18,7 @@ import numpy as np
 
 from mpe.results import StoredResult
 from src.artifacts import save_figure
-from src.cli import Parser, run_script, start_logging
+from src.cli import Parser, run_script
 from src.errors import FlagError
 from src.settings import number
 from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
@@ -40,7 +40,6 @@ def main() -> None:
     args = parse()
     from mpe.plots import loo_l2reg, moving_average, show
 
-    start_logging()
     result = StoredResult(args.pickles_folder, args.name_exp, "cv")
     deltas = result.array("deltas")  # (n,), as the two below
     if (deltas <= 0).any():

@@ -21,7 +21,7 @@ import numpy as np
 from mpe.estimates import correlation_text
 from mpe.results import StoredResult
 from src.artifacts import save_figure
-from src.cli import Parser, run_script, start_logging
+from src.cli import Parser, run_script
 from src.errors import FileError, FlagError
 from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
@@ -59,7 +59,6 @@ def main() -> None:
     args = parse()
     from mpe.plots import show, validation
 
-    start_logging()
     scores = StoredResult(args.pickles_folder, args.name_exp, "scores")
     retrain = StoredResult(args.pickles_folder, args.name_exp, "retrain")
     retrain.same_run(scores)

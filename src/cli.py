@@ -38,7 +38,7 @@ Rule = tuple[Callable[[Namespace], bool], str]
 
 def option(
     default: Any,
-    help: str,
+    help: str | Callable[[Sequence[Any]], str],
     kind: Callable[[str], Any] | None = None,
     *,
     acts: Rule | Sequence[Rule] = (),
@@ -51,7 +51,7 @@ def option(
 
     Args:
         default: The default value; a bool makes a flag without a value.
-        help: The help text.
+        help: The help text, or what makes it of the choices.
         kind: Turns the text into a value, or raises ``argparse.ArgumentTypeError``.
         acts: Where the flag acts: a test of all values and where it fails, as in "without --resume". A flag that is
             given and does not act is refused.
@@ -171,6 +171,7 @@ class Parser(argparse.ArgumentParser):
         only: Collection[str] | None = None,
         skip: Collection[str] = (),
         defaults: Mapping[str, Any] | None = None,
+        choices: Mapping[str, Collection[Any]] | None = None,
         required: Collection[str] = (),
     ) -> None:
         """Add the flags of a dataclass.
@@ -181,6 +182,7 @@ class Parser(argparse.ArgumentParser):
             only: The fields to add; None for all.
             skip: Fields to leave out.
             defaults: Defaults of this script that differ from the dataclass's.
+            choices: Likewise, choices.
             required: Fields, or names of exclusive fields, that must be given.
         """
         holders: dict[str, Any] = {}
@@ -191,6 +193,9 @@ class Parser(argparse.ArgumentParser):
             default = item.default if item.default is not MISSING else item.default_factory()
             default = (defaults or {}).get(item.name, default)
             keywords, exclusive = dict(flag["keywords"]), flag["exclusive"]
+            if item.name in (choices or {}):
+                keywords["choices"] = tuple(choices[item.name])
+            help = flag["help"](keywords["choices"]) if callable(flag["help"]) else flag["help"]
             holder = self._group(flag["title"] or title)
             if exclusive is not None:
                 if exclusive not in holders:
@@ -198,7 +203,7 @@ class Parser(argparse.ArgumentParser):
                 holder = holders[exclusive]
             if item.name in required:
                 keywords["required"] = True
-            action = holder.add_argument(f"--{item.name}", default=default, help=flag["help"], **keywords)
+            action = holder.add_argument(f"--{item.name}", default=default, help=help, **keywords)
             action.rules = flag["rules"]
 
     def _group(self, title: str) -> Any:
@@ -237,7 +242,6 @@ class Parser(argparse.ArgumentParser):
         for name in set(ignored.values()):
             delattr(found, name)
         if ignored and _speaks():
-            start_logging()
             logging.getLogger(__name__).warning("%s: accepted for compatibility, and ignored", " ".join(ignored))
         return found
 
@@ -386,8 +390,8 @@ class _LogFile(logging.FileHandler):
         return _losable_text(self.baseFilename, self.mode, "utf-8", line_buffering=True)
 
 
-def start_logging(file: Path | None = None, quiet: bool = False) -> None:
-    """Send log lines to the console and, if given, to a file; ``quiet`` keeps the console to warnings."""
+def start_logging(file: Path | None = None) -> None:
+    """Send log lines to the console (warnings only, from all but the first process of torchrun) and to a file."""
     form = logging.Formatter("%(asctime)s | %(levelname)-9s | %(message)s", "%Y-%m-%d %H:%M:%S")
     root = logging.getLogger()
     root.setLevel(logging.INFO)
@@ -395,7 +399,7 @@ def start_logging(file: Path | None = None, quiet: bool = False) -> None:
         root.removeHandler(handler)
         handler.close()
     handlers: list[logging.Handler] = [_BarHandler()]
-    handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
+    handlers[0].setLevel(logging.INFO if _speaks() else logging.WARNING)
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -410,10 +414,11 @@ def start_logging(file: Path | None = None, quiet: bool = False) -> None:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's ``main`` and exit: 0, the status of a user error (one line), or 130 after Ctrl-C."""
+    """Run a script's ``main`` with logging, and exit: 0, the status of a user error (one line), 130 after Ctrl-C."""
     name = Path(sys.argv[0]).name
     _keep_console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    start_logging()
     try:
         main()
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import logging
 import math
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.cli import option
 from src.errors import ArgumentError
 from src.lazy import torch
 
@@ -56,6 +58,60 @@ PRECISIONS = {
         Precision("fp64", weights="float64", note="float64, for checks"),
     )
 }
+
+
+def parse_device(text: str) -> str:
+    """The value of ``--device``; whether the machine has it turns out when it is used.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not a device.
+    """
+    if text not in ("cpu", "cuda") and not text.removeprefix("cuda:").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; give cpu, cuda, or the index of a GPU")
+    return text
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where and how to compute.
+
+    Attributes:
+        device: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU, else the CPU.
+        precision: A name of ``PRECISIONS``.
+        deterministic: Whether only deterministic algorithms are allowed.
+        compile: Whether the model is compiled for training.
+        distributed_training: Whether the processes of torchrun share each batch.
+        sync_bn: Whether BatchNorm's statistics are over the batches of all processes.
+
+    Raises:
+        ArgumentError: Several processes are to share one device.
+    """
+
+    device: str | None = option(
+        None, "cpu, cuda, or the index of a GPU (default: the first GPU, else the CPU)", parse_device
+    )
+    precision: str = option(
+        "fp32",
+        lambda choices: "; ".join(f"{name}: {PRECISIONS[name].note}" for name in choices),
+        choices=tuple(PRECISIONS),
+    )
+    deterministic: bool = option(False, "only deterministic algorithms (slower on GPUs)")
+    compile: bool = option(False, "compile the model with torch.compile")
+    distributed_training: bool = option(False, "share each batch among the processes of torchrun")
+    sync_bn: bool = option(
+        False,
+        "BatchNorm statistics over the batches of all processes",
+        acts=(lambda args: args.distributed_training, "without --distributed_training"),
+    )
+
+    def __post_init__(self) -> None:
+        several = self.distributed_training and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several and self.device not in (None, "cpu", "cuda"):
+            raise ArgumentError("device", f"{self.device}: several processes need a GPU each; give cuda or cpu")
+
+
+TRAINING_ONLY = ("compile", "distributed_training", "sync_bn")
+"""The fields of ``ComputeConfig`` that act on training alone."""
 
 
 def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:

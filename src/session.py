@@ -60,7 +60,6 @@ class Session:
     def __init__(self, args: Namespace) -> None:
         self.args = args
         self.group = ProcessGroup.from_environment() if args.distributed_training else ProcessGroup.local()
-        start_logging(quiet=not self.group.is_main_process)
         if self.group.world > 1 and args.device not in (None, "cpu", "cuda"):
             raise FlagError(f"--device {args.device}: several processes need a GPU each; give cuda or cpu")
         self.device = resolve_device(args.device, self.group.local_rank)

@@ -1,7 +1,10 @@
 """Where every file stands: the one place that knows folder and file names."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from src.cli import option
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED_SCORES = ROOT / "src" / "metrics"
@@ -28,6 +31,34 @@ SCORE_FOLDERS = {
 
 CLAIM_NAME = "claim.lock"
 SAMIS_FILES = {"loss": "nn_loss_diff_score.npz", "prob": "nn_prob_diff_score.npz"}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where scripts read and write."""
+
+    datasets_folder: Path = option(ROOT / "data", "folder of data sets and validation splits", Path, metavar="DIR")
+    splits_folder: Path | None = option(
+        None, "folder of validation splits (default: splits in the folder of data sets)", Path, metavar="DIR"
+    )
+    models_folder: Path = option(ROOT / "ckpts", "folder of checkpoints", Path, metavar="DIR")
+    metrics_folder: Path = option(ROOT / "metrics", "folder of scores and recorded dynamics", Path, metavar="DIR")
+    plots_folder: Path = option(ROOT / "plots", "folder of figures", Path, metavar="DIR")
+    log_folder: Path = option(ROOT / "logs", "folder of logs", Path, metavar="DIR")
+    resume_ckpts_folder: Path = option(ROOT / "resume_ckpts", "folder of resume states", Path, metavar="DIR")
+    hessian_folder: Path = option(ROOT / "hessian_eigenvalues", "folder of spectra of Hessians", Path, metavar="DIR")
+    ntk_folder: Path = option(
+        ROOT / "ntks", "folder of neural tangent kernels and their velocities", Path, metavar="DIR"
+    )
+
+    @property
+    def splits(self) -> Path:
+        """The folder of validation splits."""
+        return self.splits_folder or self.datasets_folder / "splits"
+
+
+TRAINING_FOLDERS = ("datasets_folder", "models_folder", "metrics_folder", "log_folder", "resume_ckpts_folder")
+"""Those that every training script reads and writes."""
 
 
 def standard_experiment(model: str, dataset: str, optimizer: str, lr_sched: str) -> str:

@@ -9,6 +9,7 @@ from src.datasets.catalogue import (
     dataset_names,
     lookup,
 )
+from src.datasets.config import DataConfig
 from src.datasets.loading import dataset_name, load_dataset
 from src.datasets.splits import make_splits, parse_subset, partition, split_path, validation_indices
 from src.lazy import lazy_names
@@ -20,6 +21,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Batches",
+    "DataConfig",
     "DatasetEntry",
     "ImageSet",
     "Normalisation",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from src.artifacts import file_digest
+from src.cli import option
 from src.errors import ArgumentError, FlagError
 from src.lazy import later
 
@@ -123,6 +125,42 @@ def require_weights(name: str) -> None:
     if MODELS[name].pretrain is None:
         able = ", ".join(other.name for other in MODELS.values() if other.pretrain)
         raise ArgumentError("pretrained", f": there are no weights for {name}; only for {able}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and what it starts from.
+
+    Attributes:
+        model: A name of ``MODELS``.
+        pretrained: False; True for torchvision's ImageNet weights, which are downloaded; or the path of a file that
+            contains such a state dict.
+
+    Raises:
+        ArgumentError: There are no pre-trained weights for the model.
+    """
+
+    model: str = option("resnet50", f"one of {', '.join(MODELS)}", choices=tuple(MODELS), metavar="NAME")
+    pretrained: bool | str = option(
+        False,
+        "start vit from ImageNet weights, as the SAMIS paper does: torchvision's, downloaded, or those of FILE",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+    )
+
+    def __post_init__(self) -> None:
+        if self.pretrained:
+            require_weights(self.model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What determines the starting weights, beside their seed, as plain values."""
+        given = isinstance(self.pretrained, str)
+        return {
+            "model": self.model,
+            **MODELS[self.model].settings,
+            "pretrained": file_digest(self.pretrained) if given else self.pretrained,
+        }
 
 
 def build_model(

@@ -1,31 +1,37 @@
 """Training networks: one loop for every script, evaluation, per-example dynamics, checkpoints, resume."""
 
-from src.training.checkpoints import (
-    data_facts,
-    find_checkpoint,
-    find_schedules,
-    free_epochs,
-    image_facts,
-    load_model,
-    missing_epochs,
-    model_description,
-    only_schedule,
-    training_command,
-    training_facts,
+from src.lazy import lazy_names
+from src.training.config import RunConfig, TrainingConfig
+
+__getattr__ = lazy_names(
+    __name__,
+    checkpoints=[
+        "data_facts",
+        "find_checkpoint",
+        "find_schedules",
+        "free_epochs",
+        "image_facts",
+        "load_model",
+        "missing_epochs",
+        "model_description",
+        "only_schedule",
+        "training_command",
+        "training_facts",
+    ],
+    distributed=["ProcessGroup"],
+    dynamics=["DYNAMICS_FILE", "Dynamics", "read_dynamics"],
+    evaluation=["evaluate", "logits_of", "predictions"],
+    loop=["Trainer"],
+    plan=["EpochPlan"],
+    run=["RunFiles", "run_training", "summary"],
 )
-from src.training.config import TrainingConfig
-from src.training.distributed import ProcessGroup
-from src.training.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
-from src.training.evaluation import evaluate, logits_of, predictions
-from src.training.loop import Trainer
-from src.training.plan import EpochPlan
-from src.training.run import RunFiles, run_training, summary
 
 __all__ = [
     "DYNAMICS_FILE",
     "Dynamics",
     "EpochPlan",
     "ProcessGroup",
+    "RunConfig",
     "RunFiles",
     "Trainer",
     "TrainingConfig",

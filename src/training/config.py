@@ -1,51 +1,85 @@
-"""What determines a training run."""
+"""What determines a training run, and what it keeps."""
 
-from dataclasses import asdict, dataclass
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from src.artifacts import without_idle
-from src.optimizers import SCHEDULES
+from src.artifacts import acting_settings
+from src.cli import SEED, number, option
+from src.datasets import Augmentation, DatasetEntry
+from src.errors import ArgumentError
+from src.models import ModelConfig
+from src.optimizers import OPTIMIZERS, SCHEDULES, rate
+
+
+def _with(optimizer: str) -> tuple:
+    return (lambda args: args.optimizer == optimizer, f"without --optimizer={optimizer}")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The settings of the loop; data and network come as objects.
+    """The settings of the loop; data and model come as objects.
 
     Attributes:
+        seed: Seed of initial weights and of what is random within epochs.
         epochs: Passes over the training examples.
         optimizer: A name of ``OPTIMIZERS``.
         learning_rate: Base rate of the schedule.
         lr_sched: A name of ``SCHEDULES``; the rate changes once per epoch.
         lr_min: Floor of the rate, for the schedules that have one.
-        momentum: Momentum of SGD (also SAM's base optimiser).
         weight_decay: Weight decay.
         rho: Radius of SAM's perturbation.
         adaptive: Whether SAM is adaptive.
         delta: Prior precision of iBLR.
         hess_init: Initial Hessian of iBLR.
-        seed: Seed of what is random within epochs.
-        precision: A name of ``PRECISIONS``.
+        momentum: Momentum of SGD (also SAM's base optimizer).
         nesterov: Whether SGD's momentum is Nesterov's.
+        precision: A name of ``PRECISIONS``.
+
+    Raises:
+        ArgumentError: The floor of the rate is above the rate.
     """
 
-    epochs: int
-    optimizer: str = "sgd"
-    learning_rate: float = 0.1
-    lr_sched: str = "const"
-    lr_min: float = 0.0
+    seed: int = option(1, "seed of initial weights, order and augmentation", SEED)
+    epochs: int = option(160, "passes over the training set", number(int, 1))
+    optimizer: str = option("sgd", "optimizer", choices=tuple(OPTIMIZERS))
+    learning_rate: float = option(0.4, "base learning rate", number(float, 0, open_low=True))
+    lr_sched: str = option(
+        "cosine",
+        "schedule of the learning rate, stepped per epoch, for every optimizer (the SAMIS experiments keep the rate "
+        "of adam constant: const)",
+        choices=tuple(SCHEDULES),
+    )
+    lr_min: float = option(
+        0.0,
+        "floor of the learning rate (every schedule but const)",
+        number(float, 0),
+        acts=(lambda args: args.lr_sched != "const", "with --lr_sched=const"),
+    )
+    weight_decay: float = option(0.0, "weight decay (the papers use none)", number(float, 0))
+    rho: float = option(
+        0.05, "radius of SAM's perturbation (sam only)", number(float, 0, open_low=True), acts=_with("sam")
+    )
+    adaptive: bool = option(False, "adaptive SAM, scale-invariant (sam only)", negatable=True, acts=_with("sam"))
+    delta: float | None = option(
+        None,
+        "prior precision of iBLR (default: weight_decay x examples, else 1)",
+        number(float, 0, open_low=True),
+        acts=_with("iblr"),
+    )
+    hess_init: float = option(0.1, "initial Hessian of iBLR", number(float, 0, open_low=True), acts=_with("iblr"))
     momentum: float = 0.9
-    weight_decay: float = 0.0
-    rho: float = 0.05
-    adaptive: bool = False
-    delta: float | None = None
-    hess_init: float = 0.1
-    seed: int = 1
-    precision: str = "fp32"
     nesterov: bool = False
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        rate(self.lr_sched, 1, 1, self.learning_rate, self.lr_min)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that act, as plain values; ``nesterov`` only where it is on."""
-        settings = without_idle(asdict(self))
+        settings = acting_settings(asdict(self))
         if not self.nesterov:
             del settings["nesterov"]
         return settings
@@ -54,3 +88,95 @@ class TrainingConfig:
     def schedule_depends_on_epochs(self) -> bool:
         """Whether another number of epochs would have changed the rates of the epochs already trained."""
         return SCHEDULES[self.lr_sched].depends_on_epochs
+
+
+def parse_save_epochs(text: str) -> str | list[int]:
+    """The value of ``--save_epochs``: ``all``, ``last``, or epochs in ascending order.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none of these.
+    """
+    if text in ("all", "last"):
+        return text
+    try:
+        epochs = sorted({int(part) for part in text.replace(",", " ").split()})
+    except ValueError:
+        epochs = []
+    if not epochs or epochs[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not all, last, or epochs from 1 such as 10,11,40")
+    return epochs
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run: what is trained, on what kind of batches, and what is kept of it.
+
+    Attributes:
+        model: The model.
+        training: The settings of the loop.
+        batch_size: Examples per step, over all processes.
+        data_augmentation: Whether images undergo the data set's random crops and flips.
+        cutout_holes: Squares blanked per image (Cutout).
+        cutout_length: Side of a square in pixels.
+        resume: Whether to continue from the newest resume state, if there is one.
+        overwrite: Whether results with different settings may be replaced.
+        save_epochs: ``"all"``, ``"last"`` or the epochs whose checkpoints are kept beside best and last.
+        measure_proxies: Whether to record per-example dynamics and measure scores at the end.
+
+    Raises:
+        ArgumentError: ``save_epochs`` asks for an epoch after the last.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    batch_size: int = option(512, "examples per step, over all processes", number(int, 1), title="training")
+    data_augmentation: bool = option(False, "the data set's random crops and flips", negatable=True, title="training")
+    cutout_holes: int = option(0, "Cutout: squares blanked per image", number(int, 0), title="training")
+    cutout_length: int = option(
+        16,
+        "Cutout: side of a square in pixels",
+        number(int, 1),
+        title="training",
+        acts=(lambda args: args.cutout_holes > 0, "without --cutout_holes"),
+    )
+    resume: bool = option(False, "continue from the newest resume state, if there is one")
+    overwrite: bool = option(False, "replace results with different settings")
+    save_epochs: str | list[int] = option(
+        "all",
+        "epochs whose checkpoints are kept, such as 10,11,40; best and last are always kept",
+        parse_save_epochs,
+        metavar="all|last|LIST",
+    )
+    measure_proxies: bool = option(
+        False, "record per-example dynamics, and measure forgetting, epochs to learn and flatness at the end"
+    )
+
+    def __post_init__(self) -> None:
+        epochs = self.training.epochs
+        if isinstance(self.save_epochs, list) and self.save_epochs[-1] > epochs:
+            raise ArgumentError(
+                "save_epochs",
+                f"{self.save_epochs[-1]}: the run ends after epoch {epochs}; give epochs from 1 to {epochs}",
+            )
+
+    def augmentation(self, entry: DatasetEntry) -> Augmentation | None:
+        """What training images of a data set undergo.
+
+        Raises:
+            ArgumentError: Cutout does not apply to the data set.
+        """
+        return entry.training_augmentation(
+            self.data_augmentation, cutout_holes=self.cutout_holes, cutout_length=self.cutout_length
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings of model, loop and batches that determine the result, as plain values."""
+        return {
+            **self.training.as_dict(),
+            **self.model.as_dict(),
+            "batch_size": self.batch_size,
+            "data_augmentation": self.data_augmentation,
+            "cutout_holes": self.cutout_holes,
+            "cutout_length": self.cutout_length if self.cutout_holes else None,
+            "measure_proxies": self.measure_proxies,
+        }

@@ -1,0 +1,389 @@
+"""Where a script works: device, precision, processes and data; the models trained there, and those loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from src.artifacts import (
+    Folders,
+    diff_settings,
+    dynamics_folder,
+    experiment_folder,
+    label_hash,
+    require_writable,
+    resume_folder,
+)
+from src.cli import start_logging
+from src.datasets import (
+    Augmentation,
+    Batches,
+    DataConfig,
+    DatasetEntry,
+    ImageSet,
+    Normalisation,
+    load_dataset,
+    parse_subset,
+)
+from src.devices import PRECISIONS, ComputeConfig, prepare, resolve_device
+from src.errors import FileError
+from src.metrics.end_of_training import (
+    has_end_of_training_scores,
+    remove_end_of_training_scores,
+    write_end_of_training_scores,
+)
+from src.models import MODELS, build_model
+from src.training import (
+    DYNAMICS_FILE,
+    Dynamics,
+    EpochPlan,
+    ProcessGroup,
+    RunConfig,
+    RunFiles,
+    Trainer,
+    data_facts,
+    find_checkpoint,
+    image_facts,
+    load_model,
+    missing_epochs,
+    model_description,
+    read_dynamics,
+    run_training,
+    training_command,
+)
+
+log = logging.getLogger(__name__)
+
+
+class RunContext:
+    """Device, precision, processes and data of one start of a script.
+
+    As a context manager it leaves the group of processes at the end.
+
+    Args:
+        data: The data set, and which of its training examples are used.
+        compute: Where and how to compute.
+        datasets_folder: The folder of data sets.
+        seed: Seed of the global generators; None leaves them as they are.
+        normalization: Which normalization of the data set: ``"samis"`` or ``"mpe"``.
+
+    Attributes:
+        device: Where to compute.
+        precision: How precisely.
+        group: The processes that share the work.
+        train: The training examples in use, on the device.
+        full_train: All training examples, on the device.
+        test: The test set, on the device.
+
+    Raises:
+        ArgumentError: The device or the subset does not exist.
+        FileError: The data are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        compute: ComputeConfig,
+        datasets_folder: str | Path,
+        *,
+        seed: int | None = None,
+        normalization: str = "samis",
+    ) -> None:
+        self.data, self.compute, self._normalization = data, compute, normalization
+        self.group = ProcessGroup.from_environment() if compute.distributed_training else ProcessGroup.local()
+        self.device = resolve_device(compute.device, self.group.local_rank)
+        self.precision = PRECISIONS[compute.precision]
+        prepare(self.device, self.precision, compute.deterministic)
+        if seed is not None:
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+        if compute.distributed_training:
+            self.group.start(self.device)
+        for main_process in (True, False):  # the main process first, so that data are downloaded once
+            if self.group.is_main_process == main_process:
+                train, test = load_dataset(
+                    data.dataset, datasets_folder, image_size=data.image_size, channels=data.channels
+                )
+            self.group.wait()
+        self.full_train, self.test = train.to(self.device), test.to(self.device)
+        self.train = self.full_train
+        if data.subset is not None:
+            self.train = self.train.subset(parse_subset(data.subset, train.total, train.labels.cpu()))
+            log.info("using %d of %d training examples (--subset)", len(self.train), train.total)
+
+    def __enter__(self) -> RunContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.group.stop()
+
+    @property
+    def entry(self) -> DatasetEntry:
+        """The data set."""
+        return self.full_train.entry
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels of all training examples, int64 ``(total,)``."""
+        return self.full_train.labels.cpu().numpy()
+
+    @cached_property
+    def label_hash(self) -> str:
+        """Hash of the labels of all training examples."""
+        return label_hash(self.labels)
+
+    @property
+    def normalization(self) -> Normalisation:
+        """The normalization of images."""
+        return self.entry.normalisations[self._normalization]
+
+    @cached_property
+    def data_settings(self) -> dict[str, Any]:
+        """What identifies the data in the settings of a result."""
+        entry = self.entry
+        subset = None if self.data.subset is None else label_hash(self.train.indices.cpu().numpy())
+        return {
+            "dataset": entry.name,
+            "image_size": entry.image_size,
+            "channels": entry.channels,
+            **image_facts(self.full_train),
+            "labels": self.label_hash,
+            "subset": subset,
+        }
+
+    def batches(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        *,
+        normalization: Normalisation | None = None,
+        channels_last: bool = False,
+        local: bool = True,
+        order: str = "sequential",
+        augmentation: Augmentation | None = None,
+        seed: int = 1,
+    ) -> Batches:
+        """Batches of images on the device, in the precision's type.
+
+        Args:
+            images: The examples.
+            batch_size: Examples at a time.
+            normalization: Default: the context's.
+            channels_last: Whether images have their channels last in memory.
+            local: Whether this process gets whole batches, rather than its share of each.
+            order: Their order, see ``Batches``.
+            augmentation: What images undergo.
+            seed: Seed of order and augmentation.
+        """
+        return Batches(
+            images,
+            batch_size,
+            normalisation=normalization or self.normalization,
+            device=self.device,
+            order=order,
+            augmentation=augmentation,
+            seed=seed,
+            dtype=self.precision.dtype,
+            channels_last=channels_last,
+            rank=0 if local else self.group.rank,
+            world=1 if local else self.group.world,
+        )
+
+    def find_checkpoints(
+        self,
+        models_folder: Path,
+        experiment: str,
+        seed: int,
+        epochs: Collection[int],
+        script: str | None = "train_full.py",
+        **flags: Any,
+    ) -> dict[int, Path]:
+        """The checkpoints of several epochs of a run.
+
+        Args:
+            models_folder: The folder of checkpoints.
+            experiment: The run's name.
+            seed: Its seed.
+            epochs: The epochs, from 1.
+            script: What trains it, for the message; None where that is unknown.
+            flags: The other flags of that script.
+
+        Returns:
+            Epoch to path.
+
+        Raises:
+            FileError: Some are missing; the message names them, and the command that makes them.
+        """
+        paths = {epoch: find_checkpoint(models_folder, experiment, seed, epoch) for epoch in epochs}
+        missing = sorted(epoch for epoch, path in paths.items() if path is None)
+        if missing:
+            listed = ", ".join(map(str, missing))
+            line = f"{models_folder}: no checkpoint of epoch {listed}, seed {seed} for {experiment}"
+            if script is not None:
+                folder = experiment_folder(models_folder, experiment, seed)
+                more = missing_epochs(folder, max(epochs), missing, epochs)
+                line += "; make it with: "
+                line += training_command(script, {"dataset": self.data.dataset, **flags, "seed": seed, **more})
+            raise FileError(line)
+        return paths
+
+    def load_model(self, path: str | Path, **asked: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """The model of a checkpoint that was trained on this data, on the device, in eval mode.
+
+        Args:
+            path: The checkpoint.
+            asked: What else is known of it, such as ``model``, ``seed`` and ``epoch``; see ``load_model``.
+
+        Returns:
+            The model in the precision's type, and the checkpoint without its weights.
+
+        Raises:
+            FileError: The file is missing or damaged, is another model, run or epoch than asked for, was trained on
+                other data, or has a weight that is not finite.
+        """
+        model_name = asked.pop("model", None)
+        model, state = load_model(path, {**data_facts(self.full_train), **asked})
+        if model_name not in (None, state["model"]):
+            raise FileError(f"{path}: is a {state['model']}, not a {model_name}; give --model={state['model']}")
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise FileError(f"{path}: {name} is not finite; train it again with a lower --learning_rate")
+        # per-example gradients and second derivatives are taken in the default memory layout
+        return model.to(self.device, self.precision.dtype), state
+
+
+@dataclass
+class TrainingRun:
+    """One model to train in a context, and the files of its run.
+
+    Attributes:
+        context: Device, processes and data.
+        config: What is trained, how, and what is kept.
+        folders: Where files go.
+        experiment: The run's name in paths.
+        train: The training examples, with their original indices.
+        more_settings: Settings beside those of context and config, such as the split left out.
+        final_scores: With ``config.measure_proxies``, whether the scores of the trained model are measured too.
+    """
+
+    context: RunContext
+    config: RunConfig
+    folders: Folders
+    experiment: str
+    train: ImageSet
+    more_settings: Mapping[str, Any] = field(default_factory=dict)
+    final_scores: bool = True
+
+    @property
+    def files(self) -> RunFiles:
+        """The run's files."""
+        seed, folders = self.config.training.seed, self.folders
+        return RunFiles(
+            experiment_folder(folders.models_folder, self.experiment, seed),
+            resume_folder(folders.resume_ckpts_folder, self.experiment, seed),
+        )
+
+    @property
+    def dynamics_folder(self) -> Path:
+        """Where recorded dynamics and per-seed scores go."""
+        return dynamics_folder(self.folders.metrics_folder, self.experiment, self.config.training.seed)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines the result."""
+        return {
+            **self.config.as_dict(),
+            **self.context.data_settings,
+            "examples": len(self.train),
+            "sync_bn": self.context.compute.sync_bn,
+            **self.more_settings,
+        }
+
+    def batches(self, images: ImageSet, **keywords: Any) -> Batches:
+        """Batches of the run's size, seed and memory layout; see ``RunContext.batches``."""
+        last, config = MODELS[self.config.model.model].channels_last, self.config
+        return self.context.batches(
+            images, config.batch_size, seed=config.training.seed, channels_last=last, **keywords
+        )
+
+    def fit(self, *, weights: torch.Tensor | None = None, plan: EpochPlan | None = None) -> list[dict[str, Any]]:
+        """Train the model, or continue, and write everything that a run writes.
+
+        Args:
+            weights: Sample weights, one per training example.
+            plan: Which examples each epoch visits, where that is not all of them.
+
+        Returns:
+            The history: one record per epoch.
+        """
+        context, config, folder = self.context, self.config, self.dynamics_folder
+        entry, name, training = context.entry, config.model.model, config.training
+        if context.group.is_main_process:
+            start_logging(self.folders.log_folder / self.experiment / f"seed_{training.seed}.log")
+            if config.measure_proxies:
+                require_writable(folder)
+        log.info("%s: %d training and %d test examples", self.experiment, len(self.train), len(context.test))
+        if MODELS[name].pretrain is not None and not config.model.pretrained:
+            log.info(
+                "%s starts from random weights; the SAMIS experiments start from ImageNet weights (--pretrained)",
+                name,
+            )
+        model = build_model(
+            name, entry.num_classes, entry.channels, entry.image_size, training.seed, config.model.pretrained
+        ).to(context.device, context.precision.dtype)
+        if MODELS[name].channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        dynamics = None
+        if config.measure_proxies:
+            dynamics = Dynamics(self.train.total, entry.num_classes, context.device)
+        trainer = Trainer(
+            model,
+            self.batches(self.train, local=False, order="shuffled", augmentation=config.augmentation(entry)),
+            self.batches(context.test, local=False),
+            training,
+            weights=weights,
+            plan=plan,
+            dynamics=dynamics,
+            group=context.group,
+            compile_model=context.compute.compile,
+            sync_batchnorm=context.compute.sync_bn,
+        )
+        history = run_training(
+            trainer,
+            self.files,
+            self.settings,
+            model_description(name, context.full_train, context.normalization),
+            resume=config.resume,
+            overwrite=config.overwrite,
+            save_epochs=config.save_epochs,
+        )
+        if dynamics is not None and context.group.is_main_process:
+            remove_end_of_training_scores(folder)  # of an earlier run, which would pass for this run's
+            dynamics.write(folder / DYNAMICS_FILE, context.labels, self.settings)
+            if self.final_scores:
+                write_end_of_training_scores(folder, model, self.batches(self.train), dynamics.arrays())
+            log.info("per-example dynamics and scores are in %s", folder)
+        context.group.wait()
+        return history
+
+    def is_done(self) -> bool:
+        """Whether a run with these settings has finished, and left all its scores."""
+        try:
+            results = self.files.read_results()
+            if not results.get("finished") or diff_settings(results["settings"], self.settings):
+                return False
+            if not self.config.measure_proxies:
+                return True
+            stored = read_dynamics(self.dynamics_folder / DYNAMICS_FILE)["settings"]
+        except FileError:  # starting the run says so, or replaces it
+            return False
+        complete = not self.final_scores or has_end_of_training_scores(self.dynamics_folder)
+        return complete and not diff_settings(stored, self.settings)
