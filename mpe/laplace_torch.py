@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mpe.config import STRUCTURES
 from src.errors import FlagError, UserError
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 
 TRIED = 2
 """Examples of the trial."""
@@ -157,7 +157,7 @@ def _refuse_without_factors(model: nn.Module, images: Tensor) -> None:
     named = {name: module for name, module in model.named_modules() if _trains(module)}
     handles = [module.register_forward_hook(lambda own, *_: calls.update([own])) for module in named.values()]
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(images[:1].to(next(model.parameters()).device))
     finally:
         for handle in handles:

@@ -41,7 +41,7 @@ from src.artifacts import (
 )
 from src.errors import FileError, FlagError, TrainingError
 from src.models import MODELS
-from src.models.modes import trains_on_one
+from src.models.base import trains_on_one
 from src.optimizers import rate
 from src.rng import derived_seed
 from src.training.ensemble import Ensemble, vectorised_is_faster, why_not_vectorised

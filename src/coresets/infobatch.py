@@ -11,7 +11,7 @@ import torch
 from src import rng
 from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
 from src.errors import ArgumentError, FlagError
-from src.models.restoring import copy_tensor
+from src.models.base import copy_tensor
 from src.training import ProcessGroup
 
 log = logging.getLogger(__name__)

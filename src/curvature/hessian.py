@@ -33,7 +33,7 @@ from src.curvature.choices import OPERATOR_NAMES
 from src.datasets import Batch
 from src.errors import MeasurementError
 from src.jacobians import refuse_batch_statistics
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class CurvatureOperator(ABC):
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("no parameter of the model requires a gradient")
-        with evaluating(model):
+        with eval_mode(model):
             refuse_batch_statistics(model)
         self.names, self.parameters = list(trainable), list(trainable.values())
         self.size = sum(p.numel() for p in self.parameters)
@@ -84,7 +84,7 @@ class CurvatureOperator(ABC):
         """
         tangents = self.unflatten(vector)
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        with evaluating(self.model), _differentiable_forward(self.device):
+        with eval_mode(self.model), _differentiable_forward(self.device):
             for batch in self.batches:
                 if len(batch.labels):
                     total += self.flatten(self._product(batch, tangents))
@@ -107,7 +107,7 @@ class CurvatureOperator(ABC):
             MeasurementError: One of them is not finite.
         """
         loss, gradient = 0.0, torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        with evaluating(self.model), _differentiable_forward(self.device):
+        with eval_mode(self.model), _differentiable_forward(self.device):
             for batch in self.batches:
                 if not len(batch.labels):
                     continue

@@ -19,7 +19,7 @@ from torch import Tensor
 from src import rng
 from src.curvature.choices import ORDERS
 from src.curvature.hessian import CurvatureOperator, dot
-from src.models.restoring import check_tensor
+from src.models.base import check_tensor
 
 _ROWS = 16  # vectors in a block
 _COLUMNS = 2**20  # numbers of each that are read at a time

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from src.curvature.hessian import CurvatureOperator
 from src.datasets import Batch
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 from src.rng import derived_seed
 
 
@@ -62,7 +62,7 @@ def power_iteration(
         done()
 
     model, device = operator.model, operator.device
-    with evaluating(model), _alone(operator), _seeded(seed, device), warnings.catch_warnings():
+    with eval_mode(model), _alone(operator), _seeded(seed, device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
         chosen = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with chosen:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from src.devices import keep_freed_blocks
 from src.jacobians.capture import Capture, Record, graph_uses, mixture, refuse_mixing, scales_by_example
 from src.jacobians.layer_rules import LAYER_RULES, weighted_squares
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class PerExampleEngine(ABC):
             raise ValueError("per-example gradients of a model none of whose parameters requires a gradient")
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._kept = keep_freed_blocks()
-        self._evaluating = evaluating(self.model)
+        self._evaluating = eval_mode(self.model)
         self._evaluating.__enter__()
         self._capture.__enter__()
         return self

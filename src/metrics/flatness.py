@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from src.datasets import Batch
 from src.jacobians import SquaredNorms, refuse_batch_statistics, refuse_mixing
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 
 
 def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def input_curvature(
         ValueError: a BatchNorm has no fixed statistics, or the model mixes the examples of a batch.
     """
     tried = False
-    with evaluating(model):
+    with eval_mode(model):
         refuse_batch_statistics(model)
 
         def score(batch: Batch) -> Tensor:

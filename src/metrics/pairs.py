@@ -21,7 +21,7 @@ from src.artifacts import (
 from src.datasets import Batches, ImageSet
 from src.errors import ArgumentError, FileError
 from src.metrics.samis import PairScores, score_batch
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 from src.training import (
     data_facts,
     find_checkpoint,
@@ -249,7 +249,7 @@ def score_pair(
         The original indices ``(n,)`` of the scored examples, and the fields of ``PairScores``, each ``(n,)``.
     """
     indices, parts = [], []
-    with evaluating(sgd), evaluating(sam):
+    with eval_mode(sgd), eval_mode(sam):
         for batch in batches:
             logits_sgd, logits_sam = (logits_of(network, batch.images, precision) for network in (sgd, sam))
             indices.append(batch.indices)

@@ -1,20 +1,22 @@
-"""Inception-v3 for small images, and torchvision's from 224x224 on.
+"""Inception networks: Inception-v3, and the small Inception of the memorization studies.
 
-Source: Szegedy et al. 2016, "Rethinking the Inception architecture for computer vision". The small-image network
-starts with strides of 1 and has no auxiliary head. Beside torchvision's it has a 3x3 convolution in the pooling
-branch of block A, 7x1 before 1x7 in block C, average pooling in block D, and PyTorch's defaults for normalisation.
+Sources: Szegedy et al. 2016, "Rethinking the Inception architecture for computer vision"; Feldman and Zhang 2020,
+"What neural networks memorize and why"; Zhang et al. 2017, "Understanding deep learning requires rethinking
+generalization".
+
+From 224x224 on, inception is torchvision's. For small images it starts with strides of 1 and has no auxiliary head;
+unlike torchvision's it has a 3x3 convolution in the pooling branch of block A, 7x1 before 1x7 in block C, average
+pooling in block D, and PyTorch's defaults for normalization.
 """
 
 from functools import partial
 
 from torch import nn
 
-from src._torchvision import torchvision
-from src.models.branches import Branches, ConvUnit, halve, same
-from src.models.network import IMAGENET_SIZE, Network, stem_padding
+from src.models.base import Network
+from src.models.layers import IMAGENET_SIZE, Branches, ConvUnit, halve, same, stem_padding
 
 Seq = nn.Sequential
-blocks = torchvision.models.inception
 
 
 def _average() -> nn.AvgPool2d:
@@ -99,16 +101,6 @@ def _build_small_inception_v3(num_classes: int, in_channels: int) -> Network:
     return Network(body, nn.Linear(2048, num_classes))
 
 
-_TORCHVISION_BLOCKS = (
-    blocks.InceptionA,
-    blocks.InceptionB,
-    blocks.InceptionC,
-    blocks.InceptionD,
-    blocks.InceptionE,
-    blocks.InceptionAux,
-)
-
-
 class ImageNetInception(Network):
     """torchvision's Inception-v3, its auxiliary head kept aside.
 
@@ -117,8 +109,11 @@ class ImageNetInception(Network):
     """
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
-        unit = [partial(block, conv_block=ConvUnit) for block in _TORCHVISION_BLOCKS]
-        body = torchvision.models.Inception3(num_classes, inception_blocks=[ConvUnit, *unit], init_weights=True)
+        from src._torchvision import torchvision
+
+        names = [f"Inception{part}" for part in ("A", "B", "C", "D", "E", "Aux")]
+        blocks = [partial(getattr(torchvision.models.inception, name), conv_block=ConvUnit) for name in names]
+        body = torchvision.models.Inception3(num_classes, inception_blocks=[ConvUnit, *blocks], init_weights=True)
         first = ConvUnit(in_channels, 32, kernel_size=3, stride=2)
         nn.init.trunc_normal_(first.conv.weight, std=0.1, a=-2, b=2)
         body.Conv2d_1a_3x3 = first
@@ -128,17 +123,39 @@ class ImageNetInception(Network):
         self.auxiliary = auxiliary.requires_grad_(False)
 
 
-def smallest(in_channels: int) -> int:
-    """The smallest image size."""
-    # Blocks B and D halve without padding, so the maps before them need 7 pixels; the stem takes 2.
-    return 9 - 2 * (stem_padding(in_channels) - 1)
-
-
 def inception(num_classes: int, in_channels: int, image_size: int) -> Network:
     """Inception-v3: the small-image network, or, from 224x224 on, torchvision's with a frozen auxiliary head.
 
-    Images of three channels need 9 pixels, those of one channel (which the stem pads by 3) need 5.
+    Blocks B and D halve without padding, so the maps before them need 7 pixels, and the stem takes 2: images of three
+    channels need 9 pixels, those of one channel (which the stem pads by 3) need 5.
     """
     if image_size >= IMAGENET_SIZE:
         return ImageNetInception(num_classes, in_channels)
     return _build_small_inception_v3(num_classes, in_channels)
+
+
+# Channels of the 1x1 and the 3x3 branch of each block, by stage; then the channels of the convolution that halves.
+STAGES = (
+    (((32, 32), (32, 48)), 160),
+    (((112, 48), (96, 64), (80, 80), (48, 96)), 240),
+    (((176, 160), (176, 160)), None),
+)
+
+
+def small_inception(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """A 3x3 unit of 96 channels, three stages of two-branch blocks, maximum over positions, one linear layer.
+
+    Every convolution has no bias and is followed by BN and ReLU. Between stages a 3x3 convolution of stride 2 and
+    padding 1 halves the maps. The same network for every image size.
+    """
+    body = nn.Sequential(same(in_channels, 96, 3))
+    channels = 96
+    for pairs, halved in STAGES:
+        for one, three in pairs:
+            body.append(Branches([same(channels, one, 1), same(channels, three, 3)]))
+            channels = one + three
+        if halved is not None:
+            body.append(ConvUnit(channels, halved, kernel_size=3, stride=2, padding=1))
+            channels = halved
+    body.extend([nn.AdaptiveMaxPool2d(1), nn.Flatten()])
+    return Network(body, nn.Linear(channels, num_classes))

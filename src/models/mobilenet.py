@@ -1,9 +1,9 @@
 """MobileNetV3, small and large.
 
 Source: Howard et al. 2019, "Searching for MobileNetV3". The tables of blocks are torchvision's. Changes: batch
-normalisation keeps PyTorch's defaults (eps 1e-5, momentum 0.1); in expanded blocks squeeze-and-excitation stands
+normalization keeps PyTorch's defaults (eps 1e-5, momentum 0.1); in expanded blocks squeeze-and-excitation stands
 before the second activation; the stem pads 3 for one channel; nothing happens in place. The strides are those for
-ImageNet, so that 32x32 images shrink to 1x1 before the head: batch normalisation then needs two images in training.
+ImageNet, so that 32x32 images shrink to 1x1 before the head: batch normalization then needs two images in training.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from src._torchvision import torchvision
-from src.models.network import Network, kaiming_fan_out_, make_out_of_place, stem_padding
+from src.models.base import Network
+from src.models.layers import kaiming_fan_out_, make_out_of_place, stem_padding
 
 
 class InvertedResidual(nn.Module):
@@ -21,7 +22,7 @@ class InvertedResidual(nn.Module):
 
     Args:
         config: One row of the architecture's table.
-        norm_layer: Makes a normalisation layer for a number of channels.
+        norm_layer: Makes a normalization layer for a number of channels.
     """
 
     def __init__(

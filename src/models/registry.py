@@ -1,4 +1,8 @@
-"""The registry of models and their one builder. Torch is imported by the builders alone."""
+"""The registry of models and their one builder. Only the builders import torch.
+
+A new model is a function ``(num_classes, in_channels, image_size) -> Network`` in the file of its family, and one
+entry here.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from src.artifacts import file_digest
 from src.cli import option
-from src.errors import ArgumentError, FlagError
+from src.errors import ArgumentError
 from src.lazy import later
 
 if TYPE_CHECKING:
-    from src.models.network import Network
+    from src.models.base import Network
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What the project knows about a model.
+    """One model.
 
     Attributes:
         name: The value of ``--model``.
         build: ``(num_classes, in_channels, image_size) -> Network``, drawing from torch's global generator.
-        channels_last: Whether float32 training on a CPU measured faster with channels-last memory.
         note: One line for users.
+        channels_last: Whether float32 training on a CPU measured faster with channels-last memory.
         smallest: The smallest image size, by number of channels, that the architecture takes.
         pretrain: Fills a built model with pre-trained weights; None where there are none.
         initialization: What runs record of the starting weights, where an earlier version of this project drew them
@@ -33,10 +37,10 @@ class ModelEntry:
 
     name: str
     build: Callable[[int, int, int], Network]
-    channels_last: bool
     note: str
-    smallest: Callable[[int], int]
-    pretrain: Callable[[Network, bool | str | Path], None] | None
+    channels_last: bool = False
+    smallest: Callable[[int], int] = lambda in_channels: 1
+    pretrain: Callable[[Network, bool | str | Path], None] | None = None
     initialization: str | None = None
 
     @property
@@ -48,32 +52,22 @@ class ModelEntry:
 MODELS: dict[str, ModelEntry] = {}
 
 
-def _add(
-    name: str,
-    file: str,
-    *,
-    note: str,
-    channels_last: bool = False,
-    smallest: Callable[[int], int] = lambda in_channels: 1,
-    pretrain: Callable | None = None,
-    initialization: str | None = None,
-) -> None:
-    """Add the model that function ``name`` of ``file`` builds; the other arguments are those of ``ModelEntry``."""
-    build = later(f"src.models.{file}", name)
-    MODELS[name] = ModelEntry(name, build, channels_last, note, smallest, pretrain, initialization)
+def _add(name: str, file: str, **facts: Any) -> None:
+    """Add the model that function ``name`` of ``file`` builds; the facts are those of ``ModelEntry``."""
+    MODELS[name] = ModelEntry(name, later(f"src.models.{file}", name), **facts)
 
 
-# The order here is the order in which names are listed to users: the papers' large networks first.
+# The order here is the order in which names are listed to users: the papers' large models first.
 _add("resnet18", "resnet", channels_last=True, initialization="default", note="ResNet-18 with the CIFAR stem")
 _add("resnet50", "resnet", channels_last=True, initialization="default", note="ResNet-50 with the CIFAR stem")
 _add("resnet20", "resnet", channels_last=True, note="CIFAR's ResNet-20, widths 16-32-64")
 _add("resnet8", "resnet", channels_last=True, note="CIFAR-style ResNet-8, widths 16-32-64, for work on a CPU")
-_add("wideresnet", "wideresnet", note="WRN-28-10")
+_add("wideresnet", "resnet", note="WRN-28-10")
 _add(
     "inception",
     "inception",
     channels_last=True,
-    smallest=later("src.models.inception", "smallest"),
+    smallest=lambda in_channels: 5 if in_channels == 1 else 9,
     note="Inception-v3 for small images; from 224x224 on torchvision's",
 )
 _add(
@@ -81,7 +75,7 @@ _add(
     "vgg",
     channels_last=True,
     initialization="default",
-    note="VGG-19 with batch normalisation; from 224x224 on with the ImageNet head",
+    note="VGG-19 with batch normalization; from 224x224 on with the ImageNet head",
 )
 _add("mobile_small", "mobilenet", channels_last=True, note="MobileNetV3, small")
 _add("mobile_large", "mobilenet", channels_last=True, note="MobileNetV3, large")
@@ -92,22 +86,22 @@ _add(
     initialization="default",
     note="ViT-B/16 on the native image; can start pre-trained",
 )
-_add("lenet", "lenet", note="LeNet-5: three convolutions, tanh, average pooling")
-_add("mlp", "perceptron", note="perceptron 128-128, ReLU")
-_add("small_mlp", "perceptron", note="perceptron 32-16, tanh")
-_add("large_mlp", "perceptron", note="perceptron 500-300, tanh")
-_add("small_inception", "small_inception", channels_last=True, note="the small Inception of Feldman and Zhang")
+_add("lenet", "small", note="LeNet-5: three convolutions, tanh, average pooling")
+_add("mlp", "small", note="perceptron 128-128, ReLU")
+_add("small_mlp", "small", note="perceptron 32-16, tanh")
+_add("large_mlp", "small", note="perceptron 500-300, tanh")
+_add("small_inception", "inception", channels_last=True, note="the small Inception of Feldman and Zhang")
 _add(
     "cnn_deepobs",
-    "cnn_deepobs",
+    "small",
     channels_last=True,
-    note="DeepOBS's network of three convolutions and three linear layers",
+    note="DeepOBS's model of three convolutions and three linear layers",
 )
 _add(
     "resnet20_frn",
-    "resnet_frn",
+    "resnet",
     smallest=lambda in_channels: 5,  # the last maps are then 2x2: FRN leaves only the sign of a single position
-    note="ResNet-20 with filter response normalisation in place of batch normalisation",
+    note="ResNet-20 with filter response normalization in place of batch normalization",
 )
 
 
@@ -117,10 +111,10 @@ def model_names() -> list[str]:
 
 
 def require_weights(name: str) -> None:
-    """Stop at a model without pre-trained weights.
+    """Check that a model has pre-trained weights.
 
     Raises:
-        ArgumentError: There are none for it.
+        ArgumentError: It has none.
     """
     if MODELS[name].pretrain is None:
         able = ", ".join(other.name for other in MODELS.values() if other.pretrain)
@@ -189,7 +183,7 @@ def build_model(
         A float32 ``Network`` in training mode.
 
     Raises:
-        FlagError: The name is unknown, the sizes do not suit the architecture, or it has no pre-trained weights.
+        ArgumentError: The name is unknown, the sizes do not suit the architecture, or it has no pre-trained weights.
         FileError: The pre-trained weights cannot be had or do not fit.
     """
     import torch
@@ -202,13 +196,10 @@ def build_model(
             raise ArgumentError(argument, f"{value}: must be at least 1")
     smallest = entry.smallest(in_channels)
     if image_size < smallest:
-        problem = (
-            f"{name}: takes images of {in_channels} channels from {smallest}x{smallest} pixels on, and these are "
-            f"{image_size}x{image_size}"
-        )
-        raise FlagError(
-            f"model {problem}; choose larger images, or another model",
-            f"--model {problem}; choose --image_size {smallest} or more, or another --model",
+        raise ArgumentError(
+            "model",
+            f"{name}: needs images of at least {smallest}x{smallest} pixels for {in_channels} channels, and these "
+            f"are {image_size}x{image_size}; choose an image_size of {smallest} or more, or another model",
         )
     if pretrained:
         require_weights(name)

@@ -1,10 +1,17 @@
-"""Residual networks with the CIFAR stem: resnet18, resnet50 and the narrow resnet20, resnet8.
+"""Residual networks: with the CIFAR stem, wide ones, and with filter response normalization.
 
-Source: He et al. 2016, "Deep residual learning for image recognition". The blocks are torchvision's; their forward
-passes are written anew so that nothing happens in place and each activation is its own call. A shortcut is the
-identity, or, where the stride is not 1 or the widths differ, a 1x1 convolution followed by batch normalisation (the
-paper's option B, also in the narrow ones). Convolutions have no bias. resnet18 and resnet50 start from PyTorch's
-default weights, as in the SAMIS experiments; the narrow ones from Kaiming's normal (fan out).
+Sources: He et al. 2016, "Deep residual learning for image recognition"; Zagoruyko and Komodakis 2016, "Wide residual
+networks"; Singh and Krishnan 2020, "Filter response normalization layer: eliminating batch dependence in the training
+of deep neural networks".
+
+resnet18, resnet50, resnet20 and resnet8: a shortcut is the identity, or, where the stride is not 1 or the widths
+differ, a 1x1 convolution followed by batch normalization (the first paper's option B, also in the narrow models).
+Convolutions have no bias. resnet18 and resnet50 start from PyTorch's default weights, as in the SAMIS experiments;
+the narrow ones from Kaiming's normal (fan out). Parameter names in the blocks are torchvision's.
+
+resnet20_frn, of the Memory-Perturbation Equation's experiments, differs from resnet20 in more than the normalization:
+convolutions have biases, SAME padding (at stride 2 an even map gets its zeros at the bottom and the right only) and
+PyTorch's initial weights. No operation mixes examples.
 """
 
 from collections.abc import Sequence
@@ -13,16 +20,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from src._torchvision import torchvision
-from src.models.network import Network, kaiming_fan_out_
+from src.models.base import Network
+from src.models.layers import FilterResponseNorm, kaiming_fan_out_, same_conv, stem_padding
 
 
-class BasicBlock(torchvision.models.resnet.BasicBlock):
+class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; the stride is the first one's."""
 
+    expansion = 1
+
     def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
-        super().__init__(in_channels, width, stride, downsample)
-        del self.relu
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(n, in_channels, h, w)`` to ``(n, width, h / stride, w / stride)``."""
@@ -32,12 +45,20 @@ class BasicBlock(torchvision.models.resnet.BasicBlock):
         return F.relu(out + shortcut)
 
 
-class Bottleneck(torchvision.models.resnet.Bottleneck):
+class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride is the 3x3 one's."""
 
+    expansion = 4
+
     def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
-        super().__init__(in_channels, width, stride, downsample)
-        del self.relu
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = downsample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(n, in_channels, h, w)`` to ``(n, 4 width, h / stride, w / stride)``."""
@@ -75,7 +96,11 @@ class ResNetBody(nn.Module):
             stage = nn.Sequential()
             for stride in strides:
                 out_channels = width * block.expansion
-                stage.append(block(channels, width, stride, _shortcut(channels, out_channels, stride)))
+                shortcut = None
+                if stride != 1 or channels != out_channels:
+                    projection = nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+                    shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+                stage.append(block(channels, width, stride, shortcut))
                 channels = out_channels
             self.stages.append(stage)
         self.out_features = channels
@@ -87,31 +112,151 @@ class ResNetBody(nn.Module):
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
-
-
-def _network(body: ResNetBody, num_classes: int) -> Network:
+def _with_head(body: ResNetBody, num_classes: int) -> Network:
     return Network(body, nn.Linear(body.out_features, num_classes))
 
 
 def resnet18(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """ResNet-18: basic blocks 2-2-2-2, widths 64 to 512; the same network for every image size."""
-    return _network(ResNetBody(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels), num_classes)
+    """ResNet-18: basic blocks 2-2-2-2, widths 64 to 512; the same for every image size."""
+    return _with_head(ResNetBody(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels), num_classes)
 
 
 def resnet50(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """ResNet-50: bottlenecks 3-4-6-3, widths 64 to 512 times 4; the same network for every image size."""
-    return _network(ResNetBody(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), in_channels), num_classes)
+    """ResNet-50: bottlenecks 3-4-6-3, widths 64 to 512 times 4; the same for every image size."""
+    return _with_head(ResNetBody(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), in_channels), num_classes)
 
 
 def resnet20(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-20: basic blocks 3-3-3, widths 16-32-64, projection shortcuts (option B)."""
-    return _network(kaiming_fan_out_(ResNetBody(BasicBlock, (3, 3, 3), (16, 32, 64), in_channels)), num_classes)
+    return _with_head(kaiming_fan_out_(ResNetBody(BasicBlock, (3, 3, 3), (16, 32, 64), in_channels)), num_classes)
 
 
 def resnet8(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-8: basic blocks 1-1-1, widths 16-32-64, projection shortcuts (option B)."""
-    return _network(kaiming_fan_out_(ResNetBody(BasicBlock, (1, 1, 1), (16, 32, 64), in_channels)), num_classes)
+    return _with_head(kaiming_fan_out_(ResNetBody(BasicBlock, (1, 1, 1), (16, 32, 64), in_channels)), num_classes)
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block: BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, plus a shortcut, no dropout.
+
+    Where the widths differ, the shortcut is a 1x1 convolution without normalisation, and it too starts from the
+    activated input; else it is the raw input.
+    """
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        same = in_channels == width
+        self.shortcut = None if same else nn.Conv2d(in_channels, width, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(n, in_channels, h, w)`` to ``(n, width, h / stride, w / stride)``."""
+        active = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + (x if self.shortcut is None else self.shortcut(active))
+
+
+class WideResNetBody(nn.Module):
+    """Stem of 16 channels, three groups of blocks with strides 1, 2, 2, BN-ReLU, average over positions.
+
+    Args:
+        depth: Number of layers, 6 k + 4 for k blocks in a group.
+        widen: Factor by which the widths 16, 32, 64 grow.
+        in_channels: Channels of the images; the stem pads 3 for one channel.
+    """
+
+    def __init__(self, depth: int, widen: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=stem_padding(in_channels), bias=False)
+        blocks, channels = [], 16
+        for width, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
+            for step in (stride, *[1] * ((depth - 4) // 6 - 1)):
+                blocks.append(WideBlock(channels, width, step))
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(channels)
+        self.out_features = channels
+        kaiming_fan_out_(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed images ``(n, c, h, w)`` as ``(n, out_features)``."""
+        x = self.blocks(self.conv1(images))
+        x = F.relu(self.bn(x))
+        # 8x8 maps from 32x32 images, as in the paper; the average adapts to any other size.
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def build_wideresnet(num_classes: int, in_channels: int, depth: int = 28, widen: int = 10) -> Network:
+    """A wide residual network of any depth and width; the head's bias starts at 0."""
+    body = WideResNetBody(depth, widen, in_channels)
+    head = nn.Linear(body.out_features, num_classes)
+    nn.init.zeros_(head.bias)
+    return Network(body, head)
+
+
+def wideresnet(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """WRN-28-10: four blocks in each group, widths 160, 320, 640; the same network for every image size."""
+    return build_wideresnet(num_classes, in_channels)
+
+
+def frn_unit(in_channels: int, width: int, kernel: int, stride: int, *, activate: bool) -> nn.Sequential:
+    """SAME convolution with bias, filter response normalisation and, if ``activate``, ReLU."""
+    norm = [FilterResponseNorm(width)]
+    return nn.Sequential(*same_conv(in_channels, width, kernel, stride), *norm, *([nn.ReLU()] if activate else []))
+
+
+class FRNBlock(nn.Module):
+    """Two 3x3 units and a shortcut; ReLU after the first unit and after the sum.
+
+    Args:
+        in_channels: Channels of the input.
+        width: Channels of the output.
+        stride: Stride of the first unit and of the shortcut, which is a 1x1 unit where the shape changes, else the
+            identity.
+    """
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.unit1 = frn_unit(in_channels, width, 3, stride, activate=True)
+        self.unit2 = frn_unit(width, width, 3, 1, activate=False)
+        changes = stride != 1 or in_channels != width
+        self.unit3 = frn_unit(in_channels, width, 1, stride, activate=False) if changes else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(n, in_channels, h, w)`` to ``(n, width, ceil(h / stride), ceil(w / stride))``."""
+        shortcut = x if self.unit3 is None else self.unit3(x)
+        return F.relu(self.unit2(self.unit1(x)) + shortcut)
+
+
+def build_resnet_frn(num_classes: int, in_channels: int, depths: Sequence[int], widths: Sequence[int]) -> Network:
+    """A network of any depth and width.
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        depths: Blocks of each stack. The first block of every stack but the first has stride 2.
+        widths: Width of each stack; the stem has the first.
+    """
+    body = nn.Sequential(frn_unit(in_channels, widths[0], 3, 1, activate=True))
+    channels = widths[0]
+    for k, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        strides = [2 if k else 1, *[1] * (depth - 1)]
+        stack = nn.Sequential()
+        for stride in strides:
+            stack.append(FRNBlock(channels, width, stride))
+            channels = width
+        body.append(stack)
+    body.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    return Network(body, nn.Linear(channels, num_classes))
+
+
+def resnet20_frn(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """ResNet-20 with FRN: blocks 3-3-3, widths 16-32-64.
+
+    The same network for every image size: the average over positions takes 8x8 maps at 32x32 and whatever is left
+    at another size. Images need 5 pixels.
+    """
+    return build_resnet_frn(num_classes, in_channels, (3, 3, 3), (16, 32, 64))

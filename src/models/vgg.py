@@ -1,4 +1,4 @@
-"""VGG-19 with batch normalisation.
+"""VGG-19 with batch normalization.
 
 Source: Simonyan and Zisserman 2015, "Very deep convolutional networks"; the layers are torchvision's. They start from
 PyTorch's default weights, as in the SAMIS experiments.
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from src._torchvision import torchvision
-from src.models.network import IMAGENET_SIZE, Network, make_out_of_place, stem_padding
+from src.models.base import Network
+from src.models.layers import IMAGENET_SIZE, make_out_of_place, stem_padding
 
 LAYOUT = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
 

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 from src import artifacts
 from src._torchvision import torchvision
 from src.errors import FileError
-from src.models.network import Network, centre_pad
-from src.models.restoring import load_weights
+from src.models.base import Network, load_weights
+from src.models.layers import center_pad
 
 PRETRAINED_CLASSES = 1000
 
 
 class ViT(Network):
-    """A vision transformer whose head reads the normalised class token.
+    """A vision transformer whose head reads the normalized class token.
 
     Args:
         num_classes: Number of logits.
@@ -63,10 +63,10 @@ class ViT(Network):
             block.mlp[2] = nn.Identity()  # the dropout after GELU
         super().__init__(encoder, nn.Linear(width, num_classes))
         _draw_linear_layers(self)
-        self.fit = nn.Sequential(centre_pad(image_size, patch), WholePatches(side))
+        self.fit = nn.Sequential(center_pad(image_size, patch), WholePatches(side))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """The normalised class token ``(n, width)`` of images ``(n, c, h, w)``."""
+        """The normalized class token ``(n, width)`` of images ``(n, c, h, w)``."""
         return self.body(self.fit(images))
 
 
@@ -166,5 +166,5 @@ def _download() -> dict[str, torch.Tensor]:
 
 
 def vit(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """ViT-B/16: 12 blocks, 12 heads, width 768, MLP 3072, learned positions, head on the normalised class token."""
+    """ViT-B/16: 12 blocks, 12 heads, width 768, MLP 3072, learned positions, head on the normalized class token."""
     return ViT(num_classes, in_channels, image_size)

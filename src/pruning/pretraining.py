@@ -24,7 +24,7 @@ from src.coresets import LastLayer
 from src.devices import autocast_context
 from src.errors import FileError, TrainingError
 from src.jacobians import SquaredNorms
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 from src.session import Session
 from src.training import DYNAMICS_FILE, data_facts, load_model, read_dynamics
 
@@ -180,7 +180,7 @@ class PretrainedNetwork:
         model, session = self._network(), self.session
         logits, features = [], []
         batches = session.batches(self.train, alone=True)
-        with torch.inference_mode(), evaluating(model):
+        with torch.inference_mode(), eval_mode(model):
             for batch in tqdm(batches, desc="last layer", unit="batch", disable=None, dynamic_ncols=True):
                 with autocast_context(session.device, session.precision):
                     h = model.features(batch.images)  # (b, d)

@@ -12,7 +12,7 @@ from src.artifacts import checkpoint_path, differences, label_hash, read_checkpo
 from src.datasets import ImageSet, Normalisation
 from src.errors import ArgumentError, FileError, FlagError
 from src.models import build_model
-from src.models.restoring import load_weights
+from src.models.base import load_weights
 from src.optimizers import SCHEDULES
 from src.training.run import RunFiles
 

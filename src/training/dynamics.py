@@ -10,7 +10,7 @@ import torch
 
 from src.artifacts import label_hash, parse_settings, read_npz, write_npz
 from src.errors import FileError
-from src.models.restoring import copy_tensor
+from src.models.base import copy_tensor
 from src.training.distributed import ProcessGroup
 
 DYNAMICS_FILE = "dynamics.npz"

@@ -7,7 +7,7 @@ from torch import nn
 
 from src.datasets import Batch, Batches
 from src.devices import PRECISIONS, autocast_context
-from src.models.modes import evaluating
+from src.models.base import eval_mode
 from src.training.distributed import ProcessGroup
 
 
@@ -38,7 +38,7 @@ def predictions(
     Yields:
         The batch and its logits ``(b, C)``, in float32 (float64 under fp64).
     """
-    with evaluating(model):
+    with eval_mode(model):
         for batch in batches:
             yield batch, logits_of(model if forward is None else forward, batch.images, precision)
 

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from src.datasets import Batch, Batches
 from src.devices import PRECISIONS, autocast_context
 from src.errors import ArgumentError, TrainingError
-from src.models.modes import trains_on_one
-from src.models.restoring import load_optimizer, load_weights
+from src.models.base import load_optimizer, load_weights, trains_on_one
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
 from src.rng import derived_seed
 from src.training.config import TrainingConfig

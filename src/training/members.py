@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.models.modes import evaluating
-from src.models.restoring import copy_tensor, load_optimizer, load_weights
+from src.models.base import copy_tensor, eval_mode, load_optimizer, load_weights
 from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPerceptron, perceptron_layers
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam and AdamW, torch's defaults
@@ -171,7 +170,7 @@ class SequentialMembers:
         """Logits ``(M, b, C)``."""
         found = []
         for number, member in enumerate(self._models):
-            with evaluating(member), torch.no_grad():
+            with eval_mode(member), torch.no_grad():
                 found.append(member(images if shared else images[number]))
         return torch.stack(found)
 

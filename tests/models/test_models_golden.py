@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from src.models import build_model
+from src.models.resnet import build_wideresnet
 from src.models.vgg import build_small_vgg
 from src.models.vit import ViT
-from src.models.wideresnet import build_wideresnet
 
 # The first image's three logits of each network on (channels, size), the large ones at reduced width and depth.
 GOLDEN = {

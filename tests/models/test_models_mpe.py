@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from src.errors import FlagError
 from src.models import build_model
-from src.models.resnet_frn import FilterResponseNorm, FRNBlock, build_resnet_frn
+from src.models.layers import FilterResponseNorm
+from src.models.resnet import FRNBlock, build_resnet_frn
 
 
 def test_layers_of_cnn_deepobs_are_the_published_ones():
@@ -179,7 +180,7 @@ def test_resnet20_frn_is_the_slow_one(fill, images):
 
 
 def test_images_too_small_for_resnet20_frn_are_refused_in_one_line():
-    with pytest.raises(FlagError, match=r"^model resnet20_frn: .*5x5[^\n]*larger images[^\n]*$"):
+    with pytest.raises(FlagError, match=r"^model resnet20_frn: .*5x5[^\n]*$"):
         build_model("resnet20_frn", 10, 3, 4, seed=0)
 
 

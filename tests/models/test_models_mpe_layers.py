@@ -7,8 +7,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from src.models.resnet_frn import FilterResponseNorm
-from src.models.same_padding import SamePad, same_conv, same_max_pool, same_padding
+from src.models.layers import FilterResponseNorm, SamePad, same_conv, same_max_pool, same_padding
 
 
 @pytest.mark.parametrize(

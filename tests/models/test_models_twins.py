@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from src.models import build_model
 from src.models.inception import block_a, block_b, block_c, block_d, block_e
 from src.models.mobilenet import InvertedResidual
-from src.models.wideresnet import build_wideresnet
+from src.models.resnet import build_wideresnet
 
 
 class Reader:

@@ -171,7 +171,7 @@ def test_data_that_the_network_cannot_take_are_refused_before_training(tmp_path)
     data = write_blobs(tmp_path / "own.npz", size=4)
     result = call(LOO, *flags(tmp_path, f"--dataset=npz:{data}", "--model=resnet20_frn", "--subset=60"))
     assert result.status == 2
-    assert "--model resnet20_frn: takes images of 1 channels from 5x5 pixels on" in result.complaint
+    assert "--model resnet20_frn: needs images of at least 5x5 pixels" in result.complaint
     assert not (tmp_path / "models").exists()
 
 
