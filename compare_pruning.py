@@ -81,7 +81,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, run what is missing, draw, print."""
     args = parse()
-    from src.pruning.grid import Grid
+    from src.coresets.grid import Grid
     from src.session import Session
 
     with Session(args) as session:

@@ -58,11 +58,11 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, select, write, print."""
     args = parse()
-    from src.pruning import Choice, select
+    from src.coresets.runner import SelectionJob, select
     from src.session import Session
 
     with Session(args) as session:
-        choice = Choice.of(session, args.out)
+        choice = SelectionJob.of(session, args.out)
         selection, seconds = select(choice, overwrite=args.overwrite)
         print(f"{len(selection.indices)} of {len(session.train)} examples by {args.coreset_func} in {seconds:.2f} s")
         labels = session.train.labels.cpu().numpy()[selection.indices]

@@ -53,12 +53,12 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, select, train, print."""
     args = parse()
-    from src.pruning import Choice, PrunedRun
+    from src.coresets.runner import CoresetRun, SelectionJob
     from src.session import Session
     from src.training import summary
 
     with Session(args) as session:
-        run = PrunedRun(session, None if args.selection else Choice.of(session), args.selection)
+        run = CoresetRun(session, None if args.selection else SelectionJob.of(session), args.selection)
         if not session.group.is_main_process:
             run.train()
             return

@@ -24,8 +24,7 @@ from src.coresets.budgets import make_groups
 from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
 from src.coresets.gradmatch import pursue
 from src.coresets.graph_cut import Similarities, choose, greedy_graph_cut
-from src.coresets.last_layer import gradient_norms, inner_products
-from src.coresets.material import CandidateGroup, LastLayer, Selection, errors_of
+from src.coresets.inputs import CandidateGroup, LastLayer, Selection, errors_of, gradient_norms, inner_products
 from src.coresets.ranked import keep_by_rank
 
 LAST_LAYER: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor], float], ...] = (

@@ -48,6 +48,7 @@ class _Module:
 
 
 if TYPE_CHECKING:
+    import scipy
     import torch
 else:
-    torch = _Module("torch")
+    scipy, torch = _Module("scipy"), _Module("torch")

@@ -5,10 +5,13 @@ generator seeded by (seed, epoch, purpose). So the order of batches, an interrup
 workers or ranks change nothing, and a resumed run needs no generator states.
 """
 
+from __future__ import annotations
+
 import hashlib
 
 import numpy as np
-import torch
+
+from src.lazy import torch
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:

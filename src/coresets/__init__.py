@@ -1,8 +1,8 @@
 """Choosing training examples: one file per method, listed in ``registry.METHODS``."""
 
 from src.coresets.budgets import make_groups
-from src.coresets.material import CandidateGroup, LastLayer, Options, Selection, SelectionInputs
-from src.coresets.registry import METHODS, Method, Needs, find_method, method_table
+from src.coresets.inputs import CandidateGroup, LastLayer, Method, Needs, Selection, SelectionInputs
+from src.coresets.registry import METHODS, find_method, method_table
 
 __all__ = [
     "METHODS",
@@ -10,7 +10,6 @@ __all__ = [
     "LastLayer",
     "Method",
     "Needs",
-    "Options",
     "Selection",
     "SelectionInputs",
     "find_method",

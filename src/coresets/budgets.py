@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src.coresets.material import CandidateGroup
+from src.coresets.inputs import CandidateGroup
 from src.errors import ArgumentError, FlagError
 
 _ROUNDING = 1e-9  # 0.55 * 6000 is a hair above 3300; the budget is 3300

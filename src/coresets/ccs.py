@@ -1,12 +1,15 @@
 """CCS: a choice that covers all difficulties but the hardest (Zheng et al., ICLR 2023)."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from src import rng
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, Selection, SelectionInputs
 from src.coresets.ranked import checked_scores
 from src.errors import ArgumentError, FileError
 
@@ -18,18 +21,37 @@ _ROUNDING = 1e-9  # 0.3 * 10 is a hair below 3; three examples are cut off
 CUTOFFS = ((0.3, 0.0), (0.5, 0.0), (0.7, 0.1), (0.8, 0.1), (0.9, 0.3))
 
 
-def finite_scores(material: SelectionInputs, what: str) -> np.ndarray:
-    """The material's scores, float64 ``(n,)``.
+@dataclass(frozen=True)
+class CCSOptions:
+    """Options of CCS.
+
+    Attributes:
+        ccs_cutoff: Share of hardest examples to leave out, in [0, 1); None for the paper's, by pruning rate.
+        ccs_bins: Strata.
+    """
+
+    ccs_cutoff: float | None = None
+    ccs_bins: int = 50
+
+    def __post_init__(self) -> None:
+        if self.ccs_cutoff is not None and not 0.0 <= self.ccs_cutoff < 1.0:
+            raise ArgumentError("ccs_cutoff", f"{self.ccs_cutoff}: must be at least 0 and below 1")
+        if self.ccs_bins < 1:
+            raise ArgumentError("ccs_bins", f"{self.ccs_bins}: must be at least 1")
+
+
+def finite_scores(inputs: SelectionInputs, what: str) -> np.ndarray:
+    """The inputs' scores, float64 ``(n,)``.
 
     Raises:
         FileError: A candidate has no score, or an infinite one.
     """
-    scores = checked_scores(material, what)
+    scores = checked_scores(inputs, what)
     infinite = np.flatnonzero(np.isinf(scores))
     if len(infinite):
         raise FileError(
             f"{what}: {len(infinite)} of the {len(scores)} scores are infinite (the first is of example "
-            f"{material.name(infinite[0])}); pre-train with a smaller rate, so that the logits stay finite"
+            f"{inputs.name(infinite[0])}); pre-train with a smaller rate, so that the logits stay finite"
         )
     return scores
 
@@ -90,7 +112,7 @@ def _choose(
     return np.concatenate(drawn)
 
 
-def ccs(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def ccs(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: CCSOptions) -> Selection:
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, algorithm 1), with AUM as difficulty.
 
     From the paper: the share beta of hardest examples (those of the lowest AUM) is cut off; the range of the scores
@@ -103,20 +125,15 @@ def ccs(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Op
     is :func:`published_cutoff` of the share pruned in the group.
 
     Args:
-        material: ``scores`` ``(n,)``, the negated AUM: HIGH is hard.
+        inputs: ``scores`` ``(n,)``, the negated AUM: HIGH is hard.
         groups: The groups.
-        options: ``ccs_cutoff`` in [0, 1) or None, ``ccs_bins`` at least 1.
+        options: Cutoff and strata.
 
     Raises:
-        ArgumentError: An option is out of range.
         FileError: A candidate has no finite score.
     """
-    if options.ccs_cutoff is not None and not 0.0 <= options.ccs_cutoff < 1.0:
-        raise ArgumentError("ccs_cutoff", f"{options.ccs_cutoff}: must be at least 0 and below 1")
-    if options.ccs_bins < 1:
-        raise ArgumentError("ccs_bins", f"{options.ccs_bins}: must be at least 1")
-    scores = finite_scores(material, "ccs")
-    generator = rng.numpy_generator(material.seed, 0, "ccs")
+    scores = finite_scores(inputs, "ccs")
+    generator = rng.numpy_generator(inputs.seed, 0, "ccs")
     picks, capped = [], 0
     for group in groups:
         size = len(group.positions)
@@ -133,3 +150,16 @@ def ccs(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Op
             len(groups),
         )
     return Selection.of(picks)
+
+
+METHODS = (
+    Method(
+        "ccs",
+        ccs,
+        Needs(reduced="aum"),
+        paper="Zheng et al. 2023",
+        equation="hardest beta n left out, then equal random shares of strata of equal width in AUM (algorithm 1)",
+        cost="n log n",
+        options=CCSOptions,
+    ),
+)

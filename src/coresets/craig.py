@@ -6,17 +6,19 @@ has the smallest sum of distances, and from then on the constant cancels: the ga
 d_ix)`` with ``near_i`` the distance of i to its nearest pick. Nothing here needs ``max d``.
 """
 
+from __future__ import annotations
+
 import heapq
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from src import rng
-from src.coresets.material import CandidateGroup, LastLayer, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, MemoryOptions, Method, Needs, Selection, SelectionInputs
 from src.errors import UserError
+from src.lazy import torch
 
 _ROUNDING = 1e-14  # of ||g_i||^2 + ||g_j||^2: squared distances below that are noise, hence 0
 _TIE = 1e-9  # relative: gains closer than that are equal
@@ -49,7 +51,7 @@ class Distances:
     squares: torch.Tensor
 
     @classmethod
-    def of(cls, network: LastLayer, positions: np.ndarray | None = None) -> "Distances":
+    def of(cls, network: LastLayer, positions: np.ndarray | None = None) -> Distances:
         """The distances among candidates of a network, by default all.
 
         Raises:
@@ -70,7 +72,7 @@ class Distances:
     def __len__(self) -> int:
         return len(self.squares)
 
-    def at(self, places: slice | torch.Tensor) -> "Distances":
+    def at(self, places: slice | torch.Tensor) -> Distances:
         """The same of some."""
         return Distances(self.errors[places], self.embeddings[places], self.squares[places])
 
@@ -78,7 +80,7 @@ class Distances:
         """Places as an index tensor on the factors' device."""
         return torch.from_numpy(np.ascontiguousarray(places)).to(self.squares.device)
 
-    def to(self, others: "Distances") -> torch.Tensor:
+    def to(self, others: Distances) -> torch.Tensor:
         """Distances to others, ``(n, m)``; for tiles: it takes three times the memory of its result."""
         products = (self.errors @ others.errors.T).mul_(-2.0)
         squared = self.squares[:, None] + others.squares
@@ -411,7 +413,7 @@ def _lists(
     return list(zip(np.split(member.int().cpu().numpy(), ends), np.split(found, ends), strict=True))
 
 
-def craig(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: MemoryOptions) -> Selection:
     """CRAIG (Mirzasoleiman et al., ICML 2020, algorithm 1 with facility location, eq. 14), once after pre-training.
 
     Each group greedily maximises ``sum_i max_{j in S} s_ij`` with ``s_ij = max d - d_ij + 1e-3``; then every example
@@ -425,20 +427,20 @@ def craig(material: SelectionInputs, groups: Sequence[CandidateGroup], options: 
     Memory then: the group's factors in float64 (``8 n (C + d)`` bytes) and up to 0.8 GB.
 
     Args:
-        material: One network with ``embeddings``.
+        inputs: One network with ``embeddings``.
         groups: The groups.
         options: ``selection_memory`` in MiB.
 
     Raises:
         UserError: A gradient is not finite.
     """
-    generator = rng.numpy_generator(material.seed, 0, "craig")
+    generator = rng.numpy_generator(inputs.seed, 0, "craig")
     large = [group for group in groups if not fits(len(group.positions), options.selection_memory)]
     if len(large) < len(groups):
         log.info("craig: exact lazy greedy in %d groups", len(groups) - len(large))
     if large:
         log.info("craig: greedy from a sample's picks in %d groups that exceed --selection_memory", len(large))
-    network = material.networks[0]
+    network = inputs.networks[0]
     chosen, weights = [], []
     for group in groups:
         distances = Distances.of(network, group.positions)
@@ -446,3 +448,18 @@ def craig(material: SelectionInputs, groups: Sequence[CandidateGroup], options: 
         chosen.append(group.positions[picks])
         weights.append(counts)
     return Selection.of(chosen, weights).rescaled()
+
+
+METHODS = (
+    Method(
+        "craig",
+        craig,
+        Needs(embeddings=True),
+        paper="Mirzasoleiman et al. 2020",
+        equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = how "
+        "many are nearest to j (algorithm 1)",
+        cost="n^2 (C + d)",
+        weighted=True,
+        options=MemoryOptions,
+    ),
+)

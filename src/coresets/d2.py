@@ -1,19 +1,40 @@
 """D2: difficult and diverse examples by messages over a graph of neighbours (Maharana et al., ICLR 2024)."""
 
+from __future__ import annotations
+
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from src.coresets.ccs import finite_scores
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, MemoryOptions, Method, Needs, Selection, SelectionInputs
 from src.errors import ArgumentError
+from src.lazy import torch
 
 _FORWARD_DECAY = 1.0  # gamma_f
 _ROWS = 256  # of distances at once, at most: more is not faster
 _NOISE = 1e-12  # of the largest squared norm: squared distances closer than that are ties
+
+
+@dataclass(frozen=True)
+class D2Options(MemoryOptions):
+    """Options of D2.
+
+    Attributes:
+        d2_neighbors: k of the graph.
+        d2_gamma: Decay of reverse messages.
+    """
+
+    d2_neighbors: int = 5
+    d2_gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.d2_neighbors < 0:
+            raise ArgumentError("d2_neighbors", f"{self.d2_neighbors}: must be at least 0")
+        if not 0 <= self.d2_gamma < np.inf:
+            raise ArgumentError("d2_gamma", f"{self.d2_gamma}: must be a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,7 @@ def scaled_difficulty(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
 
 
-def d2(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def d2(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: D2Options) -> Selection:
     """D2 pruning (Maharana et al., ICLR 2024): message passing for diversity and difficulty.
 
     From the paper: examples are nodes of an undirected graph of k nearest neighbours in embedding space, with
@@ -167,20 +188,15 @@ def d2(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Opt
     ``selection_memory``. Time: the distances of all pairs, then O((m + e) log(m + e)) for e edges.
 
     Args:
-        material: ``scores`` ``(n,)``, the negated AUM, HIGH is hard; one network with ``embeddings`` ``(n, d)``.
+        inputs: ``scores`` ``(n,)``, the negated AUM, HIGH is hard; one network with ``embeddings`` ``(n, d)``.
         groups: The groups.
-        options: ``d2_neighbors`` and ``d2_gamma``, at least 0; ``selection_memory``.
+        options: Neighbors, decay and memory.
 
     Raises:
-        ArgumentError: An option is out of range.
         FileError: A candidate has no finite score.
     """
-    if options.d2_neighbors < 0:
-        raise ArgumentError("d2_neighbors", f"{options.d2_neighbors}: must be at least 0")
-    if not 0 <= options.d2_gamma < np.inf:
-        raise ArgumentError("d2_gamma", f"{options.d2_gamma}: must be a number of at least 0")
-    scores = finite_scores(material, "d2")
-    embeddings = material.networks[0].embeddings
+    scores = finite_scores(inputs, "d2")
+    embeddings = inputs.networks[0].embeddings
     picks = []
     for group in groups:
         members = torch.from_numpy(np.ascontiguousarray(group.positions)).to(embeddings.device)
@@ -188,3 +204,17 @@ def d2(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Opt
         values = forward_messages(scaled_difficulty(scores[group.positions]), graph)
         picks.append(group.positions[greedy_picks(values, graph, options.d2_gamma, group.budget)])
     return Selection.of(picks)
+
+
+METHODS = (
+    Method(
+        "d2",
+        d2,
+        Needs(reduced="aum", embeddings=True),
+        paper="Maharana et al. 2024",
+        equation="highest x_u + sum_v exp(-d_uv^2) x_v; each pick u takes exp(-gamma d_uv^2) x_u from its "
+        "neighbours v",
+        cost="n^2 d + k n log n",
+        options=D2Options,
+    ),
+)

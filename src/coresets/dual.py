@@ -1,16 +1,36 @@
 """DUAL: difficult and uncertain examples, and easier ones the more is pruned (Cho et al., ICML 2025)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from src import rng
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, Selection, SelectionInputs, WindowOptions
 from src.coresets.ranked import checked_scores, keep_by_rank
 from src.errors import ArgumentError
 
 _CONCENTRATION = 15.0  # C = alpha + beta
 _EDGE = 1e-6  # the density has poles at 0 and 1
+
+
+@dataclass(frozen=True)
+class DualOptions(WindowOptions):
+    """Options of DUAL.
+
+    Attributes:
+        dual_beta: Whether to sample by the Beta density; else the highest scores are kept.
+        dual_c: How fast the density moves to easy examples as more is pruned.
+    """
+
+    dual_beta: bool = True
+    dual_c: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.dual_c < np.inf:
+            raise ArgumentError("dual_c", f"{self.dual_c}: must be a number above 0")
 
 
 def beta_parameters(mu: float, pruned: float, c: float) -> tuple[float, float]:
@@ -70,7 +90,7 @@ def weighted_choice(
     return np.lexsort((-keys, ~positive))[:budget]  # stable: of equal keys the lower place
 
 
-def dual(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def dual(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: DualOptions) -> Selection:
     """DUAL pruning (Cho et al., ICML 2025, section 4): difficulty and uncertainty, with Beta sampling.
 
     From the paper: the score ``S_i`` is the mean over windows of ``(1 - mean p) * std p`` for p the true label's
@@ -85,22 +105,19 @@ def dual(material: SelectionInputs, groups: Sequence[CandidateGroup], options: O
     and 1; examples of score 0 are drawn, uniformly, only once all others are.
 
     Args:
-        material: ``scores`` ``(n,)``; ``dynamics["probability"]`` ``(epochs, n)`` where ``dual_beta``.
+        inputs: ``scores`` ``(n,)``; ``dynamics["probability"]`` ``(epochs, n)`` where ``dual_beta``.
         groups: The groups.
-        options: ``dual_beta``, ``dual_c`` above 0 (``score_window`` is read where the scores are made).
+        options: ``dual_beta``, ``dual_c`` (``score_window`` is read where the scores are made).
 
     Raises:
-        ArgumentError: ``dual_c`` is out of range.
         FileError: A candidate has no score.
     """
-    scores = checked_scores(material, "dual")
+    scores = checked_scores(inputs, "dual")
     if not options.dual_beta:
         return keep_by_rank(scores, groups, highest=True, what="dual")
-    if not 0 < options.dual_c < np.inf:
-        raise ArgumentError("dual_c", f"{options.dual_c}: must be a number above 0")
-    predictions = mean_predictions(np.asarray(material.dynamics["probability"]))
+    predictions = mean_predictions(np.asarray(inputs.dynamics["probability"]))
     mu = float(predictions[scores == scores.max()].mean())
-    generator = rng.numpy_generator(material.seed, 0, "dual")
+    generator = rng.numpy_generator(inputs.seed, 0, "dual")
     picks = []
     for group in groups:
         members = group.positions
@@ -108,3 +125,17 @@ def dual(material: SelectionInputs, groups: Sequence[CandidateGroup], options: O
         factors = log_density(predictions[members], *density)
         picks.append(members[weighted_choice(scores[members], factors, group.budget, generator)])
     return Selection.of(picks)
+
+
+METHODS = (
+    Method(
+        "dual",
+        dual,
+        Needs(reduced="dual", dynamics=True),
+        paper="Cho et al. 2025",
+        equation="drawn by (1 - mean p) std p over windows, times a Beta density of mean p that turns to easy "
+        "examples",
+        cost="n T + n log n for T epochs",
+        options=DualOptions,
+    ),
+)

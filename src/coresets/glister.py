@@ -1,19 +1,32 @@
 """GLISTER: the examples whose gradient steps most lower the loss on held-out data (Killamsetty et al., AAAI 2021)."""
 
+from __future__ import annotations
+
 import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from src import rng
 from src.coresets.budgets import total_budget
 from src.coresets.gradmatch import first_largest
-from src.coresets.last_layer import gradient_sum, products_with
-from src.coresets.material import CandidateGroup, LastLayer, Options, Selection, SelectionInputs, errors_of
+from src.coresets.inputs import (
+    CandidateGroup,
+    LastLayer,
+    MemoryOptions,
+    Method,
+    Needs,
+    Selection,
+    SelectionInputs,
+    errors_of,
+    gradient_sum,
+    products_with,
+)
 from src.errors import ArgumentError, UserError
+from src.lazy import torch
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +36,26 @@ _LONG = 60.0  # seconds of a group above which the log says how to shorten it
 _TIMED = 5  # refreshes that the estimate is made from
 
 
-def glister(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+@dataclass(frozen=True)
+class GlisterOptions(MemoryOptions):
+    """Options of GLISTER.
+
+    Attributes:
+        glister_eta: Step of the one-step model.
+        glister_refresh: Picks between two refreshes of the validation gradient.
+    """
+
+    glister_eta: float = 0.1
+    glister_refresh: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.glister_eta < math.inf:
+            raise ArgumentError("glister_eta", f"{self.glister_eta}: must be at least 0 and finite")
+        if self.glister_refresh < 1:
+            raise ArgumentError("glister_refresh", f"{self.glister_refresh}: must be at least 1")
+
+
+def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GlisterOptions) -> Selection:
     """GLISTER on last-layer gradients, group by group (Killamsetty et al. 2021, GreedyDSS, algorithm 2).
 
     A seeded tenth of each class is held out as V. To first order, training on x lowers the loss on V by ``<g_x, v>``,
@@ -36,15 +68,10 @@ def glister(material: SelectionInputs, groups: Sequence[CandidateGroup], options
     Memory: n (C + d) numbers of 8 bytes, and n |V| where |V| is below d and those fit in ``selection_memory``.
 
     Raises:
-        ArgumentError: The step is negative, or there is no pick between two refreshes.
         UserError: The network's gradients are not finite.
     """
-    if not 0.0 <= options.glister_eta < math.inf:
-        raise ArgumentError("glister_eta", f"{options.glister_eta}: must be at least 0 and finite")
-    if options.glister_refresh < 1:
-        raise ArgumentError("glister_refresh", f"{options.glister_refresh}: must be at least 1")
-    network, labels = material.networks[0], np.asarray(material.labels)
-    held = held_out(labels, material.num_classes, material.seed)
+    network, labels = inputs.networks[0], np.asarray(inputs.labels)
+    held = held_out(labels, inputs.num_classes, inputs.seed)
     picks = []
     for group in groups:
         inside = held[group.positions]
@@ -68,7 +95,7 @@ def held_out(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
     return held
 
 
-def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options: Options) -> np.ndarray:
+def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options: GlisterOptions) -> np.ndarray:
     """Pick from the pool the largest gain again and again (of equals the first).
 
     Args:
@@ -160,3 +187,17 @@ def _announce(seconds: float, budget: int) -> None:
             seconds / 60,
             budget,
         )
+
+
+METHODS = (
+    Method(
+        "glister",
+        glister,
+        Needs(embeddings=True),
+        paper="Killamsetty et al. 2021 (GLISTER)",
+        equation="greedy in <g_x, v>, v the mean gradient of 10 % held out, after a step eta along the picks "
+        "(alg. 2)",
+        cost="k/r n C min(d, |V|), r picks between two refreshes",
+        options=GlisterOptions,
+    ),
+)

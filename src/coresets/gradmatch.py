@@ -7,20 +7,31 @@ of Q is ``(G_j - Q l) / pivot``, and the correlations A^T r fall by a multiple o
 one product with Q.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
-import scipy.optimize
-import torch
 
 from src import rng
-from src.coresets.last_layer import gradient_norms, gradient_sum, inner_products, products_with
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import (
+    CandidateGroup,
+    MemoryOptions,
+    Method,
+    Needs,
+    Selection,
+    SelectionInputs,
+    gradient_norms,
+    gradient_sum,
+    inner_products,
+    products_with,
+)
 from src.errors import ArgumentError, UserError
+from src.lazy import scipy, torch
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +43,22 @@ _SLACK = 1e-10  # of the largest product: slopes down to minus this count as not
 _ROUNDS = 100  # of block pivoting; it settles in about ten
 
 
-def gradmatch(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+@dataclass(frozen=True)
+class GradMatchOptions(MemoryOptions):
+    """Options of GradMatch.
+
+    Attributes:
+        gradmatch_lambda: Ridge.
+    """
+
+    gradmatch_lambda: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gradmatch_lambda < math.inf:
+            raise ArgumentError("gradmatch_lambda", f"{self.gradmatch_lambda}: must be at least 0 and finite")
+
+
+def gradmatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GradMatchOptions) -> Selection:
     """GradMatch with weights, group by group (Killamsetty et al. 2021, algorithms 1 and 2; fill as in CORDS).
 
     The target of a group is the *sum* of its last-layer gradients. The mean would give the same picks and weights
@@ -44,13 +70,10 @@ def gradmatch(material: SelectionInputs, groups: Sequence[CandidateGroup], optio
     itself (C (d + 1) numbers) takes its place, and a pick costs n C d + k^2.
 
     Raises:
-        ArgumentError: The ridge is negative.
         UserError: The network's gradients are not finite.
     """
     ridge = options.gradmatch_lambda
-    if not 0.0 <= ridge < math.inf:
-        raise ArgumentError("gradmatch_lambda", f"{ridge}: must be at least 0 and finite")
-    network, generator = material.networks[0], rng.numpy_generator(material.seed, 0, "gradmatch fill")
+    network, generator = inputs.networks[0], rng.numpy_generator(inputs.seed, 0, "gradmatch fill")
     picks, weights, filled = [], [], 0
     for group in groups:
         members = network.at(group.positions)
@@ -310,3 +333,17 @@ def pivoted(gram: np.ndarray, product: np.ndarray, positive: np.ndarray) -> np.n
             wrong[: np.flatnonzero(wrong)[-1]] = False
         positive ^= wrong
     return None
+
+
+METHODS = (
+    Method(
+        "gradmatch",
+        gradmatch,
+        Needs(embeddings=True),
+        paper="Killamsetty et al. 2021 (GradMatch)",
+        equation="orthogonal matching pursuit: min ||sum_S w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
+        cost="n k (C + d) + n k^2",
+        weighted=True,
+        options=GradMatchOptions,
+    ),
+)

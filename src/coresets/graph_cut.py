@@ -1,13 +1,25 @@
 """Graph cut: examples like the whole but unlike each other (Iyer et al., ALT 2021)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from src.coresets.last_layer import gradient_sum, inner_products, products_with
-from src.coresets.material import CandidateGroup, LastLayer, Options, Selection, SelectionInputs
+from src.coresets.inputs import (
+    CandidateGroup,
+    LastLayer,
+    MemoryOptions,
+    Method,
+    Needs,
+    Selection,
+    SelectionInputs,
+    gradient_sum,
+    inner_products,
+    products_with,
+)
+from src.lazy import torch
 
 _LAMBDA = 1.0
 _NOISE = 1e-12  # per candidate: gains are sums over all; closer than that they are ties
@@ -33,7 +45,7 @@ class Similarities:
     embeddings: torch.Tensor
 
     @classmethod
-    def of(cls, network: LastLayer) -> "Similarities":
+    def of(cls, network: LastLayer) -> Similarities:
         """The similarities of a network's candidates."""
         errors, embeddings = network.errors.double(), network.embeddings.double()
         largest = errors.abs().amax(dim=1, keepdim=True)
@@ -109,7 +121,7 @@ def choose(network: LastLayer, budget: int, memory: int) -> np.ndarray:
     return greedy_graph_cut(similarities.sums(), similarities.column, budget)
 
 
-def graph_cut(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def graph_cut(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: MemoryOptions) -> Selection:
     """Graph cut (Iyer et al., ALT 2021, generalised graph cut with lambda 1; the form of Guo et al., 2022).
 
     In float64. Memory: ``n (C + d)`` numbers of a group and the n x n matrix of similarities, kept in the main
@@ -117,11 +129,25 @@ def graph_cut(material: SelectionInputs, groups: Sequence[CandidateGroup], optio
     ways choose the same.
 
     Args:
-        material: One network with ``embeddings``.
+        inputs: One network with ``embeddings``.
         groups: The groups.
         options: ``selection_memory`` in MiB.
     """
-    network = material.networks[0]
+    network = inputs.networks[0]
     return Selection.of(
         [g.positions[choose(network.at(g.positions), g.budget, options.selection_memory)] for g in groups]
     )
+
+
+METHODS = (
+    Method(
+        "graph_cut",
+        graph_cut,
+        Needs(embeddings=True),
+        paper="Iyer et al. 2021",
+        equation="greedy for sum_{i in V, j in S} s_ij - sum_{i,j in S} s_ij, s = (1 + cos of last-layer "
+        "gradients) / 2",
+        cost="n^2 (C + d) + n k; beyond selection_memory: n k (C + d)",
+        options=MemoryOptions,
+    ),
+)

@@ -1,11 +1,13 @@
 """Herding: chosen examples whose mean follows the mean of all (Welling, ICML 2009)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
+from src.lazy import torch
 
 _NOISE = 1e-12  # relative: criteria closer than that are ties
 
@@ -44,7 +46,7 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-def herding(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def herding(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
     """Herding on embeddings, in the form of Rebuffi et al. (CVPR 2017, algorithm 4).
 
     Of the two forms in use, this one takes the example that brings the mean of the picks nearest to the group's
@@ -54,9 +56,21 @@ def herding(material: SelectionInputs, groups: Sequence[CandidateGroup], options
     Memory: the group's embeddings in float64.
 
     Args:
-        material: One network with ``embeddings`` ``(n, d)``.
+        inputs: One network with ``embeddings`` ``(n, d)``.
         groups: The groups.
         options: None is read.
     """
-    network = material.networks[0]
+    network = inputs.networks[0]
     return Selection.of([g.positions[follow_mean(network.at(g.positions).embeddings, g.budget)] for g in groups])
+
+
+METHODS = (
+    Method(
+        "herding",
+        herding,
+        Needs(embeddings=True),
+        paper="Welling 2009; Rebuffi et al. 2017",
+        equation="greedy argmin_i ||mu - (sum_{j in S} h_j + h_i) / (|S| + 1)||, without replacement",
+        cost="n k d",
+    ),
+)

@@ -1,18 +1,22 @@
 """InfoBatch (Qin et al., ICLR 2024): as one choice before training, and as published, chosen in each epoch."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from src import rng
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
 from src.errors import ArgumentError, FlagError
-from src.models.base import copy_tensor
-from src.training import ProcessGroup
+from src.lazy import torch
+
+if TYPE_CHECKING:
+    from src.training import ProcessGroup
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ def draw(losses: np.ndarray, budget: int, generator: np.random.Generator) -> tup
     return np.concatenate([high, kept]), np.repeat([1.0, len(low) / room], [len(high), room])
 
 
-def infobatch(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def infobatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
     """A static form of InfoBatch (Qin et al., ICLR 2024, eqs. 4-6), by the losses of a pre-trained network.
 
     In each group: all examples whose loss is at least the group's mean are kept with weight 1; the rest of the
@@ -64,12 +68,12 @@ def infobatch(material: SelectionInputs, groups: Sequence[CandidateGroup], optio
     budget is as many); the expected gradient then is not the full one, and a notice says so.
 
     Args:
-        material: One network; its losses are un-augmented, in eval mode.
+        inputs: One network; its losses are un-augmented, in eval mode.
         groups: The groups.
         options: None is read.
     """
-    losses = material.networks[0].losses.cpu().numpy()
-    generator = rng.numpy_generator(material.seed, 0, "infobatch")
+    losses = inputs.networks[0].losses.cpu().numpy()
+    generator = rng.numpy_generator(inputs.seed, 0, "infobatch")
     picks, weights, biased = [], [], 0
     for group in groups:
         places, weight = draw(losses[group.positions], group.budget, generator)
@@ -85,6 +89,17 @@ def infobatch(material: SelectionInputs, groups: Sequence[CandidateGroup], optio
             len(groups),
         )
     return Selection.of(picks, weights)
+
+
+@dataclass(frozen=True)
+class InfoBatchOptions:
+    """Options of InfoBatch in each epoch.
+
+    Attributes:
+        infobatch_delta: Share of the epochs after which nothing is pruned.
+    """
+
+    infobatch_delta: float = 0.875
 
 
 _FIRST_LOSS = 3.0  # of examples not yet seen, the same for all: none lies below the mean
@@ -197,6 +212,32 @@ class InfoBatchPlan:
         return {"losses": self._losses.cpu()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
+        from src.models.base import copy_tensor
+
         copy_tensor("losses", self._losses, state["losses"])
         self._new.zero_()
+
+
+METHODS = (
+    Method(
+        "infobatch",
+        infobatch,
+        Needs(logits=True),
+        paper="Qin et al. 2024",
+        equation="all of loss >= mean, and random ones of the m below it, of weight m / kept; once, before training",
+        cost="n",
+        weighted=True,
+    ),
+    Method(
+        "infobatch_dynamic",
+        None,
+        Needs(),
+        paper="Qin et al. 2024",
+        equation="r = 1 - coreset_fraction; each epoch visits all of loss >= mean, and floor((1 - r) m) random ones "
+        "of the m below it, of weight m / kept; after delta * epochs all",
+        cost="n per epoch",
+        weighted=True,
+        options=InfoBatchOptions,
+    ),
+)

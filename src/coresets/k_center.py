@@ -1,11 +1,13 @@
 """k-center: no example far from a chosen one (Sener and Savarese, ICLR 2018)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
+from src.lazy import torch
 
 _NOISE = 1e-12  # relative: distances closer than that are ties
 
@@ -47,7 +49,7 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-def k_center(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
     """k-center greedy (Sener and Savarese, ICLR 2018, algorithm 1) on embeddings.
 
     The radius is at most twice the best one's. The paper starts from labelled examples; here, where there are none,
@@ -56,9 +58,22 @@ def k_center(material: SelectionInputs, groups: Sequence[CandidateGroup], option
     Memory: the group's embeddings in float64.
 
     Args:
-        material: One network with ``embeddings`` ``(n, d)``.
+        inputs: One network with ``embeddings`` ``(n, d)``.
         groups: The groups.
         options: None is read.
     """
-    network = material.networks[0]
+    network = inputs.networks[0]
     return Selection.of([g.positions[farthest_first(network.at(g.positions).embeddings, g.budget)] for g in groups])
+
+
+METHODS = (
+    Method(
+        "k_center",
+        k_center,
+        Needs(embeddings=True),
+        paper="Sener and Savarese 2018",
+        equation="greedy for min_S max_i min_{j in S} ||h_i - h_j|| (algorithm 1), from the example nearest "
+        "to the mean",
+        cost="n k d",
+    ),
+)

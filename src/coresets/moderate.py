@@ -1,11 +1,13 @@
 """Moderate: the examples neither near to nor far from the centre of their class (Xia et al., ICLR 2023)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
+from src.lazy import torch
 
 
 def centre_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray:
@@ -35,7 +37,7 @@ def nearest_to_median(values: np.ndarray, budget: int) -> np.ndarray:
     return np.argsort(np.abs(values - np.median(values)), kind="stable")[:budget]
 
 
-def moderate(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def moderate(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
     """Moderate coreset (Xia et al., ICLR 2023): distances to the class centre closest to their median.
 
     From the paper: an example's score is the Euclidean distance of its embedding to the mean embedding of its
@@ -46,9 +48,21 @@ def moderate(material: SelectionInputs, groups: Sequence[CandidateGroup], option
     centres always are those of all candidates of a label.
 
     Args:
-        material: One network with ``embeddings`` ``(n, d)``.
+        inputs: One network with ``embeddings`` ``(n, d)``.
         groups: The groups.
         options: None is read.
     """
-    distances = centre_distances(material.networks[0].embeddings, np.asarray(material.labels))
+    distances = centre_distances(inputs.networks[0].embeddings, np.asarray(inputs.labels))
     return Selection.of([g.positions[nearest_to_median(distances[g.positions], g.budget)] for g in groups])
+
+
+METHODS = (
+    Method(
+        "moderate",
+        moderate,
+        Needs(embeddings=True),
+        paper="Xia et al. 2023",
+        equation="smallest |d_i - median d| with d_i = ||h_i - mean of h over the class of i||",
+        cost="n d + n log n",
+    ),
+)

@@ -3,8 +3,9 @@
 Built on matplotlib's object interface: no global state, no window, no back end to choose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
 from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
-from src.coresets.comparison import REFERENCE, Row
+from src.coresets.registry import REFERENCE
 from src.errors import FlagError
 
 # Paul Tol's "muted" scheme, told apart with any colour vision; pale ones last
@@ -38,7 +39,7 @@ class _Name:
 
 
 def accuracy_figure(
-    rows: Sequence[Row], *, title: str, full: float | None = None, full_std: float | None = None
+    rows: Sequence[Mapping[str, Any]], *, title: str, full: float | None = None, full_std: float | None = None
 ) -> Figure:
     """Test accuracy against the share kept, or the examples kept of each class: a line per method.
 
@@ -46,7 +47,7 @@ def accuracy_figure(
     The names stand beside the lines' right ends, from the highest accuracy there to the lowest.
 
     Args:
-        rows: Of :func:`src.coresets.comparison.summarise`; those without a finished cell are left out.
+        rows: Of :func:`src.coresets.grid.summarise`; those without a finished cell are left out.
         title: What was trained on what.
         full: Mean accuracy of training on everything, in [0, 1], for a dotted line.
         full_std: Its standard deviation.
@@ -100,7 +101,7 @@ def line_styles(methods: Sequence[str]) -> dict[str, dict]:
     return {method: styles[method] for method in methods}
 
 
-def _line(axes: Axes, rows: Sequence[Row], key: str, method: str, style: dict) -> _Name:
+def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, method: str, style: dict) -> _Name:
     """A method's line, markers and band."""
     x = np.array([row[key] for row in rows], dtype=float)
     mean = 100 * np.array([row["mean"] for row in rows])

@@ -1,15 +1,29 @@
 """Choosing by rank: stored scores, and the published criteria that keep the highest scores."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
 
 from src import rng
-from src.coresets.last_layer import gradient_norms
-from src.coresets.material import CandidateGroup, Options, Selection, SelectionInputs
+from src.coresets.inputs import (
+    CandidateGroup,
+    Method,
+    Needs,
+    NoOptions,
+    Selection,
+    SelectionInputs,
+    WindowOptions,
+    gradient_norms,
+)
 from src.errors import FileError
+from src.lazy import torch
+from src.metrics import MODES
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +53,7 @@ def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highes
         cut = len(ranked) - group.budget if highest else group.budget
         picks.append(ranked[cut:] if highest else ranked[:cut])
         if 0 < cut < len(ranked) and scores[ranked[cut - 1]] == scores[ranked[cut]]:
-            decided += _tied_picks(scores[picks[-1]], scores[ranked[cut]])
+            decided += int((scores[picks[-1]] == scores[ranked[cut]]).sum())
     chosen = sum(map(len, picks))
     if decided > _MANY_TIES * chosen:
         log.warning(
@@ -51,64 +65,144 @@ def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highes
     return Selection.of(picks)
 
 
-def _tied_picks(scores: np.ndarray, value: float) -> int:
-    return int((scores == value).sum())
-
-
-def checked_scores(material: SelectionInputs, what: str) -> np.ndarray:
-    """The material's scores.
+def checked_scores(inputs: SelectionInputs, what: str) -> np.ndarray:
+    """The inputs' scores.
 
     Raises:
         FileError: A candidate has no score.
     """
-    scores = np.asarray(material.scores, dtype=np.float64)
+    scores = np.asarray(inputs.scores, dtype=np.float64)
     missing = np.flatnonzero(np.isnan(scores))
     if len(missing):
         raise FileError(
             f"{what}: has no score of {len(missing)} of the {len(scores)} candidates "
-            f"(the first is example {material.name(missing[0])}); score all of them, or choose them with --subset"
+            f"(the first is example {inputs.name(missing[0])}); score all of them, or choose them with --subset"
         )
     return scores
 
 
-def stored(mode: str, material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+@dataclass(frozen=True)
+class StoredOptions:
+    """Options of the methods that rank by a stored score.
+
+    Attributes:
+        coreset_mode: ``"large"`` keeps the highest scores, ``"few_shot"`` the lowest.
+    """
+
+    coreset_mode: str = "large"
+
+
+@dataclass(frozen=True)
+class GraNdOptions:
+    """Options of GraNd.
+
+    Attributes:
+        grand_gradient: The gradient in the ``"last"`` layer, or in all parameters (``"full"``).
+    """
+
+    grand_gradient: str = "last"
+
+
+def stored(mode: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: StoredOptions) -> Selection:
     """A stored score: its highest (``coreset_mode`` large) or lowest (few_shot)."""
-    scores = checked_scores(material, f"the stored score {mode}")
+    scores = checked_scores(inputs, f"the stored score {mode}")
     return keep_by_rank(scores, groups, highest=options.coreset_mode == "large", what=mode)
 
 
-def reduced(name: str, material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def reduced(name: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Any) -> Selection:
     """A score reduced from the dynamics: its highest."""
-    return keep_by_rank(checked_scores(material, name), groups, highest=True, what=name)
+    return keep_by_rank(checked_scores(inputs, name), groups, highest=True, what=name)
 
 
 def _mean_over_networks(columns: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.stack([column.double().cpu() for column in columns]).mean(dim=0).numpy()
 
 
-def el2n(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def el2n(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
     """EL2N: the largest error norms, averaged over independent initialisations."""
-    scores = _mean_over_networks([network.errors.double().norm(dim=1) for network in material.networks])
+    scores = _mean_over_networks([network.errors.double().norm(dim=1) for network in inputs.networks])
     return keep_by_rank(scores, groups, highest=True, what="el2n")
 
 
-def grand(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def grand(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GraNdOptions) -> Selection:
     """GraNd: the largest gradient norms, averaged over independent initialisations."""
     if options.grand_gradient == "full":
-        columns = [network.gradient_norms for network in material.networks]
+        columns = [network.gradient_norms for network in inputs.networks]
     else:
-        columns = [gradient_norms(network.errors, network.embeddings) for network in material.networks]
+        columns = [gradient_norms(network.errors, network.embeddings) for network in inputs.networks]
     return keep_by_rank(_mean_over_networks(columns), groups, highest=True, what="grand")
 
 
-def uniform_choice(
-    material: SelectionInputs, groups: Sequence[CandidateGroup], purpose: str = "coreset"
-) -> list[np.ndarray]:
-    """``budget`` positions of each group, drawn uniformly without replacement."""
-    generator = rng.numpy_generator(material.seed, 0, purpose)
-    return [generator.choice(group.positions, group.budget, replace=False) for group in groups]
+def random_choice(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+    """Of each group ``budget`` positions, drawn uniformly without replacement."""
+    generator = rng.numpy_generator(inputs.seed, 0, "coreset")
+    return Selection.of([generator.choice(group.positions, group.budget, replace=False) for group in groups])
 
 
-def random_choice(material: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """A uniform choice."""
-    return Selection.of(uniform_choice(material, groups))
+_STORED = {"samis_loss": "min_sam-sgd-loss", "samis_prob": "min_sam-sgd-prob"}  # as the SAMIS paper's scripts say
+
+METHODS = (
+    Method("random", random_choice, Needs(), "baseline", "uniform, without replacement", "n"),
+    *(
+        Method(
+            _STORED.get(mode, f"min_{mode}"),
+            partial(stored, mode),
+            Needs(stored=mode),
+            paper="Feldman and Zhang 2020" if mode == "mem" else "Agiollo et al. 2024",
+            equation="large keeps the highest scores, few_shot the lowest",
+            cost="n log n",
+            options=StoredOptions,
+        )
+        for mode in MODES
+    ),
+    Method(
+        "forget",
+        partial(reduced, "forget"),
+        Needs(reduced="forgetting"),
+        paper="Toneva et al. 2019",
+        equation="most changes from right to wrong between visits (section 2); never learned on top",
+        cost="n log n",
+    ),
+    Method(
+        "csl",
+        partial(reduced, "csl"),
+        Needs(reduced="csl"),
+        paper="Ravikumar et al. 2025",
+        equation="highest sum over epochs of the loss",
+        cost="n log n",
+    ),
+    Method(
+        "aum",
+        partial(reduced, "aum"),
+        Needs(reduced="aum"),
+        paper="Pleiss et al. 2020",
+        equation="lowest mean over epochs of z_y - max_{c != y} z_c (eq. 1)",
+        cost="n log n",
+    ),
+    Method(
+        "tdds",
+        partial(reduced, "tdds"),
+        Needs(reduced="tdds"),
+        paper="Zhang et al. 2024",
+        equation="highest variation of KL(p_t || p_{t-1}) over windows, late windows weighing most",
+        cost="n log n",
+        options=WindowOptions,
+    ),
+    Method(
+        "el2n",
+        el2n,
+        Needs(logits=True, ensemble=True),
+        paper="Paul et al. 2021",
+        equation="highest mean over R networks of ||softmax(z) - onehot(y)|| (definition 2.4)",
+        cost="n C R",
+    ),
+    Method(
+        "grand",
+        grand,
+        Needs(embeddings=True, ensemble=True),
+        paper="Paul et al. 2021",
+        equation="highest mean over R networks of ||e|| sqrt(1 + ||h||^2) (definition 2.1; full: of all parameters)",
+        cost="n (C + d) R; full: R backward passes",
+        options=GraNdOptions,
+    ),
+)

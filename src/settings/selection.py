@@ -3,10 +3,11 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from src.cli import restrict
-from src.coresets import METHODS, Method, Options
+from src.coresets import METHODS, Method
 from src.errors import FlagError
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.settings import values
@@ -120,7 +121,7 @@ def add_selection_flags(parser: argparse.ArgumentParser, *, share: bool = True) 
         metavar="R",
         help="independently initialised networks of grand and el2n, of seeds seed, seed + 5, seed + 10, ...",
     )
-    plain = Options()
+    plain = SimpleNamespace(**{f.name: f.default for m in METHODS.values() for f in fields(m.options)})
     add("--grand_gradient", choices=("last", "full"), default=plain.grand_gradient, help="grand: gradient of what")
     add(
         "--glister_eta",
@@ -192,11 +193,11 @@ def _restrict(group: Any) -> None:
     own = {flag: action for flag, action in group._option_string_actions.items() if action in group._group_actions}
     unchosen = "with --selection, which lists what is kept"
     restrict(group, {tuple(own): (lambda args: getattr(args, "selection", None) is None, unchosen)})
-    for field in fields(Options):
-        readers = " or ".join(method.name for method in METHODS.values() if field.name in method.options)
-        acts = (lambda args, name=field.name: any(name in m.options for m in _chosen(args)), f"without {readers}")
-        if field.name != "coreset_mode":
-            restrict(group, {tuple(flag for flag, action in own.items() if action.dest == field.name): acts})
+    for name in dict.fromkeys(name for method in METHODS.values() for name in method.option_names):
+        readers = " or ".join(method.name for method in METHODS.values() if name in method.option_names)
+        acts = (lambda args, name=name: any(name in m.option_names for m in _chosen(args)), f"without {readers}")
+        if name != "coreset_mode":
+            restrict(group, {tuple(flag for flag, action in own.items() if action.dest == name): acts})
     restrict(
         group,
         {

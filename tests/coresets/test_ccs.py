@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from src import rng
-from src.coresets import CandidateGroup, Options, SelectionInputs, ccs, find_method, make_groups
+from src.coresets import CandidateGroup, SelectionInputs, ccs, make_groups
+from src.coresets.ccs import CCSOptions
 from src.errors import FileError, FlagError
 
 
@@ -49,7 +50,7 @@ def test_equals_the_plain_algorithm(per_class, fraction, cutoff, bins):
     scores = np.where(rng.random(200) < 0.3, rng.integers(0, 4, 200), rng.normal(size=200))
     groups = make_groups(labels, 3, fraction=fraction, per_class=per_class)
     made = material(scores, labels)
-    selection = ccs.ccs(made, groups, Options(ccs_cutoff=cutoff, ccs_bins=bins))
+    selection = ccs.ccs(made, groups, CCSOptions(ccs_cutoff=cutoff, ccs_bins=bins))
     np.testing.assert_array_equal(selection.indices, slow_ccs(made, groups, cutoff, bins))
     assert len(np.unique(selection.indices)) == sum(group.budget for group in groups)
     assert not selection.weighted
@@ -59,7 +60,7 @@ def test_hardest_are_cut_and_all_strata_are_covered():
     rng = np.random.default_rng(0)
     scores = np.abs(rng.normal(size=1000))  # many easy, few hard
     selection = ccs.ccs(
-        material(scores), [CandidateGroup(np.arange(1000), 100)], Options(ccs_cutoff=0.2, ccs_bins=10)
+        material(scores), [CandidateGroup(np.arange(1000), 100)], CCSOptions(ccs_cutoff=0.2, ccs_bins=10)
     )
     kept = np.sort(scores)[:800]
     assert scores[selection.indices].max() <= kept[-1]
@@ -69,7 +70,7 @@ def test_hardest_are_cut_and_all_strata_are_covered():
 
 def test_ties_at_the_cut_keep_the_lower_index():
     scores = np.array([5.0, 1, 5, 1, 5, 1])
-    selection = ccs.ccs(material(scores), [CandidateGroup(np.arange(6), 4)], Options(ccs_cutoff=0.34))
+    selection = ccs.ccs(material(scores), [CandidateGroup(np.arange(6), 4)], CCSOptions(ccs_cutoff=0.34))
     np.testing.assert_array_equal(selection.indices, [0, 1, 3, 5])
 
 
@@ -92,13 +93,13 @@ def test_published_cutoffs():
     assert ccs.published_cutoff(0.85) == pytest.approx(0.2)
     assert ccs.published_cutoff(0.99) == pytest.approx(0.3)
     scores = np.arange(100.0)
-    selection = ccs.ccs(material(scores), [CandidateGroup(np.arange(100), 10)], Options())
+    selection = ccs.ccs(material(scores), [CandidateGroup(np.arange(100), 10)], CCSOptions())
     assert selection.indices.max() < 70
 
 
 @pytest.mark.parametrize("cutoff", [None, 0.0, 0.99])
 def test_edges(cutoff):
-    options = Options(ccs_cutoff=cutoff)
+    options = CCSOptions(ccs_cutoff=cutoff)
     groups = [
         CandidateGroup(np.array([0]), 1),
         CandidateGroup(np.arange(1, 9), 8),
@@ -113,21 +114,23 @@ def test_edges(cutoff):
 def test_equal_scores_are_drawn_uniformly():
     counts = np.zeros(6)
     for seed in range(300):
-        counts[ccs.ccs(material(np.zeros(6), seed=seed), [CandidateGroup(np.arange(6), 2)], Options()).indices] += 1
+        counts[
+            ccs.ccs(material(np.zeros(6), seed=seed), [CandidateGroup(np.arange(6), 2)], CCSOptions()).indices
+        ] += 1
     assert (np.abs(counts - 100) < 5 * np.sqrt(100 * 2 / 3)).all()
 
 
 def test_seeds_reproduce():
     scores = np.random.default_rng(0).normal(size=300)
     group = [CandidateGroup(np.arange(300), 60)]
-    first, second, other = (ccs.ccs(material(scores, seed=seed), group, Options()).indices for seed in (1, 1, 2))
+    first, second, other = (ccs.ccs(material(scores, seed=seed), group, CCSOptions()).indices for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
 
 
 def test_a_cutoff_beyond_the_budget_is_capped_with_a_notice(caplog):
     with caplog.at_level(logging.INFO):
-        selection = ccs.ccs(material(np.arange(10.0)), [CandidateGroup(np.arange(10), 8)], Options(ccs_cutoff=0.5))
+        selection = ccs.ccs(material(np.arange(10.0)), [CandidateGroup(np.arange(10), 8)], CCSOptions(ccs_cutoff=0.5))
     np.testing.assert_array_equal(selection.indices, np.arange(8))
     assert "1 of 1 groups" in caplog.text
 
@@ -135,15 +138,9 @@ def test_a_cutoff_beyond_the_budget_is_capped_with_a_notice(caplog):
 def test_complaints():
     group = [CandidateGroup(np.arange(3), 1)]
     with pytest.raises(FlagError, match=r"^ccs_cutoff 1\.0"):
-        ccs.ccs(material(np.zeros(3)), group, Options(ccs_cutoff=1.0))
+        ccs.ccs(material(np.zeros(3)), group, CCSOptions(ccs_cutoff=1.0))
     with pytest.raises(FlagError, match=r"^ccs_bins 0"):
-        ccs.ccs(material(np.zeros(3)), group, Options(ccs_bins=0))
+        ccs.ccs(material(np.zeros(3)), group, CCSOptions(ccs_bins=0))
     for bad, words in ((np.nan, "no score"), (np.inf, "infinite")):
         with pytest.raises(FileError, match=words):
-            ccs.ccs(material([0.0, bad, 1.0]), group, Options())
-
-
-def test_registered():
-    entry = find_method("ccs")
-    assert entry.needs.reduced == "aum"
-    assert set(entry.options) == {"ccs_cutoff", "ccs_bins"}
+            ccs.ccs(material([0.0, bad, 1.0]), group, CCSOptions())

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from src.coresets.comparison import markdown, summarise, write_table
+from src.coresets.grid import markdown, summarise, write_table
 
 
 def cell(method, share, seed, accuracy, *, shots=None, **changes):

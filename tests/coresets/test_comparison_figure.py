@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from src.artifacts import save_figure
-from src.coresets.comparison import summarise
+from src.coresets.grid import summarise
 from src.coresets.plots import accuracy_figure, line_styles, spread
 from src.errors import FlagError
 

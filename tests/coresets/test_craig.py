@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from src.coresets import craig
 from src.coresets.budgets import make_groups
 from src.coresets.craig import Distances, choose, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
-from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, MemoryOptions, SelectionInputs
 from src.coresets.registry import find_method
 from src.errors import UserError
 
@@ -55,7 +55,7 @@ def generator(seed=1):
 
 def select(layer, groups, memory=EXACT, seed=1):
     content = SelectionInputs(layer.labels.numpy(), layer.logits.shape[1], seed, networks=[layer])
-    return find_method("craig").select(content, groups, Options(selection_memory=memory))
+    return find_method("craig").select(content, groups, MemoryOptions(selection_memory=memory))
 
 
 def clustered(count, seed=0):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets import CandidateGroup, LastLayer, Options, SelectionInputs, d2, find_method, make_groups
+from src.coresets import CandidateGroup, LastLayer, SelectionInputs, d2, make_groups
+from src.coresets.d2 import D2Options
 from src.errors import FileError, FlagError
 
 
@@ -52,7 +53,7 @@ def test_equals_the_plain_way(per_class, fraction, k, gamma):
     labels = rng.integers(0, 2, 70)
     made = material(rng.normal(size=70), rng.normal(size=(70, 4)), labels)
     groups = make_groups(labels, 2, fraction=fraction, per_class=per_class)
-    selection = d2.d2(made, groups, Options(d2_neighbors=k, d2_gamma=gamma))
+    selection = d2.d2(made, groups, D2Options(d2_neighbors=k, d2_gamma=gamma))
     np.testing.assert_array_equal(selection.indices, slow_d2(made, groups, k, gamma))
     assert len(selection.indices) == sum(group.budget for group in groups)
     assert not selection.weighted
@@ -106,7 +107,7 @@ def test_without_edges_the_most_difficult_are_kept():
     rng = np.random.default_rng(7)
     scores = rng.normal(size=30)
     made = material(scores, rng.normal(size=(30, 3)))
-    selection = d2.d2(made, [CandidateGroup(np.arange(30), 9)], Options(d2_neighbors=0))
+    selection = d2.d2(made, [CandidateGroup(np.arange(30), 9)], D2Options(d2_neighbors=0))
     np.testing.assert_array_equal(selection.indices, np.sort(np.argsort(-scores)[:9]))
 
 
@@ -117,7 +118,7 @@ def test_reverse_messages_cover_both_clusters():
     scores = np.append(scores, 0.0)
     h = np.concatenate([h, [[50.0, 50.0]]])
     by_difficulty = np.argsort(-scores)[:20]
-    selection = d2.d2(material(scores, h), [CandidateGroup(np.arange(81), 20)], Options(d2_gamma=1.0))
+    selection = d2.d2(material(scores, h), [CandidateGroup(np.arange(81), 20)], D2Options(d2_gamma=1.0))
     assert (by_difficulty < 40).all()
     assert 5 <= (selection.indices < 40).sum() <= 15
 
@@ -126,8 +127,8 @@ def test_the_embeddings_scale_does_not_matter():
     rng = np.random.default_rng(9)
     scores, h = rng.normal(size=40), rng.normal(size=(40, 4))
     group = [CandidateGroup(np.arange(40), 15)]
-    one = d2.d2(material(scores, h), group, Options())
-    other = d2.d2(material(3 + 5 * scores, h.astype(np.float32) * 1024), group, Options())
+    one = d2.d2(material(scores, h), group, D2Options())
+    other = d2.d2(material(3 + 5 * scores, h.astype(np.float32) * 1024), group, D2Options())
     np.testing.assert_array_equal(one.indices, other.indices)
 
 
@@ -139,7 +140,7 @@ def test_equal_examples_and_groups_of_one(budget):
         CandidateGroup(np.array([6]), 1),
         CandidateGroup(np.array([7]), 1),
     ]
-    selection = d2.d2(made, groups, Options())
+    selection = d2.d2(made, groups, D2Options())
     assert len(np.unique(selection.indices)) == budget + 2
     assert selection.indices[0] == 0
 
@@ -147,17 +148,11 @@ def test_equal_examples_and_groups_of_one(budget):
 def test_complaints():
     made, group = material([0.0, 1.0], torch.eye(2)), [CandidateGroup(np.arange(2), 1)]
     with pytest.raises(FlagError, match=r"^d2_neighbors -1"):
-        d2.d2(made, group, Options(d2_neighbors=-1))
+        d2.d2(made, group, D2Options(d2_neighbors=-1))
     with pytest.raises(FlagError, match=r"^d2_gamma -0\.5"):
-        d2.d2(made, group, Options(d2_gamma=-0.5))
+        d2.d2(made, group, D2Options(d2_gamma=-0.5))
     with pytest.raises(FileError, match="infinite"):
-        d2.d2(material([0.0, np.inf], torch.eye(2)), group, Options())
-
-
-def test_registered():
-    needs = find_method("d2").needs
-    assert needs.reduced == "aum"
-    assert needs.embeddings
+        d2.d2(material([0.0, np.inf], torch.eye(2)), group, D2Options())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,8 +11,8 @@ from torch import nn
 
 from src.coresets import glister
 from src.coresets.budgets import make_groups
-from src.coresets.glister import Validation, greedy, held_out
-from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs
+from src.coresets.glister import GlisterOptions, Validation, greedy, held_out
+from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
 from src.coresets.registry import find_method
 from src.errors import FlagError, UserError
 
@@ -69,7 +69,7 @@ def slow_greedy(head, embeddings, labels, pool, first, judges, budget, eta, refr
 
 def select(head, embeddings, labels, groups, seed=1, **options):
     content = SelectionInputs(labels.numpy(), head.out_features, seed, networks=[layer(head, embeddings, labels)])
-    return find_method("glister").select(content, groups, Options(**options))
+    return find_method("glister").select(content, groups, GlisterOptions(**options))
 
 
 @pytest.mark.parametrize("memory", [KERNEL, FACTORS])
@@ -107,7 +107,7 @@ def test_refreshed_errors_are_those_of_a_real_step():
 def test_order_of_picks_is_that_of_brute_force(memory, count, eta, refresh):
     head, embeddings, labels = problem()
     judges, pool = list(range(60 - count, 60)), list(range(30))
-    options = Options(glister_eta=eta, glister_refresh=refresh, selection_memory=memory)
+    options = GlisterOptions(glister_eta=eta, glister_refresh=refresh, selection_memory=memory)
     found = greedy(layer(head, embeddings, labels, pool), 30, layer(head, embeddings, labels, judges), 20, options)
     assert found.tolist() == slow_greedy(head, embeddings, labels, pool, 30, judges, 20, eta, refresh)
 
@@ -115,8 +115,8 @@ def test_order_of_picks_is_that_of_brute_force(memory, count, eta, refresh):
 def test_the_refresh_matters():
     head, embeddings, labels = problem()
     pool, judges = layer(head, embeddings, labels), layer(head, embeddings, labels, list(range(40, 60)))
-    once = greedy(pool, 60, judges, 20, Options(glister_eta=5.0, glister_refresh=100))
-    assert once.tolist() != greedy(pool, 60, judges, 20, Options(glister_eta=5.0)).tolist()
+    once = greedy(pool, 60, judges, 20, GlisterOptions(glister_eta=5.0, glister_refresh=100))
+    assert once.tolist() != greedy(pool, 60, judges, 20, GlisterOptions(glister_eta=5.0)).tolist()
     gains = Validation(pool, judges, 5.0).gains(np.array([], dtype=np.int64)).numpy()
     assert once.tolist() == np.argsort(-gains, kind="stable")[:20].tolist()
 
@@ -179,7 +179,7 @@ def test_ties_and_zero_gradients_go_by_index():
     free = np.flatnonzero(~held)
     zero = LastLayer(torch.tensor([[900.0, -900.0, -900.0]]).repeat(30, 1), labels, embeddings.float())
     found = find_method("glister").select(
-        SelectionInputs(labels.numpy(), 3, networks=[zero]), [CandidateGroup(np.arange(30), 8, 0)], Options()
+        SelectionInputs(labels.numpy(), 3, networks=[zero]), [CandidateGroup(np.arange(30), 8, 0)], GlisterOptions()
     )
     assert found.indices.tolist() == free[:8].tolist()
     embeddings[:] = embeddings[0]
@@ -192,7 +192,7 @@ def test_float32_material_keeps_the_picks_and_the_seed_decides():
     groups = make_groups(labels.numpy(), 3, fraction=0.3)
     single = LastLayer(head(embeddings).detach().float(), labels, embeddings.float())
     content = SelectionInputs(labels.numpy(), 3, networks=[single])
-    found = find_method("glister").select(content, groups, Options())
+    found = find_method("glister").select(content, groups, GlisterOptions())
     assert found.indices.tolist() == select(head, embeddings, labels, groups).indices.tolist()
     assert found.indices.tolist() != select(head, embeddings, labels, groups, seed=5).indices.tolist()
 

@@ -7,9 +7,15 @@ import torch
 
 from src.coresets import gradmatch
 from src.coresets.budgets import make_groups
-from src.coresets.gradmatch import first_largest, pivoted, pursue
-from src.coresets.last_layer import gradient_norms, gradient_sum
-from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs, errors_of
+from src.coresets.gradmatch import GradMatchOptions, first_largest, pivoted, pursue
+from src.coresets.inputs import (
+    CandidateGroup,
+    LastLayer,
+    SelectionInputs,
+    errors_of,
+    gradient_norms,
+    gradient_sum,
+)
 from src.coresets.registry import find_method
 from src.errors import FlagError, UserError
 
@@ -57,7 +63,7 @@ def material(logits, labels, embeddings, seed=1):
 
 
 def select(content, groups, **options):
-    return find_method("gradmatch").select(content, groups, Options(**options))
+    return find_method("gradmatch").select(content, groups, GradMatchOptions(**options))
 
 
 @pytest.mark.parametrize("memory", [STORED, RECOMPUTED])
@@ -256,10 +262,3 @@ def test_bad_values_are_refused():
     embeddings[3, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         select(material(logits, labels, embeddings), groups)
-
-
-def test_the_entry_says_what_it_reads():
-    entry = find_method("gradmatch")
-    assert entry.needs.embeddings
-    assert entry.weighted
-    assert "gradmatch_lambda" in entry.options

@@ -4,7 +4,7 @@ import torch
 
 from src.coresets.budgets import make_groups
 from src.coresets.graph_cut import Similarities, choose, graph_cut, greedy_graph_cut
-from src.coresets.material import LastLayer, Options, SelectionInputs
+from src.coresets.inputs import LastLayer, MemoryOptions, SelectionInputs
 
 
 def network(count: int, classes: int = 3, size: int = 4, seed: int = 0, dtype=torch.float64) -> LastLayer:
@@ -118,7 +118,9 @@ def test_groups_are_chosen_in_on_their_own(per_class, memory):
     layer = network(40, 3)
     labels = layer.labels.numpy()
     groups = make_groups(labels, 3, fraction=0.4, per_class=per_class)
-    selection = graph_cut(SelectionInputs(labels, 3, networks=[layer]), groups, Options(selection_memory=memory))
+    selection = graph_cut(
+        SelectionInputs(labels, 3, networks=[layer]), groups, MemoryOptions(selection_memory=memory)
+    )
     expected = [g.positions[greedy_by_value(dense(layer.at(g.positions)), g.budget)] for g in groups]
     assert selection.indices.tolist() == sorted(np.concatenate(expected).tolist())
     assert not selection.weighted

@@ -70,7 +70,7 @@ def test_the_entry_is_dynamic_and_weighted():
     entry = find_method("infobatch_dynamic")
     assert entry.dynamic
     assert entry.weighted
-    assert entry.options == ("infobatch_delta",)
+    assert entry.option_names == ("infobatch_delta",)
     assert "r = 1 - coreset_fraction" in entry.equation
 
 

@@ -2,8 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets.last_layer import gradient_norms, gradient_sum, inner_products, products_with
-from src.coresets.material import LastLayer, Selection, errors_of
+from src.coresets.inputs import (
+    LastLayer,
+    Selection,
+    errors_of,
+    gradient_norms,
+    gradient_sum,
+    inner_products,
+    products_with,
+)
 from src.errors import UserError
 
 

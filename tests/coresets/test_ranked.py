@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from src.coresets import ranked
 from src.coresets.budgets import make_groups
-from src.coresets.material import CandidateGroup, LastLayer, Options, SelectionInputs
-from src.coresets.registry import METHODS, STORED
+from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
+from src.coresets.registry import METHODS
 from src.errors import FileError, FlagError
+from src.metrics import MODES
 
 few_values = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1.0, 2.0, np.inf])  # many ties
 
@@ -91,26 +92,25 @@ def test_a_missing_score_is_refused_by_the_original_index():
         ranked.checked_scores(material, "min_mem")
 
 
-@pytest.mark.parametrize("mode", STORED)
+@pytest.mark.parametrize("mode", MODES)
 def test_stored_scores_keep_the_end_that_the_mode_names(mode):
-    method = METHODS[STORED[mode]]
-    assert method.needs.stored == mode
-    assert method.has_modes
+    (method,) = (method for method in METHODS.values() if method.needs.stored == mode)
     labels = np.array([0, 1, 0, 1, 0, 1])
     material = SelectionInputs(labels, 2, scores=np.array([3.0, 0.0, 1.0, 5.0, 2.0, 4.0]))
     groups = make_groups(labels, 2, shots=1)
-    large, few = (method.select(material, groups, Options(coreset_mode=mode)) for mode in ("large", "few_shot"))
+    large, few = (
+        method.select(material, groups, method.options(coreset_mode=mode)) for mode in ("large", "few_shot")
+    )
     assert large.indices.tolist() == [0, 3]
     assert few.indices.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["forget", "csl", "aum", "tdds"])
-@pytest.mark.parametrize("mode", ["large", "few_shot"])
-def test_reduced_scores_keep_the_highest_whatever_the_mode(name, mode):
+def test_reduced_scores_keep_the_highest(name):
     method = METHODS[name]
-    assert not method.has_modes
+    assert "coreset_mode" not in method.option_names
     material = SelectionInputs(np.zeros(4, dtype=int), 1, scores=np.array([0.0, np.inf, 2.0, 1.0]))
-    selection = method.select(material, [CandidateGroup(np.arange(4), 2)], Options(coreset_mode=mode))
+    selection = method.select(material, [CandidateGroup(np.arange(4), 2)], method.options())
     assert selection.indices.tolist() == [1, 2]
 
 
@@ -149,6 +149,7 @@ def test_norms_are_averaged_over_networks_and_the_highest_kept(name, gradient, e
     groups = make_groups(labels, 3, fraction=0.3)
     method = METHODS[name]
     assert method.needs.ensemble
-    selection = method.select(SelectionInputs(labels, 3, networks=networks), groups, Options(grand_gradient=gradient))
+    options = method.options(grand_gradient=gradient) if name == "grand" else method.options()
+    selection = method.select(SelectionInputs(labels, 3, networks=networks), groups, options)
     expected = by_sorting(explicit_scores(name, networks, gradient), groups, highest=True)
     assert selection.indices.tolist() == expected

@@ -185,7 +185,7 @@ def test_a_table_with_more_cells_is_kept(blobs, tmp_path):
 def test_a_table_that_another_grid_wrote_meanwhile_is_kept(blobs, tmp_path, monkeypatch):
     grid = (*flags(blobs, tmp_path), "--seeds", "1")
     succeed("compare_pruning.py", *grid, "--funcs", "random")
-    monkeypatch.setattr("src.pruning.grid.Grid.check", lambda grid: None)  # when it began, there was no table yet
+    monkeypatch.setattr("src.coresets.grid.Grid.check", lambda grid: None)  # when it began, there was no table yet
     refuse("compare_pruning.py", *grid, "--funcs", "csl", status=FILE, keep=tmp_path,
            says=("2 cells that this grid lacks", "another --name"))  # fmt: skip
 

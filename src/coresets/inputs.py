@@ -1,18 +1,16 @@
-"""What selection methods read, and what they return."""
+"""The contract of a selection method: what it reads and returns, and what its entry in the registry states."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from src.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
+from src.lazy import torch
 
 
 def _refuse_not_finite(name: str, values: np.ndarray | torch.Tensor, axis: int = 0) -> None:
@@ -166,14 +164,10 @@ class LastLayer:
     @cached_property
     def losses(self) -> torch.Tensor:
         """Cross-entropies ``(n,)``, float64."""
-        import torch
-
         return torch.nn.functional.cross_entropy(self.logits.double(), self.labels, reduction="none")
 
     def at(self, positions: np.ndarray) -> LastLayer:
         """The same of some candidates."""
-        import torch
-
         chosen = torch.from_numpy(np.ascontiguousarray(positions)).to(self.labels.device)
         optional = [None if t is None else t[chosen] for t in (self.embeddings, self.gradient_norms)]
         return LastLayer(self.logits[chosen], self.labels[chosen], *optional)
@@ -192,50 +186,11 @@ def _refuse_other_labels(labels: np.ndarray, num_classes: int) -> None:
 
 def errors_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """``softmax(z) - onehot(y)``, ``(n, C)``; the softmax is taken in float64, so that small errors keep digits."""
-    import torch
-
     errors = torch.softmax(logits.double(), dim=1)
     # 1 - p as the sum of the others: exact where p rounds to 1
     errors.scatter_(1, labels[:, None], 0.0)
     errors.scatter_(1, labels[:, None], -errors.sum(dim=1, keepdim=True))
     return errors.to(logits.dtype)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What users can set of the methods; each reads what its registry entry names.
-
-    Attributes:
-        coreset_mode: ``"large"`` or ``"few_shot"`` (stored scores only).
-        grand_gradient: ``"last"`` layer or ``"full"`` gradient (GraNd).
-        glister_eta: Step of GLISTER's one-step model.
-        glister_refresh: Picks between two refreshes of the validation gradient.
-        gradmatch_lambda: Ridge of GradMatch.
-        ccs_cutoff: Share of hardest examples that CCS leaves out; None for the paper's choice by pruning rate.
-        ccs_bins: Strata of CCS.
-        d2_neighbors: k of D2's graph.
-        d2_gamma: Decay of D2's reverse messages.
-        dual_beta: Whether DUAL samples by its Beta density (else the highest scores are kept).
-        dual_c: How fast DUAL's Beta distribution moves to easy examples as more is pruned.
-        score_window: Epochs of a window of DUAL and TDDS.
-        infobatch_delta: Share of the epochs after which InfoBatch prunes no more.
-        selection_memory: MiB that pairwise similarities may take; above, they are computed in blocks.
-    """
-
-    coreset_mode: str = "large"
-    grand_gradient: str = "last"
-    glister_eta: float = 0.1
-    glister_refresh: int = 1
-    gradmatch_lambda: float = 1.0
-    ccs_cutoff: float | None = None
-    ccs_bins: int = 50
-    d2_neighbors: int = 5
-    d2_gamma: float = 1.0
-    dual_beta: bool = True
-    dual_c: float = 4.0
-    score_window: int = 10
-    infobatch_delta: float = 0.875
-    selection_memory: int = 2048
 
 
 @dataclass(frozen=True)
@@ -282,3 +237,147 @@ class SelectionInputs:
     def name(self, position: int) -> int:
         """An example's original index."""
         return int(position if self.names is None else self.names[position])
+
+
+# Last-layer gradients without materializing them: the gradient of an example's cross-entropy in the bias and weights
+# of the last layer is g = [e, e (x) h] with the error e = softmax(z) - onehot(y) and the embedding h: C (d + 1)
+# numbers, of which C + d matter.
+
+
+def gradient_norms(errors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """``||g_i|| = ||e_i|| sqrt(1 + ||h_i||^2)``, float64 ``(n,)``, from errors ``(n, C)`` and embeddings ``(n, d)``.
+
+    The squares are summed in float64, where those of small errors do not vanish.
+    """
+    error, embedding = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (errors, embeddings))
+    return error * (1.0 + embedding.square()).sqrt()
+
+
+def inner_products(
+    errors: torch.Tensor,
+    embeddings: torch.Tensor,
+    other_errors: torch.Tensor | None = None,
+    other_embeddings: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``<g_i, g_j> = <e_i, e_j> (1 + <h_i, h_j>)``, ``(n, m)``, in the inputs' type.
+
+    Args:
+        errors: ``(n, C)``.
+        embeddings: ``(n, d)``.
+        other_errors: ``(m, C)``; default the same examples.
+        other_embeddings: ``(m, d)``.
+    """
+    other_errors = errors if other_errors is None else other_errors
+    other_embeddings = embeddings if other_embeddings is None else other_embeddings
+    return (embeddings @ other_embeddings.T).add_(1.0).mul_(errors @ other_errors.T)
+
+
+def gradient_sum(errors: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``sum_i g_i`` as bias part ``(C,)`` and weight part ``(C, d)``."""
+    return errors.sum(dim=0), errors.T @ embeddings
+
+
+def products_with(
+    bias: torch.Tensor, weight: torch.Tensor, errors: torch.Tensor, embeddings: torch.Tensor
+) -> torch.Tensor:
+    """``<g_i, v>`` for ``v = [bias (C,), weight (C, d)]``, ``(n,)``."""
+    return ((embeddings @ weight.T).add_(bias) * errors).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method must be given beside the labels.
+
+    Attributes:
+        stored: Name of a stored score (a mode of ``Proxy``); None if it reads none.
+        reduced: Name of a score that is reduced from the dynamics of pre-training.
+        dynamics: Whether it reads the recorded arrays themselves.
+        logits: Whether it reads the pre-trained network's logits.
+        embeddings: Whether it reads its embeddings too.
+        ensemble: Whether it reads several independently initialised networks in place of one.
+    """
+
+    stored: str | None = None
+    reduced: str | None = None
+    dynamics: bool = False
+    logits: bool = False
+    embeddings: bool = False
+    ensemble: bool = False
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether a network must be pre-trained."""
+        return bool(self.reduced or self.dynamics or self.logits or self.embeddings)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.stored:
+            parts.append(f"stored score `{self.stored}`")
+        if self.reduced or self.dynamics:
+            parts.append("dynamics of pre-training")
+        if self.logits or self.embeddings:
+            what = "embeddings and logits" if self.embeddings else "logits"
+            parts.append(f"{what} of {'R pre-trained networks' if self.ensemble else 'a pre-trained network'}")
+        return ", ".join(parts) or "labels"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """What a method without options takes."""
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What a method takes that compares all pairs.
+
+    Attributes:
+        selection_memory: MiB that pairwise similarities may take; above, they are computed in blocks.
+    """
+
+    selection_memory: int = 2048
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """What a method takes whose score looks at windows of epochs.
+
+    Attributes:
+        score_window: Epochs of a window.
+    """
+
+    score_window: int = 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose examples.
+
+    Attributes:
+        name: The value of ``--coreset_func``.
+        select: The choice; None for a method that chooses anew in each epoch of training.
+        needs: What it must be given.
+        paper: Who proposed it.
+        equation: What the code implements, in a line.
+        cost: Its cost for n candidates of a group, k picks, C classes, embeddings of size d, after its needs.
+        options: The dataclass of its options.
+        weighted: Whether its weights may differ from 1.
+    """
+
+    name: str
+    select: Callable[[SelectionInputs, Sequence[CandidateGroup], Any], Selection] | None
+    needs: Needs
+    paper: str
+    equation: str
+    cost: str
+    options: type = NoOptions
+    weighted: bool = False
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether it chooses anew in each epoch of training."""
+        return self.select is None
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """The names of its options."""
+        return tuple(field.name for field in fields(self.options))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets import METHODS, CandidateGroup, LastLayer, Options, Selection, SelectionInputs, make_groups
+from src.coresets import METHODS, CandidateGroup, LastLayer, Selection, SelectionInputs, make_groups
+from src.coresets.inputs import NoOptions
 from src.errors import UserError
 
 LABELS = np.arange(40) % 2
@@ -38,14 +39,16 @@ def test_embeddings_that_are_not_finite_name_the_first_example(name, value):
                 LABELS, 2, scores=np.arange(40.0), networks=[layer(embeddings=spoilt((40, 3), (7, 1), value))]
             ),
             GROUPS,
-            Options(),
+            method.options(),
         )
 
 
 def test_infobatch_does_not_choose_nothing_where_a_logit_is_nan():
     with pytest.raises(UserError, match="logits: those of example 39"):
         METHODS["infobatch"].select(
-            SelectionInputs(LABELS, 2, networks=[layer(logits=spoilt((40, 2), 39, float("nan")))]), GROUPS, Options()
+            SelectionInputs(LABELS, 2, networks=[layer(logits=spoilt((40, 2), 39, float("nan")))]),
+            GROUPS,
+            NoOptions(),
         )
 
 
