@@ -5,6 +5,7 @@ computed, what happens to the result that is already there: it is used again, re
 one :class:`FileError` that names the file, what differs, and what to do.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -15,7 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.artifacts.io import json_bytes, read_json, write_with
+from src.artifacts.io import file_digest, json_bytes, read_json, read_npz, read_pickle, write_with
+from src.artifacts.io import label_hash as hash_labels
 from src.errors import FileError
 
 REPLACE = "give --overwrite to replace it, or choose other folders"
@@ -235,6 +237,29 @@ def check_identity(path: str | Path, stored: Mapping[str, Any], remedy: str = RE
         raise FileError(f"{path}: is not what its name says: {', '.join(found)}; it was copied or renamed; {remedy}")
 
 
+def check_same_data(
+    path: str | Path, stored: Mapping[str, Any], remedy: str = "give one of this data set", **data: Any
+) -> None:
+    """Refuse a file that was made for other data.
+
+    Args:
+        path: The file.
+        stored: What it records; what it does not record matches anything.
+        remedy: What the message advises.
+        **data: What the data set has: ``total``, ``label_hash``, ``data_hash``; None for what is not compared.
+
+    Raises:
+        FileError: They differ.
+    """
+    known, wanted = stored.get("total"), data.get("total")
+    if known and wanted and known != wanted:
+        raise FileError(f"{path}: is for {known} examples, the data set has {wanted}; {remedy}")
+    for name, what in (("label_hash", "labels"), ("data_hash", "images")):
+        known, wanted = stored.get(name), data.get(name)
+        if known and wanted and known != wanted:
+            raise FileError(f"{path}: was made for other {what} (hash {known}, this data set has {wanted}); {remedy}")
+
+
 def checked_array(
     path: str | Path,
     content: Mapping[str, Any],
@@ -335,3 +360,146 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
         path.unlink(missing_ok=True)
 
     return [write_with(path, write), beside]
+
+
+# ----------------------------------------------------------------------------------------------- averaged scores
+#
+# A pickle {index: score} in the published format: protocol 4, plain int keys in ascending order, finite float values.
+# A file that was made on a subset has the scored examples only. The json beside it records how they were made, how
+# many there are (n), of how many examples (total), and the sha256 of the pickle, so that neither is ever read with
+# another one's counterpart.
+
+_DERIVED = ("n", "total", "sha256", "raw_min", "raw_max")  # what a record says of the scores themselves
+
+
+def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]) -> list[Path]:
+    """Write an averaged score file and its json.
+
+    Args:
+        path: The pickle's path.
+        scores: ``(total,)``, NaN where an example was not scored.
+        record: How the scores were made.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        FileError: Nothing was scored, or a score is infinite.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    indices = np.flatnonzero(~np.isnan(scores))
+    if not len(indices) or np.isinf(scores[indices]).any():
+        raise FileError(f"{path}: not written, {'a score is infinite' if len(indices) else 'nothing was scored'}")
+    content = pickle.dumps(dict(zip(indices.tolist(), scores[indices].tolist(), strict=True)), protocol=4)
+    digest = hashlib.sha256(content).hexdigest()
+    return write_recorded(path, content, {**record, "n": len(indices), "total": len(scores), "sha256": digest})
+
+
+def check_score_target(path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Refuse to replace a score file that was made with different settings.
+
+    Args:
+        path: The file to be written.
+        settings: What determines its scores; those that the file's json lacks count as their defaults.
+        overwrite: Whether any file may be replaced.
+
+    Raises:
+        FileError: The settings differ, or are not recorded.
+    """
+
+    def read(path: Path) -> tuple[bool, dict[str, Any] | None]:
+        record = read_record(path)
+        return True, {name: record[name] for name in settings if name in record} if record else None
+
+    load_result(path, settings, read, overwrite=overwrite, ignore=_DERIVED)
+
+
+def read_scores(path: str | Path) -> np.ndarray:
+    """Read a score file into an array by index.
+
+    Returns:
+        float64 ``(total,)``; NaN where a file made on a subset does not score an example.
+
+    Raises:
+        FileError: The file is missing or damaged, has holes, or has anything but finite numbers by index.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, dict) or not content:
+        raise FileError(f"{path}: is not a score file, which is a non-empty dict index -> score; {REMAKE}")
+    if any(not issubclass(kind, int | np.integer) or kind is bool for kind in set(map(type, content))):
+        raise FileError(f"{path}: is not a score file, its keys are not all integers; {REMAKE}")
+    try:
+        keys = np.fromiter(content.keys(), np.int64, len(content))
+        values = np.fromiter(content.values(), np.float64, len(content))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FileError(f"{path}: is not a score file, its scores are not all numbers; {REMAKE}") from error
+    if keys.min() < 0:
+        raise FileError(f"{path}: has the negative index {keys.min()}; indices count from 0")
+    if not np.isfinite(values).all():
+        bad = keys[~np.isfinite(values)][0]
+        raise FileError(f"{path}: the score of example {bad} is {content[bad]}; {REMAKE}")
+    record = read_record(path)
+    total, scored = record.get("total", len(keys)), record.get("n", len(keys))
+    if not isinstance(total, int) or total < 1:
+        raise FileError(f"{record_path(path)}: is damaged, its total is {total}; {REMAKE}")
+    if record.get("sha256", digest := file_digest(path)) != digest:
+        raise FileError(
+            f"{path}: is not the file that {record_path(path).name} describes; one of them was replaced; "
+            "repeat the command that makes both"
+        )
+    if scored != len(keys):
+        raise FileError(f"{path}: has {len(keys)} scores, its json says {scored}; {REMAKE}")
+    if keys.max() >= total:
+        holes = np.setdiff1d(np.arange(min(total, len(keys) + 1)), keys)
+        which = f"has no score of example {holes[0]}" if len(holes) else f"scores more than {total} examples"
+        raise FileError(f"{path}: {which} ({len(keys)} scores, highest index {keys.max()}); {REMAKE}")
+    scores = np.full(total, np.nan)
+    scores[keys] = values
+    return scores
+
+
+def read_memorization(path: str | Path) -> np.ndarray:
+    """Read Feldman and Zhang's estimates (key ``tr_mem``), un-normalized.
+
+    Returns:
+        float64 ``(n,)``.
+
+    Raises:
+        FileError: The file is missing, damaged, or has no finite ``tr_mem``.
+    """
+    scores = checked_array(path, read_npz(path, ("tr_mem",)), "tr_mem", kinds="fiu", remedy=_FETCH)
+    return scores.astype(np.float64)
+
+
+_FETCH = "fetch it with fetch_scores.py"
+
+
+def check_score_data(
+    path: str | Path,
+    scores: np.ndarray,
+    n: int | None = None,
+    label_hash: str | None = None,
+    data_hash: str | None = None,
+) -> None:
+    """Refuse a score file of another data set.
+
+    Args:
+        path: The file.
+        scores: What was read from it.
+        n: The size of the full training set.
+        label_hash: ``artifacts.label_hash`` of its labels; compared where the file's own are known.
+        data_hash: ``ImageSet.digest``, likewise.
+
+    Raises:
+        FileError: The number of examples, the labels or the images differ.
+    """
+    stored = {**read_record(path), "total": len(scores)}
+    archive = read_npz(path, ("tr_labels",)) if Path(path).suffix == ".npz" else {}
+    if label_hash and archive:
+        labels = checked_array(path, archive, "tr_labels", kinds="iuf", length=len(scores), remedy=_FETCH)
+        if np.mod(labels, 1).any():
+            raise FileError(f"{path}: its tr_labels are not all integers; {_FETCH}")
+        stored["label_hash"] = hash_labels(labels)
+    check_same_data(
+        path, stored, "give the scores of this data set", total=n, label_hash=label_hash, data_hash=data_hash
+    )

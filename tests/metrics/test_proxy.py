@@ -160,8 +160,8 @@ def write_raw(folder, content, record=None):
     [
         ([1.0, 2.0], "not a score file"),
         ({}, "not a score file"),
-        ({"0": 1.0}, "keys are not all whole numbers"),
-        ({0.0: 1.0, 1.0: 2.0}, "keys are not all whole numbers"),
+        ({"0": 1.0}, "keys are not all integers"),
+        ({0.0: 1.0, 1.0: 2.0}, "keys are not all integers"),
         ({0: "high"}, "not all numbers"),
         ({0: [1.0]}, "not all numbers"),
         ({-1: 1.0, 0: 1.0}, "negative index -1"),
@@ -182,7 +182,7 @@ def test_the_json_must_fit_its_file(tmp_path):
     write_raw(tmp_path, {0: 1.0, 2: 3.0}, {"n": 2, "total": 4})
     np.testing.assert_array_equal(Proxy("forg", "toy", False, tmp_path).scores, [1, np.nan, 3, np.nan])
     write_raw(tmp_path, {0: 1.0, 2: 3.0}, {"n": 3, "total": 4})
-    with pytest.raises(FileError, match="holds 2 scores, its json says 3"):
+    with pytest.raises(FileError, match="has 2 scores, its json says 3"):
         Proxy("forg", "toy", folder=tmp_path)
     write_raw(tmp_path, {0: 1.0}, [])
     with pytest.raises(FileError, match=r"forg_toy\.json"):
@@ -205,7 +205,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_scores_of_another_data_set_are_refused(tmp_path):
     path = store(tmp_path, label_hash="aaaa")
     Proxy("forg", "toy", folder=tmp_path, n=5, label_hash="aaaa")
-    with pytest.raises(FileError, match=r"forg_toy.pkl: scores 5 examples, the data set has 6"):
+    with pytest.raises(FileError, match=r"forg_toy.pkl: is for 5 examples, the data set has 6"):
         Proxy("forg", "toy", folder=tmp_path, n=6)
     with pytest.raises(FileError, match="was made for other labels"):
         Proxy("forg", "toy", folder=tmp_path, n=5, label_hash="bbbb")
@@ -259,7 +259,7 @@ def test_memorization_of_other_labels_is_refused(tmp_path):
     with pytest.raises(FileError, match="was made for other labels"):
         Memorization(path).check(label_hash=artifacts.label_hash(1 - labels))
     memorization(tmp_path, tr_mem=RAW, tr_labels=labels[:4])
-    with pytest.raises(FileError, match="'tr_labels' is not one class per example"):
+    with pytest.raises(FileError, match="tr_labels"):
         mem.check(label_hash=artifacts.label_hash(labels))
 
 

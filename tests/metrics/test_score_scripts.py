@@ -65,7 +65,7 @@ def test_plot_proxies_against_a_reference_folder(toy, tmp_path):
 
 def test_scores_of_other_labels_are_refused_by_both_figures(toy, tmp_path):
     base, dataset, name = toy
-    for change, named in (({"label_hash": "0" * 16}, "other labels"), ({}, "scores 29 examples")):
+    for change, named in (({"label_hash": "0" * 16}, "other labels"), ({}, "is for 29 examples")):
         write_scores(artifacts.score_path(tmp_path, "csl", name), np.arange(30.0 if change else 29.0), change)
         for script in ("plot_proxies.py", "plot_images.py"):
             place = (f"--plots_folder={tmp_path / 'plots'}", f"--metrics_folder={base / 'metrics'}")
