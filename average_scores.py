@@ -14,17 +14,16 @@ protocols, data or settings are refused.
 from argparse import Namespace
 from collections.abc import Sequence
 
-from src.artifacts import score_path
 from src.artifacts.score_files import write_scores
 from src.cli import DATA_FLAGS, Parser, print_next, restrict, run_script
 from src.datasets import load_dataset
 from src.errors import FlagError
-from src.metrics import MODES, modes_from
-from src.metrics.dynamics_scores import WINDOW, Windows
+from src.metrics import SCORES, scores_from
+from src.metrics.dynamics import WINDOW, Windows
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, add_overwrite_flag, number
 
-PAIR_MODES, RUN_MODES = modes_from("pair"), modes_from("dynamics", "end")
+PAIR_MODES, RUN_MODES = scores_from("pair"), scores_from("dynamics", "end")
 
 
 def parse() -> Namespace:
@@ -49,8 +48,9 @@ def parse() -> Namespace:
         metavar="NAME",
         help="the run's name, its folder under --metrics_folder (default: the only one there is)",
     )
+    of_window = [score.name for score in SCORES.values() if "window" in score.options]
     group.add_argument(
-        "--window", type=number(int, 2), default=WINDOW, help="epochs in a window of dual, dyn_unc and tdds"
+        "--window", type=number(int, 2), default=WINDOW, help=f"epochs in a window of {', '.join(of_window)}"
     )
     group.add_argument(
         "--el2n_epochs",
@@ -60,7 +60,6 @@ def parse() -> Namespace:
         metavar=("FIRST", "LAST"),
         help="the epochs that el2n averages over",
     )
-    of_window = {"dual", "dyn_unc", "tdds"}
     restrict(
         group,
         {
@@ -70,7 +69,7 @@ def parse() -> Namespace:
             ),
             ("--optimizer", "--lr_sched"): (lambda args: args.exp is None, "beside --exp, which names the run"),
             ("--window",): (
-                lambda args: bool(set(wanted_modes(args)) & of_window),
+                lambda args: bool(set(wanted_modes(args)) & set(of_window)),
                 f"without {', '.join(of_window)}",
             ),
             ("--el2n_epochs",): (lambda args: "el2n" in wanted_modes(args), "without el2n"),
@@ -122,14 +121,14 @@ def main() -> None:
         record = {**origin, **record, "sources": sources}
         if mode in run_modes:
             record["model"] = check_run(args.exp, dataset, record)
-        path = score_path(args.metrics_folder, mode, dataset)
+        path = SCORES[mode].path(args.metrics_folder, dataset)
         if not args.overwrite:
             refuse_target(path, record)
         averages[mode] = path, values, record
     for mode, (path, values, record) in averages.items():
         write_scores(path, values, record)
         print(
-            f"{MODES[mode].title}: mean of {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}, "
+            f"{SCORES[mode].title}: mean of {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}, "
             f"before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
         )
     keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]

@@ -25,7 +25,7 @@ from src.cli import Parser, print_next, restrict, run_script
 from src.curvature.choices import CHECKED, NTK_CLASS_NAMES
 from src.datasets import parse_subset
 from src.errors import FlagError
-from src.metrics import MODES, Proxy
+from src.metrics import SCORES, Proxy
 from src.metrics.compare import spearman
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.settings import (
@@ -59,10 +59,10 @@ def parse() -> Namespace:
     add = group.add_argument
     add(
         "--ntk_chosen_metric",
-        choices=tuple(MODES),
+        choices=tuple(SCORES),
         default="mem",
         metavar="MODE",
-        help=f"the score that orders the examples, of {', '.join(MODES)}",
+        help=f"the score that orders the examples, of {', '.join(SCORES)}",
     )
     add("--m_samples", type=number(int, 1), default=50, help="examples of a group")
     add(

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import SAMIS_FILES, differences, label_hash, parse_settings, samis_path, score_path
+from src.artifacts import differences, label_hash, parse_settings, samis_path
 from src.artifacts.score_files import read_sidecar
 from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.datasets import load_dataset, parse_subset, validation_indices
 from src.devices import PRECISIONS
 from src.errors import FileError
-from src.metrics import Proxy, find_scores
+from src.metrics import SCORES, Proxy, find_score_file
 from src.metrics.compare import half_overlaps, spearman_test
 from src.models import MODELS
 from src.optimizers import SCHEDULES
@@ -86,7 +86,7 @@ def main() -> None:
     args = parse()
     from src.devices import prepare, resolve_device
     from src.metrics.pairs import Query, find_pairs, training_settings
-    from src.metrics.samis import PairScores, save_seed
+    from src.metrics.samis import FIELDS, STORED, save_seed
     from src.training import image_facts
 
     device = resolve_device(args.device)
@@ -113,10 +113,10 @@ def main() -> None:
     if args.subset is not None:
         chosen = chosen.subset(parse_subset(args.subset, train.total, train.labels))
         facts["subset"] = label_hash(chosen.indices.cpu().numpy())
-    for which in SAMIS_FILES:
-        path = samis_path(args.metrics_folder, name, args.model, args.seed, which)
+    for score in STORED.values():
+        path = samis_path(args.metrics_folder, name, args.model, args.seed, score.seed_file)
         check_target(path, facts, label_hash(whole_labels), args.overwrite)
-    scores = {field: np.full(train.total, np.nan) for field in PairScores._fields}
+    scores = {field: np.full(train.total, np.nan) for field in FIELDS}
     for pair in tqdm(pairs, unit="pair", disable=None):
         score_one(args, query, pair, chosen, train, facts, scores)
     written = save_seed(
@@ -124,10 +124,7 @@ def main() -> None:
         name,
         args.model,
         args.seed,
-        s_l=scores["s_l"],
-        s_p=scores["s_p"],
-        loss_sgd=scores["loss_sgd"],
-        loss_sam=scores["loss_sam"],
+        scores,
         epoch=args.epochs,
         protocol=protocol,
         label_hash=label_hash(whole_labels),
@@ -139,7 +136,7 @@ def main() -> None:
     seeds = scored_seeds(args.metrics_folder, name, args.model, facts)
     averaged = set()
     with suppress(FileError, TypeError):  # a damaged record is for average_scores.py to refuse
-        averaged = set(read_sidecar(score_path(args.metrics_folder, "samis_loss", name)).get("seeds", ()))
+        averaged = set(read_sidecar(SCORES["samis_loss"].path(args.metrics_folder, name)).get("seeds", ()))
     print_next(
         "average_scores.py",
         [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"],
@@ -155,7 +152,7 @@ def scored_seeds(metrics_folder: Path, dataset: str, model: str, facts: dict) ->
 
     seeds = []
     for folder in samis_path(metrics_folder, dataset, model, 0, "loss").parents[1].iterdir():
-        path = folder / SAMIS_FILES["loss"]
+        path = samis_path(metrics_folder, dataset, model, folder.name, "loss")
         try:
             same = not differences(parse_settings(path, read_seed(path).get("settings")), facts, ignore=("seed",))
         except FileError:
@@ -177,7 +174,7 @@ def read_memorization(args: Namespace, dataset: str, labels: np.ndarray) -> Prox
         return Proxy("mem", dataset, folder=folders, **checks)
     for folder in (args.metrics_folder, None):
         with suppress(FileError):
-            find_scores("mem", dataset, folder)
+            find_score_file("mem", dataset, folder)
             break
     else:
         return None
@@ -254,8 +251,8 @@ def score_one(
 
 def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:
     """Print the scores' statistics and, where memorisation is known, how well they agree with it."""
-    scored = np.flatnonzero(~np.isnan(scores["s_l"]))
-    for title, field in (("SAMIS-L", "s_l"), ("SAMIS-P", "s_p")):
+    scored = np.flatnonzero(~np.isnan(scores["samis_loss"]))
+    for title, field in (("SAMIS-L", "samis_loss"), ("SAMIS-P", "samis_prob")):
         values = scores[field][scored]
         print(
             f"{title}: mean {values.mean():.6g}, median {np.median(values):.6g}, "
@@ -263,7 +260,7 @@ def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:
         )
     if memorization is None:
         return
-    for title, field in (("SAMIS-L", "s_l"), ("SAMIS-P", "s_p")):
+    for title, field in (("SAMIS-L", "samis_loss"), ("SAMIS-P", "samis_prob")):
         a, b = scores[field][scored], memorization.scores[scored]
         rho, p_value = spearman_test(a, b)
         shared = half_overlaps(a, b)

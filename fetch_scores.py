@@ -14,7 +14,7 @@ from pathlib import Path
 from src.artifacts import PACKAGED_SCORES
 from src.cli import Parser, print_next, run_script
 from src.errors import FlagError
-from src.metrics import MODES
+from src.metrics import SCORES
 from src.metrics.published import BASE_URL, fetch, published_files, published_summary
 from src.settings import add_overwrite_flag
 
@@ -27,7 +27,7 @@ def main() -> None:
         "--dataset", default="cifar100", metavar="NAME", help=f"the data set; published are {published_summary()}"
     )
     group.add_argument(
-        "--modes", nargs="+", choices=tuple(MODES), metavar="MODE", help="which scores (default: all published ones)"
+        "--modes", nargs="+", choices=tuple(SCORES), metavar="MODE", help="which scores (default: all published ones)"
     )
     group.add_argument("--folder", type=Path, default=PACKAGED_SCORES, metavar="DIR", help="metrics folder to fill")
     group.add_argument("--base_url", default=BASE_URL, metavar="URL", help="where the published folders stand")

@@ -25,7 +25,7 @@ from src.artifacts.figures import literal
 from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.datasets import load_dataset, parse_subset
 from src.errors import FlagError
-from src.metrics import MODES, Proxy
+from src.metrics import SCORES, Proxy
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, number, score_folders
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def parse() -> Namespace:
     group.add_argument(
         "--modes",
         nargs="+",
-        choices=tuple(MODES),
+        choices=tuple(SCORES),
         default=["samis_loss", "samis_prob"],
         metavar="MODE",
-        help=f"which scores, one row each, of {', '.join(MODES)}",
+        help=f"which scores, one row each, of {', '.join(SCORES)}",
     )
     group.add_argument("--n", type=number(int, 1, 50), default=5, help="images at each end of each class")
     group.add_argument(

@@ -18,7 +18,7 @@ from src.cli import Parser, run_script
 from src.curvature.ntk_files import Velocities, read_all_velocities
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
-from src.metrics import MODES
+from src.metrics import SCORES
 from src.metrics.compare import spearman
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, number
@@ -37,10 +37,10 @@ def parse() -> Namespace:
     add(
         "--metrics",
         nargs="+",
-        choices=tuple(MODES),
+        choices=tuple(SCORES),
         default=["mem"],
         metavar="MODE",
-        help=f"the scores that order the examples, one panel each, of {', '.join(MODES)}",
+        help=f"the scores that order the examples, one panel each, of {', '.join(SCORES)}",
     )
     add("--epochs", type=number(int, 1), nargs="+", help="only these epochs (default: all there are)")
     add("--seeds", type=SEED, nargs="+", help="only these seeds (default: all there are)")
@@ -65,7 +65,7 @@ def main() -> None:
     }
     for metric, several in found.items():
         report(metric, several)
-    panels = [(MODES[metric].symbol, several) for metric, several in found.items()]
+    panels = [(SCORES[metric].symbol, several) for metric, several in found.items()]
     size = f"{args.model} by {args.optimizer.upper()}"
     figure = velocity_figure(panels, f"{name}, {size}", logarithmic=args.log)
     print(*save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, list(found), args.log)), sep="\n")

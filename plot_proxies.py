@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from src.artifacts import label_hash, save_figure, score_path, write_json, write_text
+from src.artifacts import label_hash, save_figure, write_json, write_text
 from src.cli import Parser, restrict, run_script
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
-from src.metrics import MODES, Proxy, find_scores
+from src.metrics import SCORES, Proxy, find_score_file
 from src.metrics.compare import against_reference, comparison_table
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, score_folders
 
@@ -34,8 +34,8 @@ def parse() -> Namespace:
     add_data_flags(parser, subset=False)
     add_score_flags(parser)
     group = parser.add_argument_group("figures")
-    names = {"nargs": "+", "choices": tuple(MODES), "metavar": "MODE"}
-    group.add_argument("--modes", **names, help=f"which scores, of {', '.join(MODES)} (default: all that are found)")
+    names = {"nargs": "+", "choices": tuple(SCORES), "metavar": "MODE"}
+    group.add_argument("--modes", **names, help=f"which scores, of {', '.join(SCORES)} (default: all that are found)")
     group.add_argument(
         "--reference", type=Path, metavar="DIR", help="metrics folder of the scores to compare with (default: none)"
     )
@@ -115,10 +115,10 @@ def read_labels(args: Namespace) -> tuple[str, np.ndarray | None, dict]:
 def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
     """The chosen scores, or all that are found, with the folders to search."""
     found = {}
-    for mode in args.modes or MODES:
+    for mode in args.modes or SCORES:
         folders = score_folders(args.scores_folder, mode, args.metrics_folder)
         try:
-            find_scores(mode, dataset, folders)
+            find_score_file(mode, dataset, folders)
         except FileError:
             if args.modes or any(given.startswith(f"{mode}=") for given in args.scores_folder):
                 raise
@@ -126,7 +126,7 @@ def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
         found[mode] = folders
     if not found:
         # its error names the folders that were searched, and the command that makes scores
-        find_scores("samis_loss", dataset, score_folders(args.scores_folder, "samis_loss", args.metrics_folder))
+        find_score_file("samis_loss", dataset, score_folders(args.scores_folder, "samis_loss", args.metrics_folder))
     return found
 
 
@@ -141,7 +141,7 @@ def read_references(args: Namespace, dataset: str, checks: dict) -> dict[str, Pr
     """The chosen scores of the reference folder, or all that stand there; no other folder is searched."""
     if not args.reference.is_dir():
         raise FlagError(f"--reference {args.reference}: there is no such folder; give a metrics folder")
-    paths = {mode: score_path(args.reference, mode, dataset) for mode in args.reference_modes or MODES}
+    paths = {mode: SCORES[mode].path(args.reference, dataset) for mode in args.reference_modes or SCORES}
     missing = [path for path in paths.values() if not path.exists()]
     if args.reference_modes and missing:
         raise FileError(f"{missing[0]}: there is no such score file; choose others with --reference_modes")

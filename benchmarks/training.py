@@ -132,7 +132,7 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
         repeats,
         time.perf_counter if case.all_cores else time.process_time,
     )
-    both = np.stack([found["ours"]["s_l"], found["ours"]["s_p"]], axis=1)
+    both = np.stack([found["ours"]["samis_loss"], found["ours"]["samis_prob"]], axis=1)
     if not np.allclose(both, found["plain"], rtol=1e-3, atol=1e-4):
         raise RuntimeError(f"{case.model}: the two ways disagree by {np.abs(both - found['plain']).max()}")
     scale = 1_000 / case.count

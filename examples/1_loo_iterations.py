@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpe.config import STRUCTURES
 from mpe.results import Result
-from src.artifacts import label_hash, score_path
+from src.artifacts import label_hash
 from src.artifacts.score_files import refuse_other_scores
 from src.cli import Parser, print_next, restrict, run_script, start_logging
 from src.errors import FlagError
+from src.metrics import SCORES
 from src.settings import add_experiment_flags, add_folder_flags, add_laplace_flags, number
 
 log = logging.getLogger("1_loo_iterations")
@@ -96,7 +97,7 @@ def main() -> None:
         overwrite=args.overwrite,
     )
     if args.write_scores and not args.overwrite:
-        refuse_other_scores(score_path(args.metrics_folder, "mpe", experiment.entry.name), experiment.settings())
+        refuse_other_scores(SCORES["mpe"].path(args.metrics_folder, experiment.entry.name), experiment.settings())
     if args.optim_var:
         experiment.check_network()
         measure = experiment.from_optimizer

@@ -49,6 +49,7 @@ from src.artifacts import score_files
 from src.datasets import dataset_name
 from src.jacobians import OutputVariances, Posterior
 from src.jacobians.ggn import root_of_softmax_covariance
+from src.metrics import SCORES
 
 log = logging.getLogger(__name__)
 
@@ -418,7 +419,7 @@ class Sensitivities:
             labels = np.empty(total, dtype=np.int64)
             labels[self.indices] = self.predictions.labels.numpy()
             record.setdefault("label_hash", artifacts.label_hash(labels))
-        return score_files.write_scores(artifacts.score_path(folder, "mpe", dataset), scores, record)
+        return score_files.write_scores(SCORES["mpe"].path(folder, dataset), scores, record)
 
 
 def sensitivities(

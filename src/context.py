@@ -35,7 +35,7 @@ from src.datasets import (
 )
 from src.devices import PRECISIONS, ComputeConfig, prepare, resolve_device
 from src.errors import FileError
-from src.metrics.end_of_training import (
+from src.metrics.dynamics import (
     has_end_of_training_scores,
     remove_end_of_training_scores,
     write_end_of_training_scores,

@@ -22,7 +22,7 @@ from src.cli import start_logging
 from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, load_dataset, parse_subset
 from src.devices import PRECISIONS, prepare, resolve_device
 from src.errors import FileError, FlagError
-from src.metrics.end_of_training import (
+from src.metrics.dynamics import (
     has_end_of_training_scores,
     remove_end_of_training_scores,
     write_end_of_training_scores,

@@ -11,26 +11,7 @@ PACKAGED_SCORES = ROOT / "src" / "metrics"
 PICKLES = ROOT / "examples" / "pickles"
 PICKLE_PLOTS = ROOT / "examples" / "plots"
 
-SCORE_FOLDERS = {
-    "mem": "memorization",
-    "flat": "flatness",
-    "eps": "flatness",
-    "forg": "forgettability",
-    "etl": "forgettability",
-    "samis_loss": "sam_sgd",
-    "samis_prob": "sam_sgd",
-    "mean_loss": "sam_sgd",
-    "csl": "dynamics",
-    "aum": "dynamics",
-    "dual": "dynamics",
-    "dyn_unc": "dynamics",
-    "el2n": "dynamics",
-    "tdds": "dynamics",
-    "mpe": "mpe",
-}
-
 CLAIM_NAME = "claim.lock"
-SAMIS_FILES = {"loss": "nn_loss_diff_score.npz", "prob": "nn_prob_diff_score.npz"}
 
 
 @dataclass(frozen=True)
@@ -148,19 +129,7 @@ def dynamics_folder(metrics_folder: str | Path, experiment: str, seed: int) -> P
 
 def samis_path(metrics_folder: str | Path, dataset: str, model: str, seed: int, which: str) -> Path:
     """The SAMIS scores of one seed; ``which`` is ``"loss"`` or ``"prob"``."""
-    return Path(metrics_folder) / dataset / model / str(seed) / SAMIS_FILES[which]
-
-
-def score_path(folder: str | Path, mode: str, dataset: str) -> Path:
-    """An averaged score file; ``mem`` is the memorisation archive."""
-    if mode == "mem":
-        return memorization_path(folder, dataset)
-    return Path(folder) / SCORE_FOLDERS[mode] / f"{mode}_{dataset}.pkl"
-
-
-def memorization_path(folder: str | Path, dataset: str) -> Path:
-    """Feldman and Zhang's memorisation estimates of a data set."""
-    return Path(folder) / SCORE_FOLDERS["mem"] / f"{dataset}_infl_matrix.npz"
+    return Path(metrics_folder) / dataset / model / str(seed) / f"nn_{which}_diff_score.npz"
 
 
 def hessian_path(

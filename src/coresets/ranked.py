@@ -23,7 +23,7 @@ from src.coresets.inputs import (
 )
 from src.errors import FileError
 from src.lazy import torch
-from src.metrics import MODES
+from src.metrics import SCORES
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ METHODS = (
             cost="n log n",
             options=StoredOptions,
         )
-        for mode in MODES
+        for mode in SCORES
     ),
     Method(
         "forget",

@@ -33,7 +33,7 @@ from src.coresets.infobatch import InfoBatchPlan
 from src.coresets.pretraining import PretrainedNetwork, settings_hash, train_networks
 from src.errors import FileError, FlagError
 from src.metrics import Proxy
-from src.metrics import dynamics_scores as reductions
+from src.metrics import dynamics as reductions
 from src.session import Session
 from src.settings import score_folders
 from src.training import image_facts

@@ -1,6 +1,7 @@
 """Per-example scores: making, averaging, comparing and reading them."""
 
-from src.metrics.modes import MODES, ScoreMode, modes_from, score_mode
-from src.metrics.proxy import Memorization, Proxy, find_scores
+from src.metrics.proxy import Memorization, Proxy, find_score_file
+from src.metrics.registry import SCORES, get_score, scores_from
+from src.metrics.score import Score
 
-__all__ = ["MODES", "Memorization", "Proxy", "ScoreMode", "find_scores", "modes_from", "score_mode"]
+__all__ = ["SCORES", "Memorization", "Proxy", "Score", "find_score_file", "get_score", "scores_from"]

@@ -15,10 +15,9 @@ from src.artifacts import score_files
 from src.datasets import dataset_flag
 from src.errors import FileError, FlagError
 from src.metrics import samis
-from src.metrics.dynamics_scores import REDUCTIONS, Windows
-from src.metrics.end_of_training import PER_SEED_FILES, RECORD_FILE
-from src.metrics.modes import score_mode
+from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows
 from src.metrics.proxy import min_max
+from src.metrics.registry import get_score
 from src.training.dynamics import DYNAMICS_FILE, read_dynamics
 
 log = logging.getLogger(__name__)
@@ -50,38 +49,21 @@ class SeedScores:
         return "label_hash" in self.facts
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """How a mode is averaged: divided by the epochs, filled where NaN, scaled to [0, 1]."""
-
-    per_epoch: bool = False
-    missing: float | None = None
-    scale: bool = True
-
-
-# The published files of these two are shares of the epochs and not scaled; all others are min-max scaled.
-_RULES = {
-    "forg": _Rule(per_epoch=True, scale=False),
-    "etl": _Rule(per_epoch=True, missing=1.0, scale=False),
-}
-
-
 # ------------------------------------------------------------------------------------------------ one seed's scores
 
 
 def read_pair_seed(
     modes: Sequence[str], metrics_folder: str | Path, dataset: str, model: str, seed: int
 ) -> dict[str, SeedScores]:
-    """One seed of the modes that a pair of models gives (``samis_loss``, ``samis_prob``, ``mean_loss``).
+    """One seed of the scores that a pair of models gives.
 
     Raises:
         FileError: The seed was not scored yet, or its files are damaged.
     """
     result = {}
-    for which in ("loss", "prob"):
-        wanted = [mode for mode in modes if (mode == "samis_prob") == (which == "prob")]
-        if not wanted:
-            continue
+    for mode in modes:
+        score = get_score(mode)
+        which = score.seed_file or "loss"  # every file has both losses
         path = artifacts.samis_path(metrics_folder, dataset, model, seed, which)
         if not path.exists():
             raise FileError(
@@ -97,29 +79,23 @@ def read_pair_seed(
             said = {**facts["settings"], "seed": content["seed"], "score": content["score"] or which}
             _refuse_another(path, said, dataset=dataset, model=model, seed=seed, score=which)
         else:
-            if "mean_loss" in wanted:
-                raise FileError(
-                    f"{path}: holds SAMIS scores alone, so mean_loss cannot be had; leave it out of the modes"
-                )
+            if not score.seed_file:
+                raise FileError(f"{path}: contains no losses, so there is no {mode}; leave it out of the modes")
             log.warning("%s: does not say how it was made (epoch, protocol, labels, settings)", path)
             facts = {"settings": {}}
-        values = {"samis_loss": content["arr_0"], "samis_prob": content["arr_0"]}
-        if "mean_loss" in wanted:
-            values["mean_loss"] = (content["loss_sgd"] + content["loss_sam"]) / 2
-        for mode in wanted:
-            result[mode] = SeedScores(seed, values[mode], scored, _without_seed(facts), path)
+        values = content["arr_0"] if score.seed_file else score.compute(*(content[name] for name in score.reads))
+        result[mode] = SeedScores(seed, values, scored, _without_seed(facts), path)
     return result
 
 
 def read_run_seed(
-    modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int, windows: Windows | None = None
+    modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int, windows: Windows = PAPERS_WINDOWS
 ) -> dict[str, SeedScores]:
     """One seed of the modes that a training run with ``--measure_proxies`` gives.
 
     Raises:
         FileError: The run has no dynamics of this seed, or its files are damaged.
     """
-    windows = windows or Windows()
     folder = artifacts.dynamics_folder(metrics_folder, experiment, seed)
     path = folder / DYNAMICS_FILE
     if not path.exists():
@@ -132,16 +108,16 @@ def read_run_seed(
     facts["data_hash"] = run["settings"].get("images")
     result = {}
     for mode in modes:
-        if mode in REDUCTIONS:
-            sign = -1.0 if score_mode(mode).negated else 1.0
-            values, scored, source = sign * REDUCTIONS[mode](run, windows), visited, path
+        score = get_score(mode)
+        if score.source == "dynamics":
+            values, scored, source = score.from_dynamics(run, windows), visited, path
         else:
-            source = folder / PER_SEED_FILES[mode]
+            source = folder / score.seed_file
             if not source.exists():
                 raise FileError(f"{source}: is missing; train seed {seed} with --measure_proxies to its end")
             _refuse_copy(source)
             values, scored = _end_scores(source, len(visited))
-        result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **windows.facts(mode)}), source)
+        result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **score.settings(windows)}), source)
     return result
 
 
@@ -210,7 +186,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
     """The mean over seeds, scaled as the published files are.
 
     Args:
-        mode: A name of ``MODES``.
+        mode: A name of ``SCORES``.
         seeds: The seeds' scores.
 
     Returns:
@@ -219,7 +195,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
     Raises:
         FileError: The seeds differ in epoch, protocol, data, settings or scored examples, or a score is not finite.
     """
-    kind, rule = score_mode(mode), _RULES.get(mode, _Rule())
+    score = get_score(mode)
     for one, other in itertools.combinations(seeds, 2):  # each with each: what a file does not say matches anything
         _refuse_mixture(one, other)
     unrecorded = [seed.seed for seed in seeds if not seed.recorded]
@@ -229,13 +205,13 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
     first = max(seeds, key=lambda seed: len(seed.facts["settings"]))  # the one that says most
     for seed in seeds:
         wrong = seed.scored & ~np.isfinite(seed.values)
-        if rule.missing is None and wrong.any():
+        if score.missing is None and wrong.any():
             example = np.flatnonzero(wrong)[0]
             raise FileError(f"{seed.source}: example {example} has no finite {mode} score; train or score it anew")
-    epochs = first.facts["epoch"] if rule.per_epoch else 1
+    epochs = first.facts["epoch"] if score.share_of_epochs else 1
     raw = np.mean([seed.values / epochs for seed in seeds], axis=0)
-    if rule.missing is not None:
-        raw = np.where(first.scored & np.isnan(raw), rule.missing, raw)
+    if score.missing is not None:
+        raw = np.where(first.scored & np.isnan(raw), score.missing, raw)
     raw = np.where(first.scored, raw, np.nan)
     record = {
         "mode": mode,
@@ -243,12 +219,14 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
         **({"unrecorded_seeds": unrecorded} if unrecorded else {}),
         **first.facts,
         "orientation": "high is atypical",
-        "negated": kind.negated,
-        "scaling": "min-max of the mean over seeds" if rule.scale else "mean over seeds, divided by the epochs",
+        "negated": score.negated,
+        "scaling": "mean over seeds, divided by the epochs"
+        if score.share_of_epochs
+        else "min-max of the mean over seeds",
         "raw_min": float(np.nanmin(raw)),
         "raw_max": float(np.nanmax(raw)),
     }
-    return (min_max(raw) if rule.scale else raw), record
+    return (raw if score.share_of_epochs else min_max(raw)), record
 
 
 def _refuse_mixture(first: SeedScores, other: SeedScores) -> None:

@@ -11,17 +11,21 @@ SLo-Curve (Garg and Roy, "Samples with low loss curvature improve data efficienc
 l)``, ``z = (s + 1e-7) / (||s|| + 1e-7)``, ``gamma = || grad_x l(x + h z) - grad_x l(x) ||_2``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from src.datasets import Batch
-from src.jacobians import SquaredNorms, refuse_batch_statistics, refuse_mixing
-from src.models.base import eval_mode
+from src.lazy import torch
+from src.metrics.score import Score
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from src.datasets import Batch
 
 
 def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (b,) float64 losses, differentiable.
     """
-    return F.cross_entropy(outputs.double(), labels, reduction="none")
+    return torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
 
 
 def scores_by_index(
@@ -91,6 +95,8 @@ def epsilon_flatness(
         ValueError: no parameter requires a gradient, a BatchNorm has no fixed statistics, or the model mixes the
             examples of a batch.
     """
+    from src.jacobians import SquaredNorms
+
     with SquaredNorms(model, memory_mb) as squared_norms:
 
         def score(batch: Batch) -> Tensor:
@@ -149,6 +155,9 @@ def input_curvature(
     Raises:
         ValueError: a BatchNorm has no fixed statistics, or the model mixes the examples of a batch.
     """
+    from src.jacobians import refuse_batch_statistics
+    from src.models.base import eval_mode
+
     tried = False
     with eval_mode(model):
         refuse_batch_statistics(model)
@@ -185,6 +194,8 @@ def input_gradients(model: nn.Module, images: Tensor, labels: Tensor, check: boo
         # a copy: a network may open with an in-place operation, which a leaf does not allow
         losses = example_losses(model(leaf.clone()), labels)
         if check:
+            from src.jacobians import refuse_mixing
+
             refuse_mixing(losses.unsqueeze(0), leaf)
         (gradients,) = torch.autograd.grad(losses.sum(), leaf)
     return gradients
@@ -194,3 +205,29 @@ def _norms(values: Tensor) -> Tensor:
     """(b, 1, 1, 1) norms over all axes but the first."""
     axes = tuple(range(1, values.ndim))
     return torch.linalg.vector_norm(values, dim=axes, keepdim=True)
+
+
+SCORES = (
+    Score(
+        "eps",
+        r"$\epsilon(x_i)$",
+        "epsilon-flatness",
+        source="end",
+        folder="flatness",
+        cost="SGD run + 1 pass",
+        paper="SAMIS",
+        compute=epsilon_flatness,
+        seed_file="epsilon_flat_train.pkl",
+    ),
+    Score(
+        "flat",
+        r"$\gamma(x_i)$",
+        "input curvature",
+        source="end",
+        folder="flatness",
+        cost="SGD run + 2 passes",
+        paper="Garg and Roy 2023",
+        compute=input_curvature,
+        seed_file="hessian_flat_train.pkl",
+    ),
+)

@@ -20,7 +20,7 @@ from src.artifacts import (
 )
 from src.datasets import Batches, ImageSet
 from src.errors import ArgumentError, FileError
-from src.metrics.samis import PairScores, score_batch
+from src.metrics.samis import FIELDS, score_batch
 from src.models.base import eval_mode
 from src.training import (
     data_facts,
@@ -246,7 +246,7 @@ def score_pair(
         precision: A name of ``PRECISIONS``.
 
     Returns:
-        The original indices ``(n,)`` of the scored examples, and the fields of ``PairScores``, each ``(n,)``.
+        The original indices ``(n,)`` of the scored examples, and ``samis.FIELDS``, each ``(n,)``.
     """
     indices, parts = [], []
     with eval_mode(sgd), eval_mode(sam):
@@ -254,5 +254,5 @@ def score_pair(
             logits_sgd, logits_sam = (logits_of(network, batch.images, precision) for network in (sgd, sam))
             indices.append(batch.indices)
             parts.append(score_batch(logits_sgd, logits_sam, batch.labels))
-    fields = {name: torch.cat([getattr(part, name) for part in parts]).cpu().numpy() for name in PairScores._fields}
+    fields = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in FIELDS}
     return torch.cat(indices).cpu().numpy(), fields

@@ -14,11 +14,30 @@ import numpy as np
 
 from src import artifacts
 from src.artifacts import score_files
-from src.datasets import CATALOGUE, dataset_name
+from src.datasets import CATALOGUE, dataset_flag, dataset_name
 from src.errors import FileError
-from src.metrics.modes import MODES, ScoreMode, score_mode
+from src.metrics.published import published_datasets
+from src.metrics.registry import SCORES, get_score
+from src.metrics.score import Score
 
 log = logging.getLogger(__name__)
+
+_RECIPES = {
+    "pair": (
+        "make it with compute_sam_sgd.py and average_scores.py "
+        "--dataset {dataset} --model MODEL --seeds SEEDS --modes {mode}"
+    ),
+    "dynamics": (
+        "make it with train_full.py --measure_proxies and average_scores.py "
+        "--dataset {dataset} --model MODEL --seeds SEEDS --modes {mode}"
+    ),
+    "mpe": "make it with the scripts in examples/",
+    "download": (
+        "store estimates of your own there (an npz file with an array tr_mem); Feldman and Zhang's, of cifar100 and "
+        "imagenet, are at https://pluskid.github.io/influence-memorization/"
+    ),
+}
+_RECIPES["end"] = _RECIPES["dynamics"]
 
 Folders = str | Path | Iterable[str | Path] | None
 
@@ -47,7 +66,7 @@ def shares(scores: np.ndarray) -> np.ndarray:
     return scores / (np.nansum(scores) or 1.0)
 
 
-class Scores:
+class StoredScores:
     """Scores by index, with the methods that the field's scripts expect.
 
     Attributes:
@@ -96,7 +115,9 @@ class Scores:
         """
         return self._order.copy() if idx is None else self._order[idx]
 
-    def check(self, n: int | None = None, label_hash: str | None = None, data_hash: str | None = None) -> "Scores":
+    def check(
+        self, n: int | None = None, label_hash: str | None = None, data_hash: str | None = None
+    ) -> "StoredScores":
         """Stop if these scores are not of a data set of ``n`` examples with these labels and images.
 
         Returns:
@@ -154,11 +175,19 @@ class Scores:
         return artifacts.save_figure(figure, self._stem(folder, idx, "prob_dist"))
 
 
-class Proxy(Scores):
+def recipe(score: Score, dataset: str) -> str:
+    """The command (or address) that a score file of this kind comes from, for this data set."""
+    own = _RECIPES[score.source].format(mode=score.name, dataset=dataset_flag(dataset))
+    if dataset not in published_datasets(score.name):
+        return own
+    return f"get the published ones with fetch_scores.py --dataset {dataset} --modes {score.name}, or {own}"
+
+
+class Proxy(StoredScores):
     """The averaged scores of one mode of one data set. HIGH means atypical.
 
     Args:
-        mode: A name of ``MODES``.
+        mode: A name of ``SCORES``.
         dataset: What scripts take as ``--dataset``, or the name in file names, of which the part before the digits
             of its content is enough where one file fits.
         normalize: Scale to [0, 1].
@@ -189,7 +218,7 @@ class Proxy(Scores):
         label_hash: str | None = None,
         data_hash: str | None = None,
     ) -> None:
-        kind = score_mode(mode)
+        kind = get_score(mode)
         path, dataset = _find(mode, dataset, folder)
         log.info("%s of %s: read from %s", mode, dataset, path)
         # shares are what the papers' class gives; the scaling below undoes them
@@ -204,7 +233,7 @@ class Proxy(Scores):
         self.check(n, label_hash, data_hash)
 
 
-class Memorization(Scores):
+class Memorization(StoredScores):
     """Raw memorization scores of one npz file, with :meth:`get_prob` and :meth:`full_prob`.
 
     Args:
@@ -215,10 +244,10 @@ class Memorization(Scores):
     """
 
     def __init__(self, file: str | Path) -> None:
-        kind = score_mode("mem")
+        kind = get_score("mem")
         dataset = Path(file).name.split("_infl_matrix")[0]
         if not Path(file).exists():
-            raise FileError(f"{file}: there is no such memorization file; {kind.recipe(dataset)}")
+            raise FileError(f"{file}: there is no such memorization file; {recipe(kind, dataset)}")
         plots = artifacts.ROOT / "plots" / "proxies" / dataset / "mem"
         super().__init__(score_files.read_memorization(file), file, kind.symbol, f"{kind.title}, {dataset}", plots)
         self._prob = shares(self.scores)
@@ -232,11 +261,11 @@ class Memorization(Scores):
         return self._prob.tolist()
 
 
-def find_scores(mode: str, dataset: str, folder: Folders = None) -> Path:
+def find_score_file(mode: str, dataset: str, folder: Folders = None) -> Path:
     """The file that :class:`Proxy` reads.
 
     Args:
-        mode: A name of ``MODES``.
+        mode: A name of ``SCORES``.
         dataset: See :class:`Proxy`.
         folder: See :class:`Proxy`.
 
@@ -249,41 +278,41 @@ def find_scores(mode: str, dataset: str, folder: Folders = None) -> Path:
 
 def _find(mode: str, dataset: str, folder: Folders) -> tuple[Path, str]:
     """The score file, and the data set's name in it."""
-    kind, dataset = score_mode(mode), dataset_name(dataset)
+    score, dataset = get_score(mode), dataset_name(dataset)
     given = [] if folder is None else [folder] if isinstance(folder, str | Path) else folder
     folders = [Path(place) for place in given] or [artifacts.ROOT / "metrics", artifacts.PACKAGED_SCORES]
     for place in folders:
-        path = artifacts.score_path(place, mode, dataset)
+        path = score.path(place, dataset)
         if path.exists():
             return path, dataset
     for place in folders if dataset not in CATALOGUE else ():
-        full = _own_data(place, mode, dataset)
+        full = _own_data(score, place, dataset)
         if len(full) > 1:
             raise FileError(
-                f"{place}: has {kind.title} scores of {len(full)} data sets called {dataset}; "
+                f"{place}: has {score.title} scores of {len(full)} data sets called {dataset}; "
                 f"choose one of {', '.join(full)}"
             )
         if full:
-            return artifacts.score_path(place, mode, full[0]), full[0]
-    raise _missing(kind, dataset, folders)
+            return score.path(place, full[0]), full[0]
+    raise _missing(score, dataset, folders)
 
 
-def _own_data(folder: Path, mode: str, stem: str) -> list[str]:
+def _own_data(score: Score, folder: Path, stem: str) -> list[str]:
     """The names, a stem and eight digits of the content, of the user's data sets of this stem that have scores."""
-    pattern = artifacts.score_path(folder, mode, glob.escape(f"{stem}-") + 8 * "[0-9a-f]")
-    start = artifacts.score_path(folder, mode, "|").name.index("|")
+    pattern = score.path(folder, glob.escape(f"{stem}-") + 8 * "[0-9a-f]")
+    start = score.path(folder, "|").name.index("|")
     return sorted(path.name[start : start + len(stem) + 9] for path in pattern.parent.glob(pattern.name))
 
 
-def _missing(kind: ScoreMode, dataset: str, folders: list[Path]) -> FileError:
+def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     """What to do about scores that are in none of the folders."""
-    there = [mode for mode in MODES if any(artifacts.score_path(place, mode, dataset).exists() for place in folders)]
-    name = artifacts.score_path("", kind.name, dataset).name
+    there = [other.name for other in SCORES.values() if any(other.path(place, dataset).exists() for place in folders)]
     looked = ", ".join(map(str, folders))
-    message = f"{name}: no {kind.title} scores of {dataset} in {looked} (sub-folder {kind.folder}); "
-    message += kind.recipe(dataset) + (f"; there are those called {', '.join(there)}" if there else "")
+    message = f"{score.path('', dataset).name}: no {score.title} scores of {dataset} in {looked} "
+    message += f"(sub-folder {score.folder}); {recipe(score, dataset)}"
+    message += f"; there are those called {', '.join(there)}" if there else ""
     shipped = artifacts.PACKAGED_SCORES
-    if shipped in folders or not artifacts.score_path(shipped, kind.name, dataset).exists():
+    if shipped in folders or not score.path(shipped, dataset).exists():
         return FileError(message)
     return FileError(
         f"{message}; those that ship with the project are in {shipped}",

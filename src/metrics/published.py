@@ -17,6 +17,7 @@ from tqdm import tqdm
 from src import artifacts
 from src.artifacts import score_files
 from src.errors import ArgumentError, FileError
+from src.metrics.registry import SCORES
 
 COMMIT = "61b2ed3fbb1b25a4f1deeed0b415a0d3bfe4f942"
 BASE_URL = f"https://raw.githubusercontent.com/AndAgio/SAMIS/{COMMIT}/src/metrics"
@@ -40,7 +41,7 @@ class PublishedFile:
 
     def path(self, folder: str | Path) -> Path:
         """Where the file belongs in a metrics folder."""
-        return artifacts.score_path(folder, self.mode, self.dataset)
+        return SCORES[self.mode].path(folder, self.dataset)
 
     def is_content_of(self, file: BinaryIO) -> bool:
         """Whether an open file holds exactly this one."""

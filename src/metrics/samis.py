@@ -4,26 +4,21 @@ For logits ``z`` of example i: ``p = softmax(z)`` and ``l = -log p_y``. Logits s
 softmax and logarithm are taken in float64, so that saturated examples do not tie.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from src import artifacts
 from src.errors import FileError
+from src.lazy import torch
+from src.metrics.score import Score
 
-
-class PairScores(NamedTuple):
-    """What a pair of models says about a batch of b examples; each field is ``(b,)``."""
-
-    loss_sgd: Tensor
-    loss_sam: Tensor
-    s_l: Tensor
-    s_p: Tensor
-    correct_sgd: Tensor
-    correct_sam: Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,8 +63,55 @@ def samis_prob(logits_sgd: Tensor, logits_sam: Tensor) -> Tensor:
     return (p_sgd - p_sam).abs().sum(dim=1)
 
 
-@torch.no_grad()
-def score_batch(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> PairScores:
+def mean_loss(loss_sgd: np.ndarray, loss_sam: np.ndarray) -> np.ndarray:
+    """The mean loss of both models, which the SAMIS scores are compared with."""
+    return (loss_sgd + loss_sam) / 2
+
+
+SCORES = (
+    Score(
+        "samis_loss",
+        r"$S_L(x_i)$",
+        "SAMIS-L",
+        source="pair",
+        folder="sam_sgd",
+        cost="SGD run + SAM run",
+        paper="SAMIS",
+        compute=samis_loss,
+        reads=("loss_sgd", "loss_sam"),
+        seed_file="loss",
+    ),
+    Score(
+        "samis_prob",
+        r"$S_P(x_i)$",
+        "SAMIS-P",
+        source="pair",
+        folder="sam_sgd",
+        cost="SGD run + SAM run",
+        paper="SAMIS",
+        compute=samis_prob,
+        reads=("logits_sgd", "logits_sam"),
+        seed_file="prob",
+    ),
+    Score(
+        "mean_loss",
+        r"$\bar{\ell}(x_i)$",
+        "mean loss of both models",
+        source="pair",
+        folder="sam_sgd",
+        cost="SGD run + SAM run",
+        paper="baseline",
+        compute=mean_loss,
+        reads=("loss_sgd", "loss_sam"),
+    ),
+)
+
+STORED = {score.name: score for score in SCORES if score.seed_file}
+FIELDS = ("loss_sgd", "loss_sam", *STORED, "correct_sgd", "correct_sam")
+"""What is computed of each example: both models' losses, the scores with a file of their own, and correctness."""
+
+
+def score_batch(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Everything that is stored about one batch, so that logits can be thrown away at once.
 
     Args:
@@ -78,17 +120,20 @@ def score_batch(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> PairS
         labels: ``(b,)`` int64.
 
     Returns:
-        Losses and scores in float64, correctness as bool.
+        ``FIELDS``, each ``(b,)``: losses and scores in float64, correctness as bool.
     """
-    loss_sgd, loss_sam = cross_entropy(logits_sgd, labels), cross_entropy(logits_sam, labels)
-    return PairScores(
-        loss_sgd=loss_sgd,
-        loss_sam=loss_sam,
-        s_l=samis_loss(loss_sgd, loss_sam),
-        s_p=samis_prob(logits_sgd, logits_sam),
-        correct_sgd=logits_sgd.argmax(dim=1) == labels,
-        correct_sam=logits_sam.argmax(dim=1) == labels,
-    )
+    with torch.no_grad():
+        found = {
+            "logits_sgd": logits_sgd,
+            "logits_sam": logits_sam,
+            "loss_sgd": cross_entropy(logits_sgd, labels),
+            "loss_sam": cross_entropy(logits_sam, labels),
+            "correct_sgd": logits_sgd.argmax(dim=1) == labels,
+            "correct_sam": logits_sam.argmax(dim=1) == labels,
+        }
+        for score in STORED.values():
+            found[score.name] = score.compute(*(found[name] for name in score.reads))
+    return {name: found[name] for name in FIELDS}
 
 
 def save_seed(
@@ -96,28 +141,23 @@ def save_seed(
     dataset: str,
     model: str,
     seed: int,
+    scores: Mapping[str, np.ndarray],
     *,
-    s_l: np.ndarray,
-    s_p: np.ndarray,
-    loss_sgd: np.ndarray,
-    loss_sam: np.ndarray,
     epoch: int,
     protocol: str,
     label_hash: str,
     data_hash: str | None = None,
     settings: str = "{}",
 ) -> list[Path]:
-    """Store the SAMIS scores of one seed, un-normalised, as the two npz files that averaging reads.
+    """Store the SAMIS scores of one seed, un-normalised, as the npz files that averaging reads.
 
     Args:
         metrics_folder: Where scores are kept.
         dataset: The data set's name in paths.
         model: The model's name.
         seed: The seed of both models.
-        s_l: float64 ``(total,)``, NaN where an example was not scored; stored as ``arr_0`` of the loss file.
-        s_p: float64 ``(total,)``; stored as ``arr_0`` of the probability file.
-        loss_sgd: float64 ``(total,)``.
-        loss_sam: float64 ``(total,)``.
+        scores: ``FIELDS`` but for correctness, each float64 ``(total,)``, NaN where an example was not scored. Each
+            score is stored as ``arr_0`` of its own file, beside the losses.
         epoch: The epoch of both models' checkpoints.
         protocol: ``"split"`` (out of sample) or ``"full"`` (premature, in sample).
         label_hash: ``artifacts.label_hash`` of the whole part's labels.
@@ -125,12 +165,12 @@ def save_seed(
         settings: What else determines the scores, such as the schedule, as json; averaging refuses to mix them.
 
     Returns:
-        The paths of the loss and the probability file.
+        The paths of the files.
 
     Raises:
         FileError: A score of a scored example is not finite, or nothing was scored; nothing is written then.
     """
-    columns = np.stack([s_l, s_p, loss_sgd, loss_sam])
+    columns = np.stack([scores[name] for name in (*STORED, "loss_sgd", "loss_sam")])
     indices = np.flatnonzero(~np.isnan(columns).all(axis=0))
     if not len(indices) or not np.isfinite(columns[:, indices]).all():
         folder = artifacts.samis_path(metrics_folder, dataset, model, seed, "loss").parent
@@ -140,17 +180,18 @@ def save_seed(
     facts = {"seed": seed, "epoch": epoch, "protocol": protocol, "label_hash": label_hash}
     if data_hash is not None:
         facts["data_hash"] = data_hash
-    arrays = {"loss_sgd": loss_sgd, "loss_sam": loss_sam, "indices": indices}
     return [
         artifacts.write_npz(
-            artifacts.samis_path(metrics_folder, dataset, model, seed, which),
-            arr_0=scores,
-            score=which,
+            artifacts.samis_path(metrics_folder, dataset, model, seed, score.seed_file),
+            arr_0=scores[name],
+            score=score.seed_file,
             settings=settings,
-            **arrays,
+            loss_sgd=scores["loss_sgd"],
+            loss_sam=scores["loss_sam"],
+            indices=indices,
             **facts,
         )
-        for which, scores in (("loss", s_l), ("prob", s_p))
+        for name, score in STORED.items()
     ]
 
 

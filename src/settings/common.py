@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.artifacts import ROOT, SCORE_FOLDERS
+from src.artifacts import ROOT
 from src.cli import given_flags, restrict
 from src.datasets import CATALOGUE, dataset_names
 from src.datasets.loading import check_arguments
 from src.devices import PRECISIONS
 from src.errors import FlagError
+from src.metrics.registry import SCORES
 from src.models import model_names, require_weights
 from src.optimizers import OPTIMIZERS, SCHEDULES, rate
 from src.settings import values
@@ -299,10 +300,10 @@ def score_folders(given: Sequence[str], mode: str, metrics_folder: Path | None =
             general.append(Path(text))
             continue
         name, separator, folder = text.partition("=")
-        if separator and name not in SCORE_FOLDERS:
+        if separator and name not in SCORES:
             raise FlagError(
                 f"--scores_folder {text}: there is no such folder, nor a score {name!r}; "
-                f"choose from {', '.join(SCORE_FOLDERS)}"
+                f"choose from {', '.join(SCORES)}"
             )
         path = Path(folder if separator else text)
         if not path.is_dir():

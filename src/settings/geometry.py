@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from src.artifacts import SCORE_FOLDERS
 from src.cli import restrict
 from src.curvature.choices import OPERATOR_NAMES, ORDERS, STORAGES, SpectrumPlan
 from src.errors import FlagError
+from src.metrics.registry import SCORES
 from src.models import model_names
 from src.optimizers import OPTIMIZERS, SCHEDULES
 from src.settings import values
@@ -33,10 +33,8 @@ def high_low(text: str) -> HighLow:
     parts = text.split(":")
     if len(parts) != 3 or parts[1] not in ("low", "high"):
         raise argparse.ArgumentTypeError(f"{text!r} is not metric:low|high:fraction, such as mem:low:0.3")
-    if parts[0] not in SCORE_FOLDERS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: there is no score {parts[0]!r}; choose from {', '.join(SCORE_FOLDERS)}"
-        )
+    if parts[0] not in SCORES:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no score {parts[0]!r}; choose from {', '.join(SCORES)}")
     return HighLow(parts[0], parts[1], values.fraction(parts[2]))
 
 

@@ -11,7 +11,7 @@ from src.coresets.budgets import make_groups
 from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
 from src.coresets.registry import METHODS
 from src.errors import FileError, FlagError
-from src.metrics import MODES
+from src.metrics import SCORES
 
 few_values = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1.0, 2.0, np.inf])  # many ties
 
@@ -92,7 +92,7 @@ def test_a_missing_score_is_refused_by_the_original_index():
         ranked.checked_scores(material, "min_mem")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCORES)
 def test_stored_scores_keep_the_end_that_the_mode_names(mode):
     (method,) = (method for method in METHODS.values() if method.needs.stored == mode)
     labels = np.array([0, 1, 0, 1, 0, 1])

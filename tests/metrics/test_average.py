@@ -10,7 +10,7 @@ from src import artifacts
 from src.artifacts.score_files import write_scores
 from src.errors import FileError, FlagError
 from src.metrics.average import SeedScores, average, find_run, read_pair_seed, read_run_seed, refuse_target
-from src.metrics.end_of_training import PER_SEED_FILES
+from src.metrics.dynamics import SEED_FILES
 from src.metrics.samis import save_seed
 
 EPOCHS, TOTAL = 4, 6
@@ -71,10 +71,10 @@ def test_examples_that_no_seed_scores_stay_without_a_score():
 
 def write_pair(folder, number, **changes):
     rng = np.random.default_rng(number)
-    columns = {name: rng.random(TOTAL) for name in ("s_l", "s_p", "loss_sgd", "loss_sam")}
+    columns = {name: rng.random(TOTAL) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam")}
     facts = {"epoch": 3, "protocol": "full", "label_hash": "ab"}
     settings = json.dumps({"seed": number, "lr_sched": changes.pop("lr_sched", "const")})
-    save_seed(folder, "toy", "mlp", number, **{**columns, **facts, "settings": settings, **changes})
+    save_seed(folder, "toy", "mlp", number, columns, **{**facts, "settings": settings, **changes})
     return columns
 
 
@@ -83,8 +83,8 @@ def test_pair_seeds_give_samis_and_the_plain_mean_loss(tmp_path):
     modes = ("samis_loss", "samis_prob", "mean_loss")
     seeds = [read_pair_seed(modes, tmp_path, "toy", "mlp", number) for number in (1, 2)]
     raw = {
-        "samis_loss": [c["s_l"] for c in columns],
-        "samis_prob": [c["s_p"] for c in columns],
+        "samis_loss": [c["samis_loss"] for c in columns],
+        "samis_prob": [c["samis_prob"] for c in columns],
         "mean_loss": [(c["loss_sgd"] + c["loss_sam"]) / 2 for c in columns],
     }
     for mode in modes:
@@ -122,7 +122,7 @@ def write_run(folder, experiment, number, correct=None, **settings):
     )
     visited = np.flatnonzero(~np.isnan(arrays["correct"]).all(axis=0)).tolist()
     for mode in ("flat", "eps"):
-        artifacts.write_pickle(place / PER_SEED_FILES[mode], {i: float(rng.random()) for i in visited})
+        artifacts.write_pickle(place / SEED_FILES[mode], {i: float(rng.random()) for i in visited})
     return arrays
 
 
@@ -132,7 +132,7 @@ def test_run_seeds_give_every_recorded_score(tmp_path):
     seeds = read_run_seed(("aum", "csl", "flat", "tdds"), tmp_path, name, 1)
     np.testing.assert_allclose(seeds["aum"].values, -arrays["margin"].mean(0), rtol=1e-6)  # HIGH is atypical
     assert average("aum", [seeds["aum"]])[1]["negated"] is True
-    flat = artifacts.read_pickle(artifacts.dynamics_folder(tmp_path, name, 1) / PER_SEED_FILES["flat"])
+    flat = artifacts.read_pickle(artifacts.dynamics_folder(tmp_path, name, 1) / SEED_FILES["flat"])
     np.testing.assert_array_equal(seeds["flat"].values, list(flat.values()))
     assert seeds["csl"].facts["epoch"] == EPOCHS
     assert seeds["csl"].facts["settings"] == {"learning_rate": 0.1}
@@ -148,7 +148,7 @@ def test_a_run_on_a_subset_scores_what_it_visited(tmp_path):
 
 def test_damaged_end_of_training_files_are_named(tmp_path):
     write_run(tmp_path, "run", 1)
-    path = artifacts.dynamics_folder(tmp_path, "run", 1) / PER_SEED_FILES["eps"]
+    path = artifacts.dynamics_folder(tmp_path, "run", 1) / SEED_FILES["eps"]
     for content in ({TOTAL: 1.0}, [1.0], {"a": 1.0}, {}):
         artifacts.write_pickle(path, content)
         with pytest.raises(FileError, match=r"epsilon_flat_train.pkl: .*--measure_proxies"):

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.errors import FlagError
-from src.metrics import dynamics_scores as ds
+from src.metrics import SCORES, scores_from
+from src.metrics import dynamics as ds
 
 NAN = np.nan
 
@@ -74,21 +75,21 @@ def test_a_short_run_shrinks_the_window_and_one_epoch_is_refused(run):
     expected = (1 - short.mean(0)) * short.std(0, ddof=1)
     np.testing.assert_allclose(ds.dual(short), expected, rtol=1e-5)
     np.testing.assert_allclose(ds.el2n(short), short.mean(0), rtol=1e-6)
-    for score in (ds.dual, ds.dyn_unc):
-        with pytest.raises(FlagError, match=r"^modes .* at least 2"):
-            score(run[:1])
-    with pytest.raises(FlagError, match="at least 2"):
-        ds.tdds(run[:2])
+    for name, fewest in {"dual": 2, "dyn_unc": 2, "tdds": 3, "csl": 1}.items():
+        recorded = dict.fromkeys(("probability", "divergence", "loss"), run[:fewest])
+        assert np.isfinite(SCORES[name].from_dynamics(recorded)).all()
+        with pytest.raises(FlagError, match=rf"^modes {name}: .* at least {fewest}"):
+            SCORES[name].from_dynamics({key: values[: fewest - 1] for key, values in recorded.items()})
 
 
 def test_sums_means_and_windows(run):
     np.testing.assert_allclose(ds.csl(run), run.sum(0), rtol=1e-6)
     np.testing.assert_allclose(ds.aum(run - 0.5), (run - 0.5).mean(0), rtol=1e-5)
     np.testing.assert_allclose(ds.el2n(run), run[:10].mean(0), rtol=1e-6)
-    np.testing.assert_allclose(ds.el2n(run, 3, 5), run[2:5].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(ds.el2n(run, (3, 5)), run[2:5].mean(0), rtol=1e-6)
     for first, last in ((0, 5), (6, 5), (14, 20)):
         with pytest.raises(FlagError, match="no window"):
-            ds.el2n(run, first, last)
+            ds.el2n(run, (first, last))
 
 
 def test_missing_visits_are_left_out_of_every_score(run):
@@ -107,6 +108,7 @@ def test_every_score_follows_its_example(run):
     order = np.array([3, 0, 4, 1, 2])
     correct = (run > 0.5).astype(np.float32)
     arrays = dict.fromkeys(("loss", "margin", "probability", "el2n", "divergence"), run) | {"correct": correct}
-    for name, reduce in ds.REDUCTIONS.items():
-        moved = reduce({key: value[:, order] for key, value in arrays.items()}, ds.Windows())
-        np.testing.assert_allclose(moved, reduce(arrays, ds.Windows())[order], rtol=1e-12, err_msg=name)
+    for name in scores_from("dynamics"):
+        moved = SCORES[name].from_dynamics({key: value[:, order] for key, value in arrays.items()}, ds.Windows())
+        expected = SCORES[name].from_dynamics(arrays)[order]
+        np.testing.assert_allclose(moved, expected, rtol=1e-12, err_msg=name)

@@ -1,6 +1,7 @@
 """What a run with --measure_proxies leaves behind, in the published formats."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +9,8 @@ import torch
 
 from src.artifacts import read_pickle
 from src.datasets import Batches, Normalisation, load_dataset
-from src.metrics import end_of_training
-from src.metrics.end_of_training import (
-    HISTORY_FILES,
-    PER_SEED_FILES,
-    RECORD_FILE,
-    write_end_of_training_scores,
-)
+from src.metrics import flatness
+from src.metrics.dynamics import HISTORY_FILES, NOT_VISITED, RECORD_FILE, SEED_FILES, write_end_of_training_scores
 from src.models import build_model
 
 CHOSEN = [3, 8, 20, 41]
@@ -36,9 +32,9 @@ def written(tmp_path_factory):
 
 def test_every_file_of_the_format_is_there(written):
     folder, paths, _, _ = written
-    assert {path.name for path in paths} == {*PER_SEED_FILES.values(), RECORD_FILE, *HISTORY_FILES}
+    assert {path.name for path in paths} == {*SEED_FILES.values(), RECORD_FILE, *HISTORY_FILES}
     assert all(path.parent == folder for path in paths)
-    for name in PER_SEED_FILES.values():
+    for name in SEED_FILES.values():
         content = pickle.loads((folder / name).read_bytes())
         assert list(content) == CHOSEN
         assert all(type(key) is int and type(value) is float for key, value in content.items())
@@ -46,7 +42,7 @@ def test_every_file_of_the_format_is_there(written):
 
 def test_values_are_raw_counts_and_measured_flatness(written):
     folder, _, _, _ = written
-    scores = {mode: list(read_pickle(folder / name).values()) for mode, name in PER_SEED_FILES.items()}
+    scores = {mode: list(read_pickle(folder / name).values()) for mode, name in SEED_FILES.items()}
     assert scores["forg"] == [0, 1, 1, 0]
     np.testing.assert_array_equal(scores["etl"], [1, 3, np.nan, 3])
     for mode in ("flat", "eps"):
@@ -61,15 +57,16 @@ def test_histories_are_bytes_with_a_mark_for_not_visited(written):
         assert history.dtype == np.uint8
         assert history.shape == correct.shape
         np.testing.assert_array_equal(history[:, CHOSEN], correct[:, CHOSEN])
-        assert (np.delete(history, CHOSEN, axis=1) == end_of_training.NOT_VISITED).all()
+        assert (np.delete(history, CHOSEN, axis=1) == NOT_VISITED).all()
 
 
 def test_scores_that_are_not_finite_are_named(written, tmp_path, monkeypatch, caplog):
     _, _, correct, model = written
     values = np.zeros(correct.shape[1])
     values[[8, 41]] = np.nan, np.inf
-    monkeypatch.setattr(end_of_training, "input_curvature", lambda *args, **options: values)
-    monkeypatch.setattr(end_of_training, "epsilon_flatness", lambda *args, **options: np.zeros_like(values))
+    found = {"flat": values, "eps": np.zeros_like(values)}
+    measured = tuple(replace(s, compute=lambda *_, name=s.name, **__: found[name]) for s in flatness.SCORES)
+    monkeypatch.setattr(flatness, "SCORES", measured)
     write_end_of_training_scores(tmp_path, model, None, {"correct": correct})
     assert "input curvature of 2 examples is not finite (indices 8, 41)" in caplog.text
     assert len(caplog.records) == 1

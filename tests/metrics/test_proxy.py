@@ -14,14 +14,14 @@ from src import artifacts
 from src.artifacts.score_files import read_scores, sidecar_path, write_scores
 from src.datasets import load_dataset
 from src.errors import FileError, FlagError
-from src.metrics import MODES, Memorization, Proxy, find_scores
-from src.metrics.proxy import min_max
+from src.metrics import SCORES, Memorization, Proxy, find_score_file
+from src.metrics.proxy import min_max, recipe
 
 RAW = np.array([3.0, 1.0, 5.0, 1.0, 2.0])
 
 
 def store(folder, mode="forg", dataset="toy", scores=RAW, **record):
-    path = artifacts.score_path(folder, mode, dataset)
+    path = SCORES[mode].path(folder, dataset)
     write_scores(path, scores, record)
     return path
 
@@ -70,14 +70,14 @@ def test_given_folders_are_searched_in_order_and_no_others(tmp_path, monkeypatch
     shipped, own = store(root / "src" / "metrics"), store(root / "metrics")
     given = [str(tmp_path / "a"), tmp_path / "b"]
     with pytest.raises(FileError, match=r"no forgetting events scores of toy .*src/metrics") as caught:
-        find_scores("forg", "toy", given)
+        find_score_file("forg", "toy", given)
     assert "--scores_folder" not in str(caught.value)
     assert f"--scores_folder={os.path.relpath(root / 'src' / 'metrics')} " in caught.value.line
     for place in reversed(given):
         path = store(place)
-        assert find_scores("forg", "toy", given) == path
-    assert find_scores("forg", "toy", tmp_path / "b") == artifacts.score_path(tmp_path / "b", "forg", "toy")
-    assert find_scores("forg", "toy") == own
+        assert find_score_file("forg", "toy", given) == path
+    assert find_score_file("forg", "toy", tmp_path / "b") == SCORES["forg"].path(tmp_path / "b", "toy")
+    assert find_score_file("forg", "toy") == own
     own.unlink()
     assert Proxy("forg", "toy").path == shipped
 
@@ -129,11 +129,20 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
 
 
 def test_every_mode_has_a_place_a_symbol_and_a_recipe():
-    assert set(MODES) == set(artifacts.SCORE_FOLDERS)
-    assert len({mode.symbol for mode in MODES.values()}) == len(MODES)
-    for mode in MODES.values():
-        assert mode.symbol.startswith("$")
-        assert mode.recipe("toy").startswith(("make it", "store"))
+    assert len({score.symbol for score in SCORES.values()}) == len(SCORES)
+    for score in SCORES.values():
+        assert score.symbol.startswith("$")
+        assert recipe(score, "toy").startswith(("make it", "store"))
+    assert SCORES["forg"].path("m", "toy") == Path("m/forgettability/forg_toy.pkl")
+    assert SCORES["mem"].path("m", "toy") == Path("m/memorization/toy_infl_matrix.npz")
+
+
+def test_the_readme_lists_every_score_with_its_cost():
+    lines = (artifacts.ROOT / "README.md").read_text().splitlines()
+    rows = {cells[1].strip(" `"): cells[3].strip() for line in lines if len(cells := line.split("|")) > 8}
+    assert {name: rows.get(name) for name in SCORES if name != "mem"} == {
+        score.name: score.cost for score in SCORES.values() if score.name != "mem"
+    }
 
 
 def test_a_file_made_on_a_subset_keeps_original_indices(tmp_path):
@@ -147,7 +156,7 @@ def test_a_file_made_on_a_subset_keeps_original_indices(tmp_path):
 
 
 def write_raw(folder, content, record=None):
-    path = artifacts.score_path(folder, "forg", "toy")
+    path = SCORES["forg"].path(folder, "toy")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content, protocol=4))
     if record is not None:
@@ -232,7 +241,7 @@ def test_the_written_format_is_the_published_one(tmp_path):
 
 
 def memorization(folder, dataset="toy", **arrays):
-    path = artifacts.memorization_path(folder, dataset)
+    path = SCORES["mem"].path(folder, dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)
     return path
@@ -315,7 +324,7 @@ def test_published_files_are_read_as_they_are(mode, dataset, n, low, high, mean,
 
 @needs_published
 def test_published_memorization():
-    mem = Memorization(artifacts.memorization_path(PUBLISHED, "cifar100"))
+    mem = Memorization(SCORES["mem"].path(PUBLISHED, "cifar100"))
     assert (mem.scores == 0).sum() == 11844
     assert (mem.scores == 1).sum() == 959
     assert mem.scores.sum() == pytest.approx(13760.56, abs=5e-3)

@@ -24,7 +24,7 @@ def logits():
 def test_scores_are_their_definitions(logits):
     sgd, sam, labels = logits
     scores = score_batch(sgd, sam, labels)
-    s_l, s_p = scores.s_l, scores.s_p
+    s_l, s_p = scores["samis_loss"], scores["samis_prob"]
     assert (s_l > 0).all()
     for i in range(30):
         p, q = softmax(sgd[i].double().numpy()), softmax(sam[i].double().numpy())
@@ -37,15 +37,15 @@ def test_arithmetic_is_float64_so_saturated_examples_do_not_tie():
     sgd, sam = torch.tensor([[20.0, 0.0]]), torch.tensor([[25.0, 0.0]])
     label = torch.tensor([0])
     assert torch.nn.functional.cross_entropy(sgd, label).item() == 0
-    loss = score_batch(sgd, sam, label).s_l
+    loss = score_batch(sgd, sam, label)["samis_loss"]
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(np.exp(-20) - np.exp(-25), rel=1e-6)
 
 
 def test_bounds_symmetry_and_equal_models(logits):
     sgd, sam, labels = logits
-    assert (score_batch(sgd, sgd, labels).s_l == 0).all()
-    assert torch.equal(score_batch(sgd, sam, labels).s_l, score_batch(sam, sgd, labels).s_l)
+    assert (score_batch(sgd, sgd, labels)["samis_loss"] == 0).all()
+    assert torch.equal(score_batch(sgd, sam, labels)["samis_loss"], score_batch(sam, sgd, labels)["samis_loss"])
     assert (samis_prob(sam, sam) == 0).all()
     assert torch.equal(samis_prob(sgd, sam), samis_prob(sam, sgd))
     opposite = samis_prob(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]]))
@@ -56,22 +56,20 @@ def test_a_batch_is_the_sum_of_its_parts(logits):
     sgd, sam, labels = logits
     whole = score_batch(sgd, sam, labels)
     parts = [score_batch(sgd[i : i + 7], sam[i : i + 7], labels[i : i + 7]) for i in range(0, 30, 7)]
-    for name in whole._fields:
-        torch.testing.assert_close(
-            getattr(whole, name), torch.cat([getattr(p, name) for p in parts]), rtol=1e-14, atol=1e-15
-        )
-    assert torch.equal(whole.correct_sgd, sgd.argmax(1) == labels)
-    torch.testing.assert_close(whole.loss_sam, cross_entropy(sam, labels))
+    for name, values in whole.items():
+        torch.testing.assert_close(values, torch.cat([p[name] for p in parts]), rtol=1e-14, atol=1e-15)
+    assert torch.equal(whole["correct_sgd"], sgd.argmax(1) == labels)
+    torch.testing.assert_close(whole["loss_sam"], cross_entropy(sam, labels))
 
 
 def seed_file(folder, **changes):
-    columns = {name: np.linspace(0, 1, 6) for name in ("s_l", "s_p", "loss_sgd", "loss_sam")}
+    columns = {name: np.linspace(0, 1, 6) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam")}
     facts = {"epoch": 3, "protocol": "full", "label_hash": "ab", "settings": '{"lr_sched": "const"}'}
-    return save_seed(folder, "digits", "mlp", 1, **{**columns, **facts, **changes})
+    return save_seed(folder, "digits", "mlp", 1, {**columns, **changes}, **facts)
 
 
 def test_seed_files_have_the_field_s_key_and_come_back(tmp_path):
-    columns = {name: np.arange(6.0) for name in ("s_l", "s_p", "loss_sgd", "loss_sam")}
+    columns = {name: np.arange(6.0) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam")}
     for column in columns.values():
         column[2] = np.nan
     loss, prob = seed_file(tmp_path, **columns)
@@ -85,7 +83,7 @@ def test_seed_files_have_the_field_s_key_and_come_back(tmp_path):
 def test_scores_that_are_not_finite_are_never_written(tmp_path):
     for bad in (np.array([0, 1, np.inf, 3, 4, 5]), np.array([0, 1, np.nan, 3, 4, 5])):
         with pytest.raises(FileError, match="not finite"):
-            seed_file(tmp_path, s_l=bad)
+            seed_file(tmp_path, samis_loss=bad)
     assert not samis_path(tmp_path, "digits", "mlp", 1, "loss").exists()
 
 

@@ -8,33 +8,33 @@ from scipy.stats import gaussian_kde
 from src import artifacts
 from src.artifacts.score_files import write_scores
 from src.errors import FlagError
-from src.metrics import Proxy, image_plots, plots
+from src.metrics import SCORES, Proxy, image_plots, plots
 
-SCORES = np.random.default_rng(0).gamma(2.0, size=400)
+VALUES = np.random.default_rng(0).gamma(2.0, size=400)
 
 
 @pytest.fixture
 def proxy(tmp_path):
-    write_scores(artifacts.score_path(tmp_path, "csl", "toy"), SCORES, {})
+    write_scores(SCORES["csl"].path(tmp_path, "toy"), VALUES, {})
     return Proxy("csl", "toy", False, tmp_path)
 
 
 def test_the_histogram_holds_every_example_in_50_bins():
-    axes = plots.histogram(SCORES, "$s$", "scores, toy").axes[0]
+    axes = plots.histogram(VALUES, "$s$", "scores, toy").axes[0]
     counts = [patch.get_height() for patch in axes.patches]
     assert len(counts) == 50
     assert sum(counts) == 400
     assert len({to_rgb(patch.get_facecolor()) for patch in axes.patches}) == 10
     assert axes.get_yscale() == "linear"
     assert axes.get_xlabel() == "$s$"
-    skewed = np.concatenate([np.zeros(300), SCORES[:100]])
+    skewed = np.concatenate([np.zeros(300), VALUES[:100]])
     assert plots.histogram(skewed, "$s$", "").axes[0].get_yscale() == "log"
 
 
 def test_the_binned_density_is_the_plain_one():
-    points, heights = plots.kernel_density(SCORES)
-    np.testing.assert_allclose(heights, gaussian_kde(SCORES)(points), rtol=0.01, atol=1e-4)
-    assert (points[0], points[-1]) == (SCORES.min(), SCORES.max())
+    points, heights = plots.kernel_density(VALUES)
+    np.testing.assert_allclose(heights, gaussian_kde(VALUES)(points), rtol=0.01, atol=1e-4)
+    assert (points[0], points[-1]) == (VALUES.min(), VALUES.max())
 
 
 def test_a_density_of_equal_scores_is_refused():
@@ -43,11 +43,11 @@ def test_a_density_of_equal_scores_is_refused():
 
 
 def test_shares_are_of_all_examples(proxy, tmp_path):
-    figure = plots.shares(np.arange(400), SCORES / SCORES.sum(), "$s$", "t")
+    figure = plots.shares(np.arange(400), VALUES / VALUES.sum(), "$s$", "t")
     offsets = figure.axes[0].collections[0].get_offsets()
     np.testing.assert_allclose(offsets[:, 1].sum(), 1.0)
-    line = plots.shares(np.arange(5), SCORES[:5] / SCORES.sum(), "$s$", "t", "line").axes[0].lines[0]
-    np.testing.assert_allclose(line.get_ydata(), SCORES[:5] / SCORES.sum())
+    line = plots.shares(np.arange(5), VALUES[:5] / VALUES.sum(), "$s$", "t", "line").axes[0].lines[0]
+    np.testing.assert_allclose(line.get_ydata(), VALUES[:5] / VALUES.sum())
     with pytest.raises(FlagError, match="choose scatter or line"):
         proxy.plot_prob_dist(plot="bars", folder=tmp_path)
 
@@ -73,7 +73,7 @@ def test_default_plots_stand_in_the_plots_folder(proxy, tmp_path, monkeypatch):
 def test_the_comparison_shows_its_numbers():
     matrix = np.array([[0.123, -0.456], [np.nan, 1.0]])
     names = ["$a$", "$b$"]
-    figure = plots.comparison([SCORES, SCORES[::-1]], names, ["$c$", "$d$"], {"rank correlation": matrix}, "title")
+    figure = plots.comparison([VALUES, VALUES[::-1]], names, ["$c$", "$d$"], {"rank correlation": matrix}, "title")
     ridges, heat = figure.axes
     assert [text.get_text() for text in heat.texts] == ["0.12", "-0.46", "–", "1.00"]
     assert [label.get_text() for label in heat.get_xticklabels()] == ["$c$", "$d$"]

@@ -12,8 +12,8 @@ from support import call, folders, succeed, write_blobs
 from src import artifacts
 from src.artifacts.score_files import write_scores
 from src.datasets import load_dataset
-from src.metrics import Proxy
-from src.metrics.samis import save_seed
+from src.metrics import SCORES, Proxy
+from src.metrics.samis import FIELDS, save_seed
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def toy(tmp_path_factory):
     rng = np.random.default_rng(0)
     difficulty = rng.random(30)
     for mode, noise in (("csl", 0.1), ("aum", 0.3)):
-        target = artifacts.score_path(base / "metrics", mode, train.entry.name)
+        target = SCORES[mode].path(base / "metrics", train.entry.name)
         record = {"label_hash": artifacts.label_hash(train.labels)}
         write_scores(target, difficulty + noise * rng.random(30), record)
     return base, f"--dataset=npz:{path}", train.entry.name
@@ -66,7 +66,7 @@ def test_plot_proxies_against_a_reference_folder(toy, tmp_path):
 def test_scores_of_other_labels_are_refused_by_both_figures(toy, tmp_path):
     base, dataset, name = toy
     for change, named in (({"label_hash": "0" * 16}, "other labels"), ({}, "is for 29 examples")):
-        write_scores(artifacts.score_path(tmp_path, "csl", name), np.arange(30.0 if change else 29.0), change)
+        write_scores(SCORES["csl"].path(tmp_path, name), np.arange(30.0 if change else 29.0), change)
         for script in ("plot_proxies.py", "plot_images.py"):
             place = (f"--plots_folder={tmp_path / 'plots'}", f"--metrics_folder={base / 'metrics'}")
             refused = call(script, dataset, "--modes", "csl", f"--scores_folder={tmp_path}", *place)
@@ -137,9 +137,9 @@ def test_average_scores_answers_bad_flags_in_one_line(toy, tmp_path):
 def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_path):
     _, dataset, name = toy
     for seed in (1, 2):
-        columns = {key: np.random.default_rng(seed).random(30) for key in ("s_l", "s_p", "loss_sgd", "loss_sam")}
+        columns = {key: np.random.default_rng(seed).random(30) for key in FIELDS[:4]}
         save_seed(
-            tmp_path / "metrics", name, "mlp", seed, **columns, epoch=2, protocol="full", label_hash="ab",
+            tmp_path / "metrics", name, "mlp", seed, columns, epoch=2, protocol="full", label_hash="ab",
             settings=json.dumps({"seed": seed}),
         )  # fmt: skip
     flags = ("average_scores.py", dataset, "--model=mlp", *folders(tmp_path, "datasets", "metrics"))
@@ -147,7 +147,7 @@ def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_p
     refused = call(*flags, "--seeds", 1, 2)
     assert refused.status == 1
     assert "seeds ([1] there, [1, 2] here)" in refused.complaint
-    assert not artifacts.score_path(tmp_path / "metrics", "samis_loss", name).exists()
+    assert not SCORES["samis_loss"].path(tmp_path / "metrics", name).exists()
     succeed(*flags, "--seeds", 1, 2, "--overwrite")
     proxy = Proxy("samis_loss", name, folder=tmp_path / "metrics")
     assert proxy.record["seeds"] == [1, 2]

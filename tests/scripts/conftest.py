@@ -3,8 +3,8 @@
 import pytest
 from support import TRAIN, folders, succeed, write_blobs
 
-from src.artifacts import score_path
 from src.datasets import load_dataset
+from src.metrics import SCORES
 
 EXAMPLES = 60
 
@@ -54,7 +54,7 @@ class World:
 
     @property
     def scores(self):
-        return score_path(self.base / "metrics", "samis_loss", self.name)
+        return SCORES["samis_loss"].path(self.base / "metrics", self.name)
 
 
 @pytest.fixture(scope="session")

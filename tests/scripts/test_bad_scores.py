@@ -10,7 +10,7 @@ import pytest
 from refusals import FILE, FLAG, RunsCode, assert_kept, check, on_a_full_disk, refuse, snapshot, spoilt, unprivileged
 from support import ROOT, TRAIN, call, folders, succeed
 
-from src.artifacts import score_path
+from src.metrics import SCORES
 
 N = 60
 
@@ -236,7 +236,7 @@ def test_the_file_that_is_read_is_named(tmp_path):
 
 def test_memorization_of_other_labels_or_not_where_it_was_asked_for(world, tmp_path):
     labels = np.arange(N) % 3
-    path = score_path(tmp_path / "scores", "mem", world.name)
+    path = SCORES["mem"].path(tmp_path / "scores", world.name)
     path.parent.mkdir(parents=True)
     scores = f"--scores_folder={tmp_path / 'scores'}"
     np.savez(path, tr_mem=np.arange(N) / N, tr_labels=labels)
@@ -291,7 +291,7 @@ def test_published_scores_that_cannot_be_had(tmp_path):
     flags = ("--dataset=cifar10", "--modes=forg", f"--folder={tmp_path}")
     says = (r"forg_cifar10\.pkl: could not be downloaded", "check the connection or --base_url")
     refuse("fetch_scores.py", *flags, "--base_url=http://127.0.0.1:9", status=FILE, says=says, keep=tmp_path)
-    path = score_path(tmp_path, "forg", "cifar10")
+    path = SCORES["forg"].path(tmp_path, "cifar10")
     path.parent.mkdir(exist_ok=True)
     path.write_text("the user's own")
     says = (r"forg_cifar10\.pkl: holds other scores", "--overwrite", "--folder")

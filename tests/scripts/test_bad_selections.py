@@ -7,8 +7,9 @@ import pytest
 from refusals import FILE, FLAG, assert_kept, refuse, snapshot
 from support import TRAIN, folders, succeed, write_blobs
 
-from src.artifacts import score_path, write_pickle
+from src.artifacts import write_pickle
 from src.datasets import load_dataset
+from src.metrics import SCORES
 
 N = 60
 SHORT = ("--coreset_epochs=1", "--batch_size=16", "--learning_rate=0.05")
@@ -85,7 +86,7 @@ def test_a_missing_score_names_the_command(blobs, tmp_path):
     ],
 )
 def test_scores_that_do_not_fit(blobs, name, tmp_path, scores, says):
-    write_pickle(score_path(tmp_path / "metrics", "csl", name), scores)
+    write_pickle(SCORES["csl"].path(tmp_path / "metrics", name), scores)
     refuse("train_prune.py", *flags(blobs, tmp_path, "--coreset_func=min_csl"), status=FILE, says=(says,))
 
 

@@ -11,7 +11,7 @@ from src.coresets.budgets import make_groups
 from src.datasets import load_dataset, lookup, parse_subset
 from src.devices import resolve_device
 from src.errors import UserError
-from src.metrics import Proxy, score_mode
+from src.metrics import Proxy, get_score
 from src.metrics.published import published_files
 from src.models import build_model
 from src.optimizers import build_optimizer
@@ -24,7 +24,7 @@ PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
 @pytest.mark.parametrize(
     ("call", "argument", "flag"),
     [
-        (lambda: score_mode("x"), "mode", "--modes"),
+        (lambda: get_score("x"), "mode", "--modes"),
         (lambda: Proxy("x"), "mode", "--modes"),
         (lambda: Proxy("mem", "a/b"), "dataset", "--dataset"),
         (lambda: published_files("digits"), "dataset", "--dataset"),

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from support import TRAIN, call, folders, start, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, read_json, read_npz, score_path, write_json, write_pickle
+from src.artifacts import read_checkpoint, read_json, read_npz, write_json, write_pickle
 from src.coresets import METHODS
 from src.datasets import load_dataset
+from src.metrics import SCORES
 
 N, CLASSES = 90, 3
 PRETRAIN = ("--coreset_pretrain_epochs=4", "--coreset_pretrain_lr=0.05", "--coreset_pretrain_batch_size=32",
@@ -32,12 +33,12 @@ class Place:
         self.scores = np.random.default_rng(0).random(N)
         for method in METHODS.values():
             if method.needs.stored == "mem":
-                path = score_path(base / "metrics", "mem", self.name)
+                path = SCORES["mem"].path(base / "metrics", self.name)
                 path.parent.mkdir(parents=True)
                 np.savez(path, tr_mem=self.scores)
             elif method.needs.stored:
                 write_pickle(
-                    score_path(base / "metrics", method.needs.stored, self.name), dict(enumerate(self.scores))
+                    SCORES[method.needs.stored].path(base / "metrics", self.name), dict(enumerate(self.scores))
                 )
 
     def flags(self, func, *more):
@@ -270,7 +271,7 @@ def test_resume_goes_on_with_the_same_selection(place, tmp_path):
 
 
 def test_scores_of_a_subset_serve_that_subset_alone(place, tmp_path):
-    path = score_path(tmp_path / "metrics", "csl", place.name)
+    path = SCORES["csl"].path(tmp_path / "metrics", place.name)
     write_pickle(path, {index: float(index) for index in range(60)})
     write_json(path.with_suffix(".json"), {"n": 60, "total": N})
     (tmp_path / "subset.txt").write_text("\n".join(map(str, range(60))))

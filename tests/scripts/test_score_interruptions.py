@@ -9,9 +9,9 @@ import pytest
 from refusals import snapshot
 from support import folders, succeed
 
-from src.artifacts import score_path
 from src.artifacts.score_files import read_scores, read_sidecar, sidecar_path
 from src.errors import FileError
+from src.metrics import SCORES
 
 
 class Killed(BaseException):
@@ -59,7 +59,7 @@ def assert_whole_or_refused(path: Path, allowed: list[tuple[bytes, bytes | None]
 @pytest.mark.parametrize("before", ["nothing", "other settings", "no record"])
 def test_average_scores(world, tmp_path, monkeypatch, before):
     modes = ("samis_loss", "mean_loss")
-    paths = [score_path(tmp_path / "now" / "metrics", mode, world.name) for mode in modes]
+    paths = [SCORES[mode].path(tmp_path / "now" / "metrics", world.name) for mode in modes]
     start, now = tmp_path / "start", tmp_path / "now"
     for seed in ("1", "2"):
         shutil.copytree(world.seed_file.parents[1] / seed, start / "metrics" / world.name / "small_mlp" / seed)
@@ -101,12 +101,12 @@ def test_scores_of_an_experiment(tmp_path, monkeypatch):
                 )  # fmt: skip
 
     succeed(*flags(tmp_path / "whole"))
-    wanted = score_path(tmp_path / "whole" / "metrics", "mpe", "digits")
+    wanted = SCORES["mpe"].path(tmp_path / "whole" / "metrics", "digits")
     points = []
     for point in kill_points(monkeypatch, lambda: succeed(*flags(tmp_path / f"{len(points)}"))):
         base = tmp_path / f"{len(points)}"
         points.append(point)
-        path = score_path(base / "metrics", "mpe", "digits")
+        path = SCORES["mpe"].path(base / "metrics", "digits")
         if not sidecar_path(path).exists():
             continue
         succeed(*flags(base))

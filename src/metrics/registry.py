@@ -1,0 +1,54 @@
+"""Every kind of score by name, in the order in which flags, figures and tables list them."""
+
+from src.errors import ArgumentError
+from src.metrics import dynamics, flatness, samis
+from src.metrics.score import Score
+
+MEMORIZATION = Score(
+    "mem",
+    r"$m(x_i)$",
+    "memorization",
+    source="download",
+    folder="memorization",
+    cost="thousands of runs",
+    paper="Feldman and Zhang 2020",
+    file="{dataset}_infl_matrix.npz",
+)
+
+SENSITIVITY = Score(
+    "mpe",
+    r"$\mathrm{MPE}(x_i)$",
+    "memory-perturbation sensitivity",
+    source="mpe",
+    folder="mpe",
+    cost="SGD run + 2 passes",
+    paper="Nickl et al. 2023",
+)
+
+SCORES: dict[str, Score] = {
+    score.name: score
+    for score in (
+        MEMORIZATION,
+        *dynamics.COUNTS,
+        *flatness.SCORES,
+        *samis.SCORES,
+        *dynamics.REDUCTIONS,
+        SENSITIVITY,
+    )
+}
+
+
+def get_score(name: str) -> Score:
+    """The score of a name.
+
+    Raises:
+        ArgumentError: There is no such score.
+    """
+    if name not in SCORES:
+        raise ArgumentError("mode", f"{name!r}: there is no such score; choose from {', '.join(SCORES)}", "--modes")
+    return SCORES[name]
+
+
+def scores_from(*sources: str) -> tuple[str, ...]:
+    """The names of the scores whose per-seed values come from ``sources``, in the registry's order."""
+    return tuple(score.name for score in SCORES.values() if score.source in sources)
