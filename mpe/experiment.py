@@ -212,8 +212,6 @@ class Experiment:
             compile_model=args.compile,
             after_step=after_step,
             test_loss_cap=LOSS_CAP,
-            rate_flag="--lr",
-            size_flag="--bs",
         )
         description = model_description(args.model, self.whole_train, self.entry.normalisations[NORMALISATION])
         run_training(

@@ -124,8 +124,6 @@ class Session:
         plan: EpochPlan | None = None,
         more_settings: Mapping[str, Any] | None = None,
         final_scores: bool = True,
-        rate_flag: str = "--learning_rate",
-        size_flag: str = "--batch_size",
     ) -> list[dict[str, Any]]:
         """Train one network on ``train`` and write everything that a run writes.
 
@@ -136,8 +134,6 @@ class Session:
             plan: Which examples each epoch visits, where that is not all of them.
             more_settings: Settings beside those of the flags, such as the split left out.
             final_scores: With ``--measure_proxies``, whether to measure the scores of the trained network too.
-            rate_flag: The flag of the learning rate, for messages.
-            size_flag: That of the batch size.
 
         Returns:
             The history: one record per epoch.
@@ -166,8 +162,6 @@ class Session:
             group=self.group,
             compile_model=args.compile,
             sync_batchnorm=args.sync_bn,
-            rate_flag=rate_flag,
-            size_flag=size_flag,
         )
         settings = self.settings(train, more_settings)
         whole_labels = self.whole_train.labels.cpu().numpy()

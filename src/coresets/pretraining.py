@@ -110,8 +110,7 @@ class PretrainedNetwork:
         self.session.group.wait()  # nobody starts before everybody has seen that there is something to do
         for name in _QUANTITIES:
             self._file(name).unlink(missing_ok=True)
-        flags = {"rate_flag": "--coreset_pretrain_lr", "size_flag": "--coreset_pretrain_batch_size"}
-        self.session.run(self.experiment, self.train, final_scores=False, **flags)
+        self.session.run(self.experiment, self.train, final_scores=False)
         self._forget_states()
 
     def _forget_states(self) -> None:

@@ -1,8 +1,8 @@
-"""Optimisers and learning-rate schedules: SGD, Adam, AdamW, SAM and iBLR, by name."""
+"""Optimizers and learning-rate schedules: SGD, Adam, AdamW, SAM and iBLR, by name."""
 
 from src.lazy import lazy_names
-from src.optimizers.registry import OPTIMIZERS, OptimizerEntry, build_optimizer, optimizer_names
-from src.optimizers.schedules import SCHEDULES, Schedule, rate, schedule_names
+from src.optimizers.registry import OPTIMIZERS, OptimizerEntry, build_optimizer
+from src.optimizers.schedules import SCHEDULES, Schedule, rate
 
 __getattr__ = lazy_names(__name__, iblr=["IBLR"], sam=["SAM", "frozen_batchnorm"])
 
@@ -15,7 +15,5 @@ __all__ = [
     "Schedule",
     "build_optimizer",
     "frozen_batchnorm",
-    "optimizer_names",
     "rate",
-    "schedule_names",
 ]

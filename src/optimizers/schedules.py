@@ -1,7 +1,7 @@
 """Learning-rate schedules as pure functions of the epoch.
 
 A schedule is the share of the learning rate that an epoch uses; `rate` turns it into a rate. Nothing is stepped, so
-there is no state to save, and every optimiser is scheduled alike.
+there is no state to save, and every optimizer is scheduled alike.
 """
 
 import math
@@ -30,11 +30,6 @@ class Schedule:
 
 
 SCHEDULES: dict[str, Schedule] = {}
-
-
-def schedule_names() -> list[str]:
-    """The names of all schedules, in the order of the documentation."""
-    return list(SCHEDULES)
 
 
 def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,11 +12,13 @@ from src.cli import SEED, number, option
 from src.datasets import Augmentation, DatasetEntry
 from src.errors import ArgumentError
 from src.models import ModelConfig
-from src.optimizers import OPTIMIZERS, SCHEDULES, rate
+from src.optimizers import OPTIMIZERS, SCHEDULES
 
 
-def _with(optimizer: str) -> tuple:
-    return (lambda args: args.optimizer == optimizer, f"without --optimizer={optimizer}")
+def _acts(setting: str) -> tuple:
+    """Where a setting that not every optimizer reads acts."""
+    names = [entry.name for entry in OPTIMIZERS.values() if setting in entry.settings]
+    return (lambda args: args.optimizer in names, f"without --optimizer={' or '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TrainingConfig:
         precision: A name of ``PRECISIONS``.
 
     Raises:
-        ArgumentError: The floor of the rate is above the rate.
+        ArgumentError: A setting is out of its range, or does not go with another.
     """
 
     seed: int = option(1, "seed of initial weights, order and augmentation", SEED)
@@ -60,22 +63,50 @@ class TrainingConfig:
     )
     weight_decay: float = option(0.0, "weight decay (the papers use none)", number(float, 0))
     rho: float = option(
-        0.05, "radius of SAM's perturbation (sam only)", number(float, 0, open_low=True), acts=_with("sam")
+        0.05, "radius of SAM's perturbation (sam only)", number(float, 0, open_low=True), acts=_acts("rho")
     )
-    adaptive: bool = option(False, "adaptive SAM, scale-invariant (sam only)", negatable=True, acts=_with("sam"))
+    adaptive: bool = option(False, "adaptive SAM, scale-invariant (sam only)", negatable=True, acts=_acts("adaptive"))
     delta: float | None = option(
         None,
         "prior precision of iBLR (default: weight_decay x examples, else 1)",
         number(float, 0, open_low=True),
-        acts=_with("iblr"),
+        acts=_acts("delta"),
     )
-    hess_init: float = option(0.1, "initial Hessian of iBLR", number(float, 0, open_low=True), acts=_with("iblr"))
+    hess_init: float = option(
+        0.1, "initial Hessian of iBLR", number(float, 0, open_low=True), acts=_acts("hess_init")
+    )
     momentum: float = 0.9
     nesterov: bool = False
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        rate(self.lr_sched, 1, 1, self.learning_rate, self.lr_min)
+        for name, right, wanted in (
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("learning_rate", 0.0 < self.learning_rate < math.inf, "a finite number above 0"),
+            ("lr_sched", self.lr_sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            (
+                "lr_min",
+                0.0 <= self.lr_min <= self.learning_rate,
+                f"between 0 and the learning rate {self.learning_rate:g}",
+            ),
+            ("momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1"),
+            ("weight_decay", 0.0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            ("rho", 0.0 <= self.rho < math.inf, "a finite number of at least 0"),
+            ("delta", self.delta is None or 0.0 < self.delta < math.inf, "a finite number above 0"),
+            ("hess_init", 0.0 < self.hess_init < math.inf, "a finite number above 0"),
+        ):
+            if not right:
+                value = getattr(self, name)
+                raise ArgumentError(name, f"{value if isinstance(value, str) else f'{value:g}'}: must be {wanted}")
+        acting = OPTIMIZERS[self.optimizer].settings
+        if self.delta is not None and "delta" not in acting:
+            raise ArgumentError("delta", f": has no effect on {self.optimizer}; leave it out")
+        if self.delta is not None and self.weight_decay > 0.0:
+            raise ArgumentError("delta", ": and weight_decay both set the prior of iblr; give one of them")
+        if self.nesterov and "nesterov" not in acting:
+            raise ArgumentError("nesterov", f": has no effect on {self.optimizer}; leave it out")
+        if self.nesterov and self.momentum == 0.0:
+            raise ArgumentError("nesterov", ": needs a momentum above 0; give one, or leave it out")
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that act, as plain values; ``nesterov`` only where it is on."""

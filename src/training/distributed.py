@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 _PATIENCE = timedelta(days=1)  # others wait while the leading process downloads data, or scores a trained network
 
@@ -34,14 +34,15 @@ class ProcessGroup:
         """The group that torchrun describes in the environment.
 
         Raises:
-            FlagError: The process was not started by torchrun.
+            ArgumentError: The process was not started by torchrun.
         """
         try:
             return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         except (KeyError, ValueError):
-            raise FlagError(
-                "--distributed_training: start the script with torchrun, for example "
-                "torchrun --nproc_per_node=2 train_full.py --distributed_training ..."
+            raise ArgumentError(
+                "distributed_training",
+                ": start the script with torchrun, for example "
+                "torchrun --nproc_per_node=2 train_full.py --distributed_training ...",
             ) from None
 
     @classmethod
@@ -49,11 +50,13 @@ class ProcessGroup:
         """The group of one process.
 
         Raises:
-            FlagError: torchrun has started several, which would all train the same network.
+            ArgumentError: torchrun has started several, which would all train the same network.
         """
         count = os.environ.get("WORLD_SIZE", "1")
         if "LOCAL_RANK" in os.environ and count != "1":
-            raise FlagError(f"--distributed_training: is missing, though torchrun started {count} processes; give it")
+            raise ArgumentError(
+                "distributed_training", f": is missing, though torchrun started {count} processes; give it"
+            )
         return cls()
 
     def start(self, device: torch.device) -> None:
@@ -89,6 +92,13 @@ class ProcessGroup:
             dist.all_reduce(flat)
             for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def least(self, value: torch.Tensor) -> torch.Tensor:
+        """The least of the processes' values."""
+        value = value.clone()
+        if self.world > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return value
 
     def share_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by the leading process's."""

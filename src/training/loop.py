@@ -1,54 +1,108 @@
-"""The training loop: epochs of steps, evaluation, schedule, dynamics."""
+"""The training loop (epochs of steps, evaluation, schedule, dynamics), and the evaluation of a trained model."""
 
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from src.datasets import Batch, Batches
+from src.datasets import Batches
 from src.devices import PRECISIONS, autocast_context
 from src.errors import ArgumentError, TrainingError
-from src.models.base import load_optimizer, load_weights, trains_on_one
+from src.models.base import eval_mode, load_optimizer, load_weights, trains_on_one
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
 from src.rng import derived_seed
 from src.training.config import TrainingConfig
 from src.training.distributed import ProcessGroup, synchronised_batchnorm
 from src.training.dynamics import Dynamics
-from src.training.evaluation import evaluate
-from src.training.plan import EpochPlan
-from src.training.steps import plain_step, sam_step, sampled_step
 
 log = logging.getLogger(__name__)
 
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (b, C), labels (b,) -> losses (b,)
+_NEVER = torch.iinfo(torch.int64).max
 _CHECK_EVERY = 64  # steps between looks at whether the loss is finite: a look waits for the device
 
 
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each example, ``(b,)``, in nats."""
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+class EpochPlan(Protocol):
+    """Chooses the examples of each epoch again, possibly by the losses that training has seen (dynamic pruning).
+
+    The loop calls ``choose`` before an epoch, ``record`` after each of its steps, ``end_epoch`` after the last.
+    With several processes all hold the same plan, and each records the losses of its share.
+    """
+
+    @property
+    def divide_by_size(self) -> bool:
+        """Whether a batch's loss is sum(w l) / b, with b its examples; else sum(w l) / sum(w)."""
+        ...
+
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Whether another number of epochs would have changed the epochs already trained."""
+        ...
+
+    def choose(self, epoch: int, fits: Callable[[int], bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The examples of an epoch.
+
+        Args:
+            epoch: Its number, from 1.
+            fits: Whether the loop can train on so many examples: their last batch may leave a process a single
+                one, which some models' BatchNorm cannot normalize. All examples always fit.
+
+        Returns:
+            Positions in the training set, int64 ``(k,)`` with k >= 1, each once and in any order; and the weights
+            of all examples of the set, ``(n,)``, of which those of the positions are read.
+        """
+        ...
+
+    def record(self, indices: torch.Tensor, losses: torch.Tensor) -> None:
+        """Take a step's losses ``(b,)``, unweighted and before the step, of original indices ``(b,)``."""
+        ...
+
+    def end_epoch(self, group: ProcessGroup) -> None:
+        """Close an epoch: put the records of all processes together."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What the next epoch needs, for the resume state: tensors and plain values."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from such a state."""
+        ...
+
+
 class Trainer:
-    """Trains a network; files are the business of ``run_training``.
+    """Trains a model; files are the business of ``run_training``.
 
     Args:
-        model: The network, on its device and of the precision's type.
+        model: The model, on its device and of the precision's type.
         train: Training batches (their weights enter the loss as sum(w l) / sum(w), which is 0 where all w are 0).
         test: Un-augmented test batches.
         config: The settings.
+        loss_fn: The loss of each example.
         weights: Sample weights, one per example of the training set; default 1.
         plan: Which examples each epoch visits, and with which weights; default all, with ``weights``.
         dynamics: Where to record per-example dynamics, or None.
         group: The processes that share each batch.
-        sync_batchnorm: Whether BatchNorm normalises over the batches of all processes.
-        compile_model: Whether to run the network through ``torch.compile``.
+        sync_batchnorm: Whether BatchNorm normalizes over the batches of all processes.
+        compile_model: Whether to run the model through ``torch.compile``.
         after_step: Called as ``f(trainer, epoch, step)`` after each step, steps counted from 1 over the run.
         test_loss_cap: The most that one example may add to the test loss, in nats; default no limit.
-        rate_flag: What the script calls the learning rate, for messages.
-        size_flag: What it calls the batch size.
+
+    Raises:
+        ArgumentError: The optimizer does not go with several processes or with the plan, or the last batch is a
+            single example, which the model's BatchNorm cannot normalize.
     """
 
     def __init__(
@@ -58,6 +112,7 @@ class Trainer:
         test: Batches,
         config: TrainingConfig,
         *,
+        loss_fn: LossFunction = cross_entropy,
         weights: torch.Tensor | None = None,
         plan: EpochPlan | None = None,
         dynamics: Dynamics | None = None,
@@ -65,49 +120,36 @@ class Trainer:
         sync_batchnorm: bool = False,
         compile_model: bool = False,
         after_step: Sequence[Callable[["Trainer", int, int], None]] = (),
-        test_loss_cap: float | None = None,
-        rate_flag: str = "--learning_rate",
-        size_flag: str = "--batch_size",
+        test_loss_cap: float = math.inf,
     ) -> None:
-        self.model, self.train_batches, self.test_batches = model, train, test
-        self.config, self.weights, self.plan, self.dynamics = config, weights, plan, dynamics
         if plan is not None and weights is not None:
             raise ValueError("an epoch plan brings weights of its own; give one of the two")
+        self.model, self.train_batches, self.test_batches, self.config = model, train, test, config
+        self.loss_fn, self.weights, self.plan, self.dynamics = loss_fn, weights, plan, dynamics
         self.group = group or ProcessGroup()
-        self.after_step = tuple(after_step)
-        self.test_loss_cap = test_loss_cap
-        self.rate_flag, self.size_flag = rate_flag, size_flag
         self.sync_batchnorm = sync_batchnorm and self.group.world > 1
+        self.after_step, self.test_loss_cap = tuple(after_step), test_loss_cap
         self.forward = torch.compile(model) if compile_model else model
         self.precision = PRECISIONS[config.precision]
         self.device = next(model.parameters()).device
-        self.optimizer = build_optimizer(
-            config.optimizer,
-            model.parameters(),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            rho=config.rho,
-            adaptive=config.adaptive,
-            num_examples=len(train.images),
-            delta=config.delta,
-            hess_init=config.hess_init,
-            nesterov=config.nesterov,
-        )
-        entry = OPTIMIZERS[config.optimizer]
-        self._step = sampled_step if entry.needs_sampling else sam_step if entry.passes == 2 else plain_step
-        if self.group.world > 1 and entry.needs_sampling:
-            raise ArgumentError("optimizer", f"{config.optimizer}: its noise is not shared; train it in one process")
-        if plan is not None and plan.divide_by_size and entry.needs_sampling:
-            # on average sum(w l) / b is n / k of the mean loss, for an epoch that visits k of n
-            raise ArgumentError(
-                "optimizer",
-                f"{config.optimizer}: its posterior needs the mean loss, which dynamic pruning scales; "
-                "choose another optimiser",
-            )
+        self.optimizer = build_optimizer(config, model.parameters(), len(train.images))
         self.history: list[dict[str, Any]] = []
-        self._rate(1)  # a wrong floor is found before anything is written
-        self._check_last_batch()
+        self._bar = tqdm(disable=True)
+        if OPTIMIZERS[config.optimizer].needs_sampling:
+            if self.group.world > 1:
+                reason = "its noise is not shared between processes; train it in one process"
+                raise ArgumentError("optimizer", f"{config.optimizer}: {reason}")
+            if plan is not None and plan.divide_by_size:
+                # on average sum(w l) / b is n / k of the mean loss, for an epoch that visits k of n
+                reason = "its posterior needs the mean loss, which dynamic pruning scales; choose another optimizer"
+                raise ArgumentError("optimizer", f"{config.optimizer}: {reason}")
+        if not self._fits(len(train.images)):
+            whose = "" if self.group.world == 1 else " for a process"
+            raise ArgumentError(
+                "batch_size",
+                f": {len(train.images)} examples leave a last batch of one{whose}, which this model's BatchNorm "
+                "cannot normalize; give another size",
+            )
 
     @property
     def epoch(self) -> int:
@@ -124,97 +166,77 @@ class Trainer:
         """Whether another number of epochs would have changed the epochs already trained."""
         return self.config.schedule_depends_on_epochs or (self.plan is not None and self.plan.depends_on_epochs)
 
-    def fit(self, after_epoch: Callable[["Trainer"], None] = lambda trainer: None) -> None:
-        """Train from the epoch after the last finished one to the end; ``after_epoch`` saves."""
-        taken = self.steps
-        with tqdm(
-            total=taken + len(self.train_batches) * (self.config.epochs - self.epoch),
-            initial=taken,
-            unit="step",
-            disable=None if self.group.is_main_process else True,
-            dynamic_ncols=True,
-        ) as bar:
-            for epoch in range(self.epoch + 1, self.config.epochs + 1):
-                self.history.append(self._one_epoch(epoch, bar))
-                after_epoch(self)
+    def epochs(self) -> Iterator[int]:
+        """The numbers of the epochs that are left, while a progress bar counts their steps."""
+        taken, quiet = self.steps, None if self.group.is_main_process else True
+        total = taken + len(self.train_batches) * (self.config.epochs - self.epoch)
+        with tqdm(total=total, initial=taken, unit="step", disable=quiet, dynamic_ncols=True) as self._bar:
+            yield from range(self.epoch + 1, self.config.epochs + 1)
 
-    def _rate(self, epoch: int) -> float:
-        config = self.config
-        return rate(config.lr_sched, epoch, config.epochs, config.learning_rate, config.lr_min)
+    def fit(self) -> None:
+        """Train the epochs that are left, and write nothing."""
+        for epoch in self.epochs():
+            self.train_epoch(epoch)
 
-    def _one_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
-        """Train and test once; returns the epoch's record."""
-        started = time.perf_counter()
-        config, current = self.config, self._rate(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = current
-        bar.set_description(f"epoch {epoch}/{config.epochs}")
-        positions, weights = (None, self.weights) if self.plan is None else self.plan.choose(epoch, self._fits)
-        train_loss, train_accuracy, first_loss = self._train_pass(epoch, bar, positions, weights)
-        if self.plan is not None:
-            self.plan.end_epoch(self.group)
-        trained = time.perf_counter()
-        test_loss, test_accuracy = evaluate(
-            self.model,
-            self.test_batches,
-            precision=config.precision,
-            forward=self.forward,
-            group=self.group,
-            loss_cap=self.test_loss_cap,
-        )
-        if not math.isfinite(test_loss):
-            raise TrainingError(f"the test loss is not finite after epoch {epoch}; {self._advice()}")
-        if self.dynamics is not None:
-            self.dynamics.end_epoch(epoch, self.group)
-        bar.set_postfix(loss=f"{train_loss:.4f}", test=f"{100 * test_accuracy:.2f}%")
-        record = {
-            "epoch": epoch,
-            "learning_rate": current,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "train_seconds": trained - started,
-            "seconds": time.perf_counter() - started,
-        }
-        if epoch == 1:
-            record["untrained_loss"] = first_loss
-        if positions is not None:
-            record |= {"examples": len(positions), "steps": self.train_batches.steps(len(positions))}
-        return record
+    def train_epoch(self, epoch: int) -> None:
+        """Take the steps of an epoch, evaluate the model on the test set, and add a record to the history.
 
-    def _train_pass(
-        self, epoch: int, bar: tqdm, positions: torch.Tensor | None, weights: torch.Tensor | None
-    ) -> tuple[float, float, float]:
-        """All steps of an epoch; returns mean loss and accuracy of the first passes, before each step.
+        The record's training loss and accuracy are those of each step's first pass, before the step.
 
-        The third number is the mean loss of the first batch alone. In epoch 1 the model has not taken a step then,
-        so this is the loss of the untrained model, measured without an extra pass over the data.
+        Raises:
+            TrainingError: A loss is not finite.
         """
+        started = time.perf_counter()
+        config, model, optimizer, batches = self.config, self.model, self.optimizer, self.train_batches
+        learning_rate = rate(config.lr_sched, epoch, config.epochs, config.learning_rate, config.lr_min)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate
+        positions, weights = (None, self.weights) if self.plan is None else self.plan.choose(epoch, self._fits)
+        count = len(batches.images) if positions is None else len(positions)
+        taken, bar = self.steps, self._bar
+        bar.set_description(f"epoch {epoch}/{config.epochs}")
+        bar.total = taken + batches.steps(count) + len(batches) * (config.epochs - epoch)  # fewer, if pruned
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, weight, correct
-        bad = torch.zeros((), dtype=torch.int64, device=self.device)  # first step with a loss that is not finite
+        bad = torch.full((), _NEVER, device=self.device)  # the first step with a loss that is not finite
+        model.train()
         devices = [self.device] if self.device.type == "cuda" else []
-        count = len(self.train_batches.images) if positions is None else len(positions)
-        batches, taken, size = self.train_batches, self.steps, self.train_batches.batch_size
-        bar.total = taken + batches.steps(count) + len(batches) * (self.config.epochs - epoch)  # fewer, if pruned
-        self.model.train()
-        synchronised = synchronised_batchnorm(self.model) if self.sync_batchnorm else nullcontext()
-        with torch.random.fork_rng(devices=devices), synchronised:
+        synchronized = synchronised_batchnorm(model) if self.sync_batchnorm else nullcontext()
+        with torch.random.fork_rng(devices=devices), synchronized:
             # What can only draw from torch's global generators (dropout, iBLR's noise) draws from these.
             # Processes draw differently: the same dropout for all would tie their examples together.
             purpose = "global" if self.group.is_main_process else f"global {self.group.rank}"
-            torch.manual_seed(derived_seed(self.config.seed, epoch, purpose))
+            torch.manual_seed(derived_seed(config.seed, epoch, purpose))
             for step, batch in enumerate(batches.epoch(epoch, positions, weights), start=1):
-                divisor = self._divisor(batch, min(size, count - (step - 1) * size))
-                one_pass = partial(self._one_pass, batch, divisor)
-                losses, logits = self._step(self.optimizer, self.model, one_pass)
-                weighted = (losses * batch.weights).sum()
+                # The divisor is the whole batch's, so that the gradients' sum over processes is that of its loss.
+                # Weights that are all 0 make a loss of 0, not 0 / 0.
+                divisor = batch.total_weight.clamp_min(torch.finfo(batch.total_weight.dtype).tiny)
+                if self.plan is not None and self.plan.divide_by_size:
+                    size = min(batches.batch_size, count - (step - 1) * batches.batch_size)  # over all processes
+                    divisor = divisor.new_full((), size)
+                optimizer.zero_grad(set_to_none=True)
+                with closing(OPTIMIZERS[config.optimizer].passes(optimizer, model)) as passes:
+                    for number, _ in enumerate(passes):  # two for SAM; what the first computes is recorded
+                        if len(batch.labels) or self.sync_batchnorm:
+                            with autocast_context(self.device, self.precision):
+                                logits = self.forward(batch.images)
+                            logits = logits.to(self.precision.dtype)
+                            losses = self.loss_fn(logits, batch.labels)
+                            loss = (losses * batch.weights).sum()
+                            (loss / divisor).backward()
+                        else:  # the other processes share this batch: zero gradients, and a part in the exchange
+                            losses, logits = batch.weights.new_zeros(0), batch.weights.new_zeros((0, 1))
+                            loss = losses.sum()
+                        self._sum_gradients()
+                        if number == 0:
+                            first = loss.detach(), losses.detach(), logits.detach()
+                optimizer.step()
+                loss, losses, logits = first
+                correct = (logits.argmax(1) == batch.labels).sum()
+                seen = torch.stack([loss, batch.weights.sum(), correct]).double()
+                sums += seen
                 if step == 1:
-                    first = torch.stack([weighted, batch.weights.sum()]).double()
-                sums += torch.stack(
-                    [weighted, batch.weights.sum(), (logits.argmax(1) == batch.labels).sum()]
-                ).double()
-                bad = torch.where((bad == 0) & ~weighted.isfinite(), step, bad)
+                    untrained = seen
+                bad = torch.minimum(bad, torch.where(loss.isfinite(), _NEVER, step))
                 if self.dynamics is not None:
                     self.dynamics.record(logits, batch.labels, batch.indices, losses)
                 if self.plan is not None:
@@ -224,39 +246,43 @@ class Trainer:
                 if step % _CHECK_EVERY == 0:
                     self._check_finite(bad, epoch)
                 bar.update()
-        self.group.sum_([sums, first])
-        self.group.share_(self.model.buffers())  # running statistics, where each process keeps its own
+        self.group.sum_([sums, untrained])
+        self.group.share_(model.buffers())  # running statistics, where each process keeps its own
         self._check_finite(bad, epoch)
-        loss, weight, correct = sums.tolist()
-        first_loss, first_weight = first.tolist()
-        return loss / (weight or 1.0), correct / count, first_loss / (first_weight or 1.0)
+        if self.plan is not None:
+            self.plan.end_epoch(self.group)
+        trained = time.perf_counter()
+        test_loss, test_accuracy = evaluate(
+            model,
+            self.test_batches,
+            precision=config.precision,
+            forward=self.forward,
+            loss_fn=self.loss_fn,
+            group=self.group,
+            loss_cap=self.test_loss_cap,
+        )
+        if not math.isfinite(test_loss):
+            raise TrainingError(f"the test loss is not finite after epoch {epoch}; {self._advice()}")
+        if self.dynamics is not None:
+            self.dynamics.end_epoch(epoch, self.group)
+        bar.set_postfix(loss=f"{_mean(sums):.4f}", test=f"{100 * test_accuracy:.2f}%")
+        record = {
+            "epoch": epoch,
+            "learning_rate": learning_rate,
+            "train_loss": _mean(sums),
+            "train_accuracy": float(sums[2]) / count,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "train_seconds": trained - started,
+            "seconds": time.perf_counter() - started,
+        }
+        if epoch == 1:  # the first batch's loss is that of the untrained model, without an extra pass over the data
+            record["untrained_loss"] = _mean(untrained)
+        if positions is not None:
+            record |= {"examples": count, "steps": batches.steps(count)}
+        self.history.append(record)
 
-    def _divisor(self, batch: Batch, size: int) -> torch.Tensor:
-        """What turns a batch's sum(w l) into its loss; ``size`` is the batch's over all processes."""
-        total = batch.total_weight
-        if self.plan is not None and self.plan.divide_by_size:
-            return total.new_full((), size)
-        return total.clamp_min(torch.finfo(total.dtype).tiny)  # weights that are all 0 make a loss of 0, not 0 / 0
-
-    def _one_pass(self, batch: Batch, divisor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward over this process's share; gradients end as those of the whole batch's loss."""
-        if not len(batch.labels) and not self.sync_batchnorm:
-            return self._empty_pass(batch)
-        with autocast_context(self.device, self.precision):
-            logits = self.forward(batch.images)
-        logits = logits.to(self.precision.dtype)
-        losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        # The divisor is the whole batch's, so the sum over processes is the gradient of the whole batch's loss.
-        ((losses * batch.weights).sum() / divisor).backward()
-        self._share_gradients()
-        return losses.detach(), logits.detach()
-
-    def _empty_pass(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pass of a process without a share: zero gradients, and its part in the exchange."""
-        self._share_gradients()
-        return batch.weights.new_zeros(0), batch.weights.new_zeros((0, 1))
-
-    def _share_gradients(self) -> None:
+    def _sum_gradients(self) -> None:
         """Sum the gradients over the processes."""
         if self.group.world == 1:
             return
@@ -267,12 +293,9 @@ class Trainer:
         self.group.sum_([parameter.grad for parameter in parameters])
 
     def _check_finite(self, bad: torch.Tensor, epoch: int) -> None:
-        bad = bad.clone()
-        if self.group.world > 1:
-            bad = torch.where(bad == 0, torch.iinfo(torch.int64).max, bad)
-            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
-            bad = torch.where(bad == torch.iinfo(torch.int64).max, 0, bad)
-        if step := int(bad):
+        """Stop if a process has met a loss that is not finite; ``bad`` is the step, or ``_NEVER``."""
+        step = int(self.group.least(bad))
+        if step != _NEVER:
             raise TrainingError(f"the loss is not finite in epoch {epoch}, batch {step}; {self._advice()}")
 
     def require_finite(self, epoch: int) -> None:
@@ -285,19 +308,7 @@ class Trainer:
             raise TrainingError(f"the weights are not finite in epoch {epoch}; {self._advice()}")
 
     def _advice(self) -> str:
-        return f"a smaller {self.rate_flag} may help (it is {self.config.learning_rate:g})"
-
-    def _check_last_batch(self) -> None:
-        """Refuse a last batch that leaves a process one example where BatchNorm cannot normalise it."""
-        count = len(self.train_batches.images)
-        if not self._fits(count):
-            whose = "" if self.group.world == 1 else " for a process"
-            raise ArgumentError(
-                "batch_size",
-                f": {count} examples leave a last batch of one{whose}, which this model's BatchNorm cannot "
-                "normalize; give another size",
-                self.size_flag,
-            )
+        return f"a smaller learning rate may help (it is {self.config.learning_rate:g})"
 
     def _fits(self, examples: int) -> bool:
         """Whether the last batch of so many examples can be trained on."""
@@ -317,10 +328,10 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], rows: dict[int, np.ndarray]) -> None:
-        """Go on from a state; ``rows`` are the dynamics of its epochs (empty without dynamics)."""
+        """Continue from a state; ``rows`` are the dynamics of its epochs (empty without dynamics)."""
         plan = state.get("plan")  # states older than plans have none
         if (plan is None) != (self.plan is None):
-            raise ValueError("the state is of a run with an epoch plan, or this run is; the other is not")
+            raise ValueError("either the state or this run has an epoch plan, the other has none")
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.history = check_history(state["history"])
@@ -346,3 +357,61 @@ def check_history(history: Any) -> list[dict[str, Any]]:
         if record.get("epoch") != epoch or not all(type(number) in (int, float) for number in record.values()):
             raise ValueError(f"its record of epoch {epoch} is not numbers")
     return history
+
+
+def _mean(sums: torch.Tensor) -> float:
+    """The mean loss, from the sum of weighted losses and that of the weights; 0 where all weights are 0."""
+    return float(sums[0]) / (float(sums[1]) or 1.0)
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def logits_of(forward: nn.Module, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
+    """The logits ``(b, C)`` of a model in eval mode, in float32 (float64 under fp64), for no gradient.
+
+    Args:
+        forward: The model, or its compiled form.
+        images: ``(b, c, h, w)``, on its device.
+        precision: A name of ``PRECISIONS``.
+    """
+    chosen = PRECISIONS[precision]
+    with torch.inference_mode(), autocast_context(images.device, chosen):
+        return forward(images).to(chosen.dtype)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    precision: str = "fp32",
+    forward: nn.Module | None = None,
+    loss_fn: LossFunction = cross_entropy,
+    group: ProcessGroup | None = None,
+    loss_cap: float = math.inf,
+) -> tuple[float, float]:
+    """Mean loss and accuracy over a set.
+
+    Args:
+        model: The model; run in eval mode, left as it was.
+        batches: Un-augmented batches; each process of ``group`` sees its share.
+        precision: A name of ``PRECISIONS``.
+        forward: What is called in place of ``model``, for example its compiled form.
+        loss_fn: The loss of each example.
+        group: The processes that share the set.
+        loss_cap: The most that one example may add to the loss, in nats; default no limit.
+
+    Returns:
+        Mean loss (nats per example) and accuracy in [0, 1].
+    """
+    totals: torch.Tensor | None = None
+    with eval_mode(model):
+        for batch in batches:
+            logits = logits_of(model if forward is None else forward, batch.images, precision)
+            loss = loss_fn(logits, batch.labels).clamp(max=loss_cap).sum().double()
+            correct = (logits.argmax(dim=1) == batch.labels).sum()
+            part = torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
+            totals = part if totals is None else totals + part
+    (group or ProcessGroup()).sum_([totals])
+    loss, correct, count = totals.tolist()
+    return loss / count, correct / count

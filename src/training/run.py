@@ -1,4 +1,4 @@
-"""A training run on disk: checkpoints, resume states, results; how it starts, goes on, and ends."""
+"""A training run on disk: checkpoints, resume states, results; how it starts, continues, and ends."""
 
 import logging
 import os
@@ -143,11 +143,13 @@ def run_training(
         if not started:
             run.start(overwrite)
         trainer.group.wait()
-        trainer.fit(run.after_epoch)
+        for epoch in trainer.epochs():
+            trainer.train_epoch(epoch)
+            run.after_epoch()
         trainer.group.wait()
     warning = divergence(trainer.history)
     if warning is not None:
-        log.warning("%s; more epochs or a smaller %s may help", warning, trainer.rate_flag)
+        log.warning("%s; more epochs or a smaller learning rate may help", warning)
     return trainer.history
 
 
@@ -284,12 +286,12 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------- after epochs
 
-    def after_epoch(self, trainer: Trainer) -> None:
+    def after_epoch(self) -> None:
         """Measure, then write the epoch's dynamics, its resume state, checkpoints and results, in this order."""
+        files, trainer, epoch = self.files, self.trainer, self.trainer.epoch
         if not trainer.group.is_main_process:
             return
         self.measure(trainer)
-        files, epoch = self.files, trainer.epoch
         if trainer.dynamics is not None:
             write_npz(files.row(epoch), row=trainer.dynamics.rows[epoch], epoch=epoch)
         state = {"format": STATE_FORMAT, "epoch": epoch, "settings": self.settings, **trainer.state()}

@@ -8,6 +8,7 @@ from torch import nn
 
 from src.errors import UserError
 from src.optimizers import IBLR, build_optimizer
+from src.training import TrainingConfig
 
 N = 100
 
@@ -243,7 +244,8 @@ def test_a_missing_package_is_named(monkeypatch):
     [({"weight_decay": 0.02}, 2.0), ({"delta": 60.0}, 60.0), ({}, 1.0)],
 )
 def test_prior_precision_of_the_builder(options, delta):
-    optimizer = build_optimizer("iblr", network().parameters(), lr=0.1, num_examples=N, **options)
+    config = TrainingConfig(epochs=1, learning_rate=0.1, optimizer="iblr", **options)
+    optimizer = build_optimizer(config, network().parameters(), N)
     group = optimizer.param_groups[0]
     assert group["weight_decay"] == pytest.approx(delta / N)
     assert (group["ess"], group["beta1"], group["beta2"]) == (N, 0.9, 0.99999)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from src.optimizers import SAM, build_optimizer, frozen_batchnorm
+from src.training import TrainingConfig
 
 
 def sgd(params):
@@ -270,7 +271,8 @@ def test_misuse_is_refused():
 
 def test_built_by_name_it_is_sgd_inside():
     model = network()
-    optimizer = build_optimizer("sam", model.parameters(), lr=0.1, weight_decay=0.01, rho=0.2, adaptive=True)
+    config = TrainingConfig(epochs=1, learning_rate=0.1, optimizer="sam", weight_decay=0.01, rho=0.2, adaptive=True)
+    optimizer = build_optimizer(config, model.parameters(), 8)
     group = optimizer.param_groups[0]
     assert isinstance(optimizer.base, torch.optim.SGD)
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.1, 0.9, 0.01, False)

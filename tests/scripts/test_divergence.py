@@ -50,4 +50,4 @@ def test_experiments_and_pretraining_warn_too(tmp_path):
         *folders(tmp_path, *TRAIN),
     )
     assert "training did not lower the loss" in result.err
-    assert "smaller --coreset_pretrain_lr may help" in result.err
+    assert "smaller learning rate may help" in result.err

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from refusals import FLAG, refuse
 
@@ -14,11 +13,9 @@ from src.errors import UserError
 from src.metrics import Proxy, get_score
 from src.metrics.published import published_files
 from src.models import build_model
-from src.optimizers import build_optimizer
 from src.optimizers.schedules import rate
 
 LABELS = np.arange(6) % 2
-PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
 
 
 @pytest.mark.parametrize(
@@ -37,8 +34,6 @@ PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
         (lambda: build_model("x", 2, 1, 8, 0), "model", "--model"),
         (lambda: build_model("inception", 2, 1, 2, 0), "model", "--model"),
         (lambda: build_model("lenet", 2, 1, 32, 0, True), "pretrained", "--pretrained"),
-        (lambda: build_optimizer("x", PARAMETERS, lr=1.0), "optimizer", "--optimizer"),
-        (lambda: build_optimizer("sgd", PARAMETERS, lr=0.0), "lr", "--learning_rate"),
         (lambda: rate("cosine", 1, 2, 0.1, 0.2), "floor", "--lr_min"),
         (lambda: find_method("x"), "method", "--coreset_func"),
         (lambda: make_groups(LABELS, 2, fraction=2.0), "fraction", "--coreset_fraction"),

@@ -254,10 +254,10 @@ def test_scores_of_another_network_are_not_replaced(tmp_path):
     succeed(LOO, *flags(tmp_path, *more, "--model=lenet", "--name_exp=other", "--overwrite"))
 
 
-def test_a_run_that_diverges_names_the_scripts_own_flag(tmp_path):
+def test_a_run_that_diverges_says_so(tmp_path):
     result = call(LOO, *flags(tmp_path, "--lr=1e30"))
     assert result.status == 1
-    assert "a smaller --lr may help" in result.complaint
+    assert "a smaller learning rate may help" in result.complaint
     result = call(EVOLVING, *flags(tmp_path, "--lr=1e30", "--checkpoints", 4))
     assert result.status == 1
-    assert "a smaller --lr may help" in result.complaint
+    assert "a smaller learning rate may help" in result.complaint

@@ -49,14 +49,17 @@ def make_trainer(digits):
         batch_size=64,
         augment=True,
         dtype=torch.float32,
-        after_step=(),
         train=train,
+        model=None,
+        after_step=(),
+        group=None,
+        sync_batchnorm=False,
         **settings,
     ):
         config = replace(TrainingConfig(epochs=4, learning_rate=0.05, lr_sched="cosine", seed=7), **settings)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = Tiny(batchnorm, dropout).to(dtype)
+            model = (model or Tiny(batchnorm, dropout)).to(dtype)
         augmentation = Augmentation(crop_padding=1, flip=True, cutout_holes=1, cutout_length=2) if augment else None
         batches = Batches(
             train, batch_size, normalisation=norm, order="shuffled", augmentation=augmentation, seed=7, dtype=dtype
@@ -69,6 +72,8 @@ def make_trainer(digits):
             weights=weights,
             dynamics=Dynamics(train.total, 10, torch.device("cpu")) if dynamics else None,
             after_step=after_step,
+            group=group,
+            sync_batchnorm=sync_batchnorm,
         )
 
     return make

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.errors import FlagError, TrainingError
+from src.errors import ArgumentError, TrainingError
 from src.optimizers import rate
 from src.training import ProcessGroup
 
@@ -151,18 +151,14 @@ class OnePixel(nn.Module):
 def test_a_last_batch_of_one_is_refused_where_batchnorm_cannot_take_it(make_trainer, digits):
     train = digits[0].subset(torch.arange(65))
 
-    good = make_trainer(train=train, epochs=1)  # 8x8 maps: one example has many values per channel
-    good.fit()
-    trainer = make_trainer(train=train, epochs=1)
-    trainer.model = OnePixel()
-    with pytest.raises(FlagError, match="batch_size: 65 examples leave a last batch of one"):
-        trainer._check_last_batch()
+    make_trainer(train=train, epochs=1).fit()  # 8x8 maps: one example has many values per channel
+    with pytest.raises(ArgumentError, match="batch_size: 65 examples leave a last batch of one"):
+        make_trainer(train=train, epochs=1, model=OnePixel())
 
 
 def test_a_last_batch_that_leaves_a_process_one_example_is_refused(make_trainer, digits):
-    trainer = make_trainer(train=digits[0].subset(torch.arange(67)), epochs=1)  # 64 and 3: shares of 2 and 1
-    trainer.model, trainer.group = OnePixel(), ProcessGroup(rank=0, world=2)
-    with pytest.raises(FlagError, match="batch_size: 67 examples leave a last batch of one for a process"):
-        trainer._check_last_batch()
-    trainer.sync_batchnorm = True
-    trainer._check_last_batch()
+    train = digits[0].subset(torch.arange(67))  # 64 and 3: shares of 2 and 1
+    shared = {"train": train, "epochs": 1, "model": OnePixel(), "group": ProcessGroup(rank=0, world=2)}
+    with pytest.raises(ArgumentError, match="batch_size: 67 examples leave a last batch of one for a process"):
+        make_trainer(**shared)
+    make_trainer(**shared, sync_batchnorm=True)

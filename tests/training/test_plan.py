@@ -13,7 +13,6 @@ from torch import nn
 from training_tools import assert_same, weights_of
 
 from src.errors import FileError, FlagError
-from src.optimizers import build_optimizer
 from src.training import ProcessGroup, RunFiles, Trainer, TrainingConfig, run_training
 
 DOUBLE = {"dropout": 0.0, "dtype": torch.float64, "precision": "fp64"}
@@ -201,12 +200,6 @@ def test_a_batch_without_weight_has_loss_zero(make_trainer, optimizer):
     assert still.history[0]["train_loss"] == 0.0
 
 
-def test_a_positive_weight_is_divided_by_as_it_is(make_trainer):
-    trainer = make_trainer(weights=torch.linspace(1e-6, 2, 200))
-    for batch in trainer.train_batches.epoch(1, weights=trainer.weights):
-        assert torch.equal(trainer._divisor(batch, 64), batch.total_weight)
-
-
 # --------------------------------------------------------------------------------------------------- processes
 
 WORKER = """
@@ -297,16 +290,3 @@ def test_settings_without_nesterov_are_those_of_older_runs(make_trainer, tmp_pat
     assert "nesterov" not in json.loads(files.results.read_text())["settings"]
     with pytest.raises(FileError, match=r"different settings: nesterov \(False there, True here\)"):
         run(make_trainer(epochs=2, nesterov=True), tmp_path, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("adam", {}, "nesterov: is a momentum of sgd alone; leave it out with adam"),
-        ("sam", {}, "nesterov: .* leave it out with sam"),
-        ("sgd", {"momentum": 0.0}, "nesterov: needs a momentum above 0"),
-    ],
-)
-def test_nesterov_where_there_is_none_is_refused(name, options, message):
-    with pytest.raises(FlagError, match=message):
-        build_optimizer(name, nn.Linear(2, 2).parameters(), lr=0.1, nesterov=True, **options)
