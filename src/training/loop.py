@@ -137,7 +137,7 @@ class Trainer:
         self._bar = tqdm(disable=True)
         if OPTIMIZERS[config.optimizer].needs_sampling:
             if self.group.world > 1:
-                reason = "its noise is not shared between processes; train it in one process"
+                reason = "its noise is not shared; train it in one process"
                 raise ArgumentError("optimizer", f"{config.optimizer}: {reason}")
             if plan is not None and plan.divide_by_size:
                 # on average sum(w l) / b is n / k of the mean loss, for an epoch that visits k of n

@@ -281,7 +281,7 @@ def test_nesterov_is_torchs_formula(make_trainer):
 
 
 def test_settings_without_nesterov_are_those_of_older_runs(make_trainer, tmp_path):
-    off, on = TrainingConfig(epochs=3), TrainingConfig(epochs=3, nesterov=True)
+    off, on = (TrainingConfig(epochs=3, lr_sched="const", nesterov=on) for on in (False, True))
     assert "nesterov" not in off.as_dict()
     assert on.as_dict() == {**off.as_dict(), "nesterov": True}
     idle = {"rho", "adaptive", "hess_init", "lr_min"}  # of sgd at a constant rate
