@@ -18,6 +18,7 @@ from src.errors import FileError, FlagError
 from src.training import ProcessGroup, RunFiles, Trainer, TrainingConfig, run_training
 
 EPOCHS = 8
+DEFAULTS = {"epochs": EPOCHS, "learning_rate": 0.01, "lr_sched": "const", "precision": "fp64"}
 
 
 def anything(count):
