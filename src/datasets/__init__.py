@@ -1,17 +1,18 @@
-"""Data sets: the catalogue, loading, subsets, splits, and augmented batches."""
+"""Data sets: registry, loading, subsets, splits, and augmented batches."""
 
-from src.datasets.catalogue import (
+from src.datasets.registry import (
     CATALOGUE,
     Augmentation,
+    DataConfig,
     DatasetEntry,
     Normalisation,
     dataset_flag,
+    dataset_name,
     dataset_names,
+    load_dataset,
     lookup,
 )
-from src.datasets.config import DataConfig
-from src.datasets.loading import dataset_name, load_dataset
-from src.datasets.splits import make_splits, parse_subset, partition, split_path, validation_indices
+from src.datasets.splits import make_splits, parse_subset, validation_indices
 from src.lazy import lazy_names
 
 __getattr__ = lazy_names(__name__, batches=["Batch", "Batches"], images=["ImageSet"])
@@ -32,7 +33,5 @@ __all__ = [
     "lookup",
     "make_splits",
     "parse_subset",
-    "partition",
-    "split_path",
     "validation_indices",
 ]

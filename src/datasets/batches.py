@@ -8,8 +8,8 @@ from torch import Tensor
 
 from src import rng
 from src.datasets import augment
-from src.datasets.catalogue import Augmentation, Normalisation
 from src.datasets.images import ImageSet
+from src.datasets.registry import Augmentation, Normalisation
 
 ORDERS = ("shuffled", "sequential", "fixed")
 

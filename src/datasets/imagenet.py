@@ -12,9 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from src.datasets.augment import crop_boxes
-from src.datasets.catalogue import DatasetEntry
-from src.datasets.decoding import Faults, is_system_file, open_image
-from src.datasets.images import ImageSet
+from src.datasets.images import Faults, ImageSet, is_system_file, open_image
+from src.datasets.registry import DatasetEntry
 from src.errors import FileError
 
 FOLDERS = {"train": "train", "test": "val"}
@@ -87,7 +86,7 @@ def _scan(entry: DatasetEntry, part: str, folder: Path, classes: list[str]) -> "
             faults.add(wnid, "has no image; extract the archives again")
         names += [f"{wnid}/{file.name}" for file in there]
         labels += [label] * len(there)
-    faults.refuse()
+    faults.raise_if_any()
     if not names:
         raise FileError(f"{folder}: has no image in a folder per class; extract the archives again")
     # Bytes in one array: a list of a million strings would be copied into every worker.

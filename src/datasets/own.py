@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -15,26 +14,31 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from src import artifacts
-from src.datasets.catalogue import Augmentation, DatasetEntry, Normalisation
-from src.datasets.decoding import Faults, as_seen, is_system_file, open_image, printable
-from src.datasets.images import ImageSet
+from src.datasets.images import Faults, ImageSet, as_seen, is_system_file, open_image, printable
+from src.datasets.registry import Augmentation, DatasetEntry, Normalisation
 from src.errors import FileError
 
-GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's "L"
+PARTS = ("train", "test")
+CLASS_NAMES = "class_names"  # an optional array
+GRAY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's "L"
+PROGRESS_FROM = 2000  # files
+ODD_SIZES_LISTED = 3
+
+log = logging.getLogger(__name__)
 
 
 def convert_channels(images: Tensor, channels: int) -> Tensor:
-    """Turn uint8 ``(n, c, h, w)`` into grey (1) or colour (3)."""
+    """Convert uint8 ``(n, c, h, w)`` to gray (1) or color (3)."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
         return images.expand(-1, 3, -1, -1).contiguous()
-    grey = images.new_empty(len(images), 1, *images.shape[2:])
-    weights = torch.tensor(GREY).view(3, 1, 1)
+    gray = images.new_empty(len(images), 1, *images.shape[2:])
+    weights = torch.tensor(GRAY).view(3, 1, 1)
     for start in range(0, len(images), 1024):  # a block at a time: floats take four times the room
         block = slice(start, start + 1024)
-        grey[block] = (images[block].float() * weights).sum(1, keepdim=True).round_().clamp_(0, 255).to(torch.uint8)
-    return grey
+        gray[block] = (images[block].float() * weights).sum(1, keepdim=True).round_().clamp_(0, 255).to(torch.uint8)
+    return gray
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -73,13 +77,12 @@ def normalisation_of(images: Tensor) -> Normalisation:
     return Normalisation(tuple(means), tuple(deviations))
 
 
-def own_entry(stem: str, digest: str, source: str, images: Tensor, num_classes: int) -> DatasetEntry:
+def _entry(stem: str, digest: str, images: Tensor, num_classes: int) -> DatasetEntry:
     """The entry of own data: named by stem and content; crop (an eighth of the size) and flip as augmentation.
 
     Args:
         stem: File or folder name.
         digest: Hex digest of the content; 8 digits are in the name.
-        source: ``"npz"`` or ``"folder"``.
         images: The training images, uint8 ``(n, c, s, s)``.
         num_classes: Number of classes.
     """
@@ -91,23 +94,14 @@ def own_entry(stem: str, digest: str, source: str, images: Tensor, num_classes: 
         channels=images.shape[1],
         image_size=size,
         normalisations={"samis": normalisation, "mpe": normalisation},
-        source=source,
+        load=None,
         augmentation=Augmentation(crop_padding=max(1, size // 8), flip=True),
         cutout=True,
         content=digest,
     )
 
 
-def content_digest(parts: Sequence[tuple[str, bytes | memoryview]]) -> str:
-    """The sha256 of named byte strings, in their order."""
-    digest = hashlib.sha256()
-    for name, content in parts:
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def check_classes(where: str, train: np.ndarray, test: np.ndarray) -> int:
+def _count_classes(where: str, train: np.ndarray, test: np.ndarray) -> int:
     """The number of classes, after checking that training has them all.
 
     Raises:
@@ -128,10 +122,6 @@ def check_classes(where: str, train: np.ndarray, test: np.ndarray) -> int:
             "number the classes from 0 without gaps"
         )
     return int(present[-1]) + 1
-
-
-PARTS = ("train", "test")
-CLASS_NAMES = "class_names"  # optional
 
 
 def _images(path: Path, key: str, array: np.ndarray) -> Tensor:
@@ -233,50 +223,35 @@ def load_catalogue_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, Image
     return _sets(entry, images, labels, names)
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, without a copy."""
-    return memoryview(array).cast("B")
-
-
 def load_npz(path: Path, image_size: int | None, channels: int | None) -> tuple[ImageSet, ImageSet]:
     """Own data from an npz file.
 
-    The data set is called by the file's stem and 8 hex digits of the arrays' content.
+    The data set is named by the file's stem and 8 hex digits of the arrays' content.
 
     Args:
         path: The file.
         image_size: Resize to this height and width.
-        channels: Turn into grey (1) or colour (3).
+        channels: Convert to gray (1) or color (3).
 
     Raises:
-        FileError: The file is missing, damaged, or not as described.
+        FileError: The file is missing, damaged, or not in the expected form.
     """
     images, labels, names = _read(path)
-    num_classes = check_classes(str(path), *labels)
-    parts = zip(PARTS, images, labels, strict=True)
-    digest = content_digest(
-        [
-            part
-            for name, x, y in parts
-            for part in ((f"x_{name}{tuple(x.shape)}", _bytes(x.numpy())), (f"y_{name}", _bytes(y)))
-        ]
-    )
+    num_classes = _count_classes(str(path), *labels)
+    digest = hashlib.sha256()
+    for part, x, y in zip(PARTS, images, labels, strict=True):
+        for name, array in ((f"x_{part}{tuple(x.shape)}", x.numpy()), (f"y_{part}", y)):
+            digest.update(f"{name}\0{array.nbytes}\0".encode())
+            digest.update(memoryview(array).cast("B"))
     height, width = images[0].shape[2:]
     if image_size is None and height != width:
-        problem = f"{path}: has images of {height}x{width}; make them square, or give "
-        raise FileError(f"{problem}image_size", f"{problem}--image_size")
+        raise FileError(f"{path}: has images of {height}x{width}; make them square, or set image_size")
     for index, storage in enumerate(images):
         if channels is not None:
             storage = convert_channels(storage, channels)
         images[index] = storage if image_size is None else resize(storage, image_size)
-    entry = own_entry(path.stem, digest, "npz", images[0], num_classes)
+    entry = _entry(path.stem, digest.hexdigest(), images[0], num_classes)
     return _sets(entry, images, labels, names)
-
-
-PROGRESS_FROM = 2000  # files
-ODD_SIZES_LISTED = 3
-
-log = logging.getLogger(__name__)
 
 
 class _Listing:
@@ -358,7 +333,7 @@ class _Images:
         self.parts = [self._read(part, files) for part, files in listing.files.items()]
         if self.odd_sizes > ODD_SIZES_LISTED:  # all have the same remedy, and would hide unreadable files
             more = f"{self.odd_sizes - ODD_SIZES_LISTED} more images"
-            listing.faults.add(more, "differ in size, too; give image_size to resize all")
+            listing.faults.add(more, "differ in size, too; set image_size to resize all")
 
     def _read(self, part: str, files: list[Path]) -> Tensor | None:
         faults, storage = self.listing.faults, None
@@ -377,14 +352,12 @@ class _Images:
             if self.size is None:
                 self.size = size
                 if size[0] != size[1]:
-                    faults.add(name, f"is {size[0]}x{size[1]}; square images are needed, or give image_size")
+                    faults.add(name, f"is {size[0]}x{size[1]}; square images are needed, or set image_size")
             if size != self.size:
                 self.odd_sizes += 1
                 if self.odd_sizes <= ODD_SIZES_LISTED:
                     wanted = f"{self.size[0]}x{self.size[1]}"
-                    faults.add(
-                        name, f"is {size[0]}x{size[1]} among images of {wanted}; give image_size to resize all"
-                    )
+                    faults.add(name, f"is {size[0]}x{size[1]} among images of {wanted}; set image_size to resize all")
                 continue
             if storage is None:
                 storage = torch.empty((len(files), *image.shape), dtype=torch.uint8)
@@ -407,8 +380,8 @@ class _Images:
 def load_folder(root: Path, image_size: int | None, channels: int | None) -> tuple[ImageSet, ImageSet]:
     """Own data from folders; classes sorted by name, images by class and file name.
 
-    The data set is called by the folder's name and 8 hex digits of relative paths and file contents. Images are
-    decoded as a viewer shows them (``decoding.as_seen``).
+    The data set is named by the folder's name and 8 hex digits of relative paths and file contents. Images are
+    decoded as a viewer shows them (``as_seen``).
 
     Args:
         root: Folder with ``train/`` and ``test/``.
@@ -423,7 +396,7 @@ def load_folder(root: Path, image_size: int | None, channels: int | None) -> tup
     faults = Faults(root)
     listing = _Listing(root, faults)
     read = _Images(listing, image_size, channels)
-    faults.refuse()
+    faults.raise_if_any()
     images = read.parts
     if read.gray and read.color:
         log.info(
@@ -431,7 +404,7 @@ def load_folder(root: Path, image_size: int | None, channels: int | None) -> tup
             root, read.gray, read.color,
         )  # fmt: skip
         images = [convert_channels(part, 3) for part in images]
-    entry = own_entry(root.resolve().name, read.digest.hexdigest(), "folder", images[0], len(listing.names))
+    entry = _entry(root.resolve().name, read.digest.hexdigest(), images[0], len(listing.names))
     names = [printable(name) for name in listing.names]
     decoding = ",".join(rule for rule in ("exif", "alpha") if rule in read.rules) or None
     return tuple(

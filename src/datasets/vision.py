@@ -1,58 +1,88 @@
-"""Data sets that torchvision reads; missing files are downloaded."""
+"""Public data sets: scikit-learn's digits, those that torchvision reads, and Tiny ImageNet.
+
+Missing files are downloaded, over https where the host offers it, and never used before their checksum is verified.
+"""
 
 import hashlib
+import http.client
+import inspect
 import logging
+import urllib.request
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from src.datasets.catalogue import DatasetEntry
-from src.datasets.download import fetch
-from src.datasets.images import ImageSet
+from src import artifacts
+from src.datasets.images import Faults, ImageSet, is_system_file, open_image
+from src.datasets.own import CLASS_NAMES
+from src.datasets.registry import DatasetEntry, Download
 from src.errors import FileError
 
+TEST_SHARE = 0.2  # of digits
+SPLIT_SEED = 0  # part of the definition of digits: changing it changes every index
+TINY_ROOT = "tiny-imagenet-200"
+TIMEOUT = 60  # seconds without an answer
+BLOCK = 1 << 20
+
+T = TypeVar("T")
+Tree = tuple[list[str], Callable[[str], bytes]]  # paths below the root, and how to read one
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """How torchvision calls a data set, and where it keeps the labels."""
+def load_digits(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
+    """Train and test part: a fixed split that takes a fifth of each class for testing, in original order.
 
-    class_name: str
-    part: Callable[[str], dict[str, Any]] = lambda part: {"train": part == "train"}
-    labels: str = "targets"
-    channels_first: bool = False
+    Args:
+        entry: The catalogue entry.
+        folder: Not used: the images are embedded.
+    """
+    # read from scikit-learn's file, as importing scikit-learn takes a second
+    file = Path(find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")
+    images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)  # values 0..16
+    labels = table[:, -1].astype(np.int64)
+    generator = np.random.RandomState(SPLIT_SEED)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in range(entry.num_classes):
+        members = np.flatnonzero(labels == label)
+        held_out[generator.permutation(members)[: round(TEST_SHARE * len(members))]] = True
+    return tuple(
+        ImageSet(entry, part, torch.from_numpy(images[chosen]), torch.from_numpy(labels[chosen]))
+        for part, chosen in (("train", ~held_out), ("test", held_out))
+    )
 
 
-READERS = {
-    "mnist": _Reader("MNIST"),
-    "fmnist": _Reader("FashionMNIST"),
-    "cifar10": _Reader("CIFAR10"),
-    "cifar100": _Reader("CIFAR100"),
-    "svhn": _Reader("SVHN", lambda part: {"split": part}, "labels", channels_first=True),
-}
+def load_torchvision(class_name: str, entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
+    """Training and test set from torchvision's files under ``folder``, downloaded if they are missing.
 
-
-def load_vision(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Train and test part from torchvision's files under ``folder``, downloaded if they are missing.
+    Args:
+        class_name: Torchvision's class.
+        entry: The catalog entry.
+        folder: Where the files are or are downloaded to.
 
     Raises:
         FileError: The files are missing and cannot be downloaded, or are damaged.
     """
-    return _load_part(entry, folder, "train"), _load_part(entry, folder, "test")
+    return tuple(_read_part(class_name, entry, folder, part) for part in ("train", "test"))
 
 
-def _load_part(entry: DatasetEntry, folder: Path, part: str) -> ImageSet:
-    reader = READERS[entry.name]
-    data = _open(entry, folder, reader, part)
-    images = _channels_first(data.data, reader.channels_first)
-    labels = torch.as_tensor(np.asarray(getattr(data, reader.labels), dtype=np.int64))
+def _read_part(class_name: str, entry: DatasetEntry, folder: Path, part: str) -> ImageSet:
+    data = _open(class_name, entry, folder, part)
+    images = torch.as_tensor(data.data)
+    labels = torch.as_tensor(np.asarray(data.targets if hasattr(data, "targets") else data.labels, dtype=np.int64))
     wanted = (entry.channels, entry.image_size, entry.image_size)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif tuple(images.shape[1:]) != wanted:  # channels last
+        images = images.permute(0, 3, 1, 2)
+    images = images.contiguous()
     if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted or len(images) != len(labels):
         raise FileError(f"{folder}: the {part} files of {entry.name} are damaged; delete them to download them again")
     if not 0 <= labels.min() <= labels.max() < entry.num_classes:
@@ -60,52 +90,234 @@ def _load_part(entry: DatasetEntry, folder: Path, part: str) -> ImageSet:
             f"{folder}: the {part} files of {entry.name} have labels from {labels.min()} to {labels.max()}; it has "
             f"classes 0 to {entry.num_classes - 1}; delete them to download them again"
         )
-    if part in entry.published and part_digest(images, labels) != entry.published[part]:
-        log.warning("%s: the %s files differ from the published %s; they are used as they are", folder, part,
-                    entry.name)  # fmt: skip
+    if part in entry.published:
+        digest = hashlib.sha256(images.numpy())
+        digest.update(labels.numpy())
+        if digest.hexdigest()[:16] != entry.published[part]:
+            log.warning("%s: the %s files differ from the published %s; they are used as they are",
+                        folder, part, entry.name)  # fmt: skip
     return ImageSet(entry, part, images, labels)
 
 
-def part_digest(images: Tensor, labels: Tensor) -> str:
-    """16 hex digits that identify the pixels and labels of a part."""
-    digest = hashlib.sha256(images.numpy())
-    digest.update(labels.numpy())
-    return digest.hexdigest()[:16]
-
-
-def _open(entry: DatasetEntry, folder: Path, reader: _Reader, part: str) -> Any:
-    """Torchvision's data set; the network is used only where files are missing."""
+def _open(class_name: str, entry: DatasetEntry, folder: Path, part: str) -> Any:
+    """Torchvision's data set; the internet is used only where files are missing."""
     from src._torchvision import torchvision
 
-    make, arguments = getattr(torchvision.datasets, reader.class_name), reader.part(part)
+    make = getattr(torchvision.datasets, class_name)
+    named = "train" in inspect.signature(make).parameters
+    chosen = {"train": part == "train"} if named else {"split": part}
     try:
-        return make(str(folder), **arguments, download=False)
+        return make(str(folder), **chosen, download=False)
     except Exception as error:  # missing files and damaged ones raise nearly anything
         reason = error
     if "not found" not in str(reason):
         raise _damaged(entry, folder, part, reason) from reason
     fetch(entry, folder)
     try:
-        return make(str(folder), **arguments, download=True)  # unpacks what was downloaded
+        return make(str(folder), **chosen, download=True)  # unpacks what was downloaded
     except OSError:  # a full disk, or a folder that cannot be written
         raise
     except Exception as error:
         raise _damaged(entry, folder, part, error) from error
 
 
-def _damaged(entry: DatasetEntry, folder: Path, part: str, reason: BaseException) -> FileError:
+def _damaged(entry: DatasetEntry, folder: Path, part: str, error: BaseException) -> FileError:
+    reason = (str(error).strip().split("\n")[0].rstrip(": ") or type(error).__name__)[:160]
     return FileError(
-        f"{folder}: the {part} files of {entry.name} are damaged ({_line(reason)}); delete them to download again"
+        f"{folder}: the {part} files of {entry.name} are damaged ({reason}); delete them to download again"
     )
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().split("\n")[0].rstrip(": ") or type(error).__name__)[:160]
+def load_tiny_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
+    """Train and test part (the zip's validation part).
+
+    Classes are sorted by WordNet id and files by name. The decoded images are kept as ``{name}.npz`` beside
+    ``folder``, which later calls of ``load_dataset`` read instead.
+
+    Args:
+        entry: The catalogue entry.
+        folder: Where the zip is or is downloaded to, or its content, with or without the zip's own top folder.
+
+    Raises:
+        FileError: The zip is missing and cannot be downloaded, or files are missing or damaged.
+    """
+    cache = folder.parent / f"{entry.name}.npz"
+    for root in (folder / TINY_ROOT, folder):
+        if (root / "train").is_dir():
+            return _load(entry, root, _folder_tree(root), cache)
+    (archive,) = fetch(entry, folder)
+    with zipfile.ZipFile(archive) as file:
+        return _load(entry, archive, _zip_tree(file), cache)
 
 
-def _channels_first(data: Any, channels_first: bool) -> Tensor:
-    """uint8 ``(n, c, h, w)`` from torchvision's ``data`` attribute."""
-    images = torch.as_tensor(data)
-    if images.ndim == 3:
-        return images[:, None].contiguous()
-    return (images if channels_first else images.permute(0, 3, 1, 2)).contiguous()
+def _zip_tree(file: zipfile.ZipFile) -> Tree:
+    prefix = f"{TINY_ROOT}/"
+    names = [name.removeprefix(prefix) for name in file.namelist() if name.startswith(prefix) and name[-1] != "/"]
+    return _images_and_lists(names), lambda name: file.read(prefix + name)
+
+
+def _folder_tree(root: Path) -> Tree:
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    return _images_and_lists(names), lambda name: (root / name).read_bytes()
+
+
+def _images_and_lists(names: list[str]) -> list[str]:
+    return sorted(name for name in names if not is_system_file(name.split("/")[-1]))
+
+
+def _load(entry: DatasetEntry, where: Path, tree: Tree, cache: Path) -> tuple[ImageSet, ImageSet]:
+    names, read = tree
+    train = [name for name in names if name.startswith("train/") and name.lower().endswith(".jpeg")]
+    classes = sorted({name.split("/")[1] for name in train})
+    if len(classes) != entry.num_classes:
+        raise FileError(
+            f"{where}: has {len(classes)} classes below train/, not {entry.num_classes}; get the zip again"
+        )
+    number = {wnid: label for label, wnid in enumerate(classes)}
+    listing = [(name, number[name.split("/")[1]]) for name in sorted(train, key=_class_and_name)]
+    parts = {"train": listing, "test": _validation(where, names, read, number)}
+    arrays = {CLASS_NAMES: np.array(classes)}
+    for part, files in parts.items():
+        arrays[f"x_{part}"] = _decode(entry, where, files, read)
+        arrays[f"y_{part}"] = np.array([label for _, label in files])
+    try:
+        artifacts.write_npz(cache, **arrays)
+        log.info("kept the decoded images as %s, to be read next time", cache)
+    except FileError as error:
+        log.warning("the decoded images are not kept: %s", error)
+    return tuple(
+        ImageSet(
+            entry,
+            part,
+            torch.from_numpy(arrays.pop(f"x_{part}")).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(arrays[f"y_{part}"]),
+            classes,
+        )
+        for part in parts
+    )
+
+
+def _class_and_name(path: str) -> tuple[str, str]:
+    parts = path.split("/")
+    return parts[1], parts[-1]
+
+
+def _validation(
+    where: Path, names: list[str], read: Callable[[str], bytes], number: dict[str, int]
+) -> list[tuple[str, int]]:
+    """Validation images, sorted by name, with their labels.
+
+    The images are in ``val/images``, with their classes in ``val_annotations.txt``, or in a folder per class, to
+    which a common preparation script moves them.
+    """
+    listing, faults = "val/val_annotations.txt", Faults(where)
+    paths = {
+        name.split("/")[-1]: name for name in names if name.startswith("val/") and name.lower().endswith(".jpeg")
+    }
+    folders = {name: path.split("/")[1] for name, path in paths.items()}
+    if not any(folder in number for folder in folders.values()):
+        if listing not in names:
+            raise FileError(
+                f"{where}: has no {listing}, which names the classes of the test images; get the zip again"
+            )
+        try:
+            lines = read(listing).decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise FileError(f"{where}: {listing} is not a text file in UTF-8; get the zip again") from error
+        if not lines:
+            raise FileError(f"{where}: {listing} is empty; get the zip again")
+        folders = dict([*line.split("\t"), ""][:2] for line in lines)
+    files = {}
+    for name, wnid in folders.items():
+        if wnid not in number or name not in paths:
+            faults.add(f"val: {name!r} of class {wnid!r}", "is not there; get the zip again")
+        else:
+            files[name] = (paths[name], number[wnid])
+    faults.raise_if_any()
+    return [files[name] for name in sorted(files)]
+
+
+def _decode(
+    entry: DatasetEntry, where: Path, files: list[tuple[str, int]], read: Callable[[str], bytes]
+) -> np.ndarray:
+    """uint8 ``(n, h, w, c)``; gray images are converted to color, and EXIF is ignored, as published."""
+    size, faults = entry.image_size, Faults(where)
+    images = np.empty((len(files), size, size, entry.channels), dtype=np.uint8)
+    for index, (name, _) in enumerate(tqdm(files, desc=f"reading {entry.name}", mininterval=1, disable=None)):
+        try:
+            image = open_image(BytesIO(read(name)))
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            faults.add(name, f"{error}; get the zip again")
+            continue
+        if image.size != (size, size):
+            faults.add(name, f"is {image.height}x{image.width}, not {size}x{size}; get the zip again")
+        else:
+            images[index] = image.convert("RGB")
+    faults.raise_if_any()
+    return images
+
+
+class _DownloadError(Exception):
+    """A mirror did not deliver the file."""
+
+
+def fetch(entry: DatasetEntry, folder: Path) -> list[Path]:
+    """The files that a data set is downloaded as; missing ones are downloaded, the others verified.
+
+    Args:
+        entry: The data set.
+        folder: Its folder.
+
+    Returns:
+        Their paths, in the catalogue's order.
+
+    Raises:
+        FileError: A file is damaged, or cannot be downloaded.
+    """
+    return [_fetch_one(entry, download, folder) for download in entry.downloads]
+
+
+def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
+    path = folder / download.file
+    if path.exists():
+        found = artifacts.file_digest(path)
+        if found != download.sha256:
+            raise FileError(
+                f"{path}: is damaged (its sha256 is {found}, not {download.sha256}); delete it to download it again"
+            )
+        return path
+    reasons = []
+    for url in download.urls:
+        try:
+            return artifacts.write_with(path, lambda file, url=url: _copy(url, download, file), interruptible=True)
+        except _DownloadError as error:
+            reasons.append(f"{url}: {error}")
+    raise FileError(
+        f"{path}: is missing and could not be downloaded ({'; '.join(reasons)}); put it there, or {entry.name}.npz "
+        f"into {folder.parent}"
+    )
+
+
+def _copy(url: str, download: Download, file: BinaryIO) -> None:
+    """Download into an open file."""
+    digests = {name: hashlib.new(name) for name in ("md5", "sha256")}
+    with _connected(lambda: urllib.request.urlopen(url, timeout=TIMEOUT)) as answer:
+        length = int(answer.headers.get("Content-Length") or 0) or None
+        label = f"downloading {Path(download.file).name}"
+        with tqdm(total=length, unit="B", unit_scale=True, desc=label, disable=None) as bar:
+            while block := _connected(lambda: answer.read(BLOCK)):
+                for digest in digests.values():
+                    digest.update(block)
+                bar.update(len(block))
+                file.write(block)
+    for name, digest in digests.items():
+        if digest.hexdigest() != getattr(download, name):
+            raise _DownloadError(f"has {name} {digest.hexdigest()}, not {getattr(download, name)}")
+
+
+def _connected(step: Callable[[], T]) -> T:
+    """Take a step that needs the connection; what goes wrong with it is not an error of the file that is written."""
+    try:
+        return step()
+    except (OSError, http.client.HTTPException) as error:
+        raise _DownloadError(str(error) or type(error).__name__) from error

@@ -8,7 +8,7 @@ from typing import Any
 from src.artifacts import ROOT
 from src.cli import given_flags, restrict
 from src.datasets import CATALOGUE, dataset_names
-from src.datasets.loading import check_arguments
+from src.datasets.registry import check_arguments
 from src.devices import PRECISIONS
 from src.errors import FlagError
 from src.metrics.registry import SCORES

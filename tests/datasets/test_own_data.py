@@ -83,7 +83,7 @@ def test_grey_arrays_without_channel_axis(tmp_path):
         ({"labels": (0, 0, 1, 1, 3, 3), "test_labels": (0, 1, 3)}, "no image of class 2"),
         ({"test_labels": (0, 1, 3)}, "y_test holds class 3, which y_train lacks"),
         ({"class_names": np.array("abc")}, r"class_names has shape \(\); one name per class"),
-        ({"x": (8, 6, 3)}, "8x6; make them square, or give image_size"),
+        ({"x": (8, 6, 3)}, "8x6; make them square, or set image_size"),
     ],
 )
 def test_bad_npz(tmp_path, arguments, message):
@@ -185,7 +185,7 @@ def _gray_among_color(root):
 
 def _other_size(root):
     Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(root / "test" / "bee" / "1.png")
-    return "test/bee/1.png: is 9x8 among images of 8x8; give image_size"
+    return "test/bee/1.png: is 9x8 among images of 8x8; set image_size"
 
 
 def _unreadable(root):
@@ -260,7 +260,7 @@ def test_flags_mend_mixed_folders(tmp_path):
 
 def test_oblong_folder(tmp_path):
     name = write_folder(tmp_path / "pets", size=(8, 6))
-    with pytest.raises(FileError, match="square images are needed, or give image_size"):
+    with pytest.raises(FileError, match="square images are needed, or set image_size"):
         load_dataset(name, ".")
     assert load_dataset(name, ".", image_size=6)[0].image_shape == (3, 6, 6)
 

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.datasets import make_splits, partition, split_path, validation_indices
+from src.datasets import make_splits, parse_subset, validation_indices
 from src.errors import FileError, FlagError
+
+
+def split_path(folder, seed, index):
+    return folder / "made" / f"seed_{seed}" / f"val_{index}.txt"
+
 
 VECTORS = [
     (1000, 1, "83160a3989f7", [400, 350, 810, 610, 980, 680], [459, 49, 509], 100),
@@ -24,7 +29,7 @@ def test_files_equal_the_published_vectors(tmp_path, count, index, digest, head,
     assert split[: len(head)].tolist() == head
     assert split[len(split) - len(tail) :].tolist() == tail
     assert len(split) == size
-    content = split_path(tmp_path, "made", 1234, index).read_bytes()
+    content = split_path(tmp_path, 1234, index).read_bytes()
     assert hashlib.sha256(content).hexdigest().startswith(digest)
 
 
@@ -42,7 +47,7 @@ def test_splits_partition_and_are_stratified(labels, seed):
 
 @pytest.mark.parametrize("index", [0, 11, -1])
 def test_index_out_of_range_is_a_flag_error(tmp_path, index):
-    with pytest.raises(FlagError, match=r"--samis_validation_split_index .*1 to 10"):
+    with pytest.raises(FlagError, match=r"samis_validation_split_index .*1 to 10"):
         validation_indices(tmp_path, "made", 1, index, np.zeros(100, int), 1)
 
 
@@ -62,7 +67,7 @@ def test_small_class_beside_a_large_one(tmp_path):
 def test_missing_file_is_made_again(tmp_path):
     labels = np.arange(100) % 5
     before = validation_indices(tmp_path, "made", 3, 7, labels, 5)
-    split_path(tmp_path, "made", 3, 7).unlink()
+    split_path(tmp_path, 3, 7).unlink()
     assert np.array_equal(validation_indices(tmp_path, "made", 3, 7, labels, 5), before)
 
 
@@ -80,7 +85,7 @@ def _damage(lines, how):
 def test_damaged_file_is_named(tmp_path, how):
     labels = np.arange(100) % 5
     validation_indices(tmp_path, "made", 3, 1, labels, 5)
-    path = split_path(tmp_path, "made", 3, 4)
+    path = split_path(tmp_path, 3, 4)
     path.write_text("\n".join(_damage(path.read_text().split(), how)))
     with pytest.raises(FileError, match=r"val_4\.txt"):
         validation_indices(tmp_path, "made", 3, 4, labels, 5)
@@ -89,9 +94,9 @@ def test_damaged_file_is_named(tmp_path, how):
 def test_overlap_and_foreign_files_are_named(tmp_path):
     labels = np.arange(100) % 5
     validation_indices(tmp_path, "made", 3, 1, labels, 5)
-    path = split_path(tmp_path, "made", 3, 2)
-    path.write_text(split_path(tmp_path, "made", 3, 1).read_text())
-    with pytest.raises(FileError, match=r"val_2\.txt.*val_1\.txt too"):
+    path = split_path(tmp_path, 3, 2)
+    path.write_text(split_path(tmp_path, 3, 1).read_text())
+    with pytest.raises(FileError, match=r"val_2\.txt.*val_1\.txt"):
         validation_indices(tmp_path, "made", 3, 5, labels, 5)
     with pytest.raises(FileError, match=r"val_1\.txt: is not split 1 of these 200"):
         validation_indices(tmp_path, "made", 3, 5, np.arange(200) % 5, 5)
@@ -120,12 +125,55 @@ def test_processes_at_once_agree_and_leave_nothing_behind(tmp_path):
     for worker in workers:
         worker.join()
     assert all(result == results[0] for result in results)
-    folder = split_path(tmp_path, "made", 5, 6).parent
+    folder = split_path(tmp_path, 5, 6).parent
     assert sorted(path.name for path in folder.parent.iterdir()) == ["seed_5"]
     assert len(list(folder.iterdir())) == 10
 
 
-def test_partition_by_original_index():
-    train, held_out = partition(np.array([5, 8, 2, 9]), np.array([9, 1, 8]))
-    assert train.tolist() == [0, 2]
-    assert held_out.tolist() == [1, 3]
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=150), st.data())
+def test_number_takes_the_same_share_of_each_class(labels, data):
+    labels = np.array(labels)
+    count = data.draw(st.integers(1, len(labels)))
+    chosen = parse_subset(str(count), len(labels), labels)
+    assert len(chosen) == count
+    assert (np.diff(chosen) > 0).all()
+    assert chosen.min() >= 0
+    assert chosen.max() < len(labels)
+    sizes = np.bincount(labels, minlength=6)
+    assert (np.abs(np.bincount(labels[chosen], minlength=6) - sizes * count / len(labels)) < 1).all()
+    assert np.array_equal(chosen, parse_subset(str(count), len(labels), labels))
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "101", "+0"])
+def test_number_out_of_range(text):
+    with pytest.raises(FlagError, match=r"^subset .*1 to 100"):
+        parse_subset(text, 100, np.zeros(100, int))
+
+
+def test_subset_file(tmp_path):
+    path = tmp_path / "chosen.txt"
+    path.write_text("7\n3\n99\n")
+    assert parse_subset(str(path), 100, np.zeros(100, int)).tolist() == [3, 7, 99]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1\n100\n", "index 100"),
+        ("4\n4\n", "4 twice"),
+        ("a\n", "chosen.txt"),
+        ("", "chosen.txt"),
+        ("-1\n", "chosen.txt"),
+    ],
+)
+def test_bad_subset_files(tmp_path, content, message):
+    path = tmp_path / "chosen.txt"
+    path.write_text(content)
+    with pytest.raises(FileError, match=message):
+        parse_subset(str(path), 100, np.zeros(100, int))
+
+
+def test_missing_subset_file(tmp_path):
+    with pytest.raises(FileError, match=r"none\.txt"):
+        parse_subset(str(tmp_path / "none.txt"), 100, np.zeros(100, int))

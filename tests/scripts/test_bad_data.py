@@ -133,7 +133,7 @@ def no_test(root):
         (empty_class, ("train/eel: has no image", "put images in, or remove the class")),
         (foreign_class, ("test/eel: is a class that train/ lacks", "needs training images")),
         (one_class, ("train: has only class dog", "two classes")),
-        (other_size, (r"x\.png: is 9x9 among images of 8x8", "--image_size")),
+        (other_size, (r"x\.png: is 9x9 among images of 8x8", "image_size")),
         (no_image, (r"x\.png: cannot be read as an image", "remove or replace")),
         (half_an_image, (r"x\.png: cannot be read as an image", "remove or replace")),
         (nested, ("dog/x: is a folder inside a class folder", "images are needed")),
@@ -161,8 +161,8 @@ def test_a_folder_that_is_none(tmp_path):
         (b"1.5", (r"'1\.5' is not an index",)),
         (b"9" * 30, ("9999' is not an index",)),
         (b"\xff\xfe\x00", ("list of indices",)),
-        (b"5\n7\n5", ("holds the index 5 twice", "once")),
-        (b"3\n30", ("holds the index 30", "0 to 29")),
+        (b"5\n7\n5", ("index 5 twice", "once")),
+        (b"3\n30", ("the index 30", "0 to 29")),
         (None, ("there is no such file", "indices")),
     ],
 )
@@ -213,9 +213,9 @@ def test_split_files_that_are_damaged(tmp_path):
     for name, content, says in (
         ("val_1.txt", "", "is empty"),
         ("val_2.txt", "garbage\n", "'garbage' is not an index"),
-        ("val_3.txt", "1\n2\n", "holds 2 indices"),
-        ("val_4.txt", "999\n", "holds the index 999"),
-        ("val_5.txt", (folder / "val_6.txt").read_text(), "too"),
+        ("val_3.txt", "1\n2\n", "2 indices"),
+        ("val_4.txt", "999\n", "the index 999"),
+        ("val_5.txt", (folder / "val_6.txt").read_text(), "shares an index"),
     ):
         with spoilt(folder / name, content.encode()):
             refuse("train_split.py", *flags, "--overwrite", status=FILE, says=(says, mend), keep=tmp_path)

@@ -59,9 +59,8 @@ def test_files_that_an_argument_mends(tmp_path):
     images = np.zeros((2, 8, 6), np.uint8)
     np.savez(tmp_path / "oblong.npz", x_train=images, y_train=[0, 1], x_test=images, y_test=[0, 1])
     for dataset in (f"folder:{tmp_path / 'oblong'}", f"npz:{tmp_path / 'oblong.npz'}"):
-        with pytest.raises(UserError, match=r" or give image_size$") as caught:
+        with pytest.raises(UserError, match=r" or set image_size$"):
             load_dataset(dataset, ".")
-        assert caught.value.line.endswith(" or give --image_size")
 
 
 def test_scripts_name_the_flag(tmp_path):

@@ -1,27 +1,26 @@
-"""The catalogue: every fact about a data set that has a name, in one place."""
+"""Every data set: its facts, who loads it, and ``load_dataset``.
 
-from collections.abc import Mapping, Sequence
+A new data set is one entry of ``CATALOGUE`` and, unless torchvision reads it, the function that loads it. Only the
+loaders import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from src.errors import ArgumentError
+from src.cli import number, option
+from src.errors import ArgumentError, FileError
+from src.lazy import later
+
+if TYPE_CHECKING:
+    from src.datasets.images import ImageSet
 
 DIGITS = tuple("0123456789")
-
-FASHION = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
-
+FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
 _CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
@@ -49,7 +48,7 @@ class Augmentation:
     Attributes:
         crop_padding: Zeros added on each side before a random crop of the original size; 0 for no crop.
         flip: Mirror each image left to right with probability one half.
-        cutout_holes: Squares set to the mean colour in each image.
+        cutout_holes: Squares set to the mean color in each image.
         cutout_length: Side of those squares in pixels, before they are clipped at the border.
         random_resized_crop: Cut a box of random area and shape and scale it to the image size.
     """
@@ -88,18 +87,16 @@ class DatasetEntry:
     Attributes:
         name: Its name, also in paths.
         num_classes: Number of classes.
-        channels: 1 (grey) or 3 (colour).
+        channels: 1 (gray) or 3 (color).
         image_size: Height and width of its images.
         normalisations: Normalisations by the paper that uses them, ``"samis"`` and ``"mpe"``.
-        source: Who loads it: a key of ``src.datasets.loading.SOURCES``.
+        load: ``(entry, folder) -> (train, test)``; the folder is ``{datasets_folder}/{name}``. None for own data.
         augmentation: What ``--data_augmentation`` switches on.
-        always: What is done to training images in any case.
+        always: What is done to training images in every case.
         cutout: Whether Cutout may be asked for.
-        sizes: Length of the training and the test part as published; None for own data.
         class_names: Names of the classes where the data themselves do not carry them.
         downloads: The files that it is downloaded as.
-        published: Digest of the decoded images and labels by part (``vision.part_digest``), for files that nothing
-            else verifies.
+        published: Digest of the decoded images and labels by part, for files that nothing else verifies.
         content: Hex digest of the files of own data; None for those of the catalogue.
     """
 
@@ -108,11 +105,10 @@ class DatasetEntry:
     channels: int
     image_size: int
     normalisations: Mapping[str, Normalisation]
-    source: str
+    load: Callable[[DatasetEntry, Path], tuple[ImageSet, ImageSet]] | None
     augmentation: Augmentation = Augmentation()
     always: Augmentation = Augmentation()
     cutout: bool = False
-    sizes: tuple[int, int] | None = None
     class_names: tuple[str, ...] = ()
     downloads: tuple[Download, ...] = ()
     published: Mapping[str, str] = field(default_factory=dict)
@@ -132,38 +128,6 @@ class DatasetEntry:
         chosen = self.augmentation if switched_on else self.always
         chosen = replace(chosen, cutout_holes=cutout_holes, cutout_length=cutout_length)
         return chosen or None
-
-
-CATALOGUE: dict[str, DatasetEntry] = {}
-
-
-def _add(entry: DatasetEntry) -> None:
-    CATALOGUE[entry.name] = entry
-
-
-def dataset_names() -> list[str]:
-    """The names of the catalogue, in its order."""
-    return list(CATALOGUE)
-
-
-def dataset_flag(name: str) -> str:
-    """What ``--dataset`` takes for a data set's name in paths: own data are called otherwise there."""
-    return name if name in CATALOGUE else "npz:FILE or folder:DIR"
-
-
-def lookup(name: str) -> DatasetEntry:
-    """The entry of a catalogue name, in either case (``MNIST`` is ``mnist``).
-
-    Raises:
-        ArgumentError: There is no such name.
-    """
-    entry = CATALOGUE.get(name.lower())
-    if entry is None:
-        names = ", ".join(CATALOGUE)
-        raise ArgumentError(
-            "dataset", f"{name}: unknown; choose from {names}, or npz:FILE or folder:DIR for own data"
-        )
-    return entry
 
 
 def _same(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Normalisation]:
@@ -190,28 +154,24 @@ def _idx(folder: str, mirrors: Sequence[str], *checksums: tuple[str, str]) -> tu
 
 _CROP_AND_FLIP = Augmentation(crop_padding=4, flip=True)
 
-_add(
+_ENTRIES = (
     DatasetEntry(
         name="digits",
         num_classes=10,
         channels=1,
         image_size=8,
         normalisations=_same((0.3058,), (0.3764,)),  # of its training part
-        source="digits",
+        load=later("src.datasets.vision", "load_digits"),
         augmentation=Augmentation(crop_padding=1),
-        sizes=(1438, 359),
         class_names=DIGITS,
-    )
-)
-_add(
+    ),
     DatasetEntry(
         name="mnist",
         num_classes=10,
         channels=1,
         image_size=28,
         normalisations=_same((0.1307,), (0.3081,)),
-        source="torchvision",
-        sizes=(60000, 10000),
+        load=later("src.datasets.vision", "load_torchvision", "MNIST"),
         class_names=DIGITS,
         downloads=_idx(
             "MNIST",
@@ -222,9 +182,7 @@ _add(
             ("ec29112dd5afa0611ce80d1b7f02629c", "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
         ),
         published={"train": "d18cfd466eb143ac", "test": "a0863a96c44e5666"},
-    )
-)
-_add(
+    ),
     DatasetEntry(
         name="fmnist",
         num_classes=10,
@@ -234,8 +192,7 @@ _add(
             "samis": Normalisation((0.2861,), (0.3530,)),
             "mpe": Normalisation((0.2860,), (0.3530,)),
         },
-        source="torchvision",
-        sizes=(60000, 10000),
+        load=later("src.datasets.vision", "load_torchvision", "FashionMNIST"),
         class_names=FASHION,
         downloads=_idx(
             "FashionMNIST",
@@ -250,9 +207,7 @@ _add(
             ("bb300cfdad3c16e7a12a480ee83cd310", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
         ),
         published={"train": "1f243a60b4b748a4", "test": "9a494dc49efeb996"},
-    )
-)
-_add(
+    ),
     DatasetEntry(
         name="cifar10",
         num_classes=10,
@@ -262,10 +217,9 @@ _add(
             "samis": _CIFAR,
             "mpe": Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         },
-        source="torchvision",
+        load=later("src.datasets.vision", "load_torchvision", "CIFAR10"),
         augmentation=_CROP_AND_FLIP,
         cutout=True,
-        sizes=(50000, 10000),
         class_names=CIFAR10,
         downloads=(
             Download(
@@ -275,19 +229,16 @@ _add(
                 "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
             ),
         ),
-    )
-)
-_add(
+    ),
     DatasetEntry(
         name="cifar100",
         num_classes=100,
         channels=3,
         image_size=32,
         normalisations={"samis": _CIFAR, "mpe": _CIFAR},
-        source="torchvision",
+        load=later("src.datasets.vision", "load_torchvision", "CIFAR100"),
         augmentation=_CROP_AND_FLIP,
         cutout=True,
-        sizes=(50000, 10000),
         class_names=CIFAR100,
         downloads=(
             Download(
@@ -297,17 +248,14 @@ _add(
                 "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
             ),
         ),
-    )
-)
-_add(
+    ),
     DatasetEntry(
         name="svhn",
         num_classes=10,
         channels=3,
         image_size=32,
         normalisations=_same((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-        source="torchvision",
-        sizes=(73257, 26032),
+        load=later("src.datasets.vision", "load_torchvision", "SVHN"),
         class_names=DIGITS,
         downloads=tuple(
             Download(
@@ -329,19 +277,16 @@ _add(
                 ),
             )
         ),
-    )
-)
-_add(
+    ),
     DatasetEntry(
         name="tiny_imagenet",
         num_classes=200,
         channels=3,
         image_size=64,
         normalisations=_IMAGENET,
-        source="tiny_imagenet",
+        load=later("src.datasets.vision", "load_tiny_imagenet"),
         augmentation=_CROP_AND_FLIP,
         cutout=True,
-        sizes=(100000, 10000),
         downloads=(
             Download(
                 "tiny-imagenet-200.zip",
@@ -353,18 +298,190 @@ _add(
                 "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
             ),
         ),
-    )
-)
-_add(
+    ),
     DatasetEntry(
         name="imagenet",
         num_classes=1000,
         channels=3,
         image_size=224,
         normalisations=_IMAGENET,
-        source="imagenet",
+        load=later("src.datasets.imagenet", "load_imagenet"),  # local archives, which torchvision checks by md5
         augmentation=Augmentation(flip=True, random_resized_crop=True),
         always=Augmentation(random_resized_crop=True),
-        sizes=(1281167, 50000),  # from local archives, which torchvision checks by md5 (no sha256 is published)
-    )
+    ),
 )
+CATALOGUE: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
+
+# Who loads own data, by the word before the colon.
+OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], tuple[ImageSet, ImageSet]]] = {
+    "npz": later("src.datasets.own", "load_npz"),
+    "folder": later("src.datasets.own", "load_folder"),
+}
+
+
+def dataset_names() -> list[str]:
+    """The names of the catalog, in its order."""
+    return list(CATALOGUE)
+
+
+def dataset_flag(name: str) -> str:
+    """What ``--dataset`` takes for a data set's name in paths, which differs for own data."""
+    return name if name in CATALOGUE else "npz:FILE or folder:DIR"
+
+
+def lookup(name: str) -> DatasetEntry:
+    """The entry of a catalog name, in either case (``MNIST`` is ``mnist``).
+
+    Raises:
+        ArgumentError: There is no such name.
+    """
+    if name.lower() not in CATALOGUE:
+        names = ", ".join(CATALOGUE)
+        raise ArgumentError(
+            "dataset", f"{name}: unknown; choose from {names}, or npz:FILE or folder:DIR for own data"
+        )
+    return CATALOGUE[name.lower()]
+
+
+def _own_source(text: str) -> tuple[str, str] | None:
+    """The kind and the path of ``npz:FILE`` and ``folder:DIR``; None for a name."""
+    kind, colon, path = text.partition(":")
+    return (kind, path) if colon and kind in OWN_SOURCES else None
+
+
+def dataset_name(text: str) -> str:
+    """The name of a data set in file names.
+
+    Args:
+        text: What ``load_dataset`` takes, or such a name. Own data (``npz:FILE``, ``folder:DIR``) are read, as their
+            name depends on their content.
+
+    Raises:
+        ArgumentError: It is none of these.
+        FileError: Own data are missing, damaged, or not in the expected form.
+    """
+    if _own_source(text):
+        # at a small size, on which the name does not depend: images that are not square need one
+        return load_dataset(text, ".", image_size=8)[0].entry.name
+    if text.lower() in CATALOGUE:
+        return text.lower()
+    if not text or text.startswith(".") or ":" in text or Path(text).name != text:
+        names = ", ".join(CATALOGUE)
+        raise ArgumentError(
+            "dataset", f"{text!r}: is not the name of a data set; give one of {names}, npz:FILE or folder:DIR"
+        )
+    return text
+
+
+def check_arguments(name: str, image_size: int | None, channels: int | None) -> None:
+    """Check arguments of ``load_dataset`` without reading any file.
+
+    Raises:
+        ArgumentError: The name is unknown, or an argument does not apply to it.
+    """
+    if image_size is not None and image_size < 1:
+        raise ArgumentError("image_size", f"{image_size}: must be at least 1")
+    if channels not in (None, 1, 3):
+        raise ArgumentError("channels", f"{channels}: must be 1 (gray) or 3 (color)")
+    if own := _own_source(name):
+        if not own[1]:
+            raise ArgumentError("dataset", f"{name}: no path after the colon; npz:FILE or folder:DIR is needed")
+        return
+    entry = lookup(name)
+    for argument, value, fixed in (
+        ("image_size", image_size, entry.image_size),
+        ("channels", channels, entry.channels),
+    ):
+        if value not in (None, fixed):
+            raise ArgumentError(
+                argument, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
+            )
+
+
+def load_dataset(
+    name: str, folder: str | Path, *, image_size: int | None = None, channels: int | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """Load a data set.
+
+    A catalog name is read from ``{folder}/{name}.npz`` if that exists (of any length), else from its source
+    under ``{folder}/{name}/``, which downloads what is missing. ``npz:FILE`` and ``folder:DIR`` are own data.
+
+    Args:
+        name: A catalog name in either case, ``npz:FILE`` or ``folder:DIR``.
+        folder: The folder of data sets.
+        image_size: Own data only: resize to this height and width.
+        channels: Own data only: convert to gray (1) or color (3).
+
+    Returns:
+        The training set and the test set.
+
+    Raises:
+        ArgumentError: The name is unknown, or an argument does not apply to it.
+        FileError: The data are missing, damaged, or not in the expected form.
+    """
+    from src.datasets.images import Content
+
+    check_arguments(name, image_size, channels)
+    if own := _own_source(name):
+        train, test = OWN_SOURCES[own[0]](Path(own[1]).expanduser(), image_size, channels)
+    else:
+        entry, folder = lookup(name), Path(folder)
+        local = folder / f"{entry.name}.npz"
+        try:
+            if local.exists():
+                from src.datasets.own import load_catalogue_npz
+
+                train, test = load_catalogue_npz(entry, local)
+            else:
+                train, test = entry.load(entry, folder / entry.name)
+        except OSError as error:
+            raise FileError(
+                f"{folder}: {entry.name} could not be read or made there ({error.strerror or error})"
+            ) from error
+    train.content = test.content = Content(train, test)
+    return train, test
+
+
+def _fold_case(text: str) -> str:
+    return text if _own_source(text) else text.lower()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set, how own images are read, and which training examples are used.
+
+    Attributes:
+        dataset: A catalog name, ``npz:FILE`` or ``folder:DIR``.
+        image_size: Own data only: resize to this height and width.
+        channels: Own data only: convert to gray (1) or color (3).
+        subset: Only these training examples; see ``parse_subset``.
+
+    Raises:
+        ArgumentError: The name is unknown, or an argument does not apply to it.
+    """
+
+    dataset: str = option(
+        "cifar100",
+        f"{', '.join(CATALOGUE)}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
+        "folder:DIR (train/ and test/ with a folder per class)",
+        _fold_case,
+        metavar="NAME",
+    )
+    image_size: int | None = option(
+        None,
+        "scale own data so that the shorter side has PIXELS, and cut the center square (default: as they are)",
+        number(int, 1),
+        metavar="PIXELS",
+    )
+    channels: int | None = option(
+        None, "turn own data into gray (1) or color (3) (default: as they are)", int, choices=(1, 3)
+    )
+    subset: str | None = option(
+        None,
+        "use only N training examples (the same share of each class) or those whose indices are in FILE, one per "
+        "line; indices stay those of the full data set (default: all)",
+        metavar="N|FILE",
+    )
+
+    def __post_init__(self) -> None:
+        check_arguments(self.dataset, self.image_size, self.channels)
