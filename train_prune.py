@@ -17,7 +17,7 @@ With --selection FILE it trains on a selection of anyone's making.
 
 from argparse import Namespace
 
-from src.artifacts import sole
+from src.artifacts.locks import lock
 from src.cli import DATA_FLAGS, PAPER_FLAGS, Parser, print_next, run_script
 from src.settings import (
     add_compute_flags,
@@ -62,7 +62,7 @@ def main() -> None:
         if not session.group.is_main_process:
             run.train()
             return
-        with sole(run.claim, "training this run"):
+        with lock(run.lock, "training this run"):
             history = run.train()
         print(summary(history))
         print(session.files(run.experiment).checkpoints)

@@ -20,7 +20,8 @@ from src.artifacts.io import file_digest, json_bytes, read_json, read_npz, read_
 from src.artifacts.io import label_hash as hash_labels
 from src.errors import FileError
 
-REPLACE = "give --overwrite to replace it, or choose other folders"
+REPLACE = "give --overwrite to replace it, or {}"
+ELSEWHERE = "choose other folders"
 REMAKE = "make it again"
 
 # What a setting counts as where a record lacks it: its default, or, where its meaning has changed since (as that of
@@ -136,7 +137,7 @@ def check_settings_match(
     stored: Mapping[str, Any],
     wanted: Mapping[str, Any],
     ignore: Iterable[str] = (),
-    remedy: str = REPLACE,
+    remedy: str = REPLACE.format(ELSEWHERE),
 ) -> None:
     """Refuse a result that was made with different settings.
 
@@ -154,6 +155,7 @@ def load_result(
     *,
     overwrite: bool = False,
     ignore: Iterable[str] = (),
+    elsewhere: str = ELSEWHERE,
 ) -> Any | None:
     """Load the result that is already at a path, if it was made with the same settings.
 
@@ -167,6 +169,7 @@ def load_result(
             Default: :func:`read_recorded`, the json beside the file.
         overwrite: Whether a damaged result, or one of different or unknown settings, may be replaced.
         ignore: Settings that may differ, such as the number of epochs of a run that is made longer.
+        elsewhere: What a message advises in place of overwriting.
 
     Returns:
         The content; None where there is no file, or one that may be replaced.
@@ -174,7 +177,7 @@ def load_result(
     Raises:
         FileError: The result is damaged, or was made with different or unknown settings, and ``overwrite`` is off.
     """
-    path = Path(path)
+    path, remedy = Path(path), REPLACE.format(elsewhere)
     if not path.exists():
         return None
     try:
@@ -182,11 +185,11 @@ def load_result(
     except FileError as error:
         if overwrite:
             return None
-        raise FileError(f"{error}; or give --overwrite to replace it") from error
+        raise FileError(f"{error}; {remedy}") from error
     if not overwrite:
         if stored is None:
-            raise FileError(f"{path}: does not record the settings it was made with; {REPLACE}")
-        check_settings_match(path, stored, settings, ignore)
+            raise FileError(f"{path}: does not record the settings it was made with; {remedy}")
+        check_settings_match(path, stored, settings, ignore, remedy)
     elif stored is None or diff_settings(stored, settings, ignore):
         return None
     return content
@@ -287,18 +290,20 @@ def checked_array(
         FileError: It is missing, or anything else.
     """
     if name not in content:
-        raise FileError(f"{path}: has no {name}; {remedy}")
+        raise FileError(f"{path}: has no array {name!r}; {remedy}")
     try:
         values = np.asarray(content[name])
     except ValueError:  # uneven lists
         values = np.array(None)
     if values.dtype.kind not in kinds:
-        raise FileError(f"{path}: its {name} are not numbers of the right kind; {remedy}")
+        expected = "numbers" if "f" in kinds else "integers"
+        raise FileError(f"{path}: array {name!r} has dtype {values.dtype}, {expected} were expected; {remedy}")
     if values.ndim != ndim or not values.size or (length is not None and len(values) != length):
         expected = f"{ndim} axes" if length is None else f"{length} entries"
-        raise FileError(f"{path}: its {name} has shape {values.shape}, {expected} were expected; {remedy}")
+        raise FileError(f"{path}: array {name!r} has shape {values.shape}, {expected} were expected; {remedy}")
     if finite and not np.isfinite(values).all():
-        raise FileError(f"{path}: {np.count_nonzero(~np.isfinite(values))} of its {name} are not finite; {remedy}")
+        count = np.count_nonzero(~np.isfinite(values))
+        raise FileError(f"{path}: array {name!r} has {count} values that are not finite; {remedy}")
     return values
 
 

@@ -4,7 +4,6 @@ import csv
 import io
 import logging
 import math
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,17 @@ from typing import Any, TypedDict
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import claim, claimed, comparison_stem, differences, read_json, save_figure, write_json, write_text
+from src.artifacts.io import read_json, save_figure, write_json, write_text
+from src.artifacts.locks import lock, try_lock
+from src.artifacts.paths import comparison_stem
+from src.artifacts.store import REPLACE, load_result
 from src.coresets.plots import accuracy_figure
-from src.coresets.pretraining import Busy
 from src.coresets.registry import METHODS, REFERENCE, find_method
 from src.coresets.runner import CoresetRun, SelectionJob
 from src.errors import FileError, TrainingError, UserError
 from src.session import Session
 
 log = logging.getLogger(__name__)
-
-PAUSE = 5.0  # seconds before looking again for something that no other process works on
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class Grid:
         self.session, self.args = session, args
         self.cells = list(self._cells())
         self._runs: dict[Cell, CoresetRun] = {}
-        self._announced: set[Cell] = set()
         self._finished: dict[Cell, dict[str, Any]] = {}
 
     def _cells(self) -> Iterator[Cell]:
@@ -91,29 +89,28 @@ class Grid:
             if cell.seed == self.args.seeds[0]:
                 run.check()
             if not self.args.overwrite:
-                run.refuse_other_settings()
+                run.check_stored()
         if not self.args.overwrite:
-            self._refuse_other_table()
+            self._check_table()
 
-    def _refuse_other_table(self) -> None:
-        """Stop where another table would be lost: one of other settings, or with cells that this grid lacks."""
-        path = self._stem.with_name(f"{self._stem.name}.json")
-        if not path.exists():
-            return
-        content = read_json(path)
-        advice = "give this one another --name, or --overwrite to replace it"
-        if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
-            raise FileError(f"{path}: is not a table of this script; {advice}")
-        if found := differences(content.get("settings", {}), self.settings(), ignore=self._unread()):
-            raise FileError(f"{path}: is a table of other settings: {', '.join(found)}; {advice}")
-        own = {(cell.func, cell.fraction, cell.shots, cell.seed) for cell in self.cells}
-        try:
-            other = {(c["method"], c["share"], c["shots"], c["seed"]) for c in content.get("cells", ())} - own
-        except (TypeError, KeyError) as error:
-            raise FileError(f"{path}: is damaged, its cells cannot be read; {advice}") from error
-        if other:
+    def _check_table(self) -> None:
+        """Refuse to replace another table: one of different settings, or with cells that this grid lacks."""
+
+        def read(path: Path) -> tuple[set[tuple[Any, ...]], dict[str, Any]]:
+            content = read_json(path)
+            try:
+                cells = {(c["method"], c["share"], c["shots"], c["seed"]) for c in content.get("cells", ())}
+                return cells, dict(content.get("settings", {}))
+            except (TypeError, KeyError, ValueError, AttributeError) as error:
+                raise FileError(f"{path}: is damaged, or not a table of this script") from error
+
+        path, elsewhere = self._stem.with_name(f"{self._stem.name}.json"), "choose another --name"
+        cells = load_result(path, self.settings(), read, ignore=self._unread(), elsewhere=elsewhere)
+        if other := (cells or set()) - {(cell.func, cell.fraction, cell.shots, cell.seed) for cell in self.cells}:
             cell = Cell(*min(other, key=str))
-            raise FileError(f"{path}: has {len(other)} cells that this grid lacks, such as {cell}; {advice}")
+            raise FileError(
+                f"{path}: has {len(other)} cells that this grid lacks, such as {cell}; {REPLACE.format(elsewhere)}"
+            )
 
     def _unread(self) -> list[str]:
         """Settings of pre-training, where no method of the grid pre-trains."""
@@ -132,43 +129,32 @@ class Grid:
         failures: dict[Cell, str] = {}
         pending = list(self.cells)
         with tqdm(total=len(pending), unit="cell", disable=None, dynamic_ncols=True, desc="grid") as bar:
-            while pending:
-                left = []
-                for cell in pending:
-                    ended = self._attempt(cell, failures)
-                    bar.update(ended is not None)
-                    if ended is None:
-                        left.append(cell)
-                    elif ended:
-                        after_cell()
-                if len(left) == len(pending):  # other processes work on all that is left
-                    time.sleep(PAUSE)
-                pending = left
+            for wait in (False, True):  # first what no other process works on, then the rest
+                pending = [cell for cell in pending if not self._attempt(cell, failures, bar, after_cell, wait)]
         return failures
 
-    def _attempt(self, cell: Cell, failures: dict[Cell, str]) -> bool | None:
-        """Train a cell; True if it was trained here, False if it is done or failed, None if it must be seen again."""
+    def _attempt(
+        self, cell: Cell, failures: dict[Cell, str], bar: tqdm, after_cell: Callable[[], Any], wait: bool
+    ) -> bool:
+        """Train a cell unless it is done; False if another process works on it, and ``wait`` is off."""
         run = self.run_of(cell)
-        if run.is_done():
-            run.session.files(run.experiment).remove_states()
-            return False
-        with claim(run.claim) as mine:
+        trained = False
+        with try_lock(run.lock, wait=wait) as mine:
             if not mine:
-                return None
-            if run.is_done():  # by another process, since the look above
                 return False
-            if cell not in self._announced:  # it may have to wait for another process's pre-training, and come again
+            if not run.is_done():
                 log.info("cell %d of %d: %s", self.cells.index(cell) + 1, len(self.cells), cell)
-                self._announced.add(cell)
-            try:
-                run.train(wait=False)
-            except Busy:
-                return None
-            except UserError as error:
-                log.error("%s: %s", cell, error.line)
-                failures[cell] = error.line
-                return False
-            run.session.files(run.experiment).remove_states()
+                try:
+                    run.train()
+                    trained = True
+                except UserError as error:
+                    log.error("%s: %s", cell, error.line)
+                    failures[cell] = error.line
+            if cell not in failures:
+                run.session.files(run.experiment).remove_states()
+        bar.update()
+        if trained:
+            after_cell()
         return True
 
     # ------------------------------------------------------------------------------------------------- comparing
@@ -228,9 +214,9 @@ class Grid:
         Raises:
             FileError: Another grid has written its table there since this one began.
         """
-        with claimed(self._stem.with_name(f"{self._stem.name}.lock"), waiting="another process is writing the table"):
+        with lock(self._stem.with_name(f"{self._stem.name}.lock"), "writing the table", wait=True):
             if not self.args.overwrite:
-                self._refuse_other_table()
+                self._check_table()
             return self._write()
 
     def _write(self) -> list[Path]:

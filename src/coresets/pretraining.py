@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from tqdm import tqdm
 
 from src.artifacts import (
     DEFAULTS,
-    claim,
     claim_path,
-    claimed,
     dynamics_folder,
+    lock,
     pretrain_experiment,
     read_npz,
     write_npz,
@@ -78,8 +78,8 @@ class PretrainedNetwork:
         self.experiment = pretrain_experiment(session.entry.name, args.model, self.key)
 
     @property
-    def claim(self) -> Path:
-        """The lock of whoever trains or scores this network."""
+    def lock(self) -> Path:
+        """The lock file of whoever trains or scores this network."""
         args = self.session.args
         return claim_path(args.models_folder, self.experiment, args.seed)
 
@@ -215,39 +215,21 @@ def _losses(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
 
 
-class Busy(Exception):  # noqa: N818  (no error: the caller does something else first)
-    """Another process trains a network that is needed."""
-
-
-def train_networks(session: Session, count: int, *, wait: bool = True) -> list[PretrainedNetwork]:
+def train_networks(session: Session, count: int) -> list[PretrainedNetwork]:
     """The first ``count`` pre-trained networks of a session, trained where they are not on disk yet.
 
-    All processes of the group must call.
+    All processes of the group must call. If another start of a script trains one of them, this one waits for it.
 
     Args:
         session: The session.
         count: How many independently initialised networks.
-        wait: Whether to wait for another process that trains one of them.
-
-    Raises:
-        Busy: Another process trains one of them, and ``wait`` is off.
     """
     networks = [PretrainedNetwork(session, number) for number in range(count)]
+    group = session.group
     for network in networks:
-        if not session.group.is_main_process:
-            _train_as_group(session, network)
-        elif wait:
-            with claimed(network.claim, waiting="another process is pre-training this network"):
-                _train_as_group(session, network)
-        elif not network.is_trained:
-            with claim(network.claim) as mine:
-                if not mine:
-                    raise Busy
-                _train_as_group(session, network)
+        held = lock(network.lock, "pre-training this network", wait=True) if group.is_main_process else nullcontext()
+        with held:
+            group.wait()  # for the main process's lock
+            network.train_or_load()
+            group.wait()
     return networks
-
-
-def _train_as_group(session: Session, network: PretrainedNetwork) -> None:
-    session.group.wait()  # for the leading process's claim
-    network.train_or_load()
-    session.group.wait()

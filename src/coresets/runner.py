@@ -15,18 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.artifacts import (
-    claim_path,
-    coreset_experiment,
-    differences,
-    file_digest,
-    label_hash,
+from src.artifacts.io import file_digest, label_hash, read_npz, write_npz
+from src.artifacts.paths import claim_path, coreset_experiment, selection_path
+from src.artifacts.store import (
+    acting_settings,
+    check_same_data,
+    check_settings_match,
+    checked_array,
+    load_result,
     parse_settings,
-    read_npz,
-    refuse_other_settings,
-    selection_path,
-    without_idle,
-    write_npz,
 )
 from src.coresets import CandidateGroup, Method, Selection, SelectionInputs, find_method, make_groups
 from src.coresets.infobatch import InfoBatchPlan
@@ -129,7 +126,7 @@ class SelectionJob:
         if method.needs.pretraining:
             facts["pretraining"] = PretrainedNetwork(session).key
             facts["coreset_networks"] = self.networks
-        return without_idle(facts)
+        return acting_settings(facts)
 
     def check(self) -> None:
         """Find, before anything is computed, what would stop the selection later.
@@ -187,39 +184,25 @@ class SelectionJob:
         """The selection on disk and its seconds, if it was made with the same settings; None if there is none.
 
         Args:
-            overwrite: Whether a file of other settings, or a damaged one, counts as none.
+            overwrite: Whether a file of different settings, or a damaged one, counts as none.
 
         Raises:
-            FileError: One of other settings stands there, or a damaged one.
+            FileError: The file is damaged, or was made with different settings.
         """
-        if not self.path.exists():
-            return None
-        try:
-            selection, settings = read_selection(self.path, self.session)
-            seconds = _seconds(self.path)
-            if differences(settings, self.settings()):
-                refuse_other_settings(self.path, *self._spelt_out(settings, self.settings()))
-        except FileError:
-            if overwrite:
-                return None
-            raise
-        return selection, seconds
+        wanted = self.settings()
 
-    def _spelt_out(self, stored: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Both settings with those of the pre-training in place of its hash, where the other one's are on disk."""
-        there, here = str(stored.get("pretraining")), wanted.get("pretraining")
-        if here is None or there == here:
-            return stored, wanted
-        network = PretrainedNetwork(self.session)
-        facts = network.settings_of(there)
-        if not facts:
-            return stored, wanted
-        sides = ((stored, facts), (wanted, network.settings))
-        return tuple(
-            {**{key: value for key, value in side.items() if key != "pretraining"},
-             **{f"pretraining {key}": value for key, value in more.items()}}
-            for side, more in sides
-        )  # fmt: skip
+        def read(path: Path) -> tuple[tuple[Selection, float], dict[str, Any]]:
+            selection, seconds, stored = read_selection(path, self.session)
+            there, here = stored.get("pretraining"), wanted.get("pretraining")
+            if there and here and there != here:  # hashes: compare what they stand for, where that is on disk
+                network = PretrainedNetwork(self.session)
+                if facts := network.settings_of(str(there)):
+                    for settings, more in ((stored, facts), (wanted, network.settings)):
+                        del settings["pretraining"]
+                        settings.update({f"pretraining {name}": value for name, value in more.items()})
+            return (selection, seconds), stored
+
+        return load_result(self.path, wanted, read, overwrite=overwrite)
 
     def groups(self) -> list[CandidateGroup]:
         """Among which examples is chosen, and how many."""
@@ -260,18 +243,6 @@ class SelectionJob:
         return scores
 
 
-def _seconds(path: Path) -> float:
-    """What a stored selection took; NaN where its file does not say.
-
-    Raises:
-        FileError: It says something else.
-    """
-    seconds = np.asarray(read_npz(path).get("seconds", np.nan))
-    if seconds.shape or seconds.dtype.kind not in "fiu":
-        raise FileError(f"{path}: 'seconds' is no number; make it anew with --overwrite")
-    return float(seconds)
-
-
 def fewest_epochs(reduced: str, options: Any) -> int:
     """The shortest pre-training that a reduced score can be computed from, found by trying."""
     for epochs in itertools.count(1):
@@ -282,7 +253,7 @@ def fewest_epochs(reduced: str, options: Any) -> int:
     raise AssertionError
 
 
-def select(choice: SelectionJob, *, overwrite: bool = False, wait: bool = True) -> tuple[Selection, float]:
+def select(choice: SelectionJob, *, overwrite: bool = False) -> tuple[Selection, float]:
     """The selection of a choice: the stored one of the same settings, or a new one, which is stored.
 
     Returns:
@@ -295,7 +266,7 @@ def select(choice: SelectionJob, *, overwrite: bool = False, wait: bool = True) 
     if found is not None:
         log.info("selection: read from %s", choice.path)
         return found
-    networks = train_networks(choice.session, choice.networks, wait=wait)
+    networks = train_networks(choice.session, choice.networks)
     if group.is_main_process:
         started = time.perf_counter()
         selection = choice.method.select(choice.material(networks), choice.groups(), choice.options)
@@ -329,8 +300,8 @@ class CoresetRun:
             self.experiment = coreset_experiment(name, args.coreset_mode, share, args.model, session.entry.name)
 
     @property
-    def claim(self) -> Path:
-        """The lock of whoever trains this run."""
+    def lock(self) -> Path:
+        """The lock file of whoever trains this run."""
         return claim_path(self.session.args.models_folder, self.experiment, self.session.args.seed)
 
     @property
@@ -355,11 +326,11 @@ class CoresetRun:
         if not args.per_class:
             log.warning("--per_class: changes nothing for %s, which looks at all examples at once", name)
 
-    def refuse_other_settings(self) -> None:
-        """Stop where a run or a selection of other settings stands, before anything is trained.
+    def check_stored(self) -> None:
+        """Find, before anything is trained, a run or a selection on disk that has different settings.
 
         Raises:
-            FileError: One does; the message names the settings that differ.
+            FileError: There is one; the message names the settings that differ.
         """
         if self.choice is None:
             return
@@ -370,32 +341,28 @@ class CoresetRun:
         if stored:
             more = self._dynamic_settings() if self.dynamic else self._selection_settings()
             wanted = self.session.settings(self.session.train, more)
-            refuse_other_settings(files.checkpoints, stored, wanted, ignore=("examples", "selection"))
+            check_settings_match(files.checkpoints, stored, wanted, ignore=("examples", "selection"))
 
     def selection_seconds(self) -> float:
         """The seconds that the stored selection took; NaN where there is none."""
         found = None if self.choice is None or self.dynamic else self.choice.stored()
         return float("nan") if found is None else found[1]
 
-    def selection(self, *, overwrite: bool = False, wait: bool = True) -> tuple[Selection, float]:
+    def selection(self, *, overwrite: bool = False) -> tuple[Selection, float]:
         """The chosen examples, and the seconds that choosing took (NaN where unknown)."""
         if self.file is not None:
             return read_selection(self.file, self.session)[0], float("nan")
-        return select(self.choice, overwrite=overwrite, wait=wait)
+        return select(self.choice, overwrite=overwrite)
 
-    def train(self, *, wait: bool = True) -> list[dict[str, Any]]:
-        """Select, and train on the selection; returns the history, one record per epoch.
-
-        Raises:
-            Busy: Another process pre-trains what is needed, and ``wait`` is off.
-        """
+    def train(self) -> list[dict[str, Any]]:
+        """Select, and train on the selection; returns the history, one record per epoch."""
         session = self.session
         self.check()
         if self.dynamic:
             return session.run(
                 self.experiment, session.train, plan=self._plan(), more_settings=self._dynamic_settings()
             )
-        selection, _ = self.selection(overwrite=session.args.overwrite, wait=wait)
+        selection, _ = self.selection(overwrite=session.args.overwrite)
         train = session.train.subset(torch.from_numpy(selection.indices))
         return session.run(
             self.experiment, train, weights=weights_tensor(selection), more_settings=self._settings(selection)
@@ -450,6 +417,7 @@ class CoresetRun:
 _SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # the session's settings have them
 
 
+_MAKE = "make it with select_coreset.py (of a mask, take numpy's flatnonzero)"
 _LARGEST = 1e30  # of a weight: training computes in float32
 
 
@@ -478,57 +446,42 @@ def write_selection(
     )
 
 
-def read_selection(path: str | Path, session: Session) -> tuple[Selection, dict[str, Any]]:
+def read_selection(path: str | Path, session: Session) -> tuple[Selection, float, dict[str, Any]]:
     """Read a selection of anyone's making: ``indices``, and ``weights`` and more where the file has them.
 
     Returns:
-        The selection in positions among the session's training examples, and its settings (empty if unknown).
+        The selection in positions among the session's training examples, the seconds it took (NaN if unknown), and
+        its settings (empty if unknown).
 
     Raises:
         FileError: The file is missing or damaged, or does not fit the data.
     """
-    arrays = read_npz(path)
-    if "indices" not in arrays:
-        raise FileError(f"{path}: has no array 'indices'; make it with select_coreset.py")
-    names = session.train.indices.cpu().numpy()
-    indices = np.asarray(arrays["indices"])
-    weights = np.asarray(arrays.get("weights", np.ones(indices.shape)))
-    _check_selection(path, indices, weights, arrays, session)
-    order = np.argsort(indices)
-    places = np.searchsorted(names, indices[order])
-    inside = np.isin(indices[order], names)
-    if not inside.all():
-        outside = indices[order][~inside][0]
+    arrays, whole = read_npz(path), session.whole_train
+    stored = {name: str(arrays[name]) for name in ("label_hash", "data_hash") if name in arrays}
+    labels = label_hash(whole.labels.cpu().numpy())
+    check_same_data(path, stored, "make it with --dataset of this run", label_hash=labels, data_hash=whole.digest)
+    indices = checked_array(path, arrays, "indices", kinds="iu", remedy=_MAKE)
+    if indices.min() < 0 or indices.max() >= whole.total:
+        raise FileError(f"{path}: has indices outside 0 to {whole.total - 1}, the training set's; make it again")
+    if len(np.unique(indices)) < len(indices):
+        raise FileError(f"{path}: has an index twice; give each once")
+    arrays = {"weights": np.ones(len(indices)), "seconds": np.array(np.nan), **arrays}
+    weights = checked_array(path, arrays, "weights", kinds="fiu", length=len(indices))
+    if (weights < 0).any() or not (weights > 0).any() or weights.max() > _LARGEST:
         raise FileError(
-            f"{path}: holds example {outside}, which --subset leaves out; give the subset it was made with"
+            f"{path}: array 'weights' is not of numbers from 0 to {_LARGEST:g}, some above 0; make it again"
+        )
+    seconds = checked_array(path, arrays, "seconds", ndim=0, kinds="fiu", finite=False)
+    names = session.train.indices.cpu().numpy()
+    order = np.argsort(indices)
+    outside = indices[order][~np.isin(indices[order], names)]
+    if len(outside):
+        raise FileError(
+            f"{path}: has example {outside[0]}, which --subset leaves out; give the subset it was made with"
         )
     settings = parse_settings(path, arrays["settings"]) if "settings" in arrays else {}
-    return Selection(places.astype(np.int64), weights[order].astype(np.float64)), settings
-
-
-def _check_selection(
-    path: str | Path, indices: Any, weights: Any, arrays: Mapping[str, Any], session: Session
-) -> None:
-    """Stop unless a selection file holds examples of this data set, each once, with weights that can be used."""
-    whole = session.whole_train
-    wanted = label_hash(whole.labels.cpu().numpy())
-    stored = str(arrays.get("label_hash", wanted))
-    if stored != wanted:
-        raise FileError(f"{path}: was made for other data (its labels differ); make it with --dataset of this run")
-    stored = str(arrays.get("data_hash", ""))
-    if stored and whole.digest and stored != whole.digest:
-        raise FileError(f"{path}: was made for other data (its images differ); make it with --dataset of this run")
-    if indices.ndim != 1 or not len(indices) or indices.dtype.kind not in "iu":
-        raise FileError(
-            f"{path}: 'indices' is no list of whole numbers (of a mask, take numpy's flatnonzero); make it anew"
-        )
-    if indices.min() < 0 or indices.max() >= whole.total:
-        raise FileError(f"{path}: holds indices outside 0 to {whole.total - 1}, the training part's; make it anew")
-    if len(np.unique(indices)) < len(indices):
-        raise FileError(f"{path}: holds an index twice; each may stand there once")
-    right = weights.shape == indices.shape and weights.dtype.kind in "fiu" and np.isfinite(weights).all()
-    if not right or (weights < 0).any() or not (weights > 0).any() or weights.max() > _LARGEST:
-        raise FileError(f"{path}: 'weights' is not one number from 0 to {_LARGEST:g} per index; make it anew")
+    positions = np.searchsorted(names, indices[order]).astype(np.int64)
+    return Selection(positions, weights[order].astype(np.float64)), float(seconds), settings
 
 
 def selection_digest(selection: Selection) -> str:

@@ -152,13 +152,13 @@ def test_a_copied_file_is_refused():
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (None, "no x"),
+        (None, "no array"),
         ([], "shape"),
         ([[1.0]], "shape"),
         ([1.0, 2.0, 3.0], "shape"),
-        ([[1.0], [1.0, 2.0]], "numbers"),
-        (["a", "b"], "numbers"),
-        ([1.0, np.nan], "1 of its x are not finite"),
+        ([[1.0], [1.0, 2.0]], "dtype"),
+        (["a", "b"], "dtype"),
+        ([1.0, np.nan], "1 values that are not finite"),
     ],
 )
 def test_an_array_of_a_file_is_checked(value, says):
@@ -170,7 +170,7 @@ def test_an_array_of_a_file_is_checked(value, says):
 def test_an_array_of_a_file_is_returned():
     assert checked_array("a", {"x": [1, 2]}, "x", length=2).tolist() == [1, 2]
     assert np.isnan(checked_array("a", {"x": [1.0, np.nan]}, "x", finite=False)[1])
-    with pytest.raises(FileError, match="numbers"):
+    with pytest.raises(FileError, match="dtype"):
         checked_array("a", {"x": [1, 2]}, "x", kinds="f")
 
 

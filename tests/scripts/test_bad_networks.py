@@ -115,7 +115,7 @@ def test_results_that_stand_in_the_way(world):
     ("arrays", "says"),
     [
         ({"tr_mem": np.zeros(3)}, ("scores 3 examples, the data set has 60",)),
-        ({"other": np.zeros(N)}, ("no tr_mem", "fetch_scores.py")),
+        ({"other": np.zeros(N)}, ("no array 'tr_mem'", "fetch_scores.py")),
         ({"tr_mem": np.full(N, np.nan)}, ("not one finite number", "fetch_scores.py")),
     ],
 )

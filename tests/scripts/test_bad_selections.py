@@ -94,16 +94,16 @@ def test_scores_that_do_not_fit(blobs, name, tmp_path, scores, says):
     ("arrays", "says"),
     [
         ({"picks": [1]}, "no array 'indices'.*select_coreset.py"),
-        ({"indices": [1, 2, 2]}, "holds an index twice"),
+        ({"indices": [1, 2, 2]}, "has an index twice"),
         ({"indices": [1, 60]}, "outside 0 to 59"),
         ({"indices": [-1, 5]}, "outside 0 to 59"),
-        ({"indices": [0.5]}, "no list of whole numbers"),
-        ({"indices": np.zeros((2, 2), int)}, "no list of whole numbers"),
-        ({"indices": [1, 2], "weights": [1.0]}, "'weights' is not"),
-        ({"indices": [1, 2], "weights": [1.0, -1.0]}, "'weights' is not"),
-        ({"indices": [1, 2], "weights": [np.nan, 1.0]}, "'weights' is not"),
-        ({"indices": [1, 2], "weights": [0.0, 0.0]}, "'weights' is not"),
-        ({"indices": [1, 2], "label_hash": "0" * 16}, "made for other data"),
+        ({"indices": [0.5]}, "array 'indices' has"),
+        ({"indices": np.zeros((2, 2), int)}, "array 'indices' has"),
+        ({"indices": [1, 2], "weights": [1.0]}, "array 'weights' "),
+        ({"indices": [1, 2], "weights": [1.0, -1.0]}, "array 'weights' "),
+        ({"indices": [1, 2], "weights": [np.nan, 1.0]}, "array 'weights' "),
+        ({"indices": [1, 2], "weights": [0.0, 0.0]}, "array 'weights' "),
+        ({"indices": [1, 2], "label_hash": "0" * 16}, "made for other labels"),
         ({"indices": [1, 2], "settings": "{broken"}, "settings cannot be read"),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_damaged_stored_selection_is_replaced_on_request(blobs, tmp_path, seco
     before = path.read_bytes()
     with np.load(path) as arrays:
         np.savez(path, **{**arrays, "seconds": seconds})
-    refuse("train_prune.py", *run, status=FILE, says=("'seconds' is no number", "--overwrite"))
+    refuse("train_prune.py", *run, status=FILE, says=("array 'seconds' has", "--overwrite"))
     succeed("train_prune.py", *run, "--overwrite")
     with np.load(path) as after, np.load(io.BytesIO(before)) as wanted:
         np.testing.assert_array_equal(after["indices"], wanted["indices"])

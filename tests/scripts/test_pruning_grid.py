@@ -130,7 +130,7 @@ def test_damaged_tables_and_results_are_named(blobs, tmp_path):
             refuse("compare_pruning.py", *table, status=FILE, says=(r"comparison\.json: ", says, "--overwrite"))
     for cells in (5, [5], [{}], [{"method": [], "share": 0.5, "shots": None, "seed": 1}]):
         with spoilt(path, json.dumps({**read_json(path), "cells": cells}).encode()):
-            refuse("compare_pruning.py", *table, status=FILE, says=("cells cannot be read", "--overwrite"))
+            refuse("compare_pruning.py", *table, status=FILE, says=("is damaged, or not a table", "--overwrite"))
 
 
 def test_a_grid_of_shots(blobs, tmp_path):
