@@ -21,10 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from src.artifacts import label_hash, save_figure
-from src.artifacts.figures import literal
 from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.datasets import load_dataset, parse_subset
 from src.errors import FlagError
+from src.formatting import literal
 from src.metrics import SCORES, Proxy
 from src.settings import add_data_flags, add_folder_flags, add_score_flags, number, score_folders
 

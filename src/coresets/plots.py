@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
-from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
 from src.coresets.registry import REFERENCE
 from src.errors import FlagError
+from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 # Paul Tol's "muted" scheme, told apart with any colour vision; pale ones last
 COLOURS = ("#332288", "#CC6677", "#44AA99", "#882255", "#999933", "#117733", "#AA4499", "#88CCEE", "#DDCC77")

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
 from src.curvature.hessian_files import SpectrumGroup, extent, grid, width
 from src.curvature.ntk_files import Velocities
+from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 FLOOR = 1e-7
 """Added to densities, so that their logarithm ends somewhere."""

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from src.artifacts.figures import FIGURE_STYLE
+from src.formatting import FIGURE_STYLE
 
 ROWS_PER_BLOCK = 25  # of the overview; more classes go into further blocks beside the first
 CLASSES_PER_PAGE = 100

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
-from src.artifacts.figures import FIGURE_GRID, FIGURE_STYLE
 from src.errors import ArgumentError, FlagError
+from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 BINS = 50
 PASTEL = matplotlib.colormaps["tab20"].colors[1::2]  # ten light colours
