@@ -20,8 +20,8 @@ from src.artifacts.io import file_digest, json_bytes, read_json, read_npz, read_
 from src.artifacts.io import label_hash as hash_labels
 from src.errors import FileError
 
-REPLACE = "give --overwrite to replace it, or {}"
 ELSEWHERE = "choose other folders"
+REPLACE = f"give --overwrite to replace it, or {ELSEWHERE}"
 REMAKE = "make it again"
 
 # What a setting counts as where a record lacks it: its default, or, where its meaning has changed since (as that of
@@ -137,7 +137,7 @@ def check_settings_match(
     stored: Mapping[str, Any],
     wanted: Mapping[str, Any],
     ignore: Iterable[str] = (),
-    remedy: str = REPLACE.format(ELSEWHERE),
+    remedy: str = REPLACE,
 ) -> None:
     """Refuse a result that was made with different settings.
 
@@ -177,7 +177,7 @@ def load_result(
     Raises:
         FileError: The result is damaged, or was made with different or unknown settings, and ``overwrite`` is off.
     """
-    path, remedy = Path(path), REPLACE.format(elsewhere)
+    path, remedy = Path(path), REPLACE.replace(ELSEWHERE, elsewhere)
     if not path.exists():
         return None
     try:

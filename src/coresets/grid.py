@@ -16,7 +16,7 @@ from tqdm import tqdm
 from src.artifacts.io import read_json, save_figure, write_json, write_text
 from src.artifacts.locks import lock, try_lock
 from src.artifacts.paths import comparison_stem
-from src.artifacts.store import REPLACE, load_result
+from src.artifacts.store import ELSEWHERE, REPLACE, load_result
 from src.coresets.plots import accuracy_figure
 from src.coresets.registry import METHODS, REFERENCE, find_method
 from src.coresets.runner import CoresetRun, SelectionJob
@@ -107,10 +107,8 @@ class Grid:
         path, elsewhere = self._stem.with_name(f"{self._stem.name}.json"), "choose another --name"
         cells = load_result(path, self.settings(), read, ignore=self._unread(), elsewhere=elsewhere)
         if other := (cells or set()) - {(cell.func, cell.fraction, cell.shots, cell.seed) for cell in self.cells}:
-            cell = Cell(*min(other, key=str))
-            raise FileError(
-                f"{path}: has {len(other)} cells that this grid lacks, such as {cell}; {REPLACE.format(elsewhere)}"
-            )
+            cell, remedy = Cell(*min(other, key=str)), REPLACE.replace(ELSEWHERE, elsewhere)
+            raise FileError(f"{path}: has {len(other)} cells that this grid lacks, such as {cell}; {remedy}")
 
     def _unread(self) -> list[str]:
         """Settings of pre-training, where no method of the grid pre-trains."""
