@@ -62,8 +62,8 @@ def cutout(images: Tensor, centres: Tensor, length: int) -> Tensor:
     half = length // 2
 
     def inside(centre: Tensor, size: int) -> Tensor:
-        place = torch.arange(size, device=images.device)
-        return (place >= centre[..., None] - half) & (place < centre[..., None] + half)  # (b, holes, size)
+        position = torch.arange(size, device=images.device)
+        return (position >= centre[..., None] - half) & (position < centre[..., None] + half)  # (b, holes, size)
 
     rows = inside(centres[..., 0], images.shape[2])
     columns = inside(centres[..., 1], images.shape[3])
@@ -74,11 +74,11 @@ def cutout(images: Tensor, centres: Tensor, length: int) -> Tensor:
 def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
     """The boxes of random resized crops.
 
-    The first of ten tries (area and log aspect ratio uniform) that fits is taken, at a uniform place; if none
+    The first of ten tries (area and log aspect ratio uniform) that fits is taken, at a uniform position; if none
     fits, the largest centred box of an allowed shape.
 
     Args:
-        draws: Uniform in [0, 1), ``(b, CROP_DRAWS)``: areas, ratios, and the place.
+        draws: Uniform in [0, 1), ``(b, CROP_DRAWS)``: areas, ratios, and the position.
         height: Height of the images, a number or ``(b,)``.
         width: Width of the images, a number or ``(b,)``.
 
@@ -117,13 +117,13 @@ def resized_crop(images: Tensor, draws: Tensor) -> Tensor:
     height, width = images.shape[2:]
     boxes = crop_boxes(draws, height, width).to(torch.float32)  # (b, 4)
 
-    def places(start: Tensor, extent: Tensor, size: int) -> Tensor:
+    def coordinates(start: Tensor, extent: Tensor, size: int) -> Tensor:
         """Source coordinates of the output pixels, kept inside the box, as grid_sample counts them."""
         steps = (torch.arange(size, device=images.device) + 0.5) / size
         pixel = (steps * extent[:, None] - 0.5).clamp(min=0).minimum(extent[:, None] - 1) + start[:, None]
         return (2 * pixel + 1) / size - 1
 
-    rows, columns = places(boxes[:, 0], boxes[:, 2], height), places(boxes[:, 1], boxes[:, 3], width)
+    rows, columns = coordinates(boxes[:, 0], boxes[:, 2], height), coordinates(boxes[:, 1], boxes[:, 3], width)
     grid = torch.stack([columns[:, None, :].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], dim=-1)
     scaled = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return scaled.round_().clamp_(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Epochs of batches: ordered, augmented and normalised as whole tensors, without per-image Python."""
+"""Epochs of batches: ordered, augmented and normalised as full tensors, without per-image Python."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,34 +29,34 @@ class Batch(_Fields):
         labels: int64 ``(b,)``.
         indices: int64 ``(b,)``, original positions.
         weights: ``(b,)``.
-        total_weight: Sum of the weights of the whole batch over all ranks, a scalar tensor.
+        total_weight: Sum of the weights of the full batch over all ranks, a scalar tensor.
     """
 
     _total_weight: Tensor | None = None
 
     @property
     def total_weight(self) -> Tensor:
-        """Sum of the weights of the whole batch over all ranks."""
+        """Sum of the weights of the full batch over all ranks."""
         return self.weights.sum() if self._total_weight is None else self._total_weight
 
 
 class Batches:
     """Cuts epochs of an image set into batches.
 
-    All random draws of an epoch are made for the whole part at once and indexed by original position, so batch
+    All random draws of an epoch are made for all original examples at once and indexed by original position, so batch
     size, order, subsets, workers and ranks do not change what happens to an example.
 
     Args:
         images: The examples; move their storage to ``device`` before (``images.to(device)``).
         batch_size: Examples per step over all ranks.
         normalisation: Per-channel mean and deviation.
-        device: Where batches are wanted.
-        order: ``"shuffled"`` anew in each epoch, ``"fixed"`` (one permutation for all epochs) or ``"sequential"``.
+        device: Where to deliver batches.
+        order: ``"shuffled"`` again in each epoch, ``"fixed"`` (one permutation for all epochs) or ``"sequential"``.
         augmentation: What to do to the images; None for nothing.
         seed: Seed of order and augmentation.
         dtype: Type of images and weights (weights never below float32).
         channels_last: Lay images out with the channels last in memory.
-        rank: Which share of each batch is wanted.
+        rank: Which share of each batch to deliver.
         world: Number of shares.
     """
 
@@ -127,11 +127,11 @@ class Batches:
         weights = weights.to(self.device)
         visited = torch.arange(count) if positions is None else torch.as_tensor(positions, dtype=torch.int64).cpu()
         visited = self._ordered(visited, epoch).to(self.device)
-        whole = visited.split(self.batch_size) if len(visited) else ()
-        shares = [batch[self.rank :: self.world] for batch in whole]
+        batches = visited.split(self.batch_size) if len(visited) else ()
+        shares = [batch[self.rank :: self.world] for batch in batches]
         plan = _Draws(self.augmentation, self.images, self.seed, epoch, self.device)
         stream = self.images.stream((share, plan.boxes(self._indices[share])) for share in shares)
-        for batch, share, pixels in zip(whole, shares, stream, strict=True):
+        for batch, share, pixels in zip(batches, shares, stream, strict=True):
             indices = self._indices[share]
             result = Batch(self._finish(pixels, plan, indices), self._labels[share], indices, weights[share])
             result._total_weight = weights[batch].sum()
@@ -142,12 +142,12 @@ class Batches:
         return self._ordered(torch.arange(len(self.images)), epoch)
 
     def _ordered(self, positions: Tensor, epoch: int) -> Tensor:
-        """``positions`` in this epoch's order; ranks are drawn for the whole part, by original position."""
+        """``positions`` in this epoch's order; sort keys are drawn for all original positions."""
         if self.order == "sequential":
             return positions
         generator = rng.generator(self.seed, 0 if self.order == "fixed" else epoch, "order")
-        places = torch.randperm(self.images.total, generator=generator)
-        return positions[places[self.images.indices.cpu()[positions]].argsort(stable=True)]
+        keys = torch.randperm(self.images.total, generator=generator)
+        return positions[keys[self.images.indices.cpu()[positions]].argsort(stable=True)]
 
     def _finish(self, pixels: Tensor, plan: "_Draws", indices: Tensor) -> Tensor:
         """Augment, convert and normalise uint8 ``(b, c, h, w)``."""
@@ -163,7 +163,7 @@ class Batches:
 
 
 class _Draws:
-    """The random draws of one epoch, for the whole part, on the device of the batches."""
+    """The random draws of one epoch, for all original examples, on the device of the batches."""
 
     def __init__(
         self, augmentation: Augmentation, images: ImageSet, seed: int, epoch: int, device: torch.device

@@ -20,7 +20,7 @@ FOLDERS = {"train": "train", "test": "val"}
 RESIZE = 256 / 224  # of the shorter side to the crop, where nothing is random
 MOST_WORKERS = 8
 SHARED_MEMORY = "/dev/shm"  # Docker's has 64 MB by default
-SHARED_BATCHES = 64  # more than all workers of a machine hold at once
+SHARED_BATCHES = 64  # more than all workers of a machine keep at once
 
 
 def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
@@ -39,13 +39,13 @@ def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet
     classes = _classes(folder / FOLDERS["train"])
     if len(classes) != entry.num_classes:
         raise FileError(
-            f"{folder / FOLDERS['train']}: holds {len(classes)} class folders; {entry.name} has {entry.num_classes}"
+            f"{folder / FOLDERS['train']}: has {len(classes)} class folders; {entry.name} has {entry.num_classes}"
         )
     return tuple(_scan(entry, part, folder / name, classes) for part, name in FOLDERS.items())
 
 
 def _extract(folder: Path, name: str) -> None:
-    """Extract one part beside its final place, then rename: an interrupted extraction is not taken for a part."""
+    """Extract one part beside its final folder, then rename: an interrupted extraction is not taken for a part."""
     from src._torchvision import torchvision
 
     archives = torchvision.datasets.imagenet
@@ -63,7 +63,7 @@ def _extract(folder: Path, name: str) -> None:
         reason = str(error).strip().split("\n")[0][:120]
         wanted = ", ".join(file for file, _ in archives.ARCHIVE_META.values())
         raise FileError(
-            f"{folder}: holds no {name}/ with a folder per class, and it could not be extracted ({reason}); put "
+            f"{folder}: has no {name}/ with a folder per class, and it could not be extracted ({reason}); put "
             f"{wanted} there (from image-net.org, which asks for a login)"
         ) from error
 
@@ -148,9 +148,9 @@ class _Reader(torch.utils.data.Dataset):
     def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
         """The images of some rows, uint8 ``(b, 3, s, s)``."""
         images = torch.empty(len(rows), 3, self.size, self.size, dtype=torch.uint8)
-        for place, row in enumerate(rows):
+        for k, row in enumerate(rows):
             path = self.folder / os.fsdecode(self.names[row])
-            images[place] = read_image(path, self.size, None if draws is None else torch.from_numpy(draws[place]))
+            images[k] = read_image(path, self.size, None if draws is None else torch.from_numpy(draws[k]))
         return images
 
 

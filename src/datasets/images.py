@@ -39,8 +39,8 @@ class Content:
     """What identifies the images of a data set, computed when it is first asked for.
 
     Args:
-        train: The whole training part, as loaded.
-        test: The whole test part.
+        train: The full training set, as loaded.
+        test: The full test set.
     """
 
     def __init__(self, train: "ImageSet", test: "ImageSet") -> None:
@@ -65,16 +65,16 @@ class Content:
 
 
 class ImageSet:
-    """The training or the test part of a data set, or a subset of it.
+    """The training or the test set of a data set, or a subset of it.
 
-    Subsets share the storage; ``indices`` say where their examples stand in the whole part.
+    Subsets share the storage; ``indices`` are the positions of their examples in the full set.
 
     Attributes:
-        entry: The catalogue entry.
+        entry: The catalog entry.
         part: ``"train"`` or ``"test"``.
         labels: int64 ``(n,)``.
-        indices: int64 ``(n,)``, the original position of each example in the whole part.
-        total: Length of the whole part.
+        indices: int64 ``(n,)``, the original position of each example in the full set.
+        total: Length of the full set.
         class_names: One name per class.
         decoding: Which rules of ``as_seen`` changed pixels of this data set, such as ``"exif,alpha"``; None
             for none.
@@ -111,16 +111,16 @@ class ImageSet:
 
     @property
     def device(self) -> torch.device:
-        """Where labels and indices lie, and the images too if they are in memory."""
+        """Where labels and indices are, and the images too if they are in memory."""
         return self.labels.device
 
     @property
     def digest(self) -> str | None:
-        """16 hex digits that identify the whole data set's images and test labels; None where they are not known."""
+        """16 hex digits that identify the full data set's images and test labels; None where they are not known."""
         return None if self.content is None else self.content.digest
 
     def add_content(self, digest: "hashlib._Hash") -> None:
-        """Add the images of this whole part to a digest."""
+        """Add the images of this full set to a digest."""
         digest.update(f"{tuple(self._storage.shape)}".encode())
         digest.update(memoryview(self._storage.contiguous().numpy()).cast("B"))
 

@@ -111,14 +111,14 @@ def _count_classes(where: str, train: np.ndarray, test: np.ndarray) -> int:
     foreign = np.setdiff1d(test, present)
     if len(foreign):
         raise FileError(
-            f"{where}: y_test holds class {foreign[0]}, which y_train lacks; every test class needs training images"
+            f"{where}: y_test has class {foreign[0]}, which y_train lacks; every test class needs training images"
         )
     if len(present) == 1:
-        raise FileError(f"{where}: y_train holds class {present[0]} only; two classes are needed at least")
+        raise FileError(f"{where}: y_train has class {present[0]} only; two classes are needed at least")
     gaps = np.flatnonzero(present != np.arange(len(present)))
     if len(gaps):
         raise FileError(
-            f"{where}: y_train holds no image of class {gaps[0]}, though its labels go up to {present[-1]}; "
+            f"{where}: y_train has no image of class {gaps[0]}, though its labels go up to {present[-1]}; "
             "number the classes from 0 without gaps"
         )
     return int(present[-1]) + 1
@@ -135,7 +135,7 @@ def _images(path: Path, key: str, array: np.ndarray) -> Tensor:
             f"{path}: {key} has shape {array.shape}; (n, height, width) or (n, height, width, 1 or 3) is needed"
         )
     if not all(array.shape):
-        raise FileError(f"{path}: {key} has shape {array.shape}, so it holds no image")
+        raise FileError(f"{path}: {key} has shape {array.shape}, so it has no image")
     return torch.from_numpy(_channels_first(np.ascontiguousarray(array)))
 
 
@@ -161,7 +161,7 @@ def _labels(path: Path, key: str, array: np.ndarray, count: int) -> np.ndarray:
         )
     labels = array.reshape(-1)
     if labels.min() < 0:
-        raise FileError(f"{path}: {key} holds the label {labels.min()}; labels count from 0")
+        raise FileError(f"{path}: {key} has the label {labels.min()}; labels count from 0")
     return labels.astype(np.int64)
 
 
@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None]
         labels.append(_labels(path, f"y_{part}", arrays[f"y_{part}"], len(images[-1])))
     if images[0].shape[1:] != images[1].shape[1:]:
         shapes = [tuple(part.shape[1:]) for part in images]
-        raise FileError(f"{path}: x_train holds images (c, h, w) = {shapes[0]}, x_test {shapes[1]}; make them alike")
+        raise FileError(f"{path}: x_train has images (c, h, w) = {shapes[0]}, x_test {shapes[1]}; make them alike")
     return images, labels, _class_names(path, arrays.get(CLASS_NAMES))
 
 
@@ -203,22 +203,21 @@ def _sets(
     )
 
 
-def load_catalogue_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSet]:
-    """A catalogue data set from ``{name}.npz``, of any length; classes and image size stay the catalogue's.
+def load_catalog_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSet]:
+    """A catalog data set from ``{name}.npz``, of any length; classes and image size stay the catalog's.
 
     Raises:
-        FileError: The file is damaged or does not fit the catalogue.
+        FileError: The file is damaged or does not fit the catalog.
     """
     images, labels, names = _read(path)
     wanted = (entry.channels, entry.image_size, entry.image_size)
     found = tuple(images[0].shape[1:])
     if found != wanted:
-        raise FileError(f"{path}: holds images (c, h, w) = {found}; {entry.name} has {wanted}")
+        raise FileError(f"{path}: has images (c, h, w) = {found}; {entry.name} has {wanted}")
     for part, label in zip(PARTS, labels, strict=True):
         if label.max() >= entry.num_classes:
             raise FileError(
-                f"{path}: y_{part} holds the label {label.max()}; "
-                f"{entry.name} has classes 0 to {entry.num_classes - 1}"
+                f"{path}: y_{part} has the label {label.max()}; {entry.name} has classes 0 to {entry.num_classes - 1}"
             )
     return _sets(entry, images, labels, names)
 

@@ -97,7 +97,7 @@ class DatasetEntry:
         class_names: Names of the classes where the data themselves do not carry them.
         downloads: The files that it is downloaded as.
         published: Digest of the decoded images and labels by part, for files that nothing else verifies.
-        content: Hex digest of the files of own data; None for those of the catalogue.
+        content: Hex digest of the files of own data; None for those of the catalog.
     """
 
     name: str
@@ -160,7 +160,7 @@ _ENTRIES = (
         num_classes=10,
         channels=1,
         image_size=8,
-        normalisations=_same((0.3058,), (0.3764,)),  # of its training part
+        normalisations=_same((0.3058,), (0.3764,)),  # of its training set
         load=later("src.datasets.vision", "load_digits"),
         augmentation=Augmentation(crop_padding=1),
         class_names=DIGITS,
@@ -429,9 +429,9 @@ def load_dataset(
         local = folder / f"{entry.name}.npz"
         try:
             if local.exists():
-                from src.datasets.own import load_catalogue_npz
+                from src.datasets.own import load_catalog_npz
 
-                train, test = load_catalogue_npz(entry, local)
+                train, test = load_catalog_npz(entry, local)
             else:
                 train, test = entry.load(entry, folder / entry.name)
         except OSError as error:

@@ -32,15 +32,14 @@ TIMEOUT = 60  # seconds without an answer
 BLOCK = 1 << 20
 
 T = TypeVar("T")
-Tree = tuple[list[str], Callable[[str], bytes]]  # paths below the root, and how to read one
 log = logging.getLogger(__name__)
 
 
 def load_digits(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Train and test part: a fixed split that takes a fifth of each class for testing, in original order.
+    """Training and test set: a fixed split that takes a fifth of each class for testing, in original order.
 
     Args:
-        entry: The catalogue entry.
+        entry: The catalog entry.
         folder: Not used: the images are embedded.
     """
     # read from scikit-learn's file, as importing scikit-learn takes a second
@@ -129,13 +128,13 @@ def _damaged(entry: DatasetEntry, folder: Path, part: str, error: BaseException)
 
 
 def load_tiny_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Train and test part (the zip's validation part).
+    """Training and test set (the zip's validation part).
 
     Classes are sorted by WordNet id and files by name. The decoded images are kept as ``{name}.npz`` beside
     ``folder``, which later calls of ``load_dataset`` read instead.
 
     Args:
-        entry: The catalogue entry.
+        entry: The catalog entry.
         folder: Where the zip is or is downloaded to, or its content, with or without the zip's own top folder.
 
     Raises:
@@ -144,37 +143,29 @@ def load_tiny_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, Ima
     cache = folder.parent / f"{entry.name}.npz"
     for root in (folder / TINY_ROOT, folder):
         if (root / "train").is_dir():
-            return _load(entry, root, _folder_tree(root), cache)
+            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+            return _read_tiny_imagenet(entry, root, names, lambda name, root=root: (root / name).read_bytes(), cache)
     (archive,) = fetch(entry, folder)
+    top = f"{TINY_ROOT}/"
     with zipfile.ZipFile(archive) as file:
-        return _load(entry, archive, _zip_tree(file), cache)
+        names = [name.removeprefix(top) for name in file.namelist() if name.startswith(top) and name[-1] != "/"]
+        return _read_tiny_imagenet(entry, archive, names, lambda name: file.read(top + name), cache)
 
 
-def _zip_tree(file: zipfile.ZipFile) -> Tree:
-    prefix = f"{TINY_ROOT}/"
-    names = [name.removeprefix(prefix) for name in file.namelist() if name.startswith(prefix) and name[-1] != "/"]
-    return _images_and_lists(names), lambda name: file.read(prefix + name)
-
-
-def _folder_tree(root: Path) -> Tree:
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    return _images_and_lists(names), lambda name: (root / name).read_bytes()
-
-
-def _images_and_lists(names: list[str]) -> list[str]:
-    return sorted(name for name in names if not is_system_file(name.split("/")[-1]))
-
-
-def _load(entry: DatasetEntry, where: Path, tree: Tree, cache: Path) -> tuple[ImageSet, ImageSet]:
-    names, read = tree
+def _read_tiny_imagenet(
+    entry: DatasetEntry, where: Path, names: list[str], read: Callable[[str], bytes], cache: Path
+) -> tuple[ImageSet, ImageSet]:
+    """Decode both parts, given the paths of all files below the root and how to read one."""
+    names = [name for name in names if not is_system_file(name.split("/")[-1])]
     train = [name for name in names if name.startswith("train/") and name.lower().endswith(".jpeg")]
+    train.sort(key=lambda name: (name.split("/")[1], name.split("/")[-1]))  # by class and file name
     classes = sorted({name.split("/")[1] for name in train})
     if len(classes) != entry.num_classes:
         raise FileError(
             f"{where}: has {len(classes)} classes below train/, not {entry.num_classes}; get the zip again"
         )
     number = {wnid: label for label, wnid in enumerate(classes)}
-    listing = [(name, number[name.split("/")[1]]) for name in sorted(train, key=_class_and_name)]
+    listing = [(name, number[name.split("/")[1]]) for name in train]
     parts = {"train": listing, "test": _validation(where, names, read, number)}
     arrays = {CLASS_NAMES: np.array(classes)}
     for part, files in parts.items():
@@ -195,11 +186,6 @@ def _load(entry: DatasetEntry, where: Path, tree: Tree, cache: Path) -> tuple[Im
         )
         for part in parts
     )
-
-
-def _class_and_name(path: str) -> tuple[str, str]:
-    parts = path.split("/")
-    return parts[1], parts[-1]
 
 
 def _validation(
@@ -269,7 +255,7 @@ def fetch(entry: DatasetEntry, folder: Path) -> list[Path]:
         folder: Its folder.
 
     Returns:
-        Their paths, in the catalogue's order.
+        Their paths, in the catalog's order.
 
     Raises:
         FileError: A file is damaged, or cannot be downloaded.

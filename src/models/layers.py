@@ -50,7 +50,7 @@ def kaiming_fan_out_(network: nn.Module) -> nn.Module:
 
 
 class ConvUnit(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU.
+    """Convolution without bias, batch normalization, ReLU.
 
     Args:
         in_channels: Channels of the input.
@@ -97,7 +97,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
         stride: Step between windows.
 
     Returns:
-        How many zeros stand before the first position, and how many after the last.
+        How many zeros before the first position, and how many after the last.
     """
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + kernel - size, 0)
@@ -122,10 +122,6 @@ class SamePad(nn.Module):
         top, bottom = same_padding(x.shape[-2], self.kernel, self.stride)
         left, right = same_padding(x.shape[-1], self.kernel, self.stride)
         return F.pad(x, (left, right, top, bottom))
-
-    def extra_repr(self) -> str:
-        """What a printed network says of this layer."""
-        return f"kernel={self.kernel}, stride={self.stride}"
 
 
 def same_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -170,7 +166,3 @@ class FilterResponseNorm(nn.Module):
             x.square().mean(dim=(-2, -1), keepdim=True) + self.eps
         )  # (n, channels, 1, 1)
         return torch.maximum(x * scale + self.beta, self.tau)
-
-    def extra_repr(self) -> str:
-        """What a printed network says of this layer."""
-        return f"{self.tau.shape[1]}"

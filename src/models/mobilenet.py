@@ -1,7 +1,7 @@
 """MobileNetV3, small and large.
 
 Source: Howard et al. 2019, "Searching for MobileNetV3". The tables of blocks are torchvision's. Changes: batch
-normalization keeps PyTorch's defaults (eps 1e-5, momentum 0.1); in expanded blocks squeeze-and-excitation stands
+normalization keeps PyTorch's defaults (eps 1e-5, momentum 0.1); in expanded blocks squeeze-and-excitation comes
 before the second activation; the stem pads 3 for one channel; nothing happens in place. The strides are those for
 ImageNet, so that 32x32 images shrink to 1x1 before the head: batch normalization then needs two images in training.
 """

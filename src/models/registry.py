@@ -177,7 +177,7 @@ def build_model(
         image_size: Height and width of the images.
         seed: Seed of the initial weights.
         pretrained: False; True for torchvision's ImageNet weights, which are downloaded; or the path of a file that
-            holds such a state dict.
+            contains such a state dict.
 
     Returns:
         A float32 ``Network`` in training mode.
@@ -204,8 +204,8 @@ def build_model(
     if pretrained:
         require_weights(name)
     # Only the CPU's generator is forked and seeded: every draw below is the CPU's.
-    place = "meta" if torch.empty(0).device.type == "meta" else "cpu"
-    with torch.random.fork_rng(devices=[]), torch.device(place):
+    device = "meta" if torch.empty(0).device.type == "meta" else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
         network = entry.build(num_classes, in_channels, image_size)
         if pretrained and entry.pretrain is not None:

@@ -139,7 +139,7 @@ def resnet8(num_classes: int, in_channels: int, image_size: int) -> Network:
 class WideBlock(nn.Module):
     """Pre-activation block: BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, plus a shortcut, no dropout.
 
-    Where the widths differ, the shortcut is a 1x1 convolution without normalisation, and it too starts from the
+    Where the widths differ, the shortcut is a 1x1 convolution without normalization, and it too starts from the
     activated input; else it is the raw input.
     """
 
@@ -203,7 +203,7 @@ def wideresnet(num_classes: int, in_channels: int, image_size: int) -> Network:
 
 
 def frn_unit(in_channels: int, width: int, kernel: int, stride: int, *, activate: bool) -> nn.Sequential:
-    """SAME convolution with bias, filter response normalisation and, if ``activate``, ReLU."""
+    """SAME convolution with bias, filter response normalization and, if ``activate``, ReLU."""
     norm = [FilterResponseNorm(width)]
     return nn.Sequential(*same_conv(in_channels, width, kernel, stride), *norm, *([nn.ReLU()] if activate else []))
 

@@ -2,7 +2,7 @@
 
 Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words". The layers are torchvision's. Changes:
 
-- patches of 16 on the native image, no resizing. As in any convolution of stride 16, only whole patches are seen
+- patches of 16 on the native image, no resizing. As in any convolution of stride 16, only full patches are seen
   (of 28x28 images the top left 16x16); images under 16 pixels are padded with zeros to 16;
 - dropout 0.1 on the attention weights, the attention's output projection and the MLP's output; none after the
   position sum or inside the MLP;
@@ -63,23 +63,11 @@ class ViT(Network):
             block.mlp[2] = nn.Identity()  # the dropout after GELU
         super().__init__(encoder, nn.Linear(width, num_classes))
         _draw_linear_layers(self)
-        self.fit = nn.Sequential(center_pad(image_size, patch), WholePatches(side))
+        self.side, self.pad = side, center_pad(image_size, patch)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The normalized class token ``(n, width)`` of images ``(n, c, h, w)``."""
-        return self.body(self.fit(images))
-
-
-class WholePatches(nn.Module):
-    """Keeps the top left ``side`` x ``side`` pixels, which are the whole patches."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Crop ``(n, c, h, w)`` to ``(n, c, side, side)``."""
-        return images[..., : self.side, : self.side]
+        return self.body(self.pad(images)[..., : self.side, : self.side])  # full patches only
 
 
 def _draw_linear_layers(network: nn.Module) -> None:

@@ -81,7 +81,7 @@ def test_grey_arrays_without_channel_axis(tmp_path):
     ("arguments", "message"),
     [
         ({"labels": (0, 0, 1, 1, 3, 3), "test_labels": (0, 1, 3)}, "no image of class 2"),
-        ({"test_labels": (0, 1, 3)}, "y_test holds class 3, which y_train lacks"),
+        ({"test_labels": (0, 1, 3)}, "y_test has class 3, which y_train lacks"),
         ({"class_names": np.array("abc")}, r"class_names has shape \(\); one name per class"),
         ({"x": (8, 6, 3)}, "8x6; make them square, or set image_size"),
     ],

@@ -29,19 +29,19 @@ def train(data, base, *flags):
     ("arrays", "says"),
     [
         ({"y_train": np.array(list("abc") * 10)}, ("y_train is text", "whole numbers from 0")),
-        ({"y_train": -CLASSES}, ("y_train holds the label -2", "count from 0")),
+        ({"y_train": -CLASSES}, ("y_train has the label -2", "count from 0")),
         ({"y_train": CLASSES / 2}, ("y_train is float64", "whole numbers from 0")),
         ({"y_train": CLASSES * 2, "y_test": np.zeros(7, int)}, ("no image of class 1", "without gaps")),
         ({"y_train": CLASSES * 10**12, "y_test": np.zeros(7, int)}, ("no image of class 1", "without gaps")),
         ({"y_train": CLASSES * 0, "y_test": np.zeros(7, int)}, ("class 0 only", "two classes")),
         ({"y_train": CLASSES[:-1]}, (r"y_train has shape \(29,\) beside 30 images", r"\(30,\) is needed")),
-        ({"y_test": np.full(7, 5)}, ("y_test holds class 5, which y_train lacks", "needs training images")),
+        ({"y_test": np.full(7, 5)}, ("y_test has class 5, which y_train lacks", "needs training images")),
         ({"x_train": PIXELS / 255}, ("x_train is float64", "uint8 pixels from 0 to 255")),
         ({"x_train": PIXELS[..., 0, 0]}, (r"x_train has shape \(30, 8\)", r"\(n, height, width\)")),
         ({"x_train": np.zeros((N, 8, 8, 4), np.uint8)}, ("x_train has shape", "1 or 3")),
         ({"x_train": np.zeros((N, 8, 9, 1), np.uint8)}, (r"x_train .*\(1, 8, 9\), x_test \(1, 8, 8\)", "alike")),
-        ({"x_train": PIXELS[:0], "y_train": CLASSES[:0]}, ("x_train", "holds no image")),
-        ({"x_test": PIXELS[:0], "y_test": CLASSES[:0]}, ("x_test", "holds no image")),
+        ({"x_train": PIXELS[:0], "y_train": CLASSES[:0]}, ("x_train", "has no image")),
+        ({"x_test": PIXELS[:0], "y_test": CLASSES[:0]}, ("x_test", "has no image")),
         ({"y_train": np.array([{}] * N, dtype=object)}, ("Python objects", "as numbers or text")),
     ],
 )
@@ -195,13 +195,13 @@ def test_catalogue_files_that_are_not_theirs(tmp_path):
     path = tmp_path / "datasets" / "cifar10.npz"
     flags = train("cifar10", tmp_path)
     for changes, says in (
-        ({"size": 8}, (r"holds images .*\(3, 8, 8\)", r"cifar10 has \(3, 32, 32\)")),
-        ({"size": 32, "classes": 12}, ("holds the label 11", "classes 0 to 9")),
+        ({"size": 8}, (r"has images .*\(3, 8, 8\)", r"cifar10 has \(3, 32, 32\)")),
+        ({"size": 32, "classes": 12}, ("has the label 11", "classes 0 to 9")),
     ):
         write_blobs(path, n=36, channels=3, **changes)
         refuse("train_full.py", *flags, status=FILE, says=(r"cifar10\.npz: ", *says), keep=tmp_path)
     refuse("train_full.py", *train("imagenet", tmp_path), status=FILE,
-           says=("datasets/imagenet: holds no train/", r"put ILSVRC2012_img_train\.tar"))  # fmt: skip
+           says=("datasets/imagenet: has no train/", r"put ILSVRC2012_img_train\.tar"))  # fmt: skip
 
 
 def test_split_files_that_are_damaged(tmp_path):
