@@ -26,7 +26,7 @@ def check(result: Result, script: str, status: int, *patterns: str) -> str:
     return lines[0]
 
 
-def refuse(script: str, *flags: object, status: int, says: tuple[str, ...], keep: Path | None = None) -> str:
+def refuse(script: str, *flags: object, status: int, says: str | tuple[str, ...], keep: Path | None = None) -> str:
     """Run a script that must refuse its input.
 
     Args:
@@ -37,7 +37,7 @@ def refuse(script: str, *flags: object, status: int, says: tuple[str, ...], keep
         keep: A folder whose files (but logs) must stay as they are, with no half-written ones beside them.
     """
     before = snapshot(keep) if keep else {}
-    line = check(call(script, *flags), script, status, *says)
+    line = check(call(script, *flags), script, status, *((says,) if isinstance(says, str) else says))
     if keep:
         assert_kept(before, keep)
     return line
