@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Measure the curvature of a trained network's loss: top Hessian eigenvalues, spectral density, trace.
+r"""Measure the curvature of a trained model's loss: top Hessian eigenvalues, spectral density, trace.
 
 Reads a checkpoint of train_full.py under --models_folder (any other run's by --exp, any file by --checkpoint). The
 loss is the mean cross-entropy over the training or test part, un-augmented. Writes
@@ -17,25 +17,23 @@ from __future__ import annotations
 
 import logging
 from argparse import SUPPRESS, Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from src.cli import Parser, print_next, restrict, run_script
-from src.errors import FileError, FlagError
+from src.artifacts import Folders, eigen_name, hessian_path, label_hash
+from src.artifacts.store import load_result, record_path
+from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
+from src.curvature.config import FLOAT_PRECISIONS, TRAINING_SET, CheckpointConfig, SpectrumConfig
+from src.datasets import DataConfig
+from src.devices import TRAINING_ONLY, ComputeConfig
+from src.errors import ArgumentError, FileError
 from src.metrics import Proxy
-from src.settings import add_compute_flags, add_data_flags, add_folder_flags, add_score_flags, score_folders
-from src.settings.geometry import (
-    EIGEN_PRECISIONS,
-    add_checkpoint_flags,
-    add_measurement_flags,
-    add_spectrum_flags,
-    refuse_contradictions,
-)
+from src.models import MODELS
+from src.settings import add_score_flags, score_folders
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from src.curvature.hessian_runs import HessianRun
-    from src.trained import TrainedNetworks
+    from src.context import RunContext
+    from src.curvature.checkpoints import TrainedModel
+    from src.datasets import ImageSet
 
 log = logging.getLogger("compute_hessian_eigen")
 
@@ -43,88 +41,153 @@ log = logging.getLogger("compute_hessian_eigen")
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_data_flags(parser)
-    add_checkpoint_flags(parser)
-    add_spectrum_flags(parser)
-    add_measurement_flags(parser)
+    parser.add(DataConfig, "data")
+    parser.add(CheckpointConfig, "model")
+    parser.add(SpectrumConfig, "spectrum")
     add_score_flags(parser)
-    restrict(parser, {("--scores_folder",): (lambda args: args.high_low_spec is not None, "without --high_low_spec")})
-    add_compute_flags(parser, precisions=EIGEN_PRECISIONS)
-    add_folder_flags(parser, "datasets", "models", "metrics", "hessian")
+    parser.add(ComputeConfig, "computing", skip=TRAINING_ONLY, choices={"precision": FLOAT_PRECISIONS})
+    parser.add(Folders, "folders", only=("datasets_folder", "models_folder", "metrics_folder", "hessian_folder"))
     parser.add_argument("--deactivate_bn", action="store_true", help=SUPPRESS)
     parser.accept_paper_flags()
-    args = parser.parse_args()
-    refuse_contradictions(args)
-    return args
+    orders = (lambda args: args.high_low_spec is not None, "without --high_low_spec")
+    restrict(parser, {("--subset",): TRAINING_SET, ("--scores_folder",): orders})
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Parse, find the network, measure, save, print."""
+    """Parse, find the model, measure, save, print."""
     args = parse()
-    from src.curvature.hessian_runs import HessianRun
-    from src.trained import TrainedNetworks
+    config, folders = build(SpectrumConfig, args), build(Folders, args)
+    chosen, data, compute = build(CheckpointConfig, args), build(DataConfig, args), build(ComputeConfig, args)
+    import torch
 
-    networks = TrainedNetworks(args)
-    run = HessianRun(args, networks, read_scores(args, networks))
-    if args.deactivate_bn and run.norm == "bn":
-        raise FlagError("--deactivate_bn: the model has BatchNorm, and bn or nobn follows from that; leave it out")
+    from src.context import RunContext
+    from src.curvature.checkpoints import find_model
+    from src.curvature.operators import OPERATORS
+    from src.curvature.spectrum import SpectrumState, measure_spectrum
+
+    context = RunContext(data, compute, folders.datasets_folder)
+    trained = find_model(chosen, folders.models_folder, context)
+    images = examples(config, context, args)
+    settings = result_settings(config, context, trained, images)
+    warn_of_other_examples(trained, settings)
+
+    last = MODELS[trained.state["model"]].channels_last and context.device.type == "cpu"
+    model = trained.model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    normalization = trained.state["normalisation"]
+    batches = context.batches(images, config.batch_size, normalization=normalization, channels_last=last)
+    operator = OPERATORS[config.operator](model, batches, len(images))
+    if config.top_n > operator.size:
+        raise ArgumentError("top_n", f"{config.top_n}: must be at most {operator.size}, the number of parameters")
+
+    norm = "bn" if trained.has_batchnorm else "nobn"
+    if args.deactivate_bn and norm == "bn":
+        raise ArgumentError(
+            "deactivate_bn", ": the model has BatchNorm, and bn or nobn follows from that; leave it out"
+        )
     if args.deactivate_bn:
         log.info("--deactivate_bn: the model has no BatchNorm, so that nobn follows from it without this flag")
-    if not args.overwrite and run.files.is_done(run.settings):
-        print("done already with these settings; --overwrite measures again")
-        run.forget_state()
-        try:
-            report(run.files.read_record())
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise FileError(f"{run.files.record}: is damaged ({error}); measure again with --overwrite") from error
+    path = hessian_path(
+        folders.hessian_folder,
+        config.eigen_split,
+        settings["high_low_spec"] or "all",
+        trained.experiment,
+        norm,
+        trained.seed,
+        trained.which,
+        eigen_name(config.eigen_mode, config.operator),
+    )
+    record = None if config.overwrite else load_result(path, settings)
+    if record is None:
+        report(measure_spectrum(operator, config, path, settings, {"checkpoint": str(trained.path)}))
     else:
-        report(run.measure()[1])
-    print(run.files.path, run.files.record, sep="\n")
-    print_figure(args, run)
+        print("done already with these settings; --overwrite measures again")
+        SpectrumState(path.with_suffix(".state"), settings).clear()  # of a measurement that ended just before
+        try:
+            report(record)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(f"{record_path(path)}: is damaged ({error}); measure again with --overwrite") from error
+    print(path, record_path(path), sep="\n")
 
-
-def print_figure(args: Namespace, run: HessianRun) -> None:
-    """Print the command that draws the spectrum."""
     if args.exp is not None or args.checkpoint is not None:
-        print_next("plot_hessian.py", (), files=[run.files.path])
+        print_next("plot_hessian.py", (), files=[path])
         return
-    settings = run.settings
     print_next(
         "plot_hessian.py",
-        (
-            "dataset",
-            "image_size",
-            "channels",
-            "datasets_folder",
+        [
+            *(name for name in DATA_FLAGS if name != "subset"),
             "hessian_folder",
             "eigen_split",
             "operator",
             "eigen_mode",
-        ),
-        model=settings["model"],
+        ],
+        model=trained.state["model"],
         optimizers=[args.optimizer],
         lr_sched=args.lr_sched,
         seeds=[args.seed],
         epochs=args.epochs,
-        high_low_specs=None if args.high_low_spec is None else [args.high_low_spec],
+        high_low_specs=None if config.high_low_spec is None else [config.high_low_spec],
     )
 
 
-def read_scores(args: Namespace, networks: TrainedNetworks) -> np.ndarray | None:
-    """The scores by which ``--high_low_spec`` chooses."""
-    if args.high_low_spec is None:
-        return None
-    metric, train = args.high_low_spec.metric, networks.train
+def examples(config: SpectrumConfig, context: RunContext, args: Namespace) -> ImageSet:
+    """The examples over which the loss is taken."""
+    if config.eigen_split == "test":
+        return context.test
+    if config.high_low_spec is None:
+        return context.train
+    from src.curvature.checkpoints import select_by_score
+
+    metric, side, fraction = config.high_low_spec
     folders = score_folders(args.scores_folder, metric, args.metrics_folder)
-    checks = {"n": train.total, "label_hash": networks.labels, "data_hash": train.digest}
-    return Proxy(metric, train.entry.name, folder=folders, **checks).scores
+    checks = {"n": context.train.total, "label_hash": context.label_hash, "data_hash": context.train.digest}
+    scores = Proxy(metric, context.entry.name, folder=folders, **checks).scores
+    return select_by_score(context.train, scores, side, fraction)
+
+
+def result_settings(
+    config: SpectrumConfig, context: RunContext, trained: TrainedModel, images: ImageSet
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    from src.training import image_facts, training_facts
+
+    return {
+        "dataset": context.entry.name,
+        "labels": context.label_hash,
+        **image_facts(context.full_train),
+        "subset": context.data_settings["subset"],
+        "model": trained.state["model"],
+        "experiment": trained.experiment,
+        "seed": trained.seed,
+        "epoch": trained.state["epoch"],
+        "checkpoint": trained.digest,
+        "training": training_facts(trained.state["settings"]),
+        "examples": len(images),
+        "example_hash": label_hash(images.indices.cpu().numpy()),
+        "precision": context.compute.precision,
+        **config.as_dict(),
+    }
+
+
+def warn_of_other_examples(trained: TrainedModel, settings: dict[str, Any]) -> None:
+    """Say so where the loss is not over the examples trained on: a subset, a split, a coreset."""
+    if settings["eigen_split"] != "train" or settings["high_low_spec"] is not None:
+        return
+    stored = trained.state["settings"]
+    count = stored.get("examples", settings["examples"])
+    if stored.get("subset") != settings["subset"] or count != settings["examples"]:
+        log.warning(
+            "%s: was trained on %s examples; the loss is measured on other ones, or on a part of them: %d "
+            "(see --subset)",
+            trained.path, count, settings["examples"],
+        )  # fmt: skip
 
 
 def report(record: dict) -> None:
     """Print eigenvalues with their residuals, and the trace."""
     print(f"loss {record['loss']:.6g}, gradient norm {record['gradient_norm']:.4g}, {record['products']} products")
-    for place, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
-        print(f"eigenvalue {place}: {value:.6g} (residual at most {residual:.1e})")
+    for number, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
+        print(f"eigenvalue {number}: {value:.6g} (residual at most {residual:.1e})")
     if not record["converged"]:
         more = "--max_steps" if record["settings"]["eigen_mode"] == "lanczos" else "--power_iterations"
         log.warning("not all eigenvalues are within the tolerance; raise %s", more)

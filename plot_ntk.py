@@ -13,25 +13,21 @@ from argparse import Namespace
 
 import numpy as np
 
-from src.artifacts import ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
-from src.cli import Parser, run_script
-from src.curvature.ntk_files import Velocities, read_all_velocities
-from src.datasets import load_dataset
-from src.errors import FileError, FlagError
+from src.artifacts import Folders, ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
+from src.cli import SEED, Parser, number, run_script
+from src.curvature.config import NtkConfig
+from src.curvature.results import Velocities, read_velocities
+from src.datasets import DataConfig, load_dataset
+from src.errors import ArgumentError, FileError
 from src.metrics import SCORES
 from src.metrics.compare import spearman
-from src.optimizers import OPTIMIZERS, SCHEDULES
-from src.settings import SEED, add_data_flags, add_folder_flags, add_model_choice, number
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_data_flags(parser, subset=False)
-    group = add_model_choice(parser, default="resnet18")
-    add = group.add_argument
-    add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimiser of the runs")
-    add("--lr_sched", choices=tuple(SCHEDULES), help="schedule of the runs (default: the only one there is)")
+    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(NtkConfig, "model", only=("model", "optimizer", "lr_sched"))
     group = parser.add_argument_group("figure")
     add = group.add_argument
     add(
@@ -45,7 +41,7 @@ def parse() -> Namespace:
     add("--epochs", type=number(int, 1), nargs="+", help="only these epochs (default: all there are)")
     add("--seeds", type=SEED, nargs="+", help="only these seeds (default: all there are)")
     add("--log", action="store_true", help="a logarithmic axis of velocities")
-    add_folder_flags(parser, "datasets", "ntk", "plots")
+    parser.add(Folders, "folders", only=("datasets_folder", "ntk_folder", "plots_folder"))
     return parser.parse_args()
 
 
@@ -60,7 +56,7 @@ def main() -> None:
         name = parts[0].entry.name
     run = ntk_run(args.model, args.optimizer, schedule(args, name))
     found = {
-        metric: read_all_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)
+        metric: read_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)
         for metric in dict.fromkeys(args.metrics)
     }
     for metric, several in found.items():
@@ -76,14 +72,14 @@ def schedule(args: Namespace, dataset: str) -> str:
     if args.lr_sched is not None:
         return args.lr_sched
     before = ntk_run(args.model, args.optimizer, "")
-    found = sorted(place.name.removeprefix(before) for place in (args.ntk_folder / dataset).glob(f"{before}*"))
+    found = sorted(folder.name.removeprefix(before) for folder in (args.ntk_folder / dataset).glob(f"{before}*"))
     if not found:
         raise FileError(
-            f"{args.ntk_folder / dataset}: holds no kernels of {args.model} by {args.optimizer}; "
+            f"{args.ntk_folder / dataset}: has no kernels of {args.model} by {args.optimizer}; "
             "make them with compute_ntk.py"
         )
     if len(found) > 1:
-        raise FlagError(f"--lr_sched: runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
+        raise ArgumentError("lr_sched", f": runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
     return found[0]
 
 

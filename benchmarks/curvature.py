@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from benchmarks.common import Row, in_fresh_process, in_turn, peak, random_images, run, seconds
-from src.curvature.choices import SpectrumPlan
-from src.curvature.hessian import GGN, CurvatureOperator, Hessian
+from src.curvature.config import SpectrumConfig
 from src.curvature.lanczos import Lanczos, TraceEstimate, add_probe, mean_and_error, rademacher
 from src.curvature.ntk import ntk_kernel
+from src.curvature.operators import GGN, CurvatureOperator, Hessian
 from src.curvature.spectrum import DEFLATED, SpectrumRun, true_residuals
 from src.datasets import Batches, ImageSet, load_dataset
 from src.devices import PRECISIONS, prepare
@@ -96,8 +96,10 @@ def plain(matrix: CurvatureOperator, top: int, steps: int) -> Found:
 
 def ours(matrix: CurvatureOperator, top: int, steps: int) -> Found:
     """One run for both."""
-    plan = SpectrumPlan(top_n=top, order="magnitude", tolerance=TOLERANCE, steps=steps, trace_probes=0)
-    found = SpectrumRun(matrix, plan).run()
+    config = SpectrumConfig(
+        top_n=top, eigen_order="magnitude", tolerance=TOLERANCE, lanczos_steps=steps, trace_probes=0
+    )
+    found = SpectrumRun(matrix, config).run()
     return Found(torch.tensor(found.eigenvalues), torch.tensor(found.residuals), matrix.products)
 
 

@@ -235,11 +235,14 @@ class RunContext:
             raise FileError(line)
         return paths
 
-    def load_model(self, path: str | Path, **asked: Any) -> tuple[nn.Module, dict[str, Any]]:
+    def load_model(
+        self, path: str | Path, state: dict[str, Any] | None = None, **asked: Any
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """The model of a checkpoint that was trained on this data, on the device, in eval mode.
 
         Args:
             path: The checkpoint.
+            state: Its content, if it has been read before.
             asked: What else is known of it, such as ``model``, ``seed`` and ``epoch``; see ``load_model``.
 
         Returns:
@@ -250,7 +253,7 @@ class RunContext:
                 other data, or has a weight that is not finite.
         """
         model_name = asked.pop("model", None)
-        model, state = load_model(path, {**data_facts(self.full_train), **asked})
+        model, state = load_model(path, {**data_facts(self.full_train), **asked}, state)
         if model_name not in (None, state["model"]):
             raise FileError(f"{path}: is a {state['model']}, not a {model_name}; give --model={state['model']}")
         for name, value in model.state_dict().items():

@@ -350,11 +350,13 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
         Both paths.
     """
     path, beside = Path(path), record_path(path)
-    content = value if isinstance(value, bytes) else pickle.dumps(value, protocol=4)
 
     def write(file: BinaryIO) -> None:
         # All that can fail comes first. Then the old pickle goes, the record takes its place, and the pickle follows.
-        file.write(content)
+        if isinstance(value, bytes):
+            file.write(value)
+        else:
+            pickle.dump(value, file, protocol=4)
         file.flush()
         os.fsync(file.fileno())
         write_with(beside, write_record)

@@ -17,8 +17,8 @@ from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 from torch import Tensor
 
 from src import rng
-from src.curvature.choices import ORDERS
-from src.curvature.hessian import CurvatureOperator, dot
+from src.curvature.config import ORDERS
+from src.curvature.operators import CurvatureOperator, dot
 from src.models.base import check_tensor
 
 _ROWS = 16  # vectors in a block
@@ -36,14 +36,14 @@ class Basis:
         size: P.
         dtype: The type of the vectors.
         device: Where they come from.
-        storage: A name of ``choices.STORAGES`` but ``"none"``.
+        storage: A name of ``config.STORAGES`` but ``"none"``.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, storage: str = "full") -> None:
         self.size, self.dtype, self.device, self.storage = size, dtype, device, storage
         self._half = storage == "half"
         self._scale = size**0.5 if self._half else 1.0
-        self._place = torch.device("cpu") if storage == "host" else device
+        self._storage_device = torch.device("cpu") if storage == "host" else device
         self._blocks: list[Tensor] = []
         self._count = 0
 
@@ -59,8 +59,8 @@ class Basis:
         for row in rows:
             if self._count == _ROWS * len(self._blocks):
                 kind = torch.float16 if self._half else self.dtype
-                self._blocks.append(torch.empty(_ROWS, self.size, dtype=kind, device=self._place))
-            self._blocks[-1][self._count % _ROWS] = row.to(self._place)
+                self._blocks.append(torch.empty(_ROWS, self.size, dtype=kind, device=self._storage_device))
+            self._blocks[-1][self._count % _ROWS] = row.to(self._storage_device)
             self._count += 1
 
     def stored(self, start: int) -> Tensor:
@@ -75,7 +75,7 @@ class Basis:
             found[rows] += (piece @ vector[columns]).double()
         return found / self._scale
 
-    def orthogonalise_(self, vector: Tensor) -> None:
+    def orthogonalize_(self, vector: Tensor) -> None:
         """Subtract the vector's components in the basis, twice ("twice is enough", Kahan and Parlett)."""
         for _ in range(2):
             weights = (self.coefficients(vector) / self._scale).to(self.dtype)
@@ -91,7 +91,7 @@ class Basis:
         return total
 
     def _pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns, and what stands there, in the type and on the device of computing."""
+        """Rows, columns, and what they contain, in the type and on the device of computing."""
         for number, block in enumerate(self._blocks):
             rows = slice(_ROWS * number, min(_ROWS * (number + 1), self._count))
             for start in range(0, self.size, _COLUMNS):
@@ -145,7 +145,7 @@ def ritz(matrix: Tridiagonal, count: int, order: str = "largest", *, ghosts_of: 
         matrix: T.
         count: How many are wanted; there may be fewer.
         order: A name of ``ORDERS``.
-        ghosts_of: Where the Lanczos vectors were not re-orthogonalised, the rounding unit of their arithmetic: copies
+        ghosts_of: Where the Lanczos vectors were not re-orthogonalized, the rounding unit of their arithmetic: copies
             of eigenvalues, and values that only rounding made, are then left out by Cullum and Willoughby's test
             ("Lanczos algorithms for large symmetric eigenvalue computations", 1985): a single eigenvalue of T that T
             without its first row and column has too is spurious; of several that agree one is kept.
@@ -201,7 +201,7 @@ class Lanczos:
     Args:
         operator: The matrix.
         start: The first vector ``(P,)``, of any length.
-        storage: How the basis is stored, a name of ``choices.STORAGES``.
+        storage: How the basis is stored, a name of ``config.STORAGES``.
         seed: Seed of the vectors with which an exhausted run goes on.
 
     Attributes:
@@ -246,7 +246,7 @@ class Lanczos:
         alpha = dot(product, self._current)  # after that subtraction: Paige's order, the most stable one
         product.sub_(self._current, alpha=alpha)
         if self.basis is not None:
-            self.basis.orthogonalise_(product)
+            self.basis.orthogonalize_(product)
         beta = dot(product, product) ** 0.5
         self.alphas.append(alpha)
         noise = _NOISE * torch.finfo(self.operator.dtype).eps * max(size, *map(abs, self.alphas))
@@ -255,12 +255,12 @@ class Lanczos:
             self._previous, self._current = self._current, product / beta
         else:
             self.betas.append(0.0)
-            self._go_on()
+            self._restart()
         if self.basis is not None and not self.exhausted:
             self.basis.append(self._current)
 
-    def _go_on(self) -> None:
-        """Start anew in what the basis does not span, or end."""
+    def _restart(self) -> None:
+        """Start again in what the basis does not span, or end."""
         self._previous = None
         if self.basis is None or len(self.basis) == self.operator.size:
             self.exhausted = True
@@ -268,11 +268,11 @@ class Lanczos:
         generator = rng.generator(self.seed, len(self.alphas), "vector to go on with")
         fresh = torch.randn(self.operator.size, generator=generator, dtype=torch.float64)
         self._current = fresh.to(self.operator.device, self.operator.dtype)
-        self.basis.orthogonalise_(self._current)
+        self.basis.orthogonalize_(self._current)
         self._current /= dot(self._current, self._current) ** 0.5
 
     def ritz(self, count: int, order: str = "largest") -> Ritz:
-        """The first ``count`` approximate eigenvalues, in an order of ``choices.ORDERS``."""
+        """The first ``count`` approximate eigenvalues, in an order of ``config.ORDERS``."""
         unit = torch.finfo(self.operator.dtype).eps
         found = ritz(self.matrix, count, order, ghosts_of=None if self.basis is not None else unit)
         floor = unit * max(map(abs, self.alphas))  # products are no more accurate than this

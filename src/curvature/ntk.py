@@ -6,19 +6,44 @@ epoch t; the kernel is ``K_t = Psi_t Psi_t^T``, and its velocity ``1 - <K_t, K_t
 Source: Fort et al. 2020, "Deep learning versus kernel learning", Eq. 5; Paul et al. 2021 for groups of examples.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from src.curvature.choices import NTK_CLASS_NAMES
+from src.artifacts import (
+    file_digest,
+    kernel_path,
+    label_hash,
+    lock,
+    ntk_folder,
+    ntk_run,
+    read_checkpoint,
+    read_pickle,
+    require_writable,
+    standard_experiment,
+    velocity_path,
+)
+from src.artifacts.store import check_consistent, load_result, read_record, record_path, write_recorded
+from src.context import RunContext
+from src.curvature.config import NTK_CLASS_NAMES, SKETCH_CHECKED, NtkConfig
+from src.devices import available_memory
+from src.errors import ArgumentError, FileError
+from src.formatting import duration, gib
 from src.jacobians import gram_matrix, sketch_jacobian
 from src.jacobians.engine import Quantities
 from src.jacobians.gram import make_plan, work
 from src.jacobians.variances import logit_rows
+from src.training import image_facts, only_schedule, training_facts
+
+log = logging.getLogger(__name__)
 
 
 def _sum_of_logits(outputs: Tensor, _: Tensor) -> Tensor:
@@ -57,8 +82,8 @@ def velocity_epochs(dataset: str) -> tuple[int, ...]:
 def lower_indices(dataset: str, n: int, size: int) -> list[int]:
     """Where the groups of ``size`` examples start in the order of the scores, by default.
 
-    The paper's places where it names some and ``n`` examples have them; else every ``n // 20``-th from 0. Groups that
-    would not be whole are left out.
+    The paper's ranks where it names some and ``n`` examples have them; else every ``n // 20``-th from 0. Groups that
+    would not be full are left out.
 
     Args:
         dataset: The data set's name.
@@ -66,8 +91,8 @@ def lower_indices(dataset: str, n: int, size: int) -> list[int]:
         size: m, examples of a group.
     """
     named = _LOWER_INDICES.get(dataset, ())
-    places = named if named and named[-1] < n else range(0, n, max(n // GROUPS, 1))
-    return [place for place in places if place + size <= n]
+    ranks = named if named and named[-1] < n else range(0, n, max(n // GROUPS, 1))
+    return [rank for rank in ranks if rank + size <= n]
 
 
 def ntk_kernel(
@@ -118,11 +143,10 @@ def velocity(first: np.ndarray, second: np.ndarray) -> float:
     """
     if first.shape != second.shape:
         raise ValueError(f"kernels of shapes {first.shape} and {second.shape} cannot be compared")
-    sums = [0.0, 0.0, 0.0]
+    sums = np.zeros(3)
     for rows, others in zip(first, second, strict=True):  # row by row: no copy of a large kernel in float64
         a, b = rows.astype(np.float64), others.astype(np.float64)
-        for place, value in enumerate((a @ b, a @ a, b @ b)):
-            sums[place] += value
+        sums += a @ b, a @ a, b @ b
     if not np.isfinite(sums).all() or sums[1] <= 0 or sums[2] <= 0:
         raise ValueError("a kernel is zero or not finite")
     return float(np.clip(1.0 - sums[0] / np.sqrt(sums[1] * sums[2]), 0.0, 1.0))
@@ -133,23 +157,26 @@ def relative_error(exact: np.ndarray, found: np.ndarray) -> float:
     return float(np.linalg.norm(found.astype(np.float64) - exact) / np.linalg.norm(exact.astype(np.float64)))
 
 
-def refuse_groups(lowers: Sequence[int], size: int, n: int) -> str | None:
-    """Why groups cannot be had, as a line about the flags; None if they can.
+def check_groups(lowers: Sequence[int], size: int, n: int) -> None:
+    """Refuse groups that are not full.
 
     Args:
         lowers: Ranks of their first examples.
         size: m, examples of a group.
         n: Scored examples.
+
+    Raises:
+        ArgumentError: A group is not full.
     """
     if size > n:
-        return f"--m_samples {size}: is more than the {n} examples that are scored; give at most {n}"
+        raise ArgumentError("m_samples", f"{size}: is more than the {n} examples that are scored; give at most {n}")
     beyond = [lower for lower in lowers if lower + size > n]
     if beyond:
-        return (
-            f"--lower_index {beyond[0]}: no {size} of {n} scored examples begin there; "
-            f"give ranks of at most {n - size}, or a smaller --m_samples"
+        raise ArgumentError(
+            "lower_index",
+            f"{beyond[0]}: no {size} of {n} scored examples begin there; give ranks of at most {n - size}, or a "
+            "smaller --m_samples",
         )
-    return None
 
 
 TRIED = 4
@@ -242,3 +269,296 @@ def forecast(
         psi_bytes=size * q * sum(shape.numbers for shape in chosen.shapes.values()) * element,
         seconds=at_start + per_work * multiplications(size),
     )
+
+
+# ---------------------------------------------------------------------------------- kernels and velocities of runs
+
+_KEPT_BYTES = 2**31  # of checkpoints, which are kept in memory from their first reading on
+
+
+class KernelVelocities:
+    """Kernels and velocities of the groups of several runs, read from their files or computed, and stored.
+
+    Args:
+        config: Which ones.
+        context: Device, precision and data.
+        models_folder: The folder of checkpoints.
+        folder: The folder of kernels.
+        ranked: Indices in the order of their scores.
+        scores: All scores by index.
+
+    Attributes:
+        epochs: The epochs t.
+        lowers: Ranks of the groups' first examples.
+        seeds: The seeds.
+
+    Raises:
+        ArgumentError: A group is not full, or several schedules fit.
+        FileError: A checkpoint is missing, or the runs were trained with different settings.
+    """
+
+    def __init__(
+        self,
+        config: NtkConfig,
+        context: RunContext,
+        models_folder: Path,
+        folder: Path,
+        ranked: np.ndarray,
+        scores: np.ndarray,
+    ) -> None:
+        self.config, self.context, self.ranked, self.scores = config, context, ranked, scores
+        name = context.entry.name
+        self.seeds = list(dict.fromkeys(config.seeds))
+        self.epochs = sorted(set(config.ntk_velocity_epoch or velocity_epochs(name)))
+        self.lowers = sorted(set(config.lower_index or lower_indices(name, len(ranked), config.m_samples)))
+        check_groups(self.lowers, config.m_samples, len(ranked))
+        pattern = standard_experiment(config.model, name, config.optimizer, "*")
+        lr_sched = only_schedule(models_folder, pattern, self.seeds[0], config.lr_sched) or "const"
+        experiment = standard_experiment(config.model, name, config.optimizer, lr_sched)
+        flags = {"model": config.model, "optimizer": config.optimizer, "lr_sched": lr_sched}
+        self._expected = {**flags, "validation_split": None}
+        wanted = sorted({e for t in self.epochs for e in (t, t + 1)})
+        self.paths = {
+            (seed, epoch): path
+            for seed in self.seeds
+            for epoch, path in context.find_checkpoints(models_folder, experiment, seed, wanted, **flags).items()
+        }
+        self._read_checkpoints()
+        self._where = (folder, name, ntk_run(config.model, config.optimizer, lr_sched), config.ntk_chosen_metric)
+        self.common = {
+            "dataset": name,
+            "labels": context.label_hash,
+            **image_facts(context.full_train),
+            "subset": context.data_settings["subset"],
+            "m_samples": config.m_samples,
+            "ntk_classes": config.ntk_classes,
+            "projection_dim": config.projection_dim,
+            "projection_seed": config.projection_seed if config.projection_dim is not None else None,
+            "precision": context.compute.precision,
+        }
+        require_writable(folder)
+        self._loaded: dict[tuple[int, int], tuple[nn.Module, dict[str, Any]]] = {}
+        self._announced = False
+        self._sketch_error: float | None = None
+
+    def _read_checkpoints(self) -> None:
+        """Read every checkpoint once: its digest, how it was trained, and its weights as far as memory goes."""
+        self._digests, self._states, facts, kept = {}, {}, [], 0
+        for key, path in self.paths.items():
+            state = read_checkpoint(path)
+            self._digests[key] = file_digest(path)
+            settings = state.get("settings")
+            facts.append((path, training_facts(settings if isinstance(settings, dict) else {})))
+            kept += path.stat().st_size
+            if kept <= _KEPT_BYTES:
+                self._states[key] = state
+        check_consistent(
+            facts, what="was not trained as", remedy="train all seeds with the same settings, or choose others"
+        )
+        self.training = facts[0][1]
+
+    def compute(self) -> dict[int, np.ndarray]:
+        """The velocities of all groups by epoch, ``(seeds, groups)``, written one by one as they come."""
+        found: dict[int, list[list[float]]] = {epoch: [] for epoch in self.epochs}
+        total = len(self.seeds) * len(self.epochs) * len(self.lowers)
+        with tqdm(total=total, unit="velocity", disable=None) as bar:
+            for seed in self.seeds:
+                for epoch in self.epochs:
+                    found[epoch].append(self._velocities(seed, epoch, bar))
+        return {epoch: np.array(values) for epoch, values in found.items()}
+
+    def folder(self, seed: int, epoch: int) -> Path:
+        """The folder of a seed's kernels and velocities of an epoch."""
+        return ntk_folder(*self._where, epoch, seed)
+
+    def _velocities(self, seed: int, epoch: int, bar: tqdm) -> list[float]:
+        """The velocities of all groups between an epoch and the next."""
+        path = velocity_path(self.folder(seed, epoch))
+        settings = {
+            **self.common,
+            "metric": self.config.ntk_chosen_metric,
+            "training": self.training,
+            "ranking": label_hash(self.ranked),
+            "checkpoints": [self._digests[seed, epoch], self._digests[seed, epoch + 1]],
+        }
+        overwrite = self.config.overwrite
+        groups = stored_groups(path, settings, overwrite)
+        for lower in self.lowers:
+            if str(lower) not in groups:
+                started = time.perf_counter()
+                kernels = [self._kernel(seed, e, lower) for e in (epoch, epoch + 1)]
+                try:
+                    found = velocity(*kernels)
+                except ValueError as error:
+                    raise FileError(f"{self.paths[seed, epoch]}: {error}; train it again") from error
+                chosen = self.scores[self._group(lower)]
+                group = {
+                    "velocity": found,
+                    "mean_score": float(chosen.mean()),
+                    "percentile": 100 * (lower + len(chosen) / 2) / len(self.ranked),
+                    "seconds": time.perf_counter() - started,
+                    "sketch_error": self._sketch_error,
+                }
+                groups = add_groups(path, settings, {str(lower): group}, overwrite)
+            bar.update()
+        if not path.exists():  # an interruption came between it and its json
+            add_groups(path, settings, {}, overwrite)
+        return [groups[str(lower)]["velocity"] for lower in self.lowers]
+
+    def _group(self, lower: int) -> np.ndarray:
+        """The indices of a group's examples."""
+        return self.ranked[lower : lower + self.config.m_samples]
+
+    def _kernel(self, seed: int, epoch: int, lower: int) -> np.ndarray:
+        """A group's kernel, from its file or computed, and stored unless it is not to be kept."""
+        indices, source = self._group(lower), self.paths[seed, epoch]
+        path = kernel_path(self.folder(seed, epoch), lower, self.config.m_samples)
+        settings = {**self.common, "indices": label_hash(indices), "checkpoint": self._digests[seed, epoch]}
+        if load_result(path, settings, overwrite=self.config.overwrite) is not None:
+            return read_kernel(path, len(indices) * self._rows_per_example)
+        model, state = self._load(seed, epoch)
+        images = self.context.full_train.subset(torch.from_numpy(indices))
+        batch = next(iter(self.context.batches(images, len(indices), normalization=state["normalisation"])))
+        if not self._announced:
+            self._announce(source, model, batch.images, batch.labels)
+        started = time.perf_counter()
+        kernel = self._compute(model, batch.images, batch.labels)
+        if not np.isfinite(kernel).all():
+            raise FileError(f"{source}: its kernel is not finite; train it again with a lower --learning_rate")
+        if self.config.keep_kernels:
+            facts = {"seconds": time.perf_counter() - started, "example_indices": indices.tolist()}
+            write_recorded(path, kernel, {"settings": settings, **facts})
+        return kernel
+
+    @property
+    def _rows_per_example(self) -> int:
+        return self.context.entry.num_classes if self.config.ntk_classes == "all" else 1
+
+    def _compute(self, model: nn.Module, images: Tensor, labels: Tensor, *, exact: bool = False) -> np.ndarray:
+        """The kernel of some examples as it is asked for, or ``exact``."""
+        config = self.config
+        return ntk_kernel(
+            model,
+            images,
+            labels,
+            config.ntk_classes,
+            projection_dim=None if exact else config.projection_dim,
+            seed=config.projection_seed,
+            memory_mb=config.memory_mb,
+        )
+
+    def _load(self, seed: int, epoch: int) -> tuple[nn.Module, dict[str, Any]]:
+        """A model and its description; the last two are kept."""
+        key = seed, epoch
+        if key not in self._loaded:
+            path, state = self.paths[key], self._states.pop(key, None)
+            model, state = self.context.load_model(path, state, **self._expected, seed=seed, epoch=epoch)
+            trained_on = state["settings"].get("subset")
+            if trained_on is not None and trained_on != self.common["subset"]:
+                raise FileError(f"{path}: was trained on a subset of the data; give the same --subset")
+            while len(self._loaded) > 1:
+                del self._loaded[next(iter(self._loaded))]
+            self._loaded[key] = model, state
+        return self._loaded[key]
+
+    def _announce(self, path: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Say what a kernel takes, and how large a sketch's error is; refuse what does not fit.
+
+        Args:
+            path: The model's checkpoint, for messages.
+            model: The model on which it is tried.
+            images: A group's images.
+            labels: Their labels.
+
+        Raises:
+            ArgumentError: The kernel does not fit the memory; the message names cheaper options.
+        """
+        config, self._announced = self.config, True
+        free = available_memory(self.context.device)
+        size, per_example = len(images), self._rows_per_example
+        least = kernel_bytes(size * per_example)
+        if free is not None and least > free:
+            fits = int((free / kernel_bytes(1)) ** 0.5 // per_example)
+            cheaper = f"--ntk_classes=true_label or sum_logits ({gib(kernel_bytes(size))}), or "
+            raise ArgumentError(
+                "m_samples",
+                f"{size}: a kernel of {size * per_example} rows takes {gib(least)}, and {gib(free)} are free; give "
+                f"{cheaper if per_example > 1 else ''}--m_samples={max(fits // 2, 1)}",
+            )
+        try:
+            told = forecast(model, images, labels, size, config.ntk_classes, projection_dim=config.projection_dim,
+                            memory_mb=config.memory_mb)  # fmt: skip
+        except ValueError as error:
+            raise FileError(f"{path}: {error}") from error
+        log.info(
+            "a kernel of %d examples has %d rows and takes about %s and %s (Psi, which is not formed: %s)",
+            size, told.rows, gib(told.peak_bytes), duration(told.seconds), gib(told.psi_bytes),
+        )  # fmt: skip
+        if config.keep_kernels:
+            on_disk = 4 * told.rows**2
+            every = len(self.paths) * len(self.lowers) * on_disk
+            log.info("kernels take %s on the disk, each %s", gib(every), gib(on_disk))
+        if free is not None and told.peak_bytes > free:
+            log.warning(
+                "%s are free: give a smaller --memory_mb, --m_samples, or --ntk_classes=true_label", gib(free)
+            )
+        if config.projection_dim is not None:
+            few = slice(0, SKETCH_CHECKED)
+            exact = self._compute(model, images[few], labels[few], exact=True)
+            self._sketch_error = relative_error(exact, self._compute(model, images[few], labels[few]))
+            log.info(
+                "a sketch of %d numbers is off by %.2g of the kernel's norm (measured on %d examples)",
+                config.projection_dim, self._sketch_error, len(images[few]),
+            )  # fmt: skip
+
+
+def read_kernel(path: Path, rows: int) -> np.ndarray:
+    """A stored kernel of so many rows, float32.
+
+    Raises:
+        FileError: It is damaged, of another shape, or not finite.
+    """
+    found = read_pickle(path)
+    if not isinstance(found, np.ndarray) or found.shape != (rows, rows) or found.dtype.kind != "f":
+        raise FileError(f"{path}: is not a kernel of {rows} rows; remove it, and run the script again")
+    if not np.isfinite(found).all():
+        raise FileError(f"{path}: is not finite; remove it, and run the script again")
+    return found
+
+
+def stored_groups(path: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The groups whose velocities are stored under these settings, by rank; it may be empty.
+
+    The json counts, as an interruption may leave it without the pickle, which is made of it.
+
+    Raises:
+        FileError: Velocities of different settings are there, or damaged ones, and must not be replaced.
+    """
+
+    def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        record = read_record(path)
+        groups = record.get("groups", {})
+        try:
+            right = all(lower.isdecimal() and np.isfinite(group["velocity"]) for lower, group in groups.items())
+        except (AttributeError, TypeError, LookupError):
+            right = False
+        if not right:
+            raise FileError(f"{record_path(path)}: has no velocities")
+        return groups, record.get("settings")
+
+    return load_result(path if path.exists() else record_path(path), settings, read, overwrite=overwrite) or {}
+
+
+def add_groups(
+    path: Path, settings: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], overwrite: bool
+) -> dict[str, Any]:
+    """Add groups to the stored velocities of these settings; processes that add other groups wait for each other.
+
+    Returns:
+        All stored groups, as ``stored_groups`` does.
+    """
+    with lock(path.with_suffix(".lock"), "writing velocities", wait=True):
+        stored = {**stored_groups(path, settings, overwrite), **groups}
+        velocities = {lower: stored[str(lower)]["velocity"] for lower in sorted(map(int, stored))}
+        write_recorded(path, velocities, {"settings": dict(settings), "groups": stored})
+    return stored

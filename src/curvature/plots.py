@@ -1,5 +1,9 @@
-"""Figures of loss geometry: spectral densities with the largest eigenvalues, and velocities of tangent kernels."""
+"""Figures of loss geometry: spectral densities with the largest eigenvalues, and velocities of tangent kernels.
 
+A density is the sum of narrow Gaussians at the nodes of Gauss quadrature, with its weights (Ghorbani et al. 2019).
+"""
+
+import itertools
 from collections.abc import Sequence
 
 import matplotlib
@@ -7,13 +11,72 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from src.curvature.hessian_files import SpectrumGroup, extent, grid, width
-from src.curvature.ntk_files import Velocities
+from src.curvature.results import SpectrumGroup, Velocities
 from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 FLOOR = 1e-7
 """Added to densities, so that their logarithm ends somewhere."""
 COLORS = ("#c0392b", "#1f4e79", "#2e8b57", "#b8860b", "#6a4c93", "#444444")
+
+
+POINTS = 10_000
+"""Least number of points of a grid."""
+VARIANCE = 1e-5
+"""Variance of the Gaussian at each node, where the spectrum's range is below 1; else times the range."""
+MOST_POINTS = 1_000_000
+"""Most points of a grid, however narrow a Gaussian and however wide the range."""
+_PER_WIDTH = 4  # points of the grid per standard deviation, so that no node falls between two
+_LEAST_WIDTH = 2  # steps of the grid to which narrower Gaussians are widened, for the same reason
+
+
+def width(low: float, high: float, variance: float = VARIANCE) -> float:
+    """Standard deviation of the Gaussians for a spectrum from ``low`` to ``high``."""
+    return float(np.sqrt(variance * max(1.0, high - low)))
+
+
+def grid(low: float, high: float, narrow: float, wide: float | None = None) -> np.ndarray:
+    """Points over spectra and their Gaussians' tails.
+
+    Args:
+        low: The smallest eigenvalue.
+        high: The largest.
+        narrow: The smallest standard deviation of a Gaussian, which says how close points must be.
+        wide: The largest, which says how far they must reach; default the same.
+    """
+    margin = max(0.01, 6 * (wide or narrow))
+    low, high = low - margin, high + margin
+    wanted = int(np.ceil(_PER_WIDTH * (high - low) / narrow)) + 1
+    return np.linspace(low, high, min(max(POINTS, wanted), MOST_POINTS))
+
+
+def extent(nodes: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean smallest and mean largest node of several quadratures."""
+    return float(np.mean([min(run) for run in nodes])), float(np.mean([max(run) for run in nodes]))
+
+
+def density(
+    nodes: Sequence[Sequence[float]], weights: Sequence[Sequence[float]], points: np.ndarray, sigma: float
+) -> np.ndarray:
+    """The mean over quadratures of Gaussians at their nodes, scaled to an area of 1.
+
+    Args:
+        nodes: Per quadrature (one per start vector) its nodes.
+        weights: Their weights.
+        points: Where the density is wanted, evenly spaced, ``(g,)``.
+        sigma: Standard deviation of each Gaussian; at least two steps between points are taken.
+
+    Returns:
+        ``(g,)``.
+    """
+    sigma = max(sigma, _LEAST_WIDTH * (points[1] - points[0]))
+    total = np.zeros(len(points))
+    reach = 9 * sigma  # beyond it a Gaussian is below what is drawn
+    for run_nodes, run_weights in zip(nodes, weights, strict=True):
+        for node, weight in zip(run_nodes, run_weights, strict=True):
+            part = slice(*np.searchsorted(points, [node - reach, node + reach]))
+            total[part] += weight * np.exp(-0.5 * ((points[part] - node) / sigma) ** 2)
+    area = total.sum() * (points[1] - points[0])
+    return total / area if area > 0 else total
 
 
 def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
@@ -32,20 +95,25 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
         figure = Figure(figsize=(9, 1.1 + 2.5 * len(groups)), layout="constrained")
         figure.suptitle(title, fontsize=16)
         panels = figure.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        for axes, group, colour in zip(panels, groups, _cycle(len(groups)), strict=True):
-            densities = np.stack([spectrum.density(points) for spectrum in group.spectra])
+        for axes, group, color in zip(panels, groups, itertools.cycle(COLORS), strict=False):
+            densities = np.stack(
+                [
+                    density(spectrum.nodes, spectrum.weights, points, width(*extent(spectrum.nodes)))
+                    for spectrum in group.spectra
+                ]
+            )
             x, mean = _thin(points, densities.mean(axis=0) + FLOOR)
-            axes.fill_between(x, FLOOR, mean, color=colour, alpha=0.35, lw=0)
-            axes.plot(x, mean, color=colour, lw=1.1)
+            axes.fill_between(x, FLOOR, mean, color=color, alpha=0.35, lw=0)
+            axes.plot(x, mean, color=color, lw=1.1)
             tops = np.array([spectrum.eigenvalues[0] for spectrum in group.spectra])
             for top in tops:
-                axes.axvline(top, ymax=0.6, color=colour, lw=1.2, ls=(0, (4, 3)), zorder=1)
+                axes.axvline(top, ymax=0.6, color=color, lw=1.2, ls=(0, (4, 3)), zorder=1)
             traces = np.array([spectrum.trace for spectrum in group.spectra])
             text = rf"$\lambda_1$ = {_with_spread(tops)}"
             text += "" if np.isnan(traces).any() else f",  trace = {_with_spread(traces)}"
             seeds = f" ({len(tops)} seeds)" if len(tops) > 1 else ""
             axes.text(0.985, 0.95, f"{group.label}{seeds}\n{text}", transform=axes.transAxes, ha="right", va="top",
-                      fontsize=13, color=colour, linespacing=1.4,
+                      fontsize=13, color=color, linespacing=1.4,
                       bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 3})  # fmt: skip
             axes.set_yscale("log")
             axes.grid(**FIGURE_GRID)
@@ -64,10 +132,6 @@ def _with_spread(values: np.ndarray) -> str:
     return f"{values.mean():.3g}" + (f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else "")
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLORS[k % len(COLORS)] for k in range(count)]
-
-
 def _thin(points: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Without the points in the middle of level stretches, which a PDF need not hold."""
     level = np.zeros(len(points), dtype=bool)
@@ -82,7 +146,7 @@ MARKERS = "osD^vP*X"
 def velocity_figure(
     panels: Sequence[tuple[str, Sequence[Velocities]]], title: str, *, logarithmic: bool = False
 ) -> Figure:
-    """Velocity against the place of a group in the order of a score.
+    """Velocity against the position of a group in the order of a score.
 
     Args:
         panels: For each score its symbol and its velocities, one per epoch.
@@ -96,22 +160,22 @@ def velocity_figure(
         epochs = sorted({velocities.epoch for _, several in panels for velocities in several})
         for axes, (symbol, several) in zip(axes_of, panels, strict=True):
             for velocities in several:
-                place = epochs.index(velocities.epoch)
-                colour = EPOCH_COLORS(0.9 * place / max(len(epochs) - 1, 1))
+                number = epochs.index(velocities.epoch)
+                color = EPOCH_COLORS(0.9 * number / max(len(epochs) - 1, 1))
                 mean, spread = velocities.values.mean(0), velocities.values.std(0)
                 label = f"epoch {velocities.epoch}"
                 axes.plot(
-                    velocities.places,
+                    velocities.positions,
                     mean,
-                    f"{MARKERS[place % len(MARKERS)]}-",
-                    color=colour,
+                    f"{MARKERS[number % len(MARKERS)]}-",
+                    color=color,
                     ms=6,
                     lw=2,
                     label=label,
                 )
                 if len(velocities.seeds) > 1:
                     low = np.maximum(mean - spread, mean.min() / 10) if logarithmic else mean - spread
-                    axes.fill_between(velocities.places, low, mean + spread, color=colour, alpha=0.2, lw=0)
+                    axes.fill_between(velocities.positions, low, mean + spread, color=color, alpha=0.2, lw=0)
             axes.grid(axis="y", **FIGURE_GRID)
             unit = "percentile" if all(v.in_percent for v in several) else "rank"
             axes.set_xlabel(f"examples in the order of {symbol} ({unit})")

@@ -5,6 +5,8 @@ not converged. Further probes of the density are runs of their own. The trace co
 make it cheaper. The state of an interrupted measurement is in a folder beside the result.
 """
 
+import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -17,13 +19,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.artifacts import read_checkpoint, refuse_other_settings, write_checkpoint
-from src.curvature.choices import SpectrumPlan
-from src.curvature.hessian import CurvatureOperator
-from src.curvature.lanczos import Basis, Lanczos, TraceEstimate, Tridiagonal, add_probe, quadrature, rademacher
+from src.artifacts import lock, read_checkpoint, require_writable, write_checkpoint
+from src.artifacts.store import load_result, write_recorded
+from src.curvature.config import SpectrumConfig
+from src.curvature.lanczos import (
+    Basis,
+    Lanczos,
+    Ritz,
+    TraceEstimate,
+    Tridiagonal,
+    add_probe,
+    basis_bytes,
+    mean_and_error,
+    quadrature,
+    rademacher,
+)
+from src.curvature.operators import CurvatureOperator, power_iteration
+from src.devices import available_memory
 from src.errors import FileError
+from src.formatting import gib
 
-_VECTORS = ("rows_", "vectors")  # files of many vectors
+log = logging.getLogger(__name__)
 
 
 class SpectrumState:
@@ -31,7 +47,7 @@ class SpectrumState:
 
     Args:
         folder: Where.
-        settings: What the measurement's numbers depend on; a state of other settings is refused.
+        settings: What the measurement's numbers depend on.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
@@ -44,6 +60,30 @@ class SpectrumState:
 
     def _rows_file(self, run: int, start: int) -> Path:
         return self.folder / f"rows_{run}_{start}.pt"
+
+    def prepare(self, resume: bool, overwrite: bool) -> None:
+        """Keep an earlier state if it is to be resumed from; else remove it.
+
+        Args:
+            resume: Whether it is to be resumed from.
+            overwrite: Whether one that is damaged, or of different settings, may be removed.
+
+        Raises:
+            FileError: There is such a state, and it may not be removed.
+        """
+
+        def read(path: Path) -> tuple[bool, dict[str, Any]]:
+            settings = read_checkpoint(path).get("settings")
+            if not isinstance(settings, dict):
+                raise FileError(f"{path}: has no settings; remove {self.folder}")
+            return True, settings
+
+        files = [path for path in sorted(self.folder.glob("*.pt")) if not path.name.startswith(("rows_", "vectors"))]
+        fits = [load_result(path, self.settings, read, overwrite=overwrite) is not None for path in files]
+        if files and all(fits) and not resume:
+            log.info("%s: an interrupted measurement is dropped (--resume would continue it)", self.folder)
+        if not resume or not all(fits):
+            self.clear()
 
     def save(self, state: dict[str, Any], run: int, basis: Basis | None) -> None:
         """Write a state, atomically: vectors first, then what refers to them.
@@ -71,35 +111,14 @@ class SpectrumState:
         """The newest state, with ``rows`` the vectors of its basis (or None); None where there is no state.
 
         Raises:
-            FileError: It is damaged, or of other settings.
+            FileError: A file is damaged.
         """
         if not self._progress.exists():
             return None
         state = read_checkpoint(self._progress)
-        if "settings" not in state or "rows" not in state:
-            raise FileError(
-                f"{self._progress}: is no state of a measurement; remove {self.folder}, or leave --resume out"
-            )
-        refuse_other_settings(self._progress, state["settings"], self.settings)
         self._rows = state["rows"]
         parts = [read_checkpoint(self._rows_file(run, start))["rows"] for run, start, _ in self._rows]
-        state["rows"] = torch.cat(parts) if parts else None
-        return state
-
-    def settings_there(self) -> dict[Path, dict[str, Any]]:
-        """The settings of what is stored, by file; vectors are of the state that needs them.
-
-        Raises:
-            FileError: A file is damaged.
-        """
-        files = sorted(self.folder.glob("*.pt"))
-        found = {
-            path: read_checkpoint(path).get("settings", {}) for path in files if not path.name.startswith(_VECTORS)
-        }
-        for path, settings in found.items():
-            if not isinstance(settings, dict):
-                raise FileError(f"{path}: has no settings; remove {self.folder}, or leave --resume out")
-        return found
+        return {**state, "rows": torch.cat(parts) if parts else None}
 
     def keep(self, name: str, values: dict[str, Any]) -> None:
         """Write what a finished part of the measurement found."""
@@ -108,11 +127,7 @@ class SpectrumState:
     def kept(self, name: str) -> dict[str, Any] | None:
         """What ``keep`` wrote; None where there is nothing."""
         path = self.folder / f"{name}.pt"
-        if not path.exists():
-            return None
-        values = read_checkpoint(path)
-        refuse_other_settings(path, values.pop("settings", {}), self.settings)
-        return values
+        return read_checkpoint(path) if path.exists() else None
 
     def clear(self) -> None:
         """Remove the folder."""
@@ -159,19 +174,14 @@ class SpectrumRun:
 
     Args:
         operator: The matrix.
-        plan: What to measure.
+        config: What to measure.
         state: Where to keep what a later process continues from; None for nowhere.
-        save_every: Products between two saves.
     """
 
     def __init__(
-        self,
-        operator: CurvatureOperator,
-        plan: SpectrumPlan,
-        state: SpectrumState | None = None,
-        save_every: int = 10,
+        self, operator: CurvatureOperator, config: SpectrumConfig, state: SpectrumState | None = None
     ) -> None:
-        self.operator, self.plan, self.state, self.save_every = operator, plan, state, save_every
+        self.operator, self.config, self.state = operator, config, state
         self.result = Spectrum(size=operator.size)
         self.seconds = 0.0
         self._process: Lanczos | None = None
@@ -183,7 +193,7 @@ class SpectrumRun:
         """Continue from the stored state; False if there is none.
 
         Raises:
-            FileError: It is damaged, or of other settings.
+            FileError: It is damaged.
         """
         try:
             return self._resume()
@@ -222,7 +232,7 @@ class SpectrumRun:
         return True
 
     def run(self, progress: bool = False) -> Spectrum:
-        """Measure, or go on with it.
+        """Measure, or continue.
 
         Args:
             progress: Whether to show a bar with the remaining time.
@@ -231,9 +241,9 @@ class SpectrumRun:
             MeasurementError: A product is not finite.
             FileError: A state cannot be written.
         """
-        plan, began = self.plan, time.monotonic()
+        config, began = self.config, time.monotonic()
         before = self.seconds
-        total = plan.probes * plan.steps + plan.trace_probes
+        total = config.probes * config.lanczos_steps + config.trace_probes
         options = {"unit": "product", "disable": None if progress else True, "dynamic_ncols": True}
         with tqdm(total=total, initial=min(self.operator.products, total), desc=self.operator.name, **options) as bar:
 
@@ -242,46 +252,46 @@ class SpectrumRun:
                 bar.update()
                 self._save()
 
-            while len(self.result.nodes) < plan.probes:
+            while len(self.result.nodes) < config.probes:
                 self._lanczos(bar, done)
             trace = self.result.trace
-            while not trace.is_done(plan.trace_probes, plan.trace_tolerance):
+            while not trace.is_done(config.trace_probes, config.trace_tolerance):
                 bar.set_description(f"{self.operator.name}, trace")
-                add_probe(trace, self.operator, plan.seed, self._known)
+                add_probe(trace, self.operator, config.probe_seed, self._known)
                 done()
         return self.result
 
     def _start(self) -> Lanczos:
-        operator, plan = self.operator, self.plan
-        start = rademacher(operator.size, plan.seed, len(self.result.nodes), "lanczos")
-        return Lanczos(operator, start.to(operator.device, operator.dtype), plan.basis, plan.seed)
+        operator, config = self.operator, self.config
+        start = rademacher(operator.size, config.probe_seed, len(self.result.nodes), "lanczos")
+        return Lanczos(operator, start.to(operator.device, operator.dtype), config.basis, config.probe_seed)
 
     def _lanczos(self, bar: tqdm, done: Callable[[], None]) -> None:
         """One run: the first one finds eigenvalues as well."""
-        plan, result, first = self.plan, self.result, not self.result.nodes
+        config, result, first = self.config, self.result, not self.result.nodes
         process = self._process = self._process or self._start()
-        wanted = min(plan.top_n, self.operator.size)
-        longest = max(plan.max_steps, plan.steps) if first else plan.steps
+        wanted = min(config.top_n, self.operator.size)
+        longest = config.most_steps if first else config.lanczos_steps
         while not process.exhausted and len(process) < longest:
-            if len(process) >= plan.steps:
-                found = process.ritz(wanted, plan.order)
-                if not first or (len(found.values) == wanted and found.converged(plan.tolerance)):
+            if len(process) >= config.lanczos_steps:
+                found = process.ritz(wanted, config.order)
+                if not first or (len(found.values) == wanted and found.converged(config.tolerance)):
                     break
                 bar.total += 1
             process.step()
             if first:
-                top = process.ritz(1, plan.order)
+                top = process.ritz(1, config.order)
                 bar.set_postfix_str(f"largest {top.values[0]:.4g}, residual {top.residuals[0]:.1e}", refresh=False)
             bar.set_description(f"{self.operator.name}, step {len(process)}")
             done()
         if first:
-            found = process.ritz(wanted, plan.order)
+            found = process.ritz(wanted, config.order)
             result.eigenvalues, result.residuals, result.steps = found.values, found.residuals, len(process)
-            if process.basis is not None and plan.trace_probes:
+            if process.basis is not None and config.trace_probes:
                 known = process.ritz(DEFLATED, "magnitude")
                 self._known = known.values, process.vectors(known)
         alphas, betas = process.matrix
-        nodes, weights = quadrature(Tridiagonal(alphas[: plan.steps], betas[: plan.steps]))
+        nodes, weights = quadrature(Tridiagonal(alphas[: config.lanczos_steps], betas[: config.lanczos_steps]))
         result.nodes.append(nodes.tolist())
         result.weights.append(weights.tolist())
         self._process = None
@@ -290,7 +300,7 @@ class SpectrumRun:
         if self.state is None:
             return
         products, moment = self._saved
-        if self.operator.products - products < self.save_every and time.monotonic() - moment < _SAVE_SECONDS:
+        if self.operator.products - products < self.config.save_every and time.monotonic() - moment < _SAVE_SECONDS:
             return
         if self._known is not None and not self._known_stored:  # once: they are large, and stay as they are
             values, vectors = self._known
@@ -316,6 +326,150 @@ class SpectrumRun:
             "lanczos": None if self._process is None else self._process.state(),
             "known": self._known is not None,
         }
+
+
+def describe(spectrum: Spectrum, config: SpectrumConfig) -> dict[str, Any]:
+    """What the record contains of a spectrum; NaN, which json does not know, as None."""
+    relative = Ritz(spectrum.eigenvalues, spectrum.residuals, None).relative_residuals()
+    hutchinson, deflated = mean_and_error(spectrum.trace.samples), mean_and_error(spectrum.trace.deflated)
+    best = deflated if spectrum.trace.deflated else hutchinson
+    nodes = [node for run in spectrum.nodes for node in run]
+    return {
+        "eigenvalues": spectrum.eigenvalues.tolist(),
+        "residuals": spectrum.residuals.tolist(),
+        "relative_residuals": _finite(relative.tolist()),
+        "converged": bool((relative <= config.tolerance).all()) and len(relative) >= config.top_n,
+        "lanczos_steps": spectrum.steps,
+        "smallest_node": min(nodes),
+        "largest_node": max(nodes),
+        "trace": _finite(best)[0],
+        "trace_standard_error": _finite(best)[1],
+        "trace_estimator": "hutchinson, Lanczos part exact" if spectrum.trace.deflated else "hutchinson",
+        "trace_probes": len(spectrum.trace.samples),
+        "trace_hutchinson": _finite(hutchinson),
+        "trace_quadrature": spectrum.quadrature_trace(),
+        "trace_deflated_samples": spectrum.trace.deflated,
+    }
+
+
+def _finite(values: Any) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def measure_spectrum(
+    operator: CurvatureOperator,
+    config: SpectrumConfig,
+    path: Path,
+    settings: dict[str, Any],
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure, write the result, and remove the state.
+
+    Args:
+        operator: The matrix.
+        config: What to measure.
+        path: The result: a pickle in the form of the papers' plotting code, with a json record beside it.
+        settings: What the numbers depend on.
+        facts: What the record contains besides.
+
+    Returns:
+        The record: settings, eigenvalues, residuals, standard errors, costs.
+
+    Raises:
+        MeasurementError: Something is not finite.
+        FileError: A file cannot be written, the state does not fit, or another process is measuring this.
+    """
+    require_writable(path.parent)
+    with lock(path.with_suffix(".lock"), "measuring this spectrum"):
+        _announce(operator, config)
+        began = time.monotonic()
+        state = SpectrumState(path.with_suffix(".state"), settings)
+        state.prepare(config.resume, config.overwrite)
+        run = SpectrumRun(operator, config, state)
+        resumed = False
+        try:
+            resumed = run.resume()
+        except FileError:
+            if not config.overwrite:
+                raise
+            state.clear()
+            run = SpectrumRun(operator, config, state)
+        if resumed:
+            log.info("going on after %d products", operator.products)
+        loss, gradient = operator.loss_and_gradient()
+        norm = torch.linalg.vector_norm(gradient).item()
+        log.info("loss %.6g over %d examples, gradient norm %.4g", loss, operator.examples, norm)
+        power = _power(operator, config, state) if config.eigen_mode == "power_iter" else None
+        spectrum = run.run(progress=True)
+        if power is not None:
+            spectrum.eigenvalues, spectrum.residuals = np.array(power["values"]), np.array(power["residuals"])
+        record = {
+            "settings": settings,
+            **(facts or {}),
+            "parameters": operator.size,
+            "loss": loss,
+            "gradient_norm": norm,
+            **describe(spectrum, config),
+            "products": operator.products,
+            "seconds": run.seconds + (0.0 if power is None else power["seconds"]),
+            "last_start_seconds": time.monotonic() - began,
+            "resumed": resumed,
+            "device": str(operator.device),
+        }
+        content = {
+            "eigenvals": spectrum.eigenvalues.tolist(),
+            "trace": spectrum.trace.samples,
+            "density_eigen": spectrum.nodes,
+            "density_weight": spectrum.weights,
+        }
+        write_recorded(path, content, record)
+        state.clear()
+        return record
+
+
+def _announce(operator: CurvatureOperator, config: SpectrumConfig) -> None:
+    """Say what memory the vectors take: usually, and at most."""
+    counts = [min(steps, operator.size) + 1 for steps in (config.lanczos_steps, config.most_steps)]
+    usual, most = (basis_bytes(count, operator.size, operator.dtype, config.basis) for count in counts)
+    ritz = 0
+    if config.basis != "none" and config.trace_probes:
+        ritz = min(DEFLATED, operator.size) * operator.size * operator.dtype.itemsize
+    log.info(
+        "%d parameters; the Lanczos basis takes %s (%d vectors), up to %s (%d) if eigenvalues converge slowly, "
+        "and the trace's vectors %s",
+        operator.size, gib(usual), counts[0], gib(most), counts[1], gib(ritz),
+    )  # fmt: skip
+    where = torch.device("cpu") if config.basis == "host" else operator.device
+    need = most + (ritz if where == operator.device else 0)
+    free = available_memory(where)
+    if free is not None and need > free:
+        less = "" if config.basis == "half" else "--basis=half takes half of it, "
+        log.warning("only %s are free: %s--basis=none nothing, a lower --max_steps less", gib(free), less)
+
+
+def _power(operator: CurvatureOperator, config: SpectrumConfig, state: SpectrumState) -> dict[str, Any]:
+    """Power iteration's eigenvalues, from an earlier start or now."""
+    kept = state.kept("power")
+    if kept is None:
+        began = time.monotonic()
+        with tqdm(desc="power iteration", unit="product", disable=None) as bar:
+            values, vectors = power_iteration(
+                operator,
+                config.top_n,
+                iterations=config.power_iterations,
+                tolerance=config.tolerance,
+                seed=config.probe_seed,
+                done=bar.update,
+            )
+        residuals = true_residuals(operator, values, vectors)
+        kept = {"values": values.tolist(), "residuals": residuals.tolist(), "products": operator.products}
+        kept["seconds"] = time.monotonic() - began
+        state.keep("power", kept)
+    kinds = {"values": list, "residuals": list, "products": int | float, "seconds": int | float}
+    if not all(isinstance(kept.get(name), kind) for name, kind in kinds.items()):
+        raise FileError(f"{state.folder}: its state is damaged; remove it, or leave --resume out")
+    operator.products = max(operator.products, kept["products"])
+    return kept
 
 
 def true_residuals(operator: CurvatureOperator, values: np.ndarray, vectors: Tensor) -> np.ndarray:

@@ -154,13 +154,16 @@ def model_description(model_name: str, whole: ImageSet, normalisation: Normalisa
     }
 
 
-def load_model(path: str | Path, asked: Mapping[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(
+    path: str | Path, asked: Mapping[str, Any] | None = None, state: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Build the model of a checkpoint, which must be the one that was asked for, whatever the file is called.
 
     Args:
         path: The checkpoint.
         asked: What the checkpoint or its settings must say, where they say it: ``data_facts``, and what is known of
             the run, such as ``optimizer``, ``seed``, ``epoch``, ``lr_sched`` and ``validation_split``.
+        state: The checkpoint's content, if it has been read before.
 
     Returns:
         The model, on the CPU, in eval mode, and the checkpoint without its weights; its ``normalisation`` is a
@@ -169,7 +172,7 @@ def load_model(path: str | Path, asked: Mapping[str, Any] | None = None) -> tupl
     Raises:
         FileError: The file is missing, damaged, not a checkpoint of this project, or not the one asked for.
     """
-    state = read_checkpoint(path)
+    state = dict(read_checkpoint(path) if state is None else state)
     missing = [key for key in _KEYS if key not in state]
     if state.get("format", FORMAT) != FORMAT:
         missing = [f"format {FORMAT}"]

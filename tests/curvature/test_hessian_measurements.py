@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ import torch
 from curvature_ground import Matrix, batches, dense, images_and_labels, network, small_network
 
 from src.artifacts import read_checkpoint, write_checkpoint
-from src.curvature.choices import STORAGES, SpectrumPlan
-from src.curvature.hessian import Hessian
-from src.curvature.hessian_files import HessianFiles, describe
-from src.curvature.hessian_runs import by_score
-from src.curvature.power import power_iteration
-from src.curvature.spectrum import SpectrumRun, SpectrumState, true_residuals
-from src.errors import FileError, FlagError
+from src.artifacts.store import load_result
+from src.curvature.checkpoints import positions_by_score
+from src.curvature.config import STORAGES, SpectrumConfig
+from src.curvature.operators import Hessian, power_iteration
+from src.curvature.results import StoredSpectrum
+from src.curvature.spectrum import SpectrumRun, SpectrumState, describe, measure_spectrum, true_residuals
+from src.errors import ArgumentError, FileError
 
-PLAN = SpectrumPlan(top_n=3, steps=12, probes=2, trace_probes=15, trace_tolerance=0.0, max_steps=40)
+CONFIG = SpectrumConfig(
+    top_n=3, lanczos_steps=12, probes=2, trace_probes=15, trace_tolerance=0.0, max_steps=40, save_every=1
+)
 NOTHING = torch.zeros(0)
 SPECTRUM = np.concatenate([[40.0, 20.0, 10.0], np.linspace(-1, 2, 77)])
 
@@ -48,17 +51,17 @@ def same(a, b):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("save_every", [1, 4])
 def test_stopped_anywhere_and_resumed_gives_the_same_bits(storage, save_every, tmp_path):
-    plan = SpectrumPlan(**{**PLAN.__dict__, "basis": storage})
+    config = replace(CONFIG, basis=storage, save_every=save_every)
     matrix = Interrupting.of_spectrum(SPECTRUM, torch.float32)
-    expected = SpectrumRun(matrix, plan).run()
+    expected = SpectrumRun(matrix, config).run()
     total = matrix.products
     for at in range(1, total, 5):
         state = SpectrumState(tmp_path / f"{at}", {"a": 1})
         matrix.products, matrix.at = 0, at
         with pytest.raises(Interrupted):
-            SpectrumRun(matrix, plan, state, save_every).run()
+            SpectrumRun(matrix, config, state).run()
         matrix.products, matrix.at = 0, None
-        later = SpectrumRun(matrix, plan, SpectrumState(state.folder, {"a": 1}), save_every)
+        later = SpectrumRun(matrix, config, SpectrumState(state.folder, {"a": 1}))
         assert later.resume() == (at >= save_every)
         assert matrix.products >= at - save_every
         found = later.run()
@@ -71,16 +74,31 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bits(storage, save_every, t
 def test_states_that_do_not_fit(tmp_path):
     matrix = Matrix.of_spectrum(SPECTRUM)
     state = SpectrumState(tmp_path / "s", {"a": 1})
-    assert not SpectrumRun(matrix, PLAN, state).resume()
-    SpectrumRun(matrix, PLAN, state, 1).run()
+    assert not SpectrumRun(matrix, CONFIG, state).resume()
+    SpectrumRun(matrix, CONFIG, state).run()
     names = {p.name.split("_")[0] for p in state.folder.iterdir()}
     assert names == {"progress.pt", "vectors.pt"}, "vectors of ended runs are gone"
-    assert state.settings_there() == {state.folder / "progress.pt": {"a": 1}}
-    with pytest.raises(FileError, match=r"different settings: a \(1 there, 2 here\)"):
-        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 2})).resume()
+    other = SpectrumState(state.folder, {"a": 2})
+    for resume in (True, False):
+        with pytest.raises(FileError, match=r"different settings: a \(1 there, 2 here\)"):
+            other.prepare(resume, overwrite=False)
+        state.prepare(True, overwrite=resume)
+        assert names == {p.name.split("_")[0] for p in state.folder.iterdir()}
     (state.folder / "progress.pt").write_bytes(b"junk")
-    with pytest.raises(FileError, match="damaged"):
-        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
+    with pytest.raises(FileError, match=r"progress\.pt: .*--overwrite"):
+        state.prepare(True, overwrite=False)
+    state.prepare(True, overwrite=True)
+    assert not state.folder.exists()
+    for resume, overwrite, settings in ((False, False, {"a": 1}), (True, True, {"a": 2})):
+        SpectrumRun(matrix, CONFIG, state).run()
+        assert state.folder.exists()
+        SpectrumState(state.folder, settings).prepare(resume, overwrite)
+        assert not state.folder.exists()
+
+
+def resumed(matrix, state):
+    state.prepare(True, overwrite=False)
+    return SpectrumRun(matrix, CONFIG, state).resume()
 
 
 @pytest.mark.parametrize(
@@ -103,53 +121,55 @@ def test_damaged_states_are_one_line(tmp_path, place, value):
     state = SpectrumState(tmp_path / "s", {"a": 1})
     matrix.at = 5
     with pytest.raises(Interrupted):
-        SpectrumRun(matrix, PLAN, state, 1).run()
+        SpectrumRun(matrix, CONFIG, state).run()
     content = read_checkpoint(state.folder / "progress.pt")
     inner = content[place[0]] if len(place) == 2 else content
     inner[place[-1]] = value
     write_checkpoint(state.folder / "progress.pt", content)
     matrix.at = None
     with pytest.raises(FileError, match=r"^[^\n]*s: its state is damaged|has no settings|is no state"):
-        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
+        resumed(matrix, SpectrumState(state.folder, {"a": 1}))
 
 
 def test_a_state_without_its_vectors_and_vectors_written_once(tmp_path):
     matrix = Matrix.of_spectrum(SPECTRUM)
     state, written = SpectrumState(tmp_path / "s", {"a": 1}), []
     keep, state.keep = state.keep, lambda name, values: (written.append(name), keep(name, values))
-    SpectrumRun(matrix, PLAN, state, 1).run()
+    SpectrumRun(matrix, CONFIG, state).run()
     assert written == ["vectors"]
     (state.folder / "vectors.pt").unlink()
     with pytest.raises(FileError, match="has lost its vectors; remove it, or leave --resume out"):
-        SpectrumRun(matrix, PLAN, SpectrumState(state.folder, {"a": 1})).resume()
+        SpectrumRun(matrix, CONFIG, SpectrumState(state.folder, {"a": 1})).resume()
 
 
 def test_one_run_serves_eigenvalues_and_density():
     matrix = Matrix.of_spectrum(SPECTRUM)
-    plan = SpectrumPlan(top_n=3, steps=12, trace_probes=0)
-    found = SpectrumRun(matrix, plan).run()
+    config = SpectrumConfig(top_n=3, lanczos_steps=12, trace_probes=0)
+    found = SpectrumRun(matrix, config).run()
     assert matrix.products == found.steps == 12
     np.testing.assert_allclose(found.eigenvalues, SPECTRUM[:3], rtol=1e-4)
     assert len(found.nodes) == len(found.weights) == 1
     assert found.quadrature_trace() == pytest.approx(80 * np.dot(found.nodes[0], found.weights[0]))
-    assert describe(found, plan)["trace"] is None
+    assert describe(found, config)["trace"] is None
 
 
 def test_a_run_goes_on_until_eigenvalues_are_found_and_the_density_does_not_notice():
     spectrum = np.concatenate([[10.0, 9.9, 9.8], np.linspace(0, 9.5, 197)])
     short = SpectrumRun(
-        Matrix.of_spectrum(spectrum), SpectrumPlan(top_n=3, steps=8, max_steps=8, trace_probes=0)
+        Matrix.of_spectrum(spectrum), SpectrumConfig(top_n=3, lanczos_steps=8, max_steps=8, trace_probes=0)
     ).run()
-    longer = SpectrumRun(Matrix.of_spectrum(spectrum), SpectrumPlan(top_n=3, steps=8, trace_probes=0)).run()
-    assert not describe(short, SpectrumPlan(top_n=3))["converged"]
-    assert describe(longer, SpectrumPlan(top_n=3))["converged"]
+    longer = SpectrumRun(Matrix.of_spectrum(spectrum), SpectrumConfig(top_n=3, lanczos_steps=8, trace_probes=0)).run()
+    assert not describe(short, SpectrumConfig(top_n=3))["converged"]
+    assert describe(longer, SpectrumConfig(top_n=3))["converged"]
     assert longer.steps > 8
     assert (short.nodes, short.weights) == (longer.nodes, longer.weights)
     np.testing.assert_allclose(longer.eigenvalues, spectrum[:3], rtol=1e-3)
 
 
 def test_more_eigenvalues_than_the_matrix_has():
-    found = SpectrumRun(Matrix.of_spectrum([3.0, 1.0]), SpectrumPlan(top_n=2, steps=50, trace_probes=3)).run()
+    found = SpectrumRun(
+        Matrix.of_spectrum([3.0, 1.0]), SpectrumConfig(top_n=2, lanczos_steps=50, trace_probes=3)
+    ).run()
     np.testing.assert_allclose(found.eigenvalues, [3, 1], atol=1e-12)
     assert found.trace.deflated == pytest.approx([4, 4, 4])
 
@@ -185,48 +205,56 @@ def test_power_iteration_against_the_dense_matrix(name):
     np.testing.assert_array_equal(values, again)
 
 
+class Loss(Matrix):
+    """A matrix with a loss."""
+
+    examples = 7
+
+    def loss_and_gradient(self):
+        return 0.5, torch.ones(self.size)
+
+
 def test_files(tmp_path):
-    files = HessianFiles(tmp_path / "a" / "pyhessian_eigen_lanczos.pkl")
-    assert not files.is_done({"a": 1})
-    spectrum = SpectrumRun(Matrix.of_spectrum(SPECTRUM), PLAN).run()
-    files.write(spectrum, {"settings": {"a": 1}, **describe(spectrum, PLAN)})
-    with files.path.open("rb") as file:
-        stored = pickle.load(file)  # as old plotting code does
+    path = tmp_path / "a" / "pyhessian_eigen_lanczos.pkl"
+    record = measure_spectrum(Loss.of_spectrum(SPECTRUM), CONFIG, path, {"a": 1}, {"more": 2})
+    stored = pickle.loads(path.read_bytes())  # as old plotting code does
     assert set(stored) == {"eigenvals", "trace", "density_eigen", "density_weight"}
     assert [len(stored[key]) for key in stored] == [3, 15, 2, 2]
     assert [len(run) for run in stored["density_eigen"]] == [12, 12]
     assert all(isinstance(value, float) for key in ("eigenvals", "trace") for value in stored[key])
-    assert files.read() == stored
-    assert files.is_done({"a": 1})
-    with pytest.raises(FileError, match=r"a \(1 there, 2 here\)"):
-        files.is_done({"a": 2})
-    assert json.loads(files.record.read_text())["eigenvalues"] == stored["eigenvals"]
+    found = StoredSpectrum.read(path)
+    lists = {"eigenvals": found.eigenvalues, "trace": found.traces, "density_eigen": found.nodes}
+    assert {**lists, "density_weight": found.weights} == stored
+    assert json.loads(path.with_suffix(".json").read_text()) == record == found.record
+    assert record["eigenvalues"] == stored["eigenvals"]
+    assert (record["loss"], record["more"]) == (0.5, 2)
+    assert load_result(path, {"a": 1}) == record
+    assert not path.with_suffix(".state").exists()
     arrays = {key: [np.array(run) for run in stored[key]] for key in ("density_eigen", "density_weight")}
     arrays |= {key: np.array(stored[key]) for key in ("eigenvals", "trace")}
-    files.path.write_bytes(pickle.dumps(arrays))  # others keep arrays
-    assert files.read() == stored
-    assert isinstance(files.read()["eigenvals"][0], float)
+    path.write_bytes(pickle.dumps(arrays))  # others keep arrays
+    assert StoredSpectrum.read(path) == found
+    assert isinstance(StoredSpectrum.read(path).eigenvalues[0], float)
     old = {**stored, "density_weight": [[complex(w) for w in run] for run in stored["density_weight"]]}
-    files.path.write_bytes(pickle.dumps(old))  # the papers' code kept complex weights
-    assert files.read() == stored
-    files.record.unlink()
-    with pytest.raises(FileError, match="unknown settings"):
-        files.is_done({"a": 1})
+    path.write_bytes(pickle.dumps(old))  # the papers' code kept complex weights
+    assert StoredSpectrum.read(path) == found
+    path.with_suffix(".json").unlink()
+    assert StoredSpectrum.read(path).record == {}
     for bad in ([1], {"eigenvals": [1.0]}, {**stored, "density_eigen": [[1.0]]}, {**stored, "density_eigen": []},
                 {**stored, "density_eigen": [[float("nan")] * 12] * 2}, {**stored, "eigenvals": "x"},
                 {**stored, "eigenvals": []}, {**stored, "eigenvals": [float("nan")]}, {**stored, "trace": None},
                 {**stored, "trace": [float("inf")]}, {**stored, "density_eigen": 1.0}):  # fmt: skip
-        files.path.write_bytes(pickle.dumps(bad))
+        path.write_bytes(pickle.dumps(bad))
         with pytest.raises(FileError, match="is no spectrum"):
-            files.read()
+            StoredSpectrum.read(path)
 
 
 def test_examples_by_score():
     scores = np.array([0.5, 0.1, 0.5, 0.9, 0.1])
-    assert by_score(scores, "low", 0.2).tolist() == [1]
-    assert by_score(scores, "low", 0.4).tolist() == [1, 4]
-    assert by_score(scores, "low", 0.6).tolist() == [0, 1, 4]  # ties by index
-    assert by_score(scores, "high", 0.4).tolist() == [2, 3]
-    assert by_score(scores, "high", 1.0).tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(FlagError, match="none"):
-        by_score(scores, "high", 0.05)
+    assert positions_by_score(scores, "low", 0.2).tolist() == [1]
+    assert positions_by_score(scores, "low", 0.4).tolist() == [1, 4]
+    assert positions_by_score(scores, "low", 0.6).tolist() == [0, 1, 4]  # ties by index
+    assert positions_by_score(scores, "high", 0.4).tolist() == [2, 3]
+    assert positions_by_score(scores, "high", 1.0).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ArgumentError, match="none"):
+        positions_by_score(scores, "high", 0.05)

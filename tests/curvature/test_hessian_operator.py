@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from src.curvature.hessian import GGN, OPERATORS, Hessian, dot
+from src.curvature.operators import GGN, OPERATORS, Hessian, dot
 from src.errors import MeasurementError, UserError
 from src.models import build_model
 

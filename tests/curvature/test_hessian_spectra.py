@@ -8,9 +8,7 @@ from curvlinops import hutchinson_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.curvature.choices import STORAGES
-from src.curvature.hessian import OPERATORS
-from src.curvature.hessian_files import MOST_POINTS, density, extent, grid, moment, width
+from src.curvature.config import STORAGES
 from src.curvature.lanczos import (
     Basis,
     Lanczos,
@@ -21,8 +19,15 @@ from src.curvature.lanczos import (
     quadrature,
     rademacher,
 )
+from src.curvature.operators import OPERATORS
+from src.curvature.plots import MOST_POINTS, density, extent, grid, width
 
 OUTLIERS = [50.0, 30.0, 22.0, 21.0, 15.0, 9.0, -4.0]
+
+
+def moment(nodes, weights, power):
+    """The quadrature of ``x ** power``."""
+    return float(np.dot(weights, np.power(nodes, power)))
 
 
 def spectrum(size=400):
@@ -279,7 +284,7 @@ def test_bases(storage):
     torch.testing.assert_close(basis.coefficients(probe), (vectors[:20] @ probe).double(), **close)
     torch.testing.assert_close(basis.combine(torch.eye(20)[:, 3:5]), vectors[3:5], **close)
     rest = probe.clone()
-    basis.orthogonalise_(rest)
+    basis.orthogonalize_(rest)
     assert (basis.coefficients(rest).abs() < 3e-6).all()
     assert basis_bytes(33, 10, torch.float32, storage) == 48 * 10 * (2 if storage == "half" else 4)
     assert basis_bytes(33, 10, torch.float64, "none") == 0

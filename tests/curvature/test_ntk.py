@@ -9,14 +9,15 @@ from torch.func import functional_call, jacrev
 
 from src.curvature.ntk import (
     NTK_CLASSES,
+    check_groups,
     forecast,
     lower_indices,
     ntk_kernel,
-    refuse_groups,
     relative_error,
     velocity,
     velocity_epochs,
 )
+from src.errors import ArgumentError
 from src.models import build_model
 
 
@@ -99,9 +100,11 @@ def test_groups_of_the_paper():
 
 
 def test_groups_that_are_not_whole():
-    assert refuse_groups([0, 5], 5, 10) is None
-    assert "--m_samples 4: is more than the 3" in refuse_groups([0], 4, 3)
-    assert "--lower_index 8: no 5 of 10" in refuse_groups([0, 8], 5, 10)
+    check_groups([0, 5], 5, 10)
+    with pytest.raises(ArgumentError, match="m_samples 4"):
+        check_groups([0], 4, 3)
+    with pytest.raises(ArgumentError, match="lower_index 8"):
+        check_groups([0, 8], 5, 10)
 
 
 @pytest.mark.parametrize("projection_dim", [None, 64])

@@ -14,8 +14,8 @@ from PIL import Image
 from refusals import FILE, FLAG, refuse, spoilt
 from support import folders, succeed
 
-from src.curvature.hessian_files import Measured, SpectrumGroup, csv_table, markdown_table, width
-from src.curvature.plots import FLOOR, spectrum_figure
+from src.curvature.plots import FLOOR, spectrum_figure, width
+from src.curvature.results import SpectrumGroup, StoredSpectrum, csv_table, markdown_table
 
 SCRIPT = "plot_hessian.py"
 
@@ -151,7 +151,7 @@ def test_seeds_are_averaged_over_one_kind_of_run(flags, changed):
         (path,) = folder.glob("train_all_*_with_sgd_*/2/epoch_3/*.json")
         whole = path.read_text()
         change("sgd", 2, **{name: value})
-        says = (r"/2/epoch_3/.*: is not of the same kind as .*/1/epoch_3/", rf"{name} \({value} there", "--seeds")
+        says = (r"/2/epoch_3/.*: is not of the same kind as .*/1/epoch_3/", rf"{name} \(.*{value} here", "--seeds")
         refuse(SCRIPT, *flags, status=FILE, says=says)
         path.write_text(whole)
 
@@ -166,7 +166,7 @@ def test_groups_of_different_epochs_schedules_and_examples(flags, changed):
     assert "the spectra differ in lr_sched: const, cosine" in succeed(SCRIPT, *flags).err
     for seed in (1, 2):
         change("sam", seed, examples=30)
-    says = ("was measured on 30 examples, .* on 60; measure both with the same --subset",)
+    says = (r"examples \(60 there, 30 here\); measure both with the same --subset",)
     refuse(SCRIPT, *flags, status=FILE, says=says)
     for seed in (1, 2):
         change("sam", seed, epoch=5)
@@ -183,7 +183,7 @@ def test_bad_files_and_several_epochs(world, data_flags, spectra, tmp_path):
     for content in (b"junk", pickle.dumps([1]), pickle.dumps({"eigenvals": [1.0], "trace": [], "density_eigen": [],
                                                               "density_weight": []})):  # fmt: skip
         (tmp_path / "x.pkl").write_bytes(content)
-        refuse(SCRIPT, *data_flags, "--files", tmp_path / "x.pkl", status=FILE, says=(r"x\.pkl: ", "anew|recreate"))
+        refuse(SCRIPT, *data_flags, "--files", tmp_path / "x.pkl", status=FILE, says=(r"x\.pkl: ", "again|recreate"))
     folder = next(spectra.glob("train_all_*_sgd_*/1"))
     record = next(folder.rglob("*.json"))
     for name, value in (
@@ -209,7 +209,7 @@ def test_bad_files_and_several_epochs(world, data_flags, spectra, tmp_path):
 
 
 def measured(eigenvalues, nodes, weights, record=None):
-    return Measured("x", eigenvalues, nodes, weights, [], record or {})
+    return StoredSpectrum("x", eigenvalues, nodes, weights, [], record or {})
 
 
 def test_what_is_drawn():

@@ -11,7 +11,7 @@ import torch
 from refusals import FILE, FLAG, refuse, spoilt
 from support import call, folders, start, succeed, write_blobs
 
-import src.curvature.ntk_runs as runs
+import src.curvature.ntk as ntk
 from src.artifacts import read_checkpoint, read_pickle, write_json, write_pickle
 from src.artifacts.score_files import write_scores
 from src.curvature.ntk import velocity
@@ -250,7 +250,7 @@ def test_damaged_results(world, tmp_path):
     for bad in (float("nan"), "fast", None):
         known["groups"]["0"]["velocity"] = bad
         with spoilt(folder / "vs.json", json.dumps(known).encode()):
-            refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("vs.json: ", "no velocities"))
+            refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("vs.json: ", "velocities"))
         for content in ({0: bad, 30: 0.5}, {"a": 0.5}, {(): bad}, [bad], {}):
             with spoilt(folder / "vs.pkl", pickle.dumps(content)):
                 refuse("plot_ntk.py", *drawing(world, tmp_path), status=FILE, says=("vs.pkl: ",), keep=tmp_path)
@@ -261,16 +261,16 @@ def test_damaged_results(world, tmp_path):
     shutil.rmtree(tmp_path / "ntks" / world.name / RUN / "samis_loss" / "epoch_1" / "seed_1")
     succeed("compute_ntk.py", *flags(world, tmp_path))
     for more, says in (
-        (("--metrics", "csl"), "csl: holds no velocities; make them with compute_ntk.py"),
-        (("--model=lenet",), "holds no kernels of lenet by sgd; make them with compute_ntk.py"),
-        (("--epochs", "7"), "epoch_7: holds no velocities; make them with compute_ntk.py"),
+        (("--metrics", "csl"), "csl: has no velocities; make them with compute_ntk.py"),
+        (("--model=lenet",), "has no kernels of lenet by sgd; make them with compute_ntk.py"),
+        (("--epochs", "7"), "epoch_7: has no velocities; make them with compute_ntk.py"),
         (("--seeds", "3"), "seed_3.vs.pkl: there is no such file"),
     ):
         refuse("plot_ntk.py", *drawing(world, tmp_path, *more), status=FILE, says=(says,), keep=tmp_path)
 
 
 def test_a_kernel_that_does_not_fit_the_memory(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(ntk, "available_memory", lambda device: 1000)
     result = call("compute_ntk.py", *flags(world, tmp_path))
     assert result.status == FLAG
     assert "a kernel of 15 rows takes" in result.complaint

@@ -1,4 +1,4 @@
-"""Products of a loss's curvature matrix with vectors: the Hessian, and the generalised Gauss-Newton matrix (GGN).
+"""Products of a loss's curvature matrix with vectors: the Hessian, and the generalized Gauss-Newton matrix (GGN).
 
 The loss is the mean cross-entropy of a trained network over a set of examples; the matrices, ``(P, P)`` over all
 trainable parameters, are never formed. A product is exact (no finite differences) and comes from one pass over the
@@ -16,10 +16,12 @@ and nothing is left behind after a product.
 """
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from src import rng
-from src.curvature.choices import OPERATOR_NAMES
+from src.curvature.config import OPERATOR_NAMES
 from src.datasets import Batch
 from src.errors import MeasurementError
 from src.jacobians import refuse_batch_statistics
@@ -91,8 +93,8 @@ class CurvatureOperator(ABC):
         self.products += 1
         if not total.isfinite().all():
             raise MeasurementError(
-                f"a product with the {self.name} is not finite; --precision=fp64 may help, else train the network "
-                "anew with a lower --learning_rate"
+                f"a product with the {self.name} is not finite; --precision=fp64 may help, else train the model "
+                "again with a lower --learning_rate"
             )
         return total
 
@@ -118,7 +120,7 @@ class CurvatureOperator(ABC):
         for what, value in (("loss", torch.tensor(loss)), ("gradient of the loss", gradient)):
             if not value.isfinite().all():
                 raise MeasurementError(
-                    f"the {what} is not finite; the network has diverged, train it anew with a lower --learning_rate"
+                    f"the {what} is not finite; the model has diverged, train it again with a lower --learning_rate"
                 )
         return loss, gradient
 
@@ -159,7 +161,7 @@ class CurvatureOperator(ABC):
 
 
 class GGN(CurvatureOperator):
-    """The generalised Gauss-Newton matrix of the mean cross-entropy, positive semi-definite."""
+    """The generalized Gauss-Newton matrix of the mean cross-entropy, positive semi-definite."""
 
     name = "ggn"
 
@@ -243,3 +245,100 @@ def _differentiable_forward(device: torch.device) -> Iterator[None]:
 def dot(a: Tensor, b: Tensor) -> float:
     """The inner product of two vectors, summed in float64 piece by piece."""
     return sum((x.double() @ y.double()).item() for x, y in zip(a.split(_PIECE), b.split(_PIECE), strict=True))
+
+
+# --------------------------------------------------------------------------------------------- power iteration
+
+
+class _Loader:
+    """Batches as pairs, and a call at the end of each pass, which is one product."""
+
+    def __init__(self, batches: Iterable[Batch], done: Callable[[], None]) -> None:
+        self.batches, self.done = batches, done
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.batches:
+            if len(batch.labels):
+                yield batch.images, batch.labels
+        self.done()
+
+
+def power_iteration(
+    operator: CurvatureOperator,
+    top_n: int,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    done: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, Tensor]:
+    """The Hessian's eigenvalues of largest magnitude, by power iteration with deflation (the pyhessian package).
+
+    Kept for comparison with the SAMIS paper, which uses it: it takes many times the products of a Lanczos run, and
+    stops when an eigenvalue changes little from one iteration to the next, which says less than a residual.
+
+    Args:
+        operator: The Hessian; its products are counted.
+        top_n: How many.
+        iterations: Most iterations for each.
+        tolerance: Relative change of an eigenvalue between two iterations at which it is taken.
+        seed: Of the start vectors.
+        done: Called after each product.
+
+    Returns:
+        Eigenvalues ``(top_n,)``, largest magnitude first, and unit vectors ``(top_n, P)``.
+    """
+    from pyhessian import hessian
+
+    def count() -> None:
+        operator.products += 1
+        done()
+
+    model, device = operator.model, operator.device
+    on_gpu = device.type == "cuda"
+    own_generators = torch.random.fork_rng(devices=[device] if on_gpu else [])  # the package draws from global ones
+    with eval_mode(model), _isolated(operator), own_generators, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
+        torch.manual_seed(rng.derived_seed(seed, 0, "power iteration"))
+        with torch.cuda.device(device) if on_gpu else nullcontext():
+            loader = _Loader(operator.batches, count)
+            package = hessian(model, _mean_loss, dataloader=loader, cuda=on_gpu)
+            values, vectors = package.eigenvalues(maxIter=iterations, tol=tolerance, top_n=top_n)
+        names = {id(p): i for i, p in enumerate(package.params)}
+        rows = [_full_vector(operator, names, vector) for vector in vectors]
+    order = np.argsort(-np.abs(values), kind="stable")
+    return np.array(values, dtype=np.float64)[order], torch.stack(rows)[torch.from_numpy(order)]
+
+
+def _mean_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.double(), labels)
+
+
+def _full_vector(operator: CurvatureOperator, positions: dict[int, int], parts: list[Tensor]) -> Tensor:
+    """A vector (P,) from the package's tensors per parameter; zero for parameters it was not shown."""
+    tensors = [
+        parts[positions[id(p)]].detach() if id(p) in positions else torch.zeros_like(p) for p in operator.parameters
+    ]
+    return operator.flatten(tensors)
+
+
+@contextmanager
+def _isolated(operator: CurvatureOperator) -> Iterator[None]:
+    """Gradients put aside (the package adds to them), and parameters that nothing uses hidden (it stops at them)."""
+    gradients = [p.grad for p in operator.model.parameters()]
+    hidden: list[nn.Parameter] = []
+    try:
+        for parameter in operator.model.parameters():
+            parameter.grad = None
+        batch = next(b for b in operator.batches if len(b.labels))
+        loss = _mean_loss(operator.model(batch.images), batch.labels)
+        found = torch.autograd.grad(loss, operator.parameters, allow_unused=True)
+        hidden = [p for p, g in zip(operator.parameters, found, strict=True) if g is None]
+        for parameter in hidden:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in hidden:
+            parameter.requires_grad_(True)
+        for parameter, gradient in zip(operator.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient  # the package's hold the graphs they came from: this lets them go
