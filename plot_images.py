@@ -60,7 +60,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, sort, draw, print."""
     args = parse()
-    from src.metrics.image_plots import extremes
+    from src.metrics.plots import extremes
 
     images, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
     checks = {"n": images.total, "label_hash": label_hash(images.labels), "data_hash": images.digest}
@@ -109,7 +109,7 @@ def fetch(images: ImageSet, positions: np.ndarray) -> np.ndarray:
 
 def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int], n: int, folder: Path) -> None:
     """All classes by one score."""
-    from src.metrics.image_plots import overview
+    from src.metrics.plots import overview
 
     rows = [
         (literal(images.class_names[label]), *(fetch(images, positions) for positions in ends[label]))
@@ -125,7 +125,7 @@ def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int]
 
 def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: int, n: int, folder: Path) -> None:
     """One class: a figure of the lowest and one of the highest, a row per score."""
-    from src.metrics.image_plots import class_grids
+    from src.metrics.plots import class_grids
 
     rows = {mode: end for mode, end in ends.items() if end is not None and len(end[0])}
     if not rows:

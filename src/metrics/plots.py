@@ -1,9 +1,9 @@
-"""Figures of scores: one mode's distribution, and several modes compared by rank.
+"""Figures of scores: distributions, comparisons by rank, and the examples with the lowest and the highest scores.
 
 Figures are built on matplotlib's object interface: no global state, no window, no back end to choose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
@@ -89,7 +89,7 @@ def density(scores: np.ndarray, label: str, title: str) -> Figure:
         return figure
 
 
-def shares(indices: np.ndarray, values: np.ndarray, label: str, title: str, plot: str = "scatter") -> Figure:
+def share_figure(indices: np.ndarray, values: np.ndarray, label: str, title: str, plot: str = "scatter") -> Figure:
     """Each example's share of the sum of all scores, against its index.
 
     Args:
@@ -178,3 +178,178 @@ def comparison(
             _heat_map(place, matrix, names, columns, heading)
         figure.suptitle(title)
         return figure
+
+
+ROWS_PER_BLOCK = 25  # of the overview; more classes go into further blocks beside the first
+CLASSES_PER_PAGE = 100
+
+
+def extremes(
+    scores: np.ndarray, labels: np.ndarray, indices: np.ndarray, n: int
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """The n lowest and n highest scored examples of each class, from one sort.
+
+    Args:
+        scores: ``(total,)`` by original index; NaN is left out.
+        labels: ``(m,)`` classes of the examples at hand.
+        indices: ``(m,)`` their original indices.
+        n: How many; fewer where a class has fewer.
+
+    Returns:
+        Class to (positions of the lowest, ascending; positions of the highest, descending), positions in ``labels``.
+        Ties are broken by index.
+    """
+    own = scores[indices]
+    order = np.lexsort((indices, own, labels))
+    order = order[~np.isnan(own[order])]
+    sorted_labels = labels[order]
+    result = {}
+    for c in np.unique(labels):
+        start, stop = np.searchsorted(sorted_labels, [c, c + 1])
+        members = order[start:stop]
+        result[int(c)] = (members[:n], members[::-1][:n].copy())  # torch takes no negative strides
+    return result
+
+
+def mosaic(images: np.ndarray, columns: int, gap_y: int, gap_x: int, split: int | None = None) -> np.ndarray:
+    """Place images in rows on a white canvas.
+
+    Args:
+        images: uint8 ``(rows, columns, c, h, w)`` with c = 1 or 3.
+        columns: How many columns.
+        gap_y: Pixels below each row, room for a caption.
+        gap_x: Pixels between columns.
+        split: A column before which the gap is as wide as half an image.
+
+    Returns:
+        uint8 ``(H, W, 3)``.
+    """
+    rows, _, _, h, w = images.shape
+    extra = w // 2 if split is not None else 0
+    canvas = np.full((rows * (h + gap_y), columns * (w + gap_x) - gap_x + extra, 3), 255, dtype=np.uint8)
+    for r in range(rows):
+        for k in range(columns):
+            left = k * (w + gap_x) + (extra if split is not None and k >= split else 0)
+            canvas[r * (h + gap_y) : r * (h + gap_y) + h, left : left + w] = images[r, k].transpose(1, 2, 0)
+    return canvas
+
+
+def image_grid(
+    images: Sequence[np.ndarray], captions: Sequence[Sequence[str]], row_labels: Sequence[str], title: str
+) -> Figure:
+    """One row of images per score, each with its score below it.
+
+    Args:
+        images: One uint8 array ``(n_r, c, h, w)`` per row.
+        captions: One text per image.
+        row_labels: The scores' symbols.
+        title: What is shown.
+    """
+    columns, rows = max(map(len, images)), len(images)
+    c, h, w = images[0].shape[1:]
+    grid = np.full((rows, columns, c, h, w), 255, dtype=np.uint8)
+    for r, row in enumerate(images):
+        grid[r, : len(row)] = row
+    gap_y, gap_x = max(1, round(0.2 * h)), max(1, round(0.04 * w))
+    canvas = mosaic(grid, columns, gap_y, gap_x)
+    side, left, top = 1.15, 1.5, 0.55  # inches per image, for the row labels, for the title
+    width, height = side * canvas.shape[1] / w, side * canvas.shape[0] / w
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(width + left + 0.1, height + top + 0.05))
+        axes = _bare_axes(figure, left, 0.05, width, height, canvas)
+        for r in range(rows):
+            middle = r * (h + gap_y) + h / 2
+            axes.text(-0.08 * w, middle, row_labels[r], ha="right", va="center", fontsize=20)
+            for k, caption in enumerate(captions[r]):
+                at = (k * (w + gap_x) + w / 2 - 0.5, r * (h + gap_y) + h - 0.5 + gap_y * 0.46)
+                axes.text(*at, caption, ha="center", va="center", fontsize=10)
+        _heading(figure, title)
+        return figure
+
+
+def overview(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symbol: str, title: str) -> list[Figure]:
+    """All classes at a glance: per class the n lowest scored examples on the left, the n highest on the right.
+
+    Args:
+        classes: Name, and uint8 images ``(<= n, c, h, w)`` of the lowest and of the highest, per class.
+        n: Images on each side.
+        symbol: The score's symbol.
+        title: What is shown.
+
+    Returns:
+        One figure per hundred classes.
+    """
+    pages = range(0, len(classes), CLASSES_PER_PAGE)
+    return [_overview_page(classes[start : start + CLASSES_PER_PAGE], n, symbol, title) for start in pages]
+
+
+def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symbol: str, title: str) -> Figure:
+    side, top, apart = 0.62, 0.95, 0.25  # inches
+    names = 0.35 + min(1.4, 0.1 * max(len(name) for name, _, _ in classes))  # room for the longest, within reason
+    blocks = -(-len(classes) // ROWS_PER_BLOCK)
+    rows = -(-len(classes) // blocks)
+    c, h, w = classes[0][1].shape[1:]
+    gap = max(1, round(0.05 * w))
+    block_width = side * (2 * n * (w + gap) - gap + w // 2) / w
+    height = side * rows * (h + gap) / w
+    with matplotlib.rc_context(FIGURE_STYLE):
+        width = blocks * (names + block_width + apart)
+        figure = Figure(figsize=(width, height + top))
+        for b in range(blocks):
+            part = classes[b * rows : (b + 1) * rows]
+            grid = np.full((rows, 2 * n, c, h, w), 255, dtype=np.uint8)
+            for r, (_, low, high) in enumerate(part):
+                grid[r, : len(low)] = low
+                grid[r, n : n + len(high)] = high[::-1]  # the most extreme examples stand at the outer edges
+            canvas = mosaic(grid, 2 * n, gap, gap, split=n)
+            x = names + b * (names + block_width + apart)
+            axes = _bare_axes(figure, x, 0.0, block_width, height, canvas)
+            for r, (name, _, _) in enumerate(part):
+                size = _fitting(name, names - 0.2, 12)
+                axes.text(-0.15 * w, r * (h + gap) + h / 2, name, ha="right", va="center", fontsize=size)
+            middle = n * (w + gap) / 2
+            for at, text in ((middle, f"lowest {symbol}"), (canvas.shape[1] - middle, f"highest {symbol}")):
+                size = _fitting("highest S(x_i)", n * side + 0.25, 14)
+                axes.text(at, -0.12 * h, text, ha="center", va="bottom", fontsize=size)
+        _heading(figure, title)
+        return figure
+
+
+def _bare_axes(figure: Figure, x: float, y: float, width: float, height: float, canvas: np.ndarray) -> Axes:
+    """Axes without ticks at a place in inches, showing a canvas pixel by pixel."""
+    total_width, total_height = figure.get_size_inches()
+    axes = figure.add_axes((x / total_width, y / total_height, width / total_width, height / total_height))
+    axes.imshow(canvas, aspect="auto", interpolation="auto")
+    axes.set_axis_off()
+    return axes
+
+
+def _heading(figure: Figure, title: str) -> None:
+    width, height = figure.get_size_inches()
+    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=_fitting(title, width - 0.2, 16))
+
+
+def _fitting(text: str, inches: float, largest: float) -> float:
+    """The font size, at most ``largest``, at which a text is no wider than so many inches (a letter is 0.6 high)."""
+    return min(largest, 72 * inches / (0.6 * max(len(text), 1)))
+
+
+def class_grids(
+    fetch: Callable[[np.ndarray], np.ndarray],
+    positions: Sequence[np.ndarray],
+    scores: Sequence[np.ndarray],
+    row_labels: Sequence[str],
+    title: str,
+) -> Figure:
+    """The grid of one class and one end: one row per score.
+
+    Args:
+        fetch: Positions ``(m,)`` to uint8 images ``(m, c, h, w)``.
+        positions: Per row, the positions of its images.
+        scores: Per row, their scores.
+        row_labels: The scores' symbols.
+        title: What is shown.
+    """
+    lengths = np.cumsum([len(row) for row in positions])[:-1]
+    images = np.split(fetch(np.concatenate(positions)), lengths)
+    return image_grid(images, [[f"{value:.3g}" for value in row] for row in scores], row_labels, title)

@@ -6,7 +6,8 @@
 import glob
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from src import artifacts
 from src.artifacts import score_files
+from src.artifacts.paths import Folders
+from src.cli import option
 from src.datasets import CATALOGUE, dataset_flag, dataset_name
-from src.errors import FileError
+from src.errors import ArgumentError, FileError
 from src.metrics.published import published_datasets
 from src.metrics.registry import SCORES, get_score
 from src.metrics.score import Score
@@ -39,7 +42,7 @@ _RECIPES = {
 }
 _RECIPES["end"] = _RECIPES["dynamics"]
 
-Folders = str | Path | Iterable[str | Path] | None
+SearchFolders = str | Path | Iterable[str | Path] | None
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:
@@ -171,8 +174,64 @@ class StoredScores:
         from src.metrics import plots
 
         indices, _ = self._chosen(idx)
-        figure = plots.shares(indices, shares(self.scores)[indices], self.label, self.title, plot)
+        figure = plots.share_figure(indices, shares(self.scores)[indices], self.label, self.title, plot)
         return artifacts.save_figure(figure, self._stem(folder, idx, "prob_dist"))
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Where stored scores are searched.
+
+    Attributes:
+        scores_folder: SearchFolders, or MODE=FOLDER for one score; see :func:`score_folders`.
+    """
+
+    scores_folder: list[str] = option(
+        [],
+        "read score files from this folder, or those of one score from it; may be given several times "
+        "(default: --metrics_folder where it is given, else metrics/, then src/metrics/)",
+        action="append",
+        metavar="DIR|MODE=DIR",
+    )
+
+
+def score_folders(given: Sequence[str], mode: str, metrics_folder: Path | None = None) -> list[Path] | None:
+    """The folders in which a score's files are searched, first to last.
+
+    Folders given for this score come before those for all. Where there are any, no other folder is searched: scores
+    that happen to exist elsewhere are not the ones that were asked for.
+
+    Args:
+        given: Folders, or ``MODE=FOLDER`` for one score.
+        mode: The score.
+        metrics_folder: The last to be searched, unless it is the default of ``Folders``.
+
+    Returns:
+        The folders; None where none was given, so that the default ones are searched.
+
+    Raises:
+        ArgumentError: A given folder does not exist, or its score is unknown.
+    """
+    general, own = [], []
+    for text in given:
+        if Path(text).is_dir():  # "=" may be part of its name
+            general.append(Path(text))
+            continue
+        name, separator, folder = text.partition("=")
+        if separator and name not in SCORES:
+            raise ArgumentError(
+                "scores_folder",
+                f"{text}: there is no such folder, nor a score {name!r}; choose from {', '.join(SCORES)}",
+            )
+        path = Path(folder if separator else text)
+        if not path.is_dir():
+            raise ArgumentError("scores_folder", f"{text}: there is no folder {path}")
+        if name == mode:
+            own.append(path)
+    chosen = [*own, *general]
+    if metrics_folder is not None and metrics_folder is not Folders.metrics_folder:  # given, even if it is the same
+        chosen.append(metrics_folder)
+    return chosen or None
 
 
 def recipe(score: Score, dataset: str) -> str:
@@ -212,7 +271,7 @@ class Proxy(StoredScores):
         mode: str = "mem",
         dataset: str = "cifar100",
         normalize: bool = True,
-        folder: Folders = None,
+        folder: SearchFolders = None,
         *,
         n: int | None = None,
         label_hash: str | None = None,
@@ -261,7 +320,7 @@ class Memorization(StoredScores):
         return self._prob.tolist()
 
 
-def find_score_file(mode: str, dataset: str, folder: Folders = None) -> Path:
+def find_score_file(mode: str, dataset: str, folder: SearchFolders = None) -> Path:
     """The file that :class:`Proxy` reads.
 
     Args:
@@ -276,7 +335,7 @@ def find_score_file(mode: str, dataset: str, folder: Folders = None) -> Path:
     return _find(mode, dataset, folder)[0]
 
 
-def _find(mode: str, dataset: str, folder: Folders) -> tuple[Path, str]:
+def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
     """The score file, and the data set's name in it."""
     score, dataset = get_score(mode), dataset_name(dataset)
     given = [] if folder is None else [folder] if isinstance(folder, str | Path) else folder

@@ -1,7 +1,7 @@
 """Flag groups that scripts compose: the one place in a package that knows argparse."""
 
+from src.metrics.proxy import score_folders
 from src.settings.common import (
-    FOLDERS,
     add_augmentation_flags,
     add_compute_flags,
     add_data_flags,
@@ -13,7 +13,6 @@ from src.settings.common import (
     add_score_flags,
     add_seed_flag,
     add_training_flags,
-    score_folders,
     splits_folder,
 )
 from src.settings.experiments import (
@@ -27,7 +26,6 @@ from src.settings.selection import add_downstream_flags, add_method_flags, add_s
 from src.settings.values import SEED, file_name, fraction, method_name, number, whole_number
 
 __all__ = [
-    "FOLDERS",
     "SEED",
     "add_augmentation_flags",
     "add_compute_flags",

@@ -5,28 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.artifacts import ROOT
-from src.cli import given_flags, restrict
+from src.artifacts import Folders
+from src.cli import restrict
 from src.datasets import CATALOGUE, dataset_names
 from src.datasets.registry import check_arguments
 from src.devices import PRECISIONS
 from src.errors import FlagError
-from src.metrics.registry import SCORES
+from src.metrics.proxy import ScoreConfig
 from src.models import model_names, require_weights
 from src.optimizers import OPTIMIZERS, SCHEDULES, rate
 from src.settings import values
-
-FOLDERS = {
-    "datasets": ("data", "data sets and validation splits"),
-    "models": ("ckpts", "checkpoints"),
-    "metrics": ("metrics", "scores and recorded dynamics"),
-    "plots": ("plots", "figures"),
-    "log": ("logs", "logs"),
-    "resume_ckpts": ("resume_ckpts", "resume states"),
-    "hessian": ("hessian_eigenvalues", "spectra of Hessians"),
-    "ntk": ("ntks", "neural tangent kernels and their velocities"),
-    "splits": (None, "validation splits (default: splits in the folder of data sets)"),
-}
 
 
 def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True, default: str = "cifar100") -> None:
@@ -97,11 +85,7 @@ def _listing(names: Sequence[str]) -> str:
 
 def add_folder_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Folders by their short names, for example ``"datasets", "models"``."""
-    group = parser.add_argument_group("folders")
-    for name in names:
-        default, what = FOLDERS[name]
-        path = None if default is None else ROOT / default
-        group.add_argument(f"--{name}_folder", type=Path, default=path, metavar="DIR", help=f"folder of {what}")
+    parser.add(Folders, "folders", only=[f"{name}_folder" for name in names])
 
 
 def splits_folder(args: argparse.Namespace) -> Path:
@@ -267,50 +251,4 @@ def add_overwrite_flag(group: Any) -> None:
 
 def add_score_flags(parser: argparse.ArgumentParser) -> None:
     """``--scores_folder``, repeatable."""
-    parser.add_argument_group("scores").add_argument(
-        "--scores_folder",
-        action="append",
-        default=[],
-        metavar="DIR|MODE=DIR",
-        help="read score files from this folder, or those of one score from it; may be given several times "
-        "(default: --metrics_folder where it is given, else metrics/, then src/metrics/)",
-    )
-
-
-def score_folders(given: Sequence[str], mode: str, metrics_folder: Path | None = None) -> list[Path] | None:
-    """The folders in which the user wants a mode's score files to be sought, first to last.
-
-    Folders given for this mode come before those for all. Where there are any, no other folder is searched: scores
-    that happen to exist elsewhere are not the ones that were asked for.
-
-    Args:
-        given: The values of ``--scores_folder``.
-        mode: The score.
-        metrics_folder: The value of ``--metrics_folder``, the last to be searched, if it is on the command line.
-
-    Returns:
-        The folders; None where none was given, so that the default ones are searched.
-
-    Raises:
-        FlagError: A given folder does not exist, or its mode is unknown.
-    """
-    general, own = [], []
-    for text in given:
-        if Path(text).is_dir():  # "=" may be part of its name
-            general.append(Path(text))
-            continue
-        name, separator, folder = text.partition("=")
-        if separator and name not in SCORES:
-            raise FlagError(
-                f"--scores_folder {text}: there is no such folder, nor a score {name!r}; "
-                f"choose from {', '.join(SCORES)}"
-            )
-        path = Path(folder if separator else text)
-        if not path.is_dir():
-            raise FlagError(f"--scores_folder {text}: there is no folder {path}")
-        if name == mode:
-            own.append(path)
-    chosen = [*own, *general]
-    if metrics_folder is not None and given_flags("--metrics_folder"):
-        chosen.append(metrics_folder)
-    return chosen or None
+    parser.add(ScoreConfig, "scores")

@@ -8,7 +8,7 @@ from scipy.stats import gaussian_kde
 from src import artifacts
 from src.artifacts.score_files import write_scores
 from src.errors import FlagError
-from src.metrics import SCORES, Proxy, image_plots, plots
+from src.metrics import SCORES, Proxy, plots
 
 VALUES = np.random.default_rng(0).gamma(2.0, size=400)
 
@@ -43,10 +43,10 @@ def test_a_density_of_equal_scores_is_refused():
 
 
 def test_shares_are_of_all_examples(proxy, tmp_path):
-    figure = plots.shares(np.arange(400), VALUES / VALUES.sum(), "$s$", "t")
+    figure = plots.share_figure(np.arange(400), VALUES / VALUES.sum(), "$s$", "t")
     offsets = figure.axes[0].collections[0].get_offsets()
     np.testing.assert_allclose(offsets[:, 1].sum(), 1.0)
-    line = plots.shares(np.arange(5), VALUES[:5] / VALUES.sum(), "$s$", "t", "line").axes[0].lines[0]
+    line = plots.share_figure(np.arange(5), VALUES[:5] / VALUES.sum(), "$s$", "t", "line").axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), VALUES[:5] / VALUES.sum())
     with pytest.raises(FlagError, match="choose scatter or line"):
         proxy.plot_prob_dist(plot="bars", folder=tmp_path)
@@ -84,7 +84,7 @@ def test_extremes_per_class_by_score_then_index():
     scores = np.array([5.0, 1.0, 1.0, np.nan, 3.0, 9.0, 2.0, 0.0])
     indices = np.array([7, 5, 4, 3, 2, 1, 0])  # a subset in its own order
     labels = np.array([0, 1, 0, 0, 0, 0, 1])
-    result = image_plots.extremes(scores, labels, indices, 2)
+    result = plots.extremes(scores, labels, indices, 2)
     lowest, highest = result[0]
     assert indices[lowest].tolist() == [7, 1]
     assert indices[highest].tolist() == [4, 2]
@@ -94,7 +94,7 @@ def test_extremes_per_class_by_score_then_index():
 def test_ties_go_to_the_lower_index_whatever_the_order():
     scores = np.zeros(6)
     for indices in (np.arange(6), np.arange(6)[::-1], np.array([2, 0, 5, 1, 4, 3])):
-        lowest, highest = image_plots.extremes(scores, np.zeros(6, int), indices, 3)[0]
+        lowest, highest = plots.extremes(scores, np.zeros(6, int), indices, 3)[0]
         assert indices[lowest].tolist() == [0, 1, 2]
         assert indices[highest].tolist() == [5, 4, 3]
 
@@ -102,7 +102,7 @@ def test_ties_go_to_the_lower_index_whatever_the_order():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_mosaic_places_every_image_untouched(channels):
     images = np.random.default_rng(0).integers(0, 255, (2, 3, channels, 4, 5), dtype=np.uint8)
-    canvas = image_plots.mosaic(images, 3, 2, 1, split=2)
+    canvas = plots.mosaic(images, 3, 2, 1, split=2)
     assert canvas.shape == (12, 3 * 5 + 2 + 2, 3)
     for r in range(2):
         for k, left in enumerate((0, 6, 14)):
@@ -114,7 +114,7 @@ def test_the_mosaic_places_every_image_untouched(channels):
 
 def test_grids_name_rows_and_scores_and_take_short_rows(tmp_path):
     images = [np.zeros((3, 1, 8, 8), np.uint8), np.zeros((2, 1, 8, 8), np.uint8)]
-    figure = image_plots.image_grid(images, [["0.1", "0.2", "0.3"], ["1", "2"]], ["$a$", "$b$"], "zero: lowest 3")
+    figure = plots.image_grid(images, [["0.1", "0.2", "0.3"], ["1", "2"]], ["$a$", "$b$"], "zero: lowest 3")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["$a$", "0.1", "0.2", "0.3", "$b$", "1", "2"]
     assert len(artifacts.save_figure(figure, tmp_path / "grid")) == 2
@@ -123,7 +123,7 @@ def test_grids_name_rows_and_scores_and_take_short_rows(tmp_path):
 def test_the_overview_takes_pages_for_many_classes():
     image = np.zeros((2, 3, 8, 8), np.uint8)
     classes = [(f"class {c}", image, image) for c in range(130)]
-    figures = image_plots.overview(classes, 2, "$s$", "title")
+    figures = plots.overview(classes, 2, "$s$", "title")
     shown = [[text.get_text() for axes in figure.axes for text in axes.texts] for figure in figures]
     assert [sum(text.startswith("class") for text in page) for page in shown] == [100, 30]
     assert [len(figure.axes) for figure in figures] == [4, 2]

@@ -133,7 +133,7 @@ def test_training_imports_no_package_that_it_does_not_need(tmp_path):
 
 PLOTTING = [
     "src.metrics.plots",
-    "src.metrics.image_plots",
+    "src.metrics.plots",
     "src.coresets.plots",
     "src.curvature.plots",
     "src.curvature.plots",
