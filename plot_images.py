@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import label_hash, save_figure
-from src.cli import DATA_FLAGS, Parser, print_next, run_script
-from src.datasets import load_dataset, parse_subset
+from src.artifacts import Folders, label_hash, save_figure
+from src.cli import DATA_FLAGS, Parser, build, number, print_next, run_script
+from src.datasets import DataConfig, load_dataset, parse_subset
 from src.errors import FlagError
 from src.formatting import literal
 from src.metrics import SCORES, Proxy
-from src.settings import add_data_flags, add_folder_flags, add_score_flags, number, score_folders
+from src.metrics.proxy import ScoreConfig, score_folders
 
 if TYPE_CHECKING:
     from src.datasets import ImageSet
@@ -37,8 +37,8 @@ ENDS = ("lowest", "highest")
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_data_flags(parser)
-    add_score_flags(parser)
+    parser.add(DataConfig, "data")
+    parser.add(ScoreConfig, "scores")
     group = parser.add_argument_group("figures")
     group.add_argument(
         "--modes",
@@ -53,8 +53,10 @@ def parse() -> Namespace:
         "--classes", nargs="+", metavar="NAME", help="only these classes, by name or number (default: all)"
     )
     group.add_argument("--only_overview", action="store_true", help="draw no figures of single classes")
-    add_folder_flags(parser, "datasets", "metrics", "plots")
-    return parser.parse_args()
+    parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
+    args = parser.parse_args()
+    build(DataConfig, args)  # checks them
+    return args
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from src.artifacts import label_hash, save_figure, write_json, write_text
-from src.cli import Parser, restrict, run_script
-from src.datasets import load_dataset
+from src.artifacts import Folders, label_hash, save_figure, write_json, write_text
+from src.cli import Parser, build, restrict, run_script
+from src.datasets import DataConfig, load_dataset
 from src.errors import FileError, FlagError
 from src.metrics import SCORES, Proxy, find_score_file
 from src.metrics.compare import against_reference, comparison_table
-from src.settings import add_data_flags, add_folder_flags, add_score_flags, score_folders
+from src.metrics.proxy import ScoreConfig, score_folders
 
 log = logging.getLogger("plot_proxies")
 
@@ -31,8 +31,8 @@ log = logging.getLogger("plot_proxies")
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_data_flags(parser, subset=False)
-    add_score_flags(parser)
+    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(ScoreConfig, "scores")
     group = parser.add_argument_group("figures")
     names = {"nargs": "+", "choices": tuple(SCORES), "metavar": "MODE"}
     group.add_argument("--modes", **names, help=f"which scores, of {', '.join(SCORES)} (default: all that are found)")
@@ -42,8 +42,10 @@ def parse() -> Namespace:
     group.add_argument("--reference_modes", **names, help="which of its scores (default: all that are found)")
     restrict(group, {("--reference_modes",): (lambda args: args.reference is not None, "without --reference")})
     group.add_argument("--plot", choices=("scatter", "line"), default="scatter", help="how shares are drawn")
-    add_folder_flags(parser, "datasets", "metrics", "plots")
-    return parser.parse_args()
+    parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
+    args = parser.parse_args()
+    build(DataConfig, args)  # checks them
+    return args
 
 
 def main() -> None:
