@@ -27,8 +27,8 @@ from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.errors import ArgumentError, FileError
 from src.metrics import Proxy
+from src.metrics.proxy import ScoreConfig, score_folders
 from src.models import MODELS
-from src.settings import add_score_flags, score_folders
 
 if TYPE_CHECKING:
     from src.context import RunContext
@@ -44,7 +44,7 @@ def parse() -> Namespace:
     parser.add(DataConfig, "data")
     parser.add(CheckpointConfig, "model")
     parser.add(SpectrumConfig, "spectrum")
-    add_score_flags(parser)
+    parser.add(ScoreConfig, "scores")
     parser.add(ComputeConfig, "computing", skip=TRAINING_ONLY, choices={"precision": FLOAT_PRECISIONS})
     parser.add(Folders, "folders", only=("datasets_folder", "models_folder", "metrics_folder", "hessian_folder"))
     parser.add_argument("--deactivate_bn", action="store_true", help=SUPPRESS)

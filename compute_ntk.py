@@ -26,7 +26,7 @@ from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.metrics import Proxy
 from src.metrics.compare import spearman
-from src.settings import add_score_flags, score_folders
+from src.metrics.proxy import ScoreConfig, score_folders
 
 if TYPE_CHECKING:
     from src.context import RunContext
@@ -37,7 +37,7 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(NtkConfig, "kernels")
-    add_score_flags(parser)
+    parser.add(ScoreConfig, "scores")
     parser.add(ComputeConfig, "computing", skip=TRAINING_ONLY, choices={"precision": FLOAT_PRECISIONS})
     parser.add(Folders, "folders", only=("datasets_folder", "models_folder", "metrics_folder", "ntk_folder"))
     parser.accept_paper_flags()

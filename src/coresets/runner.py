@@ -31,8 +31,8 @@ from src.coresets.pretraining import PretrainedNetwork, settings_hash, train_net
 from src.errors import FileError, FlagError
 from src.metrics import Proxy
 from src.metrics import dynamics as reductions
+from src.metrics.proxy import score_folders
 from src.session import Session
-from src.settings import score_folders
 from src.training import image_facts
 
 log = logging.getLogger(__name__)
