@@ -8,13 +8,31 @@ from typing import Any
 
 from torch import nn
 
-from src.artifacts import checkpoint_path, differences, label_hash, read_checkpoint
+from src.artifacts.io import label_hash, read_checkpoint
+from src.artifacts.paths import checkpoint_path
+from src.artifacts.store import check_identity, diff_settings
 from src.datasets import ImageSet, Normalisation
-from src.errors import ArgumentError, FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.models import build_model
 from src.models.base import load_weights
 from src.optimizers import SCHEDULES
 from src.training.run import RunFiles
+
+FORMAT = "network-1"
+_KEYS = (
+    "model_state",
+    "model",
+    "dataset",
+    "num_classes",
+    "channels",
+    "image_size",
+    "normalisation",
+    "label_hash",
+    "total",
+    "epoch",
+    "settings",
+)
+_RUN = ("model", "optimizer", "seed", "epoch", "lr_sched", "validation_split")
 
 # Settings of a run that differ from seed to seed, change nothing, or are those of the data.
 _PER_SEED = ("seed", "held_out", "measure_proxies", "dataset", "labels", "images", "decoding")
@@ -30,7 +48,7 @@ def find_checkpoint(models_folder: str | Path, experiment: str, seed: int, epoch
 
 
 def find_schedules(models_folder: str | Path, pattern: str, seed: int) -> list[str]:
-    """The schedules of the runs of a seed.
+    """The schedules of a seed's runs.
 
     Args:
         models_folder: Where checkpoints are kept.
@@ -57,7 +75,7 @@ def only_schedule(models_folder: str | Path, pattern: str, seed: int, given: str
 
 
 def free_epochs(lr_sched: str | None) -> tuple[str, ...]:
-    """The setting of a run's length, where another length would not have changed its epochs so far."""
+    """The setting of a run's length, if another length would not have changed its epochs so far."""
     return ("epochs",) if lr_sched in SCHEDULES and not SCHEDULES[lr_sched].depends_on_epochs else ()
 
 
@@ -77,8 +95,8 @@ def training_command(script: str, flags: Mapping[str, Any]) -> str:
 def missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Collection[int]) -> dict[str, Any]:
     """The flags with which a training script makes the missing epochs of a run.
 
-    A run that ended too early goes on, if its schedule does not depend on its length; one that did not keep them, or
-    cannot go on, is made anew.
+    A run that ended too early continues, if its schedule does not depend on its length; one that did not keep the
+    epochs, or cannot continue, is trained from scratch.
 
     Args:
         folder: The run's folder.
@@ -91,30 +109,13 @@ def missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Co
         stored = RunFiles(folder, folder).read_results()
         settings, done = stored.get("settings", {}), len(stored.get("history", []))
         planned, schedule = int(settings.get("epochs", 0)), SCHEDULES.get(settings.get("lr_sched"))
-    except (FileError, TypeError, ValueError):  # whatever stands there, training says what is wrong
+    except (FileError, TypeError, ValueError):  # training says what is wrong
         planned, schedule, done = 0, None, 0
     flags = {"epochs": max(last, planned), "save_epochs": kept}
     if not done:
         return flags
-    goes_on = min(missing) > done and schedule is not None and not (last > planned and schedule.depends_on_epochs)
-    return {**flags, "resume" if goes_on else "overwrite": True}
-
-
-FORMAT = "network-1"
-_KEYS = (
-    "model_state",
-    "model",
-    "dataset",
-    "num_classes",
-    "channels",
-    "image_size",
-    "normalisation",
-    "label_hash",
-    "total",
-    "epoch",
-    "settings",
-)
-_RUN = ("model", "optimizer", "seed", "epoch", "lr_sched", "validation_split")
+    continues = min(missing) > done and schedule is not None and not (last > planned and schedule.depends_on_epochs)
+    return {**flags, "resume" if continues else "overwrite": True}
 
 
 def image_facts(images: ImageSet) -> dict[str, str]:
@@ -124,7 +125,7 @@ def image_facts(images: ImageSet) -> dict[str, str]:
 
 
 def data_facts(whole: ImageSet) -> dict[str, Any]:
-    """What a checkpoint says about the data it was trained on, from the whole training part."""
+    """What a checkpoint says about the data it was trained on, from the training set."""
     entry = whole.entry
     return {
         "dataset": entry.name,
@@ -139,11 +140,11 @@ def data_facts(whole: ImageSet) -> dict[str, Any]:
 
 
 def model_description(model_name: str, whole: ImageSet, normalisation: Normalisation) -> dict[str, Any]:
-    """What a checkpoint says about its network and data, beside weights, epoch and settings.
+    """What a checkpoint says about its model and data, beside weights, epoch and settings.
 
     Args:
         model_name: The architecture's name.
-        whole: The whole training part.
+        whole: The whole training set.
         normalisation: The normalisation that the network was trained with.
     """
     return {
@@ -177,24 +178,24 @@ def load_model(
     if state.get("format", FORMAT) != FORMAT:
         missing = [f"format {FORMAT}"]
     if missing:
-        raise FileError(f"{path}: is not a checkpoint of this project ({', '.join(missing)} missing); train it anew")
+        raise FileError(f"{path}: is not a checkpoint of this project ({', '.join(missing)} missing); train it again")
     weights, stored = state.pop("model_state"), state["normalisation"]
     if not all(isinstance(value, dict) for value in (weights, stored, state["settings"])):
         raise FileError(
             f"{path}: is not a checkpoint of this project (weights, normalisation or settings are no dictionary); "
-            "train it anew"
+            "train it again"
         )
-    _refuse_another(path, state, asked or {})
+    _check_asked(path, state, asked or {})
     try:
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         load_weights(model, weights)
         state["normalisation"] = _normalisation(stored, state["channels"])
-    except FlagError as error:  # the file says it, not a flag
-        raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it anew") from error
+    except ArgumentError as error:  # the file says so, not the caller
+        raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it again") from error
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:160]
         raise FileError(
-            f"{path}: its weights do not fit the network {state['model']!s:.40} ({reason}); train it again"
+            f"{path}: its weights do not fit the model {state['model']!s:.40} ({reason}); train it again"
         ) from error
     model.to(next(value for value in weights.values() if value.is_floating_point()).dtype).eval()
     return model, state
@@ -210,22 +211,16 @@ def _normalisation(stored: Mapping[str, Any], channels: int) -> Normalisation:
     return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
 
 
-def _refuse_another(path: str | Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Stop if a checkpoint says that it is of other data, or of another run or epoch, than was asked for."""
+def _check_asked(path: str | Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Stop if a checkpoint is of another run or epoch, or was trained on other data, than was asked for."""
     said = {"validation_split": None, "decoding": None, **state["settings"], **state}  # absent, these two are None
+    check_identity(path, said, "train this one again", **{name: asked[name] for name in _RUN if name in asked})
     known = {name: value for name, value in asked.items() if name in said}
-    found = differences({name: said[name] for name in known}, known)
+    found = diff_settings({name: said[name] for name in known}, known)
     if not found:
         return
-    names = {line.split(" ")[0] for line in found}
-    if names & set(_RUN):
-        what, advice = (
-            "is of another run or epoch than its name says",
-            "it was copied or renamed; train this one again",
-        )
-    elif names <= {"image_size", "channels"}:
-        what = "was trained on other data"
-        advice = "give " + " and ".join(f"{name}={said[name]}" for name in sorted(names))
-    else:
-        what, advice = "was trained on other data", "give the data that it was trained on, or train it again on these"
-    raise FileError(f"{path}: {what}: {', '.join(found)}; {advice}")
+    names = sorted(line.split(" ")[0] for line in found)
+    advice = "give the data that it was trained on, or train it again on these"
+    if set(names) <= {"image_size", "channels"}:
+        advice = "give " + " and ".join(f"{name}={said[name]}" for name in names)
+    raise FileError(f"{path}: was trained on other data: {', '.join(found)}; {advice}")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.artifacts import label_hash, parse_settings, read_npz, write_npz
+from src.artifacts.io import label_hash, read_npz, write_npz
+from src.artifacts.store import parse_settings
 from src.errors import FileError
 from src.models.base import copy_tensor
 from src.training.distributed import ProcessGroup
@@ -22,7 +23,7 @@ _SMALLEST = 2.0**-24  # the smallest positive fp16 number: what the stored proba
 class Dynamics:
     """Records six numbers per example and epoch.
 
-    All are of the network in training mode on the augmented image, before the step (for SAM, from its first
+    All are of the model in training mode on the augmented image, before the step (for SAM, from its first
     pass). For logits z, probabilities p and label y: ``loss`` = -log p_y; ``probability`` = p_y; ``margin`` =
     z_y - max of the other logits (Pleiss et al. 2020, eq. 1); ``correct`` = 1 if y has the largest logit, else
     0; ``el2n`` = norm of p - onehot(y) (Paul et al. 2021, eq. 3); ``divergence`` = KL(p || p of the epoch
@@ -90,7 +91,7 @@ class Dynamics:
         return {"before": self._before.cpu(), "known": self._known.cpu()}
 
     def restore(self, state: Mapping[str, torch.Tensor], rows: Mapping[int, np.ndarray]) -> None:
-        """Go on from a resume state and the rows of the epochs before it."""
+        """Continue from a resume state and the rows of the epochs before it."""
         copy_tensor("before", self._before, state["before"])
         copy_tensor("known", self._known, state["known"])
         self._now.fill_(float("nan"))
@@ -102,7 +103,7 @@ class Dynamics:
         return {name: np.stack([self.rows[epoch][i] for epoch in epochs]) for i, name in enumerate(QUANTITIES)}
 
     def write(self, path: Path, labels: np.ndarray, settings: Mapping[str, Any]) -> Path:
-        """Write the arrays with the labels of the whole part ``(total,)`` and the run's settings."""
+        """Write the arrays with the labels of the training set ``(total,)`` and the run's settings."""
         return write_npz(
             path,
             **self.arrays(),
@@ -129,9 +130,9 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
         )
     shape = arrays["loss"].shape
     if any(arrays[name].shape != shape or arrays[name].dtype.kind != "f" for name in QUANTITIES):
-        raise FileError(f"{path}: is damaged, its arrays differ in shape or are not numbers; train anew")
+        raise FileError(f"{path}: is damaged, its arrays differ in shape or are not numbers; train again")
     if len(shape) != 2 or not shape[0] or shape[1:] != arrays["labels"].shape:
-        raise FileError(f"{path}: is damaged, it holds no epochs of {len(arrays['labels'])} examples; train anew")
+        raise FileError(f"{path}: is damaged, it holds no epochs of {len(arrays['labels'])} examples; train again")
     arrays["label_hash"] = str(arrays["label_hash"])
     arrays["settings"] = parse_settings(path, arrays["settings"])
     return arrays

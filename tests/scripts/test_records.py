@@ -378,7 +378,7 @@ def test_resume_states_and_rows_must_be_what_their_names_say(base):
         assert "continuing after epoch 1 of 2" in done.err
     rows = [states / f"dynamics_epoch={epoch}.npz" for epoch in (1, 2)]
     rows[1].write_bytes(rows[0].read_bytes())
-    assert f"{rows[1]}: holds the dynamics of epoch 1" in succeed(*flags).err
+    assert f"{rows[1]}: contains the dynamics of epoch 1" in succeed(*flags).err
 
 
 def test_names_of_pretrained_models_stay(base):
