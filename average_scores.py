@@ -14,7 +14,7 @@ protocols, data or settings are refused.
 from argparse import Namespace
 from collections.abc import Sequence
 
-from src.artifacts.score_files import write_scores
+from src.artifacts.store import check_score_target, write_scores
 from src.cli import DATA_FLAGS, Parser, print_next, restrict, run_script
 from src.datasets import load_dataset
 from src.errors import FlagError
@@ -92,7 +92,7 @@ def wanted_modes(args: Namespace) -> Sequence[str]:
 def main() -> None:
     """Parse, read, average, write, print."""
     args = parse()
-    from src.metrics.average import average, find_run, read_pair_seed, read_run_seed, refuse_target
+    from src.metrics.average import average, find_run, read_pair_seed, read_run_seed
 
     modes, dataset = wanted_modes(args), args.dataset
     if ":" in dataset:  # own data are named by their content
@@ -122,8 +122,7 @@ def main() -> None:
         if mode in run_modes:
             record["model"] = check_run(args.exp, dataset, record)
         path = SCORES[mode].path(args.metrics_folder, dataset)
-        if not args.overwrite:
-            refuse_target(path, record)
+        check_score_target(path, record, overwrite=args.overwrite)
         averages[mode] = path, values, record
     for mode, (path, values, record) in averages.items():
         write_scores(path, values, record)

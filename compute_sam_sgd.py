@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import differences, label_hash, parse_settings, samis_path
-from src.artifacts.score_files import read_sidecar
+from src.artifacts.io import label_hash
+from src.artifacts.paths import samis_path
+from src.artifacts.store import read_record
 from src.cli import DATA_FLAGS, Parser, print_next, run_script
 from src.datasets import load_dataset, parse_subset, validation_indices
 from src.devices import PRECISIONS
@@ -86,7 +87,7 @@ def main() -> None:
     args = parse()
     from src.devices import prepare, resolve_device
     from src.metrics.pairs import Query, find_pairs, training_settings
-    from src.metrics.samis import FIELDS, STORED, save_seed
+    from src.metrics.samis import FIELDS, STORED, load_seed, save_seed
     from src.training import image_facts
 
     device = resolve_device(args.device)
@@ -113,9 +114,10 @@ def main() -> None:
     if args.subset is not None:
         chosen = chosen.subset(parse_subset(args.subset, train.total, train.labels))
         facts["subset"] = label_hash(chosen.indices.cpu().numpy())
+    settings = {**facts, "labels": label_hash(whole_labels)}
     for score in STORED.values():
         path = samis_path(args.metrics_folder, name, args.model, args.seed, score.seed_file)
-        check_target(path, facts, label_hash(whole_labels), args.overwrite)
+        load_seed(path, settings, overwrite=args.overwrite)  # refuses one that was made otherwise
     scores = {field: np.full(train.total, np.nan) for field in FIELDS}
     for pair in tqdm(pairs, unit="pair", disable=None):
         score_one(args, query, pair, chosen, train, facts, scores)
@@ -133,10 +135,10 @@ def main() -> None:
     )
     report(scores, memorization)
     print(*written, sep="\n")
-    seeds = scored_seeds(args.metrics_folder, name, args.model, facts)
+    seeds = scored_seeds(args.metrics_folder, name, args.model, settings)
     averaged = set()
     with suppress(FileError, TypeError):  # a damaged record is for average_scores.py to refuse
-        averaged = set(read_sidecar(SCORES["samis_loss"].path(args.metrics_folder, name)).get("seeds", ()))
+        averaged = set(read_record(SCORES["samis_loss"].path(args.metrics_folder, name)).get("seeds", ()))
     print_next(
         "average_scores.py",
         [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"],
@@ -146,18 +148,14 @@ def main() -> None:
     )
 
 
-def scored_seeds(metrics_folder: Path, dataset: str, model: str, facts: dict) -> list[int]:
+def scored_seeds(metrics_folder: Path, dataset: str, model: str, settings: dict) -> list[int]:
     """The seeds that are scored with the settings of this one."""
-    from src.metrics.samis import read_seed
+    from src.metrics.samis import load_seed
 
     seeds = []
     for folder in samis_path(metrics_folder, dataset, model, 0, "loss").parents[1].iterdir():
         path = samis_path(metrics_folder, dataset, model, folder.name, "loss")
-        try:
-            same = not differences(parse_settings(path, read_seed(path).get("settings")), facts, ignore=("seed",))
-        except FileError:
-            continue
-        if same and folder.name.isdigit():
+        if folder.name.isdigit() and load_seed(path, settings, overwrite=True, ignore=("seed",)):
             seeds.append(int(folder.name))
     return sorted(seeds)
 
@@ -179,27 +177,6 @@ def read_memorization(args: Namespace, dataset: str, labels: np.ndarray) -> Prox
     else:
         return None
     return Proxy("mem", dataset, folder=folder, **checks)
-
-
-def check_target(path: Path, facts: dict, labels: str, overwrite: bool) -> None:
-    """Stop if the seed's file has scores made with different settings or labels."""
-    from src.metrics.samis import read_seed
-
-    if not path.exists() or overwrite:
-        return
-    try:
-        content = read_seed(path)
-        if "settings" not in content:
-            raise FileError(f"{path}: does not record how its scores were made")
-        stored = {**parse_settings(path, content["settings"]), "labels": content["label_hash"]}
-        found = differences(stored, {**facts, "labels": labels})
-    except FileError as error:
-        raise FileError(f"{error}; give --overwrite to replace the scores") from error
-    if found:
-        raise FileError(
-            f"{path}: its scores were made with different settings: {', '.join(found)}; "
-            "give --overwrite to replace them"
-        )
 
 
 def score_one(
@@ -237,7 +214,7 @@ def score_one(
     indices, fields = score_pair(*networks, batches, precision=args.precision)
     for optimizer, path in (("sgd", pair.sgd), ("sam", pair.sam)):
         if not np.isfinite(fields[f"loss_{optimizer}"]).all():
-            raise FileError(f"{path}: gives losses that are not finite; train it anew with a lower --learning_rate")
+            raise FileError(f"{path}: gives losses that are not finite; train it again with a lower --learning_rate")
     for field, values in fields.items():
         scores[field][indices] = values
     where = "all examples, in sample" if pair.split is None else f"split {pair.split}, out of sample"

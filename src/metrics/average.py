@@ -1,7 +1,6 @@
 """Averaging per-seed scores: the mean over seeds in the published format, refusing what does not belong together."""
 
 import glob
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from src import artifacts
-from src.artifacts import score_files
+from src.artifacts.io import file_digest, read_json, read_pickle
+from src.artifacts.paths import dynamics_folder, samis_path, split_experiment, standard_experiment
+from src.artifacts.store import check_consistent, check_identity
 from src.datasets import dataset_flag
 from src.errors import FileError, FlagError
 from src.metrics import samis
@@ -21,6 +21,9 @@ from src.metrics.registry import get_score
 from src.training.dynamics import DYNAMICS_FILE, read_dynamics
 
 log = logging.getLogger(__name__)
+
+_AGAIN = "score the seed again"
+_ONE_KIND = "average seeds of one kind"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def read_pair_seed(
     for mode in modes:
         score = get_score(mode)
         which = score.seed_file or "loss"  # every file has both losses
-        path = artifacts.samis_path(metrics_folder, dataset, model, seed, which)
+        path = samis_path(metrics_folder, dataset, model, seed, which)
         if not path.exists():
             raise FileError(
                 f"{path}: seed {seed} is not scored yet; run compute_sam_sgd.py --dataset {dataset_flag(dataset)} "
@@ -73,11 +76,10 @@ def read_pair_seed(
         content = samis.read_seed(path)
         scored = np.zeros(len(content["arr_0"]), dtype=bool)
         scored[content["indices"]] = True
-        if "settings" in content:
-            facts = {name: content[name] for name in ("epoch", "protocol", "label_hash", "data_hash")}
-            facts["settings"] = artifacts.parse_settings(path, content["settings"])
-            said = {**facts["settings"], "seed": content["seed"], "score": content["score"] or which}
-            _refuse_another(path, said, dataset=dataset, model=model, seed=seed, score=which)
+        if content["settings"] is not None:
+            facts = {name: content[name] for name in ("epoch", "protocol", "label_hash", "data_hash", "settings")}
+            stored = {**facts["settings"], "seed": content["seed"], "score": content["score"] or which}
+            check_identity(path, stored, _AGAIN, dataset=dataset, model=model, seed=seed, score=which)
         else:
             if not score.seed_file:
                 raise FileError(f"{path}: contains no losses, so there is no {mode}; leave it out of the modes")
@@ -96,13 +98,13 @@ def read_run_seed(
     Raises:
         FileError: The run has no dynamics of this seed, or its files are damaged.
     """
-    folder = artifacts.dynamics_folder(metrics_folder, experiment, seed)
+    folder = dynamics_folder(metrics_folder, experiment, seed)
     path = folder / DYNAMICS_FILE
     if not path.exists():
         raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
     run = read_dynamics(path)
-    _refuse_another(path, run["settings"], seed=seed)
-    _refuse_another_run(path, run["settings"], experiment)
+    check_identity(path, run["settings"], _AGAIN, seed=seed)
+    _check_run(path, run["settings"], experiment)
     visited = ~np.isnan(run["correct"]).all(axis=0)
     facts = {"epoch": len(run["correct"]), "label_hash": run["label_hash"], "settings": run["settings"]}
     facts["data_hash"] = run["settings"].get("images")
@@ -115,7 +117,7 @@ def read_run_seed(
             source = folder / score.seed_file
             if not source.exists():
                 raise FileError(f"{source}: is missing; train seed {seed} with --measure_proxies to its end")
-            _refuse_copy(source)
+            _check_digest(source)
             values, scored = _end_scores(source, len(visited))
         result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **score.settings(windows)}), source)
     return result
@@ -123,7 +125,7 @@ def read_run_seed(
 
 def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
     """The scores of an end-of-training file by index, and which examples it scores."""
-    content = artifacts.read_pickle(path)
+    content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(key, int | np.integer) for key in content):
         raise FileError(f"{path}: is not a dict index -> score; train anew with --measure_proxies")
     if not content or min(content) < 0 or max(content) >= total:
@@ -138,33 +140,24 @@ def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
     return values, scored
 
 
-def _refuse_another(path: Path, said: Mapping[str, Any], **asked: Any) -> None:
-    """Stop if a seed's file says that it is of another seed, or of another score: it was copied or renamed."""
-    asked = {name: value for name, value in asked.items() if name in said}
-    if found := artifacts.differences({name: said[name] for name in asked}, asked):
-        raise FileError(
-            f"{path}: is not what its name says: {', '.join(found)}; it was copied or renamed; score the seed again"
-        )
-
-
-def _refuse_another_run(path: Path, settings: Mapping[str, Any], experiment: str) -> None:
+def _check_run(path: Path, settings: Mapping[str, Any], experiment: str) -> None:
     """Stop if a run's recorded dynamics are of another run than their folder is named after."""
     run = [settings.get(name) for name in ("model", "dataset", "optimizer", "lr_sched")]
     if not experiment.startswith(("standard_", "split_")) or None in run:
         return
     split = settings.get("validation_split")
-    name = artifacts.standard_experiment(*run) if split is None else artifacts.split_experiment(*run, split)
+    name = standard_experiment(*run) if split is None else split_experiment(*run, split)
     if name != experiment:
         raise FileError(f"{path}: is of the run {name}; it was copied or renamed; train {experiment} again")
 
 
-def _refuse_copy(path: Path) -> None:
+def _check_digest(path: Path) -> None:
     """Stop if an end-of-training file is not the one that its run wrote, where the run recorded its digest."""
     record = path.with_name(RECORD_FILE)
     if not record.exists():
         return
-    digests = artifacts.read_json(record)
-    if not isinstance(digests, dict) or digests.get(path.name) != artifacts.file_digest(path):
+    digests = read_json(record)
+    if not isinstance(digests, dict) or digests.get(path.name) != file_digest(path):
         raise FileError(
             f"{path}: is not what the run wrote (its digest is not the one in {RECORD_FILE}); train the seed again"
         )
@@ -196,8 +189,11 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
         FileError: The seeds differ in epoch, protocol, data, settings or scored examples, or a score is not finite.
     """
     score = get_score(mode)
-    for one, other in itertools.combinations(seeds, 2):  # each with each: what a file does not say matches anything
-        _refuse_mixture(one, other)
+    for seed in seeds[1:]:
+        if not np.array_equal(seed.scored, seeds[0].scored):
+            raise FileError(f"{seed.source}: does not score the same examples as {seeds[0].source}; {_ONE_KIND}")
+    flat = [(s.source, {**s.facts["settings"], **s.facts, "settings": None}) for s in seeds if s.recorded]
+    check_consistent(flat, what="cannot be averaged with", remedy=_ONE_KIND)
     unrecorded = [seed.seed for seed in seeds if not seed.recorded]
     if 0 < len(unrecorded) < len(seeds):
         log.warning("%s: seeds %s do not say how they were made; they are averaged with those that do",
@@ -227,46 +223,6 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
         "raw_max": float(np.nanmax(raw)),
     }
     return (raw if score.share_of_epochs else min_max(raw)), record
-
-
-def _refuse_mixture(first: SeedScores, other: SeedScores) -> None:
-    """Stop if two seeds do not belong to one average."""
-    if len(first.values) != len(other.values):
-        found = [f"length ({len(first.values)} there, {len(other.values)} here)"]
-    elif not (first.recorded and other.recorded):
-        found = []
-    else:
-        flat = [{**seed.facts["settings"], **seed.facts, "settings": None} for seed in (first, other)]
-        found = artifacts.differences(*flat)
-    if not found and not np.array_equal(first.scored, other.scored):
-        found = ["the scored examples"]
-    if found:
-        raise FileError(
-            f"{other.source}: cannot be averaged with {first.source}, they differ in {', '.join(found)}; "
-            "average seeds of one kind"
-        )
-
-
-def refuse_target(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Stop if a score file of other settings stands where an average would be written.
-
-    Args:
-        path: Where to.
-        record: How the average was made.
-
-    Raises:
-        FileError: A file of other, or of unknown, settings stands there.
-    """
-    path = Path(path)
-    if not path.exists():
-        return
-    stored = score_files.read_sidecar(path)
-    if not stored:
-        raise FileError(
-            f"{path}: nothing says how these scores were made; "
-            "give --overwrite to replace them, or another --metrics_folder"
-        )
-    artifacts.refuse_other_settings(path, stored, record, ignore=("raw_min", "raw_max", *score_files.DERIVED))
 
 
 # ---------------------------------------------------------------------------------------------------- which run
@@ -302,7 +258,7 @@ def find_run(
         patterns = [experiment]
     else:
         names = (glob.escape(model), glob.escape(dataset), optimizer or "*", lr_sched or "*")
-        patterns = [artifacts.standard_experiment(*names), artifacts.split_experiment(*names, "*")]
+        patterns = [standard_experiment(*names), split_experiment(*names, "*")]
     runs = [folder / experiment] if experiment is not None else [run for p in patterns for run in folder.glob(p)]
     found = sorted({run.name for run in runs if any(run.glob(f"seed_*/{DYNAMICS_FILE}"))})
     if len(found) == 1:

@@ -9,15 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.artifacts import (
-    counted,
-    differences,
-    label_hash,
-    read_checkpoint,
-    split_experiment,
-    standard_experiment,
-    without_idle,
-)
+from src.artifacts.io import label_hash, read_checkpoint
+from src.artifacts.paths import split_experiment, standard_experiment
+from src.artifacts.store import acting_settings, check_consistent, diff_settings, setting_value
 from src.datasets import Batches, ImageSet
 from src.errors import ArgumentError, FileError
 from src.metrics.samis import FIELDS, score_batch
@@ -170,23 +164,18 @@ def training_settings(pairs: Sequence[Pair]) -> dict[str, Any]:
     names = sorted((sgd.keys() | sam.keys()) - {*_NOT_OF_THE_KIND, *free})
     record = {f"training_{name}": sam[name] for name in names if name in sam}
     for name in names:
-        here = counted(sgd, name)
-        if name not in _MAY_DIFFER and differences({name: here}, {name: counted(sam, name)}):
+        here = setting_value(sgd, name)
+        if name not in _MAY_DIFFER and diff_settings({name: here}, {name: setting_value(sam, name)}):
             record[f"training_sgd_{name}"] = "none" if here is None else here
-    return without_idle({**record, "lr_sched": pairs[0].lr_sched})
+    return acting_settings({**record, "lr_sched": pairs[0].lr_sched})
 
 
 def _common_settings(pairs: Sequence[Pair], optimizer: str, free: Sequence[str]) -> dict[str, Any]:
     """The settings of the models of one optimizer, which must be the same but for what makes a split."""
-    every = [_settings(getattr(pair, optimizer)) for pair in pairs]
-    for pair, settings in zip(pairs, every, strict=True):
-        found = differences(settings, every[0], ignore=(*_OF_A_SPLIT, *free))
-        if found:
-            raise FileError(
-                f"{getattr(pair, optimizer)}: split {pair.split} of {optimizer} was not trained as split "
-                f"{pairs[0].split} was: {', '.join(found)}; train all splits of an optimizer with the same settings"
-            )
-    return every[0]
+    every = [(getattr(pair, optimizer), _settings(getattr(pair, optimizer))) for pair in pairs]
+    remedy = "train all splits of an optimizer with the same settings"
+    check_consistent(every, (*_OF_A_SPLIT, *free), what="was not trained as", remedy=remedy)
+    return every[0][1]
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -204,7 +193,7 @@ def load_pair(
         query: What was asked for.
         whole: The whole training part.
         held_out: The original indices of the pair's split; None where it has none.
-        subset: ``artifacts.label_hash`` of the indices of ``--subset``, on which both must have been trained; None
+        subset: ``label_hash`` of the indices of ``--subset``, on which both must have been trained; None
             for all examples.
 
     Returns:
@@ -229,9 +218,11 @@ def load_pair(
         if state["settings"].get("subset") != subset:
             raise FileError(f"{path}: was trained on another subset of {query.dataset}; give the same --subset")
     if first["normalisation"] != second["normalisation"]:
-        raise FileError(f"{pair.sam}: was trained with another normalisation than {pair.sgd}; train one of them anew")
+        raise FileError(
+            f"{pair.sam}: was trained with another normalisation than {pair.sgd}; train one of them again"
+        )
     ignore = (*_MAY_DIFFER, *free_epochs(pair.lr_sched))
-    return sgd, sam, {**first, "differing": differences(first["settings"], second["settings"], ignore=ignore)}
+    return sgd, sam, {**first, "differing": diff_settings(first["settings"], second["settings"], ignore=ignore)}
 
 
 def score_pair(

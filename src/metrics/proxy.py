@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from src import artifacts
-from src.artifacts import score_files
+from src.artifacts import store
 from src.artifacts.paths import Folders
 from src.cli import option
 from src.datasets import CATALOGUE, dataset_flag, dataset_name
@@ -129,7 +129,7 @@ class StoredScores:
         Raises:
             FileError: The length, or a hash where it is known, differs.
         """
-        score_files.refuse_foreign(self.path, self.scores, n, label_hash, data_hash)
+        store.check_score_data(self.path, self.scores, n, label_hash, data_hash)
         return self
 
     def _chosen(self, idx: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -281,12 +281,12 @@ class Proxy(StoredScores):
         path, dataset = _find(mode, dataset, folder)
         log.info("%s of %s: read from %s", mode, dataset, path)
         # shares are what the papers' class gives; the scaling below undoes them
-        raw = shares(score_files.read_memorization(path)) if mode == "mem" else score_files.read_scores(path)
+        raw = shares(store.read_memorization(path)) if mode == "mem" else store.read_scores(path)
         plots = artifacts.ROOT / "plots" / "proxies" / dataset / mode
         super().__init__(min_max(raw) if normalize else raw, path, kind.symbol, f"{kind.title}, {dataset}", plots)
         self.mode = mode
         self.dataset = dataset
-        self.record = score_files.read_sidecar(path)
+        self.record = store.read_record(path)
         if self.record.get("mode", mode) != mode:
             raise FileError(f"{path}: has the scores {self.record['mode']}, not {mode}; it was copied or renamed")
         self.check(n, label_hash, data_hash)
@@ -308,7 +308,7 @@ class Memorization(StoredScores):
         if not Path(file).exists():
             raise FileError(f"{file}: there is no such memorization file; {recipe(kind, dataset)}")
         plots = artifacts.ROOT / "plots" / "proxies" / dataset / "mem"
-        super().__init__(score_files.read_memorization(file), file, kind.symbol, f"{kind.title}, {dataset}", plots)
+        super().__init__(store.read_memorization(file), file, kind.symbol, f"{kind.title}, {dataset}", plots)
         self._prob = shares(self.scores)
 
     def get_prob(self, idx: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from src import artifacts
-from src.artifacts import score_files
+from src.artifacts.store import REPLACE, record_path
 from src.errors import ArgumentError, FileError
 from src.metrics.registry import SCORES
 
@@ -129,17 +129,13 @@ def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, ove
             if file.is_content_of(there):
                 return False
         if not overwrite:
-            problem = f"{path}: holds other scores than the published ones; "
-            raise FileError(
-                f"{problem}overwrite it, or choose another folder",
-                f"{problem}give --overwrite to replace it, or another --folder",
-            )
+            raise FileError(f"{path}: has different scores than the published file; {REPLACE}")
     url = f"{base_url.rstrip('/')}/{path.relative_to(folder).as_posix()}"
 
     def write(target: BinaryIO) -> None:
         _download(file, url, target)
         # A record of the scores that are replaced must not be taken for one of these.
-        score_files.sidecar_path(path).unlink(missing_ok=True)
+        record_path(path).unlink(missing_ok=True)
 
     artifacts.write_with(path, write)
     return True

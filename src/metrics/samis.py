@@ -6,13 +6,15 @@ softmax and logarithm are taken in float64, so that saturated examples do not ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from src import artifacts
+from src.artifacts.io import read_npz, write_npz
+from src.artifacts.paths import samis_path
+from src.artifacts.store import checked_array, load_result, parse_settings
 from src.errors import FileError
 from src.lazy import torch
 from src.metrics.score import Score
@@ -160,7 +162,7 @@ def save_seed(
             score is stored as ``arr_0`` of its own file, beside the losses.
         epoch: The epoch of both models' checkpoints.
         protocol: ``"split"`` (out of sample) or ``"full"`` (premature, in sample).
-        label_hash: ``artifacts.label_hash`` of the whole part's labels.
+        label_hash: ``label_hash`` of the whole part's labels.
         data_hash: ``ImageSet.digest``, where it is known.
         settings: What else determines the scores, such as the schedule, as json; averaging refuses to mix them.
 
@@ -173,7 +175,7 @@ def save_seed(
     columns = np.stack([scores[name] for name in (*STORED, "loss_sgd", "loss_sam")])
     indices = np.flatnonzero(~np.isnan(columns).all(axis=0))
     if not len(indices) or not np.isfinite(columns[:, indices]).all():
-        folder = artifacts.samis_path(metrics_folder, dataset, model, seed, "loss").parent
+        folder = samis_path(metrics_folder, dataset, model, seed, "loss").parent
         raise FileError(
             f"{folder}: not written, a model gives losses that are not finite; train it with a lower rate"
         )
@@ -181,8 +183,8 @@ def save_seed(
     if data_hash is not None:
         facts["data_hash"] = data_hash
     return [
-        artifacts.write_npz(
-            artifacts.samis_path(metrics_folder, dataset, model, seed, score.seed_file),
+        write_npz(
+            samis_path(metrics_folder, dataset, model, seed, score.seed_file),
             arr_0=scores[name],
             score=score.seed_file,
             settings=settings,
@@ -196,45 +198,53 @@ def save_seed(
 
 
 def read_seed(path: str | Path) -> dict[str, Any]:
-    """Read one file of :func:`save_seed`, or one of the papers' code, which holds ``arr_0`` alone.
+    """Read one file of :func:`save_seed`, or one of the papers' code, which has ``arr_0`` alone.
 
     Returns:
-        ``arr_0``, ``loss_sgd``, ``loss_sam`` as float64 ``(total,)``, ``indices`` of the scored examples, and
-        ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``settings`` (json), and ``data_hash`` and ``score``
-        (``"loss"`` or ``"prob"``), None if unknown, as plain values. Of a file of the papers' code: ``arr_0`` and
-        ``indices``.
+        ``arr_0``, ``loss_sgd``, ``loss_sam`` as float64 ``(total,)``, ``indices`` of the scored examples, the dict
+        ``settings``, and as plain values ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash`` and
+        ``score`` (``"loss"`` or ``"prob"``), the last two None if unknown. Of a file of the papers' code: ``arr_0``,
+        ``indices``, and None as ``settings``.
 
     Raises:
         FileError: The file is missing, damaged, incomplete, or a score is not finite.
     """
-    content: dict[str, Any] = artifacts.read_npz(path)
-    if set(content) == {"arr_0"}:
-        scores = content["arr_0"]
-        if scores.ndim != 1 or not len(scores) or scores.dtype.kind != "f" or not np.isfinite(scores).all():
-            raise FileError(f"{path}: 'arr_0' is not one finite number per example; score the seed again")
-        return {"arr_0": scores.astype(np.float64), "indices": np.arange(len(scores))}
-    arrays, facts = (
-        ("arr_0", "loss_sgd", "loss_sam", "indices"),
-        ("seed", "epoch", "protocol", "label_hash", "settings"),
-    )
-    missing = [name for name in (*arrays, *facts) if name not in content]
-    if missing:
-        raise FileError(f"{path}: lacks {', '.join(missing)}; make it anew with compute_sam_sgd.py")
-    shape = content["arr_0"].shape
-    if len(shape) != 1 or any(content[name].shape != shape for name in arrays[1:3]):
-        raise FileError(f"{path}: its scores and losses differ in length; make it anew with compute_sam_sgd.py")
-    if any(content[name].dtype.kind != kind for name, kind in zip(arrays, "fffi", strict=True)):
-        raise FileError(f"{path}: its scores are not numbers; make it anew with compute_sam_sgd.py")
-    if any(
-        content[name].shape or content[name].dtype.kind != kind for name, kind in zip(facts, "iiUUU", strict=True)
-    ):
-        raise FileError(f"{path}: does not say how it was made; score the seed again with compute_sam_sgd.py")
-    indices = content["indices"]
-    if indices.ndim != 1 or not len(indices) or indices.min() < 0 or indices.max() >= shape[0]:
-        raise FileError(f"{path}: its indices do not fit its scores; make it anew with compute_sam_sgd.py")
-    if not all(np.isfinite(content[name][indices]).all() for name in arrays[:3]):
-        raise FileError(f"{path}: holds scores that are not finite; make it anew with compute_sam_sgd.py")
-    content.update({name: content[name].item() for name in facts})
+    content: dict[str, Any] = read_npz(path)
+    alone = set(content) == {"arr_0"}
+
+    def array(name: str, **expected: Any) -> np.ndarray:
+        return checked_array(path, content, name, remedy=_MAKE_AGAIN, **expected)
+
+    scores = array("arr_0", kinds="f", finite=alone)
+    if alone:
+        return {"arr_0": scores.astype(np.float64), "indices": np.arange(len(scores)), "settings": None}
+    losses = [array(name, kinds="f", length=len(scores), finite=False) for name in ("loss_sgd", "loss_sam")]
+    indices = array("indices", kinds="i")
+    if indices.min() < 0 or indices.max() >= len(scores):
+        raise FileError(f"{path}: its indices do not fit its scores; {_MAKE_AGAIN}")
+    if not all(np.isfinite(values[indices]).all() for values in (scores, *losses)):
+        raise FileError(f"{path}: has scores that are not finite; {_MAKE_AGAIN}")
+    facts = {"seed": "i", "epoch": "i", "protocol": "U", "label_hash": "U", "settings": "U"}
+    for name, kind in facts.items():
+        if name not in content or content[name].shape or content[name].dtype.kind != kind:
+            raise FileError(f"{path}: does not record its {name}; {_MAKE_AGAIN}")
+        content[name] = content[name].item()
     for name in ("data_hash", "score"):  # files of older versions lack them
         content[name] = str(content[name]) if name in content else None
-    return content
+    return {**content, "settings": parse_settings(path, content["settings"])}
+
+
+def load_seed(
+    path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False, ignore: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """What :func:`read_seed` reads, if it was made with these settings, ``labels`` among them (``load_result``)."""
+
+    def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        content = read_seed(path)
+        stored = content["settings"]
+        return content, None if stored is None else {**stored, "labels": content["label_hash"]}
+
+    return load_result(path, settings, read, overwrite=overwrite, ignore=ignore)
+
+
+_MAKE_AGAIN = "make it again with compute_sam_sgd.py"

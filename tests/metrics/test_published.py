@@ -93,7 +93,7 @@ def test_other_scores_are_not_replaced_without_being_asked(server, tmp_path):
     own.parent.mkdir(parents=True)
     own.write_bytes(b"computed for a week")
     own.with_suffix(".json").write_text("{}")
-    with pytest.raises(FileError, match="other scores than the published ones"):
+    with pytest.raises(FileError, match="different scores"):
         fetch(FILES[0], tmp_path / "metrics", url)
     assert own.read_bytes() == b"computed for a week"
     fetch(FILES[0], tmp_path / "metrics", url, overwrite=True)
