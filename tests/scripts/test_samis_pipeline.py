@@ -106,7 +106,7 @@ def test_split_protocol_scores_each_example_by_the_pair_that_never_saw_it(blobs,
     (tmp_path / "datasets").write_text("a folder that cannot be written")
     flags = (f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1", *folders(tmp_path, "datasets", "models"))
     elsewhere = (f"--metrics_folder={tmp_path / 'more'}", f"--splits_folder={tmp_path / 'elsewhere'}")
-    refuse("compute_sam_sgd.py", *flags, status=FILE, says=("could not be written", "--splits_folder"))
+    refuse("compute_sam_sgd.py", *flags, status=FILE, says=("could not be written", "splits_folder"))
     succeed("compute_sam_sgd.py", *flags, *elsewhere)
     moved = read_npz(tmp_path / "more" / name / "mlp" / "1" / "nn_loss_diff_score.npz")
     np.testing.assert_array_equal(moved["arr_0"], arrays["arr_0"])
@@ -115,7 +115,7 @@ def test_split_protocol_scores_each_example_by_the_pair_that_never_saw_it(blobs,
 def test_splits_beside_a_datasets_folder_that_cannot_be_written(blobs, tmp_path):
     (tmp_path / "datasets").write_text("")
     flags = (f"--dataset=npz:{blobs}", *QUICK, "--epochs=1", *folders(tmp_path, *TRAIN))
-    refuse("train_split.py", *flags, status=FILE, says=("splits could not be written", "give --splits_folder"))
+    refuse("train_split.py", *flags, status=FILE, says=("splits could not be written", "splits_folder"))
     succeed("train_split.py", *flags, f"--splits_folder={tmp_path / 'elsewhere'}")
     assert len(list((tmp_path / "elsewhere").glob("*/seed_1/val_*.txt"))) == 10
 
