@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import PlainImages, Row, in_fresh_process, in_turn, peak, random_images, run
 from mpe.retraining import one_epoch
-from mpe.schedules import Orders, as_positions, own_orders
+from mpe.schedules import MemberSchedules, as_positions, own_schedules
 from src.datasets import Batches, load_dataset, lookup
 from src.devices import PRECISIONS, prepare
 from src.metrics.pairs import score_pair
@@ -393,7 +393,7 @@ QUICK = (EnsembleCase("small_mlp", 3, 4, 2, 4.0, size=8), EnsembleCase("lenet", 
 
 
 def one_after_another(
-    models: list[nn.Module], images: Tensor, labels: Tensor, orders: Orders, batch: int
+    models: list[nn.Module], images: Tensor, labels: Tensor, orders: MemberSchedules, batch: int
 ) -> Callable[[], None]:
     """The plain way: an epoch of each network in turn."""
     optimizers = [torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=L2) for model in models]
@@ -430,7 +430,7 @@ def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
     labels = torch.randint(10, (total,), generator=draw)
     base = build_model(case.name, 10, case.channels, case.size, seed=0)
     removed = [as_positions((), total)] * case.members
-    orders = own_orders(removed, range(case.members), total)
+    orders = own_schedules(removed, range(case.members), total)
     models = [copy.deepcopy(base) for _ in range(case.members)]
     ensemble = Ensemble(base, case.members, l2=L2)
     plain = one_after_another(models, images, labels, orders, case.batch)

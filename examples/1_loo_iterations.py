@@ -14,120 +14,181 @@ plot_loo_iterations.py draws it. The network goes to {models_folder}/mpe/{name_e
 import logging
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpe.config import STRUCTURES
-from mpe.results import Result
-from src.artifacts import label_hash
+import numpy as np
+
+import mpe
+from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, STRUCTURES, ExperimentConfig
+from src.artifacts import Folders
 from src.artifacts.score_files import refuse_other_scores
-from src.cli import Parser, print_next, restrict, run_script, start_logging
-from src.errors import FlagError
+from src.cli import Parser, build, option, print_next, run_script, start_logging
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.errors import ArgumentError
 from src.metrics import SCORES
-from src.settings import add_experiment_flags, add_folder_flags, add_laplace_flags, number
+from src.models import ModelConfig
 
 log = logging.getLogger("1_loo_iterations")
 
-DEFAULTS = {
-    "name_exp": "fmnist_lenet_sgd_kfac",
-    "dataset": "fmnist",
-    "model": "lenet",
-    "lr": 1e-2,
-    "lrmin": 1e-4,
-    "bs": 256,
-    "epochs": 100,
-    "delta": 60,
-    "bs_jacs": 500,
-}
+EVALUATED = (1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300)
+
+
+@dataclass(frozen=True)
+class LooConfig:
+    """What this experiment alone takes."""
+
+    optimizer: str = option("sgd", "optimizer", choices=("sgd", "iblr", "adam", "adamw"))
+    optim_var: bool = option(False, "variances from the optimizer's state (iblr, adam), not Laplace's")
+    var_version: str = option(
+        STRUCTURES[0],
+        "structure of Laplace's posterior",
+        choices=STRUCTURES,
+        acts=(lambda args: not args.optim_var, "with --optim_var: no Laplace posterior is fitted"),
+    )
+    write_scores: bool = option(False, "write the last sensitivities as the score 'mpe'")
+
+    def __post_init__(self) -> None:
+        if self.optim_var and self.optimizer not in ("iblr", "adam"):
+            raise ArgumentError(
+                "optim_var",
+                f": the state of {self.optimizer} holds no variances; give --optimizer iblr or adam, or leave it out",
+            )
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flags(parser, DEFAULTS, optimizers=("sgd", "iblr", "adam", "adamw"))
-    group = parser.add_argument_group("posterior")
-    group.add_argument(
-        "--hess_init", type=number(float, 0, open_low=True), default=0.1, help="initial Hessian of iblr"
-    )
-    group.add_argument(
-        "--optim_var",
-        action="store_true",
-        help="variances from the optimiser's state (iblr, adam), not Laplace's",
-    )
-    group.add_argument(
-        "--var_version", choices=STRUCTURES, default=STRUCTURES[0], help="structure of Laplace's posterior"
-    )
-    add_laplace_flags(parser)
-    restrict(
-        parser,
-        {
-            ("--hess_init",): (lambda args: args.optimizer == "iblr", "without --optimizer=iblr"),
-            ("--var_version", "--laplace_backend"): (
-                lambda args: not args.optim_var,
-                "beside --optim_var: no Laplace posterior is fitted",
-            ),
-        },
-    )
-    scores = parser.add_argument_group("scores")
-    scores.add_argument("--write_scores", action="store_true", help="write the last sensitivities as the score 'mpe'")
-    add_folder_flags(parser, "metrics")
-    args = parser.parse_args()
-    if args.optim_var and args.optimizer not in ("iblr", "adam"):
-        raise FlagError(
-            f"--optim_var: the state of {args.optimizer} holds no variances; give --optimizer iblr or adam, or "
-            "leave it out"
+    parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
+    parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
+    parser.add(ExperimentConfig, "experiment", defaults={"name_exp": "fmnist_lenet_sgd_kfac"})
+    parser.add(LooConfig, "leave-one-out estimates")
+    parser.add(ComputeConfig, "computing", skip=ONE_PROCESS)
+    parser.add(Folders, "folders", only=(*EXPERIMENT_FOLDERS, "metrics_folder"))
+    return parser.parse_args()
+
+
+class LooIterations:
+    """Measures the model at chosen epochs of its training, and writes the result after every epoch.
+
+    Args:
+        result: Where to write. Rows that it has are kept up to the epoch at which training continues.
+        predict: Gives predictions with variances on the training examples.
+        epochs: The number of epochs of the run; the last is always measured.
+        class_cov: The form of the key ``estimated_nll``; others that the same pass serves go beside it.
+    """
+
+    def __init__(self, result, predict, epochs: int, class_cov: str) -> None:
+        self.result, self.predict, self.class_cov = result, predict, class_cov
+        self.evaluated = {epoch for epoch in (*EVALUATED, epochs) if epoch <= epochs}
+        stored = result.stored
+        names = [name for name in stored if name.startswith(("estimated_nll_", "train_")) or name == "unstable"]
+        self.rows = {
+            int(epoch): {name: float(stored[name][i]) for name in names}
+            for i, epoch in enumerate(stored.get("epochs", ()))
+        }
+        self.last = None  # sensitivities at the last epoch that was measured
+
+    def __call__(self, trainer) -> None:
+        """After an epoch: measure if it is one of those to measure at, and write."""
+        self.rows = self.result.rows_before(self.rows, self.evaluated, trainer.epoch, "estimate of epoch")
+        if trainer.epoch in self.evaluated:
+            self.rows[trainer.epoch] = self.measure(trainer)
+        self.write(trainer)
+
+    def measure(self, trainer) -> dict[str, float]:
+        """Leave-one-out estimates and training metrics of the model as it is."""
+        from mpe.experiment import forms_of
+
+        predictions = self.predict(trainer)
+        row = {"train_acc": predictions.accuracy, "train_nll": predictions.nll}
+        for form in forms_of(self.class_cov):
+            found = mpe.estimate(predictions, form)
+            row[f"estimated_nll_{form}"] = float(mpe.loo_losses(predictions, found).mean())
+            row[f"estimated_nll_unclamped_{form}"] = float(mpe.loo_losses(predictions, found, clamp=False).mean())
+            if form == self.class_cov:
+                self.last = mpe.Sensitivities(predictions, found)
+            if form == "woodbury":
+                row["unstable"] = float(found.unstable.sum())
+        test = trainer.history[-1]
+        log.info(
+            "epoch %d: train accuracy %.2f %% NLL %.6f; test accuracy %.2f %% NLL %.6f; LOO-NLL %.6f (%s)",
+            trainer.epoch,
+            100 * row["train_acc"],
+            row["train_nll"],
+            100 * test["test_accuracy"],
+            test["test_loss"],
+            row[f"estimated_nll_{self.class_cov}"],
+            self.class_cov,
         )
-    return args
+        return row
+
+    def finish(self, trainer) -> None:
+        """Write the whole result after the last epoch, also where training had finished before."""
+        rows = self.result.rows_before(self.rows, self.evaluated, trainer.epoch, "estimate of epoch")
+        self.rows = {**rows, trainer.epoch: self.rows.get(trainer.epoch) or self.measure(trainer)}
+        self.write(trainer)
+
+    def write(self, trainer) -> None:
+        """Write the rows so far, and the test metrics of every epoch."""
+        epochs = sorted(self.rows)
+        columns = sorted({name for row in self.rows.values() for name in row})
+        self.result.write(
+            estimated_nll=[np.float64(self.rows[epoch][f"estimated_nll_{self.class_cov}"]) for epoch in epochs],
+            test_accs=[record["test_accuracy"] for record in trainer.history],
+            test_nlls=[np.float32(record["test_loss"]) for record in trainer.history],
+            epochs=np.array(epochs, dtype=np.int64),
+            **{name: np.array([self.rows[epoch].get(name, 0.0) for epoch in epochs]) for name in columns},
+        )
 
 
 def main() -> None:
-    """Parse, train and measure, print."""
+    """Configure, train and measure, save, print."""
     args = parse()
-    from mpe.experiment import Experiment, plain_args
-    from mpe.loo_iterations import LooIterations
+    config = build(ExperimentConfig, args)
+    own = build(LooConfig, args)
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    from mpe.experiment import Experiment
+    from src.context import RunContext
 
-    start_logging(args.log_folder / "mpe" / f"{args.name_exp}_iter.log")
-    experiment = Experiment(args, "iter")
-    result = Result(
-        experiment.path(),
-        plain_args(args),
-        experiment.settings(),
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )
-    if args.write_scores and not args.overwrite:
-        refuse_other_scores(SCORES["mpe"].path(args.metrics_folder, experiment.entry.name), experiment.settings())
-    if args.optim_var:
-        experiment.check_network()
-        measure = experiment.from_optimizer
-    else:
-        experiment.check_variances(args.delta, args.var_version)
+    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_iter.log")
+    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
+    experiment = Experiment(context, config, folders, "iter", vars(args))
+    result = experiment.result()
+    if own.write_scores and not config.overwrite:
+        refuse_other_scores(SCORES["mpe"].path(args.metrics_folder, context.entry.name), experiment.settings())
+    experiment.check_variances(config.delta, own.var_version)
 
-        def measure(trainer):
-            return experiment.laplace(args.delta, args.var_version)
+    def predict(trainer):
+        if own.optim_var:
+            return experiment.from_optimizer(trainer)
+        return experiment.laplace(config.delta, own.var_version)
 
-    iterations = LooIterations(result, measure, args.epochs, args.class_cov)
-    trainer = experiment.train_base(args.optimizer, measure=iterations)
+    iterations = LooIterations(result, predict, config.epochs, config.class_cov)
+    trainer = experiment.train_base(measure=iterations)
     iterations.finish(trainer)
     last = trainer.history[-1]
     print(
         f"test accuracy {100 * last['test_accuracy']:.2f} %, test NLL {last['test_loss']:.6f} "
-        f"after {args.epochs} epochs"
+        f"after {config.epochs} epochs"
     )
     print(result.path)
-    if args.write_scores:
-        found = iterations.sensitivities(trainer)
-        more = {
+    if own.write_scores:
+        if iterations.last is None:  # an earlier run measured it
+            iterations.measure(trainer)
+        settings = {
             **experiment.settings(),
-            "label_hash": label_hash(experiment.whole_labels),
-            "data_hash": experiment.whole_train.digest,
+            "label_hash": context.label_hash,
+            "data_hash": context.full_train.digest,
         }
-        for path in found.write_scores(
-            args.metrics_folder, experiment.entry.name, total=experiment.train.total, settings=more
+        for path in iterations.last.write_scores(
+            args.metrics_folder, context.entry.name, total=experiment.train.total, settings=settings
         ):
             print(path)
-    print_next("plot_loo_iterations.py", ["pickles_folder"], name_exp=args.name_exp)
+    print_next("plot_loo_iterations.py", ["pickles_folder"], name_exp=config.name_exp)
 
 
 if __name__ == "__main__":

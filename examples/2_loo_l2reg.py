@@ -12,86 +12,143 @@ plot_loo_l2reg.py draws it.
       --deltas_start -2 --deltas_stop 2
 """
 
+import logging
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.results import Result
-from src.cli import Parser, print_next, run_script, start_logging
-from src.errors import FlagError
-from src.settings import add_ensemble_flags, add_experiment_flags, add_laplace_flags, number, whole_number
+import mpe
+from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, ORDERS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
+from src.artifacts import Folders
+from src.cli import Parser, build, number, option, print_next, run_script, start_logging, whole_number
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.errors import ArgumentError, FlagError
+from src.models import ModelConfig
 
-DEFAULTS = {
-    "name_exp": "mnist_mlp",
-    "dataset": "mnist",
-    "model": "large_mlp",
-    "lr": 1e-2,
-    "lrmin": 1e-3,
-    "bs": 256,
-    "epochs": 500,
-    "bs_jacs": 50,
-}
+log = logging.getLogger("2_loo_l2reg")
+
+DEFAULTS = {"name_exp": "mnist_mlp", "lrmin": 1e-3, "epochs": 500, "bs_jacs": 50}
+
+
+@dataclass(frozen=True)
+class DeltasConfig:
+    """Which L2 parameters, and by which optimizer."""
+
+    n_exp: int = option(100, "how many, evenly spaced in logarithms", whole_number(1))
+    deltas_start: float = option(0.0, "the first is 10 to this", number(float, -30, 30))
+    deltas_stop: float = option(3.0, "the last is 10 to this", number(float, -30, 30))
+    optimizer: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
+
+    def __post_init__(self) -> None:
+        if self.deltas_stop < self.deltas_start:
+            raise ArgumentError(
+                "deltas_stop",
+                f"{self.deltas_stop:g}: lies below --deltas_start {self.deltas_start:g}; give at least that",
+            )
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flags(parser, DEFAULTS, optimizers=("sgd", "adam", "adamw"))
-    add_laplace_flags(parser)
-    group = parser.add_argument_group("L2 parameters")
-    group.add_argument("--n_exp", type=whole_number(1), default=100, help="how many, evenly spaced in logarithms")
-    group.add_argument("--deltas_start", type=number(float, -30, 30), default=0.0, help="the first is 10 to this")
-    group.add_argument("--deltas_stop", type=number(float, -30, 30), default=3.0, help="the last is 10 to this")
-    add_ensemble_flags(parser.add_argument_group("training side by side"))
+    parser.add(DataConfig, "data", defaults={"dataset": "mnist"})
+    parser.add(ModelConfig, "model", only=("model",), defaults={"model": "large_mlp"})
+    parser.add(ExperimentConfig, "experiment", skip=("delta", "hess_init"), defaults=DEFAULTS)
+    parser.add(DeltasConfig, "L2 parameters")
+    parser.add(RetrainingConfig, "training side by side", only=("ensemble_size", "ensemble"))
+    parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
+    parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
     args = parser.parse_args()
-    if args.deltas_stop < args.deltas_start:
-        raise FlagError(
-            f"--deltas_stop {args.deltas_stop:g}: lies below --deltas_start {args.deltas_start:g}; give at least that"
-        )
     if args.compile:
-        raise FlagError("--compile: networks side by side are not compiled; leave it out")
+        raise FlagError("--compile: models side by side are not compiled; leave it out")
     return args
 
 
-def main() -> None:
-    """Parse, train, estimate, print."""
-    args = parse()
-    from mpe.experiment import Experiment, plain_args
-    from mpe.l2_selection import l2_content, measure_deltas
-    from mpe.retraining import check_last_batches, train_with_deltas, vectorised
+def content(rows: dict[str, np.ndarray], deltas: np.ndarray, class_cov: str) -> dict:
+    """What the result file has, for the models trained so far."""
+    return {
+        **rows,
+        "estimated_nll": [np.float64(value) for value in rows[f"estimated_nll_{class_cov}"]],
+        "deltas": deltas[: len(rows["test_accs"])],
+        "test_accs": rows["test_accs"].tolist(),
+        "test_nlls": [np.float32(value) for value in rows["test_nlls"]],
+    }
 
-    start_logging(args.log_folder / "mpe" / f"{args.name_exp}_cv.log")
-    experiment = Experiment(args, "cv")
-    deltas = np.logspace(args.deltas_start, args.deltas_stop, args.n_exp)
-    vectorised(experiment)  # refuses what cannot be
-    check_last_batches(experiment, [experiment.count])
-    experiment.check_variances(deltas[0], "kfac")
-    result = Result(
-        experiment.path(), plain_args(args), experiment.settings(), resume=args.resume, overwrite=args.overwrite
-    )
+
+def main() -> None:
+    """Configure, train, measure, save, print."""
+    args = parse()
+    config = build(ExperimentConfig, args)
+    side_by_side = build(RetrainingConfig, args)
+    own = build(DeltasConfig, args)
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    from mpe.experiment import Experiment, forms_of
+    from mpe.retraining import RetrainSettings, check_retraining, how_to_run, retrain
+    from src.context import RunContext
+
+    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_cv.log")
+    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
+    experiment = Experiment(context, config, folders, "cv", vars(args))
+    deltas = np.logspace(own.deltas_start, own.deltas_stop, own.n_exp)
+    check_retraining(experiment, side_by_side, [experiment.count])
+    experiment.check_variances(deltas[0])
+    result = experiment.result()
+    member = experiment.build()  # each trained model is loaded into it in its turn
+
+    def measure(weights, number: int) -> dict[str, float]:
+        member.load_state_dict(weights)
+        accuracy, loss = experiment.test_metrics(member)
+        found = experiment.laplace(deltas[number], model=member)
+        row = {"test_accs": accuracy, "test_nlls": loss, "train_acc": found.accuracy, "train_nll": found.nll}
+        for form in forms_of(config.class_cov):
+            row[f"estimated_nll_{form}"] = float(mpe.loo_losses(found, mpe.estimate(found, form)).mean())
+        log.info(
+            "delta %.4g: train accuracy %.2f %% NLL %.6f; test accuracy %.2f %% NLL %.6f; LOO-NLL %.6f (%s)",
+            deltas[number],
+            100 * found.accuracy,
+            found.nll,
+            100 * accuracy,
+            loss,
+            row[f"estimated_nll_{config.class_cov}"],
+            config.class_cov,
+        )
+        return row
 
     def write(rows: dict[str, np.ndarray]) -> None:
-        result.write(**l2_content(rows, deltas, args.class_cov))
+        result.write(**content(rows, deltas, config.class_cov))
 
-    member = experiment.build()
-    measure = measure_deltas(
-        deltas,
-        args.class_cov,
-        member,
-        lambda delta: experiment.laplace(delta, model=member),
-        lambda: experiment.test_metrics(member),
+    settings = RetrainSettings(
+        epochs=config.epochs,
+        batch_size=config.bs,
+        learning_rate=config.lr,
+        lr_min=config.lrmin,
+        delta=0.0,  # each model has its own
+        seed=config.seed,
+        optimizer=config.optimizer,
     )
-    images = experiment.prepared(experiment.train)
-    rows = train_with_deltas(experiment, images, deltas, args.optimizer, measure, write)
+    rows = retrain(
+        experiment.model,
+        experiment.prepared(experiment.train),
+        experiment.train.labels,
+        [np.empty(0, np.int64)] * len(deltas),  # nothing is left out
+        settings,
+        measure_each=measure,
+        key=experiment.settings(),
+        after_chunk=write,
+        deltas=list(deltas),
+        permutation=experiment.batches(experiment.train, experiment.count, ORDERS[config.base_shuffle]).visited,
+        **how_to_run(experiment, side_by_side),
+    )
     write(rows)
-    for what, values in (("leave-one-out", rows[f"estimated_nll_{args.class_cov}"]), ("test", rows["test_nlls"])):
+    for what, values in (("leave-one-out", rows[f"estimated_nll_{config.class_cov}"]), ("test", rows["test_nlls"])):
         print(f"lowest {what} NLL {values.min():.6f} at delta {deltas[values.argmin()]:.4g}")
     print(result.path)
-    print_next("plot_loo_l2reg.py", ["pickles_folder"], name_exp=args.name_exp)
+    print_next("plot_loo_l2reg.py", ["pickles_folder"], name_exp=config.name_exp)
 
 
 if __name__ == "__main__":

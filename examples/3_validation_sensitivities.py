@@ -13,112 +13,214 @@ networks are retrained, {name_exp}_retrain.pkl (the true deviations); plot_valid
       --delta 1 --n_retrain 20 --epochs_retrain 20
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.results import Result
-from src.cli import Parser, print_next, run_script, start_logging
+import mpe
+from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
+from src.artifacts import Folders
+from src.cli import Parser, build, number, print_next, run_script, start_logging
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
 from src.errors import FlagError
-from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags, number
+from src.lazy import torch
+from src.models import ModelConfig
 
 log = logging.getLogger("3_validation_sensitivities")
 
 DEFAULTS = {
     "name_exp": "mnist_mlp",
-    "dataset": "mnist",
     "model": "large_mlp",
-    "lr": 1e-2,
     "lrmin": 1e-3,
-    "bs": 256,
     "epochs": 500,
-    "delta": 100,
+    "delta": 100.0,
     "bs_jacs": 50,
 }
+PASS = 500  # images in a pass of an ensemble, an image counted once for each member
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flags(parser, DEFAULTS)
-    add_laplace_flags(parser)
-    add_retraining_flags(parser, lr=1e-3, lrmin=1e-4, epochs=300)
-    group = parser.add_argument_group("examples left out")
-    group.add_argument(
-        "--n_retrain", type=number(int, 0), default=1000, help="random examples to leave out, one each"
-    )
-    group.add_argument(
+    parser.add(DataConfig, "data", defaults={"dataset": "mnist"})
+    parser.add(ModelConfig, "model", only=("model",), defaults={"model": "large_mlp"})
+    parser.add(ExperimentConfig, "experiment", skip=("hess_init",), defaults=DEFAULTS)
+    parser.add(RetrainingConfig, "retraining")
+    add = parser.add_argument_group("examples left out").add_argument
+    add("--n_retrain", type=number(int, 0), default=1000, help="random examples to leave out, one each")
+    add(
         "--n_spread",
         type=number(int, 0),
         default=0,
         help="as many more, spread evenly over the range of the estimated sensitivities",
     )
+    parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
+    parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
     return parser.parse_args()
 
 
+def score_content(predictions: mpe.Predictions, class_cov: str, weights: str) -> dict:
+    """What the file of estimates has: ``sensitivities`` ``(N,)`` as asked for, every form, and whose they are.
+
+    Also what retraining is compared with: the model's probabilities ``(N, C)``, and the hash of its weights.
+    """
+    from mpe.experiment import forms_of
+
+    estimates = {form: mpe.estimate(predictions, form) for form in forms_of(class_cov)}
+    scores = {form: mpe.sensitivity(found).numpy() for form, found in estimates.items()}
+    return {
+        "sensitivities": scores[class_cov],
+        **{f"sensitivities_{form}": values for form, values in scores.items()},
+        "indices": predictions.indices.numpy(),
+        "labels": predictions.labels.numpy(),
+        "unstable": int(estimates[class_cov].unstable.sum()),
+        "probabilities": predictions.probabilities.numpy(),
+        "train_acc": predictions.accuracy,
+        "train_nll": predictions.nll,
+        "base_weights": weights,
+    }
+
+
+def drawn_examples(count: int, number: int, seed: int) -> np.ndarray:
+    """The first ``number`` of ``count`` positions under numpy's legacy shuffle, as the paper's code draws them."""
+    positions = np.arange(count)
+    np.random.RandomState(seed).shuffle(positions)
+    return positions[:number]
+
+
+def spread_examples(scores: np.ndarray, number: int, taken: Sequence[int] = ()) -> np.ndarray:
+    """Positions whose scores lie nearest to ``number`` values evenly spaced from the lowest to the highest.
+
+    Each once, none of ``taken``; of equally near ones the first.
+    """
+    free = np.ones(len(scores), dtype=bool)
+    free[np.asarray(taken, dtype=np.int64)] = False
+    chosen = []
+    for value in np.linspace(scores.max(), scores.min(), number):
+        nearest = int(np.where(free, np.abs(scores - value), np.inf).argmin())
+        free[nearest] = False
+        chosen.append(nearest)
+    return np.array(chosen, dtype=np.int64)
+
+
+def measure_removed(images: torch.Tensor, removed: np.ndarray) -> Callable:
+    """What is kept of retrained models, of which number 0 is the control and number i + 1 lacks ``removed[i]``.
+
+    Args:
+        images: All training images, normalized, on the device.
+        removed: Positions ``(R,)``.
+
+    Returns:
+        A function of an ensemble and its members' numbers: ``probabilities`` ``(m, C)``, each model's of the
+        example it lacks (NaN for the control), and ``control`` ``(1, R, C)``, the control's of all of them, or
+        ``(0, R, C)`` where the control is not among the members.
+    """
+
+    def softmax(logits: torch.Tensor) -> np.ndarray:
+        return logits.detach().double().softmax(-1).cpu().numpy()
+
+    def measure(ensemble, members: range) -> dict[str, np.ndarray]:
+        own = torch.tensor([int(removed[max(member - 1, 0)]) for member in members], device=images.device)
+        probabilities = softmax(ensemble.member_logits(images[own].unsqueeze(1)))[:, 0]
+        control = np.empty((0, len(removed), probabilities.shape[1]))
+        if 0 in members:
+            first = members.index(0)
+            probabilities[first] = np.nan
+            parts = torch.from_numpy(removed).split(max(1, PASS // len(ensemble)))
+            of_parts = [softmax(ensemble.logits(images[part.to(images.device)])[first]) for part in parts]
+            control = np.concatenate(of_parts)[None]
+        return {"probabilities": probabilities, "control": control}
+
+    return measure
+
+
+def retrain_content(
+    rows: dict[str, np.ndarray], removed: np.ndarray, spread: int, base: np.ndarray, indices: np.ndarray
+) -> dict:
+    """What the file of true deviations has, for the models retrained so far.
+
+    Args:
+        rows: What ``measure_removed`` kept of models 0, 1, ...
+        removed: Positions ``(R,)``, of which the last ``spread`` were chosen over the range of the estimates.
+        spread: See above.
+        base: Softmax ``(N, C)`` of the model before.
+        indices: Original indices ``(N,)``.
+    """
+    probabilities = rows["probabilities"][1:]
+    done = removed[: len(probabilities)]
+    control = rows["control"][0, : len(done)]
+    deviations, corrected = probabilities - base[done], probabilities - control
+    return {
+        "indices_retrain": done.astype(np.int64),
+        "softmax_deviations": np.abs(deviations).sum(1),
+        "softmax_deviations_corrected": np.abs(corrected).sum(1),
+        "probability_deviations": deviations,
+        "probability_deviations_corrected": corrected,
+        "base_probabilities": base[done],
+        "control_probabilities": control,
+        "indices_original": indices[done],
+        "spread": np.arange(len(done)) >= len(removed) - spread,
+    }
+
+
 def main() -> None:
-    """Parse, train, estimate, retrain, print."""
+    """Configure, train, estimate, retrain, save, print."""
     args = parse()
-    from mpe.experiment import Experiment, plain_args
-    from mpe.retraining import check_last_batches, check_retraining, retrain_without, weights_hash
-    from mpe.validation import (
-        drawn_examples,
-        estimates_of,
-        kept_scores,
-        measure_removed,
-        retrain_content,
-        score_content,
-        spread_examples,
-    )
+    config = build(ExperimentConfig, args)
+    retraining = build(RetrainingConfig, args)
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    from mpe.experiment import Experiment
+    from mpe.retraining import check_retraining, retrain_without, weights_hash
+    from src.context import RunContext
 
-    start_logging(args.log_folder / "mpe" / f"{args.name_exp}_retrain.log")
-    experiment = Experiment(args, "retrain")
-    wanted = args.n_retrain + args.n_spread
-    if not 0 < wanted <= experiment.count:
+    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_retrain.log")
+    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
+    experiment = Experiment(context, config, folders, "retrain", vars(args))
+    wanted, count = args.n_retrain + args.n_spread, experiment.count
+    if not 0 < wanted <= count:
         raise FlagError(
-            f"--n_retrain {args.n_retrain} and --n_spread {args.n_spread}: {wanted} of {experiment.count} training "
-            f"examples cannot be left out; give 1 to {experiment.count} together"
+            f"--n_retrain {args.n_retrain} and --n_spread {args.n_spread}: {wanted} of {count} training examples "
+            f"cannot be left out; give 1 to {count} together"
         )
-    check_retraining(experiment)
-    check_last_batches(experiment, [experiment.count, experiment.count - 1])
-    experiment.check_variances(args.delta, "kfac")
-    settings = experiment.settings()
-    flags = {"resume": args.resume, "overwrite": args.overwrite}
-    scores = Result(experiment.path("scores"), plain_args(args), settings, **flags)
-    retrained = Result(experiment.path("retrain"), plain_args(args), settings, **flags)
-    if args.overwrite:
-        retrained.remove_other()  # or it would stand beside scores of other settings
+    check_retraining(experiment, retraining, [count, count - 1])
+    experiment.check_variances(config.delta)
+    scores, retrained = experiment.result("scores"), experiment.result("retrain")
+    if retrained.replaces:
+        retrained.path.unlink()  # or it would be beside scores of other settings
 
-    experiment.train_base("sgd")
+    experiment.train_base()
     weights = weights_hash(experiment.model)
-    content = kept_scores(scores.stored, weights)
-    if content is None:
-        predictions = experiment.laplace(args.delta)
-        content = score_content(predictions, estimates_of(predictions, args.class_cov), args.class_cov, weights)
-        scores.write(**content)
-    else:
+    found = scores.stored
+    if found.get("base_weights") == weights:  # not another model's, nor those of a file that does not say whose
         log.info("the estimates are those of the earlier run, %s", scores.path)
+    else:
+        found = score_content(experiment.laplace(config.delta), config.class_cov, weights)
+        scores.write(**found)
     print(scores.path)
-    print(f"train accuracy {100 * content['train_acc']:.2f} %, NLL {content['train_nll']:.6f}")
+    print(f"train accuracy {100 * found['train_acc']:.2f} %, NLL {found['train_nll']:.6f}")
     accuracy, loss = experiment.test_metrics()
     print(f"test accuracy {100 * accuracy:.2f} %, NLL {loss:.6f}")
 
-    removed = drawn_examples(experiment.count, args.n_retrain, args.seed)
-    removed = np.concatenate([removed, spread_examples(content["sensitivities"], args.n_spread, removed)])
+    removed = drawn_examples(count, args.n_retrain, config.seed)
+    removed = np.concatenate([removed, spread_examples(found["sensitivities"], args.n_spread, removed)])
 
     def write(rows: dict[str, np.ndarray]) -> None:
-        retrained.write(**retrain_content(rows, removed, args.n_spread, content["probabilities"], content["indices"]))
+        retrained.write(**retrain_content(rows, removed, args.n_spread, found["probabilities"], found["indices"]))
 
     images = experiment.prepared(experiment.train)
     leave_out = [np.empty(0, np.int64), *removed[:, None]]
-    write(retrain_without(experiment, images, leave_out, measure_removed(images, removed), write))
+    write(retrain_without(experiment, retraining, images, leave_out, measure_removed(images, removed), write))
     print(retrained.path)
-    print_next("plot_validation_sensitivities.py", ["pickles_folder"], name_exp=args.name_exp)
+    print_next("plot_validation_sensitivities.py", ["pickles_folder"], name_exp=config.name_exp)
 
 
 if __name__ == "__main__":

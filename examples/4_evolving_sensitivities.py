@@ -11,73 +11,179 @@ to {models_folder}/mpe/{name_exp}_evolving/seed_{seed}/.
       --delta 1
 """
 
+from __future__ import annotations
+
+import logging
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.results import Result
-from src.cli import Parser, print_next, run_script, start_logging
-from src.settings import add_experiment_flags, number
+import mpe
+from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, ExperimentConfig
+from src.artifacts import Folders
+from src.cli import Parser, build, number, print_next, run_script, start_logging
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.errors import FlagError
+from src.lazy import torch
+from src.models import ModelConfig
 
-DEFAULTS = {
-    "name_exp": "fmnist_lenet",
-    "dataset": "fmnist",
-    "model": "lenet",
-    "lr": 0.1,
-    "lrmin": 0.0,
-    "bs": 256,
-    "epochs": 100,
-    "delta": 60,
-    "bs_jacs": 500,
+log = logging.getLogger("4_evolving_sensitivities")
+
+SAMPLES = 150
+CHECKPOINTS = {  # the paper's optimizer steps
+    "mnist": (10, 1000, 5000, 12250),
+    "fmnist": (10, 1000, 5000, 12250),
+    "cifar10": (10, 2000, 10000, 24500),
 }
+SHARES = tuple(step / 23500 for step in CHECKPOINTS["mnist"])  # of the steps of the paper's MNIST and FMNIST runs
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flags(parser, DEFAULTS)
-    group = parser.add_argument_group("iBLR")
-    group.add_argument("--hess_init", type=number(float, 0, open_low=True), default=0.1, help="initial Hessian")
-    group.add_argument(
+    parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
+    parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
+    parser.add(ExperimentConfig, "experiment", skip=("laplace_backend",), defaults={"lr": 0.1, "lrmin": 0.0})
+    parser.add_argument(
         "--checkpoints",
         type=number(int, 1),
         nargs="+",
         metavar="STEP",
-        help="optimiser steps to measure after (default: the paper's, or the same shares of the run)",
+        help="optimizer steps to measure after (default: the paper's, or the same shares of the run)",
     )
+    parser.add(ComputeConfig, "computing", skip=ONE_PROCESS)
+    parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Parse, train and measure, print."""
-    args = parse()
-    from mpe.evolving import Evolving, checkpoints_of
-    from mpe.experiment import Experiment, plain_args
+def checkpoints_of(dataset: str, steps: int, given: Sequence[int] | None = None) -> list[int]:
+    """The steps to measure after, ascending.
 
-    start_logging(args.log_folder / "mpe" / f"{args.name_exp}_evolving.log")
-    experiment = Experiment(args, "evolving")
-    steps = args.epochs * -(-experiment.count // args.bs)
-    checkpoints = checkpoints_of(experiment.entry.name, steps, args.checkpoints)
-    experiment.check_network()
-    result = Result(
-        experiment.path(),
-        plain_args(args),
-        {**experiment.settings(), "checkpoints": checkpoints},
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )
-    evolving = Evolving(result, experiment.from_optimizer, checkpoints, args.class_cov, args.seed)
-    trainer = experiment.train_base("iblr", after_step=[evolving])
-    last = trainer.history[-1]
+    Args:
+        dataset: A data set's name.
+        steps: Steps of the whole run.
+        given: The user's choice. Otherwise the paper's steps where the run reaches them all, and elsewhere the same
+            shares of the run as in the paper.
+    """
+    if given:
+        chosen = sorted(set(given))
+        if chosen[-1] > steps:
+            raise FlagError(f"--checkpoints {chosen[-1]}: the run has {steps} steps; give steps from 1 to {steps}")
+        return chosen
+    papers = CHECKPOINTS.get(dataset, ())
+    if papers and papers[-1] <= steps:
+        return list(papers)
+    return sorted({max(1, round(share * steps)) for share in SHARES})
+
+
+def sensitivities(predictions: mpe.Predictions, forms: Sequence[str], seed: int, step: int) -> np.ndarray:
+    """Sensitivities ``(forms, N)``. The diagonal form takes the paper's errors, of independent logits and clamped.
+
+    The others take those of correlated logits as they are: the paper's would bring back the variance of a shift
+    of all logits, which no probability can see and which these forms leave out.
+    """
+    from mpe.estimates import sampled_errors
+    from src.rng import generator
+
+    errors, rows = {}, []
+    for form in forms:
+        correlated = form != "diag"
+        if correlated not in errors:
+            draws = generator(seed, step, "logit samples")
+            errors[correlated] = sampled_errors(predictions, samples=SAMPLES, generator=draws, correlated=correlated)
+        rows.append(mpe.sensitivity(mpe.estimate(predictions, form, errors[correlated])).numpy())
+    return np.array(rows)
+
+
+class Evolving:
+    """Measures after chosen steps, and writes what it has each time.
+
+    Args:
+        result: Where to write. Rows that it has are kept up to the step at which training continues.
+        predict: Gives predictions with variances on the training examples.
+        checkpoints: The steps to measure after.
+        class_cov: The form of the covariance between classes.
+        seed: Seed of the samples of the logits.
+    """
+
+    def __init__(self, result, predict, checkpoints: Sequence[int], class_cov: str, seed: int) -> None:
+        from mpe.experiment import forms_of
+
+        self.result, self.predict, self.class_cov, self.seed = result, predict, class_cov, seed
+        self.checkpoints, self.forms = set(checkpoints), forms_of(class_cov)
+        stored = result.stored
+        self.rows = {  # step -> (forms, N)
+            int(step): np.array([stored[f"sensitivity_{form}"][i] for form in self.forms])
+            for i, step in enumerate(stored.get("steps", ()))
+        }
+
+    def __call__(self, trainer, epoch: int, step: int) -> None:
+        """After a step: measure if it is one of those to measure after, and write."""
+        if step not in self.checkpoints:
+            return
+        self.rows = self.result.rows_before(self.rows, self.checkpoints, step, "sensitivities after step")
+        trainer.require_finite(epoch)
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # training continues as if nothing had been measured
+            found = self.predict(trainer)
+            self.rows[step] = sensitivities(found, self.forms, self.seed, step)
+        log.info(
+            "step %d (epoch %d): train accuracy %.2f %% NLL %.6f; mean sensitivity %.6f",
+            step,
+            epoch,
+            100 * found.accuracy,
+            found.nll,
+            self.rows[step][self.forms.index(self.class_cov)].mean(),
+        )
+        self.write()
+
+    def finish(self, **more) -> None:
+        """Write all rows, and with them what ``more`` has, after the last step."""
+        end = max(self.checkpoints) + 1
+        self.rows = self.result.rows_before(self.rows, self.checkpoints, end, "sensitivities after step")
+        self.write(**more)
+
+    def write(self, **more) -> None:
+        """Write the rows so far."""
+        steps = sorted(self.rows)
+        found = {form: np.array([self.rows[step][i] for step in steps]) for i, form in enumerate(self.forms)}
+        self.result.write(
+            sensitivity=found[self.class_cov],
+            **{f"sensitivity_{form}": values for form, values in found.items()},
+            iterations_list=np.array(steps, dtype=np.int64) + 1,  # as the paper's files count
+            steps=np.array(steps, dtype=np.int64),
+            **more,
+        )
+
+
+def main() -> None:
+    """Configure, train and measure, save, print."""
+    args = parse()
+    config = build(ExperimentConfig, args, optimizer="iblr")
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    from mpe.experiment import Experiment
+    from src.context import RunContext
+
+    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_evolving.log")
+    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
+    experiment = Experiment(context, config, folders, "evolving", vars(args))
+    steps = config.epochs * -(-experiment.count // config.bs)
+    checkpoints = checkpoints_of(context.entry.name, steps, args.checkpoints)
+    experiment.check_variances()
+    result = experiment.result(checkpoints=checkpoints)
+    evolving = Evolving(result, experiment.from_optimizer, checkpoints, config.class_cov, config.seed)
+    last = experiment.train_base(after_step=[evolving]).history[-1]
     evolving.finish(test_acc=last["test_accuracy"], test_nll=np.float32(last["test_loss"]))
     print(f"test accuracy {100 * last['test_accuracy']:.2f} %, test NLL {last['test_loss']:.6f}")
     print(f"{len(evolving.rows)} checkpoints, after steps {', '.join(map(str, sorted(evolving.rows)))}")
     print(result.path)
-    print_next("plot_evolving_sensitivities.py", ["pickles_folder"], name_exp=args.name_exp)
+    print_next("plot_evolving_sensitivities.py", ["pickles_folder"], name_exp=config.name_exp)
 
 
 if __name__ == "__main__":

@@ -10,80 +10,146 @@ estimate, and the test NLL and accuracy of the network retrained without the cla
       --epochs_retrain 50
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from mpe.results import Result
-from src.cli import Parser, print_next, run_script, start_logging
-from src.settings import add_experiment_flags, add_laplace_flags, add_retraining_flags
+import mpe
+from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
+from src.artifacts import Folders
+from src.cli import Parser, build, print_next, run_script, start_logging
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.lazy import torch
+from src.models import ModelConfig
 
-DEFAULTS = {
-    "name_exp": "fmnist_lenet",
-    "dataset": "fmnist",
-    "model": "lenet",
-    "lr": 1e-1,
-    "lrmin": 1e-3,
-    "bs": 256,
-    "epochs": 300,
-    "delta": 100,
-    "bs_jacs": 500,
-}
+DEFAULTS = {"lr": 1e-1, "lrmin": 1e-3, "epochs": 300, "delta": 100.0}
+RETRAINING = {"lr_retrain": 1e-4, "lrmin_retrain": 1e-5, "epochs_retrain": 1000}
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flags(parser, DEFAULTS)
-    add_laplace_flags(parser)
-    add_retraining_flags(parser, lr=1e-4, lrmin=1e-5, epochs=1000)
+    parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
+    parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
+    parser.add(ExperimentConfig, "experiment", skip=("hess_init",), defaults=DEFAULTS)
+    parser.add(RetrainingConfig, "retraining", defaults=RETRAINING)
+    parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
+    parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
     return parser.parse_args()
 
 
+def class_estimates(predictions: mpe.Predictions, class_cov: str, classes: int) -> dict[str, np.ndarray]:
+    """Leave-one-class-out estimates: the mean over a class's examples of their leave-one-out losses.
+
+    The paper's formula (Section 4) with each example's own Jacobian in place of the class's.
+
+    Returns:
+        ``est_nll`` ``(C,)`` of the form asked for, and ``est_nll_{form}`` of all that the same pass serves; NaN for a
+        class without examples.
+    """
+    from mpe.experiment import forms_of
+
+    labels, found = predictions.labels.numpy(), {}
+    for form in forms_of(class_cov):
+        losses = mpe.loo_losses(predictions, mpe.estimate(predictions, form)).numpy()
+        means = [losses[labels == c].mean() if (labels == c).any() else np.nan for c in range(classes)]
+        found[f"est_nll_{form}"] = np.array(means)
+    return {"est_nll": found[f"est_nll_{class_cov}"], **found}
+
+
+def measure_test(images: torch.Tensor, labels: torch.Tensor, batch: int = 1000) -> Callable:
+    """Test NLL and accuracy ``(m,)`` of an ensemble's members, on images and labels on the device.
+
+    ``batch`` counts an image once for each member, so that memory does not grow with the ensemble.
+    """
+    from mpe.posterior import EPS
+
+    def measure(ensemble, members: range) -> dict[str, np.ndarray]:
+        nll = torch.zeros(len(members), dtype=torch.float64, device=images.device)
+        correct = torch.zeros_like(nll)
+        size = max(1, batch // len(ensemble))
+        for part, wanted in zip(images.split(size), labels.split(size), strict=True):
+            p = ensemble.logits(part).detach().double().softmax(-1)  # (m, b, C)
+            own = p.gather(2, wanted.expand(len(members), -1).unsqueeze(2)).squeeze(2)
+            nll -= own.clamp_min(EPS).log().sum(1)
+            correct += (p.argmax(2) == wanted).sum(1)
+        return {"nll": (nll / len(labels)).cpu().numpy(), "acc": (correct / len(labels)).cpu().numpy()}
+
+    return measure
+
+
+def content(
+    rows: dict[str, np.ndarray], estimated: dict[str, np.ndarray], classes: Sequence[int], base: tuple[float, float]
+) -> dict:
+    """What the result file has, for the models retrained so far.
+
+    Args:
+        rows: What ``measure_test`` gave for models 0 (the control), 1 (without ``classes[0]``), ...
+        estimated: Leave-one-class-out estimates, see ``class_estimates``.
+        classes: The classes that are removed one at a time.
+        base: Test accuracy and NLL of the model before.
+    """
+    nll = np.full(len(estimated["est_nll"]), np.nan)
+    acc = nll.copy()
+    done = list(classes[: len(rows["nll"]) - 1])
+    nll[done], acc[done] = rows["nll"][1:], rows["acc"][1:]
+    return {
+        "org_acc": base[0],
+        "org_nll": base[1],
+        **estimated,
+        "perturb_nll": nll,
+        "perturb_acc": acc,
+        "control_acc": float(rows["acc"][0]),
+        "control_nll": float(rows["nll"][0]),
+    }
+
+
 def main() -> None:
-    """Parse, train, estimate, retrain, print."""
+    """Configure, train, estimate, retrain, save, print."""
     args = parse()
-    from mpe.class_removal import class_content, class_estimates, measure_test
-    from mpe.experiment import Experiment, plain_args
-    from mpe.retraining import check_last_batches, check_retraining, retrain_without
+    config = build(ExperimentConfig, args)
+    retraining = build(RetrainingConfig, args)
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    from mpe.experiment import Experiment
+    from mpe.retraining import check_retraining, retrain_without
+    from src.context import RunContext
 
-    start_logging(args.log_folder / "mpe" / f"{args.name_exp}_leaveclassout.log")
-    experiment = Experiment(args, "leaveclassout")
-    check_retraining(experiment)
-    sizes = experiment.labels.bincount().cpu().tolist()
-    check_last_batches(experiment, [experiment.count, *(experiment.count - size for size in sizes)])
-    experiment.check_variances(args.delta, "kfac")
-    result = Result(
-        experiment.path(), plain_args(args), experiment.settings(), resume=args.resume, overwrite=args.overwrite
-    )
+    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_leaveclassout.log")
+    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
+    experiment = Experiment(context, config, folders, "leaveclassout", vars(args))
+    labels = experiment.train.labels.cpu().numpy()
+    count, classes = experiment.count, [int(c) for c in np.unique(labels)]
+    removed = [np.empty(0, np.int64), *(np.flatnonzero(labels == c) for c in classes)]
+    check_retraining(experiment, retraining, [count - len(positions) for positions in removed])
+    experiment.check_variances(config.delta)
+    result = experiment.result()
 
-    trainer = experiment.train_base("sgd")
-    predictions = experiment.laplace(args.delta)
-    estimated = class_estimates(predictions, args.class_cov, experiment.entry.num_classes)
-    last = trainer.history[-1]
+    last = experiment.train_base().history[-1]
     base = (last["test_accuracy"], last["test_loss"])
-
-    labels = experiment.labels.cpu().numpy()
-    classes = [int(c) for c in np.unique(labels)]
-    images, test = experiment.prepared(experiment.train), experiment.prepared(experiment.test)
+    predictions = experiment.laplace(config.delta)
+    estimated = class_estimates(predictions, config.class_cov, context.entry.num_classes)
 
     def write(rows: dict[str, np.ndarray]) -> None:
-        result.write(**class_content(rows, estimated, classes, base))
+        result.write(**content(rows, estimated, classes, base))
 
-    leave_out = [np.empty(0, np.int64), *(np.flatnonzero(labels == c) for c in classes)]
-    measure = measure_test(test, experiment.test.labels)
-    rows = retrain_without(experiment, images, leave_out, measure, write, extra_draws=1)
+    images, test = experiment.prepared(experiment.train), experiment.prepared(context.test)
+    measure = measure_test(test, context.test.labels)
+    rows = retrain_without(experiment, retraining, images, removed, measure, write, extra_draws=1)
     write(rows)
     print(f"with all classes: test accuracy {100 * base[0]:.2f} %, NLL {base[1]:.6f}")
     for c, nll, acc in zip(classes, rows["nll"][1:], rows["acc"][1:], strict=True):
         who = f"{experiment.train.class_names[c]} ({(labels == c).sum()})"
         print(f"without {who}: estimated {estimated['est_nll'][c]:.4f}, test NLL {nll:.4f}, {100 * acc:.2f} %")
     print(result.path)
-    print_next("plot_loco.py", ["pickles_folder"], names_exp=[args.name_exp], plot_name=args.name_exp)
+    print_next("plot_loco.py", ["pickles_folder"], names_exp=[config.name_exp], plot_name=config.name_exp)
 
 
 if __name__ == "__main__":

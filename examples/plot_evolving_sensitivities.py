@@ -8,16 +8,21 @@ Reads {pickles_folder}/{name_exp}_evolving.pkl, which 4_evolving_sensitivities.p
   python examples/plot_evolving_sensitivities.py --name_exp mnist_mlp --pickles_folder my_pickles
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
-from mpe.results import StoredResult
+from mpe.config import FigureConfig
 from src.artifacts import save_figure
 from src.cli import Parser, run_script
-from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
+
+if TYPE_CHECKING:
+    from mpe.plots import StoredResult
 
 ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Tenth")
 
@@ -25,16 +30,14 @@ ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flag(parser, "fmnist_lenet")
-    add_class_cov_flag(parser)
-    add_figure_flags(parser)
+    parser.add(FigureConfig, "figure")
     return parser.parse_args()
 
 
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import evolving, show
+    from mpe.plots import StoredResult, evolving, show
 
     result = StoredResult(args.pickles_folder, args.name_exp, "evolving")
     sensitivities = result.array(result.of("sensitivity", args.class_cov), 2, low=0)  # (K, N)

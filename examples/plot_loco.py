@@ -21,15 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.results import StoredResult
+from mpe.config import FigureConfig
 from src.artifacts import save_figure
-from src.cli import Parser, run_script
+from src.cli import Parser, file_name, run_script
 from src.errors import FlagError
-from src.settings import file_name
-from src.settings.experiments import add_class_cov_flag, add_figure_flags
 
 if TYPE_CHECKING:
-    from mpe.plots import LeaveClassOut
+    from mpe.plots import LeaveClassOut, StoredResult
 
 log = logging.getLogger("plot_loco")
 
@@ -52,8 +50,7 @@ def parse() -> Namespace:
         metavar="TEXT",
         help="what the legend calls them (default: their networks where these differ, else their names)",
     )
-    add_class_cov_flag(parser)
-    add_figure_flags(parser)
+    parser.add(FigureConfig, "figure", skip=("name_exp",))
     args = parser.parse_args()
     if args.labels and len(args.labels) != len(args.names_exp):
         raise FlagError(
@@ -65,7 +62,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import loco, show
+    from mpe.plots import StoredResult, loco, show
 
     results = [StoredResult(args.pickles_folder, name, "leaveclassout") for name in args.names_exp]
     labels = args.labels or legend_labels(results)

@@ -16,25 +16,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.results import StoredResult
+from mpe.config import CLASS_COVARIANCES, FigureConfig
 from src.artifacts import save_figure
 from src.cli import Parser, run_script
-from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flag(parser, "fmnist_lenet_sgd_kfac")
-    add_class_cov_flag(parser, several=True)
-    add_figure_flags(parser)
+    parser.add(FigureConfig, "figure", skip=("class_cov",), defaults={"name_exp": "fmnist_lenet_sgd_kfac"})
+    parser.add_argument(
+        "--class_cov",
+        choices=CLASS_COVARIANCES,
+        nargs="+",
+        help="draw estimates with these covariances between the classes (default: as the experiment was run)",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import loo_iterations, show
+    from mpe.plots import StoredResult, loo_iterations, show
 
     result = StoredResult(args.pickles_folder, args.name_exp, "iter")
     test_nlls = result.array("test_nlls")  # (E,)

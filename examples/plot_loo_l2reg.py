@@ -16,29 +16,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 
 import numpy as np
 
-from mpe.results import StoredResult
+from mpe.config import FigureConfig
 from src.artifacts import save_figure
-from src.cli import Parser, run_script
+from src.cli import Parser, number, run_script
 from src.errors import FlagError
-from src.settings import number
-from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flag(parser, "mnist_mlp")
-    add_class_cov_flag(parser)
     parser.add_argument("--window", type=number(int, 1), default=4, help="deltas in each mean of the moving average")
     parser.add_argument("--test_error", action="store_true", help="draw the test error too, on an axis of its own")
-    add_figure_flags(parser)
+    parser.add(FigureConfig, "figure", defaults={"name_exp": "mnist_mlp"})
     return parser.parse_args()
 
 
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import loo_l2reg, moving_average, show
+    from mpe.plots import StoredResult, loo_l2reg, moving_average, show
 
     result = StoredResult(args.pickles_folder, args.name_exp, "cv")
     deltas = result.array("deltas")  # (n,), as the two below

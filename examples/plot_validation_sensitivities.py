@@ -10,33 +10,35 @@ ones spread over the estimates' range (--n_spread) also apart.
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp --class_cov full --corrected
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
 import numpy as np
 
-from mpe.estimates import correlation_text
-from mpe.results import StoredResult
+from mpe.config import FigureConfig
 from src.artifacts import save_figure
 from src.cli import Parser, run_script
 from src.errors import FileError, FlagError
-from src.settings.experiments import add_class_cov_flag, add_experiment_flag, add_figure_flags
+
+if TYPE_CHECKING:
+    from mpe.plots import StoredResult
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    add_experiment_flag(parser, "mnist_mlp")
-    add_class_cov_flag(parser)
     parser.add_argument(
         "--corrected",
         action="store_true",
         help="take true deviations from a control, retrained with every example, in place of the network before",
     )
-    add_figure_flags(parser)
+    parser.add(FigureConfig, "figure", defaults={"name_exp": "mnist_mlp"})
     return parser.parse_args()
 
 
@@ -57,7 +59,8 @@ def in_a_line(text: str) -> str:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import show, validation
+    from mpe.estimates import correlation_text
+    from mpe.plots import StoredResult, show, validation
 
     scores = StoredResult(args.pickles_folder, args.name_exp, "scores")
     retrain = StoredResult(args.pickles_folder, args.name_exp, "retrain")

@@ -12,6 +12,7 @@ With logits f, error ``e = p - onehot(y)``, covariance of the logits V, and ``La
 """
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -228,12 +229,6 @@ def _centred_root(variances: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)) @ vectors.mT
 
 
-RESAMPLES = 2000
-COVERAGE = 0.95
-_BLOCK = 1_000_000  # values that are resampled at once
-_LEAST = 3  # pairs; two are always perfectly correlated
-
-
 class Correlation(NamedTuple):
     """A correlation and the ends of its interval; NaN where there is none."""
 
@@ -248,11 +243,11 @@ class Correlation(NamedTuple):
 
 
 def correlation_intervals(
-    x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+    x: np.ndarray, y: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Correlation]:
-    """Spearman's and Pearson's correlation of pairs, with percentile bootstrap intervals of 95 %.
+    """Spearman's and Pearson's correlation of pairs, with percentile bootstrap intervals of 95 % (Fig. 2).
 
-    Pairs are resampled with replacement, and ranked anew in each resample, ties by their mean rank. Resamples in
+    Pairs are resampled with replacement, and ranked again in each resample, ties by their mean rank. Resamples in
     which ``x`` or ``y`` is constant have no correlation and are skipped.
 
     Args:
@@ -262,25 +257,39 @@ def correlation_intervals(
         seed: Of the resampling.
 
     Returns:
-        ``Spearman`` and ``Pearson``; NaN for fewer than 3 pairs and where ``x`` or ``y`` is constant.
+        ``Spearman`` and ``Pearson``; NaN for fewer than 3 pairs (two are always perfectly correlated) and where ``x``
+        or ``y`` is constant.
 
     Raises:
         ValueError: The lengths differ.
     """
+    from scipy import stats
+
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"{x.shape} and {y.shape} are not the shapes of n pairs")
-    if len(x) < _LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return dict.fromkeys(("Spearman", "Pearson"), Correlation(np.nan, np.nan, np.nan))
-    pairs = [(values, np.unique(values, return_inverse=True)[1]) for values in (x, y)]  # with their dense ranks
-    value = _both(pairs, np.arange(len(x))[None])[:, 0]
-    found = np.concatenate([_both(pairs, draws) for draws in _draws(len(x), resamples, seed)], axis=1)
-    ends = (1 - COVERAGE) / 2, (1 + COVERAGE) / 2
-    low, high = np.quantile(found, ends, axis=1) if found.size else np.full((2, 2), np.nan)
-    return {
-        name: Correlation(*map(float, each))
-        for name, *each in zip(("Spearman", "Pearson"), value, low, high, strict=True)
-    }
+    names = ("Spearman", "Pearson")
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return dict.fromkeys(names, Correlation(np.nan, np.nan, np.nan))
+
+    def correlations(positions: np.ndarray, axis: int = -1) -> np.ndarray:  # (..., n) -> (2, ...)
+        own = [values[positions] for values in (x, y)]
+        ranked = [stats.rankdata(values, axis=axis) for values in own]
+        return np.stack([stats.pearsonr(*pair, axis=axis).statistic for pair in (ranked, own)])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of constant resamples
+        found = stats.bootstrap(
+            (np.arange(len(x)),),
+            correlations,
+            n_resamples=resamples,
+            batch=max(1, 1_000_000 // len(x)),  # bounds the memory
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
+        low, high = np.nanquantile(found, (0.025, 0.975), axis=1)
+    ends = zip(correlations(np.arange(len(x))), low, high, strict=True)
+    return {name: Correlation(*map(float, each)) for name, each in zip(names, ends, strict=True)}
 
 
 def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
@@ -288,39 +297,6 @@ def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
     found = correlation_intervals(true, estimated)
     which = "" if np.isnan(found["Spearman"].low) else " (95 % bootstrap intervals)"
     return "\n".join([f"n = {len(true):,}{which}", *(f"{name} {value}" for name, value in found.items())])
-
-
-def _draws(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Positions ``(b, count)`` of resamples, in blocks that bound the memory."""
-    generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK // count)
-    for start in range(0, resamples, block):
-        yield generator.integers(count, size=(min(block, resamples - start), count))
-
-
-def _both(pairs: list[tuple[np.ndarray, np.ndarray]], draws: np.ndarray) -> np.ndarray:
-    """Spearman's and Pearson's correlation ``(2, b)`` of resamples, without those that have none."""
-    groups = [dense[draws] for _, dense in pairs]
-    varied = np.logical_and(*(np.ptp(group, axis=1) > 0 for group in groups))
-    ranks = [_ranks(group[varied]) for group in groups]
-    values = [values[draws[varied]] for values, _ in pairs]
-    return np.stack([_pearson(*ranks), _pearson(*values)])
-
-
-def _ranks(groups: np.ndarray) -> np.ndarray:
-    """Mean ranks ``(b, n)`` within rows, from numbers ``(b, n)`` that order the values: by counting, not sorting."""
-    rows, width = len(groups), int(groups.max(initial=0)) + 1
-    places = groups + width * np.arange(rows)[:, None]
-    counts = np.bincount(places.ravel(), minlength=rows * width).reshape(rows, width)
-    return (counts.cumsum(axis=1) - (counts - 1) / 2).ravel()[places]
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Correlations ``(b,)`` of rows ``(b, n)``, none constant."""
-    x, y = (rows - rows.mean(axis=1, keepdims=True) for rows in (x, y))
-    x, y = (rows / np.abs(rows).max(axis=1, keepdims=True) for rows in (x, y))  # squares of tiny ones would vanish
-    product = np.einsum("bn,bn->b", x, y)
-    return np.clip(product / np.sqrt(np.einsum("bn,bn->b", x, x) * np.einsum("bn,bn->b", y, y)), -1, 1)
 
 
 class Sensitivities:

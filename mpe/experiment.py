@@ -1,31 +1,32 @@
-"""What the five experiments share: data, network, base training, variances, and results that survive."""
+"""What the five experiments share: data, model, base training, variances, and results that survive interruptions."""
 
 import logging
 import math
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpe.config import ORDERS
+from mpe.config import CLASS_COVARIANCES, ORDERS, ExperimentConfig
 from mpe.laplace_torch import LaplaceTorchVariances
 from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posterior, predict
 from src.artifacts import (
+    Folders,
     experiment_folder,
-    label_hash,
     mpe_experiment,
     pickle_path,
+    read_pickle,
     require_writable,
     resume_folder,
-    without_idle,
+    write_pickle,
 )
-from src.datasets import Batches, ImageSet, load_dataset, parse_subset
-from src.devices import PRECISIONS, prepare, resolve_device
-from src.errors import FlagError
+from src.artifacts.store import acting_settings, load_result
+from src.context import RunContext
+from src.datasets import Batches, ImageSet
+from src.errors import ArgumentError, FileError
 from src.jacobians import OutputVariances, Posterior
 from src.models import MODELS, build_model
 from src.training import (
@@ -33,16 +34,14 @@ from src.training import (
     Trainer,
     TrainingConfig,
     evaluate,
-    image_facts,
     model_description,
     run_training,
 )
 
 log = logging.getLogger(__name__)
 
-NORMALISATION = "mpe"
 LOSS_CAP = -math.log(EPS)  # nats
-SHARED_SETTINGS = (
+DATA_AND_MODEL = (  # settings that base training and retraining have in common
     "dataset",
     "image_size",
     "channels",
@@ -55,7 +54,7 @@ SHARED_SETTINGS = (
     "initialization",
     "base_shuffle",
 )
-_RESULT_FREE = (  # flags that change neither a result nor what it is called
+_FREE = (  # flags that change neither a result nor what it is called
     "device",
     "resume",
     "overwrite",
@@ -73,65 +72,59 @@ _RESULT_FREE = (  # flags that change neither a result nor what it is called
 )
 
 
+def forms_of(class_cov: str) -> tuple[str, ...]:
+    """The forms of class covariance that one pass for ``class_cov`` serves, beside the one asked for."""
+    return ("diag",) if class_cov == "diag" else CLASS_COVARIANCES
+
+
 class Experiment:
-    """One experiment: its data, network and device, from the flags of ``add_experiment_flags``.
+    """One experiment: its model, base training, and variances of its predictions.
 
     Args:
-        args: The flags.
-        kind: What its result file is called after the experiment's name.
+        context: Device and data, under the normalization ``"mpe"``.
+        config: What the experiments have in common.
+        folders: Where checkpoints and resume states go.
+        kind: What the result file is called after the experiment's name.
+        flags: The flags, for the record in the result file.
+
+    Attributes:
+        context: See above.
+        config: See above.
+        record: The flags as plain values.
+        train: The training examples.
+        model: The model, as it was built or trained.
 
     Raises:
-        FlagError: Data and network do not fit each other, or a flag's value does not fit the data.
+        ArgumentError: Data and model do not fit each other.
     """
 
-    def __init__(self, args: Namespace, kind: str) -> None:
-        self.args, self.kind = args, kind
-        self.device, self.precision = resolve_device(args.device), PRECISIONS[args.precision]
-        prepare(self.device, self.precision, args.deterministic)
-        torch.manual_seed(args.seed)
-        np.random.seed(args.seed)
-        train, test = load_dataset(
-            args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels
-        )
-        self.whole_train, self.whole_labels = train, train.labels.cpu().numpy()
-        if args.subset is not None:
-            train = train.subset(parse_subset(args.subset, train.total, train.labels.cpu()))
-            log.info("training on %d of %d examples (--subset)", len(train), train.total)
-        self.train, self.test = train.to(self.device), test.to(self.device)
-        self.entry = train.entry
-        self.model = self.build()  # data that the network cannot take are refused here
-        require_writable(args.pickles_folder)
+    def __init__(
+        self, context: RunContext, config: ExperimentConfig, folders: Folders, kind: str, flags: Mapping[str, Any]
+    ) -> None:
+        self.context, self.config, self.folders, self.kind = context, config, folders, kind
+        record = {**asdict(context.compute), **flags}
+        self.record = {name: str(value) if isinstance(value, Path) else value for name, value in record.items()}
+        self.train = context.train
+        self.model = self.build()  # data that the model cannot take are refused here
+        require_writable(config.pickles_folder)
 
     def build(self) -> nn.Module:
-        """A fresh network: of one seed, always the same."""
-        args, entry = self.args, self.entry
-        model = build_model(args.model, entry.num_classes, entry.channels, entry.image_size, args.seed)
-        return model.to(self.device, self.precision.dtype)
+        """A fresh model: for one seed, always the same."""
+        entry, config = self.context.entry, self.config
+        model = build_model(config.model, entry.num_classes, entry.channels, entry.image_size, config.seed)
+        return model.to(self.context.device, self.context.precision.dtype)
 
     @property
     def count(self) -> int:
         """N, the number of training examples."""
         return len(self.train)
 
-    @property
-    def labels(self) -> Tensor:
-        """int64 ``(N,)``, on the device."""
-        return self.train.labels.to(self.device)
-
     def batches(self, images: ImageSet, size: int, order: str = "sequential") -> Batches:
-        """Batches under the paper's normalisation, not augmented."""
-        return Batches(
-            images,
-            size,
-            normalisation=self.entry.normalisations[NORMALISATION],
-            device=self.device,
-            order=order,
-            seed=self.args.seed,
-            dtype=self.precision.dtype,
-        )
+        """Batches, not augmented."""
+        return self.context.batches(images, size, order=order, seed=self.config.seed)
 
     def prepared(self, images: ImageSet) -> Tensor:
-        """All images, normalised, ``(n, c, h, w)``: what is trained on many times over."""
+        """All images, normalized, ``(n, c, h, w)``: what is trained on many times over."""
         found, start = None, 0
         for batch in self.batches(images, 1000):
             if found is None:  # all of it at once: joining parts would hold them twice
@@ -141,174 +134,212 @@ class Experiment:
             start = stop
         return found
 
+    # ------------------------------------------------------------------------------------------ results
+
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result."""
-        flags = {name: value for name, value in vars(self.args).items() if name not in _RESULT_FREE}
         return {
-            **without_idle({name: plain(value) for name, value in flags.items()}),
-            **MODELS[self.args.model].settings,
-            "dataset": self.entry.name,
-            "image_size": self.entry.image_size,
-            "channels": self.entry.channels,
-            "labels": label_hash(self.whole_labels),
-            **image_facts(self.whole_train),
-            "subset": None if self.args.subset is None else label_hash(self.train.indices.cpu().numpy()),
+            **acting_settings({name: value for name, value in self.record.items() if name not in _FREE}),
+            **MODELS[self.config.model].settings,
+            **self.context.data_settings,
             "examples": self.count,
         }
 
-    def path(self, kind: str | None = None) -> Path:
-        """A result file of this experiment."""
-        return pickle_path(self.args.pickles_folder, self.args.name_exp, kind or self.kind)
+    def data_and_model(self) -> dict[str, Any]:
+        """The settings of data and model, which base training and retraining have in common."""
+        settings = self.settings()
+        return {name: settings[name] for name in DATA_AND_MODEL if name in settings}
 
-    # ------------------------------------------------------------------------------------------- training
+    def result(self, kind: str | None = None, **settings: Any) -> "Result":
+        """The result file of this experiment, by default of its own kind; ``settings`` are further ones."""
+        config = self.config
+        path = pickle_path(config.pickles_folder, config.name_exp, kind or self.kind)
+        more = {"resume": config.resume, "overwrite": config.overwrite}
+        return Result(path, self.record, {**self.settings(), **settings}, **more)
+
+    # ------------------------------------------------------------------------------------------ training
 
     @property
     def files(self) -> RunFiles:
-        """Where the base run keeps checkpoint and resume state."""
-        args, name = self.args, mpe_experiment(self.args.name_exp, self.kind)
+        """Where the base run keeps its checkpoint and resume states."""
+        folders, seed = self.folders, self.config.seed
+        name = mpe_experiment(self.config.name_exp, self.kind)
         return RunFiles(
-            experiment_folder(args.models_folder, name, args.seed),
-            resume_folder(args.resume_ckpts_folder, name, args.seed),
+            experiment_folder(folders.models_folder, name, seed),
+            resume_folder(folders.resume_ckpts_folder, name, seed),
         )
 
     def train_base(
         self,
-        optimizer: str,
         *,
         measure: Callable[[Trainer], None] = lambda trainer: None,
         after_step: Sequence[Callable[[Trainer, int, int], None]] = (),
     ) -> Trainer:
-        """Train the network on all examples, resumably; ``self.model`` is the trained one.
+        """Train the model on all examples, resumably; ``self.model`` is the trained one.
 
         The objective is ``mean CE + delta / (2 N) |w|^2``: as weight decay delta / N of sgd and adam, decoupled for
         adamw, in iblr's prior.
 
         Args:
-            optimizer: sgd, adam, adamw or iblr.
             measure: Called after each epoch, before its state is written.
             after_step: Called after each step.
 
         Returns:
-            The loop, which knows optimiser and history.
+            The loop, which has the optimizer and the history.
         """
-        args = self.args
-        prior = {"delta": args.delta} if optimizer == "iblr" else {"weight_decay": args.delta / self.count}
-        config = TrainingConfig(
-            epochs=args.epochs,
-            optimizer=optimizer,
-            learning_rate=args.lr,
+        config = self.config
+        prior = {"delta": config.delta} if config.optimizer == "iblr" else {"weight_decay": config.delta / self.count}
+        training = TrainingConfig(
+            epochs=config.epochs,
+            optimizer=config.optimizer,
+            learning_rate=config.lr,
             lr_sched="cosine",
-            lr_min=args.lrmin,
-            hess_init=getattr(args, "hess_init", 0.1),
-            seed=args.seed,
-            precision=args.precision,
+            lr_min=config.lrmin,
+            hess_init=config.hess_init,
+            seed=config.seed,
+            precision=self.context.precision.name,
             **prior,
         )
-        trainer = Trainer(
-            self.model,
-            self.batches(self.train, args.bs, ORDERS[args.base_shuffle]),
-            self.batches(self.test, max(args.bs, 1000)),
-            config,
-            compile_model=args.compile,
-            after_step=after_step,
-            test_loss_cap=LOSS_CAP,
-        )
-        description = model_description(args.model, self.whole_train, self.entry.normalisations[NORMALISATION])
+        try:
+            trainer = Trainer(
+                self.model,
+                self.batches(self.train, config.bs, ORDERS[config.base_shuffle]),
+                self.batches(self.context.test, max(config.bs, 1000)),
+                training,
+                compile_model=self.context.compute.compile,
+                after_step=after_step,
+                test_loss_cap=LOSS_CAP,
+            )
+        except ArgumentError as error:  # the only one possible here
+            raise ArgumentError("bs", str(error).removeprefix("batch_size")) from error
         run_training(
             trainer,
             self.files,
-            self.base_settings(config),
-            description,
-            resume=args.resume,
-            overwrite=args.overwrite,
+            {**training.as_dict(), **self.data_and_model(), "batch_size": config.bs},
+            model_description(config.model, self.context.full_train, self.context.normalization),
+            resume=config.resume,
+            overwrite=config.overwrite,
             save_epochs="last",
             measure=measure,
         )
         return trainer
 
-    def base_settings(self, config: TrainingConfig) -> dict[str, Any]:
-        """What determines the base run: the experiment's settings without those of what follows it."""
-        return {**config.as_dict(), **self.shared_settings(), "batch_size": self.args.bs}
-
-    def shared_settings(self) -> dict[str, Any]:
-        """The settings of data and model, which base training and retraining have in common."""
-        own = self.settings()
-        return {name: own[name] for name in SHARED_SETTINGS if name in own}
-
     def test_metrics(self, model: nn.Module | None = None) -> tuple[float, float]:
-        """Test accuracy and mean NLL of a network, by default ``self.model``."""
+        """Test accuracy and mean NLL of a model, by default ``self.model``."""
+        batches = self.batches(self.context.test, max(self.config.bs, 1000))
         loss, accuracy = evaluate(
-            model or self.model,
-            self.batches(self.test, max(self.args.bs, 1000)),
-            precision=self.args.precision,
-            loss_cap=LOSS_CAP,
+            model or self.model, batches, precision=self.context.precision.name, loss_cap=LOSS_CAP
         )
         return accuracy, loss
 
     # ------------------------------------------------------------------------------------------ variances
 
-    @property
-    def full(self) -> bool:
-        """Whether the covariance of the classes is wanted."""
-        return self.args.class_cov != "diag"
-
-    def laplace(self, delta: float, structure: str = "kfac", model: nn.Module | None = None) -> Predictions:
+    def laplace(
+        self,
+        delta: float,
+        structure: str = "kfac",
+        *,
+        model: nn.Module | None = None,
+        images: ImageSet | None = None,
+    ) -> Predictions:
         """Predictions on the training examples with variances of Laplace's posterior.
 
         Args:
             delta: Prior precision.
             structure: ``"kfac"`` or ``"diag"``.
-            model: The network; default ``self.model``.
+            model: The model; default ``self.model``.
+            images: The training examples; default all.
         """
-        model, args = model or self.model, self.args
-        batches = self.batches(self.train, args.bs_jacs)
-        if args.laplace_backend == "laplace-torch":
-            more = {"structure": structure, "full": self.full, "memory_mb": args.memory_mb}
-            return self._predict(LaplaceTorchVariances(model, batches, delta, **more))
-        posterior = laplace_posterior(
-            model, batches, delta, structure=structure, memory_mb=args.memory_mb, progress=True
-        )
-        return self._predict(OutputVariances(model, posterior, full=self.full, memory_mb=args.memory_mb))
+        config, model = self.config, model or self.model
+        batches = self.batches(images or self.train, config.bs_jacs)
+        more: dict[str, Any] = {"structure": structure, "memory_mb": config.memory_mb}
+        if config.laplace_backend == "laplace-torch":
+            with LaplaceTorchVariances(model, batches, delta, full=config.class_cov != "diag", **more) as engine:
+                return predict(engine, batches, progress=True)
+        posterior = laplace_posterior(model, batches, delta, progress=True, **more)
+        with self._engine(model, posterior) as engine:
+            return predict(engine, batches, progress=True)
 
     def from_optimizer(self, trainer: Trainer) -> Predictions:
-        """The same with the posterior that the optimiser's state holds (iblr, adam)."""
+        """The same with the posterior that the optimizer's state holds (iblr, adam)."""
         posterior = optimizer_posterior(
-            trainer.optimizer, trainer.model, num_examples=self.count, delta=self.args.delta
+            trainer.optimizer, trainer.model, num_examples=self.count, delta=self.config.delta
         )
-        return self._predict(OutputVariances(trainer.model, posterior, full=self.full, memory_mb=self.args.memory_mb))
+        with self._engine(trainer.model, posterior) as engine:
+            return predict(engine, self.batches(self.train, self.config.bs_jacs), progress=True)
 
-    def _predict(self, engine: Any) -> Predictions:
-        with engine:
-            return predict(engine, self.batches(self.train, self.args.bs_jacs), progress=True)
+    def _engine(self, model: nn.Module, posterior: Posterior) -> OutputVariances:
+        config = self.config
+        return OutputVariances(model, posterior, full=config.class_cov != "diag", memory_mb=config.memory_mb)
 
-    def check_network(self) -> None:
-        """Compute variances of two examples under a unit covariance; see ``check_variances``."""
-        ones = {name: torch.ones_like(p) for name, p in self.model.named_parameters() if p.requires_grad}
-        engine = OutputVariances(self.model, Posterior(ones), memory_mb=self.args.memory_mb)
+    def check_variances(self, delta: float = 1.0, structure: str = "kfac") -> None:
+        """Compute variances of two examples, so that a model which cannot have them is refused before training.
+
+        This project's engine needs no posterior for that: it refuses the same models under a unit covariance.
+        """
+        two = self.train.subset(torch.arange(min(2, self.count)))
         try:
-            with engine:
-                engine(next(iter(self.batches(self.train, 2))).images)
+            if self.config.laplace_backend == "laplace-torch":
+                self.laplace(delta, structure, images=two)
+                return
+            ones = {name: torch.ones_like(p) for name, p in self.model.named_parameters() if p.requires_grad}
+            with self._engine(self.model, Posterior(ones)) as engine:
+                engine(next(iter(self.batches(two, 2))).images)
         except ValueError as error:
-            raise FlagError(f"--model {self.args.model}: {error}") from error
-
-    def check_variances(self, delta: float, structure: str) -> None:
-        """Compute variances of two examples, so that a network which cannot have them is refused before training."""
-        if self.args.laplace_backend == "fast":
-            structure = "diag"  # refuses the same networks, without eigendecompositions, which may take minutes
-        whole, self.train = self.train, self.train.subset(torch.arange(min(2, self.count)))
-        try:
-            self.laplace(delta, structure)
-        except ValueError as error:
-            raise FlagError(f"--model {self.args.model}: {error}") from error
-        finally:
-            self.train = whole
+            raise ArgumentError("model", f"{self.config.model}: {error}") from error
 
 
-def plain(value: Any) -> Any:
-    """A flag's value as a plain one."""
-    return str(value) if isinstance(value, Path) else value
+class Result:
+    """One result file, written as results come.
+
+    Args:
+        path: The pickle.
+        record: The flags, for its key ``args``.
+        settings: Everything that determines the result, for its key ``settings``.
+        resume: Whether to continue from what is there.
+        overwrite: Whether a result of other settings may be replaced.
+
+    Attributes:
+        stored: What was there and is continued from; empty for a start from scratch.
+        replaces: Whether there is a file of other settings, which may be replaced.
+
+    Raises:
+        FileError: The file holds a result of other settings, or is damaged.
+    """
+
+    def __init__(
+        self, path: Path, record: Mapping[str, Any], settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+    ) -> None:
+        self.path, self.record, self.settings = path, dict(record), dict(settings)
+        found = load_result(path, settings, _read, overwrite=overwrite)
+        self.replaces = found is None and path.exists()
+        self.stored: dict[str, Any] = found if found and resume else {}
+
+    def write(self, **content: Any) -> Path:
+        """Write the result: plain values and numpy arrays by name, with ``args`` and ``settings``."""
+        return write_pickle(self.path, {**content, "args": self.record, "settings": self.settings})
+
+    def rows_before(self, rows: Mapping[int, Any], wanted: Iterable[int], now: int, what: str) -> dict[int, Any]:
+        """Rows measured at epochs or steps before ``now``, at which training continues.
+
+        Args:
+            rows: What was measured, by epoch or step.
+            wanted: The epochs or steps to measure at.
+            now: The present one.
+            what: What a row is, for the message.
+
+        Raises:
+            FileError: One is missing.
+        """
+        missing = [time for time in sorted(wanted) if time < now and time not in rows]
+        if missing:
+            what = f"{self.path}: has no {what} {missing[0]}, which training has passed; start without"
+            raise FileError(f"{what} resume", f"{what} --resume")
+        return {time: row for time, row in rows.items() if time < now}
 
 
-def plain_args(args: Namespace) -> dict[str, Any]:
-    """The flags as a dictionary of plain values, for a result file."""
-    return {name: plain(value) for name, value in vars(args).items()}
+def _read(path: Path) -> tuple[Any, Mapping[str, Any] | None]:
+    """A result, and the settings that it records."""
+    found = read_pickle(path)
+    settings = found.get("settings") if isinstance(found, dict) else None
+    return found, settings if isinstance(settings, dict) else None

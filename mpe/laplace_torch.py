@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpe.config import STRUCTURES
-from src.errors import FlagError, UserError
+from src.errors import ArgumentError, UserError
 from src.models.base import eval_mode
 
 TRIED = 2
@@ -41,7 +41,7 @@ class LaplaceTorchVariances:
         memory_mb: see above.
 
     Raises:
-        FlagError: on entering, if laplace-torch cannot treat the model.
+        ArgumentError: on entering, if laplace-torch cannot treat the model.
         UserError: on entering, if the package is missing or its eigendecomposition fails.
         ValueError: on entering, if there are no examples, or batches that can be run through only once.
     """
@@ -114,7 +114,7 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
         structure: a name of ``mpe.config.STRUCTURES``.
 
     Raises:
-        FlagError: there is none.
+        ArgumentError: there is none.
         UserError: the package is missing.
         ValueError: an unknown structure.
     """
@@ -126,10 +126,8 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
         from laplace.curvature.asdl import AsdlGGN
         from laplace.curvature.curvlinops import CurvlinopsGGN
     except ImportError as error:
-        raise UserError(
-            "--laplace_backend laplace-torch: needs the package laplace-torch; install it with "
-            "'pip install laplace-torch', or use fast"
-        ) from error
+        text = "laplace-torch: needs the package; install it with 'pip install laplace-torch', or use fast"
+        raise UserError(f"laplace_backend {text}", f"--laplace_backend {text}") from error
     model = getattr(model, "_orig_mod", model)
     if structure == "kfac":
         _refuse_without_factors(model, images)
@@ -145,7 +143,7 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
             continue
         if agrees:
             return backend
-    raise FlagError(f"--laplace_backend laplace-torch: cannot fit {structure} to this network{reason}; use fast")
+    raise _cannot(f"cannot fit {structure} to this model{reason}")
 
 
 def _refuse_without_factors(model: nn.Module, images: Tensor) -> None:
@@ -174,7 +172,11 @@ def _refuse_without_factors(model: nn.Module, images: Tensor) -> None:
             why = f"has no Kronecker factors for the partly frozen {what}"
         else:
             continue
-        raise FlagError(f"--laplace_backend laplace-torch: {why}; use fast")
+        raise _cannot(why)
+
+
+def _cannot(why: str) -> ArgumentError:
+    return ArgumentError("laplace_backend", f"laplace-torch: {why}; use fast")
 
 
 def _trains(module: nn.Module) -> bool:
@@ -218,10 +220,9 @@ def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, b
     try:
         posterior.fit(loader)
     except (SystemExit, torch.linalg.LinAlgError) as error:  # it leaves Python where eigh fails twice
-        raise UserError(
-            "--laplace_backend laplace-torch: its eigendecomposition does not converge in "
-            f"{next(model.parameters()).dtype}; use fast"
-        ) from error
+        dtype = next(model.parameters()).dtype
+        text = f"laplace-torch: its eigendecomposition does not converge in {dtype}; use fast"
+        raise UserError(f"laplace_backend {text}", f"--laplace_backend {text}") from error
     return posterior
 
 

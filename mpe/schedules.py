@@ -1,6 +1,6 @@
-"""Which examples each retrained network sees, in which order.
+"""Which examples each retrained model sees, in which order.
 
-Each retrained network shuffles the examples that are left once and visits them in that order in every epoch. Batches
+Each retrained model shuffles the examples that are left once and visits them in that order in every epoch. Batches
 are cut from that order, so every batch but the last is full.
 """
 
@@ -35,7 +35,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Orders:
+class MemberSchedules:
     """The orders of m members over L steps of one example.
 
     Attributes:
@@ -56,9 +56,9 @@ class Orders:
         """Whether all members see the same batches."""
         return self.table.ndim == 1
 
-    def to(self, device: torch.device | str) -> "Orders":
+    def to(self, device: torch.device | str) -> "MemberSchedules":
         """The same with the table on a device."""
-        return Orders(self.table.to(device), self.counts, self.kept)
+        return MemberSchedules(self.table.to(device), self.counts, self.kept)
 
     def steps(self, batch_size: int) -> int:
         """Batches in an epoch."""
@@ -80,7 +80,7 @@ class Orders:
 
 
 def as_positions(removed: Sequence[int] | np.ndarray, total: int) -> np.ndarray:
-    """The positions that one network goes without, int64 and ascending.
+    """The positions that one model goes without, int64 and ascending.
 
     Raises:
         ValueError: They are no positions of ``total`` examples, repeat themselves, or leave nothing.
@@ -106,10 +106,10 @@ def shuffle_seeds(
     replay: torch.Generator | None = None,
     extra_draws: int = 0,
 ) -> list[int]:
-    """The seed of each network's permutation.
+    """The seed of each model's permutation.
 
     Args:
-        removed: The positions that each network goes without, ascending; none for a control.
+        removed: The positions that each model goes without, ascending; none for a control.
         shuffle: One of ``SHUFFLES``.
         seed: The run's seed.
         replay: For ``replay``, the generator at the first retraining (``replay_generator``); it is not advanced.
@@ -145,11 +145,11 @@ def shuffle_seeds(
     return seeds
 
 
-def own_orders(removed: Sequence[np.ndarray], seeds: Sequence[int], total: int) -> Orders:
-    """Each network's own permutation of the examples that are left for it.
+def own_schedules(removed: Sequence[np.ndarray], seeds: Sequence[int], total: int) -> MemberSchedules:
+    """Each model's own permutation of the examples that are left for it.
 
     Args:
-        removed: The positions that each network goes without.
+        removed: The positions that each model goes without.
         seeds: Of each permutation.
         total: N.
     """
@@ -162,14 +162,14 @@ def own_orders(removed: Sequence[np.ndarray], seeds: Sequence[int], total: int) 
             remaining[left] = False
             order = torch.from_numpy(remaining.nonzero()[0])[order]
         table[row, : len(order)] = order
-    return Orders(table, counts)
+    return MemberSchedules(table, counts)
 
 
-def shared_orders(removed: Sequence[np.ndarray], permutation: Tensor) -> Orders:
-    """One order for all networks; what one goes without counts nothing for it.
+def shared_schedules(removed: Sequence[np.ndarray], permutation: Tensor) -> MemberSchedules:
+    """One order for all models; what one goes without counts nothing for it.
 
     Args:
-        removed: The positions that each network goes without.
+        removed: The positions that each model goes without.
         permutation: Of all N examples, ``(N,)``.
 
     Raises:
@@ -186,7 +186,7 @@ def shared_orders(removed: Sequence[np.ndarray], permutation: Tensor) -> Orders:
         for row, left in enumerate(removed):
             kept[row, torch.from_numpy(left)] = False
         kept = kept[:, permutation]
-    return Orders(permutation.to(_index_type(total)), counts, kept)
+    return MemberSchedules(permutation.to(_index_type(total)), counts, kept)
 
 
 def seeded_permutation(total: int, seed: int) -> Tensor:
@@ -197,11 +197,11 @@ def seeded_permutation(total: int, seed: int) -> Tensor:
 def replay_generator(build: Callable[[], object], *, seed: int = 1, passes: int = PASSES_BEFORE) -> torch.Generator:
     """The random numbers of the papers' scripts, from the first retraining on.
 
-    Those scripts seed torch's global generator, build the network on the CPU and iterate over loaders, each of which
+    Those scripts seed torch's global generator, build the model on the CPU and iterate over loaders, each of which
     draws a number. The same numbers come here from a generator of its own; the global one is left as it was.
 
     Args:
-        build: Builds the network, drawing from torch's global generator without seeding it: an entry of
+        build: Builds the model, drawing from torch's global generator without seeding it: an entry of
             ``src.models.MODELS``, not ``build_model``, which seeds.
         seed: The scripts' seed.
         passes: Passes over loaders between building and the first retraining.

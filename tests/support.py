@@ -1,6 +1,7 @@
 """Running scripts as users do, and small data sets of the user's own."""
 
 import contextlib
+import importlib.util
 import io
 import runpy
 import subprocess
@@ -64,6 +65,15 @@ def succeed(script: str, *flags: object) -> Result:
     result = call(script, *flags)
     assert result.status == 0, result.err
     return result
+
+
+def example(name: str):
+    """A script of ``examples/`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def start(script: str, *flags: object, cwd: Path | None = None) -> subprocess.Popen:

@@ -15,13 +15,6 @@ from src.settings.common import (
     add_training_flags,
     splits_folder,
 )
-from src.settings.experiments import (
-    add_ensemble_flags,
-    add_experiment_flags,
-    add_laplace_flags,
-    add_pickles_flag,
-    add_retraining_flags,
-)
 from src.settings.selection import add_downstream_flags, add_method_flags, add_selection_flags
 from src.settings.values import SEED, file_name, fraction, method_name, number, whole_number
 
@@ -31,16 +24,11 @@ __all__ = [
     "add_compute_flags",
     "add_data_flags",
     "add_downstream_flags",
-    "add_ensemble_flags",
-    "add_experiment_flags",
     "add_folder_flags",
-    "add_laplace_flags",
     "add_method_flags",
     "add_model_choice",
     "add_model_flags",
     "add_overwrite_flag",
-    "add_pickles_flag",
-    "add_retraining_flags",
     "add_run_flags",
     "add_score_flags",
     "add_seed_flag",

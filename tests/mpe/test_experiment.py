@@ -1,11 +1,15 @@
-"""What the experiments share, in parts that need no run."""
+"""What the experiments share, in parts that need no run: images, and result files that grow and are not lost."""
 
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 
-from mpe.experiment import Experiment
+from mpe.experiment import Experiment, Result
+from src.artifacts import read_pickle, write_pickle
+from src.errors import FileError
 
 
 def test_prepared_images_are_held_once():
@@ -25,3 +29,66 @@ def test_prepared_images_are_held_once():
     found = Experiment.prepared(SimpleNamespace(batches=lambda images, size: Tracked()), range(9))
     assert torch.equal(found, torch.cat(parts))
     assert found.dtype == torch.float64
+
+
+ARGS, SETTINGS = {"delta": 1.0, "device": "cpu"}, {"delta": 1.0, "labels": "ab", "steps": [1, 2]}
+
+
+def result(path, settings=SETTINGS, *, resume=False, overwrite=False):
+    return Result(path, ARGS, settings, resume=resume, overwrite=overwrite)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "t_iter.pkl"
+
+
+def test_what_is_written_can_be_gone_on_from(path):
+    assert result(path, resume=True).stored == {}
+    assert not path.exists()
+    assert result(path).write(values=np.arange(3.0), count=2) == path
+    found = read_pickle(path)
+    assert found.keys() == {"values", "count", "args", "settings"}
+    assert (found["args"], found["settings"], found["count"]) == (ARGS, SETTINGS, 2)
+    np.testing.assert_array_equal(result(path, resume=True).stored["values"], np.arange(3.0))
+    assert result(path).stored == {}  # a start from nothing
+    assert "values" in read_pickle(path)  # which leaves the file until it has something better
+    result(path).write(count=3)
+    assert read_pickle(path).keys() == {"count", "args", "settings"}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_results_of_other_settings_are_refused_or_replaced(path, resume):
+    result(path).write(count=2)
+    other = {**SETTINGS, "delta": 2.0}
+    with pytest.raises(FileError, match=r"t_iter\.pkl: .*delta \(1\.0 there, 2\.0 here\).*--overwrite"):
+        result(path, other, resume=resume)
+    with pytest.raises(FileError, match=r"more \(None there, 1 here\)"):
+        result(path, {**SETTINGS, "more": 1}, resume=resume)
+    replaced = result(path, other, resume=resume, overwrite=True)
+    assert replaced.stored == {}
+    replaced.write(count=5)
+    assert read_pickle(path)["settings"] == other
+
+
+def test_overwrite_does_not_throw_away_what_is_of_the_same_settings(path):
+    result(path).write(count=2)
+    assert result(path, resume=True, overwrite=True).stored["count"] == 2
+    assert result(path, {**SETTINGS, "steps": (1, 2)}, resume=True).stored["count"] == 2  # as json has it
+
+
+@pytest.mark.parametrize("content", [{"count": 1}, [1, 2], {"settings": "none"}])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_of_unknown_settings_is_refused_or_replaced(path, content, resume):
+    write_pickle(path, content)
+    with pytest.raises(FileError, match=r"t_iter\.pkl: does not record the settings.*--overwrite"):
+        result(path, resume=resume)
+    assert result(path, resume=resume, overwrite=True).stored == {}
+
+
+def test_a_damaged_file_is_refused_or_replaced(path):
+    result(path).write(count=2)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(FileError, match=r"t_iter\.pkl"):
+        result(path, resume=True)
+    assert result(path, resume=True, overwrite=True).stored == {}

@@ -128,7 +128,7 @@ def test_the_backend_is_chosen_by_trial(build, structure, backend):
 def test_refused_before_any_work(build, says):
     """These it would treat without a word, leaving blocks out or meaning something else."""
     given = CountedBatches(batches(*examples()))
-    with pytest.raises(FlagError, match=r"--laplace_backend laplace-torch: .*; use fast") as caught:
+    with pytest.raises(FlagError, match=r"laplace_backend laplace-torch: .*; use fast") as caught:
         LaplaceTorchVariances(built(build), given, 1.0).__enter__()
     assert says in str(caught.value)
     assert given.passes == 1  # which counts the examples

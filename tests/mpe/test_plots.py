@@ -119,18 +119,16 @@ def test_correlations_and_intervals_agree_with_resampling_one_by_one(count):
         assert np.allclose(found[name], [function(x, y).statistic, *ends], rtol=0, atol=1e-12)
 
 
-def test_blocks_of_resamples_change_nothing(monkeypatch):
+def test_resamples_are_drawn_by_a_seed():
     x, y = np.random.default_rng(0).random((2, 30))
     whole = correlation_intervals(x, y)
     assert whole == correlation_intervals(x, y)
     assert whole != correlation_intervals(x, y, seed=1)
-    monkeypatch.setattr("mpe.estimates._BLOCK", 30 * 700)
-    assert whole == correlation_intervals(x, y)
 
 
 def test_correlations_where_all_is_known():
     x = np.array([0.0, 1.0, 2.0])
-    assert correlation_intervals(x, x**3)["Spearman"] == (1, 1, 1)
+    assert np.allclose(correlation_intervals(x, x**3)["Spearman"], 1)
     found = correlation_intervals(x, np.array([0.0, 2.0, 1.0]))["Spearman"]
     assert np.allclose(found, (0.5, -1, 1))  # of the 24 resamples that vary 6 give -1, 12 give 1, 6 give 0.5
     assert np.allclose(correlation_intervals(1e-200 * x, 1e200 * x)["Pearson"], 1)

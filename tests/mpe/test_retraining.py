@@ -102,7 +102,7 @@ def test_the_model_is_left_as_it_was():
 def test_a_loss_that_is_not_finite_says_what_to_change(vectorised):
     settings = RetrainSettings(**{**vars(SETTINGS), "learning_rate": 1e200, "lr_min": 0.0})
     with pytest.raises(
-        TrainingError, match=r"epoch \d of retraining network 1 of 5; a smaller --lr_retrain may.*1e\+200"
+        TrainingError, match=r"epoch \d of retraining model 1 of 5; a smaller learning rate may.*1e\+200"
     ):
         run(settings, vectorised=vectorised)
 
@@ -119,9 +119,9 @@ def test_images_may_be_in_a_cut_out_layout():
     ("change", "words"),
     [
         ({"chunk": 0}, "chunk, epochs and batch_size must be at least 1"),
-        ({"removed": []}, "0 networks to retrain"),
+        ({"removed": []}, "0 models to retrain"),
         ({"removed": [range(N)]}, "nothing is left of 22 examples"),
-        ({"deltas": [1.0]}, "1 values of delta for 5 networks"),
+        ({"deltas": [1.0]}, "1 values of delta for 5 models"),
         ({"permutation": lambda epoch: torch.arange(N - 1)}, "the order has 21 entries for 22 examples"),
         ({"permutation": lambda epoch: torch.zeros(N, dtype=torch.int64)}, "no permutation of 22 examples"),
         ({"settings": RetrainSettings(**{**vars(SETTINGS), "epochs": 0})}, "chunk, epochs and batch_size"),

@@ -4,20 +4,14 @@ import numpy as np
 import pytest
 import torch
 from mpe_problems import examples, network, random_predictions
+from support import example
 from torch import nn
 
 from mpe.estimates import estimate, sensitivity
 from mpe.posterior import Predictions
-from mpe.validation import (
-    drawn_examples,
-    estimates_of,
-    kept_scores,
-    measure_removed,
-    retrain_content,
-    score_content,
-    spread_examples,
-)
 from src.training.ensemble import Ensemble
+
+script = example("3_validation_sensitivities")
 
 
 @pytest.mark.parametrize(
@@ -29,35 +23,35 @@ from src.training.ensemble import Ensemble
 )
 def test_the_papers_examples_are_drawn(count, first, number, total):
     before = np.random.get_state()[1].copy()
-    drawn = drawn_examples(count, number, seed=1)
+    drawn = script.drawn_examples(count, number, seed=1)
     assert drawn[:10].tolist() == first
     assert drawn.sum() == total
     assert np.array_equal(np.random.get_state()[1], before)  # the global generator is left alone
 
 
 def test_draws_are_distinct_and_go_on():
-    everything = drawn_examples(30, 30, seed=4)
+    everything = script.drawn_examples(30, 30, seed=4)
     assert sorted(everything) == list(range(30))
-    assert np.array_equal(drawn_examples(30, 7, seed=4), everything[:7])
-    assert not np.array_equal(drawn_examples(30, 30, seed=5), everything)
-    assert drawn_examples(30, 0, seed=4).shape == (0,)
+    assert np.array_equal(script.drawn_examples(30, 7, seed=4), everything[:7])
+    assert not np.array_equal(script.drawn_examples(30, 30, seed=5), everything)
+    assert script.drawn_examples(30, 0, seed=4).shape == (0,)
 
 
 def test_examples_spread_over_the_range_of_the_scores():
     scores = np.array([0.0, 0.1, 0.11, 0.5, 0.52, 0.9, 1.0, 0.5])
-    assert spread_examples(scores, 3).tolist() == [6, 3, 0]  # 1, 0.5 (the first of two), 0
-    assert spread_examples(scores, 3, taken=[3, 6]).tolist() == [5, 7, 0]
-    assert spread_examples(scores, 1).tolist() == [6]
-    assert spread_examples(scores, 0, taken=[2]).tolist() == []
-    rest = spread_examples(scores, 6, taken=np.array([0, 6]))
+    assert script.spread_examples(scores, 3).tolist() == [6, 3, 0]  # 1, 0.5 (the first of two), 0
+    assert script.spread_examples(scores, 3, taken=[3, 6]).tolist() == [5, 7, 0]
+    assert script.spread_examples(scores, 1).tolist() == [6]
+    assert script.spread_examples(scores, 0, taken=[2]).tolist() == []
+    rest = script.spread_examples(scores, 6, taken=np.array([0, 6]))
     assert sorted(rest) == [1, 2, 3, 4, 5, 7]
-    assert sorted(spread_examples(np.ones(4), 4)) == [0, 1, 2, 3]
+    assert sorted(script.spread_examples(np.ones(4), 4)) == [0, 1, 2, 3]
 
 
 def test_what_the_file_of_estimates_holds():
     found = random_predictions()
     found = Predictions(torch.arange(6) + 10, found.labels, found.logits, found.variances)
-    content = score_content(found, estimates_of(found, "woodbury"), "woodbury", "abc")
+    content = script.score_content(found, "woodbury", "abc")
     for form in ("diag", "full", "woodbury"):
         wanted = sensitivity(estimate(found, form)).numpy()
         np.testing.assert_array_equal(content[f"sensitivities_{form}"], wanted)
@@ -66,15 +60,10 @@ def test_what_the_file_of_estimates_holds():
     assert not np.array_equal(content["sensitivities"], content["sensitivities_full"])
     assert content["indices"].tolist() == list(range(10, 16))
     assert content["labels"].tolist() == found.labels.tolist()
-    assert set(estimates_of(found, "diag")) == {"diag"}
     np.testing.assert_array_equal(content["probabilities"], found.probabilities.numpy())
     assert (content["train_acc"], content["train_nll"]) == (found.accuracy, found.nll)
-    stored = {**content, "args": {"lr": 0.1}, "settings": {"lr": 0.1}}
-    assert kept_scores(stored, "abc") == content
-    assert kept_scores(stored, "abd") is None  # another network's
-    del stored["base_weights"]
-    assert kept_scores(stored, "abc") is None  # of an older version
-    assert kept_scores({}, "abc") is None
+    assert content["base_weights"] == "abc"
+    assert "sensitivities_full" not in script.score_content(random_predictions(full=False), "diag", "abc")
 
 
 def different_members(net, count):
@@ -94,7 +83,7 @@ def alone(net, weights, images):
 def test_each_network_is_asked_about_the_example_that_it_lacks():
     net, (images, _) = network(), examples(9)
     removed = np.array([6, 2, 8, 0])
-    measure = measure_removed(images, removed)
+    measure = script.measure_removed(images, removed)
     ensemble = different_members(net, 3)
     first = measure(ensemble, range(3))
     assert first["probabilities"].shape == (3, 4)
@@ -115,7 +104,7 @@ def test_each_network_is_asked_about_the_example_that_it_lacks():
 def test_the_control_is_asked_in_parts(monkeypatch):
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3)).double()
     images = torch.randn(1203, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    removed = drawn_examples(1203, 1201, 1)
+    removed = script.drawn_examples(1203, 1201, 1)
     wanted = alone(net, net.state_dict(), images[removed])
     for members, most in ((1, 500), (3, 166), (600, 1)):  # memory does not grow with the ensemble
         ensemble, asked = Ensemble(net, members), []
@@ -125,7 +114,7 @@ def test_the_control_is_asked_in_parts(monkeypatch):
             return plain(part)
 
         monkeypatch.setattr(ensemble, "logits", logits)
-        found = measure_removed(images, removed)(ensemble, range(members))
+        found = script.measure_removed(images, removed)(ensemble, range(members))
         np.testing.assert_allclose(found["control"][0], wanted, rtol=1e-12)
         assert max(asked) == most
         assert sum(asked) == 1201
@@ -137,13 +126,13 @@ MOVED = np.random.default_rng(1).dirichlet(np.ones(3), 5)
 CONTROL = np.random.default_rng(2).dirichlet(np.ones(3), 4)
 
 
-@pytest.mark.parametrize("networks", [1, 3, 5])
-def test_what_the_file_of_true_deviations_holds(networks):
+@pytest.mark.parametrize("models", [1, 3, 5])
+def test_what_the_file_of_true_deviations_holds(models):
     """After the control alone, in the middle, and at the end."""
-    rows = {"probabilities": MOVED[:networks].copy(), "control": CONTROL[None]}
+    rows = {"probabilities": MOVED[:models].copy(), "control": CONTROL[None]}
     rows["probabilities"][0] = np.nan
-    content = retrain_content(rows, REMOVED, spread=1, base=BASE, indices=np.arange(6) * 100)
-    done = networks - 1
+    content = script.retrain_content(rows, REMOVED, spread=1, base=BASE, indices=np.arange(6) * 100)
+    done = models - 1
     assert content["indices_retrain"].tolist() == [4, 1, 5, 2][:done]
     assert content["indices_retrain"].dtype == np.int64
     assert content["indices_original"].tolist() == [400, 100, 500, 200][:done]

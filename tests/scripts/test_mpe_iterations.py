@@ -106,14 +106,14 @@ def test_an_estimate_that_is_gone_is_not_made_up(tmp_path):
     (tmp_path / "pickles" / "t_iter.pkl").unlink()
     result = call(LOO, *flags(tmp_path, "--resume"))
     assert result.status == 1
-    assert "t_iter.pkl: holds no estimate of epoch 1" in result.complaint
+    assert "t_iter.pkl: has no estimate of epoch 1" in result.complaint
 
 
 def test_a_foreign_pickle_is_not_replaced(tmp_path):
     write_pickle(tmp_path / "pickles" / "t_iter.pkl", {"estimated_nll": [1.0]})
     result = call(LOO, *flags(tmp_path))
     assert result.status == 1
-    assert "t_iter.pkl: does not say which settings" in result.complaint
+    assert "t_iter.pkl: does not record the settings" in result.complaint
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -127,7 +127,7 @@ def test_variances_that_the_optimiser_does_not_have_are_refused_at_once(tmp_path
 def test_a_floor_above_the_rate_is_refused(tmp_path):
     result = call(LOO, *flags(tmp_path, "--lrmin=1"))
     assert result.status == 2
-    assert "--lrmin 1: is above --lr 0.05" in result.complaint
+    assert "--lrmin 1: is above the initial learning rate, lr 0.05" in result.complaint
 
 
 def test_scores_reach_the_other_paper(tmp_path):
@@ -221,7 +221,7 @@ def test_a_checkpoint_that_is_gone_is_not_passed_over(tmp_path):
     (tmp_path / "pickles" / "t_evolving.pkl").unlink()
     result = call(EVOLVING, *flags(tmp_path), *more, "--resume")
     assert result.status == 1
-    assert "t_evolving.pkl: holds no sensitivities after step 1" in result.complaint
+    assert "t_evolving.pkl: has no sensitivities after step 1" in result.complaint
 
 
 @pytest.mark.parametrize(("change", "remove"), [(("--var_version=diag", "--overwrite"), False), ((), True)])
@@ -233,7 +233,7 @@ def test_a_finished_run_without_its_estimates_does_not_pass_for_done(tmp_path, c
         path.unlink()
     result = call(LOO, *flags(tmp_path, *change, "--resume"))
     assert result.status == 1
-    assert "t_iter.pkl: holds no estimate of epoch 1, which training has passed" in result.complaint
+    assert "t_iter.pkl: has no estimate of epoch 1, which training has passed" in result.complaint
     assert remove or path.read_bytes() == before
 
 

@@ -6,6 +6,7 @@ import torch
 from mpe_runs import BATCH, CLASSES, DELTA, EPOCHS, L2REG, LOCO, VALIDATION, N, flags, result, run
 from support import succeed
 
+import mpe
 from src.artifacts import read_checkpoint
 from src.datasets import load_dataset
 from src.models import MODELS, build_model
@@ -114,3 +115,5 @@ def test_script_2_trains_as_a_plain_loop(tmp_path):
         assert found["test_nlls"][number] == np.float32(wanted)
         wanted = torch.nn.functional.cross_entropy(model(images), labels).item()
         assert found["train_nll"][number] == pytest.approx(wanted, rel=1e-10)
+        wanted = mpe.sensitivities(model, [(images, labels)], "kfac", delta=found["deltas"][number]).loo_nll
+        assert found["estimated_nll"][number] == pytest.approx(wanted, rel=1e-8)

@@ -1,4 +1,4 @@
-"""Orders of retraining: planted by hand, and replayed beside torch's own loaders."""
+"""MemberSchedules of retraining: planted by hand, and replayed beside torch's own loaders."""
 
 from itertools import chain
 
@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from mpe.schedules import (
     SHUFFLES,
     as_positions,
-    own_orders,
+    own_schedules,
     replay_generator,
     seeded_permutation,
-    shared_orders,
+    shared_schedules,
     shuffle_seeds,
 )
 from src.models import MODELS, build_model
@@ -66,7 +66,7 @@ def test_replay_repeats_the_loaders_batches(name, extra):
     wanted = positions((), *removed)
     for _ in range(2):  # the generator given is not used up
         seeds = shuffle_seeds(wanted, "replay", 0, replay=generator, extra_draws=extra)
-        orders = own_orders(wanted, seeds, TOTAL)
+        orders = own_schedules(wanted, seeds, TOTAL)
         assert [visited(orders, member) for member in range(1, 5)] == expected
     assert torch.equal(torch.get_rng_state(), before)
     assert seeds[0] == seeds[1]  # the control takes a shuffle of its own kind and no draw
@@ -93,7 +93,7 @@ def test_seeded_orders_depend_on_what_is_removed_alone():
     assert seeds == backwards[::-1]
     assert len(set(seeds)) == 4
     assert not set(seeds) & set(shuffle_seeds(removed, "seeded", 4))
-    orders = own_orders(removed, seeds, TOTAL)
+    orders = own_schedules(removed, seeds, TOTAL)
     assert orders.table.dtype == torch.int32
     assert orders.table.shape == (4, TOTAL)
     assert orders.counts.tolist() == [23, 22, 22, 21]
@@ -102,18 +102,18 @@ def test_seeded_orders_depend_on_what_is_removed_alone():
         assert sorted(chain(*batches)) == sorted(set(range(TOTAL)) - set(left.tolist()))
         assert [len(batch) for batch in batches[:-1]] == [BATCH] * (len(batches) - 1)
         assert list(chain(*batches)) != sorted(chain(*batches))
-    alone = own_orders(removed[2:3], seeds[2:3], TOTAL)
+    alone = own_schedules(removed[2:3], seeds[2:3], TOTAL)
     assert visited(alone, 0) == visited(orders, 2)
 
 
 def test_members_with_fewer_examples_rest_at_the_end():
     removed = positions([], range(15))  # 23 examples in 6 steps of 4, 8 in 2
-    orders = own_orders(removed, [1, 2], TOTAL)
+    orders = own_schedules(removed, [1, 2], TOTAL)
     steps = [orders.batch(step, BATCH) for step in range(orders.steps(BATCH))]
     assert [batch.index.shape[1] for batch in steps] == [4, 4, 4, 4, 4, 3]
     assert [batch.weights is None for batch in steps] == [True, True, False, False, False, False]
     assert all(batch.active.tolist() == [True, False] for batch in steps[2:])
-    odd = own_orders(positions([], range(16)), [1, 2], TOTAL).batch(1, BATCH)  # 7 examples: the second batch has 3
+    odd = own_schedules(positions([], range(16)), [1, 2], TOTAL).batch(1, BATCH)  # 7 examples: the second batch has 3
     assert odd.active is None
     assert odd.weights.tolist() == [[True] * 4, [True] * 3 + [False]]
 
@@ -121,7 +121,7 @@ def test_members_with_fewer_examples_rest_at_the_end():
 def test_shared_orders_leave_out_by_weight():
     removed = positions((), [4], range(8))
     permutation = seeded_permutation(TOTAL, 5)
-    orders = shared_orders(removed, permutation)
+    orders = shared_schedules(removed, permutation)
     assert orders.shared
     assert orders.table.dtype == torch.int32
     assert orders.counts.tolist() == [23, 22, 15]
@@ -129,14 +129,14 @@ def test_shared_orders_leave_out_by_weight():
     for member, left in enumerate(removed):
         cut = [[i for i in order[k : k + BATCH] if i not in left] for k in range(0, TOTAL, BATCH)]
         assert visited(orders, member) == [batch for batch in cut if batch]
-    everyone = shared_orders(positions((), ()), permutation)
+    everyone = shared_schedules(positions((), ()), permutation)
     assert everyone.kept is None
     assert everyone.batch(0, BATCH).weights is None
     assert len(set(shuffle_seeds(removed, "shared", 3))) == 1
 
 
 def test_a_member_without_examples_in_a_shared_batch_is_not_active():
-    batch = shared_orders(positions((), range(4)), torch.arange(TOTAL)).batch(0, BATCH)
+    batch = shared_schedules(positions((), range(4)), torch.arange(TOTAL)).batch(0, BATCH)
     assert batch.active.tolist() == [True, False]
 
 
@@ -161,5 +161,5 @@ def test_bad_arguments_are_refused():
         shuffle_seeds(positions([1]), "replay", 1)
     for wrong in (torch.zeros(TOTAL, dtype=torch.int64), torch.arange(1, TOTAL)):
         with pytest.raises(ValueError, match="no permutation"):
-            shared_orders(positions(()), wrong)
+            shared_schedules(positions(()), wrong)
     assert SHUFFLES == ("seeded", "replay", "shared")
