@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 from src.artifacts import Folders, eigen_name, hessian_path, label_hash
 from src.artifacts.store import load_result, record_path
 from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
-from src.curvature.config import FLOAT_PRECISIONS, TRAINING_SET, CheckpointConfig, SpectrumConfig
+from src.curvature.config import (
+    FLOAT_PRECISIONS,
+    NOT_FILE,
+    NOT_NAMED,
+    TRAINING_SET,
+    CheckpointConfig,
+    SpectrumConfig,
+)
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.errors import ArgumentError, FileError
@@ -51,6 +58,8 @@ def parse() -> Namespace:
     parser.accept_paper_flags()
     orders = (lambda args: args.high_low_spec is not None, "without --high_low_spec")
     restrict(parser, {("--subset",): TRAINING_SET, ("--scores_folder",): orders})
+    for rule in (NOT_FILE, NOT_NAMED):
+        restrict(parser, {("--optimizer", "--lr_sched"): rule})
     return parser.parse_args()
 
 

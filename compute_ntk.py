@@ -27,6 +27,7 @@ from src.devices import TRAINING_ONLY, ComputeConfig
 from src.metrics import Proxy
 from src.metrics.compare import spearman
 from src.metrics.proxy import ScoreConfig, score_folders
+from src.models import ModelConfig
 
 if TYPE_CHECKING:
     from src.context import RunContext
@@ -36,7 +37,10 @@ def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
-    parser.add(NtkConfig, "kernels")
+    parser.add(ModelConfig, "model", only=("model",), defaults={"model": "resnet18"})
+    of_runs = ("optimizer", "lr_sched", "seeds")
+    parser.add(NtkConfig, "model", only=of_runs)
+    parser.add(NtkConfig, "kernels", skip=of_runs)
     parser.add(ScoreConfig, "scores")
     parser.add(ComputeConfig, "computing", skip=TRAINING_ONLY, choices={"precision": FLOAT_PRECISIONS})
     parser.add(Folders, "folders", only=("datasets_folder", "models_folder", "metrics_folder", "ntk_folder"))

@@ -22,7 +22,7 @@ from src.artifacts import (
     write_json,
     write_text,
 )
-from src.cli import Parser, build, file_name, run_script
+from src.cli import Parser, build, file_name, restrict, run_script
 from src.curvature.config import SpectrumQuery
 from src.curvature.results import (
     SpectrumGroup,
@@ -34,12 +34,18 @@ from src.curvature.results import (
 )
 from src.datasets import DataConfig, load_dataset
 from src.errors import ArgumentError
+from src.models import ModelConfig
+
+OF_RUNS = ("--model", "--optimizers", "--lr_sched", "--seeds", "--epochs", "--eigen_split", "--high_low_specs",
+           "--operator", "--eigen_mode")  # fmt: skip
+"""The flags that choose spectra, which --files does as well."""
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(ModelConfig, "model", only=("model",))
     parser.add(SpectrumQuery, "spectra")
     group = parser.add_argument_group("figure")
     group.add_argument(
@@ -50,6 +56,7 @@ def parse() -> Namespace:
         "--name", type=file_name, help="name of figure and table (default: what was chosen; spectra with --files)"
     )
     parser.add(Folders, "folders", only=("datasets_folder", "hessian_folder", "plots_folder"))
+    restrict(parser, {OF_RUNS: (lambda args: not args.files, "with --files")})
     return parser.parse_args()
 
 

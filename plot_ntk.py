@@ -15,19 +15,21 @@ import numpy as np
 
 from src.artifacts import Folders, ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
 from src.cli import SEED, Parser, number, run_script
-from src.curvature.config import NtkConfig
+from src.curvature.config import TrainedRunConfig
 from src.curvature.results import Velocities, read_velocities
 from src.datasets import DataConfig, load_dataset
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES
 from src.metrics.compare import spearman
+from src.models import ModelConfig
 
 
 def parse() -> Namespace:
     """The flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", skip=("subset",))
-    parser.add(NtkConfig, "model", only=("model", "optimizer", "lr_sched"))
+    parser.add(ModelConfig, "model", only=("model",), defaults={"model": "resnet18"})
+    parser.add(TrainedRunConfig, "model")
     group = parser.add_argument_group("figure")
     add = group.add_argument
     add(

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from src.artifacts.store import acting_settings
 from src.cli import SEED, fraction, number, option
 from src.errors import ArgumentError
 from src.metrics.registry import SCORES
-from src.models import model_names
+from src.models import MODELS
 from src.optimizers import OPTIMIZERS, SCHEDULES
 
 OPERATOR_NAMES = ("hessian", "ggn")
@@ -65,31 +65,32 @@ def high_low(text: str) -> HighLow:
     return HighLow(parts[0], parts[1], fraction(parts[2]))
 
 
-_NOT_FILE = (lambda args: args.checkpoint is None, "with --checkpoint, which names the file")
-_NOT_EXP = (lambda args: args.exp is None, "with --exp, which names the run")
+@dataclass(frozen=True)
+class TrainedRunConfig:
+    """Which runs of train_full.py."""
+
+    optimizer: str = option("sgd", "optimizer in the run's name", choices=tuple(OPTIMIZERS))
+    lr_sched: str | None = option(
+        None, "schedule in the run's name (default: the only one there is)", choices=tuple(SCHEDULES)
+    )
+
+
+NOT_FILE = (lambda args: args.checkpoint is None, "with --checkpoint, which names the file")
+NOT_NAMED = (lambda args: args.exp is None, "with --exp, which names the run")
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(TrainedRunConfig):
     """Which trained model: by the flags of train_full.py, by its run's name, or by its file."""
 
     model: str | None = option(
         None,
-        f"one of {', '.join(model_names())} (default: resnet50, or what --exp and --checkpoint hold)",
-        choices=model_names(),
+        f"one of {', '.join(MODELS)} (default: resnet50, or what --exp and --checkpoint contain)",
+        choices=tuple(MODELS),
         metavar="NAME",
     )
-    optimizer: str = option(
-        "sgd", "optimizer in the run's name", choices=tuple(OPTIMIZERS), acts=(_NOT_FILE, _NOT_EXP)
-    )
-    lr_sched: str | None = option(
-        None,
-        "schedule in the run's name (default: the only one there is)",
-        choices=tuple(SCHEDULES),
-        acts=(_NOT_FILE, _NOT_EXP),
-    )
-    seed: int = option(1, "seed of the run", SEED, acts=_NOT_FILE)
-    epochs: int = option(160, "epoch whose checkpoint is read", number(int, 1), acts=_NOT_FILE)
+    seed: int = option(1, "seed of the run", SEED, acts=NOT_FILE)
+    epochs: int = option(160, "epoch whose checkpoint is read", number(int, 1), acts=NOT_FILE)
     exp: str | None = option(
         None,
         "any other run by its name, the folder under --models_folder, such as one of train_split.py or "
@@ -102,20 +103,13 @@ class CheckpointConfig:
 
 TRAINING_SET = (lambda args: args.eigen_split == "train", "with --eigen_split=test: it chooses training examples")
 _POWER = (lambda args: args.eigen_mode == "power_iter", "without --eigen_mode=power_iter")
-_LANCZOS = (
-    lambda args: args.eigen_mode != "power_iter",
-    "with --eigen_mode=power_iter, which stops after --power_iterations",
-)
+_LANCZOS = (lambda args: args.eigen_mode == "lanczos", "with --eigen_mode=power_iter: see --power_iterations")
+_TRACE = (lambda args: args.trace_probes > 0, "with --trace_probes=0")
 
 
 @dataclass(frozen=True)
 class SpectrumConfig:
     """What to measure of a loss's curvature, on which examples, and how well.
-
-    Attributes:
-        resume: Whether an interrupted measurement is continued.
-        save_every: Products between two saves of the state.
-        overwrite: Whether a result of different settings is replaced.
 
     Raises:
         ArgumentError: Power iteration is asked for what it cannot do.
@@ -133,36 +127,26 @@ class SpectrumConfig:
     batch_size: int = option(512, "examples at a time", number(int, 1), title="examples")
     operator: str = option("hessian", "the Hessian, or the Gauss-Newton matrix", choices=OPERATOR_NAMES)
     eigen_mode: str = option(
-        "lanczos",
-        "top eigenvalues from the density's own Lanczos run, or by power iteration (pyhessian's; slow)",
-        choices=EIGEN_MODES,
+        "lanczos", "the density's own Lanczos run, or power iteration (pyhessian's; slow)", choices=EIGEN_MODES
     )
-    top_n: int = option(5, "how many top eigenvalues", number(int, 1))
+    top_n: int = option(5, "number of top eigenvalues", number(int, 1))
     eigen_order: str | None = option(
-        None,
-        "which ones those are (default: largest; power_iter finds those of largest magnitude)",
-        choices=tuple(ORDERS),
+        None, "which are the top ones (default: largest; of power_iter: magnitude)", choices=tuple(ORDERS)
     )
     tolerance: float = option(
         1e-3,
-        "relative residual at which an eigenvalue is found; power_iter: its change in an iteration",
+        "relative residual at which an eigenvalue has converged; power_iter: its change in an iteration",
         number(float, 0, open_low=True),
     )
-    lanczos_steps: int = option(100, "steps of the density", number(int, 1))
+    lanczos_steps: int = option(100, "Lanczos steps of the density", number(int, 1))
     max_steps: int = option(
-        300,
-        "steps after which eigenvalues are given as they are, with their residuals",
-        number(int, 1),
-        acts=_LANCZOS,
+        300, "Lanczos steps until all eigenvalues converge, at most", number(int, 1), acts=_LANCZOS
     )
-    power_iterations: int = option(100, "power_iter: most per eigenvalue", number(int, 1), acts=_POWER)
+    power_iterations: int = option(100, "power iterations per eigenvalue, at most", number(int, 1), acts=_POWER)
     probes: int = option(1, "start vectors of the density", number(int, 1))
-    trace_probes: int = option(100, "most probes of the trace", number(int, 0))
+    trace_probes: int = option(100, "probes of the trace, at most", number(int, 0))
     trace_tolerance: float = option(
-        0.02,
-        "relative standard error at which the trace takes no more",
-        number(float, 0),
-        acts=(lambda args: args.trace_probes > 0, "with --trace_probes=0"),
+        0.02, "relative standard error of the trace that is good enough", number(float, 0), acts=_TRACE
     )
     probe_seed: int = option(0, "seed of all random vectors", SEED)
     basis: str = option(
@@ -170,23 +154,15 @@ class SpectrumConfig:
         "how the Lanczos vectors are kept; " + "; ".join(f"{name}: {what}" for name, what in STORAGES.items()),
         choices=tuple(STORAGES),
     )
-    resume: bool = option(
-        False,
-        "continue an interrupted measurement, if there is one; an unfinished power iteration starts over",
-        title="run",
-    )
+    resume: bool = option(False, "continue an interrupted measurement (power iteration starts again)", title="run")
     save_every: int = option(10, "products between two saves of the state", number(int, 1), title="run")
     overwrite: bool = option(False, "replace results of other settings", title="run")
 
     def __post_init__(self) -> None:
         if self.eigen_mode == "power_iter" and self.operator != "hessian":
-            raise ArgumentError(
-                "eigen_mode", f"power_iter: supports the Hessian only, not --operator={self.operator}; use lanczos"
-            )
+            raise ArgumentError("eigen_mode", "power_iter: supports the Hessian alone; use lanczos")
         if self.eigen_mode == "power_iter" and self.eigen_order == "largest":
-            raise ArgumentError(
-                "eigen_order", "largest: power_iter finds eigenvalues of largest magnitude; use lanczos"
-            )
+            raise ArgumentError("eigen_order", "largest: power_iter finds those of largest magnitude; use lanczos")
 
     @property
     def order(self) -> str:
@@ -199,31 +175,19 @@ class SpectrumConfig:
         return max(self.lanczos_steps, 0 if self.eigen_mode == "power_iter" else self.max_steps)
 
     def as_dict(self) -> dict[str, Any]:
-        """What determines the numbers, as a record names it."""
+        """What determines the numbers, under the names that records have for it."""
+        found = asdict(self)
+        for name in ("resume", "save_every", "overwrite", "eigen_order", "lanczos_steps"):
+            del found[name]
         power = self.eigen_mode == "power_iter"
-        return acting_settings(
-            {
-                "eigen_split": self.eigen_split,
-                "high_low_spec": None if self.high_low_spec is None else str(self.high_low_spec),
-                "batch_size": self.batch_size,
-                "operator": self.operator,
-                "eigen_mode": self.eigen_mode,
-                "top_n": self.top_n,
-                "order": self.order,
-                "tolerance": self.tolerance,
-                "steps": self.lanczos_steps,
-                "max_steps": self.lanczos_steps if power else self.max_steps,
-                "power_iterations": self.power_iterations if power else None,
-                "probes": self.probes,
-                "trace_probes": self.trace_probes,
-                "trace_tolerance": self.trace_tolerance,
-                "probe_seed": self.probe_seed,
-                "basis": self.basis,
-            }
-        )
-
-
-_NOT_FILES = (lambda args: not args.files, "with --files")
+        found |= {
+            "high_low_spec": None if self.high_low_spec is None else str(self.high_low_spec),
+            "order": self.order,
+            "steps": self.lanczos_steps,
+            "max_steps": self.lanczos_steps if power else self.max_steps,
+            "power_iterations": self.power_iterations if power else None,
+        }
+        return acting_settings(found)
 
 
 @dataclass(frozen=True)
@@ -234,83 +198,43 @@ class SpectrumQuery:
         folder: The folder of spectra.
         dataset_name: The data set's name in paths.
         data: What ``--dataset`` and its companions were given, for messages.
+        model: The model.
     """
 
     folder: Path
     dataset_name: str
     data: Mapping[str, Any]
-    model: str = option(
-        "resnet50",
-        f"one of {', '.join(model_names())}",
-        choices=model_names(),
-        metavar="NAME",
-        acts=_NOT_FILES,
-        title="model",
-    )
-    optimizers: list[str] = option(
-        ["sgd", "sam"],
-        "optimizers of the runs",
-        nargs="+",
-        choices=tuple(OPTIMIZERS),
-        acts=_NOT_FILES,
-        title="model",
-    )
+    model: str
+    optimizers: list[str] = option(["sgd", "sam"], "optimizers of the runs", nargs="+", choices=tuple(OPTIMIZERS))
     lr_sched: str | None = option(
-        None,
-        "schedule of the runs (default: the only one there is)",
-        choices=tuple(SCHEDULES),
-        acts=_NOT_FILES,
-        title="model",
+        None, "schedule of the runs (default: the only one there is)", choices=tuple(SCHEDULES)
     )
-    seeds: list[int] | None = option(
-        None, "seeds to average (default: all there are)", SEED, nargs="+", acts=_NOT_FILES, title="model"
-    )
-    epochs: int | None = option(
-        None,
-        "epoch of the checkpoints (default: the only one there is)",
-        number(int, 1),
-        acts=_NOT_FILES,
-        title="model",
-    )
-    eigen_split: str = option("train", "the part whose loss it is", choices=EIGEN_SPLITS, acts=_NOT_FILES)
+    seeds: list[int] | None = option(None, "seeds to average (default: all there are)", SEED, nargs="+")
+    epochs: int | None = option(None, "epoch of the checkpoints (default: the only one there is)", number(int, 1))
+    eigen_split: str = option("train", "the part whose loss it is", choices=EIGEN_SPLITS)
     high_low_specs: list[str] = option(
         ["all"],
         "the parts of the examples to compare: all, or such as mem:low:0.3",
         lambda text: text if text == "all" else str(high_low(text)),
         nargs="+",
         metavar="SPEC",
-        acts=_NOT_FILES,
     )
-    operator: str = option(
-        "hessian", "the Hessian, or the Gauss-Newton matrix", choices=OPERATOR_NAMES, acts=_NOT_FILES
-    )
-    eigen_mode: str = option("lanczos", "how top eigenvalues were found", choices=EIGEN_MODES, acts=_NOT_FILES)
+    operator: str = option("hessian", "the Hessian, or the Gauss-Newton matrix", choices=OPERATOR_NAMES)
+    eigen_mode: str = option("lanczos", "how top eigenvalues were found", choices=EIGEN_MODES)
+
+
+_SKETCH = (lambda args: args.projection_dim is not None, "without --projection_dim: kernels are exact")
 
 
 @dataclass(frozen=True)
-class NtkConfig:
-    """Which kernels: of which runs and groups of examples, and how they are computed.
+class NtkConfig(TrainedRunConfig):
+    """Which kernels: of which runs and groups of examples, and how they are computed."""
 
-    Attributes:
-        overwrite: Whether results of different settings are replaced.
-    """
+    model: str = "resnet18"
 
-    model: str = option(
-        "resnet18", f"one of {', '.join(model_names())}", choices=model_names(), metavar="NAME", title="model"
-    )
-    optimizer: str = option("sgd", "optimizer of the runs", choices=tuple(OPTIMIZERS), title="model")
-    lr_sched: str | None = option(
-        None,
-        "schedule in the runs' names (default: the only one there is)",
-        choices=tuple(SCHEDULES),
-        title="model",
-    )
-    seeds: list[int] = option([2026, 4113, 5977, 7481, 9833], "seeds of the runs", SEED, nargs="+", title="model")
+    seeds: list[int] = option([2026, 4113, 5977, 7481, 9833], "seeds of the runs", SEED, nargs="+")
     ntk_chosen_metric: str = option(
-        "mem",
-        f"the score that orders the examples, of {', '.join(SCORES)}",
-        choices=tuple(SCORES),
-        metavar="MODE",
+        "mem", f"the score that orders the examples, of {', '.join(SCORES)}", choices=tuple(SCORES), metavar="MODE"
     )
     m_samples: int = option(50, "examples of a group", number(int, 1))
     lower_index: list[int] | None = option(
@@ -326,22 +250,14 @@ class NtkConfig:
         nargs="+",
     )
     ntk_classes: str = option(
-        "all",
-        "gradients of all logits, or, cheaper, of their sum or of the true label's logit alone",
-        choices=NTK_CLASS_NAMES,
+        "all", "gradients of all logits, or (cheaper) their sum or the true label's alone", choices=NTK_CLASS_NAMES
     )
     projection_dim: int | None = option(
         None,
-        "estimate kernels from a random sketch of this many numbers per gradient; its error is measured on "
-        f"{SKETCH_CHECKED} examples and printed (default: exact)",
+        f"numbers per gradient of a random sketch; its error on {SKETCH_CHECKED} examples is told (default: exact)",
         number(int, 1),
     )
-    projection_seed: int = option(
-        0,
-        "seed of the sketch",
-        SEED,
-        acts=(lambda args: args.projection_dim is not None, "without --projection_dim: kernels are exact"),
-    )
+    projection_seed: int = option(0, "seed of the sketch", SEED, acts=_SKETCH)
     memory_mb: float = option(2048.0, "MiB kept of a group's examples", number(float, 0, open_low=True))
     keep_kernels: bool = option(True, "store the kernels; otherwise the velocities alone", negatable=True)
     overwrite: bool = option(False, "replace results of other settings")
