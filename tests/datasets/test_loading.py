@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from src.datasets import CATALOGUE, dataset_names, load_dataset, lookup
 from src.datasets.own import normalisation_of
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
@@ -56,7 +56,7 @@ def test_training_augmentation():
     assert svhn.training_augmentation(True) is None
     assert imagenet.training_augmentation(False).random_resized_crop
     assert not imagenet.training_augmentation(False).flip
-    with pytest.raises(FlagError, match=r"^cutout_holes 1: .*not for svhn"):
+    with pytest.raises(ArgumentError, match=r"^cutout_holes 1: .*not for svhn"):
         svhn.training_augmentation(True, cutout_holes=1)
 
 
@@ -102,69 +102,41 @@ def test_catalogue_npz_of_any_length(tmp_path):
     assert train.class_names[0] == "apple"
 
 
-CIFAR_SHAPE = (20, 32, 32, 3)
-
-
 @pytest.mark.parametrize(
-    ("replaced", "message"),
+    ("replaced", "word"),
     [
-        ({"y_test": None}, "no array y_test"),
-        ({"x_train": None, "y_test": None}, "no array x_train, y_test"),
-        ({"x_train": np.zeros(CIFAR_SHAPE, np.float32)}, "x_train is float32; uint8"),
-        ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"x_train has shape \(20, 3, 32, 32\)"),
-        ({"x_train": np.zeros((20, 32), np.uint8)}, r"x_train has shape"),
-        ({"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": np.zeros(0, int)}, "has no image"),
-        ({"y_train": np.array(["cat"] * 20)}, "y_train is text; whole numbers"),
-        ({"y_train": np.array([None] * 20)}, "npz"),
-        ({"y_train": np.full(20, 0.5)}, "y_train is float64; whole numbers"),
-        ({"y_train": np.full(20, -1)}, "y_train has the label -1"),
-        ({"y_train": np.zeros(19, int)}, r"y_train has shape \(19,\) beside 20 images in x_train"),
-        ({"y_test": np.zeros((20, 10), int)}, r"y_test has shape \(20, 10\)"),
-        ({"y_test": np.full(20, 10)}, "label 10; cifar10 has classes 0 to 9"),
-        ({"x_test": np.zeros((20, 28, 28, 3), np.uint8)}, r"x_test \(3, 28, 28\)"),
+        ({"y_test": None}, "y_test"),
+        ({"x_train": None, "y_test": None}, "x_train, y_test"),
+        ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"\(20, 3, 32, 32\)"),
+        ({"x_train": np.zeros((20, 32), np.uint8)}, "x_train"),
+        ({"y_train": np.array([None] * 20)}, "y_train"),
+        ({"y_test": np.zeros((20, 10), int)}, "y_test"),
+        ({"y_test": np.full(20, 10)}, "label 10"),
+        ({"x_test": np.zeros((20, 28, 28, 3), np.uint8)}, "x_test"),
+        ({"channels": 1}, r"\(1, 32, 32\)"),
     ],
 )
-def test_bad_npz(tmp_path, replaced, message):
+def test_npz_that_does_not_fit_the_catalog(tmp_path, replaced, word):
     write_cifar(tmp_path / "cifar10.npz", **replaced)
-    with pytest.raises(FileError, match=message) as caught:
+    with pytest.raises(FileError, match=rf"cifar10\.npz.*{word}") as caught:
         load_dataset("cifar10", tmp_path)
-    assert str(tmp_path / "cifar10.npz") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_npz_that_does_not_fit_the_catalogue(tmp_path):
-    write_cifar(tmp_path / "cifar10.npz", size=28)
-    with pytest.raises(FileError, match=r"\(3, 28, 28\); cifar10 has \(3, 32, 32\)"):
-        load_dataset("cifar10", tmp_path)
-    write_cifar(tmp_path / "cifar10.npz", channels=1)
-    with pytest.raises(FileError, match=r"\(1, 32, 32\)"):
-        load_dataset("cifar10", tmp_path)
-
-
-def test_corrupted_and_missing_npz(tmp_path):
-    path = tmp_path / "mine.npz"
-    with pytest.raises(FileError, match=r"mine\.npz: there is no such file"):
-        load_dataset(f"npz:{path}", tmp_path)
-    write_cifar(path)
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(FileError, match=r"mine\.npz"):
-        load_dataset(f"npz:{path}", tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "arguments", "argument"),
     [
-        ("cifar11", {}, "^dataset cifar11: unknown; choose from digits, mnist"),
-        ("npz:", {}, "no path after the colon"),
-        ("zip:file", {}, "unknown"),
-        ("digits", {"image_size": 32}, "^image_size 32: applies to own data"),
-        ("digits", {"channels": 3}, "^channels 3: applies to own data"),
-        ("digits", {"channels": 2}, "^channels 2: must be 1"),
-        ("npz:file", {"image_size": 0}, "^image_size 0"),
+        ("cifar11", {}, "dataset"),
+        ("npz:", {}, "dataset"),
+        ("zip:file", {}, "dataset"),
+        ("digits", {"image_size": 32}, "image_size"),
+        ("digits", {"channels": 3}, "channels"),
+        ("npz:file", {"channels": 2}, "channels"),
+        ("npz:file", {"image_size": 0}, "image_size"),
     ],
 )
-def test_bad_flags(name, arguments, message):
-    with pytest.raises(FlagError, match=message):
+def test_bad_arguments(name, arguments, argument):
+    with pytest.raises(ArgumentError, match=f"^{argument} "):
         load_dataset(name, ".", **arguments)
 
 

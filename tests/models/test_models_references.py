@@ -93,23 +93,23 @@ def test_resnet8(fill, images):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_resnet_is_torchvisions_with_another_stem(name, fill, images):
     network, x = fill(build_model(name, 5, 1, 9, seed=0)), images(1, 9)
-    twin = getattr(torchvision.models, name)(num_classes=5)
-    twin.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
-    twin.maxpool = nn.Identity()
-    twin = copy_state(network, twin.to(torch.float64))
-    torch.testing.assert_close(network(x), twin(x))
+    reference = getattr(torchvision.models, name)(num_classes=5)
+    reference.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
+    reference.maxpool = nn.Identity()
+    reference = copy_state(network, reference.to(torch.float64))
+    torch.testing.assert_close(network(x), reference(x))
     # in training mode, too: the same batch statistics and the same gradients
-    for model in (network, twin):
+    for model in (network, reference):
         F.cross_entropy(model.train()(x), torch.tensor([0, 3])).backward()
-    torch.testing.assert_close(network.body.conv1.weight.grad, twin.conv1.weight.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(network.body.conv1.weight.grad, reference.conv1.weight.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_vgg_is_torchvisions_with_one_linear_layer(fill, images):
     network, x = fill(build_model("vgg19", 5, 3, 64, seed=0)), images(3, 64, 1)
     with torch.device("meta"):
-        twin = torchvision.models.vgg19_bn().features
-    twin = copy_state(network.body, twin.to_empty(device="cpu").to(torch.float64))
-    maps = twin(x)
+        reference = torchvision.models.vgg19_bn().features
+    reference = copy_state(network.body, reference.to_empty(device="cpu").to(torch.float64))
+    maps = reference(x)
     assert maps.shape == (1, 512, 2, 2)
     torch.testing.assert_close(network.features(x), maps.mean((2, 3)))
 
@@ -144,7 +144,7 @@ def test_wideresnet(channels, depth, fill, images):
 @pytest.mark.parametrize("name", ["mobile_small", "mobile_large"])
 def test_mobilenet_is_torchvisions_where_excitation_does_nothing(name, fill, images):
     network, x = fill(build_model(name, 5, 3, 32, seed=0)), images(3, 32)
-    twin = getattr(torchvision.models, "mobilenet_v3_" + name.removeprefix("mobile_"))(
+    reference = getattr(torchvision.models, "mobilenet_v3_" + name.removeprefix("mobile_"))(
         num_classes=5, norm_layer=nn.BatchNorm2d
     )
     excitations = [m for m in network.modules() if isinstance(m, torchvision.ops.SqueezeExcitation)]
@@ -153,7 +153,7 @@ def test_mobilenet_is_torchvisions_where_excitation_does_nothing(name, fill, ima
         for module in excitations:
             module.fc2.weight.zero_()
             module.fc2.bias.fill_(4)  # the hard sigmoid is 1 from 3 on
-        torch.testing.assert_close(network(x), copy_state(network, twin.to(torch.float64))(x))
+        torch.testing.assert_close(network(x), copy_state(network, reference.to(torch.float64))(x))
 
 
 @pytest.mark.parametrize("expanded", [True, False])
@@ -181,20 +181,20 @@ def _average(x):
     return F.avg_pool2d(x, 3, 1, 1)
 
 
-def _twin_a(r, x):
+def _reference_a(r, x):
     one = r.unit(x, 64, (1, 1))
     five = r.unit(r.unit(x, 48, (1, 1)), 64, (5, 5), 2)
     double = r.unit(r.unit(r.unit(x, 64, (1, 1)), 96, (3, 3), 1), 96, (3, 3), 1)
     return one, five, double, r.unit(_average(x), 5, (3, 3), 1)
 
 
-def _twin_b(r, x):
+def _reference_b(r, x):
     three = r.unit(x, 384, (3, 3), 0, 2)
     double = r.unit(r.unit(r.unit(x, 64, (1, 1)), 96, (3, 3), 1), 96, (3, 3), 0, 2)
     return three, double, F.max_pool2d(x, 3, 2)
 
 
-def _twin_c(r, x):
+def _reference_c(r, x):
     one = r.unit(x, 192, (1, 1))
     seven = r.unit(r.unit(r.unit(x, 6, (1, 1)), 6, (7, 1), (3, 0)), 192, (1, 7), (0, 3))
     h = r.unit(r.unit(x, 6, (1, 1)), 6, (7, 1), (3, 0))
@@ -202,13 +202,13 @@ def _twin_c(r, x):
     return one, seven, r.unit(h, 192, (1, 7), (0, 3)), r.unit(_average(x), 192, (1, 1))
 
 
-def _twin_d(r, x):
+def _reference_d(r, x):
     three = r.unit(r.unit(x, 192, (1, 1)), 320, (3, 3), 0, 2)
     h = r.unit(r.unit(r.unit(x, 192, (1, 1)), 192, (1, 7), (0, 3)), 192, (7, 1), (3, 0))
     return three, r.unit(h, 192, (3, 3), 0, 2), F.avg_pool2d(x, 3, 2)
 
 
-def _twin_e(r, x):
+def _reference_e(r, x):
     def split(h):
         return r.unit(h, 384, (1, 3), (0, 1)), r.unit(h, 384, (3, 1), (1, 0))
 
@@ -219,20 +219,20 @@ def _twin_e(r, x):
 
 
 @pytest.mark.parametrize(
-    ("block", "twin"),
+    ("block", "reference"),
     [
-        (lambda: block_a(4, 5), _twin_a),
-        (lambda: block_b(4), _twin_b),
-        (lambda: block_c(4, 6), _twin_c),
-        (lambda: block_d(4), _twin_d),
-        (lambda: block_e(4), _twin_e),
+        (lambda: block_a(4, 5), _reference_a),
+        (lambda: block_b(4), _reference_b),
+        (lambda: block_c(4, 6), _reference_c),
+        (lambda: block_d(4), _reference_d),
+        (lambda: block_e(4), _reference_e),
     ],
     ids="abcde",
 )
-def test_inception_blocks(block, twin, fill, images):
+def test_inception_blocks(block, reference, fill, images):
     block, x = fill(block()), images(4, 7)
     read = Reader(block)
-    torch.testing.assert_close(block(x), torch.cat(twin(read, x), 1))
+    torch.testing.assert_close(block(x), torch.cat(reference(read, x), 1))
     assert not read.modules
 
 
@@ -252,18 +252,21 @@ def test_inception_maps_have_the_published_shapes(channels, size):
 def test_imagenet_inception_is_torchvisions(fill, images):
     with torch.device("meta"):
         network = build_model("inception", 10, 3, 224, seed=0)
-        twin = torchvision.models.inception_v3(num_classes=10, init_weights=False, aux_logits=False)
-    network, twin = fill(network.to_empty(device="cpu")), twin.to_empty(device="cpu").to(torch.float64).eval()
-    twin.load_state_dict(
+        reference = torchvision.models.inception_v3(num_classes=10, init_weights=False, aux_logits=False)
+    network, reference = (
+        fill(network.to_empty(device="cpu")),
+        reference.to_empty(device="cpu").to(torch.float64).eval(),
+    )
+    reference.load_state_dict(
         {k.removeprefix("body."): v for k, v in network.state_dict().items() if k.startswith("body.")}
         | {"fc.weight": network.head.weight, "fc.bias": network.head.bias}
     )
-    for module in twin.modules():
+    for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-5
     x = images(3, 80, 1)
     with torch.no_grad():
-        torch.testing.assert_close(network(x), twin(x))
+        torch.testing.assert_close(network(x), reference(x))
 
 
 def test_small_inception(fill, images):
