@@ -2,14 +2,11 @@
 
 import os
 import re
-import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import ROOT, Result, call
+from support import Forked, Result, call
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| INFO ")
 FLAG, FILE = 2, 1  # exit statuses
@@ -59,14 +56,7 @@ def assert_kept(before: dict[Path, bytes], folder: Path) -> None:
 
 def on_a_full_disk(limit: int, script: str, *flags: object) -> Result:
     """Run a script in a process in which no file can grow beyond ``limit`` bytes."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+    return Forked(script, *flags, limit=limit).result()
 
 
 @contextmanager

@@ -3,9 +3,15 @@
 import contextlib
 import importlib.util
 import io
+import os
+import resource
 import runpy
-import subprocess
+import signal
+import socket
 import sys
+import threading
+import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,15 +82,98 @@ def example(name: str):
     return module
 
 
-def start(script: str, *flags: object, cwd: Path | None = None) -> subprocess.Popen:
-    """Start a script as a process of its own, from any folder."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Forked:
+    """A script in a forked process, which has torch already: it starts at once, but ends like a process of its own.
+
+    Args:
+        script: A script's name in the repository, or any path.
+        flags: Its flags; they are turned into strings.
+        cwd: The folder that it starts in.
+        environment: Variables that are added to the environment.
+        limit: The most bytes that a file may hold: beyond it, the disk is full.
+    """
+
+    def __init__(self, script, *flags, cwd=None, environment=None, limit=None) -> None:
+        self.returncode: int | None = None
+        self._written: dict[int, str] = {}
+        pipes = {descriptor: os.pipe() for descriptor in (1, 2)}
+        self._pid = os.fork()
+        if self._pid:
+            self._readers = [threading.Thread(target=self._read, args=(d, pipe[0])) for d, pipe in pipes.items()]
+            for reader, (_, writing) in zip(self._readers, pipes.values(), strict=True):
+                os.close(writing)
+                reader.start()
+            return
+        status: object = 1
+        try:
+            for descriptor, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+                os.dup2(pipes[descriptor][1], descriptor)
+                setattr(sys, name, open(descriptor, "w", buffering=1, errors=errors, closefd=False))  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.update(environment or {})
+            os.chdir(cwd or os.getcwd())
+            if limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            sys.argv = [str(ROOT / script), *map(str, flags)]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(int(status))
+
+    def _read(self, descriptor: int, pipe: int) -> None:
+        with open(pipe, errors="surrogateescape") as file:
+            self._written[descriptor] = file.read()
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal, or None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def communicate(self, timeout: float = 400) -> tuple[str, str]:
+        """Wait until it ends; what it wrote to standard output and error."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"still running after {timeout} s")
+            time.sleep(0.01)
+        for reader in self._readers:
+            reader.join(timeout)
+        return self._written[1], self._written[2]
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self._pid, number)
+
+    def kill(self) -> None:
+        """End it without any clean-up."""
+        self.send_signal(signal.SIGKILL)
+
+    def result(self) -> Result:
+        """Wait until it ends, and how it did."""
+        out, err = self.communicate()
+        return Result(self.returncode, out, err)
+
+
+def as_torchrun(world: int, script: str | Path, *flags: object) -> list[Result]:
+    """Run a script in as many processes as torchrun would start, and with what it tells them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
+    started = [
+        Forked(script, *flags, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+    return [process.result() for process in started]
 
 
 def folders(base: Path, *names: str) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from refusals import FILE, FLAG, RunsCode, assert_kept, check, on_a_full_disk, refuse, snapshot, spoilt, unprivileged
-from support import ROOT, TRAIN, call, folders, succeed, write_blobs
+from support import ROOT, TRAIN, Forked, as_torchrun, call, folders, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, write_checkpoint
 
@@ -185,8 +185,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(blobs, tmp_pat
 
 def test_splits_that_cannot_be_written(blobs, tmp_path):
     (tmp_path / "datasets").write_text("")
-    says = ("datasets/splits/", "--splits_folder")
-    refuse("train_split.py", *quick(blobs, tmp_path), status=FILE, says=says, keep=tmp_path)
+    refuse("train_split.py", *quick(blobs, tmp_path), status=FILE, says="datasets/splits/", keep=tmp_path)
 
 
 def test_a_disk_that_fills_while_a_run_goes_on(blobs, finished, tmp_path):
@@ -277,12 +276,8 @@ def test_names_that_are_not_utf8_from_training_to_figures(photos, tmp_path):
     succeed("plot_images.py", data[0], *kept, f"--plots_folder={base}/plots")
     assert len(list(base.rglob("lowest_*/*.png"))) == 2
     (Path(place) / "test" / os.fsdecode(b"d\xf6g") / "1.png").write_bytes(b"junk")
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_full.py", *train_on(f"folder:{place}", base)], capture_output=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert b"Traceback" not in done.stderr
-    assert b"1.png" in done.stderr
+    done = Forked("train_full.py", *train_on(f"folder:{place}", base)).result()
+    check(done, "train_full.py", FILE, "1.png")
 
 
 # ------------------------------------------------------------------------------------- the network, and processes
@@ -304,30 +299,29 @@ def test_a_download_without_a_network(tmp_path, monkeypatch, dataset):
     assert socket.getdefaulttimeout() is None
 
 
-def torchrun(*flags):
+def test_noise_that_processes_cannot_share(blobs, tmp_path):
+    """By torchrun itself: each process ends in one line, and torchrun reports their exit status."""
+    flags = quick(blobs, tmp_path, "--optimizer=iblr", "--distributed_training")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
          "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train_full.py"), *map(str, flags)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode != 0
-    own = done.stderr.split("torch/distributed/elastic")[0]  # what follows is torchrun's own report
-    assert "Traceback" not in own, own
-    return [line for line in done.stderr.splitlines() if line.startswith("train_full.py: ")], done.stderr
-
-
-def test_noise_that_processes_cannot_share(blobs, tmp_path):
-    (line,), report = torchrun(*quick(blobs, tmp_path, "--optimizer=iblr"), "--distributed_training")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("train_full.py: ")]
     assert "--optimizer" in line
+    own, report = done.stderr.split("torch/distributed/elastic", 1)
+    assert "Traceback" not in own, own
     assert f"exitcode  : {FLAG}" in report
 
 
 def test_a_file_that_only_the_leading_process_reads(blobs, finished):
     before = snapshot(finished)
     flags = quick(blobs, finished, "--learning_rate=0.1")
-    lines, _ = torchrun(*flags, "--distributed_training")
+    lines = [result.complaint for result in as_torchrun(2, "train_full.py", *flags, "--distributed_training")]
     assert sum("learning_rate" in line for line in lines) == 1
     assert all("learning_rate" in line or "another of the processes" in line for line in lines)
     assert_kept(before, finished)
-    (line,), _ = torchrun(*flags)
-    assert "--distributed_training" in line
+    first, second = as_torchrun(2, "train_full.py", *flags)
+    check(first, "train_full.py", FLAG, "--distributed_training")
+    assert (second.status, second.err) == (FLAG, "")

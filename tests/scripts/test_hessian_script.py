@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import FILE, FLAG, RunsCode, refuse, spoilt
-from support import folders, start, succeed, write_blobs
+from support import Forked, folders, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, read_json
 from src.datasets import load_dataset
@@ -246,11 +246,11 @@ def test_scores_of_another_data_set(world, flags, tmp_path):
 def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sign, status):
     longer = (*flags, "--lanczos_steps=150", "--trace_probes=150", "--trace_tolerance=0", "--probes=2",
               "--save_every=5", "--resume")  # fmt: skip
-    process = start(SCRIPT, *longer, f"--hessian_folder={tmp_path / 'whole'}")
+    process = Forked(SCRIPT, *longer, f"--hessian_folder={tmp_path / 'whole'}")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     stopped = f"--hessian_folder={tmp_path / 'stopped'}"
-    process = start(SCRIPT, *longer, stopped)
+    process = Forked(SCRIPT, *longer, stopped)
     for _ in range(3000):
         if list((tmp_path / "stopped").rglob("progress.pt")) or process.poll() is not None:
             break
@@ -265,7 +265,7 @@ def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sig
     refuse(
         SCRIPT, *longer, stopped, "--top_n=2", status=FILE, says=(r"progress\.pt: was made with different", "top_n")
     )
-    process = start(SCRIPT, *longer, stopped)
+    process = Forked(SCRIPT, *longer, stopped)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "going on after" in err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import FILE, refuse
-from support import TRAIN, folders, start, succeed, write_blobs
+from support import TRAIN, Forked, folders, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, read_npz, read_pickle
 
@@ -37,16 +37,16 @@ def only(base, pattern):
 def test_killed_anywhere_and_resumed_gives_the_same_bits(blobs, tmp_path):
     flags = (f"--dataset=npz:{blobs}", *FLAGS, "--resume")
     whole, killed = (folders(tmp_path / name, *TRAIN) for name in ("whole", "killed"))
-    process = start("train_full.py", *flags, *whole)  # in a process of its own, as the killed ones are
+    process = Forked("train_full.py", *flags, *whole)  # in a process of its own, as the killed ones are
     assert process.communicate(timeout=400)[0]
     for epoch in (1, 3):
-        process = start("train_full.py", *flags, *killed)
+        process = Forked("train_full.py", *flags, *killed)
         name = only(tmp_path / "whole" / "resume_ckpts", "*").name
         wait_for(tmp_path / "killed" / "resume_ckpts" / name / "seed_1" / f"epoch={epoch}.pth.tar", process)
         time.sleep(0.1)
         process.kill()
         process.communicate()
-    process = start("train_full.py", *flags, *killed)
+    process = Forked("train_full.py", *flags, *killed)
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     states = [read_checkpoint(only(tmp_path / n / "models", "*/seed_1/last.pt"))["model_state"]
@@ -67,7 +67,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(blobs, tmp_path):
 def test_an_interrupted_run_ends_in_one_line_and_loses_nothing(blobs, tmp_path, sign, status):
     flags = (f"--dataset=npz:{blobs}", *FLAGS, "--epochs=2000", "--lr_sched=const", "--save_epochs=last",
              *folders(tmp_path, *TRAIN))  # fmt: skip
-    process = start("train_full.py", *flags)
+    process = Forked("train_full.py", *flags)
     folder = tmp_path / "resume_ckpts" / f"standard_resnet8_over_{_name(blobs)}_with_sam_sched_const" / "seed_1"
     wait_for(folder / "epoch=2.pth.tar", process)
     process.send_signal(sign)
@@ -92,7 +92,7 @@ def _name(path):
 def test_scripts_work_from_any_folder(blobs, tmp_path):
     away = tmp_path / "elsewhere"
     away.mkdir()
-    process = start(
+    process = Forked(
         "train_full.py", f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1",
         *[f"--{name}_folder=mine/{name}" for name in TRAIN], cwd=away,
     )  # fmt: skip
@@ -103,7 +103,7 @@ def test_scripts_work_from_any_folder(blobs, tmp_path):
 
 def test_two_processes_at_once_make_the_splits_once(blobs, tmp_path):
     flags = (f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1", *folders(tmp_path, *TRAIN))
-    processes = [start("train_split.py", *flags, f"--samis_validation_split_index={i}") for i in (1, 2)]
+    processes = [Forked("train_split.py", *flags, f"--samis_validation_split_index={i}") for i in (1, 2)]
     for process in processes:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
@@ -114,7 +114,7 @@ def test_two_processes_at_once_make_the_splits_once(blobs, tmp_path):
 
 def test_a_second_process_may_not_train_the_same_run(blobs, tmp_path):
     flags = (f"--dataset=npz:{blobs}", *FLAGS, "--lr_sched=const", *folders(tmp_path, *TRAIN))
-    process = start("train_full.py", *flags, "--epochs=2000", "--save_epochs=last")
+    process = Forked("train_full.py", *flags, "--epochs=2000", "--save_epochs=last")
     folder = f"standard_resnet8_over_{_name(blobs)}_with_sam_sched_const/seed_1"
     wait_for(tmp_path / "resume_ckpts" / folder / "epoch=1.pth.tar", process)
     refuse("train_full.py", *flags, "--learning_rate=0.1", "--overwrite", status=FILE,

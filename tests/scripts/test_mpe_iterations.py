@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support import ROOT, call, folders, start, succeed, write_blobs
+from support import ROOT, Forked, call, folders, succeed, write_blobs
 
 from src.artifacts import read_pickle, write_pickle
 from src.metrics import Proxy
@@ -154,7 +154,7 @@ def test_scores_reach_the_other_paper(tmp_path):
 
 @pytest.mark.parametrize(("script", "cwd"), [(LOO, ROOT / "examples"), (EVOLVING, ROOT)])
 def test_scripts_run_inside_their_folder_and_from_the_root(tmp_path, script, cwd):
-    process = start(script, *SMALL, "--lrmin=0", "--epochs=1", *folders(tmp_path, *OWN), cwd=cwd)
+    process = Forked(script, *SMALL, "--lrmin=0", "--epochs=1", *folders(tmp_path, *OWN), cwd=cwd)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import FILE, FLAG, refuse, spoilt
-from support import call, folders, start, succeed, write_blobs
+from support import Forked, call, folders, succeed, write_blobs
 
 import src.curvature.ntk as ntk
 from src.artifacts import read_checkpoint, read_pickle, write_json, write_pickle
@@ -145,7 +145,7 @@ def test_other_groups_join_and_other_settings_are_refused(world, tmp_path):
 def test_two_processes_on_different_groups_keep_both(world, tmp_path):
     every = flags(world, tmp_path)
     shares = [[flag for flag in every if flag not in left] for left in (("30", "55"), ("0",))]
-    processes = [start("compute_ntk.py", *share) for share in shares]
+    processes = [Forked("compute_ntk.py", *share) for share in shares]
     for process in processes:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err

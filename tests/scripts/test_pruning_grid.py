@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from refusals import FILE, FLAG, refuse, spoilt
-from support import TRAIN, call, folders, start, succeed, write_blobs
+from support import TRAIN, Forked, call, folders, succeed, write_blobs
 
 from src.artifacts import read_json
 
@@ -83,7 +83,7 @@ def test_train_prune_makes_the_same_cell(blobs, tmp_path):
 
 def test_processes_share_a_grid_though_one_is_killed(blobs, tmp_path):
     """Two start together, one dies in the middle of it: the other does what is left, and nothing twice."""
-    first, second = (start("compare_pruning.py", *flags(blobs, tmp_path)) for _ in range(2))
+    first, second = (Forked("compare_pruning.py", *flags(blobs, tmp_path)) for _ in range(2))
     deadline = time.monotonic() + 300
     while len(results(tmp_path)) < 3 and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.05)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import TRAIN, call, folders, start, succeed, write_blobs
+from support import TRAIN, Forked, call, folders, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, read_json, read_npz, write_json, write_pickle
 from src.coresets import METHODS
@@ -230,7 +230,7 @@ def test_interrupted_pretraining_goes_on(place, tmp_path):
     """Killed after its second epoch, it starts with the third, and the selection is that of an unbroken run."""
     flags = place.flags("forget", "--coreset_fraction=0.5", "--coreset_pretrain_epochs=40")
     succeed("select_coreset.py", *flags, *folders(tmp_path / "whole", *TRAIN))
-    process = start("select_coreset.py", *flags, *folders(tmp_path / "killed", *TRAIN))
+    process = Forked("select_coreset.py", *flags, *folders(tmp_path / "killed", *TRAIN))
     states = tmp_path / "killed" / "resume_ckpts" / "pretrain"
     while process.poll() is None and not list(states.rglob("epoch=2.pth.tar")):
         time.sleep(0.01)

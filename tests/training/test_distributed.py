@@ -1,12 +1,9 @@
 """Two processes give the single process's weights for the same global batch."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from support import ROOT, TRAIN, folders, succeed, write_blobs
+from support import ROOT, TRAIN, as_torchrun, call, folders, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, read_npz
 
@@ -21,13 +18,8 @@ def blobs(tmp_path_factory):
 
 
 def torchrun(world, script, *flags):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0",
-         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / script), *map(str, flags)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    for result in as_torchrun(world, script, *flags):
+        assert result.status == 0, result.err[-3000:]
 
 
 def last(base):
@@ -109,8 +101,6 @@ def test_weighted_batches(blobs, tmp_path, optimizer):
 
 
 def test_bad_starts_are_one_line(blobs, tmp_path):
-    from support import call
-
     flags = (f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1", *folders(tmp_path, *TRAIN))
     result = call("train_full.py", *flags, "--distributed_training")
     assert result.status == 2

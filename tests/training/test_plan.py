@@ -1,14 +1,12 @@
 """Epoch plans in the loop, batches without weight, and Nesterov's momentum."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from support import ROOT, write_blobs
+from support import ROOT, as_torchrun, write_blobs
 from torch import nn
 from training_tools import assert_same, weights_of
 
@@ -237,12 +235,8 @@ def test_two_processes_equal_one_under_a_plan_and_with_batches_without_weight(tm
     blobs = write_blobs(tmp_path / "blobs.npz", n=121)
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(blobs), str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    for result in as_torchrun(2, script, blobs, tmp_path / "two"):
+        assert result.status == 0, result.err[-3000:]
     names = {"__name__": "worker"}
     exec(script.read_text(), names)
     ranks = [torch.load(tmp_path / f"two{rank}", weights_only=True) for rank in (0, 1)]
