@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 r"""Choose a part of the training set, without training on it.
 
-Reads what the method needs as train_prune.py does, and pre-trains the same networks where they are not on disk.
-Writes an npz file: indices (int64, original), weights (float64), label_hash, total, settings (json), seconds; by
-default to where train_prune.py of the same flags looks for it.
+Reads what the method needs as train_prune.py does, and pre-trains the same models where they are not on disk. Writes
+an npz file: indices (int64, original), weights (float64), label_hash, total, settings (json), seconds; by default to
+where train_prune.py of the same flags looks for it.
 
   python select_coreset.py --dataset=digits --model=lenet --coreset_func=craig --coreset_fraction=0.3 \
       --coreset_pretrain_epochs=10 --coreset_pretrain_lr=0.05 --out=craig.npz
@@ -11,71 +11,59 @@ default to where train_prune.py of the same flags looks for it.
       --learning_rate=0.05 --lr_sched=const
 """
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 
-from src.cli import DATA_FLAGS, Parser, print_next, run_script
-from src.coresets import METHODS
-from src.errors import FlagError
-from src.settings import (
-    add_augmentation_flags,
-    add_compute_flags,
-    add_data_flags,
-    add_folder_flags,
-    add_method_flags,
-    add_model_flags,
-    add_overwrite_flag,
-    add_seed_flag,
-    add_selection_flags,
-)
+from src.artifacts import TRAINING_FOLDERS, Folders
+from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
+from src.coresets.config import PretrainConfig, add_selection_flags, build_selection
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.errors import ArgumentError
+from src.models import ModelConfig
+from src.training import RunConfig, TrainingConfig
 
-
-def parse() -> Namespace:
-    """The flags."""
-    parser = Parser(__doc__)
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_method_flags(parser)
-    add_selection_flags(parser)
-    group = parser.add_argument_group("run")
-    add_seed_flag(group)
-    add_augmentation_flags(group)
-    group.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: train_prune.py's)")
-    add_overwrite_flag(group)
-    add_compute_flags(parser, training=True, distributed=False)
-    add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
-    parser.set_defaults(save_epochs="last", epochs=1)
-    args = parser.parse_args()
-    if METHODS[args.coreset_func].dynamic:
-        raise FlagError(
-            f"--coreset_func {args.coreset_func}: chooses again in each epoch of training; use train_prune.py"
-        )
-    return args
+AUGMENTATION = ("data_augmentation", "cutout_holes", "cutout_length")
 
 
 def main() -> None:
     """Parse, select, write, print."""
-    args = parse()
-    from src.coresets.runner import SelectionJob, select
-    from src.session import Session
-
-    with Session(args) as session:
-        choice = SelectionJob.of(session, args.out)
-        selection, seconds = select(choice, overwrite=args.overwrite)
-        print(f"{len(selection.indices)} of {len(session.train)} examples by {args.coreset_func} in {seconds:.2f} s")
-        labels = session.train.labels.cpu().numpy()[selection.indices]
-        counts = np.bincount(labels, minlength=session.entry.num_classes)
-        print(f"per class: {counts.min()} to {counts.max()}")
-        print(choice.path)
-        training = (
-            *DATA_FLAGS,
-            *("model", "pretrained", "seed", "data_augmentation", "cutout_holes", "cutout_length"),
-            *("models_folder", "metrics_folder", "log_folder", "resume_ckpts_folder"),
-            *("device", "precision", "deterministic", "compile"),
+    parser = Parser(__doc__)
+    parser.add(DataConfig, "data")
+    parser.add(ModelConfig, "model")
+    add_selection_flags(parser, skip=("selection", "coreset_epochs"), required=("method",))
+    parser.add(TrainingConfig, "run", only=("seed",))
+    parser.add(RunConfig, "run", only=(*AUGMENTATION, "overwrite"))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: train_prune.py's)")
+    parser.add(ComputeConfig, "computing", skip=("distributed_training", "sync_bn"))
+    parser.add(Folders, "folders", only=TRAINING_FOLDERS)
+    args = parser.parse_args()
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    selection, pretrain = build_selection(args), build(PretrainConfig, args)
+    config = build(RunConfig, args, model=build(ModelConfig, args), training=build(TrainingConfig, args))
+    if selection.method.dynamic:
+        raise ArgumentError(
+            "coreset_func", f"{args.coreset_func}: chooses again in each epoch of training; use train_prune.py"
         )
-        print_next("train_prune.py", training, selection=choice.path)
+    from src.context import RunContext
+    from src.coresets.runner import SelectionJob
+
+    with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
+        job = SelectionJob(context, selection, pretrain, config, folders, args.out)
+        chosen, seconds = job.select()
+    print(f"{len(chosen.indices)} of {len(context.train)} examples by {args.coreset_func} in {seconds:.2f} s")
+    labels = context.train.labels.cpu().numpy()[chosen.indices]
+    counts = np.bincount(labels, minlength=context.entry.num_classes)
+    print(f"per class: {counts.min()} to {counts.max()}")
+    print(job.path)
+    training = (
+        *DATA_FLAGS,
+        *("model", "pretrained", "seed", *AUGMENTATION),
+        *("models_folder", "metrics_folder", "log_folder", "resume_ckpts_folder"),
+        *("device", "precision", "deterministic", "compile"),
+    )
+    print_next("train_prune.py", training, selection=job.path)
 
 
 if __name__ == "__main__":

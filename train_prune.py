@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Choose a part of the training set, and train a fresh network on it.
+r"""Choose a part of the training set, and train a fresh model on it.
 
 Reads the data set under --datasets_folder; methods called min_* read a stored score, in --scores_folder and
 --metrics_folder where one is given, else in metrics/ or among those that ship with the project; others pre-train
-networks, which are kept under {models_folder}/pretrain/ and shared by all methods of the same settings. Writes
+models, which are kept under {models_folder}/pretrain/ and shared by all methods of the same settings. Writes
 selection.npz (indices, weights), checkpoints and results.json (test accuracy per epoch) to
 {models_folder}/{coreset_func}_static_coreset_{coreset_mode}_{coreset_fraction}_{model}_over_{dataset}/seed_{seed}/.
 With --selection FILE it trains on a selection of anyone's making.
@@ -15,68 +15,53 @@ With --selection FILE it trains on a selection of anyone's making.
       --coreset_pretrain_epochs=40 --batch_size=256 --per_class=1 --learning_rate=0.1 --lr_sched='step'
 """
 
-from argparse import Namespace
+from contextlib import nullcontext
 
-from src.artifacts.locks import lock
-from src.cli import DATA_FLAGS, PAPER_FLAGS, Parser, print_next, run_script
-from src.settings import (
-    add_compute_flags,
-    add_data_flags,
-    add_downstream_flags,
-    add_folder_flags,
-    add_method_flags,
-    add_model_flags,
-    add_run_flags,
-    add_selection_flags,
-    add_training_flags,
-)
-
-
-def parse() -> Namespace:
-    """The flags."""
-    parser = Parser(__doc__)
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_method_flags(parser, file=True)
-    add_selection_flags(parser)
-    add_downstream_flags(parser)
-    add_training_flags(parser, epochs=False)
-    add_run_flags(parser)
-    add_compute_flags(parser, training=True)
-    add_folder_flags(parser, "datasets", "models", "metrics", "log", "resume_ckpts")
-    parser.accept_paper_flags()
-    args = parser.parse_args()
-    args.epochs = args.coreset_epochs
-    return args
+from src.artifacts import TRAINING_FOLDERS, Folders, lock
+from src.cli import DATA_FLAGS, PAPER_FLAGS, Parser, build, print_next, run_script
+from src.coresets.config import PretrainConfig, add_selection_flags, build_selection
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.models import ModelConfig
+from src.training import RunConfig, TrainingConfig
 
 
 def main() -> None:
     """Parse, select, train, print."""
-    args = parse()
+    parser = Parser(__doc__)
+    parser.add(DataConfig, "data")
+    parser.add(ModelConfig, "model")
+    add_selection_flags(parser, required=("method",))
+    parser.add(TrainingConfig, "training", skip=("epochs",))
+    parser.add(RunConfig, "run")
+    parser.add(ComputeConfig, "computing")
+    parser.add(Folders, "folders", only=TRAINING_FOLDERS)
+    parser.accept_paper_flags()
+    args = parser.parse_args()
+    data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
+    selection, pretrain = build_selection(args), build(PretrainConfig, args)
+    training = build(TrainingConfig, args, epochs=args.coreset_epochs)
+    config = build(RunConfig, args, model=build(ModelConfig, args), training=training)
+    from src.context import RunContext
     from src.coresets.runner import CoresetRun, SelectionJob
-    from src.session import Session
     from src.training import summary
 
-    with Session(args) as session:
-        run = CoresetRun(session, None if args.selection else SelectionJob.of(session), args.selection)
-        if not session.group.is_main_process:
-            run.train()
-            return
-        with lock(run.lock, "training this run"):
+    with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
+        run = CoresetRun(SelectionJob(context, selection, pretrain, config, folders))
+        main_process = context.group.is_main_process
+        with lock(run.lock, "training this run") if main_process else nullcontext():
             history = run.train()
-        print(summary(history))
-        print(session.files(run.experiment).checkpoints)
-        if args.selection:
-            keep = (*DATA_FLAGS, "models_folder", "device", "seed")
-            print_next("compute_hessian_eigen.py", keep, exp=run.experiment, epochs=args.epochs)
-        else:
-            print_comparison(args)
+        if not main_process:
+            return
+    print(summary(history))
+    print(run.files.checkpoints)
+    if args.selection:
+        keep = (*DATA_FLAGS, "models_folder", "device", "seed")
+        print_next("compute_hessian_eigen.py", keep, exp=run.experiment, epochs=args.coreset_epochs)
+        return
 
-
-def print_comparison(args: Namespace) -> None:
-    """Print the command that compares the method with a random choice."""
-    share = {"shots": args.shots, "shots_up_to": args.shots_up_to}
-    share = {name: [value] for name, value in share.items() if value is not None}
+    # whether the method is worth its cost is seen beside a random choice
+    share = {name: [getattr(args, name)] for name in ("shots", "shots_up_to") if getattr(args, name) is not None}
     print_next(
         "compare_pruning.py",
         drop=("coreset_func", "coreset_fraction", "seed", "resume", "distributed_training", "sync_bn", *PAPER_FLAGS),

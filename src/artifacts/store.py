@@ -108,7 +108,7 @@ def diff_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], ignore: 
         if {name, _split(name)[1]} & _UNKNOWN_IF_ABSENT and None in (there, here):
             continue
         if isinstance(there, Mapping) and isinstance(here, Mapping):
-            lines += diff_settings(there, here)
+            lines += [f"{name} {line}" for line in diff_settings(there, here)]
         elif json.dumps(there, sort_keys=True, default=str) != json.dumps(here, sort_keys=True, default=str):
             lines.append(f"{name} ({there} there, {here} here)")
     return lines

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from src import rng
+from src.cli import number, option
 from src.coresets.inputs import CandidateGroup, Method, Needs, Selection, SelectionInputs
 from src.coresets.ranked import checked_scores
 from src.errors import ArgumentError, FileError
@@ -30,8 +31,12 @@ class CCSOptions:
         ccs_bins: Strata.
     """
 
-    ccs_cutoff: float | None = None
-    ccs_bins: int = 50
+    ccs_cutoff: float | None = option(
+        None,
+        "ccs: share of hardest examples to leave out (default: the paper's, by fraction)",
+        number(float, 0, 1, open_high=True),
+    )
+    ccs_bins: int = option(50, "ccs: strata", number(int, 1))
 
     def __post_init__(self) -> None:
         if self.ccs_cutoff is not None and not 0.0 <= self.ccs_cutoff < 1.0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from src.cli import number, option
 from src.coresets.ccs import finite_scores
 from src.coresets.inputs import CandidateGroup, MemoryOptions, Method, Needs, Selection, SelectionInputs
 from src.errors import ArgumentError
@@ -27,8 +28,8 @@ class D2Options(MemoryOptions):
         d2_gamma: Decay of reverse messages.
     """
 
-    d2_neighbors: int = 5
-    d2_gamma: float = 1.0
+    d2_neighbors: int = option(5, "d2: neighbors in its graph", number(int, 0))
+    d2_gamma: float = option(1.0, "d2: decay of its reverse messages", number(float, 0))
 
     def __post_init__(self) -> None:
         if self.d2_neighbors < 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from src import rng
+from src.cli import number, option
 from src.coresets.inputs import CandidateGroup, Method, Needs, Selection, SelectionInputs, WindowOptions
 from src.coresets.ranked import checked_scores, keep_by_rank
 from src.errors import ArgumentError
@@ -25,8 +26,13 @@ class DualOptions(WindowOptions):
         dual_c: How fast the density moves to easy examples as more is pruned.
     """
 
-    dual_beta: bool = True
-    dual_c: float = 4.0
+    dual_beta: bool = option(True, "dual: sample by its Beta density; else keep the highest scores", negatable=True)
+    dual_c: float = option(
+        4.0,
+        "dual: how fast its density moves with pruning",
+        number(float, 0, open_low=True),
+        acts=(lambda args: args.dual_beta, "with --no-dual_beta"),
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.dual_c < np.inf:
@@ -131,7 +137,7 @@ METHODS = (
     Method(
         "dual",
         dual,
-        Needs(reduced="dual", dynamics=True),
+        Needs(reduced="dual", dynamics=("probability",)),
         paper="Cho et al. 2025",
         equation="drawn by (1 - mean p) std p over windows, times a Beta density of mean p that turns to easy "
         "examples",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from src import rng
+from src.cli import number, option
 from src.coresets.budgets import total_budget
 from src.coresets.gradmatch import first_largest
 from src.coresets.inputs import (
@@ -45,8 +46,10 @@ class GlisterOptions(MemoryOptions):
         glister_refresh: Picks between two refreshes of the validation gradient.
     """
 
-    glister_eta: float = 0.1
-    glister_refresh: int = 1
+    glister_eta: float = option(0.1, "glister: its step", number(float, 0, open_low=True))
+    glister_refresh: int = option(
+        1, "glister: picks between two refreshes of the validation gradient", number(int, 1)
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.glister_eta < math.inf:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from src import rng
+from src.cli import number, option
 from src.coresets.inputs import (
     CandidateGroup,
     MemoryOptions,
@@ -51,7 +52,7 @@ class GradMatchOptions(MemoryOptions):
         gradmatch_lambda: Ridge.
     """
 
-    gradmatch_lambda: float = 1.0
+    gradmatch_lambda: float = option(1.0, "gradmatch: its ridge", number(float, 0))
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gradmatch_lambda < math.inf:

@@ -1,102 +1,114 @@
-"""A grid of pruning runs: methods x shares x seeds, shared by any number of processes."""
+"""A grid of pruning runs, methods x shares x seeds, and the table that compares them: csv, json and Markdown."""
+
+from __future__ import annotations
 
 import csv
 import io
 import logging
 import math
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts.io import read_json, save_figure, write_json, write_text
-from src.artifacts.locks import lock, try_lock
-from src.artifacts.paths import comparison_stem
+from src.artifacts import (
+    Folders,
+    comparison_stem,
+    lock,
+    read_json,
+    save_figure,
+    try_lock,
+    write_json,
+    write_text,
+)
 from src.artifacts.store import ELSEWHERE, REPLACE, load_result
-from src.coresets.plots import accuracy_figure
-from src.coresets.registry import METHODS, REFERENCE, find_method
+from src.context import RunContext, TrainingRun
+from src.coresets.config import GridConfig, PretrainConfig, SelectionConfig
+from src.coresets.registry import METHODS, REFERENCE
 from src.coresets.runner import CoresetRun, SelectionJob
-from src.errors import FileError, TrainingError, UserError
-from src.session import Session
+from src.errors import FileError, UserError
+from src.training import RunConfig
 
 log = logging.getLogger(__name__)
 
+EVERYTHING = 1.0  # the share that keeps all
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid; ``shots`` are those of ``--shots`` or ``--shots_up_to``."""
+Share = tuple[int | None, float | None]  # examples per class, or else the share
+Cell = tuple[str, float | None, int | None, int]  # method, share, or else examples per class, seed
 
-    func: str
-    fraction: float | None
-    shots: int | None
-    seed: int
 
-    def __str__(self) -> str:
-        share = f"{self.fraction:g}" if self.shots is None else f"{self.shots} shots"
-        return f"{self.func} {share} seed {self.seed}"
+def _describe(method: str, share: float | None, shots: int | None, seed: int) -> str:
+    return f"{method} {f'{share:g}' if shots is None else f'{shots} shots'} seed {seed}"
 
 
 class Grid:
     """All cells, the runs that fill them, and the files that compare them.
 
     Args:
-        session: The session of the first seed.
-        args: The flags of ``compare_pruning.py``.
+        context: Device and data.
+        config: Methods, shares and seeds.
+        selections: For each method, its selection at any share.
+        pretrain: Settings of pre-training.
+        run: The downstream run, of any seed.
+        folders: Where files go.
     """
 
-    def __init__(self, session: Session, args: Namespace) -> None:
-        self.session, self.args = session, args
-        self.cells = list(self._cells())
-        self._runs: dict[Cell, CoresetRun] = {}
+    def __init__(
+        self,
+        context: RunContext,
+        config: GridConfig,
+        selections: Mapping[str, SelectionConfig],
+        pretrain: PretrainConfig,
+        run: RunConfig,
+        folders: Folders,
+    ) -> None:
+        self.context, self.config, self.selections, self.pretrain = context, config, selections, pretrain
+        self.run_config, self.folders = run, folders
+        self.stem = comparison_stem(folders.plots_folder, context.entry.name, run.model.model, config.name)
+        self.runs = dict(self._runs())
         self._finished: dict[Cell, dict[str, Any]] = {}
 
-    def _cells(self) -> Iterator[Cell]:
+    def _runs(self) -> Iterator[tuple[Cell, CoresetRun]]:
         """Seed by seed, so that an unfinished grid compares all methods on the seeds that it has."""
-        args = self.args
-        for seed in args.seeds:
-            if args.full and not (REFERENCE in args.funcs and 1.0 in args.fractions):
-                yield Cell(REFERENCE, 1.0, None, seed)
-            for func in args.funcs:
-                yield from (Cell(func, share, None, seed) for share in args.fractions)
-                yield from (Cell(func, None, shots, seed) for shots in args.shots or args.shots_up_to)
-
-    def run_of(self, cell: Cell) -> CoresetRun:
-        """The run of a cell."""
-        if cell not in self._runs:
-            session = self.session.variant(
-                coreset_func=cell.func,
-                coreset_fraction=cell.fraction,
-                shots=cell.shots if self.args.shots else None,
-                shots_up_to=cell.shots if self.args.shots_up_to else None,
-                seed=cell.seed,
-            )
-            self._runs[cell] = CoresetRun(session, SelectionJob.of(session))
-        return self._runs[cell]
+        config = self.config
+        shares = [
+            *({"coreset_fraction": share} for share in config.fractions),
+            *({"coreset_fraction": None, "shots": shots} for shots in config.shots),
+            *({"coreset_fraction": None, "shots_up_to": shots} for shots in config.shots_up_to),
+        ]
+        chosen = [replace(self.selections[func], **share) for func in config.funcs for share in shares]
+        if config.full and not (REFERENCE in config.funcs and EVERYTHING in config.fractions):
+            everything = {"coreset_fraction": EVERYTHING, "shots": None, "shots_up_to": None}
+            chosen.insert(0, replace(self.selections[REFERENCE], **everything))
+        for seed in config.seeds:
+            run = replace(self.run_config, training=replace(self.run_config.training, seed=seed))
+            for selection in chosen:
+                shots = selection.shots or selection.shots_up_to
+                job = SelectionJob(self.context, selection, self.pretrain, run, self.folders)
+                yield (selection.coreset_func, selection.coreset_fraction, shots, seed), CoresetRun(job)
 
     def check(self) -> None:
         """Find before the first run what would stop a later one.
 
         Raises:
-            FlagError: A share does not fit the data, or a method.
-            FileError: A stored score is missing, or runs or a table of other settings stand where this grid's belong.
+            ArgumentError: A share does not fit the data, or a method.
+            FileError: A stored score is missing, or runs or a table with different settings are already there.
         """
-        for cell in self.cells:
-            run = self.run_of(cell)
-            if cell.seed == self.args.seeds[0]:
+        for cell, run in self.runs.items():
+            if cell[-1] == self.config.seeds[0]:
                 run.check()
-            if not self.args.overwrite:
+            if not self.run_config.overwrite:
                 run.check_stored()
-        if not self.args.overwrite:
+        if not self.run_config.overwrite:
             self._check_table()
 
     def _check_table(self) -> None:
-        """Refuse to replace another table: one of different settings, or with cells that this grid lacks."""
+        """Refuse to replace another table: one with different settings, or with cells that this grid lacks."""
 
-        def read(path: Path) -> tuple[set[tuple[Any, ...]], dict[str, Any]]:
+        def read(path: Path) -> tuple[set[Cell], dict[str, Any]]:
             content = read_json(path)
             try:
                 cells = {(c["method"], c["share"], c["shots"], c["seed"]) for c in content.get("cells", ())}
@@ -104,107 +116,103 @@ class Grid:
             except (TypeError, KeyError, ValueError, AttributeError) as error:
                 raise FileError(f"{path}: is damaged, or not a table of this script") from error
 
-        path, elsewhere = self._stem.with_name(f"{self._stem.name}.json"), "choose another --name"
-        cells = load_result(path, self.settings(), read, ignore=self._unread(), elsewhere=elsewhere)
-        if other := (cells or set()) - {(cell.func, cell.fraction, cell.shots, cell.seed) for cell in self.cells}:
-            cell, remedy = Cell(*min(other, key=str)), REPLACE.replace(ELSEWHERE, elsewhere)
+        path, elsewhere = self.stem.with_name(f"{self.stem.name}.json"), "choose another --name"
+        pretrains = any(self.selections[func].method.needs.pretraining for func in self.config.funcs)
+        ignore = () if pretrains else asdict(self.pretrain)
+        cells = load_result(path, self.settings(), read, ignore=ignore, elsewhere=elsewhere)
+        if other := (cells or set()) - set(self.runs):
+            cell, remedy = _describe(*min(other, key=str)), REPLACE.replace(ELSEWHERE, elsewhere)
             raise FileError(f"{path}: has {len(other)} cells that this grid lacks, such as {cell}; {remedy}")
-
-    def _unread(self) -> list[str]:
-        """Settings of pre-training, where no method of the grid pre-trains."""
-        needs = [find_method(func).needs for func in self.args.funcs]
-        names = [] if any(need.pretraining for need in needs) else ["epochs", "lr", "lr_sched", "batch_size"]
-        return [*(f"coreset_pretrain_{name}" for name in names), *(["coreset_networks"] if names else [])]
 
     # ------------------------------------------------------------------------------------------------- running
 
-    def run(self, after_cell: Callable[[], Any]) -> dict[Cell, str]:
-        """Train what is not done; returns the cells that failed, with the reason.
+    def run(self) -> dict[str, str]:
+        """Train what is not done, and bring the table up to date after each cell.
 
-        Args:
-            after_cell: Called when a cell is finished.
+        Another process may run the same grid: what it trains at the moment comes last.
+
+        Returns:
+            The cells that failed, with the reason.
         """
-        failures: dict[Cell, str] = {}
-        pending = list(self.cells)
-        with tqdm(total=len(pending), unit="cell", disable=None, dynamic_ncols=True, desc="grid") as bar:
-            for wait in (False, True):  # first what no other process works on, then the rest
-                pending = [cell for cell in pending if not self._attempt(cell, failures, bar, after_cell, wait)]
+        failures: dict[str, str] = {}
+        done: set[Cell] = set()
+        with tqdm(total=len(self.runs), unit="cell", disable=None, dynamic_ncols=True, desc="grid") as bar:
+            for wait in (False, True):
+                for number, (cell, run) in enumerate(self.runs.items(), 1):
+                    if cell in done:
+                        continue
+                    with try_lock(run.lock, wait=wait) as mine:
+                        if not mine:
+                            continue
+                        done.add(cell)
+                        bar.update()
+                        if run.is_done():
+                            run.files.remove_states()
+                            continue
+                        name = _describe(*cell)
+                        log.info("cell %d of %d: %s", number, len(self.runs), name)
+                        try:
+                            run.train()
+                        except UserError as error:
+                            log.error("%s: %s", name, error.line)
+                            failures[name] = error.line
+                            continue
+                        run.files.remove_states()
+                    self.write()
         return failures
-
-    def _attempt(
-        self, cell: Cell, failures: dict[Cell, str], bar: tqdm, after_cell: Callable[[], Any], wait: bool
-    ) -> bool:
-        """Train a cell unless it is done; False if another process works on it, and ``wait`` is off."""
-        run = self.run_of(cell)
-        trained = False
-        with try_lock(run.lock, wait=wait) as mine:
-            if not mine:
-                return False
-            if not run.is_done():
-                log.info("cell %d of %d: %s", self.cells.index(cell) + 1, len(self.cells), cell)
-                try:
-                    run.train()
-                    trained = True
-                except UserError as error:
-                    log.error("%s: %s", cell, error.line)
-                    failures[cell] = error.line
-            if cell not in failures:
-                run.session.files(run.experiment).remove_states()
-        bar.update()
-        if trained:
-            after_cell()
-        return True
 
     # ------------------------------------------------------------------------------------------------- comparing
 
-    @property
-    def _stem(self) -> Path:
-        args = self.args
-        return comparison_stem(args.plots_folder, self.session.entry.name, args.model, args.name)
-
     def settings(self) -> dict[str, Any]:
         """What all cells share."""
-        args, session = self.args, self.session
-        facts = session.settings(session.train)
-        read = {option for func in args.funcs for option in find_method(func).option_names}
-        facts.update({key: value for key, value in vars(args).items() if key.startswith("coreset_") or key in read})
-        facts.update(per_class=args.per_class, shots_up_to=bool(args.shots_up_to) or None)
-        for key in ("seed", "coreset_func", "coreset_fraction"):
-            facts.pop(key, None)
+        selections = [self.selections[func] for func in self.config.funcs]
+        run = TrainingRun(self.context, self.run_config, self.folders, "", self.context.train)
+        facts = {
+            **run.settings,
+            "coreset_mode": selections[0].coreset_mode,
+            "coreset_epochs": self.run_config.training.epochs,
+            **asdict(self.pretrain),
+            **{name: value for selection in selections for name, value in asdict(selection.options).items()},
+            "per_class": selections[0].per_class,
+            "shots_up_to": bool(self.config.shots_up_to) or None,
+        }
+        del facts["seed"]
         return facts
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per cell, of what its files say; those of finished cells are read once."""
-        records = {cell: self._finished.get(cell) or self._record(cell) for cell in self.cells}
-        self._finished.update((cell, record) for cell, record in records.items() if record["finished"])
-        return list(records.values())
+        """One record per cell, of what its files contain; those of finished cells are read once.
 
-    def _record(self, cell: Cell) -> dict[str, Any]:
-        run = self.run_of(cell)
-        record: dict[str, Any] = {
-            "method": cell.func, "share": cell.fraction, "shots": cell.shots, "seed": cell.seed, "finished": False,
-            "accuracy": None, "best": None, "epoch": 0, "examples": None, "selection_seconds": None,
-            "training_seconds": None,
-        }  # fmt: skip
+        A record has ``method``, ``share`` or else ``shots``, ``seed``, ``finished`` and, where it is: ``accuracy``
+        after the last epoch and the ``best`` one, in [0, 1], ``epoch`` (how many), ``examples`` (on average per
+        epoch), ``selection_seconds`` (None if unknown) and ``training_seconds``.
+        """
+        for cell, run in self.runs.items():
+            if cell not in self._finished and (record := self._read(run)) is not None:
+                self._finished[cell] = record
+        nothing = {"finished": False, "accuracy": None, "best": None, "epoch": 0, "examples": None,
+                   "selection_seconds": None, "training_seconds": None}  # fmt: skip
+        names = ("method", "share", "shots", "seed")
+        return [{**dict(zip(names, cell, strict=True)), **self._finished.get(cell, nothing)} for cell in self.runs]
+
+    def _read(self, run: CoresetRun) -> dict[str, Any] | None:
+        """What a finished run's files contain; None where it is not finished, or they cannot be read."""
         try:
             if not run.is_done():
-                return record
-            results = run.session.files(run.experiment).read_results()
-            history = results["history"]
-            seconds = run.selection_seconds()
+                return None
+            results, seconds = run.files.read_results(), run.selection_seconds()
         except FileError as error:
             log.warning("%s", error)
-            return record
-        record.update(
-            finished=True,
-            accuracy=history[-1]["test_accuracy"],
-            best=results["best_test_accuracy"],
-            epoch=len(history),
-            examples=sum(r.get("examples", results["settings"]["examples"]) for r in history) / len(history),
-            selection_seconds=None if math.isnan(seconds) else seconds,
-            training_seconds=results["seconds"],
-        )
-        return record
+            return None
+        history = results["history"]
+        return {
+            "finished": True,
+            "accuracy": history[-1]["test_accuracy"],
+            "best": results["best_test_accuracy"],
+            "epoch": len(history),
+            "examples": sum(r.get("examples", results["settings"]["examples"]) for r in history) / len(history),
+            "selection_seconds": None if math.isnan(seconds) else seconds,
+            "training_seconds": results["seconds"],
+        }
 
     def write(self) -> list[Path]:
         """Write table and figure of what is done; nothing while nothing is.
@@ -212,73 +220,27 @@ class Grid:
         Raises:
             FileError: Another grid has written its table there since this one began.
         """
-        with lock(self._stem.with_name(f"{self._stem.name}.lock"), "writing the table", wait=True):
-            if not self.args.overwrite:
-                self._check_table()
-            return self._write()
+        from src.coresets.plots import accuracy_figure  # takes matplotlib
 
-    def _write(self) -> list[Path]:
-        records = self.records()
-        if not any(record["finished"] for record in records):
-            return []
-        rows = summarise(records)
-        paths = write_table(self._stem, rows, records, self.settings())
-        drawn = [row for row in rows if not (row["share"] == 1.0 and row["method"] == REFERENCE and self.args.full)]
-        full = next((row for row in rows if row["share"] == 1.0 and row["method"] == REFERENCE), None)
-        title = f"{self.args.model} on {self.session.entry.name}"
-        figure = accuracy_figure(
-            drawn or rows, title=title, full=full and full["mean"], full_std=full and full["std"]
-        )
-        return [*paths, *save_figure(figure, self._stem)]
+        with lock(self.stem.with_name(f"{self.stem.name}.lock"), "writing the table", wait=True):
+            if not self.run_config.overwrite:
+                self._check_table()
+            records = self.records()
+            if not any(record["finished"] for record in records):
+                return []
+            rows = summarize(records)
+            paths = write_table(self.stem, rows, records, self.settings())
+            full = next((row for row in rows if (row["share"], row["method"]) == (EVERYTHING, REFERENCE)), None)
+            drawn = [row for row in rows if not (self.config.full and row is full)]
+            title = f"{self.run_config.model.model} on {self.context.entry.name}"
+            figure = accuracy_figure(
+                drawn or rows, title=title, full=full and full["mean"], full_std=full and full["std"]
+            )
+            return [*paths, *save_figure(figure, self.stem)]
 
     def table(self) -> str:
         """The table as Markdown."""
-        return markdown(summarise(self.records()))
-
-    def report(self, failures: dict[Cell, str]) -> None:
-        """Stop with one line if cells failed.
-
-        Raises:
-            TrainingError: Some did.
-        """
-        if failures:
-            cell, reason = next(iter(failures.items()))
-            raise TrainingError(f"{len(failures)} of {len(self.cells)} cells failed; the first is {cell}: {reason}")
-
-
-EVERYTHING = 1.0  # the share that keeps all
-
-Share = tuple[int | None, float | None]  # examples per class, or else the share
-
-
-class Record(TypedDict):
-    """One cell of a grid: the training on one selection.
-
-    Attributes:
-        method: Value of ``--coreset_func``.
-        share: Share kept; None where examples per class are given.
-        shots: Examples per class; None where the share is given.
-        seed: Seed of selection and training.
-        finished: Whether it has been trained to the end; if not, what follows is not read.
-        accuracy: Test accuracy after the last epoch, in [0, 1].
-        best: Highest test accuracy of any epoch.
-        epoch: Epochs trained.
-        examples: How many examples it was trained on.
-        selection_seconds: What choosing took; None if unknown.
-        training_seconds: What training took.
-    """
-
-    method: str
-    share: float | None
-    shots: int | None
-    seed: int
-    finished: bool
-    accuracy: float | None
-    best: float | None
-    epoch: int
-    examples: int | None
-    selection_seconds: float | None
-    training_seconds: float | None
+        return markdown(summarize(self.records()))
 
 
 class Row(TypedDict):
@@ -313,11 +275,11 @@ class Row(TypedDict):
     training_seconds: float | None
 
 
-def summarise(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+def summarize(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Means and spreads over seeds of each method and share.
 
     Args:
-        records: Cells as of :class:`Record`; those that are not finished are left out of all means.
+        records: One per cell, see :meth:`Grid.records`; those that are not finished are left out of all means.
 
     Returns:
         One row per method and share that has a cell: methods in the order in which they first appear, examples per
@@ -393,7 +355,7 @@ def markdown(rows: Sequence[Row], title: str = "") -> str:
     """The table as Markdown: methods by shares, accuracies in percent, the best mean of each share in bold.
 
     Args:
-        rows: Of :func:`summarise`.
+        rows: Of :func:`summarize`.
         title: What was trained on what, the caption's beginning.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -459,8 +421,8 @@ def write_table(
 
     Args:
         stem: Folder and name; the folder is made.
-        rows: Of :func:`summarise`.
-        records: The cells that they summarise.
+        rows: Of :func:`summarize`.
+        records: The cells that they summarize.
         settings: What all cells share; ``model`` and ``dataset`` stand in the caption.
 
     Returns:

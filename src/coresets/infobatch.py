@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src import rng
+from src.cli import number, option
 from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
 from src.errors import ArgumentError, FlagError
 from src.lazy import torch
@@ -99,7 +100,11 @@ class InfoBatchOptions:
         infobatch_delta: Share of the epochs after which nothing is pruned.
     """
 
-    infobatch_delta: float = 0.875
+    infobatch_delta: float = option(
+        0.875,
+        "infobatch_dynamic: share of the epochs after which everything is trained on",
+        number(float, 0, 1),
+    )
 
 
 _FIRST_LOSS = 3.0  # of examples not yet seen, the same for all: none lies below the mean

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from src.cli import number, option
 from src.errors import UserError
 from src.lazy import torch
 
@@ -223,16 +224,16 @@ class SelectionInputs:
         shapes = {name: np.shape(values) for name, values in (("scores", self.scores), ("names", self.names))
                   if values is not None}  # fmt: skip
         shapes |= {f"dynamics {name}": np.shape(values)[1:] for name, values in self.dynamics.items()}
-        shapes |= {f"network {number}": network.labels.shape for number, network in enumerate(self.networks)}
+        shapes |= {f"network {place}": network.labels.shape for place, network in enumerate(self.networks)}
         _refuse_other_lengths(len(self.labels), shapes)
         _refuse_other_labels(np.asarray(self.labels), self.num_classes)
         for name, values in self.dynamics.items():
             unvisited = np.isnan(values)  # in some epochs, not in all
             _refuse_not_finite(f"dynamics {name}", np.where(unvisited & ~unvisited.all(axis=0), 0, values), axis=1)
-        for number, network in enumerate(self.networks):
+        for place, network in enumerate(self.networks):
             others = np.flatnonzero(network.labels.cpu().numpy() != self.labels)
             if len(others):
-                raise UserError(f"network {number}: the label of example {others[0]} differs from labels")
+                raise UserError(f"network {place}: the label of example {others[0]} differs from labels")
 
     def name(self, position: int) -> int:
         """An example's original index."""
@@ -291,7 +292,7 @@ class Needs:
     Attributes:
         stored: Name of a stored score (a mode of ``Proxy``); None if it reads none.
         reduced: Name of a score that is reduced from the dynamics of pre-training.
-        dynamics: Whether it reads the recorded arrays themselves.
+        dynamics: Names of the recorded arrays that it reads itself.
         logits: Whether it reads the pre-trained network's logits.
         embeddings: Whether it reads its embeddings too.
         ensemble: Whether it reads several independently initialised networks in place of one.
@@ -299,7 +300,7 @@ class Needs:
 
     stored: str | None = None
     reduced: str | None = None
-    dynamics: bool = False
+    dynamics: tuple[str, ...] = ()
     logits: bool = False
     embeddings: bool = False
     ensemble: bool = False
@@ -334,7 +335,12 @@ class MemoryOptions:
         selection_memory: MiB that pairwise similarities may take; above, they are computed in blocks.
     """
 
-    selection_memory: int = 2048
+    selection_memory: int = option(
+        2048,
+        "memory for pairwise similarities; larger ones are computed in blocks",
+        number(int, 1),
+        metavar="MIB",
+    )
 
 
 @dataclass(frozen=True)
@@ -345,7 +351,7 @@ class WindowOptions:
         score_window: Epochs of a window.
     """
 
-    score_window: int = 10
+    score_window: int = option(10, "dual, tdds: epochs of a window", number(int, 2))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def accuracy_figure(
     The names stand beside the lines' right ends, from the highest accuracy there to the lowest.
 
     Args:
-        rows: Of :func:`src.coresets.grid.summarise`; those without a finished cell are left out.
+        rows: Of :func:`src.coresets.grid.summarize`; those without a finished cell are left out.
         title: What was trained on what.
         full: Mean accuracy of training on everything, in [0, 1], for a dotted line.
         full_std: Its standard deviation.

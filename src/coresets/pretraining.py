@@ -1,9 +1,12 @@
-"""Pre-trained networks of the selection methods: trained once, kept under a hash of all that determines them."""
+"""Pre-trained models of the selection methods: trained once, kept under a hash of all that determines them."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +14,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src.artifacts import (
-    DEFAULTS,
-    claim_path,
-    dynamics_folder,
-    lock,
-    pretrain_experiment,
-    read_npz,
-    write_npz,
-)
-from src.coresets import LastLayer
+from src.artifacts import CLAIM_NAME, Folders, lock, pretrain_experiment, read_npz, write_npz
+from src.artifacts.store import DEFAULTS
+from src.context import RunContext, TrainingRun
+from src.coresets.config import PretrainConfig
+from src.coresets.inputs import LastLayer
 from src.devices import autocast_context
-from src.errors import FileError, TrainingError
+from src.errors import ArgumentError, FileError, FlagError, TrainingError
 from src.jacobians import SquaredNorms
-from src.models.base import eval_mode
-from src.session import Session
-from src.training import DYNAMICS_FILE, data_facts, load_model, read_dynamics
+from src.training import DYNAMICS_FILE, RunConfig, TrainingConfig, read_dynamics
 
 log = logging.getLogger(__name__)
 
@@ -34,98 +30,109 @@ log = logging.getLogger(__name__)
 # they do not: models of older versions are found. Images are compared when a run's settings are.
 _IN_KEY = {name: DEFAULTS[name] for name in ("rho", "adaptive", "hess_init", "lr_min")} | {"delta": None}
 
-SEED_STEP = 5  # between the seeds of independently initialised networks
+SEED_STEP = 5  # between the seeds of independently initialized models
 WEIGHT_DECAY = 5e-4
-LARGEST_FILE = 2**31  # bytes; larger features are computed anew by each run that needs them
+LARGEST_FILE = 2**31  # bytes; larger features are computed again by each run that needs them
+QUANTITIES = ("logits", "embeddings", "gradient_norms")
 
 
-class PretrainedNetwork:
-    """One pre-trained network: SGD with Nesterov momentum 0.9 and weight decay 5e-4 on all training examples.
+class PretrainedModel:
+    """One pre-trained model: SGD with Nesterov momentum 0.9 and weight decay 5e-4 on all training examples in use.
 
     Args:
-        session: The session whose data and flags (``--coreset_pretrain_*``, augmentation, model) it follows.
-        number: Which of the independently initialised networks, from 0: its seed is ``seed + 5 number``.
+        context: Device and data.
+        pretrain: Its settings.
+        run: The downstream run, whose model, seed, precision and augmentation it follows.
+        folders: Where files go.
+        number: Which of the independently initialized models, from 0: its seed is ``seed + 5 number``.
+
+    Attributes:
+        settings: Everything that determines it, but its seed.
+        key: The hash of these.
     """
 
-    def __init__(self, session: Session, number: int = 0) -> None:
-        args = session.args
-        self.session = session.variant(
-            seed=args.seed + SEED_STEP * number,
-            epochs=args.coreset_pretrain_epochs,
-            learning_rate=args.coreset_pretrain_lr,
-            lr_sched=args.coreset_pretrain_lr_sched,
-            batch_size=args.coreset_pretrain_batch_size,
-            optimizer="sgd",
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=WEIGHT_DECAY,
-            lr_min=0.0,
-            rho=0.05,
-            adaptive=False,
-            delta=None,
-            hess_init=0.1,
+    def __init__(
+        self, context: RunContext, pretrain: PretrainConfig, run: RunConfig, folders: Folders, number: int = 0
+    ) -> None:
+        config = RunConfig(
+            run.model,
+            TrainingConfig(
+                seed=run.training.seed + SEED_STEP * number,
+                epochs=pretrain.coreset_pretrain_epochs,
+                learning_rate=pretrain.coreset_pretrain_lr,
+                lr_sched=pretrain.coreset_pretrain_lr_sched,
+                weight_decay=WEIGHT_DECAY,
+                nesterov=True,
+                precision=run.training.precision,
+            ),
+            batch_size=pretrain.coreset_pretrain_batch_size,
+            data_augmentation=run.data_augmentation,
+            cutout_holes=run.cutout_holes,
+            cutout_length=run.cutout_length,
+            resume=True,
+            overwrite=True,  # with these settings only, by the hash in its path: what is damaged is trained again
             save_epochs="last",
             measure_proxies=True,
-            resume=True,
-            overwrite=True,  # of these settings only, by the hash in its path: what is damaged is made anew
         )
-        self.train = session.train
-        facts = {**_IN_KEY, **self.session.settings(self.train)}
+        self._run = TrainingRun(context, config, folders, "", context.train, final_scores=False)
+        facts = {**_IN_KEY, **self._run.settings}
         facts = {name: value for name, value in facts.items() if name not in ("seed", "images")}
-        if session.group.world > 1 and not args.sync_bn:  # BatchNorm then normalises smaller batches
-            facts["processes"] = session.group.world
+        if context.group.world > 1 and not context.compute.sync_bn:  # BatchNorm then normalizes smaller batches
+            facts["processes"] = context.group.world
         self.settings, self.key = facts, settings_hash(facts)
-        self.experiment = pretrain_experiment(session.entry.name, args.model, self.key)
+        self._run.experiment = self._experiment(self.key)
 
-    @property
-    def lock(self) -> Path:
-        """The lock file of whoever trains or scores this network."""
-        args = self.session.args
-        return claim_path(args.models_folder, self.experiment, args.seed)
+    def _experiment(self, key: str) -> str:
+        return pretrain_experiment(self._run.context.entry.name, self._run.config.model.model, key)
 
-    def settings_of(self, key: str) -> dict[str, Any]:
-        """What another key stands for, from the results of its network; empty where they are not on disk."""
-        experiment = pretrain_experiment(self.session.entry.name, self.session.args.model, key)
+    def settings_of(self, key: str) -> dict[str, Any] | str:
+        """The settings that a key is the hash of, where their model is on disk; else the key."""
+        if key == self.key:
+            return self.settings
         try:
-            stored = self.session.files(experiment).read_results().get("settings", {})
+            stored = replace(self._run, experiment=self._experiment(key)).files.read_results()
         except FileError:
-            return {}
-        return {name: value for name, value in stored.items() if name != "seed"}
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the finished network and its dynamics are on disk."""
-        return self._checkpoint.exists() and self.session.is_done(self.experiment, self.train, final_scores=False)
+            stored = {}
+        return {name: value for name, value in stored.get("settings", {}).items() if name != "seed"} or key
 
     @property
     def _checkpoint(self) -> Path:
-        return self.session.files(self.experiment).checkpoints / "last.pt"
+        return self._run.files.checkpoints / "last.pt"
 
-    def train_or_load(self) -> None:
-        """Train the network, or go on with it, unless it is on disk. All processes of the group must call."""
-        if self.is_trained:
-            log.info("pre-training: %s, seed %d, is on disk", self.experiment, self.session.args.seed)
-            self._forget_states()
-            return
-        self.session.group.wait()  # nobody starts before everybody has seen that there is something to do
-        for name in _QUANTITIES:
-            self._file(name).unlink(missing_ok=True)
-        self.session.run(self.experiment, self.train, final_scores=False)
-        self._forget_states()
-
-    def _forget_states(self) -> None:
-        if self.session.group.is_main_process:
-            self.session.files(self.experiment).remove_states()
+    def train(self) -> None:
+        """Train the model, or continue, unless it is on disk. All processes of the group must call."""
+        run, group = self._run, self._run.context.group
+        alone = lock(run.files.checkpoints / CLAIM_NAME, "pre-training this model", wait=True)
+        with alone if group.is_main_process else nullcontext():
+            group.wait()  # for the lock
+            if self._checkpoint.exists() and run.is_done():
+                log.info("pre-training: %s, seed %d, is on disk", run.experiment, run.config.training.seed)
+            else:
+                group.wait()  # nobody starts before everybody has seen that there is something to do
+                for name in QUANTITIES:
+                    self._file(name).unlink(missing_ok=True)
+                try:
+                    run.fit()
+                except ArgumentError as error:
+                    raise FlagError(str(error).replace("batch_size", "--coreset_pretrain_batch_size")) from error
+                except TrainingError as error:
+                    raise TrainingError(f"pre-training: {error}; see --coreset_pretrain_lr") from error
+            if group.is_main_process:
+                run.files.remove_states()
+            group.wait()
 
     def dynamics(self) -> dict[str, np.ndarray]:
         """The arrays recorded in pre-training, ``(epochs, n)`` in the order of the training examples."""
-        args = self.session.args
-        arrays = read_dynamics(dynamics_folder(args.metrics_folder, self.experiment, args.seed) / DYNAMICS_FILE)
-        places = self.train.indices.cpu().numpy()
-        return {name: values[:, places] for name, values in arrays.items() if getattr(values, "ndim", 0) == 2}
+        arrays = read_dynamics(self._run.dynamics_folder / DYNAMICS_FILE)
+        positions = self._run.train.indices.cpu().numpy()
+        return {name: values[:, positions] for name, values in arrays.items() if getattr(values, "ndim", 0) == 2}
 
     def last_layer(self, *, embeddings: bool = False, gradient_norms: bool = False) -> LastLayer:
-        """The network's last layer on the un-augmented training examples, from disk where it was stored before."""
+        """The model's last layer on the un-augmented training examples, from disk where it was stored before.
+
+        Raises:
+            TrainingError: A value is not finite.
+        """
         wanted = ["logits", *["embeddings"] * embeddings, *["gradient_norms"] * gradient_norms]
         found = {name: self._stored(name) for name in wanted}
         if found["logits"] is None or (embeddings and found["embeddings"] is None):
@@ -133,22 +140,20 @@ class PretrainedNetwork:
         if gradient_norms and found["gradient_norms"] is None:
             found["gradient_norms"] = self._gradient_norms()
         for name, values in found.items():
-            if values is not None and not values.isfinite().all():
+            if not values.isfinite().all():
                 raise TrainingError(
-                    f"the pre-trained network's {name.replace('_', ' ')} are not finite; "
-                    f"a smaller --coreset_pretrain_lr may help (it is {self.session.args.learning_rate:g})"
+                    f"the pre-trained model's {name.replace('_', ' ')} are not finite; a smaller "
+                    f"--coreset_pretrain_lr may help (it is {self._run.config.training.learning_rate:g})"
                 )
-        device = self.session.device
+        device = self._run.context.device
         return LastLayer(
-            found["logits"].to(device),
-            self.train.labels.to(device),
-            *(found[name].to(device) if name in wanted else None for name in ("embeddings", "gradient_norms")),
+            labels=self._run.train.labels.to(device), **{name: found[name].to(device) for name in wanted}
         )
 
     # ------------------------------------------------------------------------------------------------- features
 
     def _file(self, name: str) -> Path:
-        return self.session.files(self.experiment).checkpoints / f"{name}.npz"
+        return self._run.files.checkpoints / f"{name}.npz"
 
     def _stored(self, name: str) -> torch.Tensor | None:
         try:
@@ -157,36 +162,39 @@ class PretrainedNetwork:
             return None
         right = values.dtype.kind == "f" and values.ndim == (1 if name == "gradient_norms" else 2)
         if name == "logits":
-            right = right and values.shape[-1] == self.session.entry.num_classes
-        return torch.from_numpy(values) if right and len(values) == len(self.train) else None
+            right = right and values.shape[-1] == self._run.context.entry.num_classes
+        return torch.from_numpy(values) if right and len(values) == len(self._run.train) else None
 
     def _store(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if values.numel() * values.element_size() <= LARGEST_FILE:
             write_npz(self._file(name), values=values.numpy())
         return values
 
-    def _network(self) -> torch.nn.Module:
+    def _model(self) -> torch.nn.Module:
+        config = self._run.config
+        asked = {"model": config.model.model, "optimizer": "sgd"}
         try:
-            args = self.session.args
-            asked = {"model": args.model, "optimizer": "sgd", "seed": args.seed, "epoch": args.epochs}
-            model, _ = load_model(self._checkpoint, {**data_facts(self.session.whole_train), **asked})
+            model, _ = self._run.context.load_model(
+                self._checkpoint, seed=config.training.seed, epoch=config.training.epochs, **asked
+            )
         except FileError as error:
-            raise FileError(f"{error}; delete it, and it is trained anew") from error
-        return model.to(self.session.device)
+            raise FileError(f"{error}; delete it, and it is trained again") from error
+        return model
 
     def _forward(self, embeddings: bool) -> dict[str, torch.Tensor]:
         """Logits ``(n, C)`` and embeddings ``(n, d)``, in one pass."""
-        model, session = self._network(), self.session
+        model, context = self._model(), self._run.context
+        dtype = context.precision.dtype
         logits, features = [], []
-        batches = session.batches(self.train, alone=True)
-        with torch.inference_mode(), eval_mode(model):
+        batches = self._run.batches(self._run.train)
+        with torch.inference_mode():
             for batch in tqdm(batches, desc="last layer", unit="batch", disable=None, dynamic_ncols=True):
-                with autocast_context(session.device, session.precision):
+                with autocast_context(context.device, context.precision):
                     h = model.features(batch.images)  # (b, d)
                     z = model.head(h)  # (b, C)
-                logits.append(z.to(session.precision.dtype).cpu())
+                logits.append(z.to(dtype).cpu())
                 if embeddings:
-                    features.append(h.to(session.precision.dtype).cpu())
+                    features.append(h.to(dtype).cpu())
         found = {"logits": torch.cat(logits)}
         if embeddings:
             found["embeddings"] = torch.cat(features)
@@ -195,41 +203,18 @@ class PretrainedNetwork:
 
     def _gradient_norms(self) -> torch.Tensor:
         """Norms of each example's gradient in all parameters, ``(n,)``."""
-        batches, parts = self.session.batches(self.train, alone=True), []
-        with SquaredNorms(self._network()) as squared_norms:
+
+        def losses(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
+
+        batches, parts = self._run.batches(self._run.train), []
+        with SquaredNorms(self._model()) as squared_norms:
             for batch in tqdm(batches, desc="gradient norms", unit="batch", disable=None, dynamic_ncols=True):
-                norms, _ = squared_norms(batch.images, batch.labels, _losses)
+                norms, _ = squared_norms(batch.images, batch.labels, losses)
                 parts.append(norms[0, 0].sqrt().cpu())
         return self._store("gradient_norms", torch.cat(parts))
-
-
-_QUANTITIES = ("logits", "embeddings", "gradient_norms")
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
     """16 hex digits that stand for settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _losses(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
-
-
-def train_networks(session: Session, count: int) -> list[PretrainedNetwork]:
-    """The first ``count`` pre-trained networks of a session, trained where they are not on disk yet.
-
-    All processes of the group must call. If another start of a script trains one of them, this one waits for it.
-
-    Args:
-        session: The session.
-        count: How many independently initialised networks.
-    """
-    networks = [PretrainedNetwork(session, number) for number in range(count)]
-    group = session.group
-    for network in networks:
-        held = lock(network.lock, "pre-training this network", wait=True) if group.is_main_process else nullcontext()
-        with held:
-            group.wait()  # for the main process's lock
-            network.train_or_load()
-            group.wait()
-    return networks

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from src import rng
+from src.cli import option
 from src.coresets.inputs import (
     CandidateGroup,
     Method,
@@ -100,7 +101,7 @@ class GraNdOptions:
         grand_gradient: The gradient in the ``"last"`` layer, or in all parameters (``"full"``).
     """
 
-    grand_gradient: str = "last"
+    grand_gradient: str = option("last", "grand: gradient of what", choices=("last", "full"))
 
 
 def stored(mode: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: StoredOptions) -> Selection:
@@ -112,6 +113,13 @@ def stored(mode: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup],
 def reduced(name: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Any) -> Selection:
     """A score reduced from the dynamics: its highest."""
     return keep_by_rank(checked_scores(inputs, name), groups, highest=True, what=name)
+
+
+def forget(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+    """Forgetting: the most events, and before them what was never learned (Toneva et al. 2019, section 2)."""
+    learned = (inputs.dynamics["correct"] == 1).any(axis=0)
+    scores = checked_scores(inputs, "forget")
+    return keep_by_rank(np.where(learned, scores, np.inf), groups, highest=True, what="forget")
 
 
 def _mean_over_networks(columns: Sequence[torch.Tensor]) -> np.ndarray:
@@ -145,20 +153,20 @@ METHODS = (
     Method("random", random_choice, Needs(), "baseline", "uniform, without replacement", "n"),
     *(
         Method(
-            _STORED.get(mode, f"min_{mode}"),
-            partial(stored, mode),
-            Needs(stored=mode),
-            paper="Feldman and Zhang 2020" if mode == "mem" else "Agiollo et al. 2024",
+            _STORED.get(score.name, f"min_{score.name}"),
+            partial(stored, score.name),
+            Needs(stored=score.name),
+            paper=score.paper,
             equation="large keeps the highest scores, few_shot the lowest",
             cost="n log n",
             options=StoredOptions,
         )
-        for mode in SCORES
+        for score in SCORES.values()
     ),
     Method(
         "forget",
-        partial(reduced, "forget"),
-        Needs(reduced="forgetting"),
+        forget,
+        Needs(reduced="forg", dynamics=("correct",)),
         paper="Toneva et al. 2019",
         equation="most changes from right to wrong between visits (section 2); never learned on top",
         cost="n log n",

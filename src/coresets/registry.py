@@ -11,7 +11,7 @@ from src.coresets.inputs import Method
 from src.errors import ArgumentError
 
 # the modules of this package that are no method
-_SHARED = {"budgets", "grid", "inputs", "plots", "pretraining", "registry", "runner"}
+_SHARED = {"budgets", "config", "grid", "inputs", "plots", "pretraining", "registry", "runner"}
 
 REFERENCE = "random"  # what the others are compared with; at fraction 1 it is training on everything
 

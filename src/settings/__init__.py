@@ -15,28 +15,23 @@ from src.settings.common import (
     add_training_flags,
     splits_folder,
 )
-from src.settings.selection import add_downstream_flags, add_method_flags, add_selection_flags
-from src.settings.values import SEED, file_name, fraction, method_name, number, whole_number
+from src.settings.values import SEED, file_name, fraction, number, whole_number
 
 __all__ = [
     "SEED",
     "add_augmentation_flags",
     "add_compute_flags",
     "add_data_flags",
-    "add_downstream_flags",
     "add_folder_flags",
-    "add_method_flags",
     "add_model_choice",
     "add_model_flags",
     "add_overwrite_flag",
     "add_run_flags",
     "add_score_flags",
     "add_seed_flag",
-    "add_selection_flags",
     "add_training_flags",
     "file_name",
     "fraction",
-    "method_name",
     "number",
     "score_folders",
     "splits_folder",

@@ -59,7 +59,7 @@ def test_defaults_are_those_of_training():
         ({"selection_dual_beta": False, "selection_dual_c": 3.0}, {"selection_dual_beta": False}, []),
         ({"trace_probes": 0, "trace_tolerance": 0.1}, {"trace_probes": 0}, []),
         ({"training": {"lr": 1}}, {}, []),
-        ({"settings": {"a": 1}}, {"settings": {"a": 2}}, ["a (1 there, 2 here)"]),
+        ({"settings": {"a": 1}}, {"settings": {"a": 2}}, ["settings a (1 there, 2 here)"]),
     ],
 )
 def test_what_a_record_lacks_counts_as_its_default(older, newer, differing):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from src.coresets.grid import markdown, summarise, write_table
+from src.coresets.grid import markdown, summarize, write_table
 
 
 def cell(method, share, seed, accuracy, *, shots=None, **changes):
@@ -40,7 +40,7 @@ def records():
 
 
 def test_means_and_spreads_are_numpys(records):
-    rows = summarise(records)
+    rows = summarize(records)
     assert [(row["method"], row["share"]) for row in rows] == [
         (method, share) for method in ("random", "craig") for share in (0.1, 0.5, 0.9)
     ]
@@ -54,11 +54,11 @@ def test_means_and_spreads_are_numpys(records):
         assert (row["seeds"], row["of_seeds"], row["examples"]) == (3, 3, 100)
         assert (row["selection_seconds"], row["training_seconds"]) == (None, 2.0)
     assert rows[0]["over_random_points"] == 0.0
-    assert summarise(records[:6] + records[6:][::-1]) == rows  # to the last bit
+    assert summarize(records[:6] + records[6:][::-1]) == rows  # to the last bit
 
 
 def test_one_seed_has_no_spread():
-    rows = summarise([cell("random", 0.1, 7, 0.5), cell("craig", 0.1, 7, 0.625)])
+    rows = summarize([cell("random", 0.1, 7, 0.5), cell("craig", 0.1, 7, 0.625)])
     assert [row["std"] for row in rows] == [None, None]
     assert rows[1]["over_random_points"] == 12.5
     text = markdown(rows)
@@ -76,7 +76,7 @@ def test_unfinished_cells_are_left_out_and_counted():
         cell("craig", 0.1, 2, None),
         cell("craig", 0.5, 1, 0.25),
     ]
-    random, craig, half = summarise(records)
+    random, craig, half = summarize(records)
     assert (random["mean"], random["seeds"], random["of_seeds"]) == (0.625, 2, 3)
     assert (craig["mean"], craig["std"], craig["seeds"], craig["over_random_points"]) == (None, None, 0, None)
     assert half["over_random_points"] is None  # random has no such share
@@ -92,7 +92,7 @@ def test_unfinished_cells_are_left_out_and_counted():
 
 
 def test_the_best_mean_of_each_column_is_bold(records):
-    rows = summarise(records)
+    rows = summarize(records)
     lines = markdown(rows).splitlines()
     assert lines[1] == ""
     assert len({len(line) for line in lines[2:]}) == 1  # aligned
@@ -101,13 +101,13 @@ def test_the_best_mean_of_each_column_is_bold(records):
         means = {row["method"]: row["mean"] for row in rows if row["share"] == share}
         for entry in entries:
             assert entry[column].startswith("**") == (means[entry[0]] == max(means.values()))
-    tied = summarise([cell("random", 0.1, 1, 0.5), cell("craig", 0.1, 1, 0.5)])
+    tied = summarize([cell("random", 0.1, 1, 0.5), cell("craig", 0.1, 1, 0.5)])
     assert markdown(tied).count("**50.0**") == 2
 
 
 def test_examples_per_class_and_the_whole_set():
     records = [cell("random", None, 1, 0.5 + n / 100, shots=n) for n in (10, 1, 2)] + [cell("random", 1.0, 1, 0.95)]
-    rows = summarise(records)
+    rows = summarize(records)
     assert [(row["shots"], row["share"]) for row in rows] == [(1, None), (2, None), (10, None), (None, 1.0)]
     header = markdown(rows).splitlines()[2]
     assert [entry.strip() for entry in header.split("|")[1:-1]] == [
@@ -122,12 +122,12 @@ def test_examples_per_class_and_the_whole_set():
 
 def test_a_cell_that_is_there_twice_is_refused(records):
     with pytest.raises(ValueError, match="two cells of random"):
-        summarise([*records, records[0]])
+        summarize([*records, records[0]])
 
 
 def test_the_files_read_back(tmp_path, records):
     records.append(cell("el2n", 0.1, 1, None))
-    rows = summarise(records)
+    rows = summarize(records)
     settings = {"model": "lenet", "dataset": "digits", "epochs": 5}
     stem = tmp_path / "plots" / "rate_0.1"  # a dot in the name is no ending
     paths = write_table(stem, rows, records, settings)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from src.artifacts import save_figure
-from src.coresets.grid import summarise
+from src.coresets.grid import summarize
 from src.coresets.plots import accuracy_figure, line_styles, spread
 from src.errors import FlagError
 
@@ -42,7 +42,7 @@ def names_of(figure):
 
 
 def test_lines_bands_ticks_and_names():
-    rows = summarise(grid(["craig", "random", "el2n"], [0.1, 0.3, 0.9]))
+    rows = summarize(grid(["craig", "random", "el2n"], [0.1, 0.3, 0.9]))
     figure = accuracy_figure(rows, title="lenet on digits", full=0.95, full_std=0.01)
     axes, lines = figure.axes[0], lines_of(figure)
     assert list(lines) == ["craig", "random", "el2n", "all examples"]
@@ -66,7 +66,7 @@ def test_lines_bands_ticks_and_names():
 
 
 def test_one_seed_has_no_band_and_shots_have_their_axis():
-    figure = accuracy_figure(summarise(grid(["random", "craig"], [1, 5, 10, 50], [1], shots=True)), title="t")
+    figure = accuracy_figure(summarize(grid(["random", "craig"], [1, 5, 10, 50], [1], shots=True)), title="t")
     axes = figure.axes[0]
     assert not axes.collections
     assert axes.get_xlabel() == "examples per class"
@@ -79,24 +79,24 @@ def test_what_is_not_finished_is_not_drawn():
     records = grid(["random", "craig", "el2n"], [0.1, 0.5])
     for record in records:
         record["finished"] = record["method"] == "random" or (record["method"] == "craig" and record["share"] == 0.1)
-    lines = lines_of(accuracy_figure(summarise(records), title="t"))
+    lines = lines_of(accuracy_figure(summarize(records), title="t"))
     assert list(lines) == ["random", "craig"]
     assert list(lines["craig"].get_xdata()) == [0.1]
     for record in records:
         record["finished"] = False
-    assert list(lines_of(accuracy_figure(summarise(records), title="t", full=0.9))) == ["all examples"]
+    assert list(lines_of(accuracy_figure(summarize(records), title="t", full=0.9))) == ["all examples"]
 
 
 def test_colours_stay_with_their_methods_as_a_grid_fills():
     records = grid(["forget", "random", "craig"], [0.1, 0.5])
-    whole = lines_of(accuracy_figure(summarise(records), title="t"))["craig"].get_color()
+    whole = lines_of(accuracy_figure(summarize(records), title="t"))["craig"].get_color()
     for record in records:
         record["finished"] = record["method"] == "craig"
-    assert lines_of(accuracy_figure(summarise(records), title="t"))["craig"].get_color() == whole
+    assert lines_of(accuracy_figure(summarize(records), title="t"))["craig"].get_color() == whole
 
 
 def test_one_share_has_bars():
-    figure = accuracy_figure(summarise(grid(["random", "craig"], [1.0])), title="t")
+    figure = accuracy_figure(summarize(grid(["random", "craig"], [1.0])), title="t")
     axes = figure.axes[0]
     assert len(axes.collections) == 2
     low, high = axes.get_xlim()
@@ -104,7 +104,7 @@ def test_one_share_has_bars():
 
 
 def test_shares_and_shots_do_not_mix():
-    rows = summarise(grid(["random"], [0.1]) + grid(["craig"], [5], shots=True))
+    rows = summarize(grid(["random"], [0.1]) + grid(["craig"], [5], shots=True))
     with pytest.raises(FlagError, match="no common axis"):
         accuracy_figure(rows, title="t")
 
@@ -113,7 +113,7 @@ def test_many_methods_look_different_and_their_names_keep_apart():
     methods = ["random", *(f"method {number}" for number in range(18))]
     seen = {(s["color"], str(s["linestyle"]), s["marker"]) for s in line_styles(methods).values()}
     assert len(seen) == len(methods)
-    figure = accuracy_figure(summarise(grid(methods, [0.1, 0.5])), title="t", full=0.9)
+    figure = accuracy_figure(summarize(grid(methods, [0.1, 0.5])), title="t", full=0.9)
     figure.draw_without_rendering()
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert all(high.y0 >= low.y1 - 1 for low, high in pairwise(boxes))
@@ -130,7 +130,7 @@ def test_spread_keeps_a_gap_and_moves_little():
 
 
 def test_png_and_pdf(tmp_path):
-    figure = accuracy_figure(summarise(grid(["random", "craig"], [0.1, 0.5])), title="t", full=0.9)
+    figure = accuracy_figure(summarize(grid(["random", "craig"], [0.1, 0.5])), title="t", full=0.9)
     paths = save_figure(figure, tmp_path / "plots" / "comparison")
     assert [path.name for path in paths] == ["comparison.png", "comparison.pdf"]
     assert paths[0].read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from src.coresets import ranked
 from src.coresets.budgets import make_groups
-from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, NoOptions, SelectionInputs
 from src.coresets.registry import METHODS
 from src.errors import FileError, FlagError
 from src.metrics import SCORES
@@ -109,9 +109,20 @@ def test_stored_scores_keep_the_end_that_the_mode_names(mode):
 def test_reduced_scores_keep_the_highest(name):
     method = METHODS[name]
     assert "coreset_mode" not in method.option_names
-    material = SelectionInputs(np.zeros(4, dtype=int), 1, scores=np.array([0.0, np.inf, 2.0, 1.0]))
+    scores = np.array([0.0, np.inf, 2.0, 1.0])
+    material = SelectionInputs(np.zeros(4, dtype=int), 1, scores=scores, dynamics={"correct": np.ones((2, 4))})
     selection = method.select(material, [CandidateGroup(np.arange(4), 2)], method.options())
     assert selection.indices.tolist() == [1, 2]
+
+
+def test_forgetting_keeps_what_was_never_learned_before_all_else():
+    correct = np.array([[1.0, 0.0, 1.0, np.nan], [0.0, 0.0, 1.0, 1.0]])
+    material = SelectionInputs(
+        np.zeros(4, dtype=int), 1, scores=np.array([1.0, 0.0, 0.0, 0.0]), dynamics={"correct": correct}
+    )
+    for budget, kept in ((1, [1]), (2, [0, 1])):
+        selection = METHODS["forget"].select(material, [CandidateGroup(np.arange(4), budget)], NoOptions())
+        assert selection.indices.tolist() == kept
 
 
 def random_networks(count: int, labels: np.ndarray) -> list[LastLayer]:

@@ -218,4 +218,4 @@ def test_cells_that_diverge_do_not_stop_the_others(blobs, tmp_path):
     result = call("compare_pruning.py", *wild)
     assert result.status == FILE
     assert "2 of 2 cells failed" in result.complaint
-    assert "--learning_rate" in result.complaint
+    assert "learning rate" in result.complaint
