@@ -206,7 +206,7 @@ def score_one(
     batches = Batches(
         images,
         args.batch_size,
-        normalisation=state["normalisation"],
+        normalization=state["normalisation"],
         device=images.labels.device,
         dtype=dtype,
         channels_last=MODELS[args.model].channels_last,

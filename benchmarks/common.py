@@ -104,11 +104,11 @@ def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
 class PlainImages(torch.utils.data.Dataset):
     """The plain way: images in memory, turned one at a time into PIL images and transformed."""
 
-    def __init__(self, images: ImageSet, *, augmented: bool, normalisation: str = "samis") -> None:
+    def __init__(self, images: ImageSet, *, augmented: bool, normalization: str = "samis") -> None:
         pixels = images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1)
         self.pixels = (pixels[..., 0] if images.entry.channels == 1 else pixels).contiguous().numpy()
         self.labels = images.labels.tolist()
-        self.transform = plain_transform(images.entry, augmented, normalisation)
+        self.transform = plain_transform(images.entry, augmented, normalization)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,14 +118,14 @@ class PlainImages(torch.utils.data.Dataset):
 
 
 def plain_transform(
-    entry: DatasetEntry, augmented: bool, normalisation: str = "samis"
+    entry: DatasetEntry, augmented: bool, normalization: str = "samis"
 ) -> Callable[[Image.Image], torch.Tensor]:
     """Torchvision's transforms as papers write them: (crop, flip,) to a tensor, normalise."""
     from src._torchvision import torchvision
 
     transforms = torchvision.transforms
 
-    normal = entry.normalisations[normalisation]
+    normal = entry.normalizations[normalization]
     chosen = [transforms.ToTensor(), transforms.Normalize(normal.mean, normal.std)]
     if augmented:
         chosen[:0] = [transforms.RandomCrop(entry.image_size, 4), transforms.RandomHorizontalFlip()]

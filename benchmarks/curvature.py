@@ -50,7 +50,7 @@ def network(name: str, images: ImageSet, epochs: int) -> nn.Module:
     """A network trained by plain SGD, a few epochs."""
     net = build_model(name, images.entry.num_classes, images.entry.channels, images.entry.image_size, seed=0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    batches = Batches(images, 64, normalisation=images.entry.normalisations["samis"], order="shuffled")
+    batches = Batches(images, 64, normalization=images.entry.normalizations["samis"], order="shuffled")
     for epoch in range(epochs):
         for batch in batches.epoch(epoch):
             optimizer.zero_grad()
@@ -61,7 +61,7 @@ def network(name: str, images: ImageSet, epochs: int) -> nn.Module:
 
 def operator(kind: type[CurvatureOperator], net: nn.Module, images: ImageSet) -> CurvatureOperator:
     """The matrix of the mean loss over ``images``."""
-    return kind(net, Batches(images, 128, normalisation=images.entry.normalisations["samis"]), len(images))
+    return kind(net, Batches(images, 128, normalization=images.entry.normalizations["samis"]), len(images))
 
 
 def deflate(vector: Tensor, known: list[Tensor]) -> Tensor:
@@ -160,7 +160,7 @@ def product_rows(quick: bool) -> list[Row]:
     for name, dataset, count in (("lenet", "mnist", 512), ("resnet8", "cifar10", 128)):
         images = random_images(dataset, 8 if quick else count)
         net = network(name, images, 0)
-        batches = list(Batches(images, 128, normalisation=images.entry.normalisations["samis"]))
+        batches = list(Batches(images, 128, normalization=images.entry.normalizations["samis"]))
         data = [(batch.images, batch.labels) for batch in batches]
         parameters, repeats = list(net.parameters()), 1 if quick else 3
         vector = torch.randn(sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(0))

@@ -32,8 +32,8 @@ def prepared_images(quick: bool) -> Row:
     """Time a pass in order, and compare the images."""
     count, repeats = (256, 1) if quick else (10_000, 3)
     images = random_images("mnist", count)
-    batches = Batches(images, 256, normalisation=images.entry.normalisations["mpe"])
-    loader = torch.utils.data.DataLoader(PlainImages(images, augmented=False, normalisation="mpe"), 256)
+    batches = Batches(images, 256, normalization=images.entry.normalizations["mpe"])
+    loader = torch.utils.data.DataLoader(PlainImages(images, augmented=False, normalization="mpe"), 256)
     for theirs, own in zip(loader, batches, strict=True):
         if not torch.equal(theirs[0], own.images):
             raise RuntimeError("the two ways prepare an image differently")
@@ -60,7 +60,7 @@ def batches(quick: bool = False) -> list[Row]:
     batches = Batches(
         images,
         128,
-        normalisation=entry.normalisations["samis"],
+        normalization=entry.normalizations["samis"],
         order="shuffled",
         augmentation=entry.training_augmentation(True),
         seed=1,
@@ -118,7 +118,7 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
     images = random_images(case.dataset, case.count)
     entry, layout = images.entry, MODELS[case.model].channels_last
     loader = torch.utils.data.DataLoader(PlainImages(images, augmented=False), 1)
-    batches = Batches(images, 512, normalisation=entry.normalisations["samis"], channels_last=layout)
+    batches = Batches(images, 512, normalization=entry.normalizations["samis"], channels_last=layout)
     shape = (entry.num_classes, entry.channels, entry.image_size)
     plain_pair = [build_model(case.model, *shape, seed=seed) for seed in (1, 2)]
     memory = torch.channels_last if layout else torch.contiguous_format
@@ -224,7 +224,7 @@ def our_epoch(way: Way, model: nn.Module, moments: list[float]) -> None:
     entry = images.entry
     if way.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    shared = {"normalisation": entry.normalisations["samis"], "channels_last": way.channels_last}
+    shared = {"normalization": entry.normalizations["samis"], "channels_last": way.channels_last}
     augmentation = entry.training_augmentation(True)
     trainer = Trainer(
         model,
@@ -309,11 +309,11 @@ def our_run(path: Path) -> None:
     """A run of ours."""
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     train, test = load_dataset(f"npz:{path}", path.parent)
-    normal = train.entry.normalisations["samis"]
+    normal = train.entry.normalizations["samis"]
     trainer = Trainer(
         build_model("mlp", 10, 3, 32, seed=0),
-        Batches(train, 128, normalisation=normal, order="shuffled", augmentation=train.entry.augmentation),
-        Batches(test, 128, normalisation=normal),
+        Batches(train, 128, normalization=normal, order="shuffled", augmentation=train.entry.augmentation),
+        Batches(test, 128, normalization=normal),
         TrainingConfig(epochs=1),
     )
     trainer.fit()

@@ -29,7 +29,7 @@ from src.datasets import (
     DataConfig,
     DatasetEntry,
     ImageSet,
-    Normalisation,
+    Normalization,
     load_dataset,
     parse_subset,
 )
@@ -141,9 +141,9 @@ class RunContext:
         return label_hash(self.labels)
 
     @property
-    def normalization(self) -> Normalisation:
+    def normalization(self) -> Normalization:
         """The normalization of images."""
-        return self.entry.normalisations[self._normalization]
+        return self.entry.normalizations[self._normalization]
 
     @cached_property
     def data_settings(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class RunContext:
         images: ImageSet,
         batch_size: int,
         *,
-        normalization: Normalisation | None = None,
+        normalization: Normalization | None = None,
         channels_last: bool = False,
         local: bool = True,
         order: str = "sequential",
@@ -186,7 +186,7 @@ class RunContext:
         return Batches(
             images,
             batch_size,
-            normalisation=normalization or self.normalization,
+            normalization=normalization or self.normalization,
             device=self.device,
             order=order,
             augmentation=augmentation,

@@ -1,11 +1,11 @@
 """Data sets: registry, loading, subsets, splits, and augmented batches."""
 
 from src.datasets.registry import (
-    CATALOGUE,
+    DATASETS,
     Augmentation,
     DataConfig,
     DatasetEntry,
-    Normalisation,
+    Normalization,
     dataset_flag,
     dataset_name,
     dataset_names,
@@ -18,14 +18,14 @@ from src.lazy import lazy_names
 __getattr__ = lazy_names(__name__, batches=["Batch", "Batches"], images=["ImageSet"])
 
 __all__ = [
-    "CATALOGUE",
+    "DATASETS",
     "Augmentation",
     "Batch",
     "Batches",
     "DataConfig",
     "DatasetEntry",
     "ImageSet",
-    "Normalisation",
+    "Normalization",
     "dataset_flag",
     "dataset_name",
     "dataset_names",

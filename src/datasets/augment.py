@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Random resized crop: share of the area, aspect ratio, and tries before falling back to the centre
+# Random resized crop: share of the area, aspect ratio, and tries before falling back to the center
 # (Szegedy et al. 2015, "Going deeper with convolutions", section 6).
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -45,15 +45,15 @@ def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     return windows[rows, :, offsets[:, 0], offsets[:, 1]]  # (b, c, 2p+1, 2p+1, h, w) -> (b, c, h, w)
 
 
-def cutout(images: Tensor, centres: Tensor, length: int) -> Tensor:
-    """Set squares to 0 (the mean colour), in place.
+def cutout(images: Tensor, centers: Tensor, length: int) -> Tensor:
+    """Set squares to 0 (the mean color), in place.
 
     DeVries and Taylor 2017, "Improved regularization of convolutional neural networks with Cutout".
 
     Args:
-        images: Normalised ``(b, c, h, w)``.
-        centres: int64 ``(b, holes, 2)``, row and column of each centre.
-        length: Side of a square; it reaches from centre - length//2 up to, not including, centre + length//2,
+        images: Normalized ``(b, c, h, w)``.
+        centers: int64 ``(b, holes, 2)``, row and column of each center.
+        length: Side of a square; it reaches from center - length//2 up to, not including, center + length//2,
             clipped at the border. Squares may overlap.
 
     Returns:
@@ -61,12 +61,12 @@ def cutout(images: Tensor, centres: Tensor, length: int) -> Tensor:
     """
     half = length // 2
 
-    def inside(centre: Tensor, size: int) -> Tensor:
+    def inside(center: Tensor, size: int) -> Tensor:
         position = torch.arange(size, device=images.device)
-        return (position >= centre[..., None] - half) & (position < centre[..., None] + half)  # (b, holes, size)
+        return (position >= center[..., None] - half) & (position < center[..., None] + half)  # (b, holes, size)
 
-    rows = inside(centres[..., 0], images.shape[2])
-    columns = inside(centres[..., 1], images.shape[3])
+    rows = inside(centers[..., 0], images.shape[2])
+    columns = inside(centers[..., 1], images.shape[3])
     holes = (rows[..., :, None] & columns[..., None, :]).any(dim=1)  # (b, h, w)
     return images.masked_fill_(holes[:, None], 0)
 
@@ -75,7 +75,7 @@ def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tens
     """The boxes of random resized crops.
 
     The first of ten tries (area and log aspect ratio uniform) that fits is taken, at a uniform position; if none
-    fits, the largest centred box of an allowed shape.
+    fits, the largest centerd box of an allowed shape.
 
     Args:
         draws: Uniform in [0, 1), ``(b, CROP_DRAWS)``: areas, ratios, and the position.

@@ -1,4 +1,4 @@
-"""Epochs of batches: ordered, augmented and normalised as full tensors, without per-image Python."""
+"""Epochs of batches: ordered, augmented and normalized as full tensors, without per-image Python."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 from src import rng
 from src.datasets import augment
 from src.datasets.images import ImageSet
-from src.datasets.registry import Augmentation, Normalisation
+from src.datasets.registry import Augmentation, Normalization
 
 ORDERS = ("shuffled", "sequential", "fixed")
 
@@ -25,7 +25,7 @@ class Batch(_Fields):
     """``(images, labels, indices, weights)``, and ``total_weight``.
 
     Attributes:
-        images: Normalised ``(b, c, h, w)``.
+        images: Normalized ``(b, c, h, w)``.
         labels: int64 ``(b,)``.
         indices: int64 ``(b,)``, original positions.
         weights: ``(b,)``.
@@ -49,7 +49,7 @@ class Batches:
     Args:
         images: The examples; move their storage to ``device`` before (``images.to(device)``).
         batch_size: Examples per step over all ranks.
-        normalisation: Per-channel mean and deviation.
+        normalization: Per-channel mean and deviation.
         device: Where to deliver batches.
         order: ``"shuffled"`` again in each epoch, ``"fixed"`` (one permutation for all epochs) or ``"sequential"``.
         augmentation: What to do to the images; None for nothing.
@@ -65,7 +65,7 @@ class Batches:
         images: ImageSet,
         batch_size: int,
         *,
-        normalisation: Normalisation,
+        normalization: Normalization,
         device: str | torch.device = "cpu",
         order: str = "sequential",
         augmentation: Augmentation | None = None,
@@ -92,9 +92,9 @@ class Batches:
         self._indices = images.indices.to(self.device)
         # As torchvision: statistics in the type of the images, never below float32.
         self._compute = dtype if dtype == torch.float64 else torch.float32
-        shape = (len(normalisation.mean), 1, 1)
-        self._mean = torch.tensor(normalisation.mean, dtype=self._compute, device=self.device).view(shape)
-        self._std = torch.tensor(normalisation.std, dtype=self._compute, device=self.device).view(shape)
+        shape = (len(normalization.mean), 1, 1)
+        self._mean = torch.tensor(normalization.mean, dtype=self._compute, device=self.device).view(shape)
+        self._std = torch.tensor(normalization.std, dtype=self._compute, device=self.device).view(shape)
 
     def __len__(self) -> int:
         return self.steps(len(self.images))
@@ -150,7 +150,7 @@ class Batches:
         return positions[keys[self.images.indices.cpu()[positions]].argsort(stable=True)]
 
     def _finish(self, pixels: Tensor, plan: "_Draws", indices: Tensor) -> Tensor:
-        """Augment, convert and normalise uint8 ``(b, c, h, w)``."""
+        """Augment, convert and normalize uint8 ``(b, c, h, w)``."""
         pixels = pixels.to(self.device, non_blocking=True)
         if len(indices):
             pixels = plan.before(pixels, indices)
@@ -183,7 +183,7 @@ class _Draws:
             self._mirrored = (torch.rand(total, generator=generator("flip")) < 0.5).to(device)
         if augmentation.cutout_holes:
             shape = (total, augmentation.cutout_holes, 2)
-            self._centres = torch.randint(size, shape, generator=generator("cutout")).to(device)
+            self._centers = torch.randint(size, shape, generator=generator("cutout")).to(device)
 
     def boxes(self, indices: Tensor) -> Tensor | None:
         """Uniform draws for random resized crops, which happen while images are read."""
@@ -198,7 +198,7 @@ class _Draws:
         return pixels
 
     def after(self, images: Tensor, indices: Tensor) -> Tensor:
-        """What is done to normalised images: cutout."""
+        """What is done to normalized images: cutout."""
         if self.augmentation.cutout_holes:
-            images = augment.cutout(images, self._centres[indices], self.augmentation.cutout_length)
+            images = augment.cutout(images, self._centers[indices], self.augmentation.cutout_length)
         return images

@@ -100,7 +100,7 @@ def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
         path: The file.
         size: Height and width wanted.
         draws: Uniform ``(CROP_DRAWS,)`` for a random resized crop; without, the shorter side is scaled to
-            256/224 of ``size`` and the centre is cut.
+            256/224 of ``size`` and the center is cut.
 
     Returns:
         uint8 ``(3, size, size)``.
@@ -180,7 +180,7 @@ class StreamedImages(ImageSet):
         self._folder, self._names = folder, names
 
     def fetch(self, positions: Tensor) -> Tensor:
-        """Images at ``positions``, scaled and cut at the centre, as uint8 ``(b, 3, s, s)``."""
+        """Images at ``positions``, scaled and cut at the center, as uint8 ``(b, 3, s, s)``."""
         return self._reader().read(positions.cpu().numpy()).to(self.device)
 
     def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:

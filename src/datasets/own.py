@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from src import artifacts
 from src.datasets.images import Faults, ImageSet, as_seen, is_system_file, open_image, printable
-from src.datasets.registry import Augmentation, DatasetEntry, Normalisation
+from src.datasets.registry import Augmentation, DatasetEntry, Normalization
 from src.errors import FileError
 
 PARTS = ("train", "test")
@@ -42,7 +42,7 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Scale uint8 ``(n, c, h, w)`` so that the shorter side is ``size`` (bilinear, antialiased), and cut the centre.
+    """Scale uint8 ``(n, c, h, w)`` so that the shorter side is ``size`` (bilinear, antialiased), and cut the center.
 
     Returns:
         uint8 ``(n, c, size, size)``.
@@ -62,7 +62,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return scaled
 
 
-def normalisation_of(images: Tensor) -> Normalisation:
+def normalization_of(images: Tensor) -> Normalization:
     """Mean and deviation per channel of uint8 ``(n, c, h, w)``, exact, from its histogram."""
     values = np.arange(256) / 255
     means, deviations = [], []
@@ -74,7 +74,7 @@ def normalisation_of(images: Tensor) -> Normalisation:
         deviation = np.sqrt((counts * (values - mean) ** 2).sum() / counts.sum())
         means.append(float(mean))
         deviations.append(float(deviation) or 1.0)  # a constant channel
-    return Normalisation(tuple(means), tuple(deviations))
+    return Normalization(tuple(means), tuple(deviations))
 
 
 def _entry(stem: str, digest: str, images: Tensor, num_classes: int) -> DatasetEntry:
@@ -86,14 +86,14 @@ def _entry(stem: str, digest: str, images: Tensor, num_classes: int) -> DatasetE
         images: The training images, uint8 ``(n, c, s, s)``.
         num_classes: Number of classes.
     """
-    normalisation = normalisation_of(images)
+    normalization = normalization_of(images)
     size = images.shape[-1]
     return DatasetEntry(
         name=f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem)}-{digest[:8]}",
         num_classes=num_classes,
         channels=images.shape[1],
         image_size=size,
-        normalisations={"samis": normalisation, "mpe": normalisation},
+        normalizations={"samis": normalization, "mpe": normalization},
         load=None,
         augmentation=Augmentation(crop_padding=max(1, size // 8), flip=True),
         cutout=True,

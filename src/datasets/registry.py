@@ -1,6 +1,6 @@
 """Every data set: its facts, who loads it, and ``load_dataset``.
 
-A new data set is one entry of ``CATALOGUE`` and, unless torchvision reads it, the function that loads it. Only the
+A new data set is one entry of ``DATASETS`` and, unless torchvision reads it, the function that loads it. Only the
 loaders import torch.
 """
 
@@ -34,7 +34,7 @@ CIFAR100 = tuple(_CIFAR100.split())
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """Per-channel mean and deviation of pixels in [0, 1]."""
 
     mean: tuple[float, ...]
@@ -89,7 +89,7 @@ class DatasetEntry:
         num_classes: Number of classes.
         channels: 1 (gray) or 3 (color).
         image_size: Height and width of its images.
-        normalisations: Normalisations by the paper that uses them, ``"samis"`` and ``"mpe"``.
+        normalizations: Normalizations by the paper that uses them, ``"samis"`` and ``"mpe"``.
         load: ``(entry, folder) -> (train, test)``; the folder is ``{datasets_folder}/{name}``. None for own data.
         augmentation: What ``--data_augmentation`` switches on.
         always: What is done to training images in every case.
@@ -104,7 +104,7 @@ class DatasetEntry:
     num_classes: int
     channels: int
     image_size: int
-    normalisations: Mapping[str, Normalisation]
+    normalizations: Mapping[str, Normalization]
     load: Callable[[DatasetEntry, Path], tuple[ImageSet, ImageSet]] | None
     augmentation: Augmentation = Augmentation()
     always: Augmentation = Augmentation()
@@ -123,19 +123,19 @@ class DatasetEntry:
             ArgumentError: Cutout is asked for where it is not offered.
         """
         if cutout_holes and not self.cutout:
-            allowed = ", ".join(name for name, entry in CATALOGUE.items() if entry.cutout)
+            allowed = ", ".join(name for name, entry in DATASETS.items() if entry.cutout)
             raise ArgumentError("cutout_holes", f"{cutout_holes}: is for {allowed} and own data, not for {self.name}")
         chosen = self.augmentation if switched_on else self.always
         chosen = replace(chosen, cutout_holes=cutout_holes, cutout_length=cutout_length)
         return chosen or None
 
 
-def _same(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Normalisation]:
-    """Both papers' normalisation where only one states it."""
-    return {"samis": Normalisation(mean, std), "mpe": Normalisation(mean, std)}
+def _same(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Normalization]:
+    """Both papers' normalization where only one states it."""
+    return {"samis": Normalization(mean, std), "mpe": Normalization(mean, std)}
 
 
-_CIFAR = Normalisation(
+_CIFAR = Normalization(
     (125.3 / 255, 123.0 / 255, 113.9 / 255),
     (63.0 / 255, 62.1 / 255, 66.7 / 255),
 )
@@ -160,7 +160,7 @@ _ENTRIES = (
         num_classes=10,
         channels=1,
         image_size=8,
-        normalisations=_same((0.3058,), (0.3764,)),  # of its training set
+        normalizations=_same((0.3058,), (0.3764,)),  # of its training set
         load=later("src.datasets.vision", "load_digits"),
         augmentation=Augmentation(crop_padding=1),
         class_names=DIGITS,
@@ -170,7 +170,7 @@ _ENTRIES = (
         num_classes=10,
         channels=1,
         image_size=28,
-        normalisations=_same((0.1307,), (0.3081,)),
+        normalizations=_same((0.1307,), (0.3081,)),
         load=later("src.datasets.vision", "load_torchvision", "MNIST"),
         class_names=DIGITS,
         downloads=_idx(
@@ -188,9 +188,9 @@ _ENTRIES = (
         num_classes=10,
         channels=1,
         image_size=28,
-        normalisations={
-            "samis": Normalisation((0.2861,), (0.3530,)),
-            "mpe": Normalisation((0.2860,), (0.3530,)),
+        normalizations={
+            "samis": Normalization((0.2861,), (0.3530,)),
+            "mpe": Normalization((0.2860,), (0.3530,)),
         },
         load=later("src.datasets.vision", "load_torchvision", "FashionMNIST"),
         class_names=FASHION,
@@ -213,9 +213,9 @@ _ENTRIES = (
         num_classes=10,
         channels=3,
         image_size=32,
-        normalisations={
+        normalizations={
             "samis": _CIFAR,
-            "mpe": Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+            "mpe": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         },
         load=later("src.datasets.vision", "load_torchvision", "CIFAR10"),
         augmentation=_CROP_AND_FLIP,
@@ -235,7 +235,7 @@ _ENTRIES = (
         num_classes=100,
         channels=3,
         image_size=32,
-        normalisations={"samis": _CIFAR, "mpe": _CIFAR},
+        normalizations={"samis": _CIFAR, "mpe": _CIFAR},
         load=later("src.datasets.vision", "load_torchvision", "CIFAR100"),
         augmentation=_CROP_AND_FLIP,
         cutout=True,
@@ -254,7 +254,7 @@ _ENTRIES = (
         num_classes=10,
         channels=3,
         image_size=32,
-        normalisations=_same((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+        normalizations=_same((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
         load=later("src.datasets.vision", "load_torchvision", "SVHN"),
         class_names=DIGITS,
         downloads=tuple(
@@ -283,7 +283,7 @@ _ENTRIES = (
         num_classes=200,
         channels=3,
         image_size=64,
-        normalisations=_IMAGENET,
+        normalizations=_IMAGENET,
         load=later("src.datasets.vision", "load_tiny_imagenet"),
         augmentation=_CROP_AND_FLIP,
         cutout=True,
@@ -304,13 +304,13 @@ _ENTRIES = (
         num_classes=1000,
         channels=3,
         image_size=224,
-        normalisations=_IMAGENET,
+        normalizations=_IMAGENET,
         load=later("src.datasets.imagenet", "load_imagenet"),  # local archives, which torchvision checks by md5
         augmentation=Augmentation(flip=True, random_resized_crop=True),
         always=Augmentation(random_resized_crop=True),
     ),
 )
-CATALOGUE: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
+DATASETS: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
 
 # Who loads own data, by the word before the colon.
 OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], tuple[ImageSet, ImageSet]]] = {
@@ -321,12 +321,12 @@ OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], tuple[ImageSet, 
 
 def dataset_names() -> list[str]:
     """The names of the catalog, in its order."""
-    return list(CATALOGUE)
+    return list(DATASETS)
 
 
 def dataset_flag(name: str) -> str:
     """What ``--dataset`` takes for a data set's name in paths, which differs for own data."""
-    return name if name in CATALOGUE else "npz:FILE or folder:DIR"
+    return name if name in DATASETS else "npz:FILE or folder:DIR"
 
 
 def lookup(name: str) -> DatasetEntry:
@@ -335,12 +335,12 @@ def lookup(name: str) -> DatasetEntry:
     Raises:
         ArgumentError: There is no such name.
     """
-    if name.lower() not in CATALOGUE:
-        names = ", ".join(CATALOGUE)
+    if name.lower() not in DATASETS:
+        names = ", ".join(DATASETS)
         raise ArgumentError(
             "dataset", f"{name}: unknown; choose from {names}, or npz:FILE or folder:DIR for own data"
         )
-    return CATALOGUE[name.lower()]
+    return DATASETS[name.lower()]
 
 
 def _own_source(text: str) -> tuple[str, str] | None:
@@ -363,10 +363,10 @@ def dataset_name(text: str) -> str:
     if _own_source(text):
         # at a small size, on which the name does not depend: images that are not square need one
         return load_dataset(text, ".", image_size=8)[0].entry.name
-    if text.lower() in CATALOGUE:
+    if text.lower() in DATASETS:
         return text.lower()
     if not text or text.startswith(".") or ":" in text or Path(text).name != text:
-        names = ", ".join(CATALOGUE)
+        names = ", ".join(DATASETS)
         raise ArgumentError(
             "dataset", f"{text!r}: is not the name of a data set; give one of {names}, npz:FILE or folder:DIR"
         )
@@ -462,7 +462,7 @@ class DataConfig:
 
     dataset: str = option(
         "cifar100",
-        f"{', '.join(CATALOGUE)}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
+        f"{', '.join(DATASETS)}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
         "folder:DIR (train/ and test/ with a folder per class)",
         _fold_case,
         metavar="NAME",

@@ -234,7 +234,7 @@ def suits_channels_last(model: nn.Module) -> bool:
     """Whether a model gains from `BACKWARD_OVERRIDES`.
 
     It is on a processor, its convolutions give multiples of 16 maps each, it takes maxima over maps (where the gain
-    is largest), and it has no layer that loses the layout again, as normalisation does.
+    is largest), and it has no layer that loses the layout again, as normalization does.
     """
     leaves = [module for module in model.modules() if next(module.children(), None) is None]
     return (

@@ -345,7 +345,7 @@ def layernorm_gradients(module: nn.LayerNorm, a: Tensor, g: Tensor, names: Colle
 
 
 def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """What comes back from the output of filter response normalisation, in few passes over the maps.
+    """What comes back from the output of filter response normalization, in few passes over the maps.
 
     With ``z = max(gamma * xhat + beta, tau)``, ``xhat = x * r``, ``r = 1 / sqrt(mean x^2 + eps)`` and the mask m of
     the maximum (1 where the first is the larger, 1/2 where both are equal, as autograd has it):
@@ -370,7 +370,7 @@ def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) 
 
 
 class _FilterResponse(torch.autograd.Function):
-    """Filter response normalisation with a short way back: autograd's own takes some fifteen passes over the maps.
+    """Filter response normalization with a short way back: autograd's own takes some fifteen passes over the maps.
 
     The parameters come as (b, 3, c), a copy for each example, so their gradients are per example. The tensors that
     the way back needs are its own: what becomes of x afterwards does not matter.

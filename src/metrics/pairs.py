@@ -219,7 +219,7 @@ def load_pair(
             raise FileError(f"{path}: was trained on another subset of {query.dataset}; give the same --subset")
     if first["normalisation"] != second["normalisation"]:
         raise FileError(
-            f"{pair.sam}: was trained with another normalisation than {pair.sgd}; train one of them again"
+            f"{pair.sam}: was trained with another normalization than {pair.sgd}; train one of them again"
         )
     ignore = (*_MAY_DIFFER, *free_epochs(pair.lr_sched))
     return sgd, sam, {**first, "differing": diff_settings(first["settings"], second["settings"], ignore=ignore)}

@@ -17,7 +17,7 @@ from src import artifacts
 from src.artifacts import store
 from src.artifacts.paths import Folders
 from src.cli import option
-from src.datasets import CATALOGUE, dataset_flag, dataset_name
+from src.datasets import DATASETS, dataset_flag, dataset_name
 from src.errors import ArgumentError, FileError
 from src.metrics.published import published_datasets
 from src.metrics.registry import SCORES, get_score
@@ -344,7 +344,7 @@ def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
         path = score.path(place, dataset)
         if path.exists():
             return path, dataset
-    for place in folders if dataset not in CATALOGUE else ():
+    for place in folders if dataset not in DATASETS else ():
         full = _own_data(score, place, dataset)
         if len(full) > 1:
             raise FileError(

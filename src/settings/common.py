@@ -7,7 +7,7 @@ from typing import Any
 
 from src.artifacts import Folders
 from src.cli import restrict
-from src.datasets import CATALOGUE, dataset_names
+from src.datasets import DATASETS, dataset_names
 from src.datasets.registry import check_arguments
 from src.devices import PRECISIONS
 from src.errors import FlagError
@@ -52,8 +52,8 @@ def add_data_flags(parser: argparse.ArgumentParser, *, subset: bool = True, defa
 
 def _check_data(args: argparse.Namespace) -> None:
     check_arguments(args.dataset, args.image_size, args.channels)
-    if args.dataset in CATALOGUE and getattr(args, "cutout_holes", 0):
-        CATALOGUE[args.dataset].training_augmentation(False, cutout_holes=args.cutout_holes)
+    if args.dataset in DATASETS and getattr(args, "cutout_holes", 0):
+        DATASETS[args.dataset].training_augmentation(False, cutout_holes=args.cutout_holes)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

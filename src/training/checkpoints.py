@@ -11,7 +11,7 @@ from torch import nn
 from src.artifacts.io import label_hash, read_checkpoint
 from src.artifacts.paths import checkpoint_path
 from src.artifacts.store import check_identity, diff_settings
-from src.datasets import ImageSet, Normalisation
+from src.datasets import ImageSet, Normalization
 from src.errors import ArgumentError, FileError
 from src.models import build_model
 from src.models.base import load_weights
@@ -139,19 +139,19 @@ def data_facts(whole: ImageSet) -> dict[str, Any]:
     }
 
 
-def model_description(model_name: str, whole: ImageSet, normalisation: Normalisation) -> dict[str, Any]:
+def model_description(model_name: str, whole: ImageSet, normalization: Normalization) -> dict[str, Any]:
     """What a checkpoint says about its model and data, beside weights, epoch and settings.
 
     Args:
         model_name: The architecture's name.
         whole: The whole training set.
-        normalisation: The normalisation that the network was trained with.
+        normalization: The normalization that the network was trained with.
     """
     return {
         "format": FORMAT,
         "model": model_name,
         **data_facts(whole),
-        "normalisation": {"mean": list(normalisation.mean), "std": list(normalisation.std)},
+        "normalisation": {"mean": list(normalization.mean), "std": list(normalization.std)},
     }
 
 
@@ -168,7 +168,7 @@ def load_model(
 
     Returns:
         The model, on the CPU, in eval mode, and the checkpoint without its weights; its ``normalisation`` is a
-        ``Normalisation``.
+        ``Normalization``.
 
     Raises:
         FileError: The file is missing, damaged, not a checkpoint of this project, or not the one asked for.
@@ -182,14 +182,14 @@ def load_model(
     weights, stored = state.pop("model_state"), state["normalisation"]
     if not all(isinstance(value, dict) for value in (weights, stored, state["settings"])):
         raise FileError(
-            f"{path}: is not a checkpoint of this project (weights, normalisation or settings are no dictionary); "
+            f"{path}: is not a checkpoint of this project (weights, normalization or settings are no dictionary); "
             "train it again"
         )
     _check_asked(path, state, asked or {})
     try:
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         load_weights(model, weights)
-        state["normalisation"] = _normalisation(stored, state["channels"])
+        state["normalisation"] = _normalization(stored, state["channels"])
     except ArgumentError as error:  # the file says so, not the caller
         raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it again") from error
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -201,14 +201,14 @@ def load_model(
     return model, state
 
 
-def _normalisation(stored: Mapping[str, Any], channels: int) -> Normalisation:
+def _normalization(stored: Mapping[str, Any], channels: int) -> Normalization:
     """The stored normalization: a finite mean and a positive deviation for each channel."""
     for name, lowest in (("mean", -math.inf), ("std", 0.0)):
         values = stored[name]
         right = isinstance(values, list | tuple) and len(values) == channels
         if not right or not all(type(value) in (int, float) and lowest < value < math.inf for value in values):
             raise ValueError(f"the {name} of its normalization is not {channels} numbers to scale pixels by")
-    return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
+    return Normalization(tuple(stored["mean"]), tuple(stored["std"]))
 
 
 def _check_asked(path: str | Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

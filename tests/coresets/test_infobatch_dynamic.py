@@ -52,7 +52,7 @@ def make_trainer(blobs):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = (model or (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3))))().double()
-        cut = {"normalisation": train.entry.normalisations["samis"], "dtype": torch.float64}
+        cut = {"normalization": train.entry.normalizations["samis"], "dtype": torch.float64}
         config = TrainingConfig(
             **{"epochs": EPOCHS, "learning_rate": 0.01, "lr_sched": "const", "precision": "fp64", **settings}
         )

@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, Normalisation, augment
+from src.datasets import Augmentation, Batches, DatasetEntry, ImageSet, Normalization, augment
 
-NORMAL = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+NORMAL = Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def made(count=50, size=12, channels=3):
@@ -32,10 +32,10 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_normalisation_equals_torchvision_bit_for_bit():
+def test_normalization_equals_torchvision_bit_for_bit():
     images = made(40)
     pipeline = transforms.Compose([transforms.ToTensor(), transforms.Normalize(NORMAL.mean, NORMAL.std)])
-    batch = next(iter(Batches(images, 40, normalisation=NORMAL)))
+    batch = next(iter(Batches(images, 40, normalization=NORMAL)))
     for pixels, image in zip(images.fetch(torch.arange(40)), batch.images, strict=True):
         assert torch.equal(pipeline(Image.fromarray(pixels.permute(1, 2, 0).numpy())), image)
 
@@ -43,7 +43,7 @@ def test_normalisation_equals_torchvision_bit_for_bit():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types(dtype):
     images = made(8)
-    batch = next(iter(Batches(images, 8, normalisation=NORMAL, dtype=dtype)))
+    batch = next(iter(Batches(images, 8, normalization=NORMAL, dtype=dtype)))
     mean, std = torch.tensor(NORMAL.mean, dtype=torch.float64), torch.tensor(NORMAL.std, dtype=torch.float64)
     exact = (images.fetch(torch.arange(8)).double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     assert batch.images.dtype == dtype
@@ -69,14 +69,14 @@ def test_crop_and_flip_equal_one_image_at_a_time():
 def test_cutout_equals_one_image_at_a_time(length):
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(32, 3, 10, 10, generator=generator)
-    centres = torch.randint(0, 10, (32, 3, 2), generator=generator)
+    centers = torch.randint(0, 10, (32, 3, 2), generator=generator)
     slow = images.clone()
     for index in range(32):
-        for row, column in centres[index].tolist():
+        for row, column in centers[index].tolist():
             top, bottom = max(row - length // 2, 0), min(row + length // 2, 10)
             left, right = max(column - length // 2, 0), min(column + length // 2, 10)
             slow[index, :, top:bottom, left:right] = 0
-    assert torch.equal(augment.cutout(images.clone(), centres, length), slow)
+    assert torch.equal(augment.cutout(images.clone(), centers, length), slow)
     assert (length == 1) == torch.equal(slow, images)
 
 
@@ -117,20 +117,20 @@ AUGMENTED = Augmentation(crop_padding=2, flip=True, cutout_holes=2, cutout_lengt
 def test_augmentation_depends_only_on_seed_epoch_and_example(settings):
     images = made()
     reference, _ = by_example(
-        Batches(images, 7, normalisation=NORMAL, order="shuffled", augmentation=AUGMENTED, seed=5)
+        Batches(images, 7, normalization=NORMAL, order="shuffled", augmentation=AUGMENTED, seed=5)
     )
     settings = {"order": "shuffled", **settings}
-    other, _ = by_example(Batches(images, normalisation=NORMAL, augmentation=AUGMENTED, seed=5, **settings))
+    other, _ = by_example(Batches(images, normalization=NORMAL, augmentation=AUGMENTED, seed=5, **settings))
     assert same(reference, other)
 
 
 def test_augmentation_is_the_same_in_a_subset():
     images = made()
-    whole, _ = by_example(Batches(images, 7, normalisation=NORMAL, augmentation=AUGMENTED, seed=5))
+    whole, _ = by_example(Batches(images, 7, normalization=NORMAL, augmentation=AUGMENTED, seed=5))
     chosen = torch.tensor([40, 3, 17, 8])
-    part, _ = by_example(Batches(images.subset(chosen), 3, normalisation=NORMAL, augmentation=AUGMENTED, seed=5))
+    part, _ = by_example(Batches(images.subset(chosen), 3, normalization=NORMAL, augmentation=AUGMENTED, seed=5))
     planned, _ = by_example(
-        Batches(images, 3, normalisation=NORMAL, augmentation=AUGMENTED, seed=5, order="shuffled"), positions=chosen
+        Batches(images, 3, normalization=NORMAL, augmentation=AUGMENTED, seed=5, order="shuffled"), positions=chosen
     )
     assert part.keys() == planned.keys() == set(chosen.tolist())
     assert all(torch.equal(part[key], whole[key]) and torch.equal(planned[key], whole[key]) for key in part)
@@ -142,9 +142,9 @@ def test_epochs_and_seeds_differ():
         augmentation = Augmentation(
             **{field: 2 if field in ("crop_padding", "cutout_holes") else True}, cutout_length=4
         )
-        first = Batches(images, 50, normalisation=NORMAL, augmentation=augmentation, seed=5)
-        other = Batches(images, 50, normalisation=NORMAL, augmentation=augmentation, seed=6)
-        plain, _ = by_example(Batches(images, 50, normalisation=NORMAL))
+        first = Batches(images, 50, normalization=NORMAL, augmentation=augmentation, seed=5)
+        other = Batches(images, 50, normalization=NORMAL, augmentation=augmentation, seed=6)
+        plain, _ = by_example(Batches(images, 50, normalization=NORMAL))
         one, two, three = by_example(first, 1)[0], by_example(first, 2)[0], by_example(other, 1)[0]
         assert same(one, by_example(first, 1)[0])
         assert not any(same(left, right) for left, right in [(one, two), (one, three), (one, plain)])
@@ -154,7 +154,7 @@ def test_epochs_and_seeds_differ():
 def test_ranks_share_each_batch(world, batch_size):
     images = made(22)
     settings = {
-        "normalisation": NORMAL,
+        "normalization": NORMAL,
         "order": "shuffled",
         "augmentation": AUGMENTED,
         "seed": 1,
@@ -183,7 +183,7 @@ def test_orders():
     images = made()
     orders = {}
     for order in ("shuffled", "fixed", "sequential"):
-        batches = Batches(images, 16, normalisation=PLAIN, order=order, seed=3)
+        batches = Batches(images, 16, normalization=PLAIN, order=order, seed=3)
         orders[order] = [by_example(batches, epoch)[1] for epoch in (1, 2)]
         assert all(sorted(visited) == list(range(50)) for visited in orders[order])
     assert orders["sequential"] == [list(range(50))] * 2
@@ -194,7 +194,7 @@ def test_orders():
 
 def test_fields_weights_and_sizes():
     images = made(10).subset(torch.tensor([9, 1, 4, 6, 2]))
-    batches = Batches(images, 2, normalisation=PLAIN)
+    batches = Batches(images, 2, normalization=PLAIN)
     weights = torch.tensor([1.0, 2, 3, 4, 5])
     seen = list(batches.epoch(1, weights=weights))
     assert len(seen) == len(batches) == 3
@@ -213,8 +213,8 @@ def test_fields_weights_and_sizes():
 
 def test_channels_last():
     images = made()
-    plain = next(iter(Batches(images, 8, normalisation=NORMAL))).images
-    last = next(iter(Batches(images, 8, normalisation=NORMAL, channels_last=True))).images
+    plain = next(iter(Batches(images, 8, normalization=NORMAL))).images
+    last = next(iter(Batches(images, 8, normalization=NORMAL, channels_last=True))).images
     assert torch.equal(plain, last)
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert plain.is_contiguous()
@@ -224,7 +224,7 @@ def test_global_generators_are_left_alone():
     torch.manual_seed(0)
     np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(Batches(made(), 8, normalisation=NORMAL, order="shuffled", augmentation=AUGMENTED).epoch(1))
+    list(Batches(made(), 8, normalization=NORMAL, order="shuffled", augmentation=AUGMENTED).epoch(1))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
 
@@ -232,15 +232,15 @@ def test_global_generators_are_left_alone():
 def test_the_stored_images_are_not_changed():
     images = made()
     before = images.fetch(torch.arange(50)).clone()
-    list(Batches(images, 8, normalisation=NORMAL, order="sequential", augmentation=AUGMENTED).epoch(1))
-    list(Batches(images, 50, normalisation=NORMAL, dtype=torch.float64).epoch(1))
+    list(Batches(images, 8, normalization=NORMAL, order="sequential", augmentation=AUGMENTED).epoch(1))
+    list(Batches(images, 50, normalization=NORMAL, dtype=torch.float64).epoch(1))
     assert torch.equal(images.fetch(torch.arange(50)), before)
 
 
 @pytest.mark.parametrize("settings", [{"order": "random"}, {"batch_size": 0}, {"rank": 2, "world": 2}])
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ValueError, match=r"order|batch_size"):
-        Batches(made(), **{"batch_size": 4, "normalisation": NORMAL, **settings})
+        Batches(made(), **{"batch_size": 4, "normalization": NORMAL, **settings})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -248,7 +248,7 @@ def test_settings_that_make_no_sense(settings):
 def test_gpu_batches_equal_the_cpu_ones(stored):
     images = made()
     augmentation = Augmentation(2, True, 2, 4, random_resized_crop=False)
-    settings = {"normalisation": NORMAL, "order": "shuffled", "augmentation": augmentation, "seed": 5}
+    settings = {"normalization": NORMAL, "order": "shuffled", "augmentation": augmentation, "seed": 5}
     reference, order = by_example(Batches(images, 7, **settings))
     moved = images.to(stored)
     assert moved.to(stored) is moved

@@ -20,7 +20,7 @@ from PIL import Image
 from support import ROOT
 from torchvision import transforms
 
-from src.datasets import CATALOGUE, Augmentation, Batches, load_dataset, lookup
+from src.datasets import DATASETS, Augmentation, Batches, load_dataset, lookup
 from src.datasets.imagenet import load_imagenet
 from src.datasets.registry import Download
 from src.datasets.vision import load_tiny_imagenet
@@ -103,7 +103,7 @@ def test_tiny_imagenet_is_downloaded_checked_and_kept(tmp_path, server, monkeypa
     check_tiny(*load_tiny_imagenet(entry, tmp_path / "tiny_imagenet"))
     shutil.rmtree(root)
     check_tiny(*load_tiny_imagenet(entry, tmp_path / "tiny_imagenet"))
-    monkeypatch.setitem(CATALOGUE, "tiny_imagenet", entry)
+    monkeypatch.setitem(DATASETS, "tiny_imagenet", entry)
     shutil.rmtree(tmp_path / "tiny_imagenet")
     check_tiny(*load_dataset("tiny_imagenet", tmp_path))
 
@@ -146,7 +146,7 @@ def test_tiny_imagenet_downloads_that_fail(tmp_path, server):
 
 
 def test_every_download_has_checksums_and_https_first():
-    for entry in CATALOGUE.values():
+    for entry in DATASETS.values():
         for download in entry.downloads:
             assert (len(download.md5), len(download.sha256)) == (32, 64)
             assert download.urls[0].startswith("https://")
@@ -232,9 +232,9 @@ def imagenet_folder(tmp_path):
 
 
 def epoch(images, augmentation, batch_size=4, order="shuffled", **settings):
-    normal = images.entry.normalisations["samis"]
+    normal = images.entry.normalizations["samis"]
     batches = Batches(
-        images, batch_size, normalisation=normal, order=order, augmentation=augmentation, seed=2, **settings
+        images, batch_size, normalization=normal, order=order, augmentation=augmentation, seed=2, **settings
     )
     return {
         index: image
@@ -249,7 +249,7 @@ def test_imagenet_order_and_test_transform_equal_torchvision(imagenet_folder):
     train, test = load_imagenet(IMAGENET, imagenet_folder)
     assert train.class_names == ["n01", "n02"]
     size = IMAGENET.image_size
-    normal = IMAGENET.normalisations["samis"]
+    normal = IMAGENET.normalizations["samis"]
     pipeline = transforms.Compose(
         [
             transforms.Resize(round(size * 256 / 224)),
@@ -338,8 +338,8 @@ def test_imagenet_empty_shares(imagenet_folder):
     train, _ = load_imagenet(IMAGENET, imagenet_folder)
     train.workers = 0
     augmentation = Augmentation(flip=True, random_resized_crop=True)
-    normal = IMAGENET.normalisations["samis"]
-    shares = Batches(train, 5, normalisation=normal, augmentation=augmentation, rank=2, world=3).epoch(1)
+    normal = IMAGENET.normalizations["samis"]
+    shares = Batches(train, 5, normalization=normal, augmentation=augmentation, rank=2, world=3).epoch(1)
     assert [len(batch.labels) for batch in shares] == [1, 0]
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from src.datasets import CATALOGUE, dataset_names, load_dataset, lookup
-from src.datasets.own import normalisation_of
+from src.datasets import DATASETS, dataset_names, load_dataset, lookup
+from src.datasets.own import normalization_of
 from src.errors import ArgumentError, FileError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -34,18 +34,18 @@ def write_cifar(path, count=20, classes=10, size=32, channels=3, **replaced):
     return arrays
 
 
-def test_catalogue_is_whole():
+def test_catalog_is_whole():
     small = ["digits", "mnist", "fmnist", "cifar10", "cifar100", "svhn"]
     assert dataset_names() == [*small, "tiny_imagenet", "imagenet"]
-    for name, entry in CATALOGUE.items():
+    for name, entry in DATASETS.items():
         assert entry.name == name
-        assert set(entry.normalisations) == {"samis", "mpe"}
-        for normalisation in entry.normalisations.values():
-            assert len(normalisation.mean) == len(normalisation.std) == entry.channels
-            assert all(0 < value < 1 for value in normalisation.mean + normalisation.std)
+        assert set(entry.normalizations) == {"samis", "mpe"}
+        for normalization in entry.normalizations.values():
+            assert len(normalization.mean) == len(normalization.std) == entry.channels
+            assert all(0 < value < 1 for value in normalization.mean + normalization.std)
         assert len(entry.class_names) in (0, entry.num_classes)
     assert lookup("MNIST") is lookup("mnist")
-    assert lookup("fmnist").normalisations["mpe"].mean != lookup("fmnist").normalisations["samis"].mean
+    assert lookup("fmnist").normalizations["mpe"].mean != lookup("fmnist").normalizations["samis"].mean
 
 
 def test_training_augmentation():
@@ -71,7 +71,7 @@ def test_digits():
     assert images.max() == 255
     shares = test.labels.bincount() / (train.labels.bincount() + test.labels.bincount())
     assert ((shares - 0.2).abs() < 0.004).all()
-    measured, stated = normalisation_of(images), train.entry.normalisations["samis"]
+    measured, stated = normalization_of(images), train.entry.normalizations["samis"]
     assert np.allclose(measured.mean + measured.std, stated.mean + stated.std, atol=5e-5)
     everything = torch.cat([images, test.fetch(torch.arange(359))]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797
@@ -92,11 +92,11 @@ def test_image_sets_keep_original_indices():
     assert part.to("cpu") is part
 
 
-def test_catalogue_npz_of_any_length(tmp_path):
+def test_catalog_npz_of_any_length(tmp_path):
     arrays = write_cifar(tmp_path / "cifar100.npz", 20)
     train, test = load_dataset("cifar100", tmp_path)
     assert (len(train), len(test), train.entry.num_classes, len(train.class_names)) == (20, 20, 100, 100)
-    assert train.entry is CATALOGUE["cifar100"]
+    assert train.entry is DATASETS["cifar100"]
     assert torch.equal(train.fetch(torch.tensor([3]))[0].permute(1, 2, 0), torch.from_numpy(arrays["x_train"][3]))
     assert train.labels.tolist() == (np.arange(20) % 10).tolist()
     assert train.class_names[0] == "apple"
@@ -209,7 +209,7 @@ def test_fashion_mnist_files_without_network(tmp_path, monkeypatch):
     assert (len(train), len(test)) == (60000, 10000)
     assert train.labels.bincount().tolist() == [6000] * 10
     assert train.labels[:5].tolist() == [9, 0, 0, 3, 0]
-    measured = normalisation_of(train.fetch(torch.arange(60000)))
+    measured = normalization_of(train.fetch(torch.arange(60000)))
     assert np.allclose(measured.mean + measured.std, (0.2860, 0.3530), atol=1e-4)
     raw = tmp_path / "fmnist" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     raw.write_bytes(raw.read_bytes()[:1000])

@@ -53,7 +53,7 @@ def test_npz(tmp_path):
     assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert test.labels.tolist() == [2, 1, 0]
     assert train.entry.training_augmentation(True, cutout_holes=1).crop_padding == 1
-    stated, values = train.entry.normalisations["samis"], pixels(train).double() / 255
+    stated, values = train.entry.normalizations["samis"], pixels(train).double() / 255
     assert np.allclose(stated.mean, values.mean(dim=(0, 2, 3)))
     assert np.allclose(stated.std, values.std(dim=(0, 2, 3), correction=0))
 
@@ -74,7 +74,7 @@ def test_gray_arrays_without_channel_axis(tmp_path):
     assert train.image_shape == (1, 8, 8)
     color, _ = load_dataset(f"npz:{tmp_path}/a.npz", ".", channels=3, image_size=16)
     assert pixels(color).shape == (6, 3, 16, 16)
-    assert len(color.entry.normalisations["mpe"].mean) == 3
+    assert len(color.entry.normalizations["mpe"].mean) == 3
 
 
 def test_class_names_of_another_shape(tmp_path):

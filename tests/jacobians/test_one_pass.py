@@ -68,7 +68,7 @@ def test_networks_of_both_ways_are_exact(middle):
     [
         lambda: nn.ReLU(inplace=True),  # works on the normalisation's output
         lambda: Checkpointed(nn.Tanh(), FilterResponseNorm(3), nn.Conv2d(3, 3, 1)),
-        lambda: nn.Sequential(*[FilterResponseNorm(3)] * 2),  # one normalisation, two calls
+        lambda: nn.Sequential(*[FilterResponseNorm(3)] * 2),  # one normalization, two calls
     ],
     ids=["in place", "checkpointed", "called twice"],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src.artifacts import read_pickle
-from src.datasets import Batches, Normalisation, load_dataset
+from src.datasets import Batches, Normalization, load_dataset
 from src.metrics import flatness
 from src.metrics.dynamics import HISTORY_FILES, NOT_VISITED, RECORD_FILE, SEED_FILES, write_end_of_training_scores
 from src.models import build_model
@@ -24,7 +24,7 @@ def written(tmp_path_factory):
     correct = np.full((3, train.total), np.nan, np.float32)
     correct[:, CHOSEN] = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 1]]).T
     batches = Batches(
-        train.subset(torch.tensor(CHOSEN)), 3, normalisation=Normalisation((0.3,), (0.4,)), device="cpu"
+        train.subset(torch.tensor(CHOSEN)), 3, normalization=Normalization((0.3,), (0.4,)), device="cpu"
     )
     paths = write_end_of_training_scores(folder, model, batches, {"correct": correct})
     return folder, paths, correct, model

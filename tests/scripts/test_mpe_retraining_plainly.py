@@ -16,7 +16,7 @@ from src.optimizers import rate
 def material(base, indices):
     """Images and labels of the training examples, normalised by hand, in float64."""
     train, test = load_dataset("digits", base)
-    norm = train.entry.normalisations["mpe"]
+    norm = train.entry.normalizations["mpe"]
     mean, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (norm.mean, norm.std))
     parts = (train.subset(torch.as_tensor(indices)), test)
     return [((part.fetch(torch.arange(len(part))).double() / 255 - mean) / deviation, part.labels) for part in parts]

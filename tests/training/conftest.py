@@ -38,7 +38,7 @@ def digits(tmp_path_factory):
 def make_trainer(digits):
     """Build a trainer on 200 digits; keyword arguments replace settings of the loop."""
     train, test = digits
-    norm = train.entry.normalisations["samis"]
+    norm = train.entry.normalizations["samis"]
 
     def make(
         *,
@@ -62,12 +62,12 @@ def make_trainer(digits):
             model = (model or Tiny(batchnorm, dropout)).to(dtype)
         augmentation = Augmentation(crop_padding=1, flip=True, cutout_holes=1, cutout_length=2) if augment else None
         batches = Batches(
-            train, batch_size, normalisation=norm, order="shuffled", augmentation=augmentation, seed=7, dtype=dtype
+            train, batch_size, normalization=norm, order="shuffled", augmentation=augmentation, seed=7, dtype=dtype
         )
         return Trainer(
             model,
             batches,
-            Batches(test, 64, normalisation=norm, dtype=dtype),
+            Batches(test, 64, normalization=norm, dtype=dtype),
             config,
             weights=weights,
             dynamics=Dynamics(train.total, 10, torch.device("cpu")) if dynamics else None,

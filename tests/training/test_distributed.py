@@ -73,9 +73,9 @@ from src.training import ProcessGroup, Trainer, TrainingConfig
 group = ProcessGroup.from_environment()
 group.start(torch.device("cpu"))
 train, test = load_dataset("npz:" + sys.argv[1], "unused")
-norm = train.entry.normalisations["samis"]
+norm = train.entry.normalizations["samis"]
 model = build_model("mlp", 3, 1, 8, seed=1).double()
-cut = dict(normalisation=norm, dtype=torch.float64, rank=group.rank, world=group.world)
+cut = dict(normalization=norm, dtype=torch.float64, rank=group.rank, world=group.world)
 weights = torch.linspace(0.1, 3, len(train), dtype=torch.float64)
 trainer = Trainer(model, Batches(train, 50, order="shuffled", seed=3, **cut), Batches(test, 50, **cut),
                   TrainingConfig(epochs=2, learning_rate=0.05, optimizer=sys.argv[2], precision="fp64"),

@@ -211,7 +211,7 @@ from src.training import ProcessGroup, Trainer, TrainingConfig
 def train(group, blobs, planned):
     data, test = load_dataset("npz:" + blobs, "unused")
     data = data.subset(torch.arange(4, len(data)))
-    cut = dict(normalisation=data.entry.normalisations["samis"], dtype=torch.float64, rank=group.rank,
+    cut = dict(normalization=data.entry.normalizations["samis"], dtype=torch.float64, rank=group.rank,
                world=group.world)
     weights = torch.zeros(len(data))
     weights[::6] = torch.linspace(0.1, 3, len(weights[::6]))
