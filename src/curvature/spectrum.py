@@ -41,6 +41,9 @@ from src.formatting import gib
 
 log = logging.getLogger(__name__)
 
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+_DAMAGED = "its state is damaged, or incomplete; remove it, or leave --resume out"
+
 
 class SpectrumState:
     """A folder with the newest state; each vector of a Lanczos basis is written once.
@@ -116,9 +119,12 @@ class SpectrumState:
         if not self._progress.exists():
             return None
         state = read_checkpoint(self._progress)
-        self._rows = state["rows"]
-        parts = [read_checkpoint(self._rows_file(run, start))["rows"] for run, start, _ in self._rows]
-        return {**state, "rows": torch.cat(parts) if parts else None}
+        try:
+            self._rows = state["rows"]
+            parts = [read_checkpoint(self._rows_file(run, start))["rows"] for run, start, _ in self._rows]
+            return {**state, "rows": torch.cat(parts) if parts else None}
+        except _DAMAGE as error:
+            raise FileError(f"{self.folder}: {_DAMAGED}") from error
 
     def keep(self, name: str, values: dict[str, Any]) -> None:
         """Write what a finished part of the measurement found."""
@@ -195,40 +201,33 @@ class SpectrumRun:
         Raises:
             FileError: It is damaged.
         """
-        try:
-            return self._resume()
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise FileError(
-                f"{self.state.folder}: its state is damaged ({error}); remove it, or leave --resume out"
-            ) from error
-
-    def _resume(self) -> bool:
         stored = None if self.state is None else self.state.load()
         if stored is None:
             return False
-        known = self.state.kept("vectors") if stored["known"] else None
-        if stored["known"] and known is None:
-            raise FileError(f"{self.state.folder}: has lost its vectors; remove it, or leave --resume out")
-        result = stored["result"]
-        self.result = Spectrum(
-            np.array(_numbers(result["eigenvalues"])),
-            np.array(_numbers(result["residuals"])),
-            [_numbers(run) for run in result["nodes"]],
-            [_numbers(run) for run in result["weights"]],
-            int(result["steps"]),
-            TraceEstimate(_numbers(result["samples"]), _numbers(result["deflated"])),
-            self.operator.size,
-        )
-        self.operator.products, self.seconds = int(stored["products"]), float(stored["seconds"])
-        if stored["lanczos"] is not None:
-            self._process = self._start()
-            self._process.load(stored["lanczos"], stored["rows"])
-        if known is not None:
-            values = np.array(known["values"], dtype=np.float64)
-            if known["vectors"].shape != (len(values), self.operator.size):
-                raise ValueError("its vectors have another shape")
-            self._known = values, known["vectors"].to(self.operator.device)
-            self._known_stored = True
+        try:
+            result = stored["result"]
+            self.result = Spectrum(
+                np.array(_numbers(result["eigenvalues"])),
+                np.array(_numbers(result["residuals"])),
+                [_numbers(run) for run in result["nodes"]],
+                [_numbers(run) for run in result["weights"]],
+                int(result["steps"]),
+                TraceEstimate(_numbers(result["samples"]), _numbers(result["deflated"])),
+                self.operator.size,
+            )
+            self.operator.products, self.seconds = int(stored["products"]), float(stored["seconds"])
+            if stored["lanczos"] is not None:
+                self._process = self._start()
+                self._process.load(stored["lanczos"], stored["rows"])
+            if stored["known"]:
+                known = self.state.kept("vectors")
+                values = np.array(known["values"], dtype=np.float64)
+                if known["vectors"].shape != (len(values), self.operator.size):
+                    raise ValueError("its vectors have another shape")
+                self._known = values, known["vectors"].to(self.operator.device)
+                self._known_stored = True
+        except _DAMAGE as error:
+            raise FileError(f"{self.state.folder}: {_DAMAGED}") from error
         return True
 
     def run(self, progress: bool = False) -> Spectrum:
@@ -306,12 +305,8 @@ class SpectrumRun:
             values, vectors = self._known
             self.state.keep("vectors", {"values": values.tolist(), "vectors": vectors.cpu()})
             self._known_stored = True
-        self.state.save(self._snapshot(), len(self.result.nodes), self._process and self._process.basis)
-        self._saved = self.operator.products, time.monotonic()
-
-    def _snapshot(self) -> dict[str, Any]:
-        result = self.result
-        return {
+        result, process = self.result, self._process
+        snapshot = {
             "result": {
                 "eigenvalues": result.eigenvalues.tolist(),
                 "residuals": result.residuals.tolist(),
@@ -323,9 +318,11 @@ class SpectrumRun:
             },
             "products": self.operator.products,
             "seconds": self.seconds,
-            "lanczos": None if self._process is None else self._process.state(),
+            "lanczos": None if process is None else process.state(),
             "known": self._known is not None,
         }
+        self.state.save(snapshot, len(result.nodes), None if process is None else process.basis)
+        self._saved = self.operator.products, time.monotonic()
 
 
 def describe(spectrum: Spectrum, config: SpectrumConfig) -> dict[str, Any]:
@@ -386,14 +383,7 @@ def measure_spectrum(
         state = SpectrumState(path.with_suffix(".state"), settings)
         state.prepare(config.resume, config.overwrite)
         run = SpectrumRun(operator, config, state)
-        resumed = False
-        try:
-            resumed = run.resume()
-        except FileError:
-            if not config.overwrite:
-                raise
-            state.clear()
-            run = SpectrumRun(operator, config, state)
+        resumed = run.resume()
         if resumed:
             log.info("going on after %d products", operator.products)
         loss, gradient = operator.loss_and_gradient()
@@ -467,7 +457,7 @@ def _power(operator: CurvatureOperator, config: SpectrumConfig, state: SpectrumS
         state.keep("power", kept)
     kinds = {"values": list, "residuals": list, "products": int | float, "seconds": int | float}
     if not all(isinstance(kept.get(name), kind) for name, kind in kinds.items()):
-        raise FileError(f"{state.folder}: its state is damaged; remove it, or leave --resume out")
+        raise FileError(f"{state.folder}: {_DAMAGED}")
     operator.products = max(operator.products, kept["products"])
     return kept
 

@@ -207,9 +207,8 @@ class PerExampleEngine(ABC):
         self._untried, self._independent = other._untried, dict(other._independent)
         self._sizes = dict(other._sizes)
 
-    @abstractmethod
-    def begin(self, rows: Tensor) -> None:
-        """A batch with quantities ``rows`` (q, b) is about to come."""
+    def begin(self, rows: Tensor) -> None:  # noqa: B027
+        """A batch with quantities ``rows`` (q, b) is about to come; nothing to do by default."""
 
     @abstractmethod
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
@@ -224,6 +223,12 @@ class PerExampleEngine(ABC):
     @abstractmethod
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """Gradients (q, len(part), *shape) of the parameter ``name`` for the examples ``part``."""
+
+    def take_in_full(self, record: Record, names: dict[str, str], part: slice) -> None:
+        """Form the gradients of one captured call, and hand them to `take_gradients`; see `take_captured`."""
+        inputs, gradient = record.inputs[part], record.gradient[:, part]
+        for local, gradients in record.rule.gradients(record.module, inputs, gradient, list(names)).items():
+            self.take_gradients(names[local], gradients, part)
 
     # ----------------------------------------------------------------------------------------------- one batch
 

@@ -19,7 +19,7 @@ from src.jacobians.layer_rules import outer_gradients
 from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, KroneckerFactors
 from src.jacobians.variances import logit_rows
 
-Batches = Iterable[Tensor | Sequence[Tensor]]
+ImageBatches = Iterable[Tensor | Sequence[Tensor]]
 """Images, or sequences that begin with images (labels are not needed)."""
 
 
@@ -69,17 +69,13 @@ class _Fit(PerExampleEngine):
             self.run(images[part], images.new_empty(part.stop - part.start), ggn_rows)
         self._count += len(images)
 
-    def begin(self, rows: Tensor) -> None:
-        """See `PerExampleEngine`."""
-
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
         """See `PerExampleEngine`."""
-        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
-        if rule.outer is None:
-            for local, gradients in rule.gradients(module, a, g, list(names)).items():
-                self.take_gradients(names[local], gradients, part)
+        outer, module = record.rule.outer, record.module
+        if outer is None:
+            self.take_in_full(record, names, part)
             return
-        a, g = rule.outer.inputs(module, a), rule.outer.outputs(module, g)
+        a, g = outer.inputs(module, record.inputs[part]), outer.outputs(module, record.gradient[:, part])
         if "bias" in names:
             self.take_gradients(names["bias"], g.sum(-1).flatten(2), part)
         if "weight" in names:
@@ -186,14 +182,14 @@ class _KroneckerFit(_Fit):
         return KroneckerCurvature.of(self._factors, self._diagonals, self._count)
 
 
-def _run(fit: _Fit, batches: Batches) -> None:
+def _run(fit: _Fit, batches: ImageBatches) -> None:
     for batch in batches:
         fit.add(batch if isinstance(batch, Tensor) else batch[0])
     if fit._count == 0:
         raise ValueError("a curvature needs at least one example")
 
 
-def ggn_diagonal(model: nn.Module, batches: Batches, memory_mb: float = 128.0) -> DiagonalCurvature:
+def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> DiagonalCurvature:
     """Diagonal of the GGN of the summed cross-entropy.
 
     Args:
@@ -212,7 +208,7 @@ def ggn_diagonal(model: nn.Module, batches: Batches, memory_mb: float = 128.0) -
         return DiagonalCurvature(fit._diagonals, fit._count)
 
 
-def kronecker_factors(model: nn.Module, batches: Batches, memory_mb: float = 128.0) -> KroneckerCurvature:
+def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> KroneckerCurvature:
     """KFAC of the summed cross-entropy, with all C classes, decomposed in float64.
 
     Modules of whose weight one call in each batch holds all uses get Kronecker factors (linear layers, convolutions,

@@ -357,18 +357,13 @@ class _Collector(PerExampleEngine):
             self.run(images[part], targets[part], quantities)
         return self._parts
 
-    def begin(self, rows: Tensor) -> None:
-        """See `PerExampleEngine`."""
-
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
         """See `PerExampleEngine`."""
-        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
-        start = self._start + part.start
-        if rule.outer is None:
-            for local, gradients in rule.gradients(module, a, g, list(names)).items():
-                self._rows(names[local]).put(start, flat_rows(gradients))
+        outer, module, a = record.rule.outer, record.module, record.inputs[part]
+        if outer is None:
+            self.take_in_full(record, names, part)
             return
-        g = rule.outer.outputs(module, g)
+        start, g = self._start + part.start, outer.outputs(module, record.gradient[:, part])
         for local, name in names.items():
             if local == "bias":
                 if not (g.shape[-1] == 1 and names.get("weight") in self._plan.factors):
@@ -376,10 +371,10 @@ class _Collector(PerExampleEngine):
             elif name in self._plan.factors:
                 if name not in self._parts:
                     bias = g.shape[-1] == 1 and "bias" in names
-                    self._parts[name] = Factors(self._examples, module, rule.outer, bias)
+                    self._parts[name] = Factors(self._examples, module, outer, bias)
                 self._parts[name].put(start, a, g)
             else:
-                self._rows(name).put(start, weight_rows(rule.outer.inputs(module, a), g))
+                self._rows(name).put(start, weight_rows(outer.inputs(module, a), g))
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""

@@ -33,14 +33,13 @@ class _Sketcher(PerExampleEngine):
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
         """See `PerExampleEngine`."""
-        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
-        rest = list(names)
-        if rule.outer is not None and "weight" in names:
-            rest.remove("weight")
-            self._add(names["weight"], weight_rows(rule.outer.inputs(module, a), rule.outer.outputs(module, g)), part)
-        if rest:
-            for local, gradients in rule.gradients(module, a, g, rest).items():
-                self._add(names[local], flat_rows(gradients), part)
+        outer, module = record.rule.outer, record.module
+        if outer is not None and "weight" in names:
+            a, g = outer.inputs(module, record.inputs[part]), outer.outputs(module, record.gradient[:, part])
+            self._add(names["weight"], weight_rows(a, g), part)
+            names = {local: name for local, name in names.items() if local != "weight"}
+        if names:
+            self.take_in_full(record, names, part)
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""

@@ -227,19 +227,17 @@ class OutputVariances(PerExampleEngine):
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
         """See `PerExampleEngine`."""
-        rule, module, a, g = record.rule, record.module, record.inputs[part], record.gradient[:, part]
-        blocks = {local: self._blocks[name] for local, name in names.items()}
-        if rule.outer is not None:
-            g = rule.outer.outputs(module, g)
-            if self._tiles(g, blocks):
-                self._variances[part] += self._entrywise(rule.outer, module, a, g, names, blocks)
-                return
-            a = rule.outer.inputs(module, a)
-            found = outer_covariance(a, g, blocks.get("weight"), blocks.get("bias"), self._full)
-            self._variances[part] += found
+        outer, module, a = record.rule.outer, record.module, record.inputs[part]
+        if outer is None:
+            self.take_in_full(record, names, part)
             return
-        for local, gradients in rule.gradients(module, a, g, list(blocks)).items():
-            self._variances[part] += gradient_covariance(gradients, blocks[local], self._full)
+        blocks = {local: self._blocks[name] for local, name in names.items()}
+        g = outer.outputs(module, record.gradient[:, part])
+        if self._tiles(g, blocks):
+            self._variances[part] += self._entrywise(outer, module, a, g, names, blocks)
+        else:
+            weight, bias = blocks.get("weight"), blocks.get("bias")
+            self._variances[part] += outer_covariance(outer.inputs(module, a), g, weight, bias, self._full)
 
     def _tiles(self, g: Tensor, blocks: dict[str, Block]) -> bool:
         """Whether `entrywise_variances` can be used and is worth its calls."""

@@ -138,7 +138,7 @@ def test_a_state_without_its_vectors_and_vectors_written_once(tmp_path):
     SpectrumRun(matrix, CONFIG, state).run()
     assert written == ["vectors"]
     (state.folder / "vectors.pt").unlink()
-    with pytest.raises(FileError, match="has lost its vectors; remove it, or leave --resume out"):
+    with pytest.raises(FileError, match="incomplete; remove it, or leave --resume out"):
         SpectrumRun(matrix, CONFIG, SpectrumState(state.folder, {"a": 1})).resume()
 
 
