@@ -400,9 +400,9 @@ def test_damaged_networks(world, tmp_path):
     torch.save(weights, file)  # a checkpoint of something else
     for bad in (
         *(content[:2000], b"", b"junk", file.getvalue(), packed(extra=RunsCode(proof))),
-        *(packed(model="nope"), packed(settings=5), packed(num_classes=7), packed(normalization={})),
-        *(packed(normalization={"mean": mean, "std": [0.5]}) for mean in ([0.5, 0.5], ["x"], [float("nan")], 1)),
-        *(packed(normalization={"mean": [0.5], "std": std}) for std in ([0.0], [None], [], torch.ones(1))),
+        *(packed(model="nope"), packed(settings=5), packed(num_classes=7), packed(normalisation={})),
+        *(packed(normalisation={"mean": mean, "std": [0.5]}) for mean in ([0.5, 0.5], ["x"], [float("nan")], 1)),
+        *(packed(normalisation={"mean": [0.5], "std": std}) for std in ([0.0], [None], [], torch.ones(1))),
         *(
             packed(model_state={name: value.to(kind) for name, value in weights.items()})
             for kind in (torch.int64, torch.complex64, torch.bool)
