@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from resource import RLIMIT_FSIZE, setrlimit
 
 from support import Forked, Result, call
 
@@ -56,7 +57,7 @@ def assert_kept(before: dict[Path, bytes], folder: Path) -> None:
 
 def on_a_full_disk(limit: int, script: str, *flags: object) -> Result:
     """Run a script in a process in which no file can grow beyond ``limit`` bytes."""
-    return Forked(script, *flags, limit=limit).result()
+    return Forked(script, *flags, prepare=lambda: setrlimit(RLIMIT_FSIZE, (limit, limit))).result()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import resource
 import runpy
 import signal
 import socket
@@ -90,10 +89,10 @@ class Forked:
         flags: Its flags; they are turned into strings.
         cwd: The folder that it starts in.
         environment: Variables that are added to the environment.
-        limit: The most bytes that a file may hold: beyond it, the disk is full.
+        prepare: Called in the process before the script.
     """
 
-    def __init__(self, script, *flags, cwd=None, environment=None, limit=None) -> None:
+    def __init__(self, script, *flags, cwd=None, environment=None, prepare=None) -> None:
         self.returncode: int | None = None
         self._written: dict[int, str] = {}
         pipes = {descriptor: os.pipe() for descriptor in (1, 2)}
@@ -108,12 +107,14 @@ class Forked:
         try:
             for descriptor, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
                 os.dup2(pipes[descriptor][1], descriptor)
-                setattr(sys, name, open(descriptor, "w", buffering=1, errors=errors, closefd=False))  # noqa: SIM115
+                stream = open(descriptor, "w", buffering=1, errors=errors, closefd=False)  # noqa: SIM115
+                setattr(sys, name, stream)
+                setattr(sys, f"__{name}__", stream)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.update(environment or {})
             os.chdir(cwd or os.getcwd())
-            if limit:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            if prepare:
+                prepare()
             sys.argv = [str(ROOT / script), *map(str, flags)]
             runpy.run_path(sys.argv[0], run_name="__main__")
             status = 0
@@ -122,9 +123,9 @@ class Forked:
         except BaseException:
             traceback.print_exc()
         finally:
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-                sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             os._exit(int(status))
 
     def _read(self, descriptor: int, pipe: int) -> None:

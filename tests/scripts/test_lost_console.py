@@ -6,12 +6,39 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, TRAIN, folders, succeed, write_blobs
+from support import ROOT, TRAIN, Forked, folders, succeed, write_blobs
 
 from src.artifacts import read_checkpoint, read_json, read_npz, read_pickle, samis_path
 
-CLOSED = ">&- 2>&- <&-"
-FULL = ">/dev/full 2>/dev/full"
+
+def unread_pipe():
+    """Both outputs go to a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    for descriptor in (1, 2):
+        os.dup2(write, descriptor)
+
+
+def full_disk():
+    """Both outputs go to a file on a full disk."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(full, descriptor)
+
+
+def closed(*descriptors):
+    """Close standard streams, as Python finds them closed when it starts."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
+
+
+CONSOLES = {
+    "a pipe that nobody reads": unread_pipe,
+    "no output": lambda: closed(1),
+    "no error output": lambda: closed(2),
+    "a full disk": full_disk,
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +46,10 @@ def blobs(tmp_path_factory):
     return f"--dataset=npz:{write_blobs(tmp_path_factory.mktemp('blobs') / 'blobs.npz', n=60)}"
 
 
-def run(redirection, script, *flags):
-    """Run a script with a shell's redirection, or (``|``) with a pipe that nobody reads; returns the exit status."""
+def ends_without_a_console(script, *flags):
+    """Run a script as a process of its own, started without any stream; its exit status."""
     command = shlex.join([sys.executable, str(ROOT / script), *map(str, flags)])
-    if redirection != "|":
-        return subprocess.run(["sh", "-c", f"exec {command} {redirection}"], timeout=300).returncode
-    read, write = os.pipe()
-    os.close(read)
-    try:
-        return subprocess.run(shlex.split(command), stdout=write, stderr=write, timeout=300).returncode
-    finally:
-        os.close(write)
+    return subprocess.run(["sh", "-c", f"exec {command} >&- 2>&- <&-"], timeout=300).returncode
 
 
 def training(blobs, base, *flags):
@@ -37,40 +57,47 @@ def training(blobs, base, *flags):
             "--lr_sched=const", *flags, *folders(base, *TRAIN))  # fmt: skip
 
 
-@pytest.mark.parametrize("redirection", ["|", CLOSED, ">&-", "2>&-", FULL])
-def test_training_survives(blobs, tmp_path, redirection):
-    flags = training(blobs, tmp_path)
-    if redirection == FULL:  # and so is the log's disk
-        succeed("train_full.py", *flags)
-        (log,) = tmp_path.glob("log/*/seed_1.log")
-        log.unlink()
-        log.symlink_to("/dev/full")
-        flags += ("--overwrite",)
-    assert run(redirection, "train_full.py", *flags) == 0
-    (last,) = tmp_path.glob("models/*/seed_1/last.pt")
+def check_run(base):
+    (last,) = base.glob("models/*/seed_1/last.pt")
     assert read_checkpoint(last)["epoch"] == 2
     results = read_json(last.with_name("results.json"))
     assert results["finished"]
     assert len(results["history"]) == 2
 
 
-def test_a_bad_flag_is_an_error_without_a_console_too(blobs, tmp_path):
-    assert run(CLOSED, "train_full.py", *training(blobs, tmp_path), "--optimizer=none") == 2
+@pytest.mark.parametrize("console", CONSOLES)
+def test_training_survives(blobs, tmp_path, console):
+    flags = training(blobs, tmp_path)
+    if console == "a full disk":  # and so is the log's disk
+        succeed("train_full.py", *flags)
+        (log,) = tmp_path.glob("log/*/seed_1.log")
+        log.unlink()
+        log.symlink_to("/dev/full")
+        flags += ("--overwrite",)
+    assert Forked("train_full.py", *flags, prepare=CONSOLES[console]).result().status == 0
+    check_run(tmp_path)
 
 
-@pytest.mark.parametrize("redirection", ["|", CLOSED])
-def test_scoring_survives(blobs, tmp_path, redirection):
+def test_a_process_without_a_console(blobs, tmp_path):
+    flags = training(blobs, tmp_path)
+    assert ends_without_a_console("train_full.py", *flags) == 0
+    check_run(tmp_path)
+    assert ends_without_a_console("train_full.py", *flags, "--optimizer=none") == 2
+
+
+@pytest.mark.parametrize("console", ["a pipe that nobody reads", "no output"])
+def test_scoring_survives(blobs, tmp_path, console):
     for optimizer in ("sgd", "sam"):
         succeed("train_full.py", *training(blobs, tmp_path, f"--optimizer={optimizer}"))
-    flags = ("--model=small_mlp", "--epochs=2", *folders(tmp_path, "datasets", "models", "metrics"))
-    assert run(redirection, "compute_sam_sgd.py", blobs, *flags) == 0
+    flags = (blobs, "--model=small_mlp", "--epochs=2", *folders(tmp_path, "datasets", "models", "metrics"))
+    assert Forked("compute_sam_sgd.py", *flags, prepare=CONSOLES[console]).result().status == 0
     (dataset,) = (path.name for path in tmp_path.glob("metrics/*"))
     assert len(read_npz(samis_path(tmp_path / "metrics", dataset, "small_mlp", 1, "prob"))["indices"]) == 60
 
 
-@pytest.mark.parametrize("redirection", ["|", CLOSED])
-def test_an_experiment_survives(blobs, tmp_path, redirection):
+@pytest.mark.parametrize("console", ["a pipe that nobody reads", "no output"])
+def test_an_experiment_survives(blobs, tmp_path, console):
     flags = (blobs, "--model=small_mlp", "--epochs=2", "--bs=16", "--delta=1", "--name_exp=lost",
              *folders(tmp_path, "datasets", "models", "log", "resume_ckpts", "pickles"))  # fmt: skip
-    assert run(redirection, "examples/1_loo_iterations.py", *flags) == 0
+    assert Forked("examples/1_loo_iterations.py", *flags, prepare=CONSOLES[console]).result().status == 0
     assert len(read_pickle(tmp_path / "pickles" / "lost_iter.pkl")["test_nlls"]) == 2
