@@ -143,4 +143,4 @@ def check_run(experiment: str | None, dataset: str, record: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, {"mode": "modes"})

@@ -149,4 +149,4 @@ def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: i
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, {"mode": "modes"})

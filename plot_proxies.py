@@ -157,4 +157,4 @@ def read_references(args: Namespace, dataset: str, checks: dict) -> dict[str, Pr
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, {"mode": "modes"})

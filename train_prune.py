@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, {"method": "coreset_func", "fraction": "coreset_fraction"})

@@ -333,8 +333,9 @@ class Result:
         """
         missing = [time for time in sorted(wanted) if time < now and time not in rows]
         if missing:
-            what = f"{self.path}: has no {what} {missing[0]}, which training has passed; start without"
-            raise FileError(f"{what} resume", f"{what} --resume")
+            raise FileError(
+                f"{self.path}: has no {what} {missing[0]}, which training has passed; start without --resume"
+            )
         return {time: row for time, row in rows.items() if time < now}
 
 

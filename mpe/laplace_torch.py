@@ -126,8 +126,10 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
         from laplace.curvature.asdl import AsdlGGN
         from laplace.curvature.curvlinops import CurvlinopsGGN
     except ImportError as error:
-        text = "laplace-torch: needs the package; install it with 'pip install laplace-torch', or use fast"
-        raise UserError(f"laplace_backend {text}", f"--laplace_backend {text}") from error
+        raise ArgumentError(
+            "laplace_backend",
+            "laplace-torch: needs the package; install it with 'pip install laplace-torch', or use fast",
+        ) from error
     model = getattr(model, "_orig_mod", model)
     if structure == "kfac":
         _refuse_without_factors(model, images)
@@ -221,8 +223,9 @@ def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, b
         posterior.fit(loader)
     except (SystemExit, torch.linalg.LinAlgError) as error:  # it leaves Python where eigh fails twice
         dtype = next(model.parameters()).dtype
-        text = f"laplace-torch: its eigendecomposition does not converge in {dtype}; use fast"
-        raise UserError(f"laplace_backend {text}", f"--laplace_backend {text}") from error
+        raise UserError(
+            f"laplace-torch: its eigendecomposition does not converge in {dtype}; give --laplace_backend=fast"
+        ) from error
     return posterior
 
 

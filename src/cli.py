@@ -28,7 +28,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from src.errors import FileError, FlagError, UserError
+from src.errors import ArgumentError, FileError, FlagError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -413,8 +413,13 @@ def start_logging(file: Path | None = None) -> None:
         root.addHandler(handler)
 
 
-def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's ``main`` with logging, and exit: 0, the status of a user error (one line), 130 after Ctrl-C."""
+def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None) -> NoReturn:
+    """Run a script's ``main`` with logging, and exit: 0, the status of a user error (one line), 130 after Ctrl-C.
+
+    Args:
+        main: The script.
+        flags: The flags of library arguments, where a flag has another name.
+    """
     name = Path(sys.argv[0]).name
     _keep_console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -425,7 +430,10 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         if not _speaks() and not isinstance(error, FileError):
             sys.exit(error.status)
-        _end(f"{name}: {error.line}", error.status)
+        line = str(error)
+        if isinstance(error, ArgumentError):
+            line = f"--{(flags or {}).get(error.name, error.name)}{error.text}"
+        _end(f"{name}: {line}", error.status)
     except KeyboardInterrupt:
         _end(
             f"{name}: interrupted; what was finished is on disk, and the same command goes on with it "

@@ -1,42 +1,34 @@
-"""The errors that a user can mend: each is one clear line, and carries the exit status of a script.
+"""The errors that a user can fix: one clear line, and the exit status of a script.
 
-A message names the flag or the file, says what is wrong, and says what would be right.
+A message names the argument or file, says what is wrong, and what to do.
 """
 
 
 class UserError(Exception):
-    """Something that the user can mend. Scripts print its ``line`` and exit with ``status``.
-
-    Args:
-        message: One line for callers of the library, which know arguments and files but no flags.
-        line: What scripts print in its place, in terms of flags (default: the message).
-    """
+    """Something that the user can fix. Scripts print the message and exit with ``status``."""
 
     status = 1
 
-    def __init__(self, message: str, line: str | None = None) -> None:
-        super().__init__(message)
-        self.line = message if line is None else line
-
 
 class FlagError(UserError):
-    """A flag (or a combination of flags) is wrong."""
+    """A flag, or a combination of flags, is wrong. Only scripts raise it."""
 
     status = 2
 
 
-class ArgumentError(FlagError):
-    """An argument of a library function is wrong. Scripts name the flag that sets it.
+class ArgumentError(UserError):
+    """An argument of the library is wrong. Scripts print its flag, by default of the same name.
 
     Args:
-        name: The argument.
-        text: Its value, what is wrong with it, and what would be right, such as ``48: must be at most 32``.
-        flag: The flag, where its name differs (default: ``--`` and the argument's name).
+        name: The argument, or the field of a dataclass.
+        text: Its value, what is wrong, and what to do, such as ``48: must be at most 32``.
     """
 
-    def __init__(self, name: str, text: str, flag: str | None = None) -> None:
-        separator = "" if text.startswith(":") else " "
-        super().__init__(f"{name}{separator}{text}", f"{flag or '--' + name}{separator}{text}")
+    status = 2
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text if text.startswith(":") else f" {text}"
+        super().__init__(f"{name}{self.text}")
 
 
 class FileError(UserError):

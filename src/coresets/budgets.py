@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from src.coresets.inputs import CandidateGroup
-from src.errors import ArgumentError, FlagError
+from src.errors import ArgumentError
 
 _ROUNDING = 1e-9  # 0.55 * 6000 is a hair above 3300; the budget is 3300
 
@@ -60,14 +60,13 @@ def make_groups(
         _check_shots(shots, shots_up_to, sizes, per_class, class_names)
         budgets = np.minimum(sizes, shots_up_to if shots is None else shots)
     elif fraction is None or not 0.0 < fraction <= 1.0:
-        raise ArgumentError("fraction", f"{fraction}: must be above 0 and at most 1", "--coreset_fraction")
+        raise ArgumentError("fraction", f"{fraction}: must be above 0 and at most 1")
     elif not per_class:
         budget = total_budget(len(labels), fraction)
         if not budget:
             raise ArgumentError(
                 "fraction",
                 f"{fraction:g}: keeps none of {len(labels)} examples; give a larger one",
-                "--coreset_fraction",
             )
         return [CandidateGroup(np.arange(len(labels)), budget)]
     else:
@@ -89,8 +88,8 @@ def _check_shots(
     smallest = present[sizes[present].argmin()]
     if shots is not None and shots > sizes[smallest]:
         which = f"{class_names[smallest]!r}" if len(class_names) else smallest
-        text = f"shots {shots}: class {which} has only {sizes[smallest]} examples; give at most that many, or"
-        raise FlagError(
-            f"{text} shots_up_to={shots}, which keeps all of a smaller class",
-            f"--{text} --shots_up_to {shots}, which keeps all of a smaller class",
+        raise ArgumentError(
+            "shots",
+            f"{shots}: class {which} has only {sizes[smallest]} examples; give at most that many, or "
+            f"shots_up_to={shots}, which keeps all of a smaller class",
         )

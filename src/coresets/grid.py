@@ -154,8 +154,8 @@ class Grid:
                         try:
                             run.train()
                         except UserError as error:
-                            log.error("%s: %s", name, error.line)
-                            failures[name] = error.line
+                            log.error("%s: %s", name, str(error))
+                            failures[name] = str(error)
                             continue
                         run.files.remove_states()
                     self.write()

@@ -13,7 +13,7 @@ import numpy as np
 from src import rng
 from src.cli import number, option
 from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
-from src.errors import ArgumentError, FlagError
+from src.errors import ArgumentError
 from src.lazy import torch
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class InfoBatchPlan:
         device: Where losses are kept: that of training, for several processes.
 
     Raises:
-        FlagError: ``prune_ratio`` or ``delta`` is out of its range.
+        ArgumentError: ``prune_ratio`` or ``delta`` is out of its range.
     """
 
     divide_by_size = True
@@ -151,14 +151,9 @@ class InfoBatchPlan:
         device: torch.device | str = "cpu",
     ) -> None:
         if not 0.0 <= prune_ratio < 1.0:
-            raise FlagError(
-                f"prune_ratio {prune_ratio:g}: must be at least 0 and below 1",
-                f"--coreset_fraction {1 - prune_ratio:g}: must be above 0 and at most 1",
-            )
+            raise ArgumentError("prune_ratio", f"{prune_ratio:g}: must be at least 0 and below 1")
         if not 0.0 <= delta <= 1.0:
-            raise ArgumentError(
-                "delta", f"{delta:g}: is a share of the epochs; give a number from 0 to 1", "--infobatch_delta"
-            )
+            raise ArgumentError("delta", f"{delta:g}: is a share of the epochs; give a number from 0 to 1")
         self.prune_ratio, self.seed, self.delta = prune_ratio, seed, delta
         self.pruned_epochs = math.floor(delta * epochs + _ROUNDING)
         self._indices = indices.cpu()

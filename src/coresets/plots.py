@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
 from src.coresets.registry import REFERENCE
-from src.errors import FlagError
+from src.errors import ArgumentError
 from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 # Paul Tol's "muted" scheme, told apart with any colour vision; pale ones last
@@ -53,11 +53,11 @@ def accuracy_figure(
         full_std: Its standard deviation.
 
     Raises:
-        FlagError: Some rows keep shares, and others examples per class.
+        ArgumentError: Some rows keep shares, and others examples per class.
     """
     shots = {row["shots"] is not None for row in rows}
     if len(shots) > 1:
-        raise FlagError("shares and examples per class have no common axis; draw them in two figures")
+        raise ArgumentError("rows", ": shares and examples per class have no common axis; draw them in two figures")
     key = "shots" if True in shots else "share"
     methods = list(dict.fromkeys(row["method"] for row in rows))
     styles = line_styles(methods)

@@ -20,7 +20,7 @@ from src.context import RunContext, TrainingRun
 from src.coresets.config import PretrainConfig
 from src.coresets.inputs import LastLayer
 from src.devices import autocast_context
-from src.errors import ArgumentError, FileError, FlagError, TrainingError
+from src.errors import ArgumentError, FileError, TrainingError
 from src.jacobians import SquaredNorms
 from src.training import DYNAMICS_FILE, RunConfig, TrainingConfig, read_dynamics
 
@@ -114,7 +114,7 @@ class PretrainedModel:
                 try:
                     run.fit()
                 except ArgumentError as error:
-                    raise FlagError(str(error).replace("batch_size", "--coreset_pretrain_batch_size")) from error
+                    raise ArgumentError(f"coreset_pretrain_{error.name}", error.text) from error
                 except TrainingError as error:
                     raise TrainingError(f"pre-training: {error}; see --coreset_pretrain_lr") from error
             if group.is_main_process:

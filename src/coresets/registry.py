@@ -34,7 +34,7 @@ def find_method(name: str) -> Method:
         ArgumentError: There is none.
     """
     if name not in METHODS:
-        raise ArgumentError("method", f"{name}: unknown; choose from {', '.join(METHODS)}", "--coreset_func")
+        raise ArgumentError("method", f"{name}: unknown; choose from {', '.join(METHODS)}")
     return METHODS[name]
 
 

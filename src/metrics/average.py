@@ -13,7 +13,7 @@ from src.artifacts.io import file_digest, read_json, read_pickle
 from src.artifacts.paths import dynamics_folder, samis_path, split_experiment, standard_experiment
 from src.artifacts.store import check_consistent, check_identity
 from src.datasets import dataset_flag
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.metrics import samis
 from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows
 from src.metrics.proxy import min_max
@@ -251,7 +251,7 @@ def find_run(
 
     Raises:
         FileError: There is no such run.
-        FlagError: There are several; they are listed.
+        ArgumentError: There are several; they are listed.
     """
     folder = Path(metrics_folder)
     if experiment is not None:
@@ -264,10 +264,10 @@ def find_run(
     if len(found) == 1:
         return found[0]
     if found:
-        runs = f"{len(found)} runs match, choose one"
-        raise FlagError(
-            f"{folder}: {runs} of {', '.join(found)}",
-            f"--exp: {runs} with --exp NAME, or --optimizer and --lr_sched: {', '.join(found)}",
+        raise ArgumentError(
+            "exp",
+            f": {len(found)} runs in {folder} match; choose one, or give --optimizer and --lr_sched: "
+            f"{', '.join(found)}",
         )
     raise FileError(
         f"{folder}: no recorded dynamics of {' or '.join(patterns)}; "

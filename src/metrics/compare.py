@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.errors import ArgumentError, FlagError
+from src.errors import ArgumentError, UserError
 
 
 class Overlap(NamedTuple):
@@ -23,7 +23,7 @@ def _pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     """Both scores where neither is NaN, and the mask of those examples."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
-        raise FlagError(
+        raise UserError(
             f"scores of {a.shape} and {b.shape} examples cannot be compared: they are not of one data set"
         )
     both = ~(np.isnan(a) | np.isnan(b))

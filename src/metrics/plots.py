@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
-from src.errors import ArgumentError, FlagError
+from src.errors import ArgumentError
 from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 BINS = 50
@@ -73,10 +73,12 @@ def density(scores: np.ndarray, label: str, title: str) -> Figure:
     """A filled kernel density estimate of scores ``(n,)``.
 
     Raises:
-        FlagError: All scores are equal: they have no density.
+        ArgumentError: All scores are equal: they have no density.
     """
     if len(scores) < 2 or np.ptp(scores) == 0:
-        raise FlagError(f"{title}: the chosen scores are all equal, so they have no density; choose more examples")
+        raise ArgumentError(
+            "modes", f"{title}: the chosen scores are all equal, so they have no density; choose more examples"
+        )
     points, heights = kernel_density(scores)
     with matplotlib.rc_context(FIGURE_STYLE):
         figure, axes = _figure(10, 6, f"{title} ({len(scores):,} examples)")

@@ -262,7 +262,7 @@ class Proxy(StoredScores):
         record: How the file was made, from the json beside it.
 
     Raises:
-        FlagError: There is no such mode.
+        ArgumentError: There is no such mode.
         FileError: No such file (the message says how to get one), or it is damaged, incomplete or foreign.
     """
 
@@ -371,9 +371,6 @@ def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     message += f"(sub-folder {score.folder}); {recipe(score, dataset)}"
     message += f"; there are those called {', '.join(there)}" if there else ""
     shipped = artifacts.PACKAGED_SCORES
-    if shipped in folders or not score.path(shipped, dataset).exists():
-        return FileError(message)
-    return FileError(
-        f"{message}; those that ship with the project are in {shipped}",
-        f"{message}; --scores_folder={os.path.relpath(shipped)} asks for those that ship with the project",
-    )
+    if shipped not in folders and score.path(shipped, dataset).exists():
+        message += f"; those that ship with the project are in {os.path.relpath(shipped)}"
+    return FileError(message)

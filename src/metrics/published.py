@@ -164,9 +164,7 @@ def _chunks(url: str, size: int | None) -> Iterator[bytes]:
                     bar.update(len(chunk))
                     yield chunk
     except urllib.error.HTTPError as error:
-        problem = f"{url}: the server answers {error.code} {error.reason}; check "
-        raise FileError(f"{problem}the address", f"{problem}--base_url") from error
+        raise FileError(f"{url}: the server answers {error.code} {error.reason}; check the address") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        problem = f"{url}: could not be downloaded ({reason}); check the connection or "
-        raise FileError(f"{problem}the address", f"{problem}--base_url") from error
+        raise FileError(f"{url}: could not be downloaded ({reason}); check the connection or the address") from error

@@ -45,7 +45,7 @@ def get_score(name: str) -> Score:
         ArgumentError: There is no such score.
     """
     if name not in SCORES:
-        raise ArgumentError("mode", f"{name!r}: there is no such score; choose from {', '.join(SCORES)}", "--modes")
+        raise ArgumentError("mode", f"{name!r}: there is no such score; choose from {', '.join(SCORES)}")
     return SCORES[name]
 
 

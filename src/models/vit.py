@@ -146,10 +146,9 @@ def _download() -> dict[str, torch.Tensor]:
     try:
         return torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
-        problem = f"torchvision's vit_b_16 weights could not be downloaded ({error}); "
         raise FileError(
-            f"{problem}give the path of a local state dict instead",
-            f"--pretrained: {problem}give --pretrained=FILE, a local state dict",
+            f"torchvision's vit_b_16 weights could not be downloaded ({error}); give --pretrained=FILE, a local "
+            "state dict"
         ) from error
 
 

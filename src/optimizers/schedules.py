@@ -53,9 +53,9 @@ def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> f
         ValueError: If the epoch lies outside the run.
     """
     if name not in SCHEDULES:
-        raise ArgumentError("schedule", f"{name!r}: unknown; choose from {', '.join(SCHEDULES)}", "--lr_sched")
+        raise ArgumentError("lr_sched", f"{name!r}: unknown; choose from {', '.join(SCHEDULES)}")
     if not 0.0 <= floor <= lr:
-        raise ArgumentError("floor", f"{floor:g}: must be between 0 and the learning rate {lr:g}", "--lr_min")
+        raise ArgumentError("lr_min", f"{floor:g}: must be between 0 and the learning rate {lr:g}")
     if not 1 <= epoch <= epochs:
         raise ValueError(f"epoch {epoch} is not one of the run's epochs 1 to {epochs}")
     return floor + (lr - floor) * SCHEDULES[name].share(epoch, epochs)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.coresets.budgets import class_budgets, make_groups, total_budget
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 percents = st.integers(1, 1000)  # of a thousand: shares that are exact as fractions, not as floats
 sizes_of_classes = st.lists(st.integers(0, 60_000), min_size=1, max_size=20)
@@ -44,7 +44,7 @@ def test_noise_of_floats_lifts_no_budget():
 def test_groups_part_the_candidates(labels, fraction, per_class):
     labels = np.array(labels)
     if not per_class and total_budget(len(labels), fraction) == 0:
-        with pytest.raises(FlagError, match=r"^fraction .*: keeps none of"):
+        with pytest.raises(ArgumentError, match=r"^fraction .*: keeps none of"):
             make_groups(labels, 6, fraction=fraction, per_class=False)
         return
     groups = make_groups(labels, 6, fraction=fraction, per_class=per_class)
@@ -65,9 +65,8 @@ def test_shots_up_to_keep_all_of_a_smaller_class():
     labels = np.array([0, 2, 2, 0, 2, 3])
     groups = make_groups(labels, 5, shots_up_to=2)
     assert [(g.label, g.budget) for g in groups] == [(0, 2), (2, 2), (3, 1)]
-    with pytest.raises(FlagError, match=r"class 'dog' has only 1 examples; .*shots_up_to=2") as refusal:
+    with pytest.raises(ArgumentError, match=r"class 'dog' has only 1 examples; .*shots_up_to=2"):
         make_groups(labels, 5, shots=2, class_names=["a", "b", "c", "dog", "e"])
-    assert "--shots_up_to 2" in refusal.value.line
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,6 @@ def test_shots_up_to_keep_all_of_a_smaller_class():
     ],
 )
 def test_what_does_not_fit_is_refused(settings_, message):
-    with pytest.raises(FlagError) as refusal:
+    with pytest.raises(ArgumentError) as refusal:
         make_groups(np.array([0, 2, 2, 0, 2]), 4, **settings_)
     assert str(refusal.value).startswith(message)

@@ -6,7 +6,7 @@ import pytest
 from src import rng
 from src.coresets import CandidateGroup, SelectionInputs, ccs, make_groups
 from src.coresets.ccs import CCSOptions
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 
 
 def material(scores, labels=None, seed=1):
@@ -137,9 +137,9 @@ def test_a_cutoff_beyond_the_budget_is_capped_with_a_notice(caplog):
 
 def test_complaints():
     group = [CandidateGroup(np.arange(3), 1)]
-    with pytest.raises(FlagError, match=r"^ccs_cutoff 1\.0"):
+    with pytest.raises(ArgumentError, match=r"^ccs_cutoff 1\.0"):
         ccs.ccs(material(np.zeros(3)), group, CCSOptions(ccs_cutoff=1.0))
-    with pytest.raises(FlagError, match=r"^ccs_bins 0"):
+    with pytest.raises(ArgumentError, match=r"^ccs_bins 0"):
         ccs.ccs(material(np.zeros(3)), group, CCSOptions(ccs_bins=0))
     for bad, words in ((np.nan, "no score"), (np.inf, "infinite")):
         with pytest.raises(FileError, match=words):

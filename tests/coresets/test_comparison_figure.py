@@ -8,7 +8,7 @@ import pytest
 from src.artifacts import save_figure
 from src.coresets.grid import summarize
 from src.coresets.plots import accuracy_figure, line_styles, spread
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 
 def grid(methods, shares, seeds=(1, 2, 3), *, shots=False):
@@ -105,7 +105,7 @@ def test_one_share_has_bars():
 
 def test_shares_and_shots_do_not_mix():
     rows = summarize(grid(["random"], [0.1]) + grid(["craig"], [5], shots=True))
-    with pytest.raises(FlagError, match="no common axis"):
+    with pytest.raises(ArgumentError, match="no common axis"):
         accuracy_figure(rows, title="t")
 
 

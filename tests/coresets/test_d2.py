@@ -4,7 +4,7 @@ import torch
 
 from src.coresets import CandidateGroup, LastLayer, SelectionInputs, d2, make_groups
 from src.coresets.d2 import D2Options
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 
 
 def material(scores, embeddings, labels=None):
@@ -147,9 +147,9 @@ def test_equal_examples_and_groups_of_one(budget):
 
 def test_complaints():
     made, group = material([0.0, 1.0], torch.eye(2)), [CandidateGroup(np.arange(2), 1)]
-    with pytest.raises(FlagError, match=r"^d2_neighbors -1"):
+    with pytest.raises(ArgumentError, match=r"^d2_neighbors -1"):
         d2.d2(made, group, D2Options(d2_neighbors=-1))
-    with pytest.raises(FlagError, match=r"^d2_gamma -0\.5"):
+    with pytest.raises(ArgumentError, match=r"^d2_gamma -0\.5"):
         d2.d2(made, group, D2Options(d2_gamma=-0.5))
     with pytest.raises(FileError, match="infinite"):
         d2.d2(material([0.0, np.inf], torch.eye(2)), group, D2Options())

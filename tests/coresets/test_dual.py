@@ -5,7 +5,7 @@ from scipy import stats
 from src import rng
 from src.coresets import CandidateGroup, SelectionInputs, dual, make_groups
 from src.coresets.dual import DualOptions
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 
 
 def material(scores, probability, labels=None, seed=1):
@@ -148,7 +148,7 @@ def test_seeds_reproduce():
 def test_complaints():
     scores, probability = planted(5)
     group = [CandidateGroup(np.arange(5), 2)]
-    with pytest.raises(FlagError, match=r"^dual_c 0"):
+    with pytest.raises(ArgumentError, match=r"^dual_c 0"):
         dual.dual(material(scores, probability), group, DualOptions(dual_c=0))
     scores[2] = np.nan
     with pytest.raises(FileError, match="no score"):

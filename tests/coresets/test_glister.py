@@ -14,7 +14,7 @@ from src.coresets.budgets import make_groups
 from src.coresets.glister import GlisterOptions, Validation, greedy, held_out
 from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
 from src.coresets.registry import find_method
-from src.errors import FlagError, UserError
+from src.errors import ArgumentError, UserError
 
 KERNEL, FACTORS = 2048, 0  # MiB that select the two ways where V is small
 
@@ -219,7 +219,7 @@ def test_a_long_run_says_how_to_shorten_it(monkeypatch, caplog):
 )
 def test_bad_values_are_refused(options, flag):
     head, embeddings, labels = problem(n=12)
-    with pytest.raises(FlagError, match=flag):
+    with pytest.raises(ArgumentError, match=flag):
         select(head, embeddings, labels, [CandidateGroup(np.arange(12), 2)], **options)
 
 

@@ -17,7 +17,7 @@ from src.coresets.inputs import (
     gradient_sum,
 )
 from src.coresets.registry import find_method
-from src.errors import FlagError, UserError
+from src.errors import ArgumentError, UserError
 
 STORED, RECOMPUTED = 2048, 0  # MiB that select the two ways
 
@@ -257,7 +257,7 @@ def test_groups_of_one_and_two(size):
 def test_bad_values_are_refused():
     logits, labels, embeddings = problem(n=8)
     groups = [CandidateGroup(np.arange(8), 2)]
-    with pytest.raises(FlagError, match=r"^gradmatch_lambda -1"):
+    with pytest.raises(ArgumentError, match=r"^gradmatch_lambda -1"):
         select(material(logits, labels, embeddings), groups, gradmatch_lambda=-1.0)
     embeddings[3, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):

@@ -14,7 +14,7 @@ from src import rng
 from src.coresets.infobatch import InfoBatchPlan
 from src.coresets.registry import find_method
 from src.datasets import Batches, load_dataset
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.training import ProcessGroup, RunFiles, Trainer, TrainingConfig, run_training
 
 EPOCHS = 8
@@ -150,10 +150,10 @@ def test_an_example_more_is_kept_where_the_last_batch_would_be_too_small():
 
 def test_bad_flags_are_named():
     for ratio in (1.0, 1.5, -0.1, float("nan")):
-        with pytest.raises(FlagError, match=r"^prune_ratio .*: must be at least 0 and below 1"):
+        with pytest.raises(ArgumentError, match=r"^prune_ratio .*: must be at least 0 and below 1"):
             make_plan(range(3), ratio)
     for delta in (-0.1, 1.1, float("nan")):
-        with pytest.raises(FlagError, match=r"^delta .*: is a share of the epochs"):
+        with pytest.raises(ArgumentError, match=r"^delta .*: is a share of the epochs"):
             make_plan(range(3), delta=delta)
 
 

@@ -4,7 +4,7 @@ import pytest
 from support import ROOT
 
 from src.coresets import METHODS, find_method, method_table
-from src.errors import FlagError
+from src.errors import ArgumentError
 
 PAPERS = ["craig", "glister", "gradmatch", "forget", "grand", "el2n", "infobatch", "graph_cut", "random", "min_mem",
           "min_forg", "min_etl", "min_eps", "min_flat", "min_sam-sgd-loss", "min_sam-sgd-prob"]  # fmt: skip
@@ -23,5 +23,5 @@ def test_every_method_is_named_in_the_readme():
 
 
 def test_an_unknown_method_lists_the_choices():
-    with pytest.raises(FlagError, match=r"unknown; choose from random, .*craig.*herding"):
+    with pytest.raises(ArgumentError, match=r"unknown; choose from random, .*craig.*herding"):
         find_method("nope")

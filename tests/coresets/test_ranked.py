@@ -10,7 +10,7 @@ from src.coresets import ranked
 from src.coresets.budgets import make_groups
 from src.coresets.inputs import CandidateGroup, LastLayer, NoOptions, SelectionInputs
 from src.coresets.registry import METHODS
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.metrics import SCORES
 
 few_values = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1.0, 2.0, np.inf])  # many ties
@@ -35,7 +35,7 @@ def test_the_kept_are_an_end_of_the_order_by_score_and_index(rows, fraction, hig
     scores, labels = np.array([score for score, _ in rows]), np.array([label for _, label in rows])
     try:
         groups = make_groups(labels, 4, fraction=fraction, per_class=per_class)
-    except FlagError:  # a budget of 0
+    except ArgumentError:  # a budget of 0
         assert not per_class
         return
     selection = ranked.keep_by_rank(scores, groups, highest=highest, what="score")

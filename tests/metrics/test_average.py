@@ -8,7 +8,7 @@ import pytest
 
 from src import artifacts
 from src.artifacts.store import check_score_target, write_scores
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.metrics.average import SeedScores, average, find_run, read_pair_seed, read_run_seed
 from src.metrics.dynamics import SEED_FILES
 from src.metrics.samis import save_seed
@@ -165,7 +165,7 @@ def test_the_run_is_found_or_the_matches_are_listed(tmp_path):
     assert find_run(tmp_path, "toy", "mlp") == sgd
     for name in (sam, split):
         write_run(tmp_path, name, 1)
-    with pytest.raises(FlagError, match=rf"3 runs match.*{split}.*{sam}.*{sgd}"):
+    with pytest.raises(ArgumentError, match=rf"3 runs in .* match.*{split}.*{sam}.*{sgd}"):
         find_run(tmp_path, "toy", "mlp")
     assert find_run(tmp_path, "toy", "mlp", optimizer="sam") == sam
     assert find_run(tmp_path, "toy", "mlp", lr_sched="step") == split

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import PUBLISHED, needs_published
 
-from src.errors import FlagError
+from src.errors import ArgumentError, UserError
 from src.metrics import Proxy
 from src.metrics.compare import (
     against_reference,
@@ -71,7 +71,7 @@ def test_what_cannot_be_ranked_is_nan_and_nan_is_left_out():
     assert np.isnan(spearman(x, np.ones(4)))
     holes = np.array([1.0, np.nan, 3.0, 4.0])
     assert spearman(holes, np.array([1.0, -99.0, 3.0, 4.0])) == pytest.approx(1.0)
-    with pytest.raises(FlagError, match="not of one data set"):
+    with pytest.raises(UserError, match="not of one data set"):
         spearman(x, x[:3])
 
 
@@ -94,7 +94,7 @@ def test_halves_and_tops_break_ties_by_index():
     assert top_overlap(tied, rising, 0.4) == 1.0
     assert top_overlap(rising, -rising, 0.4) == 0.0
     for fraction in (0, 1.5):
-        with pytest.raises(FlagError, match="fraction"):
+        with pytest.raises(ArgumentError, match="fraction"):
             top_overlap(tied, rising, fraction)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.errors import FlagError
+from src.errors import ArgumentError
 from src.metrics import SCORES, scores_from
 from src.metrics import dynamics as ds
 
@@ -78,7 +78,7 @@ def test_a_short_run_shrinks_the_window_and_one_epoch_is_refused(run):
     for name, fewest in {"dual": 2, "dyn_unc": 2, "tdds": 3, "csl": 1}.items():
         recorded = dict.fromkeys(("probability", "divergence", "loss"), run[:fewest])
         assert np.isfinite(SCORES[name].from_dynamics(recorded)).all()
-        with pytest.raises(FlagError, match=rf"^modes {name}: .* at least {fewest}"):
+        with pytest.raises(ArgumentError, match=rf"^modes {name}: .* at least {fewest}"):
             SCORES[name].from_dynamics({key: values[: fewest - 1] for key, values in recorded.items()})
 
 
@@ -88,7 +88,7 @@ def test_sums_means_and_windows(run):
     np.testing.assert_allclose(ds.el2n(run), run[:10].mean(0), rtol=1e-6)
     np.testing.assert_allclose(ds.el2n(run, (3, 5)), run[2:5].mean(0), rtol=1e-6)
     for first, last in ((0, 5), (6, 5), (14, 20)):
-        with pytest.raises(FlagError, match="no window"):
+        with pytest.raises(ArgumentError, match="no window"):
             ds.el2n(run, (first, last))
 
 

@@ -7,7 +7,7 @@ from scipy.stats import gaussian_kde
 
 from src import artifacts
 from src.artifacts.score_files import write_scores
-from src.errors import FlagError
+from src.errors import ArgumentError
 from src.metrics import SCORES, Proxy, plots
 
 VALUES = np.random.default_rng(0).gamma(2.0, size=400)
@@ -38,7 +38,7 @@ def test_the_binned_density_is_the_plain_one():
 
 
 def test_a_density_of_equal_scores_is_refused():
-    with pytest.raises(FlagError, match="all equal"):
+    with pytest.raises(ArgumentError, match="all equal"):
         plots.density(np.ones(10), "$s$", "scores, toy")
 
 
@@ -48,7 +48,7 @@ def test_shares_are_of_all_examples(proxy, tmp_path):
     np.testing.assert_allclose(offsets[:, 1].sum(), 1.0)
     line = plots.share_figure(np.arange(5), VALUES[:5] / VALUES.sum(), "$s$", "t", "line").axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), VALUES[:5] / VALUES.sum())
-    with pytest.raises(FlagError, match="choose scatter or line"):
+    with pytest.raises(ArgumentError, match="choose scatter or line"):
         proxy.plot_prob_dist(plot="bars", folder=tmp_path)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpe.laplace_torch import LaplaceTorchVariances, laplace_backend
 from mpe.posterior import laplace_posterior, predict
-from src.errors import FlagError
+from src.errors import ArgumentError
 from src.jacobians import OutputVariances
 from src.models import build_model
 from src.models.layers import FilterResponseNorm
@@ -128,7 +128,7 @@ def test_the_backend_is_chosen_by_trial(build, structure, backend):
 def test_refused_before_any_work(build, says):
     """These it would treat without a word, leaving blocks out or meaning something else."""
     given = CountedBatches(batches(*examples()))
-    with pytest.raises(FlagError, match=r"laplace_backend laplace-torch: .*; use fast") as caught:
+    with pytest.raises(ArgumentError, match=r"laplace_backend laplace-torch: .*; use fast") as caught:
         LaplaceTorchVariances(built(build), given, 1.0).__enter__()
     assert says in str(caught.value)
     assert given.passes == 1  # which counts the examples
@@ -145,11 +145,11 @@ class CountedBatches(list):
 def test_shared_and_partly_frozen_weights_are_refused():
     shared = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 4)).double()
     shared[3].weight = shared[2].weight
-    with pytest.raises(FlagError, match="shares its weights"):
+    with pytest.raises(ArgumentError, match="shares its weights"):
         laplace_backend(shared, examples()[0], "kfac")
     net = network()
     net[3].bias.requires_grad_(False)
-    with pytest.raises(FlagError, match="partly frozen Linear '3'"):
+    with pytest.raises(ArgumentError, match="partly frozen Linear '3'"):
         laplace_backend(net, examples()[0], "kfac")
 
 

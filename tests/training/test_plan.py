@@ -10,7 +10,7 @@ from support import ROOT, as_torchrun, write_blobs
 from torch import nn
 from training_tools import assert_same, weights_of
 
-from src.errors import FileError, FlagError
+from src.errors import ArgumentError, FileError
 from src.training import ProcessGroup, RunFiles, Trainer, TrainingConfig, run_training
 
 DOUBLE = {"dropout": 0.0, "dtype": torch.float64, "precision": "fp64"}
@@ -173,7 +173,7 @@ def test_a_plan_excludes_weights_and_iblr(make_trainer, digits):
     parts = (trainer.model, trainer.train_batches, trainer.test_batches)
     with pytest.raises(ValueError, match="one of the two"):
         Trainer(*parts, trainer.config, weights=torch.ones(200), plan=Thinning(digits[0]))
-    with pytest.raises(FlagError, match="optimizer iblr: its posterior needs the mean loss"):
+    with pytest.raises(ArgumentError, match="optimizer iblr: its posterior needs the mean loss"):
         Trainer(*parts, replace(trainer.config, optimizer="iblr"), plan=Thinning(digits[0], divide_by_size=True))
 
 
