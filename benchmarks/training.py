@@ -22,7 +22,7 @@ from mpe.retraining import one_epoch
 from mpe.schedules import MemberSchedules, as_positions, own_schedules
 from src.datasets import Batches, load_dataset, lookup
 from src.devices import PRECISIONS, prepare
-from src.metrics.pairs import score_pair
+from src.metrics.samis import score_pair
 from src.models import MODELS, build_model
 from src.training import Dynamics, Trainer, TrainingConfig
 from src.training.ensemble import Ensemble, vectorised_is_faster

@@ -138,10 +138,8 @@ def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_p
     _, dataset, name = toy
     for seed in (1, 2):
         columns = {key: np.random.default_rng(seed).random(30) for key in FIELDS[:4]}
-        save_seed(
-            tmp_path / "metrics", name, "mlp", seed, columns, epoch=2, protocol="full", label_hash="ab",
-            settings=json.dumps({"seed": seed}),
-        )  # fmt: skip
+        settings = {"dataset": name, "model": "mlp", "seed": seed, "epoch": 2, "protocol": "full"}
+        save_seed(tmp_path / "metrics", columns, settings, "ab")
     flags = ("average_scores.py", dataset, "--model=mlp", *folders(tmp_path, "datasets", "metrics"))
     succeed(*flags, "--seeds", 1, "--modes", "samis_prob")
     refused = call(*flags, "--seeds", 1, 2)
