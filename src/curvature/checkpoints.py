@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from src.artifacts import file_digest, standard_experiment
 from src.context import RunContext
-from src.curvature.config import CheckpointConfig
+from src.curvature.config import CheckpointConfig, TrainedRunConfig
 from src.datasets import ImageSet
 from src.errors import ArgumentError, FileError
 from src.training import find_checkpoint, only_schedule
@@ -59,6 +59,20 @@ class TrainedModel:
         return any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
 
+def find_run(
+    config: TrainedRunConfig, model: str, models_folder: Path, dataset: str, seed: int
+) -> tuple[str, dict[str, str]]:
+    """The name of a run of train_full.py, and the flags that it stands for.
+
+    Raises:
+        ArgumentError: Several schedules fit.
+    """
+    pattern = standard_experiment(model, dataset, config.optimizer, "*")
+    lr_sched = only_schedule(models_folder, pattern, seed, config.lr_sched) or "const"
+    flags = {"model": model, "optimizer": config.optimizer, "lr_sched": lr_sched}
+    return standard_experiment(model, dataset, config.optimizer, lr_sched), flags
+
+
 def find_model(config: CheckpointConfig, models_folder: Path, context: RunContext) -> TrainedModel:
     """Find and load the model that is asked for.
 
@@ -71,12 +85,11 @@ def find_model(config: CheckpointConfig, models_folder: Path, context: RunContex
         ArgumentError: Several schedules fit.
         FileError: There is no such checkpoint (the message has the command that makes it), or it does not fit.
     """
-    dataset = context.entry.name
     if config.checkpoint is not None:
         model, state = context.load_model(config.checkpoint, model=config.model)
         settings = state["settings"]
         names = (settings.get(key, "unknown") for key in ("optimizer", "lr_sched"))
-        experiment = standard_experiment(state["model"], dataset, *names)
+        experiment = standard_experiment(state["model"], context.entry.name, *names)
         digest = file_digest(config.checkpoint)
         which, seed = f"checkpoint_{digest[:8]}", int(settings.get("seed", 0))
         return TrainedModel(config.checkpoint, experiment, seed, which, digest, model, state)
@@ -87,14 +100,11 @@ def find_model(config: CheckpointConfig, models_folder: Path, context: RunContex
         expected |= said
     else:
         name = config.model or DEFAULT_MODEL
-        pattern = standard_experiment(name, dataset, config.optimizer, "*")
-        lr_sched = only_schedule(models_folder, pattern, config.seed, config.lr_sched) or "const"
-        experiment = standard_experiment(name, dataset, config.optimizer, lr_sched)
-        expected |= {"optimizer": config.optimizer, "lr_sched": lr_sched, "validation_split": None}
-        flags = {"model": name, "optimizer": config.optimizer, "lr_sched": lr_sched}
+        experiment, flags = find_run(config, name, models_folder, context.entry.name, config.seed)
         found = context.find_checkpoints(models_folder, experiment, config.seed, [config.epochs], **flags)
         path = found[config.epochs]
-    model, state = context.load_model(path, model=name, **expected)
+        expected |= {**flags, "validation_split": None}
+    model, state = context.load_model(path, **{**expected, "model": name})
     which = f"epoch_{config.epochs}"
     return TrainedModel(path, experiment, config.seed, which, file_digest(path), model, state)
 

@@ -28,11 +28,11 @@ from src.artifacts import (
     read_checkpoint,
     read_pickle,
     require_writable,
-    standard_experiment,
     velocity_path,
 )
 from src.artifacts.store import check_consistent, load_result, read_record, record_path, write_recorded
 from src.context import RunContext
+from src.curvature.checkpoints import find_run
 from src.curvature.config import NTK_CLASS_NAMES, SKETCH_CHECKED, NtkConfig
 from src.devices import available_memory
 from src.errors import ArgumentError, FileError
@@ -41,7 +41,7 @@ from src.jacobians import gram_matrix, sketch_jacobian
 from src.jacobians.engine import Quantities
 from src.jacobians.gram import make_plan, work
 from src.jacobians.variances import logit_rows
-from src.training import image_facts, only_schedule, training_facts
+from src.training import image_facts, training_facts
 
 log = logging.getLogger(__name__)
 
@@ -312,10 +312,7 @@ class KernelVelocities:
         self.epochs = sorted(set(config.ntk_velocity_epoch or velocity_epochs(name)))
         self.lowers = sorted(set(config.lower_index or lower_indices(name, len(ranked), config.m_samples)))
         check_groups(self.lowers, config.m_samples, len(ranked))
-        pattern = standard_experiment(config.model, name, config.optimizer, "*")
-        lr_sched = only_schedule(models_folder, pattern, self.seeds[0], config.lr_sched) or "const"
-        experiment = standard_experiment(config.model, name, config.optimizer, lr_sched)
-        flags = {"model": config.model, "optimizer": config.optimizer, "lr_sched": lr_sched}
+        experiment, flags = find_run(config, config.model, models_folder, name, self.seeds[0])
         self._expected = {**flags, "validation_split": None}
         wanted = sorted({e for t in self.epochs for e in (t, t + 1)})
         self.paths = {
@@ -324,7 +321,7 @@ class KernelVelocities:
             for epoch, path in context.find_checkpoints(models_folder, experiment, seed, wanted, **flags).items()
         }
         self._read_checkpoints()
-        self._where = (folder, name, ntk_run(config.model, config.optimizer, lr_sched), config.ntk_chosen_metric)
+        self._where = (folder, name, ntk_run(**flags), config.ntk_chosen_metric)
         self.common = {
             "dataset": name,
             "labels": context.label_hash,
