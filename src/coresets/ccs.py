@@ -10,9 +10,9 @@ import numpy as np
 
 from src import rng
 from src.cli import number, option
-from src.coresets.inputs import CandidateGroup, Method, Needs, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selection, SelectionInputs
 from src.coresets.ranked import checked_scores
-from src.errors import ArgumentError, FileError
+from src.errors import FileError
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ CUTOFFS = ((0.3, 0.0), (0.5, 0.0), (0.7, 0.1), (0.8, 0.1), (0.9, 0.3))
 
 
 @dataclass(frozen=True)
-class CCSOptions:
+class CCSOptions(Options):
     """Options of CCS.
 
     Attributes:
@@ -37,12 +37,6 @@ class CCSOptions:
         number(float, 0, 1, open_high=True),
     )
     ccs_bins: int = option(50, "ccs: strata", number(int, 1))
-
-    def __post_init__(self) -> None:
-        if self.ccs_cutoff is not None and not 0.0 <= self.ccs_cutoff < 1.0:
-            raise ArgumentError("ccs_cutoff", f"{self.ccs_cutoff}: must be at least 0 and below 1")
-        if self.ccs_bins < 1:
-            raise ArgumentError("ccs_bins", f"{self.ccs_bins}: must be at least 1")
 
 
 def finite_scores(inputs: SelectionInputs, what: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 from src.cli import SEED, Parser, build, file_name, fraction, number, option, restrict, yes_or_no
 from src.coresets.inputs import Method
-from src.coresets.registry import METHODS
+from src.coresets.registry import METHODS, find_method
 from src.errors import ArgumentError
 from src.metrics.proxy import ScoreConfig
 from src.optimizers import SCHEDULES
@@ -115,7 +115,7 @@ class SelectionConfig:
     @property
     def method(self) -> Method:
         """The method."""
-        return METHODS[self.coreset_func]
+        return find_method(self.coreset_func)
 
     @property
     def share(self) -> float | str:

@@ -11,7 +11,6 @@ import numpy as np
 from src.cli import number, option
 from src.coresets.ccs import finite_scores
 from src.coresets.inputs import CandidateGroup, MemoryOptions, Method, Needs, Selection, SelectionInputs
-from src.errors import ArgumentError
 from src.lazy import torch
 
 _FORWARD_DECAY = 1.0  # gamma_f
@@ -30,12 +29,6 @@ class D2Options(MemoryOptions):
 
     d2_neighbors: int = option(5, "d2: neighbors in its graph", number(int, 0))
     d2_gamma: float = option(1.0, "d2: decay of its reverse messages", number(float, 0))
-
-    def __post_init__(self) -> None:
-        if self.d2_neighbors < 0:
-            raise ArgumentError("d2_neighbors", f"{self.d2_neighbors}: must be at least 0")
-        if not 0 <= self.d2_gamma < np.inf:
-            raise ArgumentError("d2_gamma", f"{self.d2_gamma}: must be a number of at least 0")
 
 
 @dataclass(frozen=True)

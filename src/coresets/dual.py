@@ -11,7 +11,6 @@ from src import rng
 from src.cli import number, option
 from src.coresets.inputs import CandidateGroup, Method, Needs, Selection, SelectionInputs, WindowOptions
 from src.coresets.ranked import checked_scores, keep_by_rank
-from src.errors import ArgumentError
 
 _CONCENTRATION = 15.0  # C = alpha + beta
 _EDGE = 1e-6  # the density has poles at 0 and 1
@@ -33,10 +32,6 @@ class DualOptions(WindowOptions):
         number(float, 0, open_low=True),
         acts=(lambda args: args.dual_beta, "with --no-dual_beta"),
     )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.dual_c < np.inf:
-            raise ArgumentError("dual_c", f"{self.dual_c}: must be a number above 0")
 
 
 def beta_parameters(mu: float, pruned: float, c: float) -> tuple[float, float]:

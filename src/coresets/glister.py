@@ -26,7 +26,7 @@ from src.coresets.inputs import (
     gradient_sum,
     products_with,
 )
-from src.errors import ArgumentError, UserError
+from src.errors import UserError
 from src.lazy import torch
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,6 @@ class GlisterOptions(MemoryOptions):
     glister_refresh: int = option(
         1, "glister: picks between two refreshes of the validation gradient", number(int, 1)
     )
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.glister_eta < math.inf:
-            raise ArgumentError("glister_eta", f"{self.glister_eta}: must be at least 0 and finite")
-        if self.glister_refresh < 1:
-            raise ArgumentError("glister_refresh", f"{self.glister_refresh}: must be at least 1")
 
 
 def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GlisterOptions) -> Selection:

@@ -31,7 +31,7 @@ from src.coresets.inputs import (
     inner_products,
     products_with,
 )
-from src.errors import ArgumentError, UserError
+from src.errors import UserError
 from src.lazy import scipy, torch
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,6 @@ class GradMatchOptions(MemoryOptions):
     """
 
     gradmatch_lambda: float = option(1.0, "gradmatch: its ridge", number(float, 0))
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.gradmatch_lambda < math.inf:
-            raise ArgumentError("gradmatch_lambda", f"{self.gradmatch_lambda}: must be at least 0 and finite")
 
 
 def gradmatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GradMatchOptions) -> Selection:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selection, SelectionInputs
 from src.lazy import torch
 
 _NOISE = 1e-12  # relative: criteria closer than that are ties
@@ -46,7 +46,7 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-def herding(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+def herding(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Herding on embeddings, in the form of Rebuffi et al. (CVPR 2017, algorithm 4).
 
     Of the two forms in use, this one takes the example that brings the mean of the picks nearest to the group's

@@ -12,7 +12,7 @@ import numpy as np
 
 from src import rng
 from src.cli import number, option
-from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selection, SelectionInputs
 from src.errors import ArgumentError
 from src.lazy import torch
 
@@ -54,7 +54,7 @@ def draw(losses: np.ndarray, budget: int, generator: np.random.Generator) -> tup
     return np.concatenate([high, kept]), np.repeat([1.0, len(low) / room], [len(high), room])
 
 
-def infobatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+def infobatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """A static form of InfoBatch (Qin et al., ICLR 2024, eqs. 4-6), by the losses of a pre-trained network.
 
     In each group: all examples whose loss is at least the group's mean are kept with weight 1; the rest of the
@@ -93,7 +93,7 @@ def infobatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
 
 
 @dataclass(frozen=True)
-class InfoBatchOptions:
+class InfoBatchOptions(Options):
     """Options of InfoBatch in each epoch.
 
     Attributes:

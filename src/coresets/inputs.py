@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from src.cli import number, option
-from src.errors import UserError
+from src.errors import ArgumentError, UserError
 from src.lazy import torch
 
 
@@ -323,12 +324,28 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """What a method without options takes."""
+class Options:
+    """What a method takes beside its inputs; this one nothing.
+
+    Raises:
+        ArgumentError: A value is not one that the flag of this name accepts.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, flag = getattr(self, item.name), item.metadata.get("flag")
+            if flag is None or value is None:
+                continue
+            if value not in flag["keywords"].get("choices", (value,)):
+                raise ArgumentError(item.name, f"{value}: choose from {', '.join(flag['keywords']['choices'])}")
+            try:
+                flag["keywords"].get("type", str)(str(value))
+            except ArgumentTypeError as error:
+                raise ArgumentError(item.name, str(error)) from error
 
 
 @dataclass(frozen=True)
-class MemoryOptions:
+class MemoryOptions(Options):
     """What a method takes that compares all pairs.
 
     Attributes:
@@ -338,13 +355,13 @@ class MemoryOptions:
     selection_memory: int = option(
         2048,
         "memory for pairwise similarities; larger ones are computed in blocks",
-        number(int, 1),
+        number(int, 0),
         metavar="MIB",
     )
 
 
 @dataclass(frozen=True)
-class WindowOptions:
+class WindowOptions(Options):
     """What a method takes whose score looks at windows of epochs.
 
     Attributes:
@@ -375,7 +392,7 @@ class Method:
     paper: str
     equation: str
     cost: str
-    options: type = NoOptions
+    options: type[Options] = Options
     weighted: bool = False
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selection, SelectionInputs
 from src.lazy import torch
 
 _NOISE = 1e-12  # relative: distances closer than that are ties
@@ -49,7 +49,7 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     return picks
 
 
-def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """k-center greedy (Sener and Savarese, ICLR 2018, algorithm 1) on embeddings.
 
     The radius is at most twice the best one's. The paper starts from labelled examples; here, where there are none,

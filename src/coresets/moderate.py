@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src.coresets.inputs import CandidateGroup, Method, Needs, NoOptions, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selection, SelectionInputs
 from src.lazy import torch
 
 
@@ -37,7 +37,7 @@ def nearest_to_median(values: np.ndarray, budget: int) -> np.ndarray:
     return np.argsort(np.abs(values - np.median(values)), kind="stable")[:budget]
 
 
-def moderate(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+def moderate(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Moderate coreset (Xia et al., ICLR 2023): distances to the class centre closest to their median.
 
     From the paper: an example's score is the Euclidean distance of its embedding to the mean embedding of its

@@ -16,7 +16,7 @@ from src.coresets.inputs import (
     CandidateGroup,
     Method,
     Needs,
-    NoOptions,
+    Options,
     Selection,
     SelectionInputs,
     WindowOptions,
@@ -83,7 +83,7 @@ def checked_scores(inputs: SelectionInputs, what: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class StoredOptions:
+class StoredOptions(Options):
     """Options of the methods that rank by a stored score.
 
     Attributes:
@@ -94,7 +94,7 @@ class StoredOptions:
 
 
 @dataclass(frozen=True)
-class GraNdOptions:
+class GraNdOptions(Options):
     """Options of GraNd.
 
     Attributes:
@@ -115,7 +115,7 @@ def reduced(name: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup]
     return keep_by_rank(checked_scores(inputs, name), groups, highest=True, what=name)
 
 
-def forget(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+def forget(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Forgetting: the most events, and before them what was never learned (Toneva et al. 2019, section 2)."""
     learned = (inputs.dynamics["correct"] == 1).any(axis=0)
     scores = checked_scores(inputs, "forget")
@@ -126,7 +126,7 @@ def _mean_over_networks(columns: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.stack([column.double().cpu() for column in columns]).mean(dim=0).numpy()
 
 
-def el2n(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+def el2n(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """EL2N: the largest error norms, averaged over independent initialisations."""
     scores = _mean_over_networks([network.errors.double().norm(dim=1) for network in inputs.networks])
     return keep_by_rank(scores, groups, highest=True, what="el2n")
@@ -141,7 +141,7 @@ def grand(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Gr
     return keep_by_rank(_mean_over_networks(columns), groups, highest=True, what="grand")
 
 
-def random_choice(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: NoOptions) -> Selection:
+def random_choice(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Of each group ``budget`` positions, drawn uniformly without replacement."""
     generator = rng.numpy_generator(inputs.seed, 0, "coreset")
     return Selection.of([generator.choice(group.positions, group.budget, replace=False) for group in groups])

@@ -7,7 +7,7 @@ import torch
 
 from src.coresets.budgets import make_groups
 from src.coresets.infobatch import draw, infobatch, split_by_mean
-from src.coresets.inputs import LastLayer, NoOptions, Selection, SelectionInputs
+from src.coresets.inputs import LastLayer, Options, Selection, SelectionInputs
 
 
 def material(losses, labels=None, seed: int = 1) -> SelectionInputs:
@@ -24,7 +24,7 @@ def material(losses, labels=None, seed: int = 1) -> SelectionInputs:
 
 
 def select(given: SelectionInputs, fraction: float, per_class: bool = True) -> Selection:
-    return infobatch(given, make_groups(given.labels, 2, fraction=fraction, per_class=per_class), NoOptions())
+    return infobatch(given, make_groups(given.labels, 2, fraction=fraction, per_class=per_class), Options())
 
 
 class Scripted:

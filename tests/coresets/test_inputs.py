@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from src.coresets import METHODS, CandidateGroup, LastLayer, Selection, SelectionInputs, make_groups
-from src.coresets.inputs import NoOptions
+from src.coresets.inputs import Options
 from src.errors import UserError
 
 LABELS = np.arange(40) % 2
@@ -48,7 +48,7 @@ def test_infobatch_does_not_choose_nothing_where_a_logit_is_nan():
         METHODS["infobatch"].select(
             SelectionInputs(LABELS, 2, networks=[layer(logits=spoilt((40, 2), 39, float("nan")))]),
             GROUPS,
-            NoOptions(),
+            Options(),
         )
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from src.coresets import CandidateGroup, LastLayer, SelectionInputs, make_groups, moderate
-from src.coresets.inputs import NoOptions
+from src.coresets.inputs import Options
 
 
 def material(embeddings, labels):
@@ -35,7 +35,7 @@ def test_equals_the_plain_way(per_class, fraction):
     labels = rng.integers(0, 2, 61)
     made = material(rng.normal(size=(61, 5)), labels)
     groups = make_groups(labels, 2, fraction=fraction, per_class=per_class)
-    selection = moderate.moderate(made, groups, NoOptions())
+    selection = moderate.moderate(made, groups, Options())
     np.testing.assert_array_equal(selection.indices, slow_moderate(made, groups))
     assert len(selection.indices) == sum(group.budget for group in groups)
     assert not selection.weighted
@@ -45,7 +45,7 @@ def test_the_median_is_picked():
     # the class's centre is 0: distances 1, 1, 2, 2, 3, 3, 8, 8
     line = np.array([1.0, -1, 2, -2, 3, -3, 8, -8])[:, None]
     made = material(line, np.zeros(8, dtype=np.int64))
-    selection = moderate.moderate(made, [CandidateGroup(np.arange(8), 4)], NoOptions())
+    selection = moderate.moderate(made, [CandidateGroup(np.arange(8), 4)], Options())
     np.testing.assert_array_equal(selection.indices, [2, 3, 4, 5])
 
 
@@ -65,5 +65,5 @@ def test_centres_are_of_all_candidates_of_a_label():
 def test_equal_embeddings_and_groups_of_one(budget):
     made = material(torch.full((6, 4), 0.1), np.array([0, 0, 0, 0, 0, 1]))
     groups = [CandidateGroup(np.arange(5), budget, 0), CandidateGroup(np.array([5]), 1, 1)]
-    selection = moderate.moderate(made, groups, NoOptions())
+    selection = moderate.moderate(made, groups, Options())
     np.testing.assert_array_equal(selection.indices, [*range(budget), 5])

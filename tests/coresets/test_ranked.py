@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from src.coresets import ranked
 from src.coresets.budgets import make_groups
-from src.coresets.inputs import CandidateGroup, LastLayer, NoOptions, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, Options, SelectionInputs
 from src.coresets.registry import METHODS
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES
@@ -121,7 +121,7 @@ def test_forgetting_keeps_what_was_never_learned_before_all_else():
         np.zeros(4, dtype=int), 1, scores=np.array([1.0, 0.0, 0.0, 0.0]), dynamics={"correct": correct}
     )
     for budget, kept in ((1, [1]), (2, [0, 1])):
-        selection = METHODS["forget"].select(material, [CandidateGroup(np.arange(4), budget)], NoOptions())
+        selection = METHODS["forget"].select(material, [CandidateGroup(np.arange(4), budget)], Options())
         assert selection.indices.tolist() == kept
 
 
