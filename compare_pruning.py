@@ -14,7 +14,7 @@ cells are removed. The same command may run several times at once: no cell is tr
       --batch_size=256 --learning_rate=0.1 --lr_sched=step
 """
 
-from src.artifacts import TRAINING_FOLDERS, Folders
+from src.artifacts.paths import TRAINING_FOLDERS, Folders
 from src.cli import Parser, build, run_script
 from src.coresets.config import GridConfig, PretrainConfig, add_selection_flags, build_selection
 from src.coresets.registry import REFERENCE

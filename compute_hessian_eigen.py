@@ -19,7 +19,8 @@ import logging
 from argparse import SUPPRESS, Namespace
 from typing import TYPE_CHECKING, Any
 
-from src.artifacts import Folders, eigen_name, hessian_path, label_hash
+from src.artifacts.io import label_hash
+from src.artifacts.paths import Folders, eigen_name, hessian_path
 from src.artifacts.store import load_result, record_path
 from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
 from src.curvature.config import (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src.artifacts import Folders
+from src.artifacts.paths import Folders
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.curvature.config import FLOAT_PRECISIONS, NtkConfig
 from src.datasets import DataConfig

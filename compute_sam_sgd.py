@@ -19,7 +19,7 @@ from contextlib import suppress
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import Folders
+from src.artifacts.paths import Folders
 from src.artifacts.store import read_record
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig

@@ -11,7 +11,7 @@ A file that is there already and is right is skipped; a file that is not the pub
 
 from pathlib import Path
 
-from src.artifacts import PACKAGED_SCORES
+from src.artifacts.paths import PACKAGED_SCORES
 from src.cli import Parser, print_next, run_script
 from src.errors import FlagError
 from src.metrics import SCORES

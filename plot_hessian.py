@@ -13,15 +13,8 @@ the table (means and standard deviations over seeds) as csv and md, and the file
 from argparse import Namespace
 from pathlib import Path
 
-from src.artifacts import (
-    Folders,
-    eigen_name,
-    save_figure,
-    spectrum_figure_name,
-    spectrum_figure_stem,
-    write_json,
-    write_text,
-)
+from src.artifacts.io import save_figure, write_json, write_text
+from src.artifacts.paths import Folders, eigen_name, spectrum_figure_name, spectrum_figure_stem
 from src.cli import Parser, build, file_name, restrict, run_script
 from src.curvature.config import SpectrumQuery
 from src.curvature.results import (

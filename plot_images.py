@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import Folders, label_hash, save_figure
+from src.artifacts.io import label_hash, save_figure
+from src.artifacts.paths import Folders
 from src.cli import DATA_FLAGS, Parser, build, number, print_next, run_script
 from src.datasets import DataConfig, load_dataset, parse_subset
 from src.errors import FlagError

@@ -13,7 +13,8 @@ from argparse import Namespace
 
 import numpy as np
 
-from src.artifacts import Folders, ntk_run, ntk_run_folder, save_figure, velocity_figure_stem
+from src.artifacts.io import save_figure
+from src.artifacts.paths import Folders, ntk_run, ntk_run_folder, velocity_figure_stem
 from src.cli import SEED, Parser, number, run_script
 from src.curvature.config import TrainedRunConfig
 from src.curvature.results import Velocities, read_velocities

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src.artifacts import Folders, label_hash, save_figure, write_json, write_text
+from src.artifacts.io import label_hash, save_figure, write_json, write_text
+from src.artifacts.paths import Folders
 from src.cli import Parser, build, restrict, run_script
 from src.datasets import DataConfig, load_dataset
 from src.errors import FileError, FlagError

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.artifacts import TRAINING_FOLDERS, Folders
+from src.artifacts.paths import TRAINING_FOLDERS, Folders
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.coresets.config import PretrainConfig, add_selection_flags, build_selection
 from src.datasets import DataConfig

@@ -11,7 +11,7 @@ Reads the data set (downloaded if need be) under --datasets_folder. Writes check
       --epochs=20 --batch_size=128 --learning_rate=0.1 --lr_sched='const' --resume
 """
 
-from src.artifacts import TRAINING_FOLDERS, Folders, standard_experiment
+from src.artifacts.paths import TRAINING_FOLDERS, Folders, standard_experiment
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig

@@ -17,7 +17,8 @@ With --selection FILE it trains on a selection of anyone's making.
 
 from contextlib import nullcontext
 
-from src.artifacts import TRAINING_FOLDERS, Folders, lock
+from src.artifacts.locks import lock
+from src.artifacts.paths import TRAINING_FOLDERS, Folders
 from src.cli import DATA_FLAGS, PAPER_FLAGS, Parser, build, print_next, run_script
 from src.coresets.config import PretrainConfig, add_selection_flags, build_selection
 from src.datasets import DataConfig

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from src.artifacts import TRAINING_FOLDERS, Folders, label_hash, split_experiment
+from src.artifacts.io import label_hash
+from src.artifacts.paths import TRAINING_FOLDERS, Folders, split_experiment
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig, validation_indices
 from src.devices import ComputeConfig

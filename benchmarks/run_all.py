@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common import Row, in_fresh_process, table
-from src import artifacts
+from src.artifacts.io import write_json
+from src.artifacts.paths import ROOT
 
 MODULES = ("training", "selection", "jacobians", "curvature")
 
@@ -59,7 +60,7 @@ def main() -> None:
         "machine": machine,
         "rows": [_plain_values(row) for row in rows],
     }
-    print(f"{artifacts.write_json(artifacts.ROOT / 'runs' / 'bench.json', content)} ({seconds:.0f} s)")
+    print(f"{write_json(ROOT / 'runs' / 'bench.json', content)} ({seconds:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import numpy as np
 
 import mpe
 from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, STRUCTURES, ExperimentConfig
-from src.artifacts import Folders
-from src.artifacts.score_files import refuse_other_scores
+from src.artifacts.paths import Folders
+from src.artifacts.store import check_score_target
 from src.cli import Parser, build, option, print_next, run_script, start_logging
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
@@ -159,7 +159,7 @@ def main() -> None:
     experiment = Experiment(context, config, folders, "iter", vars(args))
     result = experiment.result()
     if own.write_scores and not config.overwrite:
-        refuse_other_scores(SCORES["mpe"].path(args.metrics_folder, context.entry.name), experiment.settings())
+        check_score_target(SCORES["mpe"].path(args.metrics_folder, context.entry.name), experiment.settings())
     experiment.check_variances(config.delta, own.var_version)
 
     def predict(trainer):

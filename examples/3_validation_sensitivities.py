@@ -27,7 +27,7 @@ import numpy as np
 
 import mpe
 from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
-from src.artifacts import Folders
+from src.artifacts.paths import Folders
 from src.cli import Parser, build, number, print_next, run_script, start_logging
 from src.datasets import DataConfig
 from src.devices import ComputeConfig

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
 from mpe.config import FigureConfig
-from src.artifacts import save_figure
+from src.artifacts.io import save_figure
 from src.cli import Parser, run_script
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.config import FigureConfig
-from src.artifacts import save_figure
+from src.artifacts.io import save_figure
 from src.cli import Parser, file_name, run_script
 from src.errors import FlagError
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.config import CLASS_COVARIANCES, FigureConfig
-from src.artifacts import save_figure
+from src.artifacts.io import save_figure
 from src.cli import Parser, run_script
 
 

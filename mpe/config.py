@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.artifacts import PICKLE_PLOTS, PICKLES
+from src.artifacts.paths import PICKLE_PLOTS, PICKLES
 from src.cli import SEED, file_name, number, option
 from src.errors import ArgumentError
 

@@ -45,8 +45,8 @@ from mpe.posterior import (
     predict,
     refuse_not_finite,
 )
-from src import artifacts
-from src.artifacts import score_files
+from src.artifacts.io import label_hash
+from src.artifacts.store import write_scores
 from src.datasets import dataset_name
 from src.jacobians import OutputVariances, Posterior
 from src.jacobians.ggn import root_of_softmax_covariance
@@ -394,8 +394,8 @@ class Sensitivities:
         if total == len(self.indices):  # of a subset the hash of all labels is not known
             labels = np.empty(total, dtype=np.int64)
             labels[self.indices] = self.predictions.labels.numpy()
-            record.setdefault("label_hash", artifacts.label_hash(labels))
-        return score_files.write_scores(SCORES["mpe"].path(folder, dataset), scores, record)
+            record.setdefault("label_hash", label_hash(labels))
+        return write_scores(SCORES["mpe"].path(folder, dataset), scores, record)
 
 
 def sensitivities(

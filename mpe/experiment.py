@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from mpe.config import CLASS_COVARIANCES, ORDERS, ExperimentConfig
 from mpe.laplace_torch import LaplaceTorchVariances
 from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posterior, predict
-from src.artifacts import (
-    Folders,
-    experiment_folder,
-    mpe_experiment,
-    pickle_path,
-    read_pickle,
-    require_writable,
-    resume_folder,
-    write_pickle,
-)
+from src.artifacts.io import read_pickle, require_writable, write_pickle
+from src.artifacts.paths import Folders, experiment_folder, mpe_experiment, pickle_path, resume_folder
 from src.artifacts.store import acting_settings, load_result
 from src.context import RunContext
 from src.datasets import Batches, ImageSet

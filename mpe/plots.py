@@ -19,7 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
 
 from mpe.config import CLASS_COVARIANCES
-from src.artifacts import PICKLES, differences, pickle_path, read_pickle
+from src.artifacts.io import read_pickle
+from src.artifacts.paths import PICKLES, pickle_path
+from src.artifacts.store import diff_settings
 from src.errors import ArgumentError, FileError
 
 log = logging.getLogger(__name__)
@@ -144,7 +146,7 @@ class StoredResult:
         settings = [result.values.get("settings") for result in (other, self)]
         if not all(isinstance(each, dict) for each in settings):
             return
-        found = differences(*settings)
+        found = diff_settings(*settings)
         if found:
             raise FileError(
                 f"{self.path} is of another run than {other.path}: {', '.join(found)}; repeat {self.script} with the "

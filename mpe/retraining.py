@@ -26,9 +26,7 @@ from mpe.schedules import (
     shared_schedules,
     shuffle_seeds,
 )
-from src.artifacts import (
-    CLAIM_NAME,
-    lock,
+from src.artifacts.io import (
     read_checkpoint,
     read_json,
     read_npz,
@@ -37,6 +35,8 @@ from src.artifacts import (
     write_json,
     write_npz,
 )
+from src.artifacts.locks import lock
+from src.artifacts.paths import LOCK_NAME
 from src.artifacts.store import REPLACE, check_identity, check_settings_match, load_result
 from src.errors import ArgumentError, FileError, TrainingError
 from src.models import MODELS
@@ -438,7 +438,7 @@ def retrain(
     if folder is None:
         return _all_chunks(run, None, chunk, measure, measure_each, after_chunk)
     files = RetrainingFiles(Path(folder), {**(key or {}), **run.facts()}, save_seconds)
-    with lock(files.folder / CLAIM_NAME, "retraining these models"):
+    with lock(files.folder / LOCK_NAME, "retraining these models"):
         files.start(resume=resume, overwrite=overwrite)
         return _all_chunks(run, files, chunk, measure, measure_each, after_chunk)
 

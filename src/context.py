@@ -13,15 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.artifacts import (
-    Folders,
-    diff_settings,
-    dynamics_folder,
-    experiment_folder,
-    label_hash,
-    require_writable,
-    resume_folder,
-)
+from src.artifacts.io import label_hash, require_writable
+from src.artifacts.paths import Folders, dynamics_folder, experiment_folder, resume_folder
+from src.artifacts.store import diff_settings
 from src.cli import start_logging
 from src.datasets import (
     Augmentation,

@@ -114,11 +114,3 @@ def _sign(descriptor: int) -> None:
     with suppress(OSError):  # a full disk may cost the name, not the lock
         os.pwrite(descriptor, line, 0)  # first the new line, then the rest away: readers take the first line
         os.ftruncate(descriptor, len(line))
-
-
-# The older names, until all callers use the new ones.
-claim, sole = try_lock, lock
-
-
-def claimed(path: str | Path, waiting: str = "working on this"):  # noqa: D103
-    return lock(path, waiting.removeprefix("another process is "), wait=True)

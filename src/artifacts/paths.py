@@ -11,7 +11,7 @@ PACKAGED_SCORES = ROOT / "src" / "metrics"
 PICKLES = ROOT / "examples" / "pickles"
 PICKLE_PLOTS = ROOT / "examples" / "plots"
 
-CLAIM_NAME = "claim.lock"
+LOCK_NAME = "claim.lock"
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def selection_path(models_folder: str | Path, experiment: str, seed: int) -> Pat
     return experiment_folder(models_folder, experiment, seed) / "selection.npz"
 
 
-def claim_path(models_folder: str | Path, experiment: str, seed: int) -> Path:
+def lock_path(models_folder: str | Path, experiment: str, seed: int) -> Path:
     """The lock of the process that works on a run."""
-    return experiment_folder(models_folder, experiment, seed) / CLAIM_NAME
+    return experiment_folder(models_folder, experiment, seed) / LOCK_NAME
 
 
 def comparison_stem(plots_folder: str | Path, dataset: str, model: str, name: str) -> Path:

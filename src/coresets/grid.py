@@ -14,16 +14,9 @@ from typing import Any, TypedDict
 import numpy as np
 from tqdm import tqdm
 
-from src.artifacts import (
-    Folders,
-    comparison_stem,
-    lock,
-    read_json,
-    save_figure,
-    try_lock,
-    write_json,
-    write_text,
-)
+from src.artifacts.io import read_json, save_figure, write_json, write_text
+from src.artifacts.locks import lock, try_lock
+from src.artifacts.paths import Folders, comparison_stem
 from src.artifacts.store import ELSEWHERE, REPLACE, load_result
 from src.context import RunContext, TrainingRun
 from src.coresets.config import GridConfig, PretrainConfig, SelectionConfig

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src.artifacts import CLAIM_NAME, Folders, lock, pretrain_experiment, read_npz, write_npz
+from src.artifacts.io import read_npz, write_npz
+from src.artifacts.locks import lock
+from src.artifacts.paths import LOCK_NAME, Folders, pretrain_experiment
 from src.artifacts.store import DEFAULTS
 from src.context import RunContext, TrainingRun
 from src.coresets.config import PretrainConfig
@@ -102,7 +104,7 @@ class PretrainedModel:
     def train(self) -> None:
         """Train the model, or continue, unless it is on disk. All processes of the group must call."""
         run, group = self._run, self._run.context.group
-        alone = lock(run.files.checkpoints / CLAIM_NAME, "pre-training this model", wait=True)
+        alone = lock(run.files.checkpoints / LOCK_NAME, "pre-training this model", wait=True)
         with alone if group.is_main_process else nullcontext():
             group.wait()  # for the lock
             if self._checkpoint.exists() and run.is_done():

@@ -13,17 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.artifacts import (
-    CLAIM_NAME,
-    Folders,
-    coreset_experiment,
-    file_digest,
-    parse_settings,
-    read_npz,
-    selection_path,
-    write_npz,
-)
-from src.artifacts.store import acting_settings, check_same_data, checked_array, load_result
+from src.artifacts.io import file_digest, read_npz, write_npz
+from src.artifacts.paths import LOCK_NAME, Folders, coreset_experiment, selection_path
+from src.artifacts.store import acting_settings, check_same_data, checked_array, load_result, parse_settings
 from src.context import RunContext, TrainingRun
 from src.coresets.budgets import make_groups
 from src.coresets.config import PretrainConfig, SelectionConfig
@@ -358,7 +350,7 @@ class CoresetRun:
     @property
     def lock(self) -> Path:
         """The lock file of the process that works on the run."""
-        return self.files.checkpoints / CLAIM_NAME
+        return self.files.checkpoints / LOCK_NAME
 
     def check(self) -> None:
         """Find before anything is trained what would stop the run later.

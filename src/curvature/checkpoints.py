@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from src.artifacts import file_digest, standard_experiment
+from src.artifacts.io import file_digest
+from src.artifacts.paths import standard_experiment
 from src.context import RunContext
 from src.curvature.config import CheckpointConfig, TrainedRunConfig
 from src.datasets import ImageSet

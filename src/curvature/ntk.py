@@ -18,18 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src.artifacts import (
-    file_digest,
-    kernel_path,
-    label_hash,
-    lock,
-    ntk_folder,
-    ntk_run,
-    read_checkpoint,
-    read_pickle,
-    require_writable,
-    velocity_path,
-)
+from src.artifacts.io import file_digest, label_hash, read_checkpoint, read_pickle, require_writable
+from src.artifacts.locks import lock
+from src.artifacts.paths import kernel_path, ntk_folder, ntk_run, velocity_path
 from src.artifacts.store import check_consistent, load_result, read_record, record_path, write_recorded
 from src.context import RunContext
 from src.curvature.checkpoints import find_run

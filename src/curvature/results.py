@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from src.artifacts import eigen_name, hessian_path, read_pickle, standard_experiment, velocity_path
+from src.artifacts.io import read_pickle
+from src.artifacts.paths import eigen_name, hessian_path, standard_experiment, velocity_path
 from src.artifacts.store import check_consistent, check_identity, checked_array, read_record, record_path
 from src.curvature.config import EIGEN_SPLITS, OPERATOR_NAMES, SpectrumQuery
 from src.errors import ArgumentError, FileError

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.artifacts import lock, read_checkpoint, require_writable, write_checkpoint
+from src.artifacts.io import read_checkpoint, require_writable, write_checkpoint
+from src.artifacts.locks import lock
 from src.artifacts.store import load_result, write_recorded
 from src.curvature.config import SpectrumConfig
 from src.curvature.lanczos import (

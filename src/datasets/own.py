@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from src import artifacts
+from src.artifacts.io import read_npz
 from src.datasets.images import Faults, ImageSet, as_seen, is_system_file, open_image, printable
 from src.datasets.registry import Augmentation, DatasetEntry, Normalization
 from src.errors import FileError
@@ -167,7 +167,7 @@ def _labels(path: Path, key: str, array: np.ndarray, count: int) -> np.ndarray:
 
 def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None]:
     """Images and labels of both parts, checked, and the class names if the file has them."""
-    arrays = artifacts.read_npz(path)
+    arrays = read_npz(path)
     missing = [key for part in PARTS for key in (f"x_{part}", f"y_{part}") if key not in arrays]
     if missing:
         raise FileError(f"{path}: has no array {', '.join(missing)}; x_train, y_train, x_test and y_test are needed")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src import artifacts
+from src.artifacts import paths
+from src.artifacts.io import read_index_file, write_text
 from src.errors import ArgumentError, FileError
 
 SUBSET_SEED = 0  # the same examples whatever the run's seed
@@ -36,7 +37,7 @@ def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
         raise ArgumentError("subset", f"{text!r}: give a whole number from 1 to {total}, or a file of indices")
     if not re.fullmatch(r"[+-]?\d+", text):
         path = Path(text).expanduser()
-        positions = np.sort(artifacts.read_index_file(path))
+        positions = np.sort(read_index_file(path))
         twice = positions[1:][np.diff(positions) == 0]
         if positions[-1] >= total:
             raise FileError(f"{path}: contains the index {positions[-1]}; the training set has 0 to {total - 1}")
@@ -119,20 +120,20 @@ def validation_indices(
             f"{index}: is empty, as no class of {dataset} has {COUNT} training examples; take split {COUNT}, or more "
             "data",
         )
-    folder = artifacts.splits_folder(splits_folder, dataset, seed)
-    paths = [folder / f"val_{number}.txt" for number in range(1, COUNT + 1)]
-    if not all(path.exists() for path in paths):
+    folder = paths.splits_folder(splits_folder, dataset, seed)
+    files = [folder / f"val_{number}.txt" for number in range(1, COUNT + 1)]
+    if not all(path.exists() for path in files):
         try:
-            for path, split in zip(paths, make_splits(labels, num_classes, seed), strict=True):
+            for path, split in zip(files, make_splits(labels, num_classes, seed), strict=True):
                 if not path.exists():
-                    artifacts.write_text(path, "".join(f"{position}\n" for position in split.tolist()))
+                    write_text(path, "".join(f"{position}\n" for position in split.tolist()))
         except (OSError, FileError) as error:
             reason = getattr(error, "strerror", None) or getattr(error.__cause__, "strerror", None) or error
             raise FileError(
                 f"{folder}: the validation splits could not be written ({reason}); set splits_folder to a folder "
                 "that can be written"
             ) from error
-    return _read_all(paths, labels, sizes)[index - 1]
+    return _read_all(files, labels, sizes)[index - 1]
 
 
 def _read_all(paths: list[Path], labels: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
@@ -143,7 +144,7 @@ def _read_all(paths: list[Path], labels: np.ndarray, sizes: np.ndarray) -> list[
         share = sizes // COUNT if number < COUNT else sizes - (COUNT - 1) * (sizes // COUNT)
         remedy = f"delete {path.parent} to make all splits again"
         try:
-            split = artifacts.read_index_file(path) if share.sum() else np.zeros(0, dtype=np.int64)
+            split = read_index_file(path) if share.sum() else np.zeros(0, dtype=np.int64)
         except FileError as error:
             raise FileError(f"{error}: {remedy}") from error
         fault = None

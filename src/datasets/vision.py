@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src import artifacts
+from src.artifacts.io import file_digest, write_npz, write_with
 from src.datasets.images import Faults, ImageSet, is_system_file, open_image
 from src.datasets.own import CLASS_NAMES
 from src.datasets.registry import DatasetEntry, Download
@@ -172,7 +172,7 @@ def _read_tiny_imagenet(
         arrays[f"x_{part}"] = _decode(entry, where, files, read)
         arrays[f"y_{part}"] = np.array([label for _, label in files])
     try:
-        artifacts.write_npz(cache, **arrays)
+        write_npz(cache, **arrays)
         log.info("kept the decoded images as %s, to be read next time", cache)
     except FileError as error:
         log.warning("the decoded images are not kept: %s", error)
@@ -266,7 +266,7 @@ def fetch(entry: DatasetEntry, folder: Path) -> list[Path]:
 def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
     path = folder / download.file
     if path.exists():
-        found = artifacts.file_digest(path)
+        found = file_digest(path)
         if found != download.sha256:
             raise FileError(
                 f"{path}: is damaged (its sha256 is {found}, not {download.sha256}); delete it to download it again"
@@ -275,7 +275,7 @@ def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
     reasons = []
     for url in download.urls:
         try:
-            return artifacts.write_with(path, lambda file, url=url: _copy(url, download, file), interruptible=True)
+            return write_with(path, lambda file, url=url: _copy(url, download, file), interruptible=True)
         except _DownloadError as error:
             reasons.append(f"{url}: {error}")
     raise FileError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src import artifacts
+from src.artifacts.io import file_digest, write_json, write_pickle
 from src.errors import ArgumentError
 from src.metrics import flatness
 from src.metrics.score import Score
@@ -341,12 +341,10 @@ def write_end_of_training_scores(
             )
         scores[score.name] = values
     written = [
-        artifacts.write_pickle(
-            folder / SEED_FILES[name], dict(zip(visited.tolist(), values[visited].tolist(), strict=True))
-        )
+        write_pickle(folder / SEED_FILES[name], dict(zip(visited.tolist(), values[visited].tolist(), strict=True)))
         for name, values in scores.items()
     ]
-    digests = {path.name: artifacts.file_digest(path) for path in written}
-    written.append(artifacts.write_json(folder / RECORD_FILE, digests))  # before the files that complete the folder
+    digests = {path.name: file_digest(path) for path in written}
+    written.append(write_json(folder / RECORD_FILE, digests))  # before the files that complete the folder
     history = np.where(np.isnan(correct), NOT_VISITED, correct).astype(np.uint8)
-    return written + [artifacts.write_pickle(folder / name, history) for name in HISTORY_FILES]
+    return written + [write_pickle(folder / name, history) for name in HISTORY_FILES]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from src import artifacts
-from src.artifacts import store
+from src.artifacts import paths, store
+from src.artifacts.io import save_figure
 from src.artifacts.paths import Folders
 from src.cli import option
 from src.datasets import DATASETS, dataset_flag, dataset_name
@@ -154,14 +154,14 @@ class StoredScores:
         from src.metrics import plots  # matplotlib takes a second to import, and most users never draw
 
         figure = plots.histogram(self._chosen(idx)[1], self.label, self.title)
-        return artifacts.save_figure(figure, self._stem(folder, idx, "scores_hist"))
+        return save_figure(figure, self._stem(folder, idx, "scores_hist"))
 
     def plot_scores_kde(self, idx: Any = None, folder: str | Path | None = None) -> list[Path]:
         """Draw a filled kernel density estimate into ``all_scores_distribution`` (``scores_distribution``)."""
         from src.metrics import plots
 
         figure = plots.density(self._chosen(idx)[1], self.label, self.title)
-        return artifacts.save_figure(figure, self._stem(folder, idx, "scores_distribution"))
+        return save_figure(figure, self._stem(folder, idx, "scores_distribution"))
 
     def plot_prob_dist(self, idx: Any = None, plot: str = "scatter", folder: str | Path | None = None) -> list[Path]:
         """Draw each example's share of the sum against its index into ``all_prob_dist`` (``prob_dist``).
@@ -175,7 +175,7 @@ class StoredScores:
 
         indices, _ = self._chosen(idx)
         figure = plots.share_figure(indices, shares(self.scores)[indices], self.label, self.title, plot)
-        return artifacts.save_figure(figure, self._stem(folder, idx, "prob_dist"))
+        return save_figure(figure, self._stem(folder, idx, "prob_dist"))
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class Proxy(StoredScores):
         log.info("%s of %s: read from %s", mode, dataset, path)
         # shares are what the papers' class gives; the scaling below undoes them
         raw = shares(store.read_memorization(path)) if mode == "mem" else store.read_scores(path)
-        plots = artifacts.ROOT / "plots" / "proxies" / dataset / mode
+        plots = paths.ROOT / "plots" / "proxies" / dataset / mode
         super().__init__(min_max(raw) if normalize else raw, path, kind.symbol, f"{kind.title}, {dataset}", plots)
         self.mode = mode
         self.dataset = dataset
@@ -307,7 +307,7 @@ class Memorization(StoredScores):
         dataset = Path(file).name.split("_infl_matrix")[0]
         if not Path(file).exists():
             raise FileError(f"{file}: there is no such memorization file; {recipe(kind, dataset)}")
-        plots = artifacts.ROOT / "plots" / "proxies" / dataset / "mem"
+        plots = paths.ROOT / "plots" / "proxies" / dataset / "mem"
         super().__init__(store.read_memorization(file), file, kind.symbol, f"{kind.title}, {dataset}", plots)
         self._prob = shares(self.scores)
 
@@ -339,7 +339,7 @@ def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
     """The score file, and the data set's name in it."""
     score, dataset = get_score(mode), dataset_name(dataset)
     given = [] if folder is None else [folder] if isinstance(folder, str | Path) else folder
-    folders = [Path(place) for place in given] or [artifacts.ROOT / "metrics", artifacts.PACKAGED_SCORES]
+    folders = [Path(place) for place in given] or [paths.ROOT / "metrics", paths.PACKAGED_SCORES]
     for place in folders:
         path = score.path(place, dataset)
         if path.exists():
@@ -370,7 +370,7 @@ def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     message = f"{score.path('', dataset).name}: no {score.title} scores of {dataset} in {looked} "
     message += f"(sub-folder {score.folder}); {recipe(score, dataset)}"
     message += f"; there are those called {', '.join(there)}" if there else ""
-    shipped = artifacts.PACKAGED_SCORES
+    shipped = paths.PACKAGED_SCORES
     if shipped not in folders and score.path(shipped, dataset).exists():
         message += f"; those that ship with the project are in {os.path.relpath(shipped)}"
     return FileError(message)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from src import artifacts
+from src.artifacts.io import write_with
 from src.artifacts.store import REPLACE, record_path
 from src.errors import ArgumentError, FileError
 from src.metrics.registry import SCORES
@@ -137,7 +137,7 @@ def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, ove
         # A record of the scores that are replaced must not be taken for one of these.
         record_path(path).unlink(missing_ok=True)
 
-    artifacts.write_with(path, write)
+    write_with(path, write)
     return True
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.artifacts import file_digest
+from src.artifacts.io import file_digest
 from src.cli import option
 from src.errors import ArgumentError
 from src.lazy import later

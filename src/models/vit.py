@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from src import artifacts
 from src._torchvision import torchvision
+from src.artifacts.io import read_checkpoint
 from src.errors import FileError
 from src.models.base import Network, load_weights
 from src.models.layers import center_pad
@@ -121,7 +121,7 @@ def load_pretrained(network: ViT, source: bool | str | Path) -> None:
     Raises:
         FileError: The weights cannot be downloaded or read, or are those of another architecture.
     """
-    state = dict(_download() if source is True else artifacts.read_checkpoint(source))
+    state = dict(_download() if source is True else read_checkpoint(source))
     where = "torchvision's vit_b_16 weights" if source is True else str(source)
     own = network.body.state_dict()
     head = {name: state.pop(f"heads.head.{name}", None) for name in ("weight", "bias")}

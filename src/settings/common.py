@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.artifacts import Folders
+from src.artifacts.paths import Folders
 from src.cli import restrict
 from src.datasets import DATASETS, dataset_names
 from src.datasets.registry import check_arguments

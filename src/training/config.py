@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from src.artifacts import acting_settings
+from src.artifacts.store import acting_settings
 from src.cli import SEED, number, option
 from src.datasets import Augmentation, DatasetEntry
 from src.errors import ArgumentError

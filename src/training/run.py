@@ -22,7 +22,7 @@ from src.artifacts.io import (
     write_npz,
 )
 from src.artifacts.locks import lock
-from src.artifacts.paths import CLAIM_NAME, checkpoint_name, dynamics_row_name, resume_name
+from src.artifacts.paths import LOCK_NAME, checkpoint_name, dynamics_row_name, resume_name
 from src.artifacts.store import load_result
 from src.errors import FileError
 from src.training.loop import Trainer, check_history
@@ -140,7 +140,7 @@ def run_training(
     """
     writes = trainer.group.is_main_process
     run = _Run(trainer, files, dict(settings), dict(description), save_epochs)
-    with lock(files.checkpoints / CLAIM_NAME, "training this run") if writes else nullcontext():
+    with lock(files.checkpoints / LOCK_NAME, "training this run") if writes else nullcontext():
         if not (resume and run.resume(overwrite)) and writes:
             run.start(overwrite)
         trainer.group.wait()

@@ -10,11 +10,11 @@ import time
 import pytest
 from support import ROOT, TRAIN, folders, succeed
 
-from src.artifacts import require_writable, write_text
+from src.artifacts.io import require_writable, write_text
 
 WRITER = """
 import sys, time
-from src.artifacts import write_with
+from src.artifacts.io import write_with
 
 def write(file):
     file.write(b"half")

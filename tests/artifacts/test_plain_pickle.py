@@ -13,7 +13,7 @@ import pytest
 from refusals import FILE, RunsCode, refuse
 from support import ROOT, SHARED
 
-from src.artifacts import read_pickle
+from src.artifacts.io import read_pickle
 from src.errors import FileError
 
 VALUE = {

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from src.artifacts import save_figure
+from src.artifacts.io import save_figure
 from src.coresets.grid import summarize
 from src.coresets.plots import accuracy_figure, line_styles, spread
 from src.errors import ArgumentError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from curvature_ground import Matrix, batches, dense, images_and_labels, network, small_network
 
-from src.artifacts import read_checkpoint, write_checkpoint
+from src.artifacts.io import read_checkpoint, write_checkpoint
 from src.artifacts.store import load_result
 from src.curvature.checkpoints import positions_by_score
 from src.curvature.config import STORAGES, SpectrumConfig

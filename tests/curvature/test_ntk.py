@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import ROOT
 from torch.func import functional_call, jacrev
 
-from src.artifacts import read_pickle
+from src.artifacts.io import read_pickle
 from src.curvature.ntk import (
     NTK_CLASSES,
     add_groups,

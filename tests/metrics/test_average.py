@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src import artifacts
+from src.artifacts.io import label_hash, read_pickle, write_npz, write_pickle
+from src.artifacts.paths import dynamics_folder, split_experiment, standard_experiment
 from src.artifacts.store import check_score_target, write_scores
 from src.errors import ArgumentError, FileError
 from src.metrics.average import SeedScores, average, find_run, read_pair_seed, read_run_seed
@@ -115,24 +116,22 @@ def write_run(folder, experiment, number, correct=None, **settings):
     arrays = {name: rng.random((EPOCHS, TOTAL)).astype(np.float32) for name in names}
     arrays["correct"] = (arrays["correct"] > 0.5).astype(np.float32) if correct is None else correct
     labels = np.arange(TOTAL) % 2
-    place = artifacts.dynamics_folder(folder, experiment, number)
+    place = dynamics_folder(folder, experiment, number)
     text = json.dumps({"seed": number, "learning_rate": 0.1, **settings})
-    artifacts.write_npz(
-        place / "dynamics.npz", **arrays, labels=labels, label_hash=artifacts.label_hash(labels), settings=text
-    )
+    write_npz(place / "dynamics.npz", **arrays, labels=labels, label_hash=label_hash(labels), settings=text)
     visited = np.flatnonzero(~np.isnan(arrays["correct"]).all(axis=0)).tolist()
     for mode in ("flat", "eps"):
-        artifacts.write_pickle(place / SEED_FILES[mode], {i: float(rng.random()) for i in visited})
+        write_pickle(place / SEED_FILES[mode], {i: float(rng.random()) for i in visited})
     return arrays
 
 
 def test_run_seeds_give_every_recorded_score(tmp_path):
-    name = artifacts.standard_experiment("mlp", "toy", "sgd", "const")
+    name = standard_experiment("mlp", "toy", "sgd", "const")
     arrays = write_run(tmp_path, name, 1)
     seeds = read_run_seed(("aum", "csl", "flat", "tdds"), tmp_path, name, 1)
     np.testing.assert_allclose(seeds["aum"].values, -arrays["margin"].mean(0), rtol=1e-6)  # HIGH is atypical
     assert average("aum", [seeds["aum"]])[1]["negated"] is True
-    flat = artifacts.read_pickle(artifacts.dynamics_folder(tmp_path, name, 1) / SEED_FILES["flat"])
+    flat = read_pickle(dynamics_folder(tmp_path, name, 1) / SEED_FILES["flat"])
     np.testing.assert_array_equal(seeds["flat"].values, list(flat.values()))
     assert seeds["csl"].facts["epoch"] == EPOCHS
     assert seeds["csl"].facts["settings"] == {"learning_rate": 0.1}
@@ -148,9 +147,9 @@ def test_a_run_on_a_subset_scores_what_it_visited(tmp_path):
 
 def test_damaged_end_of_training_files_are_named(tmp_path):
     write_run(tmp_path, "run", 1)
-    path = artifacts.dynamics_folder(tmp_path, "run", 1) / SEED_FILES["eps"]
+    path = dynamics_folder(tmp_path, "run", 1) / SEED_FILES["eps"]
     for content in ({TOTAL: 1.0}, [1.0], {"a": 1.0}, {}):
-        artifacts.write_pickle(path, content)
+        write_pickle(path, content)
         with pytest.raises(FileError, match=r"epsilon_flat_train.pkl: .*--measure_proxies"):
             read_run_seed(("eps",), tmp_path, "run", 1)
     with pytest.raises(FileError, match="no dynamics of seed 9"):
@@ -158,10 +157,10 @@ def test_damaged_end_of_training_files_are_named(tmp_path):
 
 
 def test_the_run_is_found_or_the_matches_are_listed(tmp_path):
-    sgd, sam = (artifacts.standard_experiment("mlp", "toy", o, "const") for o in ("sgd", "sam"))
-    split = artifacts.split_experiment("mlp", "toy", "sgd", "step", 3)
+    sgd, sam = (standard_experiment("mlp", "toy", o, "const") for o in ("sgd", "sam"))
+    split = split_experiment("mlp", "toy", "sgd", "step", 3)
     write_run(tmp_path, sgd, 1)
-    (tmp_path / artifacts.standard_experiment("mlp", "toy", "adam", "const")).mkdir()  # nothing recorded
+    (tmp_path / standard_experiment("mlp", "toy", "adam", "const")).mkdir()  # nothing recorded
     assert find_run(tmp_path, "toy", "mlp") == sgd
     for name in (sam, split):
         write_run(tmp_path, name, 1)
@@ -191,7 +190,7 @@ def test_results_of_other_settings_are_not_replaced(tmp_path):
 def test_the_windows_are_honoured_and_recorded(tmp_path):
     from support import TRAIN, folders, succeed, write_blobs
 
-    from src.artifacts import read_json, read_pickle
+    from src.artifacts.io import read_json, read_pickle
     from src.training import read_dynamics
 
     data = f"--dataset=npz:{write_blobs(tmp_path / 'blobs.npz', n=60)}"

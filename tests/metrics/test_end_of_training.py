@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.artifacts import read_pickle
+from src.artifacts.io import read_pickle
 from src.datasets import Batches, Normalization, load_dataset
 from src.metrics import flatness
 from src.metrics.dynamics import HISTORY_FILES, NOT_VISITED, RECORD_FILE, SEED_FILES, write_end_of_training_scores

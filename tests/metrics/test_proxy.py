@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from support import PUBLISHED, needs_published, write_blobs
 
-from src import artifacts
-from src.artifacts.score_files import read_scores, sidecar_path, write_scores
+from src.artifacts import paths
+from src.artifacts.io import label_hash
+from src.artifacts.store import read_scores, record_path, write_scores
 from src.datasets import load_dataset
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES, Memorization, Proxy, find_score_file
@@ -65,8 +66,8 @@ def test_scores_that_do_not_vary_become_zeros(tmp_path):
 
 def test_given_folders_are_searched_in_order_and_no_others(tmp_path, monkeypatch):
     root = tmp_path / "root"
-    monkeypatch.setattr(artifacts, "ROOT", root)
-    monkeypatch.setattr(artifacts, "PACKAGED_SCORES", root / "src" / "metrics")
+    monkeypatch.setattr(paths, "ROOT", root)
+    monkeypatch.setattr(paths, "PACKAGED_SCORES", root / "src" / "metrics")
     shipped, own = store(root / "src" / "metrics"), store(root / "metrics")
     given = [str(tmp_path / "a"), tmp_path / "b"]
     with pytest.raises(FileError, match=r"no forgetting events scores of toy .*src/metrics") as caught:
@@ -87,9 +88,9 @@ def test_data_sets_by_any_of_their_names(tmp_path):
     assert Proxy("forg", "CIFAR10", folder=tmp_path).path == path
     data = write_blobs(tmp_path / "photos.npz", n=6)
     name = load_dataset(f"npz:{data}", tmp_path)[0].entry.name
-    paths = {mode: store(tmp_path, mode, name) for mode in ("forg", "samis_loss")}
-    paths["mem"] = memorization(tmp_path, name, tr_mem=RAW)
-    for mode, path in paths.items():
+    files = {mode: store(tmp_path, mode, name) for mode in ("forg", "samis_loss")}
+    files["mem"] = memorization(tmp_path, name, tr_mem=RAW)
+    for mode, path in files.items():
         for text in (name, "photos", f"npz:{data}"):
             proxy = Proxy(mode, text, folder=tmp_path)
             assert (proxy.path, proxy.dataset) == (path, name)
@@ -136,7 +137,7 @@ def test_every_mode_has_a_place_a_symbol_and_a_recipe():
 
 
 def test_the_readme_lists_every_score_with_its_cost():
-    lines = (artifacts.ROOT / "README.md").read_text().splitlines()
+    lines = (paths.ROOT / "README.md").read_text().splitlines()
     rows = {cells[1].strip(" `"): cells[3].strip() for line in lines if len(cells := line.split("|")) > 8}
     assert {name: rows.get(name) for name in SCORES if name != "mem"} == {
         score.name: score.cost for score in SCORES.values() if score.name != "mem"
@@ -158,7 +159,7 @@ def write_raw(folder, content, record=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content, protocol=4))
     if record is not None:
-        sidecar_path(path).write_text(json.dumps(record))
+        record_path(path).write_text(json.dumps(record))
     return path
 
 
@@ -216,7 +217,7 @@ def test_scores_of_another_data_set_are_refused(tmp_path):
         Proxy("forg", "toy", folder=tmp_path, n=6)
     with pytest.raises(FileError, match="was made for other labels"):
         Proxy("forg", "toy", folder=tmp_path, n=5, label_hash="bbbb")
-    sidecar_path(path).unlink()  # nothing is known of the labels then, as for the published files
+    record_path(path).unlink()  # nothing is known of the labels then, as for the published files
     assert Proxy("forg", "toy", folder=tmp_path, label_hash="bbbb").check(5) is not None
 
 
@@ -230,7 +231,7 @@ def test_the_written_format_is_the_published_one(tmp_path):
     assert {type(v) for v in content.values()} == {float}
     digest = hashlib.sha256(raw).hexdigest()
     record = {"seeds": [1, 2], "n": 5, "total": 5, "sha256": digest}
-    assert json.loads(sidecar_path(path).read_text()) == record
+    assert json.loads(record_path(path).read_text()) == record
     with pytest.raises(FileError, match="nothing was scored"):
         store(tmp_path, scores=np.full(3, np.nan))
     with pytest.raises(FileError, match="infinite"):
@@ -260,14 +261,14 @@ def test_memorization_shares_and_scaling(tmp_path):
 def test_memorization_of_other_labels_is_refused(tmp_path):
     labels = np.array([0, 1, 1, 0, 2])
     path = memorization(tmp_path, tr_mem=RAW, tr_labels=labels)
-    mem = Proxy("mem", "toy", folder=tmp_path, n=5, label_hash=artifacts.label_hash(labels))
+    mem = Proxy("mem", "toy", folder=tmp_path, n=5, label_hash=label_hash(labels))
     with pytest.raises(FileError, match="was made for other labels"):
-        mem.check(5, artifacts.label_hash(labels[::-1]))
+        mem.check(5, label_hash(labels[::-1]))
     with pytest.raises(FileError, match="was made for other labels"):
-        Memorization(path).check(label_hash=artifacts.label_hash(1 - labels))
+        Memorization(path).check(label_hash=label_hash(1 - labels))
     memorization(tmp_path, tr_mem=RAW, tr_labels=labels[:4])
     with pytest.raises(FileError, match="tr_labels"):
-        mem.check(label_hash=artifacts.label_hash(labels))
+        mem.check(label_hash=label_hash(labels))
 
 
 def test_scores_of_a_huge_range_stay_finite(tmp_path):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.artifacts import read_npz, samis_path, write_npz
+from src.artifacts.io import read_npz, write_npz
+from src.artifacts.paths import samis_path
 from src.errors import FileError
 from src.metrics.samis import cross_entropy, read_seed, samis_prob, save_seed, score_batch
 

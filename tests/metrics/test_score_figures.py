@@ -5,8 +5,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from scipy.stats import gaussian_kde
 
-from src import artifacts
-from src.artifacts.score_files import write_scores
+from src.artifacts import paths
+from src.artifacts.io import save_figure
+from src.artifacts.store import write_scores
 from src.errors import ArgumentError
 from src.metrics import SCORES, Proxy, plots
 
@@ -64,10 +65,10 @@ def test_proxy_plots_go_into_a_folder_under_the_field_s_names(proxy, tmp_path):
 
 
 def test_default_plots_stand_in_the_plots_folder(proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     own = Proxy("csl", "toy", folder=tmp_path)
-    paths = own.plot_scores_hist([0, 1, 2])
-    assert paths[0] == tmp_path / "plots" / "proxies" / "toy" / "csl" / "scores_hist.png"
+    written = own.plot_scores_hist([0, 1, 2])
+    assert written[0] == tmp_path / "plots" / "proxies" / "toy" / "csl" / "scores_hist.png"
 
 
 def test_the_comparison_shows_its_numbers():
@@ -117,7 +118,7 @@ def test_grids_name_rows_and_scores_and_take_short_rows(tmp_path):
     figure = plots.image_grid(images, [["0.1", "0.2", "0.3"], ["1", "2"]], ["$a$", "$b$"], "zero: lowest 3")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["$a$", "0.1", "0.2", "0.3", "$b$", "1", "2"]
-    assert len(artifacts.save_figure(figure, tmp_path / "grid")) == 2
+    assert len(save_figure(figure, tmp_path / "grid")) == 2
 
 
 def test_the_overview_takes_pages_for_many_classes():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support import call, folders, succeed, write_blobs
 
-from src import artifacts
-from src.artifacts.score_files import write_scores
+from src.artifacts.io import label_hash
+from src.artifacts.store import write_scores
 from src.datasets import load_dataset
 from src.metrics import SCORES, Proxy
 from src.metrics.samis import FIELDS, save_seed
@@ -26,7 +26,7 @@ def toy(tmp_path_factory):
     difficulty = rng.random(30)
     for mode, noise in (("csl", 0.1), ("aum", 0.3)):
         target = SCORES[mode].path(base / "metrics", train.entry.name)
-        record = {"label_hash": artifacts.label_hash(train.labels)}
+        record = {"label_hash": label_hash(train.labels)}
         write_scores(target, difficulty + noise * rng.random(30), record)
     return base, f"--dataset=npz:{path}", train.entry.name
 

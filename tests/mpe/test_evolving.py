@@ -11,7 +11,7 @@ from support import example
 from mpe.estimates import estimate, sampled_errors, sensitivity
 from mpe.experiment import Result
 from mpe.posterior import Predictions
-from src.artifacts import read_pickle
+from src.artifacts.io import read_pickle
 from src.errors import ArgumentError, FileError
 from src.rng import generator
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpe.experiment import Experiment, Result
-from src.artifacts import read_pickle, write_pickle
+from src.artifacts.io import read_pickle, write_pickle
 from src.errors import FileError
 
 

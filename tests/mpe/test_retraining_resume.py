@@ -11,7 +11,7 @@ from small_retraining import CLASSES, REMOVED, SETTINGS, SIZE, run
 from torch import nn
 
 from mpe.retraining import RetrainSettings
-from src.artifacts import read_npz, write_npz
+from src.artifacts.io import read_npz, write_npz
 from src.errors import FileError
 from src.models import build_model
 from src.optimizers import rate

@@ -19,7 +19,8 @@ from torch.utils.data import (
 
 from mpe.estimates import Estimates, Sensitivities, estimate, loo_losses, refuse_shuffling, sensitivities, sensitivity
 from mpe.posterior import Predictions, laplace_posterior, optimizer_posterior, predict
-from src.artifacts import label_hash, score_files
+from src.artifacts.io import label_hash
+from src.artifacts.store import read_record
 from src.datasets import load_dataset
 from src.errors import MeasurementError, UserError
 from src.jacobians import OutputVariances
@@ -327,7 +328,7 @@ def test_score_files_of_any_name_of_a_data_set(tmp_path):
     for text, stored in (("CIFAR10", "cifar10"), (f"npz:{data}", name), (name, name)):
         paths = found.write_scores(tmp_path / "scores", text)
         assert paths[0] == tmp_path / "scores" / "mpe" / f"mpe_{stored}.pkl"
-        assert score_files.read_sidecar(paths[0])["dataset"] == stored
+        assert read_record(paths[0])["dataset"] == stored
         assert Proxy("mpe", text, folder=tmp_path / "scores").path == paths[0]
     for wrong in ("a/b", "..", "../toy", "", "folder:/nowhere"):
         with pytest.raises(UserError):
@@ -346,7 +347,7 @@ def test_score_file_of_a_subset(tmp_path):
 
 def test_score_file_hashes_labels_in_order(tmp_path):
     made([0.1, 0.2, 0.3], [2, 0, 1], labels=[1, 0, 0]).write_scores(tmp_path, "toy")
-    record = score_files.read_sidecar(tmp_path / "mpe" / "mpe_toy.pkl")
+    record = read_record(tmp_path / "mpe" / "mpe_toy.pkl")
     assert record["label_hash"] == label_hash([0, 0, 1])
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from refusals import check
 from support import call, folders, succeed
 
-from src.artifacts import read_pickle
+from src.artifacts.io import read_pickle
 
 L2REG, VALIDATION, LOCO = (f"examples/{name}.py" for name in ("2_loo_l2reg", "3_validation_sensitivities", "5_loco"))
 N, BATCH, EPOCHS, DELTA, CLASSES = 100, 24, 2, 1.0, 10

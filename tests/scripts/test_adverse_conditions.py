@@ -17,7 +17,7 @@ from PIL import Image
 from refusals import FILE, FLAG, RunsCode, assert_kept, check, on_a_full_disk, refuse, snapshot, spoilt, unprivileged
 from support import ROOT, TRAIN, Forked, as_torchrun, call, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, write_checkpoint
+from src.artifacts.io import read_checkpoint, write_checkpoint
 
 
 @pytest.fixture(scope="module")

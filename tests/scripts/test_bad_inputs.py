@@ -14,7 +14,7 @@ from PIL import Image
 from refusals import FILE, FLAG, RunsCode, refuse, spoilt
 from support import ROOT, TRAIN, call, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint
+from src.artifacts.io import read_checkpoint
 from src.coresets import find_method
 from src.coresets.budgets import make_groups
 from src.datasets import load_dataset, lookup, parse_subset

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import TRAIN, call, folders, write_blobs
 
-from src.artifacts import read_checkpoint, read_json, read_npz, read_pickle
+from src.artifacts.io import read_checkpoint, read_json, read_npz, read_pickle
 
 KILLED = 99
 MOST = int(os.environ.get("CRASH_POINTS", "4"))  # of a script, evenly spread; there are up to 60

@@ -14,7 +14,7 @@ import torch
 from refusals import FILE, FLAG, RunsCode, refuse, spoilt
 from support import Forked, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, read_json
+from src.artifacts.io import read_checkpoint, read_json
 from src.datasets import load_dataset
 
 SCRIPT = "compute_hessian_eigen.py"

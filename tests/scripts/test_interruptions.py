@@ -10,7 +10,7 @@ import torch
 from refusals import FILE, refuse
 from support import TRAIN, Forked, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, read_npz, read_pickle
+from src.artifacts.io import read_checkpoint, read_npz, read_pickle
 
 FLAGS = ("--model=resnet8", "--epochs=6", "--batch_size=16", "--learning_rate=0.05", "--lr_sched=cosine",
          "--data_augmentation", "--measure_proxies", "--optimizer=sam")  # fmt: skip

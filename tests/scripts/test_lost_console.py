@@ -8,7 +8,8 @@ import sys
 import pytest
 from support import ROOT, TRAIN, Forked, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, read_json, read_npz, read_pickle, samis_path
+from src.artifacts.io import read_checkpoint, read_json, read_npz, read_pickle
+from src.artifacts.paths import samis_path
 
 
 def unread_pipe():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support import ROOT, Forked, call, folders, succeed, write_blobs
 
-from src.artifacts import read_pickle, write_pickle
+from src.artifacts.io import read_pickle, write_pickle
 from src.metrics import Proxy
 
 LOO = "examples/1_loo_iterations.py"

@@ -12,7 +12,7 @@ import pytest
 from refusals import FILE, FLAG, RunsCode, check
 from support import ROOT, call
 
-from src.artifacts import write_pickle
+from src.artifacts.io import write_pickle
 
 OLD = Namespace(name_exp="old", model="lenet", delta=60)
 E, N, C = 6, 250, 4
@@ -246,10 +246,10 @@ def test_correlations_are_told_apart_for_random_and_spread_examples(place, monke
 
 def pdf_figures(monkeypatch):
     """Collect the figures that scripts save."""
-    import src.artifacts
+    import src.artifacts.io
 
     figures = []
-    monkeypatch.setattr(src.artifacts, "save_figure", lambda figure, stem: figures.append(figure) or [stem])
+    monkeypatch.setattr(src.artifacts.io, "save_figure", lambda figure, stem: figures.append(figure) or [stem])
     return figures
 
 

@@ -7,7 +7,7 @@ from mpe_runs import BATCH, CLASSES, DELTA, EPOCHS, L2REG, LOCO, VALIDATION, N, 
 from support import succeed
 
 import mpe
-from src.artifacts import read_checkpoint
+from src.artifacts.io import read_checkpoint
 from src.datasets import load_dataset
 from src.models import MODELS, build_model
 from src.optimizers import rate

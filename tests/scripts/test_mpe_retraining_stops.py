@@ -29,7 +29,7 @@ import mpe.retraining
 from mpe.estimates import loo_losses
 from mpe.experiment import Experiment
 from mpe.retraining import RetrainingFiles, one_epoch
-from src.artifacts import write_pickle
+from src.artifacts.io import write_pickle
 from src.datasets import load_dataset
 
 

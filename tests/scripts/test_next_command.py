@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, TRAIN, folders, succeed, write_blobs
 
-from src.artifacts import write_pickle
+from src.artifacts.io import write_pickle
 from src.datasets import dataset_name
 
 SMALL = ("--dataset=digits", "--model=small_mlp", "--subset=200")

@@ -12,8 +12,8 @@ from refusals import FILE, FLAG, refuse, spoilt
 from support import Forked, call, folders, succeed, write_blobs
 
 import src.curvature.ntk as ntk
-from src.artifacts import read_checkpoint, read_pickle, write_json, write_pickle
-from src.artifacts.score_files import write_scores
+from src.artifacts.io import read_checkpoint, read_pickle, write_json, write_pickle
+from src.artifacts.store import write_scores
 from src.curvature.ntk import velocity
 from src.datasets import load_dataset
 

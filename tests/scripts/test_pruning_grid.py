@@ -9,7 +9,7 @@ import pytest
 from refusals import FILE, FLAG, refuse, spoilt
 from support import TRAIN, Forked, call, folders, succeed, write_blobs
 
-from src.artifacts import read_json
+from src.artifacts.io import read_json
 
 TRAINING = ("--coreset_epochs=2", "--batch_size=16", "--learning_rate=0.05", "--lr_sched=const",
             "--coreset_pretrain_epochs=2", "--coreset_pretrain_lr=0.05", "--coreset_networks=2")  # fmt: skip

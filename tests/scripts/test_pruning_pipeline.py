@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support import TRAIN, Forked, call, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, read_json, read_npz, write_json, write_pickle
+from src.artifacts.io import read_checkpoint, read_json, read_npz, write_json, write_pickle
 from src.coresets import METHODS
 from src.datasets import load_dataset
 from src.metrics import SCORES

@@ -10,7 +10,7 @@ from PIL import Image
 from refusals import FILE, refuse, spoilt
 from support import TRAIN, call, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, read_json, write_checkpoint, write_json
+from src.artifacts.io import read_checkpoint, read_json, write_checkpoint, write_json
 
 N = 60
 QUICK = ("--dataset=digits", "--model=small_mlp", "--batch_size=20", "--learning_rate=0.05")

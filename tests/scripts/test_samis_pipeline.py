@@ -8,7 +8,7 @@ import torch
 from refusals import FILE, refuse
 from support import TRAIN, call, folders, succeed, write_blobs
 
-from src.artifacts import read_npz, read_pickle
+from src.artifacts.io import read_npz, read_pickle
 from src.datasets import load_dataset, validation_indices
 from src.metrics import Proxy
 from src.training import load_model, read_dynamics

@@ -9,7 +9,7 @@ import pytest
 from refusals import snapshot
 from support import folders, succeed
 
-from src.artifacts.score_files import read_scores, read_sidecar, sidecar_path
+from src.artifacts.store import read_record, read_scores, record_path
 from src.errors import FileError
 from src.metrics import SCORES
 
@@ -49,7 +49,7 @@ def assert_whole_or_refused(path: Path, allowed: list[tuple[bytes, bytes | None]
     """A reader finds scores and their own record, or is told that they do not belong together."""
     if not path.exists():
         return
-    beside = sidecar_path(path)
+    beside = record_path(path)
     pair = path.read_bytes(), beside.read_bytes() if beside.exists() else None
     if pair not in allowed:
         with pytest.raises(FileError, match=r"is not the file that .* describes"):
@@ -73,7 +73,7 @@ def test_average_scores(world, tmp_path, monkeypatch, before):
     flags += () if before == "nothing" else ("--overwrite",)
 
     def pair(path: Path) -> tuple[bytes, bytes | None]:
-        return path.read_bytes(), sidecar_path(path).read_bytes() if sidecar_path(path).exists() else None
+        return path.read_bytes(), record_path(path).read_bytes() if record_path(path).exists() else None
 
     shutil.copytree(start, now)
     old = [[pair(path)] if path.exists() else [] for path in paths]
@@ -107,10 +107,10 @@ def test_scores_of_an_experiment(tmp_path, monkeypatch):
         base = tmp_path / f"{len(points)}"
         points.append(point)
         path = SCORES["mpe"].path(base / "metrics", "digits")
-        if not sidecar_path(path).exists():
+        if not record_path(path).exists():
             continue
         succeed(*flags(base))
         assert path.read_bytes() == wanted.read_bytes()
-        assert read_sidecar(path) == read_sidecar(wanted)
+        assert read_record(path) == read_record(wanted)
         assert read_scores(path).shape == (1438,)
     assert len(points) >= 4

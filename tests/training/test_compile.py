@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import TRAIN, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint
+from src.artifacts.io import read_checkpoint
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 

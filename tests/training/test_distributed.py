@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import ROOT, TRAIN, as_torchrun, call, folders, succeed, write_blobs
 
-from src.artifacts import read_checkpoint, read_npz
+from src.artifacts.io import read_checkpoint, read_npz
 
 COMMON = ("--epochs=2", "--learning_rate=0.05", "--lr_sched=const", "--data_augmentation", "--precision=fp64",
           "--measure_proxies")  # fmt: skip

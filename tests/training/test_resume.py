@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_tools import assert_same
 
-from src.artifacts import read_checkpoint
+from src.artifacts.io import read_checkpoint
 from src.errors import FileError
 from src.training import RunFiles, run_training
 

@@ -17,22 +17,33 @@ import torch
 from refusals import unprivileged
 from support import ROOT
 
-from src import artifacts
+from src.artifacts.io import (
+    label_hash,
+    read_checkpoint,
+    read_index_file,
+    read_json,
+    read_npz,
+    read_pickle,
+    write_checkpoint,
+    write_npz,
+    write_text,
+    write_with,
+)
 from src.errors import FileError
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "scores.npz"
-    artifacts.write_npz(path, arr_0=np.arange(3.0))
+    write_npz(path, arr_0=np.arange(3.0))
 
     def fail(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(FileError, match=r"scores\.npz: could not be written \(No space left on device\)"):
-        artifacts.write_with(path, fail)
+        write_with(path, fail)
     assert [entry.name for entry in tmp_path.iterdir()] == ["scores.npz"]
-    np.testing.assert_array_equal(artifacts.read_npz(path)["arr_0"], np.arange(3.0))
+    np.testing.assert_array_equal(read_npz(path)["arr_0"], np.arange(3.0))
 
 
 @pytest.mark.parametrize("kind", ["npz", "checkpoint", "pickle"])
@@ -41,13 +52,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, kind):
     code = f"""
 import signal, resource, sys, numpy as np, torch
 sys.path.insert(0, {str(ROOT)!r})
-from src import artifacts
+from src.artifacts import io
 from src.errors import FileError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-big = {{"npz": lambda p: artifacts.write_npz(p, a=np.zeros(10**6)),
-       "checkpoint": lambda p: artifacts.write_checkpoint(p, {{"a": torch.zeros(10**6)}}),
-       "pickle": lambda p: artifacts.write_pickle(p, b"0" * 10**7)}}[{kind!r}]
-artifacts.write_text(sys.argv[1], "old")
+big = {{"npz": lambda p: io.write_npz(p, a=np.zeros(10**6)),
+       "checkpoint": lambda p: io.write_checkpoint(p, {{"a": torch.zeros(10**6)}}),
+       "pickle": lambda p: io.write_pickle(p, b"0" * 10**7)}}[{kind!r}]
+io.write_text(sys.argv[1], "old")
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
 try:
     big(sys.argv[1])
@@ -68,13 +79,13 @@ except FileError as error:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(FileError, match="could not be written"):
-        artifacts.write_text(tmp_path / "a" / "b.txt", "x")
+        write_text(tmp_path / "a" / "b.txt", "x")
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(FileError, match="could not be written"):
-        artifacts.write_text(tmp_path / "a" / "b.txt", "x")
+        write_text(tmp_path / "a" / "b.txt", "x")
 
 
 class _Malicious:
@@ -86,7 +97,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps({0: _Malicious()}))
     with pytest.raises(FileError, match=r"evil\.pkl.*system, which is not plain data"):
-        artifacts.read_pickle(path)
+        read_pickle(path)
 
 
 @pytest.mark.parametrize("name", ["numpy.load", "builtins.eval", "numpy.core.multiarray.fromfile"])
@@ -95,15 +106,15 @@ def test_only_plain_globals_are_known(tmp_path, name):
     path = tmp_path / "odd.pkl"
     path.write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(FileError, match="not plain data"):
-        artifacts.read_pickle(path)
+        read_pickle(path)
 
 
 _READERS = [
-    (artifacts.read_npz, "npz"),
-    (artifacts.read_pickle, "pkl"),
-    (artifacts.read_checkpoint, "pt"),
-    (artifacts.read_json, "json"),
-    (artifacts.read_index_file, "txt"),
+    (read_npz, "npz"),
+    (read_pickle, "pkl"),
+    (read_checkpoint, "pt"),
+    (read_json, "json"),
+    (read_index_file, "txt"),
 ]
 
 
@@ -153,8 +164,8 @@ def test_good_files_that_may_not_be_read_are_not_called_damaged(read, suffix):
 
 def test_truncated_archives_are_named(tmp_path):
     for name, write, read in (
-        ("a.npz", lambda p: artifacts.write_npz(p, a=np.zeros(1000)), artifacts.read_npz),
-        ("a.pt", lambda p: artifacts.write_checkpoint(p, {"a": torch.zeros(1000)}), artifacts.read_checkpoint),
+        ("a.npz", lambda p: write_npz(p, a=np.zeros(1000)), read_npz),
+        ("a.pt", lambda p: write_checkpoint(p, {"a": torch.zeros(1000)}), read_checkpoint),
     ):
         path = tmp_path / name
         write(path)
@@ -165,25 +176,25 @@ def test_truncated_archives_are_named(tmp_path):
 
 def test_object_arrays_are_neither_written_nor_read(tmp_path):
     with pytest.raises(TypeError, match="Python objects"):
-        artifacts.write_npz(tmp_path / "a.npz", a=np.array([{}, None]))
+        write_npz(tmp_path / "a.npz", a=np.array([{}, None]))
     np.savez(tmp_path / "b.npz", a=np.array([{}, None]))
     with pytest.raises(FileError, match=r"b\.npz"):
-        artifacts.read_npz(tmp_path / "b.npz")
+        read_npz(tmp_path / "b.npz")
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"model": _Malicious()}, tmp_path / "evil.pt")
     with pytest.raises(FileError, match=r"evil\.pt: is not a checkpoint"):
-        artifacts.read_checkpoint(tmp_path / "evil.pt")
+        read_checkpoint(tmp_path / "evil.pt")
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_flipped_bit_is_found_in_every_archive(tmp_path, compressed):
     """Checksums: torch reads other weights and numpy other numbers from most of these files."""
     values = np.random.default_rng(0).normal(size=40)
-    (np.savez_compressed if compressed else artifacts.write_npz)(tmp_path / "a.npz", a=values, name="x")
-    artifacts.write_checkpoint(tmp_path / "a.pt", {"a": torch.from_numpy(values), "epoch": 3})
-    for path, read in ((tmp_path / "a.npz", artifacts.read_npz), (tmp_path / "a.pt", artifacts.read_checkpoint)):
+    (np.savez_compressed if compressed else write_npz)(tmp_path / "a.npz", a=values, name="x")
+    write_checkpoint(tmp_path / "a.pt", {"a": torch.from_numpy(values), "epoch": 3})
+    for path, read in ((tmp_path / "a.npz", read_npz), (tmp_path / "a.pt", read_checkpoint)):
         content = path.read_bytes()
         refused = 0
         for bit in range(0, 8 * len(content), 29):
@@ -214,11 +225,11 @@ def test_what_an_npz_archive_holds_beside_arrays_is_refused(tmp_path):
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
             archive.writestr(name, content)
         with pytest.raises(FileError, match=rf"a\.npz: .*{says}"):
-            artifacts.read_npz(tmp_path / "a.npz")
+            read_npz(tmp_path / "a.npz")
     for array in (np.zeros(2, "datetime64[s]"), np.zeros(2, [("a", "f8")]), np.array([2**31]).view("<U2")):
         np.savez(tmp_path / "a.npz", array)
         with pytest.raises(FileError, match=r"not of numbers or text|characters that do not exist"):
-            artifacts.read_npz(tmp_path / "a.npz")
+            read_npz(tmp_path / "a.npz")
 
 
 @pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
@@ -233,13 +244,13 @@ def test_other_formats_of_torch_are_named_with_the_way_out(tmp_path):
     ):
         save()
         with pytest.raises(FileError, match=rf"a\.pt: is .*{says}"):
-            artifacts.read_checkpoint(path)
+            read_checkpoint(path)
 
 
 def test_label_hash_tells_orders_apart_and_ignores_the_type():
     labels = np.array([0, 1, 2, 1])
-    assert artifacts.label_hash(labels) == artifacts.label_hash(torch.tensor(labels, dtype=torch.int32).numpy())
-    assert artifacts.label_hash(labels) != artifacts.label_hash(labels[::-1])
+    assert label_hash(labels) == label_hash(torch.tensor(labels, dtype=torch.int32).numpy())
+    assert label_hash(labels) != label_hash(labels[::-1])
 
 
 def test_an_interruption_waits_until_the_file_is_whole(tmp_path):
@@ -249,6 +260,6 @@ def test_an_interruption_waits_until_the_file_is_whole(tmp_path):
         file.write(b"last")
 
     with pytest.raises(KeyboardInterrupt):
-        artifacts.write_with(tmp_path / "a.txt", write)
+        write_with(tmp_path / "a.txt", write)
     # the signal is delivered once the content is on the disk; the old name then has nothing or all of it
     assert [path.read_text() for path in tmp_path.iterdir()] in ([], ["first last"])
