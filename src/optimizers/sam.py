@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
     """Keep running statistics as they are while the block runs; what the layers compute stays the same.
 
-    A layer in training mode still normalises by the statistics of its batch, one in evaluation mode by the running
+    A layer in training mode still normalizes by the statistics of its batch, one in evaluation mode by the running
     ones. With tracking off a layer writes none of its buffers, so its momentum needs no change (setting it to 0 would
     still count the batch, and be wrong for ``momentum=None``, the cumulative average). Contexts may be nested, and an
     exception leaves the layers as they were.
 
     Args:
-        model: Any module; all its BatchNorm layers (1d to 3d, synchronised, lazy) are held.
+        model: Any module; all its BatchNorm layers (1d to 3d, synchronized, lazy) are held.
 
     Yields:
         Nothing.
@@ -39,7 +39,7 @@ BaseOptimizer = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
 
 
 class SAM(Optimizer):
-    """SAM around a plain torch optimiser.
+    """SAM around a plain torch optimizer.
 
     A step takes two passes over the same batch::
 
@@ -50,13 +50,13 @@ class SAM(Optimizer):
         optimizer.second_step()             # back to w, then the base step with the second gradient
 
     with e = rho * T g / (||T' g|| + 1e-12), where T = T' = 1, or, if adaptive, T = w^2 and T' = |w|; the norm is over
-    all parameters together. Weight decay is the base optimiser's, so it acts on the step and not on the climb.
+    all parameters together. Weight decay is the base optimizer's, so it acts on the step and not on the climb.
     Gradients may be averaged between processes before either step: both start from ``.grad``.
-    ``param_groups`` and ``state`` are the base optimiser's own, so a rate set on either reaches the other.
+    ``param_groups`` and ``state`` are the base optimizer's own, so a rate set on either reaches the other.
 
     Args:
         params: The parameters. Those without a gradient stay where they are.
-        base: Builds the base optimiser from a list of parameters, or is one over the same parameters.
+        base: Builds the base optimizer from a list of parameters, or is one over the same parameters.
         rho: Radius of the climb, at least 0.
         adaptive: Whether to scale the climb by the weights.
 
@@ -79,10 +79,10 @@ class SAM(Optimizer):
         self.rho = rho
         self.adaptive = adaptive
         self._moved: list[nn.Parameter] = []
-        self._saved: tuple[Tensor, ...] | None = None  # the weights at w while the model stands at w + e
+        self._saved: tuple[Tensor, ...] | None = None  # the weights at w while the model is at w + e
         self._share_base()
         if {id(p) for p in self._parameters()} != {id(p) for p in params}:
-            raise ValueError("the base optimiser holds other parameters than SAM")
+            raise ValueError("the base optimizer holds other parameters than SAM")
 
     def _share_base(self) -> None:
         self.param_groups = self.base.param_groups
@@ -97,7 +97,7 @@ class SAM(Optimizer):
         """Save the weights w, climb to w + e along the present gradients, and use these up (they are None after).
 
         Raises:
-            RuntimeError: If the weights already stand at w + e.
+            RuntimeError: If the weights are already at w + e.
         """
         if self._saved is not None:
             raise RuntimeError("first_step was called twice; second_step or restore must come in between")
@@ -126,7 +126,7 @@ class SAM(Optimizer):
         """Run `first_step`, then the block at w + e. An exception in the block returns the weights to w.
 
         Yields:
-            Nothing. After the block the weights still stand at w + e: `second_step` takes them back.
+            Nothing. After the block the weights are still at w + e: `second_step` takes them back.
         """
         self.first_step()
         try:
@@ -136,7 +136,7 @@ class SAM(Optimizer):
             raise
 
     def second_step(self) -> None:
-        """Return to w exactly and take the base optimiser's step with the present gradients.
+        """Return to w exactly and take the base optimizer's step with the present gradients.
 
         Raises:
             RuntimeError: If `first_step` did not come before.
@@ -160,13 +160,13 @@ class SAM(Optimizer):
         self.second_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the base optimiser, with SAM's own settings.
+        """The state of the base optimizer, with SAM's own settings.
 
         Returns:
             ``{"base": ..., "rho": ..., "adaptive": ...}``.
 
         Raises:
-            RuntimeError: If the weights stand at w + e: a checkpoint made now would hold them.
+            RuntimeError: If the weights are at w + e: a checkpoint made now would hold them.
         """
         if self._saved is not None:
             raise RuntimeError("SAM cannot be saved between first_step and second_step")

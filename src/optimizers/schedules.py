@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from src.errors import ArgumentError
-
 Share = Callable[[int, int], float]
 
 
@@ -21,7 +19,7 @@ class Schedule:
         name: The value of ``--lr_sched``.
         share: Takes an epoch (from 1) and the number of epochs; returns the share of the learning rate.
         depends_on_epochs: Whether another number of epochs changes the rates of the epochs already run, so that a
-            run cannot be prolonged.
+            run cannot be made longer.
     """
 
     name: str
@@ -49,13 +47,8 @@ def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> f
         The rate to use throughout the epoch.
 
     Raises:
-        ArgumentError: If the schedule is unknown, or the floor is not between 0 and ``lr``.
-        ValueError: If the epoch lies outside the run.
+        ValueError: The epoch lies outside the run.
     """
-    if name not in SCHEDULES:
-        raise ArgumentError("lr_sched", f"{name!r}: unknown; choose from {', '.join(SCHEDULES)}")
-    if not 0.0 <= floor <= lr:
-        raise ArgumentError("lr_min", f"{floor:g}: must be between 0 and the learning rate {lr:g}")
     if not 1 <= epoch <= epochs:
         raise ValueError(f"epoch {epoch} is not one of the run's epochs 1 to {epochs}")
     return floor + (lr - floor) * SCHEDULES[name].share(epoch, epochs)

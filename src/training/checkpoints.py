@@ -86,7 +86,7 @@ def training_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_command(script: str, flags: Mapping[str, Any]) -> str:
-    """The command that trains a missing network, for messages; a flag whose value is True stands alone."""
+    """The command that trains a missing model, for messages; a flag whose value is True stands alone."""
     words = (f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
     command = shlex.join(["python", script, *words])
     return f"{command} (and your other training flags)"
@@ -145,7 +145,7 @@ def model_description(model_name: str, whole: ImageSet, normalization: Normaliza
     Args:
         model_name: The architecture's name.
         whole: The whole training set.
-        normalization: The normalization that the network was trained with.
+        normalization: The normalization that the model was trained with.
     """
     return {
         "format": FORMAT,

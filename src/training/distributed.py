@@ -12,7 +12,7 @@ from torch import nn
 
 from src.errors import ArgumentError
 
-_PATIENCE = timedelta(days=1)  # others wait while the leading process downloads data, or scores a trained network
+_PATIENCE = timedelta(days=1)  # others wait while the main process downloads data, or scores a trained model
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ProcessGroup:
         """The group of one process.
 
         Raises:
-            ArgumentError: torchrun has started several, which would all train the same network.
+            ArgumentError: torchrun has started several, which would all train the same model.
         """
         count = os.environ.get("WORLD_SIZE", "1")
         if "LOCAL_RANK" in os.environ and count != "1":
@@ -101,7 +101,7 @@ class ProcessGroup:
         return value
 
     def share_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by the leading process's."""
+        """Replace each tensor by the main process's."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -128,7 +128,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
-def _synchronised_forward(module: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
+def _synchronized_forward(module: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
     """BatchNorm's forward with statistics over all processes (its own forward in eval mode)."""
     if not module.training:
         return type(module).forward(module, x)
@@ -156,14 +156,14 @@ def _synchronised_forward(module: nn.modules.batchnorm._BatchNorm, x: torch.Tens
 
 
 @contextmanager
-def synchronised_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Let every BatchNorm of a network normalise over the batches of all processes, for the time being.
+def synchronized_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Let every BatchNorm of a model normalize over the batches of all processes, for the time being.
 
-    Names of parameters and buffers stay, so checkpoints are those of the plain network.
+    Names of parameters and buffers stay, so checkpoints are those of the plain model.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:
-        layer.forward = _synchronised_forward.__get__(layer)
+        layer.forward = _synchronized_forward.__get__(layer)
     try:
         yield
     finally:

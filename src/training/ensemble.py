@@ -15,29 +15,33 @@ from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPer
 
 LONG_STEP = 20_000_000  # parameters times examples of a step; beyond, a CPU does not gain for certain
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam and AdamW, torch's defaults
-OPTIMIZERS = ("sgd", "adam", "adamw")
+ENSEMBLE_OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 class Ensemble:
-    """M copies of one network, trained side by side.
+    """M copies of one model, trained side by side.
 
     A member's training is that of ``torch.optim.SGD`` (with momentum), ``Adam`` or ``AdamW`` on its own batches, with
     its own L2 weight. The objective of member m on a batch is ``sum(w l) / sum(w) + l2[m] / 2 * |parameters|^2``,
     all parameters included; with adamw the L2 weight is decoupled, as torch's ``weight_decay``.
 
     Args:
-        model: The network, on its device and of its type; it is copied and left as it is. All of its parameters are
+        model: The model, on its device and of its type; it is copied and left as it is. All of its parameters are
             trained.
         count: M.
         l2: The L2 weights ``(M,)``, or one for all.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         momentum: Of sgd.
         vectorised: Whether all members take a step at once, their parameters stacked; else one after another, by
-            torch's own optimisers. The weights agree to rounding.
+            torch's own optimizers. The weights agree to rounding.
         initial: The state dict from which all members start; by default the model's own.
 
+    Attributes:
+        vectorised: As given.
+        device: Where the members are.
+
     Raises:
-        ValueError: An argument is out of its range, or the network cannot be vectorised.
+        ValueError: An argument is out of its range, or the model cannot be vectorised.
     """
 
     def __init__(
@@ -53,8 +57,8 @@ class Ensemble:
     ) -> None:
         if count < 1:
             raise ValueError(f"an ensemble of {count} members; give at least 1")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        if optimizer not in ENSEMBLE_OPTIMIZERS:
+            raise ValueError(f"optimizer {optimizer!r} is not one of {', '.join(ENSEMBLE_OPTIMIZERS)}")
         weights = torch.as_tensor(l2, dtype=torch.float64).cpu()
         if weights.shape not in ((), (count,)) or not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError(f"l2 must be one finite number of at least 0, or one for each of {count} members")
@@ -62,27 +66,16 @@ class Ensemble:
         if frozen:
             raise ValueError(f"an ensemble trains all parameters, but {frozen[0]} does not require gradients")
         if vectorised and (reason := why_not_vectorised(model)):
-            raise ValueError(f"this network cannot be trained as a vectorised ensemble: {reason}")
+            raise ValueError(f"this model cannot be trained as a vectorised ensemble: {reason}")
         model = copy.deepcopy(model)
         if initial is not None:
             model.load_state_dict(initial)
         kind = StackedMembers if vectorised else SequentialMembers
         self._members = kind(model, count, weights.expand(count), optimizer, momentum)
-        self._count, self._vectorised = count, vectorised
-        self._device = next(model.parameters()).device
+        self.vectorised, self.device, self._count = vectorised, next(model.parameters()).device, count
 
     def __len__(self) -> int:
         return self._count
-
-    @property
-    def vectorised(self) -> bool:
-        """Whether all members take a step at once."""
-        return self._vectorised
-
-    @property
-    def device(self) -> torch.device:
-        """Where the members are."""
-        return self._device
 
     def step(
         self,
@@ -119,7 +112,7 @@ class Ensemble:
             raise ValueError(f"weights {tuple(weights.shape)} are not {(self._count, examples)}")
         rows = None
         if active is not None and not bool(active.all()):
-            rows = active.nonzero().squeeze(1).to(self._device)
+            rows = active.nonzero().squeeze(1).to(self.device)
             if not len(rows):
                 return images.new_zeros(self._count)
         labels = labels.expand(self._count, examples)
@@ -153,15 +146,15 @@ class Ensemble:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on: tensors on the CPU and plain values, copied."""
-        return {"vectorised": self._vectorised, "count": self._count, **self._members.state()}
+        return {"vectorised": self.vectorised, "count": self._count, **self._members.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state()``.
+        """Continue from ``state()``.
 
         Raises:
             ValueError: It is the state of an ensemble of another kind or size.
         """
-        if (state.get("vectorised"), state.get("count")) != (self._vectorised, self._count):
+        if (state.get("vectorised"), state.get("count")) != (self.vectorised, self._count):
             raise ValueError("the state is of an ensemble of another kind or size")
         try:
             self._members.restore(dict(state))
@@ -170,7 +163,7 @@ class Ensemble:
 
 
 def why_not_vectorised(model: nn.Module) -> str | None:
-    """Why a network's copies cannot be stacked; None where they can.
+    """Why a model's copies cannot be stacked; None where they can.
 
     Members share the buffers, and all take part in one pass: batch statistics and dropout need passes of their own.
     """
@@ -188,18 +181,18 @@ def why_not_vectorised(model: nn.Module) -> str | None:
 
 
 def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_size: int) -> bool:
-    """Whether to vectorise: on a GPU every network that can be, on a CPU perceptrons at small steps.
+    """Whether to vectorise: on a GPU every model that can be, on a CPU perceptrons at small steps.
 
     On one thread of a CPU, ``benchmarks/training.py`` measures: perceptrons, whose gradients are written by
     hand, gain while a step is short beside what it takes to call it (small_mlp 4.6 times at batch 32, twice at 256;
     large_mlp 1.6 times at 32). Where parameters times batch exceed ``LONG_STEP`` the gain is not certain any more
     (small_mlp at 1024 and large_mlp at 256: 0.8 to 1.1 from run to run; mlp at 256: 1.2 to 1.5). Convolutions under
     ``vmap`` become grouped ones, which gain nothing and lose at large batches. On a GPU nothing was measured: the
-    launch of a small network's kernels is expected to take longer than the kernels, so that M members in one launch
+    launch of a small model's kernels is expected to take longer than the kernels, so that M members in one launch
     cost little more than one; convolutions may be the exception there, too.
 
     Args:
-        model: The network.
+        model: The model.
         device: Where it is trained.
         batch_size: Examples per step of each member.
     """
@@ -215,15 +208,15 @@ def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_siz
 
 
 class StackedMembers:
-    """All members at once: parameters and the optimiser's moments are stacked along a first axis.
+    """All members at once: parameters and the optimizer's moments are stacked along a first axis.
 
     The updates are those of ``torch.optim.SGD`` (with momentum), ``Adam`` and ``AdamW``, in place.
 
     Args:
-        model: The network, for this object alone.
+        model: The model, for this object alone.
         count: M.
         l2: ``(M,)``, float64.
-        optimizer: One of ``OPTIMIZERS``.
+        optimizer: One of ``ENSEMBLE_OPTIMIZERS``.
         momentum: Of sgd.
     """
 
@@ -300,7 +293,7 @@ class StackedMembers:
 
     def member(self, number: int) -> dict[str, Tensor]:
         """The state dict of one member."""
-        with torch.no_grad():  # through the network, whose state dict names a parameter with two owners twice
+        with torch.no_grad():  # through the model, whose state dict names a parameter with two owners twice
             for name, value in self._model.named_parameters():
                 value.copy_(self._parameters[name][number])
         return {name: value.clone() for name, value in self._model.state_dict().items()}
@@ -321,7 +314,7 @@ class StackedMembers:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Continue from ``state``."""
         pairs = [(self._parameters, state["parameters"])]
         pairs += [(values, state["moments"][kind]) for kind, values in self._moments.items()]
         for ours, theirs in pairs:
@@ -331,7 +324,7 @@ class StackedMembers:
 
 
 class SequentialMembers:
-    """One member after another, each a copy of the network with torch's own optimiser; any network will do.
+    """One member after another, each a copy of the model with torch's own optimizer; any model will do.
 
     The arguments are those of ``StackedMembers``.
     """
@@ -348,12 +341,12 @@ class SequentialMembers:
     def step(self, batch: StackedBatch, lr: float, rows: Tensor | None) -> Tensor:
         """As of ``StackedMembers``."""
         losses = []
-        for place, number in enumerate(range(len(self._models)) if rows is None else rows.tolist()):
-            images = batch.images if batch.shared else batch.images[place]
-            labels, shares = batch.labels[place], batch.shares
+        for position, number in enumerate(range(len(self._models)) if rows is None else rows.tolist()):
+            images = batch.images if batch.shared else batch.images[position]
+            labels, shares = batch.labels[position], batch.shares
             if isinstance(shares, Tensor):  # an example that does not count must not enter BatchNorm either
-                counting = shares[place].nonzero().squeeze(1)
-                images, labels, shares = images[counting], labels[counting], shares[place][counting]
+                counting = shares[position].nonzero().squeeze(1)
+                images, labels, shares = images[counting], labels[counting], shares[position][counting]
             losses.append(self._step_one(number, images, labels, shares, lr))
         return torch.stack(losses)
 
@@ -390,7 +383,7 @@ class SequentialMembers:
         return {"members": [_on_cpu([member.state_dict(), optimizer.state_dict()]) for member, optimizer in pairs]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Continue from ``state``."""
         for member, optimizer, (weights, steps) in zip(self._models, self._optimizers, state["members"], strict=True):
             load_weights(member, weights)
             load_optimizer(optimizer, steps)

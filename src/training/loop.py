@@ -19,7 +19,7 @@ from src.models.base import eval_mode, load_optimizer, load_weights, trains_on_o
 from src.optimizers import OPTIMIZERS, build_optimizer, rate
 from src.rng import derived_seed
 from src.training.config import TrainingConfig
-from src.training.distributed import ProcessGroup, synchronised_batchnorm
+from src.training.distributed import ProcessGroup, synchronized_batchnorm
 from src.training.dynamics import Dynamics
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class Trainer:
         bad = torch.full((), _NEVER, device=self.device)  # the first step with a loss that is not finite
         model.train()
         devices = [self.device] if self.device.type == "cuda" else []
-        synchronized = synchronised_batchnorm(model) if self.sync_batchnorm else nullcontext()
+        synchronized = synchronized_batchnorm(model) if self.sync_batchnorm else nullcontext()
         with torch.random.fork_rng(devices=devices), synchronized:
             # What can only draw from torch's global generators (dropout, iBLR's noise) draws from these.
             # Processes draw differently: the same dropout for all would tie their examples together.

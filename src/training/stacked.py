@@ -1,4 +1,4 @@
-"""Losses and gradients of many copies of one network at once, their parameters stacked along a first axis.
+"""Losses and gradients of many copies of one model at once, their parameters stacked along a first axis.
 
 Letters: M members, b examples of a batch, C classes.
 """
@@ -57,10 +57,10 @@ class _Layer:
 
 
 class StackedNetwork:
-    """Any network, through ``vmap``: autograd differentiates the sum of the members' losses.
+    """Any model, through ``vmap``: autograd differentiates the sum of the members' losses.
 
     Args:
-        model: The network; its parameters are not used, its buffers are, by every member.
+        model: The model; its parameters are not used, its buffers are, by every member.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,34 +123,34 @@ class StackedPerceptron:
         labels, shares = batch.labels, batch.shares
         values = self._forward(parameters, batch.images, batch.shared)
         log_p = values[-1].log_softmax(-1)  # (M, b, C)
-        places = labels.unsqueeze(-1)
-        losses = -(log_p.gather(-1, places).squeeze(-1) * shares).sum(1)  # (M,)
+        positions = labels.unsqueeze(-1)
+        losses = -(log_p.gather(-1, positions).squeeze(-1) * shares).sum(1)  # (M,)
         error = log_p.exp_()
-        error.scatter_add_(-1, places, error.new_full((), -1.0).expand(places.shape))  # p - onehot(y)
+        error.scatter_add_(-1, positions, error.new_full((), -1.0).expand(positions.shape))  # p - onehot(y)
         error.mul_(shares.unsqueeze(-1) if isinstance(shares, Tensor) else shares)
-        for place in reversed(range(len(self._layers))):
-            layer, inputs = self._layers[place], values[place]
+        for position in reversed(range(len(self._layers))):
+            layer, inputs = self._layers[position], values[position]
             if layer.activation is not None:
-                error = error.mul_(layer.activation.slope(values[place + 1]))
+                error = error.mul_(layer.activation.slope(values[position + 1]))
             target = into[layer.weight]  # (M, out, in)
-            if place == 0 and batch.shared:
+            if position == 0 and batch.shared:
                 rows, flat = error.mT.flatten(0, 1), target.flatten(0, 1)  # (M out, b), (M out, in)
                 torch.addmm(flat, rows, inputs, beta=keep, out=flat)
             else:
                 torch.baddbmm(target, error.mT, inputs, beta=keep, out=target)
             if layer.bias is not None:
                 _keep(into[layer.bias], keep).add_(error.sum(1))
-            if place:
+            if position:
                 error = torch.bmm(error, parameters[layer.weight])
         return losses
 
     def _forward(self, parameters: Stack, images: Tensor, shared: bool) -> list[Tensor]:
         """The input ``(M, b, d)``, or ``(b, d)`` if shared, then what each layer with its activation returns."""
         values = [images.flatten(1 if shared else 2)]
-        for place, layer in enumerate(self._layers):
+        for position, layer in enumerate(self._layers):
             inputs, weight = values[-1], parameters[layer.weight]  # (M, b, in), (M, out, in)
             bias = None if layer.bias is None else parameters[layer.bias].unsqueeze(1)  # (M, 1, out)
-            if place == 0 and shared:  # one product for all members
+            if position == 0 and shared:  # one product for all members
                 output = (inputs @ weight.flatten(0, 1).mT).unflatten(1, weight.shape[:2]).transpose(0, 1)
                 output = output if bias is None else output.add_(bias)
             else:
@@ -165,7 +165,7 @@ def _keep(target: Tensor, keep: float) -> Tensor:
 
 
 def perceptron_layers(model: nn.Module) -> tuple[_Layer, ...] | None:
-    """The layers of a perceptron that ``StackedPerceptron`` knows; None for any other network.
+    """The layers of a perceptron that ``StackedPerceptron`` knows; None for any other model.
 
     That is: images are flattened, then linear layers follow, each but the last with at most one of tanh, ReLU and
     sigmoid after it, and no parameter is used twice.

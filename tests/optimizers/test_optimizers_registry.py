@@ -61,7 +61,7 @@ def test_state_round_trip_and_rate(name):
     [
         ("learning_rate", {}, (0.0, float("nan"), float("inf"))),
         ("lr_sched", {}, ("never",)),
-        ("lr_min", {}, (-0.1, 0.2)),
+        ("lr_min", {}, (-0.1, 0.2, float("nan"))),
         ("optimizer", {}, ("sgdd",)),
         ("momentum", {}, (1.0, -0.1)),
         ("weight_decay", {}, (-1e-4,)),

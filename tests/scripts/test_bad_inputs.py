@@ -23,7 +23,7 @@ from src.errors import UserError
 from src.metrics import SCORES, Proxy, get_score
 from src.metrics.published import published_files
 from src.models import build_model
-from src.optimizers.schedules import rate
+from src.training import TrainingConfig
 
 N = 60
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
@@ -180,7 +180,8 @@ def test_flags(blobs, tmp_path, monkeypatch, script, flags, word):
         (lambda: build_model("x", 2, 1, 8, 0), "model"),
         (lambda: build_model("inception", 2, 1, 2, 0), "model"),
         (lambda: build_model("lenet", 2, 1, 32, 0, True), "pretrained"),
-        (lambda: rate("cosine", 1, 2, 0.1, 0.2), "lr_min"),
+        (lambda: TrainingConfig(optimizer="x"), "optimizer"),
+        (lambda: TrainingConfig(learning_rate=0.1, lr_min=0.2), "lr_min"),
         (lambda: find_method("x"), "method"),
         (lambda: make_groups(np.arange(6) % 2, 2, fraction=2.0), "fraction"),
         (lambda: make_groups(np.arange(6) % 2, 2, shots=9), "shots"),
