@@ -30,19 +30,21 @@ def images_like(count, *shape):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("form", ["rows", "factors", "cheaper"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_equals_the_explicit_product(name, form, monkeypatch):
-    if form != "cheaper":
-        keep_all_as(form, monkeypatch)
+def test_equals_the_explicit_product(name, monkeypatch):
     net = network(name)
     images, _ = images_and_labels()
     expected = explicit(loop_jacobians(net, images))
-    for memory_mb in (2048.0, 0.02, 1e-6):  # all at once; several bands; every two examples anew
-        found = gram_matrix(net, images.clone(), logits, memory_mb=memory_mb)
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, **EXACT)
-        assert (found == found.T).all()
+    for form in ("cheaper", "rows", "factors"):
+        if form != "cheaper":
+            keep_all_as(form, monkeypatch)
+        for memory_mb, count in ((2048.0, 6), (0.02, 6), (1e-6, 3)):  # all at once; several bands; two by two (slow)
+            found = gram_matrix(net, images[:count].clone(), logits, memory_mb=memory_mb)
+            assert found.dtype == torch.float64
+            some = expected[: len(found), : len(found)]
+            torch.testing.assert_close(found, some, **EXACT, msg=lambda text, form=form: f"{form}: {text}")
+            assert len(found) == len(expected) * count // 6
+            assert (found == found.T).all()
 
 
 @pytest.mark.parametrize(
