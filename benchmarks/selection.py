@@ -407,7 +407,7 @@ def craig(quick: bool = False) -> list[Row]:
         for kind, layer in (("random", random_class), ("clustered", clustered_class)):
             name = f"craig, {count} x 10 %, {classes} classes, {kind}"
             rows += craig_rows(name, layer(count, classes, size), repeats)
-    found = large(many, size=size)
+    found = _large(many, many // 10, 10, size) if quick else large(many, size=size)
     rows.append(
         Row(f"craig, {many} at once: float64 matrix / all of ours", many**2 / 2**17, found["peak"], "MiB at the peak")
     )
