@@ -15,7 +15,7 @@ from src.datasets.registry import (
 from src.datasets.splits import make_splits, parse_subset, validation_indices
 from src.lazy import lazy_names
 
-__getattr__ = lazy_names(__name__, batches=["Batch", "Batches"], images=["ImageSet"])
+__getattr__ = lazy_names(__name__, batches=["Batch", "Batches", "ImageSet"])
 
 __all__ = [
     "DATASETS",

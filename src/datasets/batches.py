@@ -1,6 +1,7 @@
-"""Epochs of batches: ordered, augmented and normalized as full tensors, without per-image Python."""
+"""Sets of images in memory, and epochs of batches: ordered, augmented and normalized as full tensors."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,10 +9,161 @@ from torch import Tensor
 
 from src import rng
 from src.datasets import augment
-from src.datasets.images import ImageSet
-from src.datasets.registry import Augmentation, Normalization
+from src.datasets.registry import Augmentation, DatasetEntry, Normalization
 
 ORDERS = ("shuffled", "sequential", "fixed")
+
+
+class Content:
+    """What identifies the images of a data set, computed when it is first asked for.
+
+    Args:
+        train: The full training set, as loaded.
+        test: The full test set.
+    """
+
+    def __init__(self, train: "ImageSet", test: "ImageSet") -> None:
+        self._parts: tuple[ImageSet, ...] = (train, test)
+        self._digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the training images, the test images and the test labels."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            entry, decoding = self._parts[0].entry, self._parts[0].decoding
+            if entry.content is not None:  # own data: their files, whatever they are resized to
+                digest.update(f"{entry.content}\0{decoding or ''}".encode())
+            else:
+                for part in self._parts:
+                    part.add_content(digest)
+                digest.update(self._parts[1].labels.cpu().numpy().astype("<i8").tobytes())
+            self._digest = digest.hexdigest()[:16]
+            self._parts = ()  # on a GPU, the images in main memory are not needed any more
+        return self._digest
+
+
+class ImageSet:
+    """The training or the test set of a data set, or a subset of it.
+
+    Subsets share the storage; ``indices`` are the positions of their examples in the full set.
+
+    Attributes:
+        entry: The catalog entry.
+        part: ``"train"`` or ``"test"``.
+        labels: int64 ``(n,)``.
+        indices: int64 ``(n,)``, the original position of each example in the full set.
+        total: Length of the full set.
+        class_names: One name per class.
+        decoding: Which rules of ``as_seen`` changed pixels of this data set, such as ``"exif,alpha"``; None
+            for none.
+        content: What identifies the images of both parts; None where the parts were not loaded together.
+    """
+
+    content: Content | None = None
+
+    def __init__(
+        self,
+        entry: DatasetEntry,
+        part: str,
+        storage: Tensor,
+        labels: Tensor,
+        class_names: Sequence[str] | None = None,
+        *,
+        indices: Tensor | None = None,
+        total: int | None = None,
+        rows: Tensor | None = None,
+        decoding: str | None = None,
+    ) -> None:
+        self.entry = entry
+        self.part = part
+        self.labels = labels
+        self.class_names = list(class_names or entry.class_names or map(str, range(entry.num_classes)))
+        self.total = len(labels) if total is None else total
+        self.indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
+        self.decoding = decoding
+        self._storage = storage
+        self._rows = rows  # rows of the storage; None for all of them in order
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where labels and indices are, and the images too if they are in memory."""
+        return self.labels.device
+
+    @property
+    def digest(self) -> str | None:
+        """16 hex digits that identify the full data set's images and test labels; None where they are not known."""
+        return None if self.content is None else self.content.digest
+
+    def add_content(self, digest: "hashlib._Hash") -> None:
+        """Add the images of this full set to a digest."""
+        digest.update(f"{tuple(self._storage.shape)}".encode())
+        digest.update(memoryview(self._storage.contiguous().numpy()).cast("B"))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.entry.channels, self.entry.image_size, self.entry.image_size
+
+    def fetch(self, positions: Tensor) -> Tensor:
+        """Images at ``positions`` (0 to n-1, within this set), as uint8 ``(b, c, h, w)``, un-augmented."""
+        positions = positions.to(self.device)
+        rows = positions if self._rows is None else self._rows[positions]
+        return self._storage.index_select(0, rows)
+
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+        """Images batch by batch, for sets that are read ahead.
+
+        Args:
+            batches: Positions ``(b,)`` of each batch, and its uniform draws for random resized crops or None.
+
+        Yields:
+            uint8 ``(b, c, h, w)``, cropped where draws are given.
+        """
+        for positions, draws in batches:
+            images = self.fetch(positions)
+            yield images if draws is None else augment.resized_crop(images, draws)
+
+    def subset(self, positions: Tensor) -> "ImageSet":
+        """The examples at ``positions``, in that order; the storage is shared, original indices are kept."""
+        positions = torch.as_tensor(positions, dtype=torch.int64).to(self.device)
+        return self._with(
+            labels=self.labels[positions],
+            indices=self.indices[positions],
+            rows=positions if self._rows is None else self._rows[positions],
+        )
+
+    def to(self, device: str | torch.device) -> "ImageSet":
+        """This set on a device (itself if it is there); of a subset only its own images are copied."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device == self.device:
+            return self
+        storage = self._storage if self._rows is None else self._storage.index_select(0, self._rows)
+        return self._with(
+            labels=self.labels.to(device), indices=self.indices.to(device), storage=storage.to(device), rows=None
+        )
+
+    def _with(
+        self, *, labels: Tensor, indices: Tensor, rows: Tensor | None, storage: Tensor | None = None
+    ) -> "ImageSet":
+        other = type(self)(
+            self.entry,
+            self.part,
+            self._storage if storage is None else storage,
+            labels,
+            self.class_names,
+            indices=indices,
+            total=self.total,
+            rows=rows,
+            decoding=self.decoding,
+        )
+        other.content = self.content
+        return other
 
 
 class _Fields(NamedTuple):

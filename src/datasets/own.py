@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from src.artifacts.io import read_npz
-from src.datasets.images import Faults, ImageSet, as_seen, is_system_file, open_image, printable
+from src.datasets.batches import ImageSet
+from src.datasets.decoding import Faults, as_seen, is_system_file, open_image, printable
 from src.datasets.registry import Augmentation, DatasetEntry, Normalization
 from src.errors import FileError
 

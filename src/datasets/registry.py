@@ -16,7 +16,7 @@ from src.errors import ArgumentError, FileError
 from src.lazy import later
 
 if TYPE_CHECKING:
-    from src.datasets.images import ImageSet
+    from src.datasets.batches import ImageSet
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -284,7 +284,7 @@ _ENTRIES = (
         channels=3,
         image_size=64,
         normalizations=_IMAGENET,
-        load=later("src.datasets.vision", "load_tiny_imagenet"),
+        load=later("src.datasets.imagenet", "load_tiny_imagenet"),
         augmentation=_CROP_AND_FLIP,
         cutout=True,
         downloads=(
@@ -419,7 +419,7 @@ def load_dataset(
         ArgumentError: The name is unknown, or an argument does not apply to it.
         FileError: The data are missing, damaged, or not in the expected form.
     """
-    from src.datasets.images import Content
+    from src.datasets.batches import Content
 
     check_arguments(name, image_size, channels)
     if own := _own_source(name):

@@ -1,4 +1,4 @@
-"""Public data sets: scikit-learn's digits, those that torchvision reads, and Tiny ImageNet.
+"""Public data sets in memory: scikit-learn's digits, and those that torchvision reads.
 
 Missing files are downloaded, over https where the host offers it, and never used before their checksum is verified.
 """
@@ -8,10 +8,8 @@ import http.client
 import inspect
 import logging
 import urllib.request
-import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,15 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src.artifacts.io import file_digest, write_npz, write_with
-from src.datasets.images import Faults, ImageSet, is_system_file, open_image
-from src.datasets.own import CLASS_NAMES
+from src.artifacts.io import file_digest, write_with
+from src.datasets.batches import ImageSet
 from src.datasets.registry import DatasetEntry, Download
 from src.errors import FileError
 
 TEST_SHARE = 0.2  # of digits
 SPLIT_SEED = 0  # part of the definition of digits: changing it changes every index
-TINY_ROOT = "tiny-imagenet-200"
 TIMEOUT = 60  # seconds without an answer
 BLOCK = 1 << 20
 
@@ -125,122 +121,6 @@ def _damaged(entry: DatasetEntry, folder: Path, part: str, error: BaseException)
     return FileError(
         f"{folder}: the {part} files of {entry.name} are damaged ({reason}); delete them to download again"
     )
-
-
-def load_tiny_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Training and test set (the zip's validation part).
-
-    Classes are sorted by WordNet id and files by name. The decoded images are kept as ``{name}.npz`` beside
-    ``folder``, which later calls of ``load_dataset`` read instead.
-
-    Args:
-        entry: The catalog entry.
-        folder: Where the zip is or is downloaded to, or its content, with or without the zip's own top folder.
-
-    Raises:
-        FileError: The zip is missing and cannot be downloaded, or files are missing or damaged.
-    """
-    cache = folder.parent / f"{entry.name}.npz"
-    for root in (folder / TINY_ROOT, folder):
-        if (root / "train").is_dir():
-            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-            return _read_tiny_imagenet(entry, root, names, lambda name, root=root: (root / name).read_bytes(), cache)
-    (archive,) = fetch(entry, folder)
-    top = f"{TINY_ROOT}/"
-    with zipfile.ZipFile(archive) as file:
-        names = [name.removeprefix(top) for name in file.namelist() if name.startswith(top) and name[-1] != "/"]
-        return _read_tiny_imagenet(entry, archive, names, lambda name: file.read(top + name), cache)
-
-
-def _read_tiny_imagenet(
-    entry: DatasetEntry, where: Path, names: list[str], read: Callable[[str], bytes], cache: Path
-) -> tuple[ImageSet, ImageSet]:
-    """Decode both parts, given the paths of all files below the root and how to read one."""
-    names = [name for name in names if not is_system_file(name.split("/")[-1])]
-    train = [name for name in names if name.startswith("train/") and name.lower().endswith(".jpeg")]
-    train.sort(key=lambda name: (name.split("/")[1], name.split("/")[-1]))  # by class and file name
-    classes = sorted({name.split("/")[1] for name in train})
-    if len(classes) != entry.num_classes:
-        raise FileError(
-            f"{where}: has {len(classes)} classes below train/, not {entry.num_classes}; get the zip again"
-        )
-    number = {wnid: label for label, wnid in enumerate(classes)}
-    listing = [(name, number[name.split("/")[1]]) for name in train]
-    parts = {"train": listing, "test": _validation(where, names, read, number)}
-    arrays = {CLASS_NAMES: np.array(classes)}
-    for part, files in parts.items():
-        arrays[f"x_{part}"] = _decode(entry, where, files, read)
-        arrays[f"y_{part}"] = np.array([label for _, label in files])
-    try:
-        write_npz(cache, **arrays)
-        log.info("kept the decoded images as %s, to be read next time", cache)
-    except FileError as error:
-        log.warning("the decoded images are not kept: %s", error)
-    return tuple(
-        ImageSet(
-            entry,
-            part,
-            torch.from_numpy(arrays.pop(f"x_{part}")).permute(0, 3, 1, 2).contiguous(),
-            torch.from_numpy(arrays[f"y_{part}"]),
-            classes,
-        )
-        for part in parts
-    )
-
-
-def _validation(
-    where: Path, names: list[str], read: Callable[[str], bytes], number: dict[str, int]
-) -> list[tuple[str, int]]:
-    """Validation images, sorted by name, with their labels.
-
-    The images are in ``val/images``, with their classes in ``val_annotations.txt``, or in a folder per class, to
-    which a common preparation script moves them.
-    """
-    listing, faults = "val/val_annotations.txt", Faults(where)
-    paths = {
-        name.split("/")[-1]: name for name in names if name.startswith("val/") and name.lower().endswith(".jpeg")
-    }
-    folders = {name: path.split("/")[1] for name, path in paths.items()}
-    if not any(folder in number for folder in folders.values()):
-        if listing not in names:
-            raise FileError(
-                f"{where}: has no {listing}, which names the classes of the test images; get the zip again"
-            )
-        try:
-            lines = read(listing).decode().splitlines()
-        except UnicodeDecodeError as error:
-            raise FileError(f"{where}: {listing} is not a text file in UTF-8; get the zip again") from error
-        if not lines:
-            raise FileError(f"{where}: {listing} is empty; get the zip again")
-        folders = dict([*line.split("\t"), ""][:2] for line in lines)
-    files = {}
-    for name, wnid in folders.items():
-        if wnid not in number or name not in paths:
-            faults.add(f"val: {name!r} of class {wnid!r}", "is not there; get the zip again")
-        else:
-            files[name] = (paths[name], number[wnid])
-    faults.raise_if_any()
-    return [files[name] for name in sorted(files)]
-
-
-def _decode(
-    entry: DatasetEntry, where: Path, files: list[tuple[str, int]], read: Callable[[str], bytes]
-) -> np.ndarray:
-    """uint8 ``(n, h, w, c)``; gray images are converted to color, and EXIF is ignored, as published."""
-    size, faults = entry.image_size, Faults(where)
-    images = np.empty((len(files), size, size, entry.channels), dtype=np.uint8)
-    for index, (name, _) in enumerate(tqdm(files, desc=f"reading {entry.name}", mininterval=1, disable=None)):
-        try:
-            image = open_image(BytesIO(read(name)))
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            faults.add(name, f"{error}; get the zip again")
-            continue
-        if image.size != (size, size):
-            faults.add(name, f"is {image.height}x{image.width}, not {size}x{size}; get the zip again")
-        else:
-            images[index] = image.convert("RGB")
-    faults.raise_if_any()
-    return images
 
 
 class _DownloadError(Exception):

@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from src.errors import MeasurementError
 from src.jacobians.layer_rules import LayerRule, all_rows
-from src.models.layers import SamePad, same_padding
+from src.models.base import SamePad, same_padding
 
 TOLERANCE = 0.02
 """A wrong axis is off by about a third of the norm; rounding, even in TF32, by far less than this."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from src.models.layers import FilterResponseNorm
+from src.models.base import FilterResponseNorm
 
 Maps = Callable[..., tuple[Tensor, ...]]
 """(g, *constants) -> gradients, where g and they are (q, b, ...) and the constants, tensors or not, have no rows."""

@@ -13,8 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from src.models.base import Network
-from src.models.layers import IMAGENET_SIZE, Branches, ConvUnit, halve, same, stem_padding
+from src.models.base import IMAGENET_SIZE, Branches, ConvUnit, Network, halve, same, stem_padding
 
 Seq = nn.Sequential
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from src._torchvision import torchvision
-from src.models.base import Network
-from src.models.layers import kaiming_fan_out_, make_out_of_place, stem_padding
+from src.models.base import Network, kaiming_fan_out_, make_out_of_place, stem_padding
 
 
 class InvertedResidual(nn.Module):

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from src.models.base import Network
-from src.models.layers import FilterResponseNorm, kaiming_fan_out_, same_conv, stem_padding
+from src.models.base import FilterResponseNorm, Network, kaiming_fan_out_, same_conv, stem_padding
 
 
 class BasicBlock(nn.Module):

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from src.models.base import Network
-from src.models.layers import center_pad, same_conv, same_max_pool
+from src.models.base import Network, center_pad, same_conv, same_max_pool
 
 
 def lenet(num_classes: int, in_channels: int, image_size: int) -> Network:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from src._torchvision import torchvision
-from src.models.base import Network
-from src.models.layers import IMAGENET_SIZE, make_out_of_place, stem_padding
+from src.models.base import IMAGENET_SIZE, Network, make_out_of_place, stem_padding
 
 LAYOUT = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
 

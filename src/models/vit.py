@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from src._torchvision import torchvision
 from src.artifacts.io import read_checkpoint
 from src.errors import FileError
-from src.models.base import Network, load_weights
-from src.models.layers import center_pad
+from src.models.base import Network, center_pad, load_weights
 
 PRETRAINED_CLASSES = 1000
 

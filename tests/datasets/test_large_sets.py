@@ -21,9 +21,8 @@ from support import ROOT
 from torchvision import transforms
 
 from src.datasets import DATASETS, Augmentation, Batches, load_dataset, lookup
-from src.datasets.imagenet import load_imagenet
+from src.datasets.imagenet import load_imagenet, load_tiny_imagenet
 from src.datasets.registry import Download
-from src.datasets.vision import load_tiny_imagenet
 from src.errors import FileError
 
 TINY = replace(lookup("tiny_imagenet"), num_classes=3)

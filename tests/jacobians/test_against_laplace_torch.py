@@ -30,7 +30,7 @@ def small_convolutions():
 
 
 def frn_network():
-    from src.models.layers import FilterResponseNorm
+    from src.models.base import FilterResponseNorm
 
     return nn.Sequential(nn.Conv2d(2, 3, 3), FilterResponseNorm(3), nn.Flatten(), nn.Linear(48, 3))
 

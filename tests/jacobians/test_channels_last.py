@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from src.jacobians import OutputVariances, Posterior, variances
 from src.jacobians.capture import suits_channels_last
 from src.models import build_model
-from src.models.layers import same_max_pool
+from src.models.base import same_max_pool
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from src.jacobians import OutputVariances, ggn_diagonal, kronecker_factors
-from src.models.layers import FilterResponseNorm
+from src.models.base import FilterResponseNorm
 
 DELTA = 2.0
 DIGITS = {"rtol": 0.0, "atol": 1.1e-8}

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from src.jacobians import OutputVariances, Posterior
-from src.models.layers import FilterResponseNorm
+from src.models.base import FilterResponseNorm
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 

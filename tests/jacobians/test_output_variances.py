@@ -10,7 +10,7 @@ from src import devices
 from src.jacobians import OutputVariances, Posterior, Rotated, register_layer_rule, rule_from_gradients
 from src.jacobians.layer_rules import LAYER_RULES
 from src.models import build_model
-from src.models.layers import FilterResponseNorm
+from src.models.base import FilterResponseNorm
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from src.errors import ArgumentError
 from src.models import build_model
-from src.models.layers import FilterResponseNorm, SamePad, same_conv, same_max_pool, same_padding
+from src.models.base import FilterResponseNorm, SamePad, same_conv, same_max_pool, same_padding
 from src.models.resnet import FRNBlock, build_resnet_frn
 
 

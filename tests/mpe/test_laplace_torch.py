@@ -13,7 +13,7 @@ from mpe.posterior import laplace_posterior, predict
 from src.errors import ArgumentError
 from src.jacobians import OutputVariances
 from src.models import build_model
-from src.models.layers import FilterResponseNorm
+from src.models.base import FilterResponseNorm
 
 pytest.importorskip("laplace")
 

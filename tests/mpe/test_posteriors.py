@@ -9,7 +9,7 @@ from torch import nn
 
 from mpe.posterior import laplace_posterior, optimizer_posterior
 from src.jacobians import Rotated
-from src.models.layers import FilterResponseNorm
+from src.models.base import FilterResponseNorm
 from src.optimizers import IBLR
 
 F64 = torch.float64
