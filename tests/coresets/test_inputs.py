@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets import METHODS, CandidateGroup, LastLayer, Selection, SelectionInputs, make_groups
-from src.coresets.inputs import Options
+from src.coresets import METHODS, CandidateGroup, SelectionInputs, make_groups
+from src.coresets.inputs import (
+    LastLayer,
+    Options,
+    Selection,
+    errors_of,
+    gradient_norms,
+    gradient_sum,
+    inner_products,
+    products_with,
+)
 from src.errors import UserError
 
 LABELS = np.arange(40) % 2
@@ -90,3 +99,103 @@ def test_what_does_not_fit_is_one_line(make, says):
     with pytest.raises(UserError, match=says) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(name="layer", params=[2, 7], ids=["2 classes", "7 classes"])
+def random_layer(request) -> LastLayer:
+    draw = torch.Generator().manual_seed(0)
+    return LastLayer(
+        2 * torch.randn(12, request.param, generator=draw, dtype=torch.float64),
+        torch.randint(request.param, (12,), generator=draw),
+        torch.randn(12, 5, generator=draw, dtype=torch.float64),
+    )
+
+
+def by_autograd(layer: LastLayer) -> torch.Tensor:
+    """Each example's gradient ``[bias, weight]`` in a layer of these logits, ``(n, C (d + 1))``."""
+    rows = []
+    for logits, label, embedding in zip(layer.logits, layer.labels, layer.embeddings, strict=True):
+        weight = torch.zeros(len(logits), len(embedding), dtype=torch.float64, requires_grad=True)
+        bias = logits.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy((weight @ embedding + bias)[None], label[None])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, (bias, weight))]))
+    return torch.stack(rows)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_norms(layer):
+    close(gradient_norms(layer.errors, layer.embeddings), by_autograd(layer).norm(dim=1))
+
+
+def test_inner_products(layer):
+    gradients = by_autograd(layer)
+    close(inner_products(layer.errors, layer.embeddings), gradients @ gradients.T)
+    some, others = layer.at(np.array([4, 1])), layer.at(np.arange(3, 9))
+    found = inner_products(some.errors, some.embeddings, others.errors, others.embeddings)
+    close(found, gradients[[4, 1]] @ gradients[3:9].T)
+
+
+def test_sums_and_products_with_a_vector(layer):
+    gradients = by_autograd(layer)
+    bias, weight = gradient_sum(layer.errors, layer.embeddings)
+    close(torch.cat([bias, weight.flatten()]), gradients.sum(dim=0))
+    close(products_with(bias, weight, layer.errors, layer.embeddings), gradients @ gradients.sum(dim=0))
+
+
+def test_inputs_are_left_alone(layer):
+    before = layer.errors.clone(), layer.embeddings.clone()
+    inner_products(layer.errors, layer.embeddings)
+    products_with(*gradient_sum(layer.errors, layer.embeddings), layer.errors, layer.embeddings)
+    assert torch.equal(layer.errors, before[0])
+    assert torch.equal(layer.embeddings, before[1])
+
+
+def test_errors_are_softmax_less_onehot_and_sum_to_0(layer):
+    expected = torch.softmax(layer.logits, dim=1) - torch.eye(layer.logits.shape[1])[layer.labels]
+    close(layer.errors, expected)
+    assert layer.errors.sum(dim=1).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_keep_digits_where_the_probability_rounds_to_1(dtype):
+    logits = torch.tensor([[60.0, 0.0, 1.0]], dtype=dtype)
+    error = errors_of(logits, torch.tensor([0]))[0]
+    assert error.dtype == dtype
+    exact = np.exp(-60.0) / (1 + np.exp(-60.0) + np.exp(-59.0))
+    np.testing.assert_allclose(error[1:].double(), [exact, exact * np.e], rtol=1e-6)
+    assert float(error[0]) == pytest.approx(-exact * (1 + np.e), rel=1e-6)
+
+
+def test_errors_are_exactly_0_where_nothing_is_left():
+    assert (errors_of(torch.tensor([[2e3, 0.0, 0.0]]), torch.tensor([0])) == 0).all()
+
+
+def test_norms_of_small_errors_do_not_vanish():
+    errors = torch.tensor([[-1e-30, 1e-30]])  # squares are below what float32 can hold
+    found = gradient_norms(errors, torch.zeros(1, 3))
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(2**0.5 * 1e-30, rel=1e-6)
+
+
+def test_losses_and_subsets(layer):
+    expected = -torch.log_softmax(layer.logits, dim=1)[torch.arange(12), layer.labels]
+    close(layer.losses, expected)
+    positions = np.array([7, 2, 2])
+    close(layer.at(positions).losses, expected[positions])
+    assert layer.at(positions).gradient_norms is None
+    assert torch.equal(layer.at(positions).embeddings, layer.embeddings[positions])
+    assert LastLayer(layer.logits, layer.labels).at(positions).embeddings is None
+
+
+def test_a_selection_is_put_in_the_order_of_the_data_with_its_weights():
+    selection = Selection.of([np.array([5, 1]), np.array([0, 3])], [np.array([1, 2]), np.array([3, 6])])
+    assert selection.indices.tolist() == [0, 1, 3, 5]
+    assert selection.weights.tolist() == [3, 2, 6, 1]
+    assert selection.weighted
+    assert selection.rescaled().weights.tolist() == [1, 2 / 3, 2, 1 / 3]
+    assert not Selection.of([np.array([2, 1])]).weighted
+    with pytest.raises(UserError, match="all 0"):
+        Selection.of([np.array([2])], [np.zeros(1)]).rescaled()
