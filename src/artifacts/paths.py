@@ -77,11 +77,6 @@ def selection_path(models_folder: str | Path, experiment: str, seed: int) -> Pat
     return experiment_folder(models_folder, experiment, seed) / "selection.npz"
 
 
-def lock_path(models_folder: str | Path, experiment: str, seed: int) -> Path:
-    """The lock of the process that works on a run."""
-    return experiment_folder(models_folder, experiment, seed) / LOCK_NAME
-
-
 def comparison_stem(plots_folder: str | Path, dataset: str, model: str, name: str) -> Path:
     """A comparison of selection methods: its table (csv, json, md) and figure (png, pdf), without the ending."""
     return Path(plots_folder) / "pruning" / f"{model}_over_{dataset}" / name

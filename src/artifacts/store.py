@@ -23,6 +23,7 @@ from src.errors import FileError
 ELSEWHERE = "choose other folders"
 REPLACE = f"give --overwrite to replace it, or {ELSEWHERE}"
 REMAKE = "make it again"
+REMAKE_OVER = f"{REMAKE} with --overwrite"
 
 # What a setting counts as where a record lacks it: its default, or, where its meaning has changed since (as that of
 # the starting weights), what it was before records had it. All others count as None.

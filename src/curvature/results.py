@@ -21,7 +21,7 @@ import numpy as np
 
 from src.artifacts.io import read_pickle
 from src.artifacts.paths import eigen_name, hessian_path, standard_experiment, velocity_path
-from src.artifacts.store import check_consistent, check_identity, checked_array, read_record, record_path
+from src.artifacts.store import REMAKE_OVER, check_consistent, check_identity, checked_array, read_record, record_path
 from src.curvature.config import EIGEN_SPLITS, OPERATOR_NAMES, SpectrumQuery
 from src.errors import ArgumentError, FileError
 
@@ -229,7 +229,7 @@ def _find_seeds(query: SpectrumQuery, optimizer: str, spec: str) -> list[StoredS
     check_consistent(
         ((one.path, {name: one.settings.get(name) for name in names}) for one in recorded),
         what="is not of the same kind as",
-        remedy="measure one again with --overwrite, or choose --seeds",
+        remedy=f"{REMAKE_OVER}, or choose --seeds",
     )
     return spectra
 
@@ -362,10 +362,10 @@ def _read_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
     for path in paths.values():
         content = read_pickle(path)
         if not isinstance(content, dict) or not all(isinstance(lower, int | np.integer) for lower in content):
-            raise FileError(f"{path}: is not a dict rank -> velocity; compute it again with --overwrite")
+            raise FileError(f"{path}: is not a dict rank -> velocity; {REMAKE_OVER}")
         lowers = sorted(content)
         ordered = {"velocities": [content[lower] for lower in lowers]}
-        values = checked_array(path, ordered, "velocities", kinds="iuf", remedy="compute it again with --overwrite")
+        values = checked_array(path, ordered, "velocities", kinds="iuf", remedy=REMAKE_OVER)
         per_seed.append((lowers, values))
         if lowers != per_seed[0][0]:
             raise FileError(f"{path}: has other groups than {first}; compute both with the same --lower_index")
