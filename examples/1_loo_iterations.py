@@ -158,8 +158,9 @@ def main() -> None:
     context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
     experiment = Experiment(context, config, folders, "iter", vars(args))
     result = experiment.result()
-    if own.write_scores and not config.overwrite:
-        check_score_target(SCORES["mpe"].path(args.metrics_folder, context.entry.name), experiment.settings())
+    if own.write_scores:
+        path = SCORES["mpe"].path(folders.metrics_folder, context.entry.name)
+        check_score_target(path, experiment.settings(), overwrite=config.overwrite)
     experiment.check_variances(config.delta, own.var_version)
 
     def predict(trainer):
@@ -185,7 +186,7 @@ def main() -> None:
             "data_hash": context.full_train.digest,
         }
         for path in iterations.last.write_scores(
-            args.metrics_folder, context.entry.name, total=experiment.train.total, settings=settings
+            folders.metrics_folder, context.entry.name, total=experiment.train.total, settings=settings
         ):
             print(path)
     print_next("plot_loo_iterations.py", ["pickles_folder"], name_exp=config.name_exp)

@@ -87,7 +87,7 @@ def read(result: StoredResult, label: str, class_cov: str | None) -> LeaveClassO
 
     estimated = result.array(result.of("est_nll", class_cov), gaps=True)  # (C,), as the two below
     test_nlls = result.array("perturb_nll", gaps=True)
-    drops = result.number("org_acc", low=0, high=1) - result.array("perturb_acc", low=0, high=1, gaps=True)
+    drops = result.array("org_acc", 0, low=0, high=1) - result.array("perturb_acc", low=0, high=1, gaps=True)
     result.same_length(est_nll=estimated, perturb_nll=test_nlls, perturb_acc=drops)
     known = np.flatnonzero(~np.isnan(estimated + test_nlls + drops))
     if len(known) == 0:

@@ -1,4 +1,4 @@
-"""What would the network say about an example, had it not been trained on it? Closed forms, in float64.
+"""What would the model say about an example, had it not been trained on it? Closed forms, in float64.
 
 With logits f, error ``e = p - onehot(y)``, covariance of the logits V, and ``Lambda = diag(p) - p p^T``
 (Nickl et al. 2023, Eqs. 12, 13 and 15):
@@ -371,7 +371,7 @@ class Sensitivities:
         Args:
             folder: a metrics folder.
             dataset: what scripts take as ``--dataset``, or the name in file names.
-            total: size of the whole part, where only some of it was scored; by default the highest index + 1.
+            total: size of the full training set, where only some of it was scored; by default the highest index + 1.
             settings: what the json beside the file is to say besides.
 
         Returns:
@@ -409,16 +409,16 @@ def sensitivities(
     memory_mb: float = 128.0,
     progress: bool = False,
 ) -> Sensitivities:
-    """Sensitivity of a trained network to each training example (Memory-Perturbation Equation, Nickl et al. 2023).
+    """Sensitivity of a trained model to each training example (Memory-Perturbation Equation, Nickl et al. 2023).
 
     Eq. 13 summed over classes, and Eq. 15. The model is left as it was, in whatever mode it is.
 
     Args:
-        model: any network whose outputs are logits (b, C), on its device.
+        model: any model whose outputs are logits (b, C), on its device.
         loader: the training examples, un-augmented: ``(images, labels)`` or ``(images, labels, indices, ...)``.
             Without indices an example's index is its place in the pass, so that the loader must not shuffle; of
             torch's DataLoaders only those are taken then that read their data set from its beginning in order.
-        posterior: ``"kfac"`` or ``"diag"`` for Laplace's, fitted on the same loader; the optimiser that has trained
+        posterior: ``"kfac"`` or ``"diag"`` for Laplace's, fitted on the same loader; the optimizer that has trained
             the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a `Posterior`.
         delta: prior precision: the training loss is ``mean cross-entropy + delta / (2 N) |w|^2``, so a weight decay
             of w is delta = w N. For Laplace's and Adam's.
@@ -438,7 +438,7 @@ def sensitivities(
     if isinstance(posterior, str):
         if posterior not in STRUCTURES:
             known = ", ".join(repr(name) for name in STRUCTURES)
-            raise ValueError(f"posterior {posterior!r} is unknown; give {known}, an optimiser or a Posterior")
+            raise ValueError(f"posterior {posterior!r} is unknown; give {known}, an optimizer or a Posterior")
         if delta is None:
             raise ValueError("Laplace's posterior needs delta, the prior precision")
         if isinstance(loader, Iterator):

@@ -1,7 +1,7 @@
 """The same variances through laplace-torch (Daxberger et al. 2021): an oracle, and a backend to choose.
 
 Its fit, its backend's Jacobians and its functional variance; much slower than the engine of this project, and for
-fewer networks: which of its backends can treat a network is tried on two examples before any long work.
+fewer models: which of its backends can treat a model is tried on two examples before any long work.
 """
 
 import copy
@@ -33,7 +33,7 @@ class LaplaceTorchVariances:
     hooks) remains. Everything is in the model's own precision; the Jacobians of ``memory_mb`` are alive at a time.
 
     Args:
-        model: the network, with outputs (b, C).
+        model: the model, with outputs (b, C).
         batches: the training examples, ``(images, labels, ...)``; run through several times.
         delta: prior precision.
         structure: a name of ``mpe.config.STRUCTURES``.
@@ -103,13 +103,13 @@ class LaplaceTorchVariances:
 
 
 def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
-    """The backend class of laplace-torch that treats a network rightly.
+    """The backend class of laplace-torch that treats a model correctly.
 
     ASDL's is the faster; the other (curvlinops, with torch.func's Jacobians) serves where ASDL's Jacobians or
     diagonals differ from torch.func's on the given images.
 
     Args:
-        model: the network; left as it was.
+        model: the model; left as it was.
         images: a few examples (b, ...).
         structure: a name of ``mpe.config.STRUCTURES``.
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import Formatter, LogFormatterSciNotation, LogLocator, Ma
 from mpe.config import CLASS_COVARIANCES
 from src.artifacts.io import read_pickle
 from src.artifacts.paths import PICKLES, pickle_path
-from src.artifacts.store import diff_settings
+from src.artifacts.store import check_consistent, checked_array
 from src.errors import ArgumentError, FileError
 
 log = logging.getLogger(__name__)
@@ -46,112 +46,74 @@ class StoredResult:
         kind: One of ``SCRIPTS``.
 
     Raises:
-        FileError: The file is missing, damaged, or no dictionary.
+        FileError: The file is missing, damaged, or not a dictionary; so do the methods where a value is not right.
     """
 
     def __init__(self, folder: str | Path, name: str, kind: str) -> None:
-        self.name = name
-        self.path = pickle_path(folder, name, kind)
-        self.script = SCRIPTS[kind]
+        self.name, self.path, self.script = name, pickle_path(folder, name, kind), SCRIPTS[kind]
         self.command = f"python examples/{self.script} --name_exp {name}"
         if Path(folder).resolve() != PICKLES:
             self.command += f" --pickles_folder {folder}"
         if not self.path.exists():
-            raise FileError(f"{self.path}: there is no such file; {self.command} makes it{_others(self.path, kind)}")
-        values = read_pickle(self.path)
-        if not isinstance(values, dict):
-            raise FileError(f"{self.path}: holds no dictionary of results; {self.command} makes it anew")
-        self.values: dict[str, Any] = values
+            others = self.path.parent.glob(f"*_{kind}.pkl")
+            names = sorted(other.name.removesuffix(f"_{kind}.pkl") for other in others)
+            there = f" (there: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+            raise FileError(f"{self.path}: there is no such file; {self.command} makes it{there}")
+        self.values: dict[str, Any] = read_pickle(self.path)
+        if not isinstance(self.values, dict):
+            raise self.error("is not a dictionary of results")
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
     def error(self, what: str) -> FileError:
         """The error that says what is wrong with this file."""
-        return FileError(f"{self.path}: {what}; {self.command} makes it anew")
+        return FileError(f"{self.path}: {what}; {self.command} makes it again")
 
     def array(
-        self, key: str, ndim: int = 1, *, low: float | None = None, high: float | None = None, gaps: bool = False
+        self, key: str, ndim: int = 1, *, low: float = -np.inf, high: float = np.inf, gaps: bool = False
     ) -> np.ndarray:
-        """Finite numbers, at least one.
-
-        Args:
-            key: Their name; lists of numbers count as arrays.
-            ndim: How many axes they must have.
-            low: Least value, if bounded.
-            high: Greatest value, if bounded.
-            gaps: Whether some may be NaN.
+        """Finite numbers within bounds, at least one; some may be NaN where there may be ``gaps``.
 
         Returns:
             float64 array with ``ndim`` axes.
-
-        Raises:
-            FileError: There are none, or others.
         """
-        if key not in self.values:
-            raise self.error(f"lacks {key}")
-        try:
-            values = np.asarray(self.values[key], dtype=np.float64)
-        except (TypeError, ValueError):
-            raise self.error(f"{key} is not an array of numbers") from None
-        if values.ndim != ndim or values.size == 0:
-            raise self.error(f"{key} has shape {values.shape}; {ndim} axes with values were expected")
-        known = values[~np.isnan(values)] if gaps else values
-        if not np.isfinite(known).all():
-            raise self.error(f"{key} holds {np.count_nonzero(~np.isfinite(known))} values that are not finite")
+        remedy = f"{self.command} makes it again"
+        values = checked_array(self.path, self.values, key, ndim, finite=not gaps, remedy=remedy).astype(np.float64)
+        known = values[~np.isnan(values)]
         if known.size == 0:
-            raise self.error(f"{key} holds no results yet")
-        if (low is not None and known.min() < low) or (high is not None and known.max() > high):
-            bounds = [
-                f"{name} {bound:g}" for name, bound in (("at least", low), ("at most", high)) if bound is not None
-            ]
-            found = f"{known.min():g} to {known.max():g}"
-            raise self.error(f"{key} goes from {found}; {' and '.join(bounds)} was expected")
+            raise self.error(f"array {key!r} has no values yet")
+        if not np.isfinite(known).all():
+            raise self.error(f"array {key!r} has infinite values")
+        if known.min() < low or known.max() > high:
+            raise self.error(
+                f"array {key!r} is from {known.min():g} to {known.max():g}, not within {low:g} to {high:g}"
+            )
         return values
 
-    def integers(self, key: str, low: int, high: int | None = None) -> np.ndarray:
-        """Whole numbers within bounds, int64 ``(n,)``.
-
-        Raises:
-            FileError: There are none, or others.
-        """
+    def integers(self, key: str, low: int, high: float = np.inf) -> np.ndarray:
+        """Whole numbers within bounds, int64 ``(n,)``."""
         values = self.array(key, low=low, high=high)
         if (values != np.round(values)).any():
-            raise self.error(f"{key} holds numbers that are not whole")
+            raise self.error(f"array {key!r} has values that are not whole numbers")
         return values.astype(np.int64)
 
-    def number(self, key: str, *, low: float | None = None, high: float | None = None) -> float:
-        """One finite number.
-
-        Raises:
-            FileError: There is none, or another.
-        """
-        return float(self.array(key, 0, low=low, high=high))
-
     def same_length(self, **arrays: np.ndarray) -> None:
-        """Check that arrays have one length.
-
-        Raises:
-            FileError: They differ.
-        """
+        """Check that arrays have one length."""
         if len({len(values) for values in arrays.values()}) > 1:
             raise self.error("lengths differ: " + ", ".join(f"{len(values)} {key}" for key, values in arrays.items()))
 
     def same_run(self, other: "StoredResult") -> None:
-        """Check that another file of this experiment was made with the same settings, where both say theirs.
+        """Check that another file of this experiment was made with the same settings, where both record theirs.
 
-        Raises:
-            FileError: They differ: a run that was to replace an older one stopped before it had written both.
+        They differ where a run that was to replace an older one stopped before it had written both.
         """
-        settings = [result.values.get("settings") for result in (other, self)]
-        if not all(isinstance(each, dict) for each in settings):
-            return
-        found = diff_settings(*settings)
-        if found:
-            raise FileError(
-                f"{self.path} is of another run than {other.path}: {', '.join(found)}; repeat {self.script} with the "
-                "settings that you want, --resume and --overwrite, and let it end"
-            )
+        files = [(result.path, result.values.get("settings")) for result in (other, self)]
+        check_consistent(
+            [(path, settings) for path, settings in files if isinstance(settings, dict)],
+            what="is of another run than",
+            remedy=f"repeat {self.script} with the settings that you want, --resume and --overwrite, and let it end",
+        )
 
     def is_empty(self, key: str) -> bool:
         """Whether an array is there, but holds nothing yet."""
@@ -188,12 +150,6 @@ class StoredResult:
         """A flag of the run that made the file; None where it is not stored."""
         args = self.values.get("args")
         return args.get(flag) if isinstance(args, dict) else None
-
-
-def _others(path: Path, kind: str) -> str:
-    """Which experiments there are instead."""
-    names = sorted(other.name.removesuffix(f"_{kind}.pkl") for other in path.parent.glob(f"*_{kind}.pkl"))
-    return f" (there: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
 
 
 _ANGLES = np.deg2rad(45 + np.array([0, -90, 90, 180, -45, 45, -135, 135, 22, -22, 67, -67, 112, -112, 157, -157]))
@@ -252,17 +208,17 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
     Labels are placed one after the other, the most crowded first, each where it covers least.
 
     Args:
-        points: ``(n, 2)`` centres of markers, in printer's points as everything here.
+        points: ``(n, 2)`` centers of markers, in typographic points, as everything here.
         radii: ``(n,)`` of the markers.
         sizes: ``(n, 2)`` widths and heights of the labels.
         frame: ``(2, 2)`` lower left and upper right corner that labels should not cross.
 
     Returns:
-        ``(n, 2)`` centres.
+        ``(n, 2)`` centers.
     """
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
     order = np.argsort(-(distances < 40).sum(axis=1), kind="stable")
-    centres = np.full_like(points, np.nan)
+    centers = np.full_like(points, np.nan)
     for i in order:
         direction = np.column_stack([np.cos(_ANGLES), np.sin(_ANGLES)])
         reach = radii[i] + np.asarray(_REACHES, dtype=float)
@@ -273,28 +229,28 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
         low, high = spots - sizes[i] / 2, spots + sizes[i] / 2
         nearest = np.clip(points, low[:, None], high[:, None])  # (spots, n, 2)
         covered = np.linalg.norm(nearest - points, axis=2) < radii + 1
-        done = ~np.isnan(centres[:, 0])
-        apart = np.abs(spots[:, None] - centres[done]) - (sizes[i] + sizes[done]) / 2
+        done = ~np.isnan(centers[:, 0])
+        apart = np.abs(spots[:, None] - centers[done]) - (sizes[i] + sizes[done]) / 2
         crossed = (apart < 0).all(axis=2).sum(axis=1)
         outside = ((low < frame[0]) | (high > frame[1])).any(axis=1)
         far = np.repeat(np.asarray(_REACHES) / 20, len(_ANGLES))
         turned = np.tile(np.arange(len(_ANGLES)) / 100, len(_REACHES))
-        centres[i] = spots[np.argmin(3 * covered.sum(axis=1) + 6 * crossed + 6 * outside + far + turned)]
-    return centres
+        centers[i] = spots[np.argmin(3 * covered.sum(axis=1) + 6 * crossed + 6 * outside + far + turned)]
+    return centers
 
 
 def number_markers(
-    figure: Figure, axes: Axes, data: np.ndarray, areas: np.ndarray, texts: list[str], colours: list[str]
+    figure: Figure, axes: Axes, data: np.ndarray, areas: np.ndarray, texts: list[str], colors: list[str]
 ) -> None:
     """Write each class's number beside its marker, with a thin line to it where they stand apart.
 
     Args:
         figure: The figure.
         axes: Its axes, with limits as they stay.
-        data: ``(n, 2)`` centres of markers in data coordinates.
+        data: ``(n, 2)`` centers of markers in data coordinates.
         areas: ``(n,)`` square points, of the markers.
         texts: n numbers.
-        colours: n colours.
+        colors: n colors.
     """
     font = 20 if len(data) <= 10 else 15 if len(data) <= 40 else 8
     figure.draw_without_rendering()  # settles the limits
@@ -303,16 +259,16 @@ def number_markers(
     frame = axes.get_window_extent().get_points() * scale
     sizes = np.array([(0.62 * font * len(text), 0.8 * font) for text in texts])
     radii = np.sqrt(areas) / 2 + 1
-    centres = place_labels(points, radii, sizes, frame)
-    for xy, point, centre, text, colour, radius in zip(data, points, centres, texts, colours, radii, strict=True):
-        far = np.linalg.norm(centre - point) > radius + 1.4 * font
-        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 3} if far else None
-        style = {"fontsize": font, "color": colour, "ha": "center", "va": "center", "zorder": 4, "arrowprops": arrow}
-        axes.annotate(text, xy, centre - point, textcoords="offset points", annotation_clip=False, **style)
+    centers = place_labels(points, radii, sizes, frame)
+    for xy, point, center, text, color, radius in zip(data, points, centers, texts, colors, radii, strict=True):
+        far = np.linalg.norm(center - point) > radius + 1.4 * font
+        arrow = {"arrowstyle": "-", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 3} if far else None
+        style = {"fontsize": font, "color": color, "ha": "center", "va": "center", "zorder": 4, "arrowprops": arrow}
+        axes.annotate(text, xy, center - point, textcoords="offset points", annotation_clip=False, **style)
 
 
 def show(figure: Figure) -> None:
-    """Open a window with a figure and wait until it closes; where there is no display, say so and go on."""
+    """Open a window with a figure and wait until it closes; where there is no display, say so and continue."""
     from matplotlib import pyplot
     from matplotlib.backends import BackendFilter, backend_registry
 
@@ -413,10 +369,10 @@ def loo_l2reg(
         figure, axes = _figure(11 if test_errors is None else 12.5, 6 if test_errors is None else 6.6)
         series = {"Test NLL": (test_nlls, _GREY, 17.5, 1), "LOO-CV": (estimated_nll, "black", 7.5, 2)}
         curves, stems = [], []
-        for label, (values, colour, width, zorder) in series.items():
+        for label, (values, color, width, zorder) in series.items():
             smooth = moving_average(values, window)
-            axes.plot(x, smooth, color=colour, lw=width, zorder=zorder, label=label, marker=marker, ms=2 * width)
-            stems.append((x[smooth.argmin()], smooth.min(), colour, width))
+            axes.plot(x, smooth, color=color, lw=width, zorder=zorder, label=label, marker=marker, ms=2 * width)
+            stems.append((x[smooth.argmin()], smooth.min(), color, width))
             curves.append(dense(x, smooth, log_x=True))
         handles = axes.get_legend_handles_labels()[0]
         _delta_axis(axes, x)
@@ -450,13 +406,11 @@ def _error_axis(axes: Axes) -> None:
 
 
 def _stems(axes: Axes, stems: Sequence[tuple[float, float, str, float]]) -> None:
-    """Mark minima ``(x, y, colour, width of the curve)`` by lines down to the axis."""
+    """Mark minima ``(x, y, color, width of the curve)`` by lines down to the axis."""
     low = axes.get_ylim()[0]
-    for x, y, colour, width in stems:
-        dotted = colour == "black"  # lets the one behind show
-        axes.plot(
-            [x, x], [low, y], color=colour, lw=width / 2, ls=(0, (1, 0.7)) if dotted else "-", zorder=3 + dotted
-        )
+    for x, y, color, width in stems:
+        dotted = color == "black"  # lets the one behind show
+        axes.plot([x, x], [low, y], color=color, lw=width / 2, ls=(0, (1, 0.7)) if dotted else "-", zorder=3 + dotted)
     axes.set_ylim(bottom=low)
 
 
@@ -568,22 +522,22 @@ def loco(experiments: Sequence[LeaveClassOut]) -> Figure:
     """
     with matplotlib.rc_context({**_PAPER, "font.size": 15}):
         figure, axes = _figure(6, 6)
-        handles, points, areas, texts, colours = [], [], [], [], []
+        handles, points, areas, texts, colors = [], [], [], [], []
         for k, experiment in enumerate(experiments):
-            colour, marker = _MARKERS[k % len(_MARKERS)]
+            color, marker = _MARKERS[k % len(_MARKERS)]
             hollow = (k + k // len(_MARKERS)) % 2 == 1
-            face = "none" if hollow else colour
+            face = "none" if hollow else color
             size = np.maximum(10 + 1800 * experiment.accuracy_drops, _LEAST_SIZE)
             axes.scatter(
-                experiment.test_nlls, experiment.estimated_nll, size, marker=marker, facecolor=face, edgecolor=colour,
+                experiment.test_nlls, experiment.estimated_nll, size, marker=marker, facecolor=face, edgecolor=color,
                 alpha=0.8, linewidth=2, zorder=3,
             )  # fmt: skip
-            key = {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 12, "markeredgewidth": 2}
+            key = {"marker": marker, "color": color, "markerfacecolor": face, "markersize": 12, "markeredgewidth": 2}
             handles.append(Line2D([], [], ls="", label=experiment.label, **key))
             points.append(np.column_stack([experiment.test_nlls, experiment.estimated_nll]))
             areas.append(size)
             texts += map(str, experiment.classes)
-            colours += [colour] * len(size)
+            colors += [color] * len(size)
         axes.set(xlabel="Test Neg. Log-Likelihood (NLL)", ylabel="Estimated NLL with MPE")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.grid(ls="--", color="0.9")
@@ -591,5 +545,5 @@ def loco(experiments: Sequence[LeaveClassOut]) -> Figure:
         legend = axes.legend(handles=handles, loc="upper left", handletextpad=0.2)
         everything = np.concatenate(points)
         keep_clear(figure, axes, legend, [tuple(everything.T)], 12)
-        number_markers(figure, axes, everything, np.concatenate(areas), texts, colours)
+        number_markers(figure, axes, everything, np.concatenate(areas), texts, colors)
         return figure

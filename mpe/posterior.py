@@ -1,4 +1,4 @@
-"""Gaussian posteriors over the weights: read off an optimiser's state, or fitted by Laplace's method.
+"""Gaussian posteriors over the weights: read off an optimizer's state, or fitted by Laplace's method.
 
 The covariances (Nickl et al. 2023, Table 1 and App. I.5), for N training examples, prior precision delta, and
 the loss ``sum of cross-entropies + delta/2 |w|^2``: iBLR ``1 / (N h + delta)``, Adam
@@ -28,14 +28,14 @@ Batches = Iterable[Tensor | Sequence[Tensor]]
 def optimizer_posterior(
     optimizer: Optimizer, model: nn.Module, *, num_examples: int | None = None, delta: float | None = None
 ) -> Posterior:
-    """The posterior that an optimiser's state holds, at the present parameters of the model.
+    """The posterior that an optimizer's state holds, at the present parameters of the model.
 
     Call it outside of ``sampled_params``: the mean of the posterior is the model.
 
     Args:
         optimizer: ``src.optimizers.IBLR`` or ``ivon.IVON``, whose state says N and delta; or torch's ``Adam`` or
             ``AdamW`` after a step of every parameter (second moments as they are, not corrected for their start).
-        model: the network; parameters are recognised by identity, in any number of groups. Frozen ones are left out.
+        model: the model; parameters are recognized by identity, in any number of groups. Frozen ones are left out.
         num_examples: N, the number of examples whose mean loss was trained. Needed for Adam; if given for iBLR, it
             must be the state's.
         delta: prior precision, N times the weight of the L2 term (or of the decoupled decay). As above.
@@ -44,7 +44,7 @@ def optimizer_posterior(
         Variances for each trainable parameter, by its name.
 
     Raises:
-        ValueError: another optimiser, a trainable parameter without state, missing or contradicting numbers, or
+        ValueError: another optimizer, a trainable parameter without state, missing or contradicting numbers, or
             variances that are not positive and finite.
     """
     model = getattr(model, "_orig_mod", model)
@@ -54,7 +54,7 @@ def optimizer_posterior(
         found = _adam_variances(optimizer, num_examples, delta)
     else:
         raise ValueError(
-            f"{type(optimizer).__name__} learns no variances; give an iBLR (IVON), Adam or AdamW optimiser, "
+            f"{type(optimizer).__name__} learns no variances; give an iBLR (IVON), Adam or AdamW optimizer, "
             "or take a Laplace posterior"
         )
     blocks = {}
@@ -63,12 +63,12 @@ def optimizer_posterior(
             continue
         if id(p) not in found:
             raise ValueError(
-                f"the optimiser holds no state of the parameter {name!r}: it must be this model's, after a step that "
+                f"the optimizer holds no state of the parameter {name!r}: it must be this model's, after a step that "
                 "reached every trainable parameter"
             )
         blocks[name] = found[id(p)].view(p.shape)
         if not bool((blocks[name].isfinite() & (blocks[name] > 0)).all()):
-            raise ValueError(f"the optimiser's state gives {name!r} variances that are not positive and finite")
+            raise ValueError(f"the optimizer's state gives {name!r} variances that are not positive and finite")
     return Posterior(blocks)
 
 
@@ -84,7 +84,7 @@ def _ivon_variances(optimizer: Optimizer, num_examples: int | None, delta: float
         own = {"num_examples": (num_examples, group["ess"]), "delta": (delta, group["ess"] * group["weight_decay"])}
         for name, (given, held) in own.items():
             if given is not None and abs(given - held) > 1e-6 * abs(held):
-                raise ValueError(f"{name}={given} contradicts the optimiser's own {held:g}; leave it out")
+                raise ValueError(f"{name}={given} contradicts the optimizer's own {held:g}; leave it out")
         flat = 1.0 / (group["ess"] * (group["hess"].detach().double() + group["weight_decay"]))
         pieces = flat.split([p.numel() for p in group["params"]])
         found.update((id(p), piece) for p, piece in zip(group["params"], pieces, strict=True))
@@ -120,7 +120,7 @@ def laplace_posterior(
     parameter (FRN, BatchNorm, ...) the diagonal of its GGN, which is logged.
 
     Args:
-        model: the network, with outputs (b, C); left as it was.
+        model: the model, with outputs (b, C); left as it was.
         batches: the training examples, as images or as ``(images, ...)``; labels are not used.
         delta: prior precision: delta, not delta/N.
         structure: a name of ``STRUCTURES``.
@@ -198,7 +198,7 @@ def refuse_not_finite(indices: Tensor, *values: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a network with a posterior says about n examples of C classes. All on the CPU.
+    """What a model with a posterior says about n examples of C classes. All on the CPU.
 
     Attributes:
         indices: int64 (n,), the examples' original positions.

@@ -128,7 +128,7 @@ def test_a_missing_file_names_the_script_that_makes_it(place, script):
 def test_files_that_are_no_results(place, script):
     path = place / f"old_{SCRIPTS[script][0]}.pkl"
     write_pickle(path, [1, 2])
-    refused(place, script, FILE, f"{path}: holds no dictionary")
+    refused(place, script, FILE, f"{path}: is not a dictionary")
     path.write_bytes(pickle.dumps(RunsCode(place / "proof")))
     refused(place, script, FILE, "not plain data")
     assert not (place / "proof").exists()
@@ -137,37 +137,37 @@ def test_files_that_are_no_results(place, script):
 @pytest.mark.parametrize(
     ("script", "changes", "says"),
     [
-        ("plot_loo_iterations.py", {"test_nlls": None}, "lacks test_nlls"),
-        ("plot_loo_iterations.py", {"epochs": np.array([1, 2, 7])}, "epochs goes from 1 to 7; .*at most 6"),
+        ("plot_loo_iterations.py", {"test_nlls": None}, "has no array 'test_nlls'"),
+        ("plot_loo_iterations.py", {"epochs": np.array([1, 2, 7])}, "'epochs' is from 1 to 7, not within 1 to 6"),
         ("plot_loo_iterations.py", {"epochs": np.array([1, 5, 2])}, "epochs do not ascend"),
         ("plot_loo_iterations.py", {"estimated_nll": [0.5]}, "lengths differ: 3 epochs, 1 estimates"),
         (
             "plot_loo_iterations.py",
             {"estimated_nll": [0.5, np.nan, 1.0]},
-            "estimated_nll holds 1 values .* not finite",
+            "'estimated_nll' has 1 values that are not finite",
         ),
         ("plot_loo_l2reg.py", {"deltas": np.array([0.0, *np.ones(E - 1)])}, "deltas are not all above 0"),
-        ("plot_loo_l2reg.py", {"deltas": "many"}, "deltas is not an array of numbers"),
+        ("plot_loo_l2reg.py", {"deltas": "many"}, "'deltas' has dtype .* numbers were expected"),
         ("plot_loo_l2reg.py", {"test_nlls": [1.0]}, "lengths differ: .*1 test_nlls"),
         ("plot_validation_sensitivities.py", {"indices_retrain": np.array([1, 2, N])}, f"example {N} was left out"),
-        ("plot_validation_sensitivities.py", {"indices_retrain": np.array([1, 2.5, 3])}, "not whole"),
-        ("plot_validation_sensitivities.py", {"softmax_deviations": np.zeros((3, 4))}, r"shape \(3, 4\); 1 axes"),
-        ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros(N)}, r"shape \(250,\); 2 axes"),
-        ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros((0, N))}, "axes with values"),
+        ("plot_validation_sensitivities.py", {"indices_retrain": np.array([1, 2.5, 3])}, "not whole numbers"),
+        ("plot_validation_sensitivities.py", {"softmax_deviations": np.zeros((3, 4))}, r"shape \(3, 4\), 1 axes"),
+        ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros(N)}, r"shape \(250,\), 2 axes"),
+        ("plot_evolving_sensitivities.py", {"sensitivity": np.zeros((0, N))}, r"shape \(0, 250\), 2 axes"),
         ("plot_evolving_sensitivities.py", {"iterations_list": np.array([11])}, "3 checkpoints, but 1 steps"),
         (
             "plot_evolving_sensitivities.py",
             {"sensitivity": -np.ones((3, N))},
-            "from -1 to -1; at least 0 was expected",
+            "from -1 to -1, not within 0 to inf",
         ),
-        ("plot_loco.py", {"org_acc": 90.0}, "org_acc goes from 90 to 90; at least 0 and at most 1"),
-        ("plot_loco.py", {"perturb_nll": np.full(C, np.nan)}, "perturb_nll holds no results yet"),
-        ("plot_loco.py", {"est_nll": np.full(C, np.inf)}, "not finite"),
+        ("plot_loco.py", {"org_acc": 90.0}, "'org_acc' is from 90 to 90, not within 0 to 1"),
+        ("plot_loco.py", {"perturb_nll": np.full(C, np.nan)}, "'perturb_nll' has no values yet"),
+        ("plot_loco.py", {"est_nll": np.full(C, np.inf)}, "infinite"),
     ],
 )
 def test_results_that_cannot_be_drawn(place, script, changes, says):
     change(place, SCRIPTS[script][0], **changes)
-    refused(place, script, FILE, rf"old_{SCRIPTS[script][0]}\.pkl: ", says, "python examples/.* makes it anew")
+    refused(place, script, FILE, rf"old_{SCRIPTS[script][0]}\.pkl: ", says, "python examples/.* makes it again")
 
 
 def test_other_covariances_between_classes(place):
@@ -209,7 +209,7 @@ def test_files_of_two_runs_are_not_drawn_together(place):
     draw(place, script)  # an older file that does not say its settings
     shutil.rmtree(place / "plots")
     change(place, "retrain", settings={"epochs": 5, "lr": 0.1})
-    files = f"{place}/old_retrain.pkl is of another run than {place}/old_scores.pkl: "
+    files = f"{place}/old_retrain.pkl: is of another run than {place}/old_scores.pkl: "
     says = r"epochs \(9 there, 5 here\); repeat 3_validation_sensitivities.py .*--resume and --overwrite"
     refused(place, script, FILE, files + says)
     change(place, "retrain", settings={"lr": 0.1, "epochs": 9})
@@ -239,7 +239,7 @@ def test_correlations_are_told_apart_for_random_and_spread_examples(place, monke
     for same in (np.zeros(6, bool), np.ones(6, bool)):
         change(place, "retrain", **content, spread=same)
         assert "examples:" not in call(f"examples/{script}", *flags(place, script)).out
-    for wrong, says in ((np.full(6, 2), "spread goes from 2 to 2"), (np.zeros(5), "lengths differ: .*5 spread")):
+    for wrong, says in ((np.full(6, 2), "'spread' is from 2 to 2"), (np.zeros(5), "lengths differ: .*5 spread")):
         change(place, "retrain", **content, spread=wrong)
         refused(place, script, FILE, says)
 
