@@ -9,7 +9,7 @@ from typing import Any
 
 from src.artifacts.store import acting_settings
 from src.cli import SEED, number, option
-from src.datasets import Augmentation, DatasetEntry
+from src.datasets import DATASETS, Augmentation, DatasetEntry
 from src.errors import ArgumentError
 from src.models import ModelConfig
 from src.optimizers import OPTIMIZERS, SCHEDULES
@@ -162,7 +162,16 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     batch_size: int = option(512, "examples per step, over all processes", number(int, 1), title="training")
     data_augmentation: bool = option(False, "the data set's random crops and flips", negatable=True, title="training")
-    cutout_holes: int = option(0, "Cutout: squares blanked per image", number(int, 0), title="training")
+    cutout_holes: int = option(
+        0,
+        "Cutout: squares blanked per image",
+        number(int, 0),
+        title="training",
+        acts=(
+            lambda args: not args.cutout_holes or args.dataset not in DATASETS or DATASETS[args.dataset].cutout,
+            "on this data set",
+        ),
+    )
     cutout_length: int = option(
         16,
         "Cutout: side of a square in pixels",
