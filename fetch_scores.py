@@ -16,7 +16,6 @@ from src.cli import Parser, print_next, run_script
 from src.errors import FlagError
 from src.metrics import SCORES
 from src.metrics.published import BASE_URL, fetch, published_files, published_summary
-from src.settings import add_overwrite_flag
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     )
     group.add_argument("--folder", type=Path, default=PACKAGED_SCORES, metavar="DIR", help="metrics folder to fill")
     group.add_argument("--base_url", default=BASE_URL, metavar="URL", help="where the published folders stand")
-    add_overwrite_flag(group)
+    group.add_argument("--overwrite", action="store_true", help="replace files of other content")
     args = parser.parse_args()
     if "://" not in args.base_url:
         raise FlagError(f"--base_url {args.base_url}: is no address; give one such as {BASE_URL}")

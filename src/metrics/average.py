@@ -9,21 +9,88 @@ from typing import Any
 
 import numpy as np
 
+from src import training
 from src.artifacts.io import file_digest, read_json, read_pickle
 from src.artifacts.paths import dynamics_folder, samis_path, split_experiment, standard_experiment
 from src.artifacts.store import check_consistent, check_identity
+from src.cli import SEED, option
 from src.datasets import dataset_flag
 from src.errors import ArgumentError, FileError
 from src.metrics import samis
 from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows
 from src.metrics.proxy import min_max
-from src.metrics.registry import get_score
-from src.training.dynamics import DYNAMICS_FILE, read_dynamics
+from src.metrics.registry import get_score, scores_from
+from src.optimizers import OPTIMIZERS, SCHEDULES
 
 log = logging.getLogger(__name__)
 
 _AGAIN = "score the seed again"
 _ONE_KIND = "average seeds of one kind"
+
+PAIR_MODES, RUN_MODES = scores_from("pair"), scores_from("dynamics", "end")
+
+
+def wanted_modes(choice: Any) -> Sequence[str]:
+    """The scores to average, of an ``AverageConfig`` or of its flags: those asked for, or all of the run or pair."""
+    of_run = any(value is not None for value in (choice.optimizer, choice.lr_sched, choice.exp))
+    return choice.modes or (RUN_MODES if of_run else PAIR_MODES)
+
+
+def _of_run(args: Any) -> bool:
+    return bool(set(wanted_modes(args)) & set(RUN_MODES))
+
+
+_CHOOSES_RUN = (_of_run, f"on {', '.join(PAIR_MODES)}: it chooses a training run")
+_UNNAMED = (lambda args: args.exp is None, "beside --exp, which names the run")
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Which per-seed scores are averaged.
+
+    Attributes:
+        model: The name of the model.
+        seeds: The seeds.
+        modes: The scores; None for all of the run that the next three choose, or else of the pair.
+        optimizer: Only runs of this optimizer.
+        lr_sched: Only runs of this schedule.
+        exp: The name of the run.
+        overwrite: Whether scores that were averaged otherwise are replaced.
+
+    Raises:
+        ArgumentError: A seed is named twice.
+    """
+
+    model: str
+    seeds: Sequence[int] = option((), "the seeds to average", SEED, nargs="+")
+    modes: Sequence[str] | None = option(
+        None,
+        f"of a pair of models: {', '.join(PAIR_MODES)} (the default); of a training run: {', '.join(RUN_MODES)} "
+        "(the default where a flag below chooses a run)",
+        choices=PAIR_MODES + RUN_MODES,
+        nargs="+",
+        metavar="MODE",
+    )
+    optimizer: str | None = option(
+        None,
+        "only runs of this optimizer (default: any)",
+        choices=tuple(OPTIMIZERS),
+        acts=(_CHOOSES_RUN, _UNNAMED),
+    )
+    lr_sched: str | None = option(
+        None, "only runs of this schedule (default: any)", choices=tuple(SCHEDULES), acts=(_CHOOSES_RUN, _UNNAMED)
+    )
+    exp: str | None = option(
+        None,
+        "the run's name, its folder under --metrics_folder (default: the only one there is)",
+        metavar="NAME",
+        acts=_CHOOSES_RUN,
+    )
+    overwrite: bool = option(False, "replace scores that were averaged with different settings")
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ArgumentError("seeds", f"{' '.join(map(str, self.seeds))}: names a seed twice; name each once")
 
 
 @dataclass(frozen=True)
@@ -99,10 +166,10 @@ def read_run_seed(
         FileError: The run has no dynamics of this seed, or its files are damaged.
     """
     folder = dynamics_folder(metrics_folder, experiment, seed)
-    path = folder / DYNAMICS_FILE
+    path = folder / training.DYNAMICS_FILE
     if not path.exists():
         raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
-    run = read_dynamics(path)
+    run = training.read_dynamics(path)
     check_identity(path, run["settings"], _AGAIN, seed=seed)
     _check_run(path, run["settings"], experiment)
     visited = ~np.isnan(run["correct"]).all(axis=0)
@@ -228,39 +295,30 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
 # ---------------------------------------------------------------------------------------------------- which run
 
 
-def find_run(
-    metrics_folder: str | Path,
-    dataset: str,
-    model: str,
-    optimizer: str | None = None,
-    lr_sched: str | None = None,
-    experiment: str | None = None,
-) -> str:
-    """The one training run with recorded dynamics that the flags mean.
+def find_run(metrics_folder: str | Path, dataset: str, config: AverageConfig) -> str:
+    """The one training run with recorded dynamics that is meant.
 
     Args:
         metrics_folder: Where dynamics are kept.
         dataset: The data set's name in paths.
-        model: The model's name.
-        optimizer: Only runs of this optimiser.
-        lr_sched: Only runs of this schedule.
-        experiment: The run's name; then the other flags do not matter.
+        config: Which run.
 
     Returns:
-        The experiment's name.
+        The run's name.
 
     Raises:
         FileError: There is no such run.
         ArgumentError: There are several; they are listed.
     """
+    model, experiment = config.model, config.exp
     folder = Path(metrics_folder)
     if experiment is not None:
         patterns = [experiment]
     else:
-        names = (glob.escape(model), glob.escape(dataset), optimizer or "*", lr_sched or "*")
+        names = (glob.escape(model), glob.escape(dataset), config.optimizer or "*", config.lr_sched or "*")
         patterns = [standard_experiment(*names), split_experiment(*names, "*")]
     runs = [folder / experiment] if experiment is not None else [run for p in patterns for run in folder.glob(p)]
-    found = sorted({run.name for run in runs if any(run.glob(f"seed_*/{DYNAMICS_FILE}"))})
+    found = sorted({run.name for run in runs if any(run.glob(f"seed_*/{training.DYNAMICS_FILE}"))})
     if len(found) == 1:
         return found[0]
     if found:

@@ -8,7 +8,7 @@ stored negated. A window longer than the run shrinks to the epochs there are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.artifacts.io import file_digest, write_json, write_pickle
+from src.cli import number, option
 from src.errors import ArgumentError
 from src.metrics import flatness
 from src.metrics.score import Score
@@ -127,7 +128,7 @@ def dyn_unc(probability: np.ndarray, window: int = WINDOW) -> np.ndarray:
     return _mean_over(_std(w) for w in _windows(probability, window))
 
 
-def el2n(error_norm: np.ndarray, el2n_epochs: tuple[int, int] = (1, WINDOW)) -> np.ndarray:
+def el2n(error_norm: np.ndarray, el2n_epochs: Sequence[int] = (1, WINDOW)) -> np.ndarray:
     """EL2N: the mean of ``||softmax(z) - onehot(y)||_2`` over some early epochs.
 
     Paul et al., NeurIPS 2021, definition 2.4.
@@ -165,21 +166,6 @@ def tdds(divergence: np.ndarray, window: int = WINDOW, decay: float = 0.9) -> np
     scores = np.tensordot(weights, np.stack(parts), axes=1)
     return np.where((~np.isnan(divergence[1:])).sum(axis=0) > 1, scores, np.nan)
 
-
-@dataclass(frozen=True)
-class Windows:
-    """Which epochs the windowed scores look at.
-
-    Attributes:
-        window: J of DUAL, Dyn-Unc and TDDS.
-        el2n_epochs: First and last epoch of EL2N, from 1.
-    """
-
-    window: int = WINDOW
-    el2n_epochs: tuple[int, int] = (1, WINDOW)
-
-
-PAPERS_WINDOWS = Windows()
 
 COUNTS = (
     Score(
@@ -287,6 +273,26 @@ REDUCTIONS = (
         fewest_epochs=3,
     ),
 )
+
+_WINDOWED = ", ".join(score.name for score in REDUCTIONS if "window" in score.options)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which epochs the windowed scores look at.
+
+    Attributes:
+        window: J, the epochs in a window.
+        el2n_epochs: First and last epoch of EL2N, from 1.
+    """
+
+    window: int = option(WINDOW, f"epochs in a window of {_WINDOWED}", number(int, 2))
+    el2n_epochs: Sequence[int] = option(
+        (1, WINDOW), "the epochs that el2n averages over", number(int, 1), nargs=2, metavar=("FIRST", "LAST")
+    )
+
+
+PAPERS_WINDOWS = Windows()
 
 # ------------------------------------------------------------------------------------------- the files of one run
 

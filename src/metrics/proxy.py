@@ -372,5 +372,5 @@ def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     message += f"; there are those called {', '.join(there)}" if there else ""
     shipped = paths.PACKAGED_SCORES
     if shipped not in folders and score.path(shipped, dataset).exists():
-        message += f"; those that ship with the project are in {os.path.relpath(shipped)}"
+        message += f"; scores_folder={os.path.relpath(shipped)} gives those that ship with the project"
     return FileError(message)

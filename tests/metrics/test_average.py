@@ -10,7 +10,7 @@ from src.artifacts.io import label_hash, read_pickle, write_npz, write_pickle
 from src.artifacts.paths import dynamics_folder, split_experiment, standard_experiment
 from src.artifacts.store import check_score_target, write_scores
 from src.errors import ArgumentError, FileError
-from src.metrics.average import SeedScores, average, find_run, read_pair_seed, read_run_seed
+from src.metrics.average import AverageConfig, SeedScores, average, find_run, read_pair_seed, read_run_seed
 from src.metrics.dynamics import SEED_FILES
 from src.metrics.samis import save_seed
 
@@ -161,17 +161,17 @@ def test_the_run_is_found_or_the_matches_are_listed(tmp_path):
     split = split_experiment("mlp", "toy", "sgd", "step", 3)
     write_run(tmp_path, sgd, 1)
     (tmp_path / standard_experiment("mlp", "toy", "adam", "const")).mkdir()  # nothing recorded
-    assert find_run(tmp_path, "toy", "mlp") == sgd
+    assert find_run(tmp_path, "toy", AverageConfig("mlp")) == sgd
     for name in (sam, split):
         write_run(tmp_path, name, 1)
     with pytest.raises(ArgumentError, match=rf"3 runs in .* match.*{split}.*{sam}.*{sgd}"):
-        find_run(tmp_path, "toy", "mlp")
-    assert find_run(tmp_path, "toy", "mlp", optimizer="sam") == sam
-    assert find_run(tmp_path, "toy", "mlp", lr_sched="step") == split
-    assert find_run(tmp_path, "toy", "mlp", experiment=sgd) == sgd
-    for wanted in ({"dataset": "other"}, {"optimizer": "adam"}, {"experiment": "nothing"}):
+        find_run(tmp_path, "toy", AverageConfig("mlp"))
+    assert find_run(tmp_path, "toy", AverageConfig("mlp", optimizer="sam")) == sam
+    assert find_run(tmp_path, "toy", AverageConfig("mlp", lr_sched="step")) == split
+    assert find_run(tmp_path, "toy", AverageConfig("mlp", exp=sgd)) == sgd
+    for wanted in ({"dataset": "other"}, {"optimizer": "adam"}, {"exp": "nothing"}):
         with pytest.raises(FileError, match=r"no recorded dynamics of .*--measure_proxies"):
-            find_run(tmp_path, **{"dataset": "toy", "model": "mlp", **wanted})
+            find_run(tmp_path, wanted.pop("dataset", "toy"), AverageConfig("mlp", **wanted))
 
 
 def test_results_of_other_settings_are_not_replaced(tmp_path):
