@@ -14,7 +14,7 @@ protocols, data or settings are refused.
 from argparse import Namespace
 from functools import partial
 
-from src.artifacts import Folders
+from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
 from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
 from src.datasets import DataConfig, load_dataset
