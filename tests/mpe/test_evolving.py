@@ -12,7 +12,7 @@ from mpe.estimates import estimate, sampled_errors, sensitivity
 from mpe.experiment import Result
 from mpe.posterior import Predictions
 from src.artifacts.io import read_pickle
-from src.errors import ArgumentError, FileError
+from src.errors import FileError, FlagError
 from src.rng import generator
 
 script = example("4_evolving_sensitivities")
@@ -38,7 +38,7 @@ def test_the_papers_steps_or_their_shares(dataset, steps, wanted):
 
 def test_given_steps():
     assert script.checkpoints_of("mnist", 50, [7, 3, 50, 3]) == [3, 7, 50]
-    with pytest.raises(ArgumentError, match="--checkpoints 51: the run has 50 steps; give steps from 1 to 50"):
+    with pytest.raises(FlagError, match="--checkpoints 51: the run has 50 steps; give steps from 1 to 50"):
         script.checkpoints_of("mnist", 50, [51, 3])
 
 
