@@ -296,13 +296,9 @@ class TrainingRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result."""
-        return {
-            **self.config.as_dict(),
-            **self.context.data_settings,
-            "examples": len(self.train),
-            "sync_bn": self.context.compute.sync_bn,
-            **self.more_settings,
-        }
+        data = dict(self.context.data_settings)
+        data |= {"examples": len(self.train), "subset": data.pop("subset")}
+        return {**self.config.as_dict(data, sync_bn=self.context.compute.sync_bn), **self.more_settings}
 
     def batches(self, images: ImageSet, **keywords: Any) -> Batches:
         """Batches of the run's size, seed and memory layout; see ``RunContext.batches``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,7 +46,6 @@ class TrainingConfig:
         ArgumentError: A setting is out of its range, or does not go with another.
     """
 
-    seed: int = option(1, "seed of initial weights, order and augmentation", SEED)
     epochs: int = option(160, "passes over the training set", number(int, 1))
     optimizer: str = option("sgd", "optimizer", choices=tuple(OPTIMIZERS))
     learning_rate: float = option(0.4, "base learning rate", number(float, 0, open_low=True))
@@ -61,6 +61,7 @@ class TrainingConfig:
         number(float, 0),
         acts=(lambda args: args.lr_sched != "const", "with --lr_sched=const"),
     )
+    momentum: float = 0.9
     weight_decay: float = option(0.0, "weight decay (the papers use none)", number(float, 0))
     rho: float = option(
         0.05, "radius of SAM's perturbation (sam only)", number(float, 0, open_low=True), acts=_acts("rho")
@@ -75,9 +76,9 @@ class TrainingConfig:
     hess_init: float = option(
         0.1, "initial Hessian of iBLR", number(float, 0, open_low=True), acts=_acts("hess_init")
     )
-    momentum: float = 0.9
-    nesterov: bool = False
+    seed: int = option(1, "seed of initial weights, order and augmentation", SEED)
     precision: str = "fp32"
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         for name, right, wanted in (
@@ -209,14 +210,23 @@ class RunConfig:
             self.data_augmentation, cutout_holes=self.cutout_holes, cutout_length=self.cutout_length
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """The settings of model, loop and batches that determine the result, as plain values."""
+    def as_dict(self, data: Mapping[str, Any], *, sync_bn: bool = False) -> dict[str, Any]:
+        """The settings of loop, data, model and batches that determine the result, as plain values.
+
+        Their order is that of earlier versions, so that the same training writes the same bytes.
+
+        Args:
+            data: What identifies the data.
+            sync_bn: Whether BatchNorm's statistics are over the batches of all processes.
+        """
         return {
             **self.training.as_dict(),
+            **data,
             **self.model.as_dict(),
             "batch_size": self.batch_size,
             "data_augmentation": self.data_augmentation,
             "cutout_holes": self.cutout_holes,
             "cutout_length": self.cutout_length if self.cutout_holes else None,
+            "sync_bn": sync_bn,
             "measure_proxies": self.measure_proxies,
         }
