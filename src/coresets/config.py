@@ -15,7 +15,7 @@ from src.coresets.inputs import Method
 from src.coresets.registry import METHODS, find_method
 from src.errors import ArgumentError
 from src.metrics.proxy import ScoreConfig
-from src.optimizers import SCHEDULES
+from src.optimizers import OPTIMIZERS, SCHEDULES
 
 _CHOSEN = (lambda args: getattr(args, "selection", None) is None, "with --selection, which lists what is kept")
 _COUNT = number(int, 1)
@@ -220,9 +220,19 @@ def add_selection_flags(parser: Parser, *, skip: Collection[str] = (), required:
         "without a method that reads a stored score (min_*)",
     )
     restrict(parser, {("--scores_folder",): stored})
+    parser.checks.append(_check_optimizer)
     for name, methods in takers.items():
         for rule in (_CHOSEN, (partial(_takes, name), f"without {' or '.join(methods)}")):
             restrict(parser, {(f"--{name}",): rule})
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    """Stop, before torch is imported, at an optimizer that needs the mean loss, which dynamic pruning scales."""
+    for method in _chosen(args):
+        if method.dynamic and OPTIMIZERS[getattr(args, "optimizer", "sgd")].needs_sampling:
+            raise ArgumentError(
+                "optimizer", f"{args.optimizer}: does not go with {method.name}, which scales the loss; choose sgd"
+            )
 
 
 def build_selection(args: argparse.Namespace, **values: Any) -> SelectionConfig:

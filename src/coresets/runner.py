@@ -26,7 +26,6 @@ from src.errors import ArgumentError, FileError
 from src.metrics import SCORES, Proxy
 from src.metrics.dynamics import WINDOW, Windows
 from src.metrics.proxy import score_folders
-from src.optimizers import OPTIMIZERS
 from src.training import RunConfig, RunFiles
 
 log = logging.getLogger(__name__)
@@ -356,16 +355,11 @@ class CoresetRun:
         """Find before anything is trained what would stop the run later.
 
         Raises:
-            ArgumentError: The share does not fit the data or the method, or the optimizer does not.
+            ArgumentError: The share does not fit the data or the method.
             FileError: The stored score, or the selection's file, is missing or does not fit the data.
         """
-        config, optimizer = self.job.config, self.job.run.training.optimizer
+        config = self.job.config
         self.job.check()
-        if self.dynamic and OPTIMIZERS[optimizer].needs_sampling:
-            raise ArgumentError(
-                "optimizer",
-                f"{optimizer}: does not go with {config.coreset_func}, which scales the loss; choose sgd",
-            )
         if self.dynamic and not config.per_class:
             log.warning(
                 "--per_class: changes nothing for %s, which looks at all examples at once", config.coreset_func
