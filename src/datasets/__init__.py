@@ -8,7 +8,6 @@ from src.datasets.registry import (
     Normalization,
     dataset_flag,
     dataset_name,
-    dataset_names,
     load_dataset,
     lookup,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "Normalization",
     "dataset_flag",
     "dataset_name",
-    "dataset_names",
     "load_dataset",
     "lookup",
     "make_splits",

@@ -319,11 +319,6 @@ OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], tuple[ImageSet, 
 }
 
 
-def dataset_names() -> list[str]:
-    """The names of the catalog, in its order."""
-    return list(DATASETS)
-
-
 def dataset_flag(name: str) -> str:
     """What ``--dataset`` takes for a data set's name in paths, which differs for own data."""
     return name if name in DATASETS else "npz:FILE or folder:DIR"

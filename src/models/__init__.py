@@ -1,8 +1,8 @@
 """Models: one builder, one contract (``features``, ``head``, ``forward``), one registry."""
 
 from src.lazy import lazy_names
-from src.models.registry import MODELS, ModelConfig, ModelEntry, build_model, model_names, require_weights
+from src.models.registry import MODELS, ModelConfig, ModelEntry, build_model, require_weights
 
 __getattr__ = lazy_names(__name__, base=["Network"])
 
-__all__ = ["MODELS", "ModelConfig", "ModelEntry", "Network", "build_model", "model_names", "require_weights"]
+__all__ = ["MODELS", "ModelConfig", "ModelEntry", "Network", "build_model", "require_weights"]

@@ -105,11 +105,6 @@ _add(
 )
 
 
-def model_names() -> list[str]:
-    """The values that ``--model`` takes."""
-    return list(MODELS)
-
-
 def require_weights(name: str) -> None:
     """Check that a model has pre-trained weights.
 
@@ -171,7 +166,7 @@ def build_model(
     shapes and no weights.
 
     Args:
-        name: One of ``model_names()``.
+        name: A name of ``MODELS``.
         num_classes: Number of logits.
         in_channels: Channels of the images.
         image_size: Height and width of the images.

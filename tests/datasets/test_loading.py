@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from src.datasets import DATASETS, dataset_names, load_dataset, lookup
+from src.datasets import DATASETS, load_dataset, lookup
 from src.datasets.own import normalization_of
 from src.errors import ArgumentError, FileError
 
@@ -36,7 +36,7 @@ def write_cifar(path, count=20, classes=10, size=32, channels=3, **replaced):
 
 def test_catalog_is_whole():
     small = ["digits", "mnist", "fmnist", "cifar10", "cifar100", "svhn"]
-    assert dataset_names() == [*small, "tiny_imagenet", "imagenet"]
+    assert list(DATASETS) == [*small, "tiny_imagenet", "imagenet"]
     for name, entry in DATASETS.items():
         assert entry.name == name
         assert set(entry.normalizations) == {"samis", "mpe"}

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from src.errors import ArgumentError
-from src.models import MODELS, build_model, model_names
+from src.models import MODELS, build_model
 from src.models.resnet import build_wideresnet
 from src.models.vgg import build_small_vgg
 from src.models.vit import ViT
@@ -15,7 +15,7 @@ REDUCED = {
     "vit": lambda size: ViT(10, 3, size, layers=2, heads=2, width=8, mlp_width=16),
     "wideresnet": lambda size: build_wideresnet(10, 3, depth=10, widen=1),
 }
-SMALL = [name for name in model_names() if name not in ("resnet50", "inception", "vgg19", "mobile_large")]
+SMALL = [name for name in MODELS if name not in ("resnet50", "inception", "vgg19", "mobile_large")]
 
 
 def build(name, size=32):
@@ -27,11 +27,11 @@ def test_every_model_of_the_project_is_registered():
         "resnet18 resnet50 vgg19 wideresnet inception mobile_small mobile_large vit mlp lenet small_inception "
         "resnet20 resnet8 small_mlp large_mlp cnn_deepobs resnet20_frn"
     )
-    assert set(expected.split()) <= set(model_names())
+    assert set(expected.split()) <= set(MODELS)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 8), (1, 28), (3, 32), (1, 64), (3, 64)])
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", MODELS)
 def test_any_size_and_channel_count_gives_logits_or_one_clear_line(name, channels, size):
     with torch.device("meta"):
         if size < MODELS[name].smallest(channels):
@@ -52,7 +52,7 @@ def test_imagenet_sized_images_give_logits(name):
 
 
 def test_only_inception_refuses_tiny_color_images():
-    assert [name for name in model_names() if MODELS[name].smallest(3) > 8] == ["inception"]
+    assert [name for name in MODELS if MODELS[name].smallest(3) > 8] == ["inception"]
     assert MODELS["inception"].smallest(3) == 9
     assert MODELS["inception"].smallest(1) == 5
 
