@@ -2,7 +2,7 @@
 r"""Average per-example scores over seeds, in the format that Proxy and the other scripts read.
 
 Reads {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz of compute_sam_sgd.py (SAMIS-L, SAMIS-P
-and, beside them, the plain mean loss of both networks), or those of the SAMIS authors' code (the score alone), or
+and, beside them, the plain mean loss of both models), or those of the SAMIS authors' code (the score alone), or
 {metrics_folder}/{exp}/seed_{seed}/ of a training run with --measure_proxies (all other scores). Writes
 {metrics_folder}/{sub}/{mode}_{dataset}.pkl and a json beside it that says how it was made. Seeds of different epochs,
 protocols, data or settings are refused.

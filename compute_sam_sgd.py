@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Score every training example with SAMIS: how differently an SGD-trained and a SAM-trained network treat it.
+r"""Score every training example with SAMIS: how differently an SGD-trained and a SAM-trained model treat it.
 
 Reads the checkpoints of one epoch that train_split.py (ten splits: each example is scored by the pair that never saw
 it) or train_full.py (premature protocol: one pair, in sample) wrote under --models_folder. Writes the un-normalised

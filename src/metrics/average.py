@@ -194,15 +194,15 @@ def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
     """The scores of an end-of-training file by index, and which examples it scores."""
     content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(key, int | np.integer) for key in content):
-        raise FileError(f"{path}: is not a dict index -> score; train anew with --measure_proxies")
+        raise FileError(f"{path}: is not a dict index -> score; train again with --measure_proxies")
     if not content or min(content) < 0 or max(content) >= total:
-        raise FileError(f"{path}: does not score examples 0 to {total - 1}; train anew with --measure_proxies")
+        raise FileError(f"{path}: does not score examples 0 to {total - 1}; train again with --measure_proxies")
     values, scored = np.full(total, np.nan), np.zeros(total, dtype=bool)
     keys = np.fromiter(content.keys(), np.int64, len(content))
     try:
         values[keys] = np.fromiter(content.values(), np.float64, len(content))
     except (TypeError, ValueError) as error:
-        raise FileError(f"{path}: its scores are not all numbers; train anew with --measure_proxies") from error
+        raise FileError(f"{path}: its scores are not all numbers; train again with --measure_proxies") from error
     scored[keys] = True
     return values, scored
 
@@ -270,7 +270,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
         wrong = seed.scored & ~np.isfinite(seed.values)
         if score.missing is None and wrong.any():
             example = np.flatnonzero(wrong)[0]
-            raise FileError(f"{seed.source}: example {example} has no finite {mode} score; train or score it anew")
+            raise FileError(f"{seed.source}: example {example} has no finite {mode} score; train or score it again")
     epochs = first.facts["epoch"] if score.share_of_epochs else 1
     raw = np.mean([seed.values / epochs for seed in seeds], axis=0)
     if score.missing is not None:

@@ -95,29 +95,6 @@ def top_overlap(a: np.ndarray, b: np.ndarray, fraction: float = 0.1) -> float:
     return len(np.intersect1d(top_a, top_b)) / k
 
 
-def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The chance that a positive example scores higher than a negative one (ties count half).
-
-    Args:
-        scores: ``(n,)``, NaN left out.
-        positive: ``(n,)`` bool.
-
-    Returns:
-        In [0, 1]; NaN if there are no positive or no negative examples.
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    known = ~np.isnan(scores)
-    positive = np.asarray(positive, dtype=bool)[known]
-    from scipy import stats
-
-    ranks = stats.rankdata(scores[known])
-    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    if not n_positive or not n_negative:
-        return float("nan")
-    u = ranks[positive].sum() - n_positive * (n_positive + 1) / 2
-    return float(u / (n_positive * n_negative))
-
-
 def against_reference(
     scores: np.ndarray, reference: np.ndarray, labels: np.ndarray | None = None
 ) -> dict[str, float]:

@@ -325,7 +325,7 @@ def write_end_of_training_scores(
 
     Args:
         folder: The run's folder of dynamics.
-        model: The trained network.
+        model: The trained model.
         batches: The training examples in order, un-augmented, on the model's device.
         dynamics: The recorded arrays ``(epochs, total)``; ``correct`` is used.
 

@@ -81,10 +81,10 @@ def epsilon_flatness(
     """Epsilon-flatness of every example, in eval mode, over the parameters that require a gradient.
 
     Args:
-        model: the trained network; left in the modes it was in, without gradients.
+        model: the trained model; left in the modes it was in, without gradients.
         batches: un-augmented batches on the model's device.
         rho: radius of the perturbation.
-        total: length of the result; None: that of the whole part, ``batches.images.total``.
+        total: length of the result; None: the size of the full training set, ``batches.images.total``.
         memory_mb: how many MB of per-example gradients may be alive at a time.
         progress: whether to show a progress bar.
 
@@ -143,10 +143,10 @@ def input_curvature(
     """Input curvature of every example, in eval mode.
 
     Args:
-        model: the trained network; left in the modes it was in, without gradients.
+        model: the trained model; left in the modes it was in, without gradients.
         batches: un-augmented batches on the model's device.
         h: length of the step, in units of the normalised pixels.
-        total: length of the result; None: that of the whole part, ``batches.images.total``.
+        total: length of the result; None: the size of the full training set, ``batches.images.total``.
         progress: whether to show a progress bar.
 
     Returns:
@@ -181,7 +181,7 @@ def input_gradients(model: nn.Module, images: Tensor, labels: Tensor, check: boo
     """Gradient of each example's loss at its image; no gradient of a parameter is computed.
 
     Args:
-        model: the network, in eval mode.
+        model: the model, in eval mode.
         images: (b, c, h, w).
         labels: (b,).
         check: whether to make sure, with two more backward passes, that the examples are independent.
@@ -191,7 +191,7 @@ def input_gradients(model: nn.Module, images: Tensor, labels: Tensor, check: boo
     """
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         leaf = images.detach().requires_grad_()
-        # a copy: a network may open with an in-place operation, which a leaf does not allow
+        # a copy: a model may open with an in-place operation, which a leaf does not allow
         losses = example_losses(model(leaf.clone()), labels)
         if check:
             from src.jacobians import refuse_mixing

@@ -10,7 +10,6 @@ from src.errors import ArgumentError, UserError
 from src.metrics import Proxy
 from src.metrics.compare import (
     against_reference,
-    auroc,
     comparison_table,
     half_overlaps,
     spearman,
@@ -96,15 +95,6 @@ def test_halves_and_tops_break_ties_by_index():
     for fraction in (0, 1.5):
         with pytest.raises(ArgumentError, match="fraction"):
             top_overlap(tied, rising, fraction)
-
-
-def test_auroc_against_all_pairs():
-    rng = np.random.default_rng(1)
-    scores, positive = rng.integers(0, 6, 60).astype(float), rng.random(60) < 0.3
-    pairs = [(p > q) + 0.5 * (p == q) for p in scores[positive] for q in scores[~positive]]
-    assert auroc(scores, positive) == pytest.approx(np.mean(pairs))
-    assert np.isnan(auroc(scores, np.zeros(60, bool)))
-    assert auroc(np.array([0, np.nan, 1.0]), np.array([False, False, True])) == 1.0
 
 
 def test_the_table_holds_what_was_computed():

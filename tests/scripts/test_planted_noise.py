@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from support import TRAIN, folders, succeed
 
 from src.datasets import load_dataset
 from src.metrics import Proxy
-from src.metrics.compare import auroc
 
 # What a broken score (chance is 0.5, give or take 0.035) would miss; each floor lies well under what is printed.
 FLOORS = {
@@ -37,7 +37,7 @@ def noisy(tmp_path_factory):
 def check(noisy, model, mode, floor, capsys):
     path, base, flipped = noisy
     name = load_dataset(f"npz:{path}", base)[0].entry.name
-    value = auroc(Proxy(mode, name, folder=base / model / "metrics").scores, flipped)
+    value = roc_auc_score(flipped, Proxy(mode, name, folder=base / model / "metrics").scores)
     with capsys.disabled():
         print(f"\n  AUROC of {mode} ({model}) for flipped labels: {value:.3f}", end="")
     assert value > floor
