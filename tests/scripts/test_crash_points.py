@@ -17,7 +17,7 @@ from support import TRAIN, call, folders, write_blobs
 from src.artifacts.io import read_checkpoint, read_json, read_npz, read_pickle
 
 KILLED = 99
-MOST = int(os.environ.get("CRASH_POINTS", "4"))  # of a script, evenly spread; there are up to 60
+MOST = int(os.environ.get("CRASH_POINTS", "3"))  # of a script, evenly spread; there are up to 60
 READERS = {".json": read_json, ".npz": read_npz, ".pkl": read_pickle, ".pt": read_checkpoint, ".tar": read_checkpoint}
 DATA = ("datasets", "models", "metrics")
 NETWORK = ("--model=small_mlp", "--epochs=2", "--batch_size=20", "--learning_rate=0.05", "--lr_sched=const")
