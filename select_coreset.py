@@ -47,23 +47,23 @@ def main() -> None:
             "coreset_func", f"{args.coreset_func}: chooses again in each epoch of training; use train_prune.py"
         )
     from src.context import RunContext
-    from src.coresets.runner import SelectionJob
+    from src.coresets.runner import CoresetRun
 
     with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
-        job = SelectionJob(context, selection, pretrain, config, folders, args.out)
-        chosen, seconds = job.select()
+        run = CoresetRun(context, selection, pretrain, config, folders, args.out)
+        chosen, seconds = run.select()
     print(f"{len(chosen.indices)} of {len(context.train)} examples by {args.coreset_func} in {seconds:.2f} s")
     labels = context.train.labels.cpu().numpy()[chosen.indices]
     counts = np.bincount(labels, minlength=context.entry.num_classes)
     print(f"per class: {counts.min()} to {counts.max()}")
-    print(job.path)
+    print(run.path)
     training = (
         *DATA_FLAGS,
         *("model", "pretrained", "seed", *AUGMENTATION),
         *("models_folder", "metrics_folder", "log_folder", "resume_ckpts_folder"),
         *("device", "precision", "deterministic", "compile"),
     )
-    print_next("train_prune.py", training, selection=job.path)
+    print_next("train_prune.py", training, selection=run.path)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ def main() -> None:
     training = build(TrainingConfig, args, epochs=args.coreset_epochs)
     config = build(RunConfig, args, model=build(ModelConfig, args), training=training)
     from src.context import RunContext
-    from src.coresets.runner import CoresetRun, SelectionJob
+    from src.coresets.runner import CoresetRun
     from src.training import summary
 
     with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
-        run = CoresetRun(SelectionJob(context, selection, pretrain, config, folders))
+        run = CoresetRun(context, selection, pretrain, config, folders)
         main_process = context.group.is_main_process
         with lock(run.lock, "training this run") if main_process else nullcontext():
             history = run.train()

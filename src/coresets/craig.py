@@ -17,7 +17,6 @@ import numpy as np
 
 from src import rng
 from src.coresets.inputs import CandidateGroup, LastLayer, MemoryOptions, Method, Needs, Selection, SelectionInputs
-from src.errors import UserError
 from src.lazy import torch
 
 _ROUNDING = 1e-14  # of ||g_i||^2 + ||g_j||^2: squared distances below that are noise, hence 0
@@ -52,11 +51,7 @@ class Distances:
 
     @classmethod
     def of(cls, network: LastLayer, positions: np.ndarray | None = None) -> Distances:
-        """The distances among candidates of a network, by default all.
-
-        Raises:
-            UserError: A gradient is not finite.
-        """
+        """The distances among candidates of a network, by default all."""
         rows = slice(None)
         if positions is not None:
             rows = torch.from_numpy(np.ascontiguousarray(positions)).to(network.labels.device)
@@ -65,8 +60,6 @@ class Distances:
         errors = errors / largest.where(largest > 0, 1.0)
         norms = (torch.linalg.vector_norm(t, dim=1) for t in (errors, embeddings))
         squares = next(norms).square() * (1.0 + next(norms).square()) * (1.0 - _ROUNDING)
-        if not bool(squares.isfinite().all()):
-            raise UserError("craig: the pre-trained network's gradients are not finite; pre-train at a lower rate")
         return cls(errors, embeddings, squares)
 
     def __len__(self) -> int:
@@ -430,9 +423,6 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
         inputs: One network with ``embeddings``.
         groups: The groups.
         options: ``selection_memory`` in MiB.
-
-    Raises:
-        UserError: A gradient is not finite.
     """
     generator = rng.numpy_generator(inputs.seed, 0, "craig")
     large = [group for group in groups if not fits(len(group.positions), options.selection_memory)]
@@ -450,16 +440,4 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
     return Selection.of(chosen, weights).rescaled()
 
 
-METHODS = (
-    Method(
-        "craig",
-        craig,
-        Needs(embeddings=True),
-        paper="Mirzasoleiman et al. 2020",
-        equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = how "
-        "many are nearest to j (algorithm 1)",
-        cost="n^2 (C + d)",
-        weighted=True,
-        options=MemoryOptions,
-    ),
-)
+METHODS = (Method("craig", craig, Needs(embeddings=True), MemoryOptions, weighted=True),)

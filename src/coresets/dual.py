@@ -55,21 +55,6 @@ def log_density(predictions: np.ndarray, alpha: float, beta: float) -> np.ndarra
     return (alpha - 1.0) * np.log(p) + (beta - 1.0) * np.log1p(-p)
 
 
-def mean_predictions(probability: np.ndarray) -> np.ndarray:
-    """Each example's mean over the epochs that visited it of the true label's probability.
-
-    Args:
-        probability: ``(epochs, n)``, NaN where not visited.
-
-    Returns:
-        float64 ``(n,)``; NaN where no epoch visited it.
-    """
-    seen = ~np.isnan(probability)
-    total = np.where(seen, probability, 0.0).sum(axis=0, dtype=np.float64)
-    count = seen.sum(axis=0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-
 def weighted_choice(
     scores: np.ndarray, log_factors: np.ndarray, budget: int, generator: np.random.Generator
 ) -> np.ndarray:
@@ -116,7 +101,7 @@ def dual(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Dua
     scores = checked_scores(inputs, "dual")
     if not options.dual_beta:
         return keep_by_rank(scores, groups, highest=True, what="dual")
-    predictions = mean_predictions(np.asarray(inputs.dynamics["probability"]))
+    predictions = np.nanmean(inputs.dynamics["probability"], axis=0, dtype=np.float64)  # over the epochs that saw it
     mu = float(predictions[scores == scores.max()].mean())
     generator = rng.numpy_generator(inputs.seed, 0, "dual")
     picks = []
@@ -128,15 +113,4 @@ def dual(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Dua
     return Selection.of(picks)
 
 
-METHODS = (
-    Method(
-        "dual",
-        dual,
-        Needs(reduced="dual", dynamics=("probability",)),
-        paper="Cho et al. 2025",
-        equation="drawn by (1 - mean p) std p over windows, times a Beta density of mean p that turns to easy "
-        "examples",
-        cost="n T + n log n for T epochs",
-        options=DualOptions,
-    ),
-)
+METHODS = (Method("dual", dual, Needs(reduced="dual", dynamics=("probability",)), DualOptions),)

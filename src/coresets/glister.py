@@ -26,7 +26,6 @@ from src.coresets.inputs import (
     gradient_sum,
     products_with,
 )
-from src.errors import UserError
 from src.lazy import torch
 
 log = logging.getLogger(__name__)
@@ -63,9 +62,6 @@ def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
 
     A refresh costs (n + 2 |V|) C min(d, |V|) multiplications for a group of n and its |V|, a pick n comparisons.
     Memory: n (C + d) numbers of 8 bytes, and n |V| where |V| is below d and those fit in ``selection_memory``.
-
-    Raises:
-        UserError: The network's gradients are not finite.
     """
     network, labels = inputs.networks[0], np.asarray(inputs.labels)
     held = held_out(labels, inputs.num_classes, inputs.seed)
@@ -104,9 +100,6 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
 
     Returns:
         Places in the pool in the order of the picks, int64 ``(budget,)``.
-
-    Raises:
-        UserError: A gain is not finite.
     """
     validation = Validation(pool, judges, options.glister_eta, options.selection_memory)
     picks = np.empty(budget, dtype=np.int64)
@@ -116,13 +109,16 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
             fresh = picks[max(count - options.glister_refresh, 0) : count]
             gains = validation.gains(fresh)
             slack = _TIE * float(gains.abs().max())
-            if not math.isfinite(slack):
-                raise UserError(
-                    "glister: the pre-trained network's gradients are not finite; pre-train at a lower rate"
-                )
             gains[picks[:count]] = -math.inf
         if count == _TIMED * options.glister_refresh:
-            _announce((time.perf_counter() - started) * budget / count, budget)
+            seconds = (time.perf_counter() - started) * budget / count
+            if seconds > _LONG:
+                log.info(
+                    "glister: about %.0f minutes for %d picks; a larger --glister_refresh (picks between two updates "
+                    "of the validation gradient) divides that",
+                    seconds / 60,
+                    budget,
+                )
         start, stop = (0, first) if count < first else (first, len(gains))
         pick = start + first_largest(gains[start:stop], slack)
         gains[pick] = -math.inf
@@ -175,26 +171,4 @@ class Validation:
         return errors_of(self.logits - self.eta / max(self.count, 1) * self.effect, self.labels)
 
 
-def _announce(seconds: float, budget: int) -> None:
-    """Say how long a group takes, where it takes long."""
-    if seconds > _LONG:
-        log.info(
-            "glister: about %.0f minutes for %d picks; a larger --glister_refresh (picks between two updates of the "
-            "validation gradient) divides that",
-            seconds / 60,
-            budget,
-        )
-
-
-METHODS = (
-    Method(
-        "glister",
-        glister,
-        Needs(embeddings=True),
-        paper="Killamsetty et al. 2021 (GLISTER)",
-        equation="greedy in <g_x, v>, v the mean gradient of 10 % held out, after a step eta along the picks "
-        "(alg. 2)",
-        cost="k/r n C min(d, |V|), r picks between two refreshes",
-        options=GlisterOptions,
-    ),
-)
+METHODS = (Method("glister", glister, Needs(embeddings=True), GlisterOptions),)

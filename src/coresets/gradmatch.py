@@ -31,7 +31,6 @@ from src.coresets.inputs import (
     inner_products,
     products_with,
 )
-from src.errors import UserError
 from src.lazy import scipy, torch
 
 log = logging.getLogger(__name__)
@@ -65,9 +64,6 @@ def gradmatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
 
     Memory: n k + k^2 + n (C + d) numbers of 8 bytes; where the first is more than ``selection_memory``, the residual
     itself (C (d + 1) numbers) takes its place, and a pick costs n C d + k^2.
-
-    Raises:
-        UserError: The network's gradients are not finite.
     """
     ridge = options.gradmatch_lambda
     network, generator = inputs.networks[0], rng.numpy_generator(inputs.seed, 0, "gradmatch fill")
@@ -107,20 +103,12 @@ def pursue(
 
     Returns:
         The picks in their order, int64 ``(m,)`` with m <= budget, and their weights >= 0, float64 ``(m,)``.
-
-    Raises:
-        UserError: The gradients are not finite.
     """
-    bias, weight = gradient_sum(errors, embeddings)
-    target = float(bias.square().sum() + weight.square().sum())  # ||b||^2
-    norms = gradient_norms(errors, embeddings)
-    total = float(norms.sum())
-    if not (math.isfinite(target) and math.isfinite(total)):
-        raise UserError("gradmatch: the pre-trained network's gradients are not finite; pre-train at a lower rate")
-    if target <= (_NOTHING * total) ** 2:
-        return np.empty(0, dtype=np.int64), np.empty(0)
     stored = 8 * budget * len(errors) <= memory * 2**20
-    state = (_Stored if stored else _Recomputed)(errors, embeddings, norms.square(), (bias, weight), budget, ridge)
+    state = (_Stored if stored else _Recomputed)(errors, embeddings, budget, ridge)
+    target = float(sum(part.square().sum() for part in state.target))  # ||b||^2
+    if target <= (_NOTHING * float(state.norms.sum())) ** 2:
+        return np.empty(0, dtype=np.int64), np.empty(0)
     slack = _TIE * float(state.correlations.abs().max())
     while len(state.picks) < budget and not state.factor.close(target):
         state.take(first_largest(state.correlations, slack))
@@ -200,18 +188,12 @@ class _Factor:
 class _State:
     """The pursuit after some picks; ``correlations`` ``(n,)`` are A^T r, minus infinity at the picks."""
 
-    def __init__(
-        self,
-        errors: torch.Tensor,
-        embeddings: torch.Tensor,
-        squared_norms: torch.Tensor,
-        target: tuple[torch.Tensor, torch.Tensor],
-        budget: int,
-        ridge: float,
-    ) -> None:
-        self.errors, self.embeddings, self.target = errors, embeddings, target
-        self.correlations = products_with(*target, errors, embeddings)  # A^T b
-        self.squared_norms = squared_norms.tolist()
+    def __init__(self, errors: torch.Tensor, embeddings: torch.Tensor, budget: int, ridge: float) -> None:
+        self.errors, self.embeddings = errors, embeddings
+        self.target = gradient_sum(errors, embeddings)  # b
+        self.correlations = products_with(*self.target, errors, embeddings)  # A^T b
+        self.norms = gradient_norms(errors, embeddings)
+        self.squared_norms = self.norms.square().tolist()
         self.factor = _Factor(budget, ridge)
         self.picks: list[int] = []
 
@@ -332,15 +314,4 @@ def pivoted(gram: np.ndarray, product: np.ndarray, positive: np.ndarray) -> np.n
     return None
 
 
-METHODS = (
-    Method(
-        "gradmatch",
-        gradmatch,
-        Needs(embeddings=True),
-        paper="Killamsetty et al. 2021 (GradMatch)",
-        equation="orthogonal matching pursuit: min ||sum_S w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
-        cost="n k (C + d) + n k^2",
-        weighted=True,
-        options=GradMatchOptions,
-    ),
-)
+METHODS = (Method("gradmatch", gradmatch, Needs(embeddings=True), GradMatchOptions, weighted=True),)

@@ -21,7 +21,7 @@ from src.artifacts.store import ELSEWHERE, REPLACE, load_result
 from src.context import RunContext, TrainingRun
 from src.coresets.config import GridConfig, PretrainConfig, SelectionConfig
 from src.coresets.registry import METHODS, REFERENCE
-from src.coresets.runner import CoresetRun, SelectionJob
+from src.coresets.runner import CoresetRun
 from src.errors import FileError, UserError
 from src.training import RunConfig
 
@@ -80,8 +80,8 @@ class Grid:
             run = replace(self.run_config, training=replace(self.run_config.training, seed=seed))
             for selection in chosen:
                 shots = selection.shots or selection.shots_up_to
-                job = SelectionJob(self.context, selection, self.pretrain, run, self.folders)
-                yield (selection.coreset_func, selection.coreset_fraction, shots, seed), CoresetRun(job)
+                cell = (selection.coreset_func, selection.coreset_fraction, shots, seed)
+                yield cell, CoresetRun(self.context, selection, self.pretrain, run, self.folders)
 
     def check(self) -> None:
         """Find before the first run what would stop a later one.

@@ -13,7 +13,6 @@ import numpy as np
 from src import rng
 from src.cli import number, option
 from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selection, SelectionInputs
-from src.errors import ArgumentError
 from src.lazy import torch
 
 if TYPE_CHECKING:
@@ -133,9 +132,6 @@ class InfoBatchPlan:
         seed: Seed of the draws; they are made by original index, so a subset or a resume changes none.
         delta: Share of the epochs that are pruned, in [0, 1].
         device: Where losses are kept: that of training, for several processes.
-
-    Raises:
-        ArgumentError: ``prune_ratio`` or ``delta`` is out of its range.
     """
 
     divide_by_size = True
@@ -150,10 +146,6 @@ class InfoBatchPlan:
         delta: float = 0.875,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 0.0 <= prune_ratio < 1.0:
-            raise ArgumentError("prune_ratio", f"{prune_ratio:g}: must be at least 0 and below 1")
-        if not 0.0 <= delta <= 1.0:
-            raise ArgumentError("delta", f"{delta:g}: is a share of the epochs; give a number from 0 to 1")
         self.prune_ratio, self.seed, self.delta = prune_ratio, seed, delta
         self.pruned_epochs = math.floor(delta * epochs + _ROUNDING)
         self._indices = indices.cpu()
@@ -185,15 +177,12 @@ class InfoBatchPlan:
             kept += 1
         visited = torch.ones(count, dtype=torch.bool)
         visited[low] = False
-        chosen = self._draw(low, kept, epoch)
+        # one uniform number per original index: a subset or a resume changes no draw
+        numbers = torch.from_numpy(rng.numpy_generator(self.seed, epoch, "infobatch").random(self._total))
+        chosen = low[numbers[self._indices[low]].argsort(stable=True)[:kept]]
         visited[chosen] = True
         weights[chosen] = len(low) / kept
         return visited.nonzero()[:, 0], weights
-
-    def _draw(self, low: torch.Tensor, kept: int, epoch: int) -> torch.Tensor:
-        """``kept`` of the positions ``low``: those of the smallest of one uniform number per original index."""
-        numbers = torch.from_numpy(rng.numpy_generator(self.seed, epoch, "infobatch").random(self._total))
-        return low[numbers[self._indices[low]].argsort(stable=True)[:kept]]
 
     def record(self, indices: torch.Tensor, losses: torch.Tensor) -> None:
         """Take the losses ``(b,)`` of original indices ``(b,)``."""
@@ -220,24 +209,6 @@ class InfoBatchPlan:
 
 
 METHODS = (
-    Method(
-        "infobatch",
-        infobatch,
-        Needs(logits=True),
-        paper="Qin et al. 2024",
-        equation="all of loss >= mean, and random ones of the m below it, of weight m / kept; once, before training",
-        cost="n",
-        weighted=True,
-    ),
-    Method(
-        "infobatch_dynamic",
-        None,
-        Needs(),
-        paper="Qin et al. 2024",
-        equation="r = 1 - coreset_fraction; each epoch visits all of loss >= mean, and floor((1 - r) m) random ones "
-        "of the m below it, of weight m / kept; after delta * epochs all",
-        cost="n per epoch",
-        weighted=True,
-        options=InfoBatchOptions,
-    ),
+    Method("infobatch", infobatch, Needs(logits=True), weighted=True),
+    Method("infobatch_dynamic", None, Needs(), InfoBatchOptions, weighted=True),
 )

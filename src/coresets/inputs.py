@@ -15,18 +15,15 @@ from src.errors import ArgumentError, UserError
 from src.lazy import torch
 
 
-def _refuse_not_finite(name: str, values: np.ndarray | torch.Tensor, axis: int = 0) -> None:
-    """Stop at the first example, along ``axis``, that has a NaN or an infinity among its values.
+def _refuse_not_finite(name: str, finite: np.ndarray | torch.Tensor) -> None:
+    """Stop at the first example with a NaN or an infinity, given which examples ``(n,)`` have none.
 
     Raises:
         UserError: There is one.
     """
-    finite = np.isfinite(values) if isinstance(values, np.ndarray) else values.isfinite()
-    if bool(finite.all()):
-        return
-    flat = np.moveaxis(np.asarray(finite if isinstance(finite, np.ndarray) else finite.cpu()), axis, 0)
-    first = int(np.flatnonzero(~flat.reshape(len(flat), -1).all(axis=1))[0])
-    raise UserError(f"{name}: those of example {first} are not finite; every value must be a finite number")
+    if not bool(finite.all()):
+        first = int(np.flatnonzero(~np.asarray(finite.tolist()))[0])
+        raise UserError(f"{name}: those of example {first} are not finite; every value must be a finite number")
 
 
 def _refuse_other_lengths(count: int, arrays: Mapping[str, tuple[int, ...]]) -> None:
@@ -60,18 +57,10 @@ class Selection:
     def __post_init__(self) -> None:
         if self.weights.shape != self.indices.shape:
             raise UserError(f"weights: there are {self.weights.size} for {self.indices.size} indices; give one each")
-        ordered = np.sort(self.indices)
-        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(ordered) and (ordered[0] < 0 or len(repeated)):
-            raise UserError(
-                f"indices: {repeated[0] if len(repeated) else ordered[0]} is "
-                f"{'there twice' if len(repeated) else 'negative'}; an example is chosen by its position, once"
-            )
+        if (self.indices < 0).any() or len(np.unique(self.indices)) < len(self.indices):
+            raise UserError("indices: one is negative or there twice; choose an example by its position, once")
         if not (np.isfinite(self.weights) & (self.weights >= 0)).all():
-            bad = int(np.flatnonzero(~(np.isfinite(self.weights) & (self.weights >= 0)))[0])
-            raise UserError(
-                f"weights: {self.weights[bad]:g}, of index {self.indices[bad]}, is not a finite number of at least 0"
-            )
+            raise UserError("weights: one is not a finite number of at least 0")
 
     @classmethod
     def of(cls, picks: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None) -> Selection:
@@ -155,7 +144,7 @@ class LastLayer:
         given = {"logits": self.logits, **{name: values for name, values in optional.items() if values is not None}}
         _refuse_other_lengths(len(self.labels), {name: values.shape for name, values in given.items()})
         for name, values in given.items():
-            _refuse_not_finite(name, values)
+            _refuse_not_finite(name, values.isfinite().reshape(len(values), -1).all(dim=1))
         _refuse_other_labels(self.labels.cpu().numpy(), self.logits.shape[1])
 
     @cached_property
@@ -230,7 +219,8 @@ class SelectionInputs:
         _refuse_other_labels(np.asarray(self.labels), self.num_classes)
         for name, values in self.dynamics.items():
             unvisited = np.isnan(values)  # in some epochs, not in all
-            _refuse_not_finite(f"dynamics {name}", np.where(unvisited & ~unvisited.all(axis=0), 0, values), axis=1)
+            finite = (unvisited | np.isfinite(values)).all(axis=0) & ~unvisited.all(axis=0)
+            _refuse_not_finite(f"dynamics {name}", finite)
         for place, network in enumerate(self.networks):
             others = np.flatnonzero(network.labels.cpu().numpy() != self.labels)
             if len(others):
@@ -311,17 +301,6 @@ class Needs:
         """Whether a network must be pre-trained."""
         return bool(self.reduced or self.dynamics or self.logits or self.embeddings)
 
-    def __str__(self) -> str:
-        parts = []
-        if self.stored:
-            parts.append(f"stored score `{self.stored}`")
-        if self.reduced or self.dynamics:
-            parts.append("dynamics of pre-training")
-        if self.logits or self.embeddings:
-            what = "embeddings and logits" if self.embeddings else "logits"
-            parts.append(f"{what} of {'R pre-trained networks' if self.ensemble else 'a pre-trained network'}")
-        return ", ".join(parts) or "labels"
-
 
 @dataclass(frozen=True)
 class Options:
@@ -379,9 +358,6 @@ class Method:
         name: The value of ``--coreset_func``.
         select: The choice; None for a method that chooses anew in each epoch of training.
         needs: What it must be given.
-        paper: Who proposed it.
-        equation: What the code implements, in a line.
-        cost: Its cost for n candidates of a group, k picks, C classes, embeddings of size d, after its needs.
         options: The dataclass of its options.
         weighted: Whether its weights may differ from 1.
     """
@@ -389,9 +365,6 @@ class Method:
     name: str
     select: Callable[[SelectionInputs, Sequence[CandidateGroup], Any], Selection] | None
     needs: Needs
-    paper: str
-    equation: str
-    cost: str
     options: type[Options] = Options
     weighted: bool = False
 

@@ -31,36 +31,10 @@ from src.training import RunConfig, RunFiles
 log = logging.getLogger(__name__)
 
 _LARGEST = 1e30  # of a weight: training computes in float32
+_SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # the run's own settings have them
 
 
-# ----------------------------------------------------------------------------------------------------------- files
-
-
-def write_selection(
-    path: Path, selection: Selection, context: RunContext, settings: dict[str, Any], seconds: float
-) -> Path:
-    """Write ``selection.npz``: original indices, weights, hashes of labels and images, settings (json), seconds.
-
-    Args:
-        path: The file.
-        selection: In positions among the training examples in use.
-        context: The data.
-        settings: What determined it.
-        seconds: What it took, pre-training aside.
-    """
-    return write_npz(
-        path,
-        indices=context.train.indices.cpu().numpy()[selection.indices],
-        weights=selection.weights,
-        label_hash=context.label_hash,
-        data_hash=context.full_train.digest or "",
-        total=context.full_train.total,
-        settings=json.dumps(settings, sort_keys=True),
-        seconds=seconds,
-    )
-
-
-def read_selection(path: str | Path, context: RunContext) -> tuple[Selection, dict[str, Any], float]:
+def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str, Any], float]:
     """Read a selection of anyone's making: ``indices``, and ``weights`` and more where the file has them.
 
     Returns:
@@ -99,12 +73,9 @@ def read_selection(path: str | Path, context: RunContext) -> tuple[Selection, di
     return Selection(positions, weights[order].astype(np.float64)), settings, float(seconds)
 
 
-# ------------------------------------------------------------------------------------------------------- selection
-
-
 @dataclass
-class SelectionJob:
-    """One selection to make, or to read from a file.
+class CoresetRun:
+    """One selection, made or read from a file, and a new model's training on it.
 
     Attributes:
         context: Device, data and processes.
@@ -122,9 +93,9 @@ class SelectionJob:
     folders: Folders
     out: Path | None = None
 
-    @property
+    @cached_property
     def experiment(self) -> str:
-        """The name of the run on the selection."""
+        """The run's name in paths."""
         config, name, share = self.config, self.config.coreset_func, self.config.share
         if config.selection is not None:
             name = f"selection_{file_digest(config.selection)[:8]}"
@@ -171,7 +142,7 @@ class SelectionJob:
         return acting_settings(facts)
 
     def check(self) -> None:
-        """Find, before anything is computed, what would stop the selection later.
+        """Find, before anything is computed, what would stop the run later.
 
         Raises:
             ArgumentError: The share does not fit the data, or pre-training is too short for the method.
@@ -195,6 +166,10 @@ class SelectionJob:
             log.warning(
                 "--coreset_mode few_shot: changes nothing for %s, which keeps what its paper keeps",
                 config.coreset_func,
+            )
+        if self.dynamic and not config.per_class:
+            log.warning(
+                "--per_class: changes nothing for %s, which looks at all examples at once", config.coreset_func
             )
 
     def groups(self) -> list[CandidateGroup]:
@@ -254,7 +229,16 @@ class SelectionJob:
             started = time.perf_counter()
             selection = config.method.select(self._inputs(), self.groups(), config.options)
             seconds = time.perf_counter() - started
-            write_selection(self.path, selection, self.context, self.settings, seconds)
+            write_npz(
+                self.path,
+                indices=self.context.train.indices.cpu().numpy()[selection.indices],
+                weights=selection.weights,
+                label_hash=self.context.label_hash,
+                data_hash=self.context.full_train.digest or "",
+                total=self.context.full_train.total,
+                settings=json.dumps(self.settings, sort_keys=True),
+                seconds=seconds,
+            )
             log.info(
                 "selection: %d of %d examples by %s in %.2f s",
                 len(selection.indices),
@@ -317,29 +301,12 @@ class SelectionJob:
             )
         return scores
 
-
-# -------------------------------------------------------------------------------------------------------- training
-
-
-@dataclass
-class CoresetRun:
-    """A fresh model's training on chosen examples.
-
-    Attributes:
-        job: The selection.
-    """
-
-    job: SelectionJob
-
-    @cached_property
-    def experiment(self) -> str:
-        """The run's name in paths."""
-        return self.job.experiment
+    # --------------------------------------------------------------------------------------------------- training
 
     @property
     def dynamic(self) -> bool:
         """Whether training chooses again in each epoch."""
-        return self.job.config.selection is None and self.job.config.method.dynamic
+        return self.config.selection is None and self.config.method.dynamic
 
     @property
     def files(self) -> RunFiles:
@@ -351,20 +318,6 @@ class CoresetRun:
         """The lock file of the process that works on the run."""
         return self.files.checkpoints / LOCK_NAME
 
-    def check(self) -> None:
-        """Find before anything is trained what would stop the run later.
-
-        Raises:
-            ArgumentError: The share does not fit the data or the method.
-            FileError: The stored score, or the selection's file, is missing or does not fit the data.
-        """
-        config = self.job.config
-        self.job.check()
-        if self.dynamic and not config.per_class:
-            log.warning(
-                "--per_class: changes nothing for %s, which looks at all examples at once", config.coreset_func
-            )
-
     def check_stored(self) -> None:
         """Stop at a run or a selection with different settings that is already there, before anything is trained.
 
@@ -372,7 +325,7 @@ class CoresetRun:
             FileError: There is one; the message names the settings that differ.
         """
         if not self.dynamic:
-            self.job.stored()
+            self.stored()
         run = self._training()
         if results := run.files.read_results():
             load_result(
@@ -384,10 +337,18 @@ class CoresetRun:
 
     def train(self) -> list[dict[str, Any]]:
         """Select, and train on the selection; returns the history, one record per epoch."""
-        self.check()
         if self.dynamic:
-            return self._training().fit(plan=self._plan())
-        selection, _ = self.job.select()
+            self.check()
+            plan = InfoBatchPlan(
+                self.context.train.indices,
+                prune_ratio=self._prune_ratio,
+                epochs=self.run.training.epochs,
+                seed=self.run.training.seed,
+                delta=self.config.options.infobatch_delta,
+                device=self.context.device,
+            )
+            return self._training().fit(plan=plan)
+        selection, _ = self.select()
         weights = torch.from_numpy(selection.weights) if selection.weighted else None
         return self._training(selection).fit(weights=weights)
 
@@ -396,46 +357,33 @@ class CoresetRun:
         if self.dynamic:
             return self._training().is_done()
         try:
-            found = self.job.stored()
+            found = self.stored()
         except FileError:  # making it reports what is wrong
             return False
         return found is not None and self._training(found[0]).is_done()
 
     def selection_seconds(self) -> float:
         """The seconds that the stored selection took; NaN where there is none."""
-        found = None if self.dynamic else self.job.stored()
+        found = None if self.dynamic else self.stored()
         return float("nan") if found is None else found[1]
 
     def _training(self, selection: Selection | None = None) -> TrainingRun:
         """The run on a selection; without one, of the settings that are known before it is made."""
-        job, train = self.job, self.job.context.train
-        more = {f"selection_{name}": value for name, value in job.settings.items() if name not in _SHARED}
+        train = self.context.train
         if self.dynamic:
             more = {
-                "selection": job.config.coreset_func,
+                "selection": self.config.coreset_func,
                 "prune_ratio": self._prune_ratio,
-                "infobatch_delta": job.config.options.infobatch_delta,
+                "infobatch_delta": self.config.options.infobatch_delta,
             }
+        else:
+            more = {f"selection_{name}": value for name, value in self.settings.items() if name not in _SHARED}
         if selection is not None:
             train = train.subset(torch.from_numpy(selection.indices))
             values = {"indices": selection.indices.tolist(), "weights": selection.weights.tolist()}
             more["selection"] = settings_hash(values)
-        return TrainingRun(job.context, job.run, job.folders, self.experiment, train, more)
+        return TrainingRun(self.context, self.run, self.folders, self.experiment, train, more)
 
     @property
     def _prune_ratio(self) -> float:
-        return float(np.round(1.0 - self.job.config.coreset_fraction, 12))
-
-    def _plan(self) -> InfoBatchPlan:
-        job = self.job
-        return InfoBatchPlan(
-            job.context.train.indices,
-            prune_ratio=self._prune_ratio,
-            epochs=job.run.training.epochs,
-            seed=job.run.training.seed,
-            delta=job.config.options.infobatch_delta,
-            device=job.context.device,
-        )
-
-
-_SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # the run's own settings have them
+        return float(np.round(1.0 - self.config.coreset_fraction, 12))

@@ -111,7 +111,7 @@ def test_shots_up_to_keep_all_of_a_smaller_class(place, tmp_path, func):
     flags = (*place.flags(func), f"--subset={tmp_path / 'subset.txt'}", *folders(tmp_path, *TRAIN))
     flags += (f"--metrics_folder={place.base / 'metrics'}",)
     refused = call("select_coreset.py", *flags, "--shots=4")
-    assert (refused.status, "shots_up_to 4" in refused.complaint) == (2, True)
+    assert (refused.status, "shots_up_to=4" in refused.complaint) == (2, True)
     succeed("select_coreset.py", *flags, "--shots_up_to=4")
     indices = chosen(place, func, "shots_up_to_4", base=tmp_path)["indices"]
     assert np.bincount(indices % CLASSES).tolist() == [3, *[4] * (CLASSES - 1)]
