@@ -50,12 +50,9 @@ class Distances:
     squares: torch.Tensor
 
     @classmethod
-    def of(cls, network: LastLayer, positions: np.ndarray | None = None) -> Distances:
-        """The distances among candidates of a network, by default all."""
-        rows = slice(None)
-        if positions is not None:
-            rows = torch.from_numpy(np.ascontiguousarray(positions)).to(network.labels.device)
-        errors, embeddings = network.errors[rows].double(), network.embeddings[rows].double()
+    def of(cls, network: LastLayer) -> Distances:
+        """The distances among the candidates of a last layer."""
+        errors, embeddings = network.errors.double(), network.embeddings.double()
         largest = errors.abs().max()
         errors = errors / largest.where(largest > 0, 1.0)
         norms = (torch.linalg.vector_norm(t, dim=1) for t in (errors, embeddings))
@@ -433,7 +430,7 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
     network = inputs.networks[0]
     chosen, weights = [], []
     for group in groups:
-        distances = Distances.of(network, group.positions)
+        distances = Distances.of(network.at(group.positions))
         picks, counts = choose_weighted(distances, group.budget, options.selection_memory, generator)
         chosen.append(group.positions[picks])
         weights.append(counts)

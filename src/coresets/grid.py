@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 EVERYTHING = 1.0  # the share that keeps all
 
-Share = tuple[int | None, float | None]  # examples per class, or else the share
+Column = tuple[bool, float]  # whether it is a share, and the share or the examples per class
 Cell = tuple[str, float | None, int | None, int]  # method, share, or else examples per class, seed
 
 
@@ -277,46 +277,37 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     Returns:
         One row per method and share that has a cell: methods in the order in which they first appear, examples per
         class before shares, each ascending.
-
-    Raises:
-        ValueError: Two cells have the same method, share and seed.
     """
-    cells: dict[tuple[str, Share], dict[int, Mapping[str, Any]]] = {}
+    cells: dict[tuple[str, Column], list[Mapping[str, Any]]] = {}
     for record in records:
-        of_seed = cells.setdefault((record["method"], share_of(record)), {})
-        if record["seed"] in of_seed:
-            raise ValueError(f"two cells of {record['method']}, {share_of(record)}, seed {record['seed']}")
-        of_seed[record["seed"]] = record
-    order = {name: place for place, name in enumerate(dict.fromkeys(record["method"] for record in records))}
-    of_seeds = len({record["seed"] for record in records})
-    rows = [
-        _row(method, share, [cell for _, cell in sorted(cells[method, share].items()) if cell["finished"]], of_seeds)
-        for method, share in sorted(cells, key=lambda key: (order[key[0]], _place(key[1])))
-    ]
-    reference = {share_of(row): row["mean"] for row in rows if row["method"] == REFERENCE}
+        cells.setdefault((record["method"], _column(record)), []).append(record)
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    rows: list[Row] = []
+    for method, column in sorted(cells, key=lambda key: (methods.index(key[0]), key[1])):
+        own = sorted(cells[method, column], key=lambda record: record["seed"])
+        finished = [record for record in own if record["finished"]]
+        accuracies = [record["accuracy"] for record in finished]
+        row: Row = {
+            "method": method,
+            "share": own[0]["share"],
+            "shots": own[0]["shots"],
+            "mean": _mean(accuracies),
+            "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+            "seeds": len(finished),
+            "of_seeds": len({record["seed"] for record in records}),
+            "best": _mean(record["best"] for record in finished),
+            "over_random_points": None,
+            "examples": _mean(record["examples"] for record in finished),
+            "selection_seconds": _mean(record["selection_seconds"] for record in finished),
+            "training_seconds": _mean(record["training_seconds"] for record in finished),
+        }
+        rows.append(row)
+    reference = {_column(row): row["mean"] for row in rows if row["method"] == REFERENCE}
     for row in rows:
-        base = reference.get(share_of(row))
+        base = reference.get(_column(row))
         if base is not None and row["mean"] is not None:
             row["over_random_points"] = 100 * (row["mean"] - base)
     return rows
-
-
-def _row(method: str, share: Share, finished: Sequence[Mapping[str, Any]], of_seeds: int) -> Row:
-    accuracies = [cell["accuracy"] for cell in finished]
-    return {
-        "method": method,
-        "share": share[1],
-        "shots": share[0],
-        "mean": _mean(accuracies),
-        "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
-        "seeds": len(finished),
-        "of_seeds": of_seeds,
-        "best": _mean(cell["best"] for cell in finished),
-        "over_random_points": None,
-        "examples": _mean(cell["examples"] for cell in finished),
-        "selection_seconds": _mean(cell["selection_seconds"] for cell in finished),
-        "training_seconds": _mean(cell["training_seconds"] for cell in finished),
-    }
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -325,23 +316,9 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def share_of(row: Mapping[str, Any]) -> Share:
-    """What a row or record keeps: examples per class, or else the share."""
-    return (row["shots"], None) if row["shots"] is not None else (None, row["share"])
-
-
-def _place(share: Share) -> tuple[bool, float]:
-    """Sort key of shares: examples per class first, so that everything comes last."""
-    shots, fraction = share
-    return (shots is None, fraction if shots is None else shots)
-
-
-def share_label(share: Share) -> str:
-    """A share as people read it."""
-    shots, fraction = share
-    if shots is not None:
-        return f"{shots} per class"
-    return "all" if fraction == EVERYTHING else f"{fraction:g}"
+def _column(row: Mapping[str, Any]) -> Column:
+    """The column of a row or record; columns sort with examples per class first, so that everything comes last."""
+    return (True, row["share"]) if row["shots"] is None else (False, row["shots"])
 
 
 def markdown(rows: Sequence[Row], title: str = "") -> str:
@@ -351,28 +328,24 @@ def markdown(rows: Sequence[Row], title: str = "") -> str:
         rows: Of :func:`summarize`.
         title: What was trained on what, the caption's beginning.
     """
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    shares = sorted({share_of(row) for row in rows}, key=_place)
-    of = {(row["method"], share_of(row)): row for row in rows}
-    best = {share: _best([row["mean"] for row in rows if share_of(row) == share]) for share in shares}
-    lines = [["method", *map(share_label, shares)]]
-    lines += [[method, *(_entry(of.get((method, share)), best[share]) for share in shares)] for method in methods]
+    methods = dict.fromkeys(row["method"] for row in rows)
+    columns = sorted({_column(row) for row in rows})
+    of = {(row["method"], _column(row)): row for row in rows}
+    lines = [["method"], *([method] for method in methods)]
+    for column in columns:
+        is_share, value = column
+        share = "all" if value == EVERYTHING else f"{value:g}"
+        lines[0].append(share if is_share else f"{value} per class")
+        found = [of.get((method, column)) for method in methods]
+        means = [row["mean"] for row in found if row is not None and row["mean"] is not None]
+        best = max(means) if len(means) > 1 else None  # alone, nothing is best
+        for line, row in zip(lines[1:], found, strict=True):
+            line.append(_entry(row, best))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [_line(line, widths) for line in lines]
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    header, *table = [f"| {' | '.join(line)} |" for line in aligned]
     rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
-    return "\n".join([caption(rows, title), "", table[0], rule, *table[1:], ""])
-
-
-def _best(means: Sequence[float | None]) -> float | None:
-    """The highest mean; None where there is nothing to compare."""
-    known = [mean for mean in means if mean is not None]
-    return max(known) if len(known) > 1 else None
-
-
-def _line(entries: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = entries
-    cells = [first.ljust(widths[0]), *(entry.rjust(width) for entry, width in zip(others, widths[1:], strict=True))]
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([_caption(rows, title), "", header, rule, *table, ""])
 
 
 def _entry(row: Row | None, best: float | None) -> str:
@@ -388,15 +361,15 @@ def _entry(row: Row | None, best: float | None) -> str:
     return text
 
 
-def caption(rows: Sequence[Row], title: str = "") -> str:
+def _caption(rows: Sequence[Row], title: str = "") -> str:
     """The line that says what the numbers are, over how many seeds, and which spread."""
     seeds = max((row["of_seeds"] for row in rows), default=0)
     spread = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
     shots = any(row["shots"] is not None for row in rows)
     columns = "examples kept of each class" if shots else "share of the examples kept"
     marks = ["bold: the best mean of a column"]
-    places = len({row["method"] for row in rows}) * len({share_of(row) for row in rows})
-    if places > sum(row["mean"] is not None for row in rows):
+    cells = len({row["method"] for row in rows}) * len({_column(row) for row in rows})
+    if cells > sum(row["mean"] is not None for row in rows):
         marks.append("-: none finished")
     marks += [
         f"{name} visits that share of each epoch's low-loss examples, and all others"
@@ -412,11 +385,13 @@ def write_table(
 ) -> list[Path]:
     """Write a table as ``stem.csv``, ``stem.json`` (with every cell and the settings) and ``stem.md``.
 
+    In the csv file, accuracies are in [0, 1], and unknown values are empty.
+
     Args:
         stem: Folder and name; the folder is made.
         rows: Of :func:`summarize`.
         records: The cells that they summarize.
-        settings: What all cells share; ``model`` and ``dataset`` stand in the caption.
+        settings: What all cells share; the caption has ``model`` and ``dataset``.
 
     Returns:
         The three paths.
@@ -425,19 +400,14 @@ def write_table(
         FileError: A file cannot be written.
     """
     stem = Path(stem)
-    title = f"{settings['model']} on {settings['dataset']}" if {"model", "dataset"} <= set(settings) else ""
-    contents = {"settings": dict(settings), "rows": list(rows), "cells": [dict(record) for record in records]}
-    return [
-        write_text(stem.with_name(f"{stem.name}.csv"), _csv(rows)),
-        write_json(stem.with_name(f"{stem.name}.json"), contents),
-        write_text(stem.with_name(f"{stem.name}.md"), markdown(rows, title)),
-    ]
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    """One line per row, accuracies in [0, 1]; what is unknown is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(Row.__annotations__), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    title = f"{settings['model']} on {settings['dataset']}"
+    contents = {"settings": dict(settings), "rows": list(rows), "cells": [dict(record) for record in records]}
+    return [
+        write_text(stem.with_name(f"{stem.name}.csv"), text.getvalue()),
+        write_json(stem.with_name(f"{stem.name}.json"), contents),
+        write_text(stem.with_name(f"{stem.name}.md"), markdown(rows, title)),
+    ]

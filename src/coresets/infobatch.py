@@ -177,12 +177,15 @@ class InfoBatchPlan:
             kept += 1
         visited = torch.ones(count, dtype=torch.bool)
         visited[low] = False
-        # one uniform number per original index: a subset or a resume changes no draw
-        numbers = torch.from_numpy(rng.numpy_generator(self.seed, epoch, "infobatch").random(self._total))
-        chosen = low[numbers[self._indices[low]].argsort(stable=True)[:kept]]
+        chosen = self._draw(low, kept, epoch)
         visited[chosen] = True
         weights[chosen] = len(low) / kept
         return visited.nonzero()[:, 0], weights
+
+    def _draw(self, low: torch.Tensor, kept: int, epoch: int) -> torch.Tensor:
+        """``kept`` of the positions ``low``: those of the smallest of one uniform number per original index."""
+        numbers = torch.from_numpy(rng.numpy_generator(self.seed, epoch, "infobatch").random(self._total))
+        return low[numbers[self._indices[low]].argsort(stable=True)[:kept]]
 
     def record(self, indices: torch.Tensor, losses: torch.Tensor) -> None:
         """Take the losses ``(b,)`` of original indices ``(b,)``."""

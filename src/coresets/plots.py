@@ -17,9 +17,9 @@ from src.coresets.registry import REFERENCE
 from src.errors import ArgumentError
 from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
-# Paul Tol's "muted" scheme, told apart with any colour vision; pale ones last
-COLOURS = ("#332288", "#CC6677", "#44AA99", "#882255", "#999933", "#117733", "#AA4499", "#88CCEE", "#DDCC77")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
+# Paul Tol's "muted" scheme, told apart with any color vision; pale ones last
+_COLORS = ("#332288", "#CC6677", "#44AA99", "#882255", "#999933", "#117733", "#AA4499", "#88CCEE", "#DDCC77")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
 _BLACK = "black"
 _DASH_DOT = (0, (3, 1, 1, 1))  # short, so that the piece beside a name shows it
 _TEXT = 13  # points, of the names beside the lines
@@ -76,26 +76,31 @@ def accuracy_figure(
         axes.set_xlabel("examples per class" if key == "shots" else "share of examples kept")
         _ticks(axes, sorted({row[key] for row in rows}))
         if full is not None:
-            names.append(_level(axes, full, full_std))
+            style = {"color": "0.25", "linestyle": ":"}
+            axes.axhline(100 * full, lw=2, label="all examples", zorder=2, **style)
+            if full_std is not None:
+                band = 100 * (full - full_std), 100 * (full + full_std)
+                axes.axhspan(*band, color="0.25", alpha=0.1, lw=0, label="_all examples")
+            names.append(_Name("all examples", 100 * full, style))
         _names(figure, axes, names)
         return figure
 
 
 def line_styles(methods: Sequence[str]) -> dict[str, dict]:
-    """How each method's line is drawn: ``random`` black and dashed, the others by colour and marker.
+    """How each method's line is drawn: ``random`` black and dashed, the others by color and marker.
 
-    From the tenth on, colours come again, with other markers, hollow, and dash-dotted lines.
+    From the tenth on, colors come again, with other markers, hollow, and dash-dotted lines.
     """
     styles = {REFERENCE: {"color": _BLACK, "marker": "o", "markersize": 5, "linestyle": "--", "zorder": 4}}
     for place, method in enumerate(m for m in methods if m != REFERENCE):
-        again = (place // len(COLOURS)) % 2
+        again = (place // len(_COLORS)) % 2
         styles[method] = {
-            "color": COLOURS[place % len(COLOURS)],
-            "marker": MARKERS[place % len(MARKERS)],
+            "color": _COLORS[place % len(_COLORS)],
+            "marker": _MARKERS[place % len(_MARKERS)],
             "markersize": 9,
             "linestyle": _DASH_DOT if again else "-",
-            "markerfacecolor": "white" if again else COLOURS[place % len(COLOURS)],
-            "markeredgecolor": COLOURS[place % len(COLOURS)] if again else "white",
+            "markerfacecolor": "white" if again else _COLORS[place % len(_COLORS)],
+            "markeredgecolor": _COLORS[place % len(_COLORS)] if again else "white",
             "zorder": 3,
         }
     return {method: styles[method] for method in methods}
@@ -114,15 +119,6 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, method: str, 
     else:
         axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.16, lw=0, label=f"_{method}")
     return _Name(method, mean[-1], style)
-
-
-def _level(axes: Axes, full: float, std: float | None) -> _Name:
-    """The accuracy of training on everything."""
-    style = {"color": "0.25", "linestyle": ":"}
-    axes.axhline(100 * full, lw=2, label="all examples", zorder=2, **style)
-    if std is not None:
-        axes.axhspan(100 * (full - std), 100 * (full + std), color="0.25", alpha=0.1, lw=0, label="_all examples")
-    return _Name("all examples", 100 * full, style)
 
 
 def _ticks(axes: Axes, values: Sequence[float]) -> None:

@@ -120,11 +120,6 @@ def test_examples_per_class_and_the_whole_set():
     assert "columns: examples kept of each class" in markdown(rows)
 
 
-def test_a_cell_that_is_there_twice_is_refused(records):
-    with pytest.raises(ValueError, match="two cells of random"):
-        summarize([*records, records[0]])
-
-
 def test_the_files_read_back(tmp_path, records):
     records.append(cell("el2n", 0.1, 1, None))
     rows = summarize(records)
