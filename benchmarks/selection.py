@@ -23,7 +23,7 @@ from src import rng
 from src.coresets.budgets import make_groups
 from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
 from src.coresets.gradmatch import pursue
-from src.coresets.graph_cut import Similarities, choose, greedy_graph_cut
+from src.coresets.graph_cut import Similarities, graph_cut_picks, greedy_graph_cut
 from src.coresets.inputs import CandidateGroup, LastLayer, Selection, errors_of, gradient_norms, inner_products
 from src.coresets.ranked import keep_by_rank
 
@@ -147,8 +147,8 @@ def graph_cut(quick: bool = False) -> list[Row]:
         greedy, picks = timed(
             lambda sums=sums, dense=dense: greedy_graph_cut(sums, dense.__getitem__, budget), repeats
         )
-        whole, by_matrix = timed(lambda network=network: choose(network, budget, MEMORY), 1)
-        factored, by_columns = timed(lambda network=network: choose(network, budget, 0), 1)
+        whole, by_matrix = timed(lambda network=network: graph_cut_picks(network, budget, MEMORY), 1)
+        factored, by_columns = timed(lambda network=network: graph_cut_picks(network, budget, 0), 1)
         if not all(np.array_equal(found, expected) for found in (picks, by_matrix, by_columns)):
             raise RuntimeError(f"graph cut, {classes} classes: two ways pick differently")
         what = f"graph cut, {count} x 30 %, {classes} classes"

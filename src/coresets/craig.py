@@ -62,13 +62,9 @@ class Distances:
     def __len__(self) -> int:
         return len(self.squares)
 
-    def at(self, places: slice | torch.Tensor) -> Distances:
+    def at(self, places: slice | np.ndarray) -> Distances:
         """The same of some."""
         return Distances(self.errors[places], self.embeddings[places], self.squares[places])
-
-    def indices(self, places: np.ndarray) -> torch.Tensor:
-        """Places as an index tensor on the factors' device."""
-        return torch.from_numpy(np.ascontiguousarray(places)).to(self.squares.device)
 
     def to(self, others: Distances) -> torch.Tensor:
         """Distances to others, ``(n, m)``; for tiles: it takes three times the memory of its result."""
@@ -106,7 +102,7 @@ class Distances:
         Returns:
             float64 ``(n,)`` and int64 ``(n,)``.
         """
-        chosen = self.at(self.indices(picks))
+        chosen = self.at(picks)
         near, owner = np.empty(len(self)), np.empty(len(self), dtype=np.int64)
         rows = max(ROWS, min(_TILE, _TILE * WIDTH // len(picks)))
         for first in range(0, len(self), rows):
@@ -306,9 +302,9 @@ def greedy_by_sample(
         Places ``(k,)`` in the order of the picks.
     """
     leaders = min(budget, max(1, len(sample) // _PER_LEADER))
-    picks = sample[greedy_on_matrix(distances.at(distances.indices(sample)).matrix(), leaders)]
+    picks = sample[greedy_on_matrix(distances.at(sample).matrix(), leaders)]
     near = distances.nearest(picks)[0]
-    probes = distances.at(distances.indices(sample[:: max(1, len(sample) // _PROBES)]))
+    probes = distances.at(sample[:: max(1, len(sample) // _PROBES)])
     while len(picks) < budget:
         shares = _shares(near, _near_candidates(distances, probes, near), pairs)
         drawn = np.flatnonzero(generator.random(len(shares)) < shares)
@@ -368,7 +364,7 @@ def _greedy_on_pairs(
         examples, near = distances, np.where(inside, near, 0.0)
         weights = np.divide(1.0, shares, out=np.zeros(len(shares)), where=inside)
     else:
-        examples, near, weights = distances.at(distances.indices(drawn)), near[drawn], 1.0 / shares[drawn]
+        examples, near, weights = distances.at(drawn), near[drawn], 1.0 / shares[drawn]
     limits = torch.from_numpy(near.copy()).to(distances.squares.device)
     block = limits.new_empty(ROWS, len(examples))  # one for all: large ones between small lists would fragment memory
     lists: list[tuple[np.ndarray, np.ndarray]] = []

@@ -230,22 +230,17 @@ class _Stored(_State):
 class _Recomputed(_State):
     """With the residual itself, C (d + 1) numbers: nothing of size n k is kept, a pick costs (n + k) C d + k^2."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.independent: list[int] = []
-
     def take(self, pick: int) -> None:
         """Add a pick and bring the correlations up to date."""
-        ours = self.errors[self.independent], self.embeddings[self.independent]
+        independent = [self.picks[number] for number in self.factor.members]
+        ours = self.errors[independent], self.embeddings[independent]
         column = inner_products(*ours, self.errors[pick : pick + 1], self.embeddings[pick : pick + 1])[:, 0]
-        row = self.factor.forward(column.cpu().numpy()) if self.independent else np.empty(0)
+        row = self.factor.forward(column.cpu().numpy()) if independent else np.empty(0)
         if self.add(pick, row) is None:
             return
-        self.independent.append(pick)
+        independent.append(pick)
         solution = torch.from_numpy(self.factor.solution()).to(self.errors.device)
-        bias, weight = gradient_sum(
-            self.errors[self.independent] * solution[:, None], self.embeddings[self.independent]
-        )
+        bias, weight = gradient_sum(self.errors[independent] * solution[:, None], self.embeddings[independent])
         residual = self.target[0] - bias, self.target[1] - weight
         self.correlations = products_with(*residual, self.errors, self.embeddings)
         self.correlations[self.picks] = -math.inf

@@ -106,7 +106,7 @@ def greedy_graph_cut(sums: np.ndarray, column: Callable[[int], np.ndarray], budg
     return picks
 
 
-def choose(network: LastLayer, budget: int, memory: int) -> np.ndarray:
+def graph_cut_picks(network: LastLayer, budget: int, memory: int) -> np.ndarray:
     """Picks ``(k,)`` among a network's candidates, in their order.
 
     Args:
@@ -135,7 +135,7 @@ def graph_cut(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
     """
     network = inputs.networks[0]
     return Selection.of(
-        [g.positions[choose(network.at(g.positions), g.budget, options.selection_memory)] for g in groups]
+        [g.positions[graph_cut_picks(network.at(g.positions), g.budget, options.selection_memory)] for g in groups]
     )
 
 

@@ -32,10 +32,9 @@ log = logging.getLogger(__name__)
 # they do not: models of older versions are found. Images are compared when a run's settings are.
 _IN_KEY = {name: DEFAULTS[name] for name in ("rho", "adaptive", "hess_init", "lr_min")} | {"delta": None}
 
-SEED_STEP = 5  # between the seeds of independently initialized models
-WEIGHT_DECAY = 5e-4
-LARGEST_FILE = 2**31  # bytes; larger features are computed again by each run that needs them
-QUANTITIES = ("logits", "embeddings", "gradient_norms")
+_SEED_STEP = 5  # between the seeds of independently initialized models
+_WEIGHT_DECAY = 5e-4
+_LARGEST_FILE = 2**31  # bytes; larger features are computed again by each run that needs them
 
 
 class PretrainedModel:
@@ -59,11 +58,11 @@ class PretrainedModel:
         config = RunConfig(
             run.model,
             TrainingConfig(
-                seed=run.training.seed + SEED_STEP * number,
+                seed=run.training.seed + _SEED_STEP * number,
                 epochs=pretrain.coreset_pretrain_epochs,
                 learning_rate=pretrain.coreset_pretrain_lr,
                 lr_sched=pretrain.coreset_pretrain_lr_sched,
-                weight_decay=WEIGHT_DECAY,
+                weight_decay=_WEIGHT_DECAY,
                 nesterov=True,
                 precision=run.training.precision,
             ),
@@ -111,7 +110,7 @@ class PretrainedModel:
                 log.info("pre-training: %s, seed %d, is on disk", run.experiment, run.config.training.seed)
             else:
                 group.wait()  # nobody starts before everybody has seen that there is something to do
-                for name in QUANTITIES:
+                for name in ("logits", "embeddings", "gradient_norms"):
                     self._file(name).unlink(missing_ok=True)
                 try:
                     run.fit()
@@ -168,20 +167,18 @@ class PretrainedModel:
         return torch.from_numpy(values) if right and len(values) == len(self._run.train) else None
 
     def _store(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        if values.numel() * values.element_size() <= LARGEST_FILE:
+        if values.numel() * values.element_size() <= _LARGEST_FILE:
             write_npz(self._file(name), values=values.numpy())
         return values
 
     def _model(self) -> torch.nn.Module:
-        config = self._run.config
-        asked = {"model": config.model.model, "optimizer": "sgd"}
+        model, training = self._run.config.model.model, self._run.config.training
         try:
-            model, _ = self._run.context.load_model(
-                self._checkpoint, seed=config.training.seed, epoch=config.training.epochs, **asked
-            )
+            return self._run.context.load_model(
+                self._checkpoint, seed=training.seed, epoch=training.epochs, model=model, optimizer="sgd"
+            )[0]
         except FileError as error:
             raise FileError(f"{error}; delete it, and it is trained again") from error
-        return model
 
     def _forward(self, embeddings: bool) -> dict[str, torch.Tensor]:
         """Logits ``(n, C)`` and embeddings ``(n, d)``, in one pass."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from src.coresets.budgets import make_groups
-from src.coresets.graph_cut import Similarities, choose, graph_cut, greedy_graph_cut
+from src.coresets.graph_cut import Similarities, graph_cut, graph_cut_picks, greedy_graph_cut
 from src.coresets.inputs import LastLayer, MemoryOptions, SelectionInputs
 
 
@@ -67,12 +67,12 @@ def test_dense_and_factored_ways_choose_the_same(dtype, repeats):
     layer = network(60, 4, 8, seed=3, dtype=dtype).at(np.tile(np.arange(60), repeats))
     count = 60 * repeats
     for budget in (count // 4, count):
-        assert choose(layer, budget, 2048).tolist() == choose(layer, budget, 0).tolist()
+        assert graph_cut_picks(layer, budget, 2048).tolist() == graph_cut_picks(layer, budget, 0).tolist()
 
 
 def test_of_duplicates_the_lower_index_comes_first():
     layer = network(20).at(np.tile(np.arange(20), 2))
-    place = {pick: step for step, pick in enumerate(choose(layer, 40, 0).tolist())}
+    place = {pick: step for step, pick in enumerate(graph_cut_picks(layer, 40, 0).tolist())}
     assert all(place[x] < place[x + 20] for x in range(20))
 
 
@@ -96,12 +96,12 @@ def test_a_zero_gradient_is_half_similar_to_all_and_to_itself():
     assert (matrix[0] == 0.5).all()
     assert (matrix[:, 0] == 0.5).all()
     np.testing.assert_allclose(matrix[1:, 1:], 1.0)
-    assert choose(layer, 3, 0).tolist() == choose(layer, 3, 2048).tolist()
+    assert graph_cut_picks(layer, 3, 0).tolist() == graph_cut_picks(layer, 3, 2048).tolist()
 
 
 def test_all_gradients_zero_are_chosen_by_index():
     layer = LastLayer(torch.tensor([[1e4, 0.0]] * 6), torch.zeros(6, dtype=torch.int64), torch.zeros(6, 2))
-    assert choose(layer, 4, 0).tolist() == [0, 1, 2, 3]
+    assert graph_cut_picks(layer, 4, 0).tolist() == [0, 1, 2, 3]
 
 
 def test_tiny_errors_keep_their_direction():
