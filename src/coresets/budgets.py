@@ -44,7 +44,7 @@ def make_groups(
         num_classes: C.
         fraction: Share to keep, in (0, 1].
         shots: Examples per class, in place of a fraction.
-        shots_up_to: The same, but a smaller class is kept whole.
+        shots_up_to: The same, but all of a smaller class are kept.
         per_class: A group per class that has candidates; else one group of all.
         class_names: Names of the classes, for messages.
 

@@ -45,7 +45,7 @@ class SelectionConfig:
         coreset_mode: ``"large"`` (pruning) or ``"few_shot"``: stored scores keep their highest or lowest.
         coreset_fraction: Share to keep, in (0, 1].
         shots: Examples to keep of each class, in place of a share.
-        shots_up_to: The same, but a smaller class is kept as a whole.
+        shots_up_to: The same, but all of a smaller class are kept.
         per_class: Whether to choose within each class.
         coreset_epochs: Passes over the chosen examples.
         scores_folder: Where stored scores are searched, see ``score_folders``.
@@ -158,7 +158,7 @@ class GridConfig:
         funcs: Names of ``METHODS``.
         fractions: Shares to keep.
         shots: Examples to keep of each class, in place of shares.
-        shots_up_to: The same, but smaller classes are kept as a whole.
+        shots_up_to: The same, but all of smaller classes are kept.
         seeds: Seeds of selection and training.
         full: Whether to train on everything too.
         name: Name of table and figure.

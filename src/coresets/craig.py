@@ -50,9 +50,9 @@ class Distances:
     squares: torch.Tensor
 
     @classmethod
-    def of(cls, network: LastLayer) -> Distances:
+    def of(cls, layer: LastLayer) -> Distances:
         """The distances among the candidates of a last layer."""
-        errors, embeddings = network.errors.double(), network.embeddings.double()
+        errors, embeddings = layer.errors.double(), layer.embeddings.double()
         largest = errors.abs().max()
         errors = errors / largest.where(largest > 0, 1.0)
         norms = (torch.linalg.vector_norm(t, dim=1) for t in (errors, embeddings))
@@ -62,9 +62,9 @@ class Distances:
     def __len__(self) -> int:
         return len(self.squares)
 
-    def at(self, places: slice | np.ndarray) -> Distances:
+    def at(self, positions: slice | np.ndarray) -> Distances:
         """The same of some."""
-        return Distances(self.errors[places], self.embeddings[places], self.squares[places])
+        return Distances(self.errors[positions], self.embeddings[positions], self.squares[positions])
 
     def to(self, others: Distances) -> torch.Tensor:
         """Distances to others, ``(n, m)``; for tiles: it takes three times the memory of its result."""
@@ -90,13 +90,13 @@ class Distances:
         return matrix
 
     def nearest(self, picks: np.ndarray, matrix: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of each example, the distance to its nearest pick and that pick's place in ``picks``.
+        """Of each example, the distance to its nearest pick and that pick's position in ``picks``.
 
         Of equally near ones the first in ``picks`` counts, where distances that differ by rounding are equal.
         Time: ``n k (C + d)``, with the matrix ``n k``. Memory: a few MB, or ``4 k`` numbers for each of 128 rows.
 
         Args:
-            picks: Places ``(k,)``.
+            picks: Positions ``(k,)``.
             matrix: All distances, where they are known.
 
         Returns:
@@ -124,30 +124,30 @@ def lazy_greedy(
 ) -> list[int]:
     """Lazy greedy (Minoux, 1978): gains only fall, so a gain that tops all older ones is the largest.
 
-    Gains that differ by 1e-9 relative count as equal; of equal ones the lower place wins.
+    Gains that differ by 1e-9 relative count as equal; of equal ones the lower position wins.
 
     Args:
         bounds: Gains ``(n,)`` before the first pick, or bounds from above; -inf for what is taken.
-        gain: The present gain of a place.
-        take: Is told of each pick with a gain.
+        gain: The present gain of a position.
+        take: Called for each pick with a gain.
         budget: How many to pick.
         nothing: Gains up to this are none: the choice ends there.
 
     Returns:
-        Places in the order of the picks.
+        Positions in the order of the picks.
     """
     free = np.flatnonzero(bounds > -np.inf)
     heap = list(zip((-bounds[free]).tolist(), free.tolist(), strict=True))
     heapq.heapify(heap)
-    fresh = np.full(len(bounds), -1).tolist()  # the number of picks when a place's gain was computed
+    fresh = np.full(len(bounds), -1).tolist()  # the number of picks when a position's gain was computed
     picks: list[int] = []
     while heap and len(picks) < budget:
-        value, place = heap[0]
+        value, position = heap[0]
         if -value <= nothing:
             break
-        if fresh[place] != len(picks):
-            fresh[place] = len(picks)
-            heapq.heapreplace(heap, (-gain(place), place))
+        if fresh[position] != len(picks):
+            fresh[position] = len(picks)
+            heapq.heapreplace(heap, (-gain(position), position))
             continue
         entry = _lowest_of_equals(heap, value)
         if fresh[entry[1]] != len(picks):
@@ -160,7 +160,7 @@ def lazy_greedy(
 
 
 def _lowest_of_equals(heap: list[tuple[float, int]], value: float) -> tuple[float, int]:
-    """Take from the heap the entry of lowest place among those whose gain or bound equals the top one."""
+    """Take from the heap the entry of lowest position among those whose gain or bound equals the top one."""
     equals = [heapq.heappop(heap)]
     while heap and heap[0][0] <= value * (1.0 - _TIE):
         equals.append(heapq.heappop(heap))
@@ -175,7 +175,7 @@ def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
     """The exact greedy picks on a dense matrix of distances.
 
     The gain of x is ``sum_i near_i - sum_i min(near_i, d_ix)``, two passes over a row. When no gain is left,
-    the budget is filled by place. Time: n^2, and n for each gain that is evaluated again (for a tenth of the
+    the budget is filled by position. Time: n^2, and n for each gain that is evaluated again (for a tenth of the
     examples, one to five times n gains on random and on clustered gradients).
 
     Args:
@@ -183,7 +183,7 @@ def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
         budget: k, at most n.
 
     Returns:
-        Places ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in the order of the picks.
     """
     sums = matrix.sum(axis=1)
     first = int((sums <= sums.min() * (1.0 + _TIE)).argmax())
@@ -196,13 +196,13 @@ def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
     bounds[first] = -np.inf
     scratch = buffer[0]
 
-    def gain(place: int) -> float:
-        np.minimum(matrix[place], near, out=scratch)
+    def gain(position: int) -> float:
+        np.minimum(matrix[position], near, out=scratch)
         return total - float(scratch.dot(ones))
 
-    def take(place: int) -> None:
+    def take(position: int) -> None:
         nonlocal total
-        np.minimum(matrix[place], near, out=near)
+        np.minimum(matrix[position], near, out=near)
         total = float(near.dot(ones))
 
     picks = np.array([first, *lazy_greedy(bounds, gain, take, budget - 1, NOTHING * total)])
@@ -210,7 +210,7 @@ def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
 
 
 def filled(picks: np.ndarray, near: np.ndarray, budget: int) -> np.ndarray:
-    """The picks and, up to the budget, the examples farthest from them (of equal ones the lower place)."""
+    """The picks and, up to the budget, the examples farthest from them (of equal ones the lower position)."""
     far = near.copy()
     far[picks] = -np.inf
     return np.concatenate([picks, np.argsort(-far, kind="stable")[: budget - len(picks)]])
@@ -255,8 +255,10 @@ def choose(
     if matrix is not None:
         return greedy_on_matrix(matrix, budget)
     sample = int(np.clip((memory * 2**17) ** 0.5, min(_LEAST_SAMPLE, size), min(_SAMPLE, size)))
-    places = np.sort(generator.choice(size, sample, replace=False))
-    return greedy_by_sample(distances, budget, places, int(np.clip(memory * 2**17, _LEAST_PAIRS, _PAIRS)), generator)
+    positions = np.sort(generator.choice(size, sample, replace=False))
+    return greedy_by_sample(
+        distances, budget, positions, int(np.clip(memory * 2**17, _LEAST_PAIRS, _PAIRS)), generator
+    )
 
 
 def choose_weighted(
@@ -286,7 +288,7 @@ def greedy_by_sample(
 
     Where the pairs are still too many (a crowd of small gradients is a crowd of near pairs), examples are drawn at
     random, with a probability p in proportion to ``near_i`` over the number of i's pairs, and their savings weigh
-    ``1 / p``: estimates of the gains without bias. After up to eight times as many picks, examples are drawn anew.
+    ``1 / p``: estimates of the gains without bias. After up to eight times as many picks, examples are drawn again.
 
     Time: ``n^2 (C + d)`` for each pass. Memory: the factors, half of them again for drawn examples, 8 bytes a pair,
     the sample's matrix, 128 rows of n distances.
@@ -294,12 +296,12 @@ def greedy_by_sample(
     Args:
         distances: Of the group, n.
         budget: k, at most n.
-        sample: Places ``(m,)``, ascending.
+        sample: Positions ``(m,)``, ascending.
         pairs: About how many pairs may be kept.
         generator: Draws the examples.
 
     Returns:
-        Places ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in the order of the picks.
     """
     leaders = min(budget, max(1, len(sample) // _PER_LEADER))
     picks = sample[greedy_on_matrix(distances.at(sample).matrix(), leaders)]
@@ -308,14 +310,14 @@ def greedy_by_sample(
     while len(picks) < budget:
         shares = _shares(near, _near_candidates(distances, probes, near), pairs)
         drawn = np.flatnonzero(generator.random(len(shares)) < shares)
-        whole = len(drawn) == len(distances)
-        goal = budget if whole else min(budget, max(2 * len(picks), min(8 * len(picks), len(drawn) // 4)))
+        complete = len(drawn) == len(distances)
+        goal = budget if complete else min(budget, max(2 * len(picks), min(8 * len(picks), len(drawn) // 4)))
         log.info("craig: picks from %d to %d of %d on %d examples", len(picks), goal, budget, len(drawn))
         found = _greedy_on_pairs(distances, drawn, near, shares, picks, goal - len(picks))
         if len(found):
             np.minimum(near, distances.nearest(found)[0], out=near)
             picks = np.concatenate([picks, found])
-        if not len(found) or (whole and len(picks) < goal):
+        if not len(found) or (complete and len(picks) < goal):
             break  # no gain is left
     return filled(picks, near, budget)
 
@@ -371,16 +373,16 @@ def _greedy_on_pairs(
     for first in range(0, len(distances), ROWS):
         lists += _lists(distances.at(slice(first, first + ROWS)), examples, limits, block)
 
-    def gain(place: int) -> float:
-        members, found = lists[place]
+    def gain(position: int) -> float:
+        members, found = lists[position]
         savings = near[members] - found
         return float(np.maximum(savings, 0.0, out=savings) @ weights[members])
 
-    def take(place: int) -> None:
-        members, found = lists[place]
+    def take(position: int) -> None:
+        members, found = lists[position]
         near[members] = np.minimum(near[members], found)
 
-    bounds = np.array([gain(place) for place in range(len(distances))])
+    bounds = np.array([gain(position) for position in range(len(distances))])
     bounds[taken] = -np.inf
     return np.array(lazy_greedy(bounds, gain, take, budget, NOTHING * float(near @ weights)), dtype=np.int64)
 
@@ -402,7 +404,7 @@ def _lists(
 def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: MemoryOptions) -> Selection:
     """CRAIG (Mirzasoleiman et al., ICML 2020, algorithm 1 with facility location, eq. 14), once after pre-training.
 
-    Each group greedily maximises ``sum_i max_{j in S} s_ij`` with ``s_ij = max d - d_ij + 1e-3``; then every example
+    Each group greedily maximizes ``sum_i max_{j in S} s_ij`` with ``s_ij = max d - d_ij + 1e-3``; then every example
     is assigned to its most similar pick (ties to the lower index), and a pick's weight is the number assigned. A pick
     is nearest to itself, so its weight is at least 1 unless it duplicates the gradient of a lower pick: then it is 0.
     The weights of a group sum to its size, and are scaled to mean 1 over all picks at the end.
@@ -413,7 +415,7 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
     Memory then: the group's factors in float64 (``8 n (C + d)`` bytes) and up to 0.8 GB.
 
     Args:
-        inputs: One network with ``embeddings``.
+        inputs: One layer with ``embeddings``.
         groups: The groups.
         options: ``selection_memory`` in MiB.
     """
@@ -423,10 +425,10 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
         log.info("craig: exact lazy greedy in %d groups", len(groups) - len(large))
     if large:
         log.info("craig: greedy from a sample's picks in %d groups that exceed --selection_memory", len(large))
-    network = inputs.networks[0]
+    layer = inputs.layers[0]
     chosen, weights = [], []
     for group in groups:
-        distances = Distances.of(network.at(group.positions))
+        distances = Distances.of(layer.at(group.positions))
         picks, counts = choose_weighted(distances, group.budget, options.selection_memory, generator)
         chosen.append(group.positions[picks])
         weights.append(counts)

@@ -1,4 +1,4 @@
-"""D2: difficult and diverse examples by messages over a graph of neighbours (Maharana et al., ICLR 2024)."""
+"""D2: difficult and diverse examples by messages over a graph of neighbors (Maharana et al., ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Graph:
     squares: np.ndarray
 
 
-def nearest_neighbours(embeddings: torch.Tensor, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbors(embeddings: torch.Tensor, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest others of each example, of equally near ones those of the lowest index.
 
     Exhaustive, in float64, in blocks of rows. Distances that differ by no more than rounding count as equal.
@@ -57,7 +57,7 @@ def nearest_neighbours(embeddings: torch.Tensor, k: int, memory: int) -> tuple[n
         memory: MiB that a block may take (one row is the least).
 
     Returns:
-        Their places, int64 ``(m, k)``, ascending, and their squared distances, float64 ``(m, k)``.
+        Their positions, int64 ``(m, k)``, ascending, and their squared distances, float64 ``(m, k)``.
     """
     points = embeddings.double()
     points = points - points.mean(dim=0)  # less cancellation in |a|^2 + |b|^2 - 2ab
@@ -65,7 +65,7 @@ def nearest_neighbours(embeddings: torch.Tensor, k: int, memory: int) -> tuple[n
     step = norms.max() * _NOISE
     row = 8 * (3 * len(points) + 2 * k * points.shape[1])  # bytes: distances and differences with temporaries
     rows = int(np.clip(memory * 2**20 // row, 1, _ROWS))
-    places, squares = [], []
+    positions, squares = [], []
     for first in range(0, len(points), rows):
         block = points[first : first + rows]
         distances = torch.addmm(norms, block, points.T, alpha=-2.0).add_(norms[first : first + rows, None])
@@ -75,10 +75,10 @@ def nearest_neighbours(embeddings: torch.Tensor, k: int, memory: int) -> tuple[n
             distances.zero_()
         distances.diagonal(offset=first).fill_(torch.inf)
         near = _lowest(distances, k)
-        places.append(near.cpu())
+        positions.append(near.cpu())
         difference = points[near] - block[:, None]  # b k d
         squares.append(torch.einsum("bkd,bkd->bk", difference, difference).cpu())
-    return torch.cat(places).numpy(), torch.cat(squares).numpy()
+    return torch.cat(positions).numpy(), torch.cat(squares).numpy()
 
 
 def _lowest(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -94,20 +94,20 @@ def _lowest(values: torch.Tensor, k: int) -> torch.Tensor:
     return chosen.nonzero()[:, 1].view(len(values), k)
 
 
-def neighbour_graph(embeddings: torch.Tensor, k: int, memory: int) -> Graph:
+def neighbor_graph(embeddings: torch.Tensor, k: int, memory: int) -> Graph:
     """The graph that joins two examples where either is among the other's k nearest.
 
     Args:
         embeddings: ``(m, d)``.
-        k: Neighbours; all others where there are fewer.
+        k: Neighbors; all others where there are fewer.
         memory: MiB of a block of distances.
     """
     size = len(embeddings)
     k = min(k, size - 1)
     if k < 1:
         return Graph(np.zeros(size + 1, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
-    places, squares = nearest_neighbours(embeddings, k, memory)
-    one, other = np.repeat(np.arange(size), k), places.ravel()
+    positions, squares = nearest_neighbors(embeddings, k, memory)
+    one, other = np.repeat(np.arange(size), k), positions.ravel()
     _, first = np.unique(np.minimum(one, other) * size + np.maximum(one, other), return_index=True)
     one, other, squares = one[first], other[first], squares.ravel()[first]
     mean = squares.mean()
@@ -119,14 +119,14 @@ def neighbour_graph(embeddings: torch.Tensor, k: int, memory: int) -> Graph:
 
 
 def forward_messages(difficulty: np.ndarray, graph: Graph) -> np.ndarray:
-    """``x_u + sum over neighbours v of exp(-gamma_f d_uv^2) x_v``, ``(m,)``, with gamma_f = 1."""
+    """``x_u + sum over neighbors v of exp(-gamma_f d_uv^2) x_v``, ``(m,)``, with gamma_f = 1."""
     begin = np.repeat(np.arange(len(difficulty)), np.diff(graph.starts))
     messages = np.exp(-_FORWARD_DECAY * graph.squares) * difficulty[graph.ends]
     return difficulty + np.bincount(begin, weights=messages, minlength=len(difficulty))
 
 
 def greedy_picks(values: np.ndarray, graph: Graph, gamma: float, budget: int) -> np.ndarray:
-    """Takes the highest value ``budget`` times; each pick u sends ``-exp(-gamma d_uv^2) x_u`` to its neighbours v.
+    """Takes the highest value ``budget`` times; each pick u sends ``-exp(-gamma d_uv^2) x_u`` to its neighbors v.
 
     A heap holds a new entry for each change of a value; entries that no longer tell the value are passed over.
 
@@ -137,23 +137,23 @@ def greedy_picks(values: np.ndarray, graph: Graph, gamma: float, budget: int) ->
         budget: From 1 to m.
 
     Returns:
-        Places in the order of choice; of equal values the lower place comes first.
+        Positions in the order of choice; of equal values the lower position comes first.
     """
     x, starts, ends = values.tolist(), graph.starts.tolist(), graph.ends.tolist()
     weights = np.exp(-gamma * graph.squares).tolist()
-    heap = [(-value, place) for place, value in enumerate(x)]
+    heap = [(-value, position) for position, value in enumerate(x)]
     heapq.heapify(heap)
     taken, picks = [False] * len(x), []
     while len(picks) < budget:
-        negative, place = heapq.heappop(heap)
-        if taken[place] or -negative != x[place]:
+        negative, position = heapq.heappop(heap)
+        if taken[position] or -negative != x[position]:
             continue
-        taken[place] = True
-        picks.append(place)
-        for edge in range(starts[place], starts[place + 1]):
+        taken[position] = True
+        picks.append(position)
+        for edge in range(starts[position], starts[position + 1]):
             end = ends[edge]
             if not taken[end]:
-                x[end] -= weights[edge] * x[place]
+                x[end] -= weights[edge] * x[position]
                 heapq.heappush(heap, (-x[end], end))
     return np.array(picks, dtype=np.int64)
 
@@ -167,22 +167,22 @@ def scaled_difficulty(scores: np.ndarray) -> np.ndarray:
 def d2(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: D2Options) -> Selection:
     """D2 pruning (Maharana et al., ICLR 2024): message passing for diversity and difficulty.
 
-    From the paper: examples are nodes of an undirected graph of k nearest neighbours in embedding space, with
-    difficulty as feature x; a forward pass adds to each node its neighbours' features times
+    From the paper: examples are nodes of an undirected graph of k nearest neighbors in embedding space, with
+    difficulty as feature x; a forward pass adds to each node its neighbors' features times
     ``exp(-gamma_f d^2)`` (gamma_f = 1); then the highest node is taken again and again, and takes
-    ``exp(-gamma_r d^2)`` times its feature from its neighbours' (gamma_r = ``d2_gamma``).
+    ``exp(-gamma_r d^2)`` times its feature from its neighbors' (gamma_r = ``d2_gamma``).
 
     Our reading: the difficulty is the negated AUM, moved and scaled to [0, 1] in each group (messages add up only
     if they are not negative); two examples are joined where either is among the other's k nearest; squared
     distances are divided by their mean over the group's edges, so that the embeddings' scale does not matter; all
     groups are chosen apart, with the graph of their own members. A feature may fall below 0 by the subtractions;
-    then it is sent as it is, as the paper's formula says. ``d2_neighbors`` 0 leaves the highest difficulty.
+    then it is sent unchanged, as in the paper's formula. ``d2_neighbors`` 0 leaves the highest difficulty.
 
     Memory: the group's embeddings in float64, and blocks of at most 256 rows of distances, within
     ``selection_memory``. Time: the distances of all pairs, then O((m + e) log(m + e)) for e edges.
 
     Args:
-        inputs: ``scores`` ``(n,)``, the negated AUM, HIGH is hard; one network with ``embeddings`` ``(n, d)``.
+        inputs: ``scores`` ``(n,)``, the negated AUM, HIGH is hard; one layer with ``embeddings`` ``(n, d)``.
         groups: The groups.
         options: Neighbors, decay and memory.
 
@@ -190,11 +190,11 @@ def d2(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: D2Opt
         FileError: A candidate has no finite score.
     """
     scores = finite_scores(inputs, "d2")
-    embeddings = inputs.networks[0].embeddings
+    embeddings = inputs.layers[0].embeddings
     picks = []
     for group in groups:
         members = torch.from_numpy(np.ascontiguousarray(group.positions)).to(embeddings.device)
-        graph = neighbour_graph(embeddings[members], options.d2_neighbors, options.selection_memory)
+        graph = neighbor_graph(embeddings[members], options.d2_neighbors, options.selection_memory)
         values = forward_messages(scaled_difficulty(scores[group.positions]), graph)
         picks.append(group.positions[greedy_picks(values, graph, options.d2_gamma, group.budget)])
     return Selection.of(picks)

@@ -58,7 +58,7 @@ def log_density(predictions: np.ndarray, alpha: float, beta: float) -> np.ndarra
 def weighted_choice(
     scores: np.ndarray, log_factors: np.ndarray, budget: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Places drawn one by one without replacement, with probability in proportion to ``score * exp(log_factor)``.
+    """Positions drawn one by one without replacement, with probability in proportion to ``score * exp(log_factor)``.
 
     By the largest sums of log weight and Gumbel noise, which are distributed as such draws are, and which neither
     overflow nor underflow. Scores of 0 come last, in random order.
@@ -73,7 +73,7 @@ def weighted_choice(
     positive = scores > 0
     logs = np.log(scores, out=np.zeros(len(scores)), where=positive)
     keys = np.where(positive, logs + log_factors, 0.0) + noise
-    return np.lexsort((-keys, ~positive))[:budget]  # stable: of equal keys the lower place
+    return np.lexsort((-keys, ~positive))[:budget]  # stable: of equal keys the lower position
 
 
 def dual(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: DualOptions) -> Selection:

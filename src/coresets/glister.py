@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _HELD_OUT = 0.1  # of each class
 _TIE = 1e-12  # of the largest gain: differences below are rounding, and the index decides
-_LONG = 60.0  # seconds of a group above which the log says how to shorten it
+_LONG = 60.0  # seconds of a group above which the log advises how to shorten it
 _TIMED = 5  # refreshes that the estimate is made from
 
 
@@ -58,12 +58,12 @@ def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
     v the mean gradient of V where the last layer has taken a step of ``glister_eta`` along the mean gradient of the
     picks; v is brought up to date every ``glister_refresh`` picks (1 is exact). A class is judged by its own held-out
     examples, or by all of V where it has none (a single example); where no class has two, the candidates serve as V.
-    Budgets count the whole group: once its candidates are used up, its held-out examples follow in the same way.
+    Budgets count the full group: once its candidates are used up, its held-out examples follow in the same way.
 
     A refresh costs (n + 2 |V|) C min(d, |V|) multiplications for a group of n and its |V|, a pick n comparisons.
     Memory: n (C + d) numbers of 8 bytes, and n |V| where |V| is below d and those fit in ``selection_memory``.
     """
-    network, labels = inputs.networks[0], np.asarray(inputs.labels)
+    layer, labels = inputs.layers[0], np.asarray(inputs.labels)
     held = held_out(labels, inputs.num_classes, inputs.seed)
     picks = []
     for group in groups:
@@ -72,7 +72,7 @@ def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
         judges = np.flatnonzero(held if group.label is None else held & (labels == group.label))
         if not len(judges):
             judges = np.flatnonzero(held) if held.any() else np.arange(len(labels))
-        chosen = greedy(network.at(pool), int((~inside).sum()), network.at(judges), group.budget, options)
+        chosen = greedy(layer.at(pool), int((~inside).sum()), layer.at(judges), group.budget, options)
         picks.append(pool[chosen])
     return Selection.of(picks)
 
@@ -99,7 +99,7 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
         options: Step, refresh and memory.
 
     Returns:
-        Places in the pool in the order of the picks, int64 ``(budget,)``.
+        Positions in the pool in the order of the picks, int64 ``(budget,)``.
     """
     validation = Validation(pool, judges, options.glister_eta, options.selection_memory)
     picks = np.empty(budget, dtype=np.int64)
@@ -151,7 +151,7 @@ class Validation:
         self.kernel = (self.embeddings @ self.judges.T).add_(1.0) if small else None
 
     def gains(self, fresh: np.ndarray) -> torch.Tensor:
-        """Count some more picks in, and return ``<g_x, v>`` of the whole pool, ``(n,)``."""
+        """Count some more picks in, and return ``<g_x, v>`` of the full pool, ``(n,)``."""
         errors = self.judged(fresh) / len(self.labels)
         if self.kernel is not None:
             return (self.kernel @ errors).mul_(self.errors).sum(dim=1)

@@ -63,13 +63,13 @@ def gradmatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
     stay, to fill the budget; what an early stop leaves of it is drawn from the unused examples, with weight 1.
 
     Memory: n k + k^2 + n (C + d) numbers of 8 bytes; where the first is more than ``selection_memory``, the residual
-    itself (C (d + 1) numbers) takes its place, and a pick costs n C d + k^2.
+    itself (C (d + 1) numbers) replaces it, and a pick costs n C d + k^2.
     """
     ridge = options.gradmatch_lambda
-    network, generator = inputs.networks[0], rng.numpy_generator(inputs.seed, 0, "gradmatch fill")
+    layer, generator = inputs.layers[0], rng.numpy_generator(inputs.seed, 0, "gradmatch fill")
     picks, weights, filled = [], [], 0
     for group in groups:
-        members = network.at(group.positions)
+        members = layer.at(group.positions)
         chosen, values = pursue(
             members.errors.double(), members.embeddings.double(), group.budget, ridge, options.selection_memory
         )
@@ -131,7 +131,7 @@ class _Factor:
         size: How many those are, m.
         members: Numbers of those picks, in the order of all picks.
         lower: L in its first m rows and columns, ``(k, k)``; on the host, as each pick needs single numbers of it.
-        image: y in its first m places, ``(k,)``.
+        image: y in its first m positions, ``(k,)``.
         explained: ||y||^2.
     """
 
@@ -144,7 +144,7 @@ class _Factor:
         """Add a pick, and return its pivot and its entry of y; None where its gradient is in the span of the others.
 
         Args:
-            number: Its place among all picks.
+            number: Its position among all picks.
             row: ``L^-1 A_S^T g``, ``(m,)``.
             squared_norm: ||g||^2.
             product: <g, r>, which is ``<g, b> - row^T y``.
@@ -247,9 +247,9 @@ class _Recomputed(_State):
 
 
 def _nonnegative_weights(state: _State) -> np.ndarray:
-    """The minimiser of ||A_S w - b||^2 + lambda ||w||^2 over w >= 0, ``(m,)`` in the order of the picks.
+    """The minimizer of ||A_S w - b||^2 + lambda ||w||^2 over w >= 0, ``(m,)`` in the order of the picks.
 
-    Where the last x of the pursuit has no negative entry, it is the minimiser. Else block pivoting starts from its
+    Where the last x of the pursuit has no negative entry, it is the minimizer. Else block pivoting starts from its
     positive entries, most of which stay; the general solver on L^T w = y, the same problem, steps in where pivoting
     does not settle, or where picks are dependent (no ridge, more picks than dimensions).
     """
@@ -271,7 +271,7 @@ def _nonnegative_weights(state: _State) -> np.ndarray:
 
 
 def pivoted(gram: np.ndarray, product: np.ndarray, positive: np.ndarray) -> np.ndarray | None:
-    """The minimiser of ``w^T M w / 2 - q^T w`` over w >= 0 by block principal pivoting (Portugal et al. 1994).
+    """The minimizer of ``w^T M w / 2 - q^T w`` over w >= 0 by block principal pivoting (Portugal et al. 1994).
 
     Each round solves for the entries held positive and moves every entry of the wrong sign to the other side; where
     that stops making progress, the last of them alone, which ends. It is exact: what it returns meets the optimality

@@ -1,4 +1,4 @@
-"""Graph cut: examples like the whole but unlike each other (Iyer et al., ALT 2021)."""
+"""Graph cut: examples similar to all but unlike each other (Iyer et al., ALT 2021)."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Similarities:
     embeddings: torch.Tensor
 
     @classmethod
-    def of(cls, network: LastLayer) -> Similarities:
-        """The similarities of a network's candidates."""
-        errors, embeddings = network.errors.double(), network.embeddings.double()
+    def of(cls, layer: LastLayer) -> Similarities:
+        """The similarities of a layer's candidates."""
+        errors, embeddings = layer.errors.double(), layer.embeddings.double()
         largest = errors.abs().amax(dim=1, keepdim=True)
         errors = errors / largest.where(largest > 0, 1.0)  # squares of tiny errors would vanish
         norms = torch.linalg.vector_norm(errors, dim=1) * (1.0 + embeddings.square().sum(dim=1)).sqrt()
@@ -57,15 +57,18 @@ class Similarities:
         return len(self.errors)
 
     def sums(self) -> np.ndarray:
-        """``sum_i s_ij`` over all candidates i, ``(n,)``: a product with the sum of the normalised gradients."""
+        """``sum_i s_ij`` over all candidates i, ``(n,)``: a product with the sum of the normalized gradients."""
         bias, weight = gradient_sum(self.errors, self.embeddings)
         cosines = products_with(bias, weight, self.errors, self.embeddings)
         return ((len(self) + cosines) / 2.0).cpu().numpy()
 
-    def column(self, place: int) -> np.ndarray:
+    def column(self, position: int) -> np.ndarray:
         """``s_ij`` of one j, ``(n,)``, in time n (C + d)."""
         cosines = inner_products(
-            self.errors, self.embeddings, self.errors[place : place + 1], self.embeddings[place : place + 1]
+            self.errors,
+            self.embeddings,
+            self.errors[position : position + 1],
+            self.embeddings[position : position + 1],
         )
         return cosines[:, 0].add_(1.0).div_(2.0).cpu().numpy()
 
@@ -80,7 +83,7 @@ class Similarities:
 
 
 def greedy_graph_cut(sums: np.ndarray, column: Callable[[int], np.ndarray], budget: int) -> np.ndarray:
-    """Greedy maximisation of ``lambda sum_{i in V, j in S} s_ij - sum_{i, j in S} s_ij``.
+    """Greedy maximization of ``lambda sum_{i in V, j in S} s_ij - sum_{i, j in S} s_ij``.
 
     The gain of x is ``lambda sum_i s_ix - 2 sum_{j in S} s_jx`` (without the self term ``s_xx``, as in the published
     code); gains are kept and lowered by one column per pick. They only fall, and picks go on when they are
@@ -90,31 +93,31 @@ def greedy_graph_cut(sums: np.ndarray, column: Callable[[int], np.ndarray], budg
 
     Args:
         sums: ``sum_i s_ij``, float64 ``(n,)``.
-        column: Gives ``s_ij`` ``(n,)`` of a place j.
+        column: Gives ``s_ij`` ``(n,)`` of a position j.
         budget: k, at most n.
 
     Returns:
-        Places ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in the order of the picks.
     """
     halves = _LAMBDA / 2.0 * sums  # half the gain
     noise = _NOISE * len(sums)
     picks = np.empty(budget, dtype=np.int64)
     for step in range(budget):
-        place = picks[step] = (halves >= halves.max() - noise).argmax()  # numpy promises the first
-        halves -= column(place)
-        halves[place] = -np.inf
+        position = picks[step] = (halves >= halves.max() - noise).argmax()  # numpy promises the first
+        halves -= column(position)
+        halves[position] = -np.inf
     return picks
 
 
-def graph_cut_picks(network: LastLayer, budget: int, memory: int) -> np.ndarray:
-    """Picks ``(k,)`` among a network's candidates, in their order.
+def graph_cut_picks(layer: LastLayer, budget: int, memory: int) -> np.ndarray:
+    """Picks ``(k,)`` among a layer's candidates, in their order.
 
     Args:
-        network: The candidates.
+        layer: The candidates.
         budget: k.
         memory: MiB that the dense matrix may take; without it, columns are computed from the factors.
     """
-    similarities = Similarities.of(network)
+    similarities = Similarities.of(layer)
     size = len(similarities)
     if 8 * size**2 <= memory * 2**20 and budget > _DENSE_SHARE * size:
         return greedy_graph_cut(similarities.sums(), similarities.matrix().__getitem__, budget)
@@ -122,20 +125,20 @@ def graph_cut_picks(network: LastLayer, budget: int, memory: int) -> np.ndarray:
 
 
 def graph_cut(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: MemoryOptions) -> Selection:
-    """Graph cut (Iyer et al., ALT 2021, generalised graph cut with lambda 1; the form of Guo et al., 2022).
+    """Graph cut (Iyer et al., ALT 2021, generalized graph cut with lambda 1; the form of Guo et al., 2022).
 
     In float64. Memory: ``n (C + d)`` numbers of a group and the n x n matrix of similarities, kept in the main
     memory, where that fits ``selection_memory`` and more than a fifth is chosen; else no n x n array exists. Both
     ways choose the same.
 
     Args:
-        inputs: One network with ``embeddings``.
+        inputs: One layer with ``embeddings``.
         groups: The groups.
         options: ``selection_memory`` in MiB.
     """
-    network = inputs.networks[0]
+    layer = inputs.layers[0]
     return Selection.of(
-        [g.positions[graph_cut_picks(network.at(g.positions), g.budget, options.selection_memory)] for g in groups]
+        [g.positions[graph_cut_picks(layer.at(g.positions), g.budget, options.selection_memory)] for g in groups]
     )
 
 

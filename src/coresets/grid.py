@@ -362,7 +362,7 @@ def _entry(row: Row | None, best: float | None) -> str:
 
 
 def _caption(rows: Sequence[Row], title: str = "") -> str:
-    """The line that says what the numbers are, over how many seeds, and which spread."""
+    """The line above the table: what the numbers are, over how many seeds, and with which spread."""
     seeds = max((row["of_seeds"] for row in rows), default=0)
     spread = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
     shots = any(row["shots"] is not None for row in rows)

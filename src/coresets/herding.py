@@ -15,18 +15,18 @@ _NOISE = 1e-12  # relative: criteria closer than that are ties
 def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     """Pick, again and again, the example that brings the mean of the picks nearest to the mean of all.
 
-    With centred ``c_i = h_i - mu`` and their sum A over the picks,
+    With centered ``c_i = h_i - mu`` and their sum A over the picks,
     ``(|S| + 1)^2 ||mu - mean of S and i||^2 = ||A||^2 + 2 <A, c_i> + ||c_i||^2``, so a pick costs ``n d``. Criteria
     that differ by no more than rounding count as equal; of equal ones the lower index wins.
 
-    Memory: the embeddings in float64, centred.
+    Memory: the embeddings in float64, centered.
 
     Args:
         embeddings: ``(n, d)``.
         budget: k, at most n.
 
     Returns:
-        Places ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in the order of the picks.
     """
     points = embeddings.double()
     mean = points.mean(dim=0)
@@ -40,9 +40,9 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
         criteria = squares + 2.0 * (points @ total).cpu().numpy()
         best = criteria.argmin()
         noise = _NOISE * lengths[best] * (lengths[best] + 2.0 * float(torch.linalg.vector_norm(total)) + size)
-        place = picks[step] = (criteria <= criteria[best] + noise).argmax()  # numpy promises the first
-        total += points[place]
-        squares[place] = np.inf
+        position = picks[step] = (criteria <= criteria[best] + noise).argmax()  # numpy promises the first
+        total += points[position]
+        squares[position] = np.inf
     return picks
 
 
@@ -56,12 +56,12 @@ def herding(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
     Memory: the group's embeddings in float64.
 
     Args:
-        inputs: One network with ``embeddings`` ``(n, d)``.
+        inputs: One layer with ``embeddings`` ``(n, d)``.
         groups: The groups.
         options: None is read.
     """
-    network = inputs.networks[0]
-    return Selection.of([g.positions[follow_mean(network.at(g.positions).embeddings, g.budget)] for g in groups])
+    layer = inputs.layers[0]
+    return Selection.of([g.positions[follow_mean(layer.at(g.positions).embeddings, g.budget)] for g in groups])
 
 
 METHODS = (Method("herding", herding, Needs(embeddings=True)),)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def split_by_mean(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the losses at or above their mean, and of those below it.
+    """Positions of the losses at or above their mean, and of those below it.
 
     Args:
         losses: ``(m,)``.
@@ -41,7 +41,7 @@ def draw(losses: np.ndarray, budget: int, generator: np.random.Generator) -> tup
         generator: Draws which.
 
     Returns:
-        Places ``(k,)`` and weights ``(k,)``.
+        Positions ``(k,)`` and weights ``(k,)``.
     """
     high, low = split_by_mean(losses)
     room = budget - len(high)
@@ -54,30 +54,30 @@ def draw(losses: np.ndarray, budget: int, generator: np.random.Generator) -> tup
 
 
 def infobatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """A static form of InfoBatch (Qin et al., ICLR 2024, eqs. 4-6), by the losses of a pre-trained network.
+    """A static form of InfoBatch (Qin et al., ICLR 2024, eqs. 4-6), by the losses of a pre-trained model.
 
     In each group: all examples whose loss is at least the group's mean are kept with weight 1; the rest of the
     budget is drawn uniformly, without replacement, from the m below it, each with weight m / kept. So the
     expectation of ``sum w_i g_i`` over the draws is the sum of all gradients. In one epoch that is the published
-    method; published, it draws anew in each epoch, with losses seen in training.
+    method; published, it draws again in each epoch, with losses seen in training.
 
     Weights are not rescaled to mean 1: they sum to the number of candidates, and the loss of training,
     ``sum(w l) / sum(w)``, does not depend on their scale.
 
     Where no example below the mean has room, a random part of those above it is kept with weight 1 (all, where the
-    budget is as many); the expected gradient then is not the full one, and a notice says so.
+    budget is as many); the expected gradient then is not the full one, and a warning is logged.
 
     Args:
-        inputs: One network; its losses are un-augmented, in eval mode.
+        inputs: One layer; its losses are un-augmented, in eval mode.
         groups: The groups.
         options: None is read.
     """
-    losses = inputs.networks[0].losses.cpu().numpy()
+    losses = inputs.layers[0].losses.cpu().numpy()
     generator = rng.numpy_generator(inputs.seed, 0, "infobatch")
     picks, weights, biased = [], [], 0
     for group in groups:
-        places, weight = draw(losses[group.positions], group.budget, generator)
-        picks.append(group.positions[places])
+        positions, weight = draw(losses[group.positions], group.budget, generator)
+        picks.append(group.positions[positions])
         weights.append(weight)
         biased += bool(group.budget < len(group.positions) and (weight == 1).all())
     if biased:
@@ -128,7 +128,7 @@ class InfoBatchPlan:
     Args:
         indices: Original indices ``(n,)`` of the training examples, in their order.
         prune_ratio: r, the share of low-loss examples left out, in [0, 1).
-        epochs: Epochs of the whole training.
+        epochs: Epochs of the full training.
         seed: Seed of the draws; they are made by original index, so a subset or a resume changes none.
         delta: Share of the epochs that are pruned, in [0, 1].
         device: Where losses are kept: that of training, for several processes.

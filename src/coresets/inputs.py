@@ -120,7 +120,7 @@ class CandidateGroup:
 
 @dataclass(frozen=True)
 class LastLayer:
-    """What a pre-trained network's last layer sees and says of each candidate, un-augmented, in eval mode.
+    """What a pre-trained model's last layer receives and returns for each candidate, un-augmented, in eval mode.
 
     The gradient of an example's cross-entropy in the last layer's bias and weights is ``[e, e (x) h]``.
 
@@ -194,11 +194,11 @@ class SelectionInputs:
         seed: Seed of what a method draws.
         scores: ``(n,)``, the stored score, or the reduction of the dynamics that the entry names.
         dynamics: Recorded arrays ``(epochs, n)`` by name.
-        networks: The pre-trained networks' last layers.
+        layers: The pre-trained models' last layers.
         names: Original indices of the candidates, ``(n,)``, for messages; default the positions.
 
     Raises:
-        UserError: The arrays differ in length, a label is outside 0 to C - 1 or not a network's, or dynamics are
+        UserError: The arrays differ in length, a label is outside 0 to C - 1 or not that of a layer, or dynamics are
             infinite or NaN in every epoch. (Scores may be infinite, and the methods refuse those that are NaN.)
     """
 
@@ -207,24 +207,24 @@ class SelectionInputs:
     seed: int = 1
     scores: np.ndarray | None = None
     dynamics: Mapping[str, np.ndarray] = field(default_factory=dict)
-    networks: Sequence[LastLayer] = ()
+    layers: Sequence[LastLayer] = ()
     names: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         shapes = {name: np.shape(values) for name, values in (("scores", self.scores), ("names", self.names))
                   if values is not None}  # fmt: skip
         shapes |= {f"dynamics {name}": np.shape(values)[1:] for name, values in self.dynamics.items()}
-        shapes |= {f"network {place}": network.labels.shape for place, network in enumerate(self.networks)}
+        shapes |= {f"model {index}": layer.labels.shape for index, layer in enumerate(self.layers)}
         _refuse_other_lengths(len(self.labels), shapes)
         _refuse_other_labels(np.asarray(self.labels), self.num_classes)
         for name, values in self.dynamics.items():
             unvisited = np.isnan(values)  # in some epochs, not in all
             finite = (unvisited | np.isfinite(values)).all(axis=0) & ~unvisited.all(axis=0)
             _refuse_not_finite(f"dynamics {name}", finite)
-        for place, network in enumerate(self.networks):
-            others = np.flatnonzero(network.labels.cpu().numpy() != self.labels)
+        for index, layer in enumerate(self.layers):
+            others = np.flatnonzero(layer.labels.cpu().numpy() != self.labels)
             if len(others):
-                raise UserError(f"network {place}: the label of example {others[0]} differs from labels")
+                raise UserError(f"model {index}: the label of example {others[0]} differs from labels")
 
     def name(self, position: int) -> int:
         """An example's original index."""
@@ -284,9 +284,9 @@ class Needs:
         stored: Name of a stored score (a mode of ``Proxy``); None if it reads none.
         reduced: Name of a score that is reduced from the dynamics of pre-training.
         dynamics: Names of the recorded arrays that it reads itself.
-        logits: Whether it reads the pre-trained network's logits.
+        logits: Whether it reads the pre-trained model's logits.
         embeddings: Whether it reads its embeddings too.
-        ensemble: Whether it reads several independently initialised networks in place of one.
+        ensemble: Whether it reads several independently initialized models in place of one.
     """
 
     stored: str | None = None
@@ -298,7 +298,7 @@ class Needs:
 
     @property
     def pretraining(self) -> bool:
-        """Whether a network must be pre-trained."""
+        """Whether a model must be pre-trained."""
         return bool(self.reduced or self.dynamics or self.logits or self.embeddings)
 
 
@@ -356,7 +356,7 @@ class Method:
 
     Attributes:
         name: The value of ``--coreset_func``.
-        select: The choice; None for a method that chooses anew in each epoch of training.
+        select: The choice; None for a method that chooses again in each epoch of training.
         needs: What it must be given.
         options: The dataclass of its options.
         weighted: Whether its weights may differ from 1.
@@ -370,7 +370,7 @@ class Method:
 
     @property
     def dynamic(self) -> bool:
-        """Whether it chooses anew in each epoch of training."""
+        """Whether it chooses again in each epoch of training."""
         return self.select is None
 
     @property

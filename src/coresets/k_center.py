@@ -31,39 +31,39 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
         budget: k, at most n.
 
     Returns:
-        Places ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in the order of the picks.
     """
     points = embeddings.double()
     mean = points.mean(dim=0)
     distances = _distances(points, mean)
     noise = _NOISE * (float(torch.linalg.vector_norm(mean)) + distances.mean())
-    place = (distances <= distances.min() + noise).argmax()  # numpy promises the first
+    position = (distances <= distances.min() + noise).argmax()  # numpy promises the first
     nearest = np.full(len(points), np.inf)  # distance to the nearest pick; -inf for picks
     picks = np.empty(budget, dtype=np.int64)
     for step in range(budget):
-        picks[step] = place
-        np.minimum(nearest, _distances(points, points[place]), out=nearest)
-        nearest[place] = -np.inf
+        picks[step] = position
+        np.minimum(nearest, _distances(points, points[position]), out=nearest)
+        nearest[position] = -np.inf
         farthest = nearest.max()
-        place = (nearest >= farthest - _NOISE * max(farthest, 0.0)).argmax()
+        position = (nearest >= farthest - _NOISE * max(farthest, 0.0)).argmax()
     return picks
 
 
 def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """k-center greedy (Sener and Savarese, ICLR 2018, algorithm 1) on embeddings.
 
-    The radius is at most twice the best one's. The paper starts from labelled examples; here, where there are none,
+    The radius is at most twice the best one's. The paper starts from labeled examples; here, where there are none,
     from the example nearest to the group's mean, which no seed changes.
 
     Memory: the group's embeddings in float64.
 
     Args:
-        inputs: One network with ``embeddings`` ``(n, d)``.
+        inputs: One layer with ``embeddings`` ``(n, d)``.
         groups: The groups.
         options: None is read.
     """
-    network = inputs.networks[0]
-    return Selection.of([g.positions[farthest_first(network.at(g.positions).embeddings, g.budget)] for g in groups])
+    layer = inputs.layers[0]
+    return Selection.of([g.positions[farthest_first(layer.at(g.positions).embeddings, g.budget)] for g in groups])
 
 
 METHODS = (Method("k_center", k_center, Needs(embeddings=True)),)

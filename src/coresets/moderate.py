@@ -1,4 +1,4 @@
-"""Moderate: the examples neither near to nor far from the centre of their class (Xia et al., ICLR 2023)."""
+"""Moderate: the examples neither near to nor far from the center of their class (Xia et al., ICLR 2023)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selectio
 from src.lazy import torch
 
 
-def centre_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray:
+def center_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray:
     """``||h_i - mean of h over the examples of label y_i||``, float64 ``(n,)``.
 
     Class by class, so that beside the embeddings only one class is held in float64, and so that no atomic sums make
@@ -30,29 +30,29 @@ def centre_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray
 
 
 def nearest_to_median(values: np.ndarray, budget: int) -> np.ndarray:
-    """Places of the ``budget`` values closest to their median (of an even number: the mean of the middle two).
+    """Positions of the ``budget`` values closest to their median (of an even number: the mean of the middle two).
 
-    Of equally close values the lower place wins.
+    Of equally close values the lower position wins.
     """
     return np.argsort(np.abs(values - np.median(values)), kind="stable")[:budget]
 
 
 def moderate(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """Moderate coreset (Xia et al., ICLR 2023): distances to the class centre closest to their median.
+    """Moderate coreset (Xia et al., ICLR 2023): distances to the class center closest to their median.
 
     From the paper: an example's score is the Euclidean distance of its embedding to the mean embedding of its
     class; the examples with scores close to the median of the scores are kept.
 
     Our reading: close is by the value ``|d_i - median d|``, not by equal ranks below and above (the two differ where
     distances are skewed), and the median is the group's. One group of all takes one median for all classes; the
-    centres always are those of all candidates of a label.
+    centers always are those of all candidates of a label.
 
     Args:
-        inputs: One network with ``embeddings`` ``(n, d)``.
+        inputs: One layer with ``embeddings`` ``(n, d)``.
         groups: The groups.
         options: None is read.
     """
-    distances = centre_distances(inputs.networks[0].embeddings, np.asarray(inputs.labels))
+    distances = center_distances(inputs.layers[0].embeddings, np.asarray(inputs.labels))
     return Selection.of([g.positions[nearest_to_median(distances[g.positions], g.budget)] for g in groups])
 
 

@@ -160,7 +160,7 @@ def spread(heights: Sequence[float], gap: float) -> np.ndarray:
 
     Args:
         heights: Ascending, ``(n,)``.
-        gap: Least distance of neighbours; made smaller where n of them do not fit.
+        gap: Least distance of neighbors; made smaller where n of them do not fit.
     """
     count = len(heights)
     if count < 2:

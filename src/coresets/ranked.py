@@ -28,7 +28,7 @@ from src.metrics import SCORES
 
 log = logging.getLogger(__name__)
 
-_MANY_TIES = 0.01  # of a selection: where more of it is decided by index alone, a notice says so
+_MANY_TIES = 0.01  # of a selection: where more of it is decided by index alone, a warning is logged
 
 
 def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highest: bool, what: str) -> Selection:
@@ -122,23 +122,23 @@ def forget(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: O
     return keep_by_rank(np.where(learned, scores, np.inf), groups, highest=True, what="forget")
 
 
-def _mean_over_networks(columns: Sequence[torch.Tensor]) -> np.ndarray:
+def _mean_over_models(columns: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.stack([column.double().cpu() for column in columns]).mean(dim=0).numpy()
 
 
 def el2n(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """EL2N: the largest error norms, averaged over independent initialisations."""
-    scores = _mean_over_networks([network.errors.double().norm(dim=1) for network in inputs.networks])
+    """EL2N: the largest error norms, averaged over independent initializations."""
+    scores = _mean_over_models([layer.errors.double().norm(dim=1) for layer in inputs.layers])
     return keep_by_rank(scores, groups, highest=True, what="el2n")
 
 
 def grand(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GraNdOptions) -> Selection:
-    """GraNd: the largest gradient norms, averaged over independent initialisations."""
+    """GraNd: the largest gradient norms, averaged over independent initializations."""
     if options.grand_gradient == "full":
-        columns = [network.gradient_norms for network in inputs.networks]
+        columns = [layer.gradient_norms for layer in inputs.layers]
     else:
-        columns = [gradient_norms(network.errors, network.embeddings) for network in inputs.networks]
-    return keep_by_rank(_mean_over_networks(columns), groups, highest=True, what="grand")
+        columns = [gradient_norms(layer.errors, layer.embeddings) for layer in inputs.layers]
+    return keep_by_rank(_mean_over_models(columns), groups, highest=True, what="grand")
 
 
 def random_choice(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:

@@ -272,7 +272,7 @@ class CoresetRun:
             seed=self.run.training.seed,
             scores=scores,
             dynamics={name: dynamics[name] for name in needs.dynamics},
-            networks=layers,
+            layers=layers,
             names=context.train.indices.cpu().numpy(),
         )
 

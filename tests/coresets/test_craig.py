@@ -54,7 +54,7 @@ def generator(seed=1):
 
 
 def select(layer, groups, memory=EXACT, seed=1):
-    content = SelectionInputs(layer.labels.numpy(), layer.logits.shape[1], seed, networks=[layer])
+    content = SelectionInputs(layer.labels.numpy(), layer.logits.shape[1], seed, layers=[layer])
     return find_method("craig").select(content, groups, MemoryOptions(selection_memory=memory))
 
 

@@ -11,12 +11,12 @@ def material(scores, embeddings, labels=None):
     h = torch.as_tensor(embeddings)
     labels = np.zeros(len(h), dtype=np.int64) if labels is None else labels
     layer = LastLayer(torch.zeros(len(h), 2), torch.from_numpy(labels), h)
-    return SelectionInputs(labels, 2, scores=np.asarray(scores, dtype=np.float64), networks=[layer])
+    return SelectionInputs(labels, 2, scores=np.asarray(scores, dtype=np.float64), layers=[layer])
 
 
 def slow_d2(material, groups, k, gamma):
     """The graph as a dense table, the highest feature found anew for each pick."""
-    h = material.networks[0].embeddings.double().numpy()
+    h = material.layers[0].embeddings.double().numpy()
     chosen = []
     for group in groups:
         members = list(group.positions)
@@ -59,7 +59,7 @@ def test_equals_the_plain_way(per_class, fraction, k, gamma):
     assert not selection.weighted
 
 
-def slow_neighbours(points, k):
+def slow_neighbors(points, k):
     rows = []
     for a in range(len(points)):
         squares = [((points[a] - points[b]) ** 2).sum() for b in range(len(points))]
@@ -69,7 +69,7 @@ def slow_neighbours(points, k):
 
 @pytest.mark.parametrize("k", [1, 4, 39])
 @pytest.mark.parametrize("kind", ["random", "grid", "equal", "doubled", "far from 0"])
-def test_neighbours_are_exact_and_ties_go_to_the_lower_index(kind, k, monkeypatch):
+def test_neighbors_are_exact_and_ties_go_to_the_lower_index(kind, k, monkeypatch):
     rng = np.random.default_rng(5)
     points = {
         "random": rng.normal(size=(40, 6)),
@@ -78,10 +78,10 @@ def test_neighbours_are_exact_and_ties_go_to_the_lower_index(kind, k, monkeypatc
         "doubled": np.repeat(rng.normal(size=(10, 6)), 4, axis=0),
         "far from 0": rng.normal(size=(40, 6)) + 1e6,
     }[kind]
-    expected = slow_neighbours(points, k)
+    expected = slow_neighbors(points, k)
     for rows in (7, 256):
         monkeypatch.setattr(d2, "_ROWS", rows)
-        places, squares = d2.nearest_neighbours(torch.from_numpy(points), k, 2048)
+        places, squares = d2.nearest_neighbors(torch.from_numpy(points), k, 2048)
         np.testing.assert_array_equal(places, expected)
     exact = ((points[:, None] - points[places]) ** 2).sum(axis=2)
     np.testing.assert_allclose(squares, exact, rtol=1e-7, atol=1e-18)
@@ -89,12 +89,12 @@ def test_neighbours_are_exact_and_ties_go_to_the_lower_index(kind, k, monkeypatc
 
 def test_memory_bounds_the_blocks():
     points = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 3)))
-    for one, other in zip(d2.nearest_neighbours(points, 3, 0), d2.nearest_neighbours(points, 3, 2048), strict=True):
+    for one, other in zip(d2.nearest_neighbors(points, 3, 0), d2.nearest_neighbors(points, 3, 2048), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
 def test_graph_is_symmetric_and_scaled():
-    graph = d2.neighbour_graph(torch.from_numpy(np.random.default_rng(6).normal(size=(30, 3))), 3, 64)
+    graph = d2.neighbor_graph(torch.from_numpy(np.random.default_rng(6).normal(size=(30, 3))), 3, 64)
     begin = np.repeat(np.arange(30), np.diff(graph.starts))
     table = np.zeros((30, 30))
     table[begin, graph.ends] = graph.squares
@@ -159,5 +159,5 @@ def test_complaints():
 def test_the_device_does_not_matter():
     rng = np.random.default_rng(10)
     h = torch.from_numpy(np.repeat(rng.normal(size=(100, 16)), 3, axis=0))
-    for one, other in zip(d2.nearest_neighbours(h, 5, 64), d2.nearest_neighbours(h.cuda(), 5, 64), strict=True):
+    for one, other in zip(d2.nearest_neighbors(h, 5, 64), d2.nearest_neighbors(h.cuda(), 5, 64), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10)

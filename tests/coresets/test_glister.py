@@ -68,7 +68,7 @@ def slow_greedy(head, embeddings, labels, pool, first, judges, budget, eta, refr
 
 
 def select(head, embeddings, labels, groups, seed=1, **options):
-    content = SelectionInputs(labels.numpy(), head.out_features, seed, networks=[layer(head, embeddings, labels)])
+    content = SelectionInputs(labels.numpy(), head.out_features, seed, layers=[layer(head, embeddings, labels)])
     return find_method("glister").select(content, groups, GlisterOptions(**options))
 
 
@@ -179,7 +179,7 @@ def test_ties_and_zero_gradients_go_by_index():
     free = np.flatnonzero(~held)
     zero = LastLayer(torch.tensor([[900.0, -900.0, -900.0]]).repeat(30, 1), labels, embeddings.float())
     found = find_method("glister").select(
-        SelectionInputs(labels.numpy(), 3, networks=[zero]), [CandidateGroup(np.arange(30), 8, 0)], GlisterOptions()
+        SelectionInputs(labels.numpy(), 3, layers=[zero]), [CandidateGroup(np.arange(30), 8, 0)], GlisterOptions()
     )
     assert found.indices.tolist() == free[:8].tolist()
     embeddings[:] = embeddings[0]
@@ -191,7 +191,7 @@ def test_float32_material_keeps_the_picks_and_the_seed_decides():
     head, embeddings, labels = problem(n=60)
     groups = make_groups(labels.numpy(), 3, fraction=0.3)
     single = LastLayer(head(embeddings).detach().float(), labels, embeddings.float())
-    content = SelectionInputs(labels.numpy(), 3, networks=[single])
+    content = SelectionInputs(labels.numpy(), 3, layers=[single])
     found = find_method("glister").select(content, groups, GlisterOptions())
     assert found.indices.tolist() == select(head, embeddings, labels, groups).indices.tolist()
     assert found.indices.tolist() != select(head, embeddings, labels, groups, seed=5).indices.tolist()

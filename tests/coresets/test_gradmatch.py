@@ -57,7 +57,7 @@ def nonnegative(columns, b, ridge):
 
 
 def material(logits, labels, embeddings, seed=1):
-    return SelectionInputs(labels.numpy(), logits.shape[1], seed, networks=[LastLayer(logits, labels, embeddings)])
+    return SelectionInputs(labels.numpy(), logits.shape[1], seed, layers=[LastLayer(logits, labels, embeddings)])
 
 
 def select(content, groups, **options):

@@ -29,7 +29,7 @@ def dense(layer: LastLayer) -> np.ndarray:
 
 
 def value(similarities: np.ndarray, chosen: list[int]) -> float:
-    """The function that is maximised, without its diagonal."""
+    """The function that is maximized, without its diagonal."""
     among = similarities[np.ix_(chosen, chosen)]
     return similarities[:, chosen].sum() - among.sum() + np.trace(among)
 
@@ -118,9 +118,7 @@ def test_groups_are_chosen_in_on_their_own(per_class, memory):
     layer = network(40, 3)
     labels = layer.labels.numpy()
     groups = make_groups(labels, 3, fraction=0.4, per_class=per_class)
-    selection = graph_cut(
-        SelectionInputs(labels, 3, networks=[layer]), groups, MemoryOptions(selection_memory=memory)
-    )
+    selection = graph_cut(SelectionInputs(labels, 3, layers=[layer]), groups, MemoryOptions(selection_memory=memory))
     expected = [g.positions[greedy_by_value(dense(layer.at(g.positions)), g.budget)] for g in groups]
     assert selection.indices.tolist() == sorted(np.concatenate(expected).tolist())
     assert not selection.weighted

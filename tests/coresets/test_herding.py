@@ -58,7 +58,7 @@ def test_groups_are_chosen_in_on_their_own(per_class):
     labels[5] = 2  # a group of one
     groups = make_groups(labels, 3, fraction=0.3, per_class=per_class)
     network = LastLayer(torch.zeros(30, 3), torch.from_numpy(labels), x)
-    selection = herding(SelectionInputs(labels, 3, networks=[network]), groups, Options())
+    selection = herding(SelectionInputs(labels, 3, layers=[network]), groups, Options())
     expected = [g.positions[follow_mean_by_hand(x.numpy()[g.positions], g.budget)] for g in groups]
     assert selection.indices.tolist() == sorted(np.concatenate(expected).tolist())
     assert not selection.weighted

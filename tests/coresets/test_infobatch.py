@@ -32,7 +32,7 @@ def material(losses, labels=None, seed: int = 1) -> SelectionInputs:
     logits[mirrored] = logits[mirrored].flip(1)
     network = LastLayer(logits, torch.from_numpy(labels))
     np.testing.assert_allclose(network.losses.numpy(), losses, rtol=1e-12)
-    return SelectionInputs(labels, 2, seed, networks=[network])
+    return SelectionInputs(labels, 2, seed, layers=[network])
 
 
 def select(given: SelectionInputs, fraction: float, per_class: bool = True) -> Selection:

@@ -45,7 +45,7 @@ def test_embeddings_that_are_not_finite_name_the_first_example(name, value):
     with pytest.raises(UserError, match="embeddings: those of example 7 are not finite"):
         method.select(
             SelectionInputs(
-                LABELS, 2, scores=np.arange(40.0), networks=[layer(embeddings=spoilt((40, 3), (7, 1), value))]
+                LABELS, 2, scores=np.arange(40.0), layers=[layer(embeddings=spoilt((40, 3), (7, 1), value))]
             ),
             GROUPS,
             method.options(),
@@ -55,7 +55,7 @@ def test_embeddings_that_are_not_finite_name_the_first_example(name, value):
 def test_infobatch_does_not_choose_nothing_where_a_logit_is_nan():
     with pytest.raises(UserError, match="logits: those of example 39"):
         METHODS["infobatch"].select(
-            SelectionInputs(LABELS, 2, networks=[layer(logits=spoilt((40, 2), 39, float("nan")))]),
+            SelectionInputs(LABELS, 2, layers=[layer(logits=spoilt((40, 2), 39, float("nan")))]),
             GROUPS,
             Options(),
         )
@@ -72,10 +72,10 @@ def test_infobatch_does_not_choose_nothing_where_a_logit_is_nan():
         (lambda: SelectionInputs(LABELS, 1), "labels: 1, of example 1, is not one of 0 to 0"),
         (lambda: SelectionInputs(LABELS - 1, 2), "labels: -1, of example 0"),
         (
-            lambda: SelectionInputs(LABELS, 2, networks=[layer(), layer(labels=torch.from_numpy(1 - LABELS))]),
-            "network 1: .* 0",
+            lambda: SelectionInputs(LABELS, 2, layers=[layer(), layer(labels=torch.from_numpy(1 - LABELS))]),
+            "model 1: .* 0",
         ),
-        (lambda: SelectionInputs(LABELS[:39], 2, networks=[layer()]), "network 0: has the shape"),
+        (lambda: SelectionInputs(LABELS[:39], 2, layers=[layer()]), "model 0: has the shape"),
         (lambda: SelectionInputs(LABELS, 2, dynamics={"p": np.zeros((3, 39))}), "dynamics p: has the shape"),
         (
             lambda: SelectionInputs(LABELS, 2, dynamics={"p": np.full((3, 40), np.nan)}),

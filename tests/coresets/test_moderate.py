@@ -9,16 +9,16 @@ from src.coresets.inputs import Options
 def material(embeddings, labels):
     h, y = torch.as_tensor(embeddings), torch.as_tensor(labels)
     layer = LastLayer(torch.zeros(len(y), int(y.max()) + 1), y, h)
-    return SelectionInputs(y.numpy(), int(y.max()) + 1, networks=[layer])
+    return SelectionInputs(y.numpy(), int(y.max()) + 1, layers=[layer])
 
 
 def slow_moderate(material, groups):
-    h = material.networks[0].embeddings.double().numpy()
+    h = material.layers[0].embeddings.double().numpy()
     distances = []
     for i, label in enumerate(material.labels):
         same = [h[j] for j in range(len(h)) if material.labels[j] == label]
-        centre = sum(same) / len(same)
-        distances.append(np.sqrt(sum((a - b) ** 2 for a, b in zip(h[i], centre, strict=True))))
+        center = sum(same) / len(same)
+        distances.append(np.sqrt(sum((a - b) ** 2 for a, b in zip(h[i], center, strict=True))))
     chosen = []
     for group in groups:
         ordered = sorted(distances[i] for i in group.positions)
@@ -42,7 +42,7 @@ def test_equals_the_plain_way(per_class, fraction):
 
 
 def test_the_median_is_picked():
-    # the class's centre is 0: distances 1, 1, 2, 2, 3, 3, 8, 8
+    # the class's center is 0: distances 1, 1, 2, 2, 3, 3, 8, 8
     line = np.array([1.0, -1, 2, -2, 3, -3, 8, -8])[:, None]
     made = material(line, np.zeros(8, dtype=np.int64))
     selection = moderate.moderate(made, [CandidateGroup(np.arange(8), 4)], Options())
@@ -53,10 +53,10 @@ def test_ties_go_to_the_lower_index():
     np.testing.assert_array_equal(moderate.nearest_to_median(np.array([3.0, 1, 2, 1, 3]), 3), [2, 0, 1])
 
 
-def test_centres_are_of_all_candidates_of_a_label():
+def test_centers_are_of_all_candidates_of_a_label():
     rng = np.random.default_rng(2)
     h, labels = rng.normal(size=(20, 3)), np.repeat([0, 4], 10)
-    distances = moderate.centre_distances(torch.from_numpy(h), labels)
+    distances = moderate.center_distances(torch.from_numpy(h), labels)
     expected = [np.linalg.norm(h[i] - h[labels == labels[i]].mean(axis=0)) for i in range(20)]
     np.testing.assert_allclose(distances, expected, rtol=1e-12)
 

@@ -87,7 +87,7 @@ def test_what_is_not_finished_is_not_drawn():
     assert list(lines_of(accuracy_figure(summarize(records), title="t", full=0.9))) == ["all examples"]
 
 
-def test_colours_stay_with_their_methods_as_a_grid_fills():
+def test_colors_stay_with_their_methods_as_a_grid_fills():
     records = grid(["forget", "random", "craig"], [0.1, 0.5])
     whole = lines_of(accuracy_figure(summarize(records), title="t"))["craig"].get_color()
     for record in records:

@@ -161,6 +161,6 @@ def test_norms_are_averaged_over_networks_and_the_highest_kept(name, gradient, e
     method = METHODS[name]
     assert method.needs.ensemble
     options = method.options(grand_gradient=gradient) if name == "grand" else method.options()
-    selection = method.select(SelectionInputs(labels, 3, networks=networks), groups, options)
+    selection = method.select(SelectionInputs(labels, 3, layers=networks), groups, options)
     expected = by_sorting(explicit_scores(name, networks, gradient), groups, highest=True)
     assert selection.indices.tolist() == expected
