@@ -83,6 +83,25 @@ def build(config: type[Config], args: Namespace, **values: Any) -> Config:
     return config(**{**given, **values})
 
 
+def check_options(config: Any) -> None:
+    """Check that each value of a dataclass is one that its flag accepts; None always is.
+
+    Raises:
+        ArgumentError: One is not.
+    """
+    for item in fields(config):
+        value, keywords = getattr(config, item.name), item.metadata.get("flag", {}).get("keywords", {})
+        for part in value if isinstance(value, list) else [value]:
+            if part is None:
+                continue
+            if part not in keywords.get("choices", (part,)):
+                raise ArgumentError(item.name, f"{part}: choose from {', '.join(map(str, keywords['choices']))}")
+            try:
+                keywords.get("type", str)(str(part))
+            except argparse.ArgumentTypeError as error:
+                raise ArgumentError(item.name, str(error)) from error
+
+
 def number(
     kind: type,
     low: float | None = None,

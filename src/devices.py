@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.cli import option
+from src.cli import check_options, option
 from src.errors import ArgumentError
 from src.lazy import torch
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """How the network computes.
+    """How a model computes.
 
     Attributes:
         name: The name of the flag's choice.
@@ -105,6 +105,7 @@ class ComputeConfig:
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         several = self.distributed_training and int(os.environ.get("WORLD_SIZE", 1)) > 1
         if several and self.device not in (None, "cpu", "cuda"):
             raise ArgumentError("device", f"{self.device}: several processes need a GPU each; give cuda or cpu")
@@ -129,13 +130,11 @@ def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
         text = "cuda" if gpus else "cpu"
     if text == "cpu":
         return torch.device("cpu")
-    index = local_rank % max(gpus, 1) if text == "cuda" else text.removeprefix("cuda:")
-    if not str(index).isdigit():
-        raise ArgumentError("device", f"{text}: unknown; give cpu, cuda, or the index of a GPU")
-    if int(index) >= gpus:
+    index = local_rank % max(gpus, 1) if text == "cuda" else int(text.removeprefix("cuda:"))
+    if index >= gpus:
         found = f"{gpus} GPU(s); give cpu or an index below {gpus}" if gpus else "no GPU; give cpu"
         raise ArgumentError("device", f"{text}: this machine has {found}")
-    return torch.device("cuda", int(index))
+    return torch.device("cuda", index)
 
 
 def prepare(device: torch.device, precision: Precision, deterministic: bool) -> None:

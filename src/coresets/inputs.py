@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -10,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from src.cli import number, option
-from src.errors import ArgumentError, UserError
+from src.cli import check_options, number, option
+from src.errors import UserError
 from src.lazy import torch
 
 
@@ -311,16 +310,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, flag = getattr(self, item.name), item.metadata.get("flag")
-            if flag is None or value is None:
-                continue
-            if value not in flag["keywords"].get("choices", (value,)):
-                raise ArgumentError(item.name, f"{value}: choose from {', '.join(flag['keywords']['choices'])}")
-            try:
-                flag["keywords"].get("type", str)(str(value))
-            except ArgumentTypeError as error:
-                raise ArgumentError(item.name, str(error)) from error
+        check_options(self)
 
 
 @dataclass(frozen=True)

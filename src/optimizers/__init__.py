@@ -1,8 +1,7 @@
 """Optimizers and learning-rate schedules: SGD, Adam, AdamW, SAM and iBLR, by name."""
 
 from src.lazy import lazy_names
-from src.optimizers.registry import OPTIMIZERS, OptimizerEntry, build_optimizer
-from src.optimizers.schedules import SCHEDULES, Schedule, rate
+from src.optimizers.registry import OPTIMIZERS, SCHEDULES, build_optimizer, rate
 
 __getattr__ = lazy_names(__name__, iblr=["IBLR"], sam=["SAM", "frozen_batchnorm"])
 
@@ -11,8 +10,6 @@ __all__ = [
     "OPTIMIZERS",
     "SAM",
     "SCHEDULES",
-    "OptimizerEntry",
-    "Schedule",
     "build_optimizer",
     "frozen_batchnorm",
     "rate",

@@ -1,7 +1,12 @@
-"""The optimizers by name. Torch is imported by the builders alone."""
+"""The optimizers and the learning-rate schedules by name. Torch is imported by the optimizers' builders alone.
+
+A schedule is a pure function of the epoch: nothing is stepped, so there is no state to save, and every optimizer is
+scheduled alike.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,14 +45,12 @@ class OptimizerEntry:
     """An optimizer, and how the training loop treats it.
 
     Attributes:
-        name: The value of ``--optimizer``.
         build: Makes the optimizer of parameters, the run's settings, and the number of training examples.
         settings: The settings that it reads, beside learning rate and weight decay.
         passes: Yields before each forward and backward pass of a step; a step ends with ``optimizer.step()``.
         needs_sampling: Whether a pass draws its weights.
     """
 
-    name: str
     build: Callable[[list[nn.Parameter], TrainingConfig, int], Optimizer]
     settings: tuple[str, ...] = ()
     passes: Callable[[Optimizer, nn.Module], Iterator[None]] = _one_pass
@@ -95,14 +98,11 @@ def _iblr(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: 
 
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
-    entry.name: entry
-    for entry in (
-        OptimizerEntry("sgd", _sgd, ("momentum", "nesterov")),
-        OptimizerEntry("adam", _adam),
-        OptimizerEntry("adamw", _adamw),
-        OptimizerEntry("sam", _sam, ("momentum", "rho", "adaptive"), _sam_passes),
-        OptimizerEntry("iblr", _iblr, ("delta", "hess_init"), _sampled_pass, needs_sampling=True),
-    )
+    "sgd": OptimizerEntry(_sgd, ("momentum", "nesterov")),
+    "adam": OptimizerEntry(_adam),
+    "adamw": OptimizerEntry(_adamw),
+    "sam": OptimizerEntry(_sam, ("momentum", "rho", "adaptive"), _sam_passes),
+    "iblr": OptimizerEntry(_iblr, ("delta", "hess_init"), _sampled_pass, needs_sampling=True),
 }
 
 
@@ -119,3 +119,94 @@ def build_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], 
         UserError: iblr's package is missing.
     """
     return OPTIMIZERS[config.optimizer].build(list(parameters), config, num_examples)
+
+
+# ---------------------------------------------------------------------------------------- learning-rate schedules
+
+
+def _half_cosine(position: float) -> float:
+    """Falls from 1 at position 0 to 0 at position 1."""
+    return (1.0 + math.cos(math.pi * position)) / 2.0
+
+
+def _step(epoch: int, epochs: int) -> float:
+    """A tenth after each third of the run."""
+    return 0.1 ** ((epoch - 1) // math.ceil(epochs / 3))
+
+
+def _exp(epoch: int, epochs: int) -> float:
+    return 0.98 ** (epoch - 1)
+
+
+def _after_warmup(share: Callable[[int, int], float], epoch: int, epochs: int) -> float:
+    """Linear warm-up, then a schedule counted from its end; the schedule's length is still that of the full run."""
+    warmup = math.ceil(epochs / 40)
+    return epoch / warmup if epoch <= warmup else share(epoch - warmup, epochs)
+
+
+def _warmup_cosine(epoch: int, epochs: int) -> float:
+    """Five cycles; each rises linearly from 1/100 to a peak, halved from cycle to cycle, and falls by a cosine."""
+    length = math.ceil(epochs / 5)
+    warmup = math.ceil(length / 10)
+    cycle, position = divmod(epoch - 1, length)
+    lowest, peak = 0.01, 0.5**cycle
+    if position < warmup:
+        return lowest + (peak - lowest) * position / warmup
+    return lowest + (peak - lowest) * _half_cosine((position - warmup) / (length - warmup))
+
+
+def _custom(epoch: int, epochs: int) -> float:
+    """Feldman and Zhang's triangle (arXiv:2008.03703): up over the first 15 %, from 0, then down to nearly 0."""
+    up = 15 * epochs // 100
+    done = epoch - 1
+    return done / up if done < up else 1.0 - (done - up) / (epochs - up)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning-rate schedule.
+
+    Attributes:
+        share: Takes an epoch (from 1) and the number of epochs; returns the share of the learning rate.
+        depends_on_epochs: Whether another number of epochs changes the rates of the epochs already trained, so that
+            a run cannot be extended.
+    """
+
+    share: Callable[[int, int], float]
+    depends_on_epochs: bool = True
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "const": Schedule(lambda epoch, epochs: 1.0, depends_on_epochs=False),
+    "step": Schedule(_step),
+    "exp": Schedule(_exp, depends_on_epochs=False),
+    "cosine": Schedule(lambda epoch, epochs: _half_cosine((epoch - 1) / epochs)),
+    "warmup_step": Schedule(lambda epoch, epochs: _after_warmup(_step, epoch, epochs)),
+    "warmup_exp": Schedule(lambda epoch, epochs: _after_warmup(_exp, epoch, epochs)),
+    "warmup_cosine": Schedule(_warmup_cosine),
+    "custom": Schedule(_custom),
+}
+
+
+def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> float:
+    """The learning rate of one epoch.
+
+    The schedule runs between ``floor`` and ``lr``: ``floor + (lr - floor) * share(epoch, epochs)``. With ``cosine``
+    this is the annealing of the MPE experiments, whose last epoch is one step above the floor.
+
+    Args:
+        name: A name from `SCHEDULES`.
+        epoch: The epoch, from 1 to ``epochs``.
+        epochs: The number of epochs of the run.
+        lr: The base learning rate.
+        floor: The rate that the schedule falls towards.
+
+    Returns:
+        The rate to use throughout the epoch.
+
+    Raises:
+        ValueError: The epoch lies outside the run.
+    """
+    if not 1 <= epoch <= epochs:
+        raise ValueError(f"epoch {epoch} is not one of the run's epochs 1 to {epochs}")
+    return floor + (lr - floor) * SCHEDULES[name].share(epoch, epochs)

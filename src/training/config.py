@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from src.artifacts.store import acting_settings
-from src.cli import SEED, number, option
+from src.cli import SEED, check_options, number, option
 from src.datasets import DATASETS, Augmentation, DatasetEntry
 from src.errors import ArgumentError
 from src.models import ModelConfig
@@ -18,7 +17,7 @@ from src.optimizers import OPTIMIZERS, SCHEDULES
 
 def _acts(setting: str) -> tuple:
     """Where a setting that not every optimizer reads acts."""
-    names = [entry.name for entry in OPTIMIZERS.values() if setting in entry.settings]
+    names = [name for name, entry in OPTIMIZERS.items() if setting in entry.settings]
     return (lambda args: args.optimizer in names, f"without --optimizer={' or '.join(names)}")
 
 
@@ -81,24 +80,11 @@ class TrainingConfig:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        for name, right, wanted in (
-            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            ("learning_rate", 0.0 < self.learning_rate < math.inf, "a finite number above 0"),
-            ("lr_sched", self.lr_sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            (
-                "lr_min",
-                0.0 <= self.lr_min <= self.learning_rate,
-                f"between 0 and the learning rate {self.learning_rate:g}",
-            ),
-            ("momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1"),
-            ("weight_decay", 0.0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
-            ("rho", 0.0 <= self.rho < math.inf, "a finite number of at least 0"),
-            ("delta", self.delta is None or 0.0 < self.delta < math.inf, "a finite number above 0"),
-            ("hess_init", 0.0 < self.hess_init < math.inf, "a finite number above 0"),
-        ):
-            if not right:
-                value = getattr(self, name)
-                raise ArgumentError(name, f"{value if isinstance(value, str) else f'{value:g}'}: must be {wanted}")
+        check_options(self)
+        if not 0.0 <= self.momentum < 1.0:
+            raise ArgumentError("momentum", f"{self.momentum:g}: must be at least 0 and below 1")
+        if self.lr_min > self.learning_rate:
+            raise ArgumentError("lr_min", f"{self.lr_min:g}: is above the learning rate {self.learning_rate:g}")
         acting = OPTIMIZERS[self.optimizer].settings
         if self.delta is not None and "delta" not in acting:
             raise ArgumentError("delta", f": has no effect on {self.optimizer}; leave it out")
@@ -156,7 +142,7 @@ class RunConfig:
         measure_proxies: Whether to record per-example dynamics and measure scores at the end.
 
     Raises:
-        ArgumentError: ``save_epochs`` asks for an epoch after the last.
+        ArgumentError: A value is out of its range, or ``save_epochs`` asks for an epoch after the last.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -193,6 +179,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         epochs = self.training.epochs
         if isinstance(self.save_epochs, list) and self.save_epochs[-1] > epochs:
             raise ArgumentError(

@@ -18,7 +18,7 @@ from src.artifacts.io import read_checkpoint
 from src.coresets import find_method
 from src.coresets.budgets import make_groups
 from src.datasets import load_dataset, lookup, parse_subset
-from src.devices import resolve_device
+from src.devices import ComputeConfig
 from src.errors import UserError
 from src.metrics import SCORES, Proxy, get_score
 from src.metrics.published import published_files
@@ -185,7 +185,7 @@ def test_flags(blobs, tmp_path, monkeypatch, script, flags, word):
         (lambda: find_method("x"), "method"),
         (lambda: make_groups(np.arange(6) % 2, 2, fraction=2.0), "fraction"),
         (lambda: make_groups(np.arange(6) % 2, 2, shots=9), "shots"),
-        (lambda: resolve_device("tpu"), "device"),
+        (lambda: ComputeConfig(device="tpu"), "device"),
     ],
 )
 def test_the_library_names_arguments_not_flags(call, argument):
