@@ -249,31 +249,27 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--coreset_func", type=_only(func), help=argparse.SUPPRESS, default=argparse.SUPPRESS)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
-        """Parse, refuse flags that do nothing or contradict each other, and name those that are ignored."""
+        """Parse, refuse flags that do nothing or contradict each other, and name those that are ignored.
+
+        Raises:
+            FlagError: A flag is given that does nothing in this combination, whatever its value.
+        """
         words = sys.argv[1:] if args is None else list(args)
         found = super().parse_args(words, namespace)
-        self._refuse_idle(words, found)
+        known = self._option_string_actions
+        given = {flag: known[flag] for flag in (word.split("=")[0] for word in words) if flag in known}
+        for flag, action in given.items():
+            for acts, where in getattr(action, "rules", ()):
+                if not acts(found):
+                    raise FlagError(f"{flag}: has no effect {where}; leave it out")
         for check in self.checks:
             check(found)
-        known = self._option_string_actions
-        ignored = {flag: known[flag] for flag in (word.split("=")[0] for word in words) if flag in known}
-        ignored = {flag: action.dest for flag, action in ignored.items() if getattr(action, "ignored", False)}
+        ignored = {flag: action.dest for flag, action in given.items() if getattr(action, "ignored", False)}
         for name in set(ignored.values()):
             delattr(found, name)
         if ignored and _speaks():
             logging.getLogger(__name__).warning("%s: accepted for compatibility, and ignored", " ".join(ignored))
         return found
-
-    def _refuse_idle(self, words: Sequence[str], args: Namespace) -> None:
-        """Stop at a given flag that does nothing in this combination (see ``restrict``), whatever its value.
-
-        Raises:
-            FlagError: There is one.
-        """
-        for flag in (word.split("=")[0] for word in words):
-            for acts, where in getattr(self._option_string_actions.get(flag), "rules", ()):
-                if not acts(args):
-                    raise FlagError(f"{flag}: has no effect {where}; leave it out")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
@@ -302,12 +298,6 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
         for flag in flags:
             action = group._option_string_actions[flag]
             action.rules = [*getattr(action, "rules", ()), rule]
-
-
-def given_flags(*flags: str) -> list[str]:
-    """Which of the flags stand on the command line, where an unused one deserves a word and a default does not."""
-    words = {word.split("=")[0] for word in sys.argv[1:]}
-    return [flag for flag in flags if flag in words]
 
 
 DATA_FLAGS = ("dataset", "image_size", "channels", "subset", "datasets_folder")
@@ -462,9 +452,12 @@ def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None)
     except (MemoryError, RuntimeError) as error:
         if "RANK" in os.environ and re.search("(closed|reset) by peer|Broken pipe", str(error)):
             _end(f"{name}: another of the processes that train together has ended; its message says why", 1)
-        if not _is_out_of_memory(error):
+        # torch's CPU allocator has no error of its own
+        gpu = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in str(error)
+        if not (isinstance(error, MemoryError) or gpu or "can't allocate memory" in str(error)):
             raise
-        _end(f"{name}: not enough memory ({_first_line(error)}); smaller batches may help", 1)
+        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+        _end(f"{name}: not enough memory ({reason}); smaller batches may help", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{name}: {where}{error.strerror or error}", 1)
@@ -474,16 +467,6 @@ def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None)
 def _speaks() -> bool:
     """Whether this process answers for those of torchrun, which all find the same flags wrong."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, numpy, a GPU or torch's CPU allocator (which has no error of its own) found no memory."""
-    gpu = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in str(error)
-    return isinstance(error, MemoryError) or gpu or "can't allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
 def _end(line: str, status: int) -> NoReturn:

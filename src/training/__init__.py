@@ -4,7 +4,11 @@ from src.lazy import lazy_names
 from src.training.config import RunConfig, TrainingConfig
 
 _LAZY = {
-    "checkpoints": (
+    "distributed": ("ProcessGroup",),
+    "dynamics": ("DYNAMICS_FILE", "Dynamics", "read_dynamics"),
+    "loop": ("EpochPlan", "Trainer", "evaluate", "logits_of"),
+    "run": (
+        "RunFiles",
         "data_facts",
         "find_checkpoint",
         "find_schedules",
@@ -14,13 +18,11 @@ _LAZY = {
         "missing_epochs",
         "model_description",
         "only_schedule",
+        "run_training",
+        "summary",
         "training_command",
         "training_facts",
     ),
-    "distributed": ("ProcessGroup",),
-    "dynamics": ("DYNAMICS_FILE", "Dynamics", "read_dynamics"),
-    "loop": ("EpochPlan", "Trainer", "evaluate", "logits_of"),
-    "run": ("RunFiles", "run_training", "summary"),
 }
 __getattr__ = lazy_names(__name__, **_LAZY)
 __all__ = ["RunConfig", "TrainingConfig", *(name for names in _LAZY.values() for name in names)]

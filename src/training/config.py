@@ -84,7 +84,9 @@ class TrainingConfig:
         if not 0.0 <= self.momentum < 1.0:
             raise ArgumentError("momentum", f"{self.momentum:g}: must be at least 0 and below 1")
         if self.lr_min > self.learning_rate:
-            raise ArgumentError("lr_min", f"{self.lr_min:g}: is above the learning rate {self.learning_rate:g}")
+            raise ArgumentError(
+                "lr_min", f"{self.lr_min:g}: must be between 0 and the learning rate {self.learning_rate:g}"
+            )
         acting = OPTIMIZERS[self.optimizer].settings
         if self.delta is not None and "delta" not in acting:
             raise ArgumentError("delta", f": has no effect on {self.optimizer}; leave it out")
@@ -101,11 +103,6 @@ class TrainingConfig:
         if not self.nesterov:
             del settings["nesterov"]
         return settings
-
-    @property
-    def schedule_depends_on_epochs(self) -> bool:
-        """Whether another number of epochs would have changed the rates of the epochs already trained."""
-        return SCHEDULES[self.lr_sched].depends_on_epochs
 
 
 def parse_save_epochs(text: str) -> str | list[int]:

@@ -304,14 +304,7 @@ class StackedMembers:
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on, copied to the CPU."""
-        return {
-            "parameters": {name: value.to("cpu", copy=True) for name, value in self._parameters.items()},
-            "moments": {
-                kind: {name: value.to("cpu", copy=True) for name, value in values.items()}
-                for kind, values in self._moments.items()
-            },
-            "steps": self._steps.to("cpu", copy=True),
-        }
+        return _on_cpu({"parameters": self._parameters, "moments": self._moments, "steps": self._steps})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
@@ -347,17 +340,14 @@ class SequentialMembers:
             if isinstance(shares, Tensor):  # an example that does not count must not enter BatchNorm either
                 counting = shares[position].nonzero().squeeze(1)
                 images, labels, shares = images[counting], labels[counting], shares[position][counting]
-            losses.append(self._step_one(number, images, labels, shares, lr))
+            model, optimizer = self._models[number], self._optimizers[number]
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            loss = (nn.functional.cross_entropy(model(images), labels, reduction="none") * shares).sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
         return torch.stack(losses)
-
-    def _step_one(self, number: int, images: Tensor, labels: Tensor, shares: Tensor | float, lr: float) -> Tensor:
-        optimizer = self._optimizers[number]
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        loss = (nn.functional.cross_entropy(self._models[number](images), labels, reduction="none") * shares).sum()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
 
     def logits(self, images: Tensor, *, shared: bool) -> Tensor:
         """Logits ``(M, b, C)``."""

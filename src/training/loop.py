@@ -16,7 +16,7 @@ from src.datasets import Batches
 from src.devices import PRECISIONS, autocast_context
 from src.errors import ArgumentError, TrainingError
 from src.models.base import eval_mode, load_optimizer, load_weights, trains_on_one
-from src.optimizers import OPTIMIZERS, build_optimizer, rate
+from src.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, rate
 from src.rng import derived_seed
 from src.training.config import TrainingConfig
 from src.training.distributed import ProcessGroup, synchronized_batchnorm
@@ -164,7 +164,9 @@ class Trainer:
     @property
     def depends_on_epochs(self) -> bool:
         """Whether another number of epochs would have changed the epochs already trained."""
-        return self.config.schedule_depends_on_epochs or (self.plan is not None and self.plan.depends_on_epochs)
+        return SCHEDULES[self.config.lr_sched].depends_on_epochs or (
+            self.plan is not None and self.plan.depends_on_epochs
+        )
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left, while a progress bar counts their steps."""
