@@ -3,10 +3,9 @@
 import io
 import os
 import pickle
+import resource
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from refusals import unprivileged
-from support import ROOT
 
 from src.artifacts.io import (
     label_hash,
@@ -26,6 +24,7 @@ from src.artifacts.io import (
     read_pickle,
     write_checkpoint,
     write_npz,
+    write_pickle,
     write_text,
     write_with,
 )
@@ -46,31 +45,26 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     np.testing.assert_array_equal(read_npz(path)["arr_0"], np.arange(3.0))
 
 
-@pytest.mark.parametrize("kind", ["npz", "checkpoint", "pickle"])
-def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, kind):
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_npz(path, a=np.zeros(10**6)),
+        lambda path: write_checkpoint(path, {"a": torch.zeros(10**6)}),
+        lambda path: write_pickle(path, b"0" * 10**7),
+    ],
+    ids=("npz", "checkpoint", "pickle"),
+)
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, write):
     """The limit on file size makes every writer fail in the middle, as a full disk does."""
-    code = f"""
-import signal, resource, sys, numpy as np, torch
-sys.path.insert(0, {str(ROOT)!r})
-from src.artifacts import io
-from src.errors import FileError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-big = {{"npz": lambda p: io.write_npz(p, a=np.zeros(10**6)),
-       "checkpoint": lambda p: io.write_checkpoint(p, {{"a": torch.zeros(10**6)}}),
-       "pickle": lambda p: io.write_pickle(p, b"0" * 10**7)}}[{kind!r}]
-io.write_text(sys.argv[1], "old")
-resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
-try:
-    big(sys.argv[1])
-except FileError as error:
-    print(error)
-"""
-    target = tmp_path / "target"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(target)], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.count("\n") == 1
-    assert "could not be written" in done.stdout
+    target = write_text(tmp_path / "target", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
+    try:
+        with pytest.raises(FileError, match="target: could not be written") as caught:
+            write(target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
     assert target.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
 
