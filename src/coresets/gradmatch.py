@@ -1,7 +1,7 @@
 """GradMatch: few weighted examples whose gradients add up to the gradient of all (Killamsetty et al., ICML 2021).
 
 Orthogonal matching pursuit on last-layer gradients that are never written down. With A the gradients as columns and
-G = A^T A, everything the pursuit asks for follows from columns of G and from A^T b: the Cholesky factor L of
+G = A^T A, everything the pursuit needs follows from columns of G and from A^T b: the Cholesky factor L of
 A_S^T A_S + lambda I grows by one row per pick, and with ``Q = A^T A_S L^-T`` that row is a row of Q, the next column
 of Q is ``(G_j - Q l) / pivot``, and the correlations A^T r fall by a multiple of it. A pick costs one column of G and
 one product with Q.
@@ -213,7 +213,7 @@ class _Stored(_State):
         self.columns = self.errors.new_empty(len(self.factor.image), len(self.errors))  # Q^T, (k, n)
 
     def take(self, pick: int) -> None:
-        """Add a pick and bring the correlations up to date."""
+        """Add a pick and update the correlations."""
         m = self.factor.size
         row = self.columns[:m, pick].clone()  # of Q: L^-1 A_S^T g without a solve
         added = self.add(pick, row.cpu().numpy())
@@ -231,7 +231,7 @@ class _Recomputed(_State):
     """With the residual itself, C (d + 1) numbers: nothing of size n k is kept, a pick costs (n + k) C d + k^2."""
 
     def take(self, pick: int) -> None:
-        """Add a pick and bring the correlations up to date."""
+        """Add a pick and update the correlations."""
         independent = [self.picks[number] for number in self.factor.members]
         ours = self.errors[independent], self.embeddings[independent]
         column = inner_products(*ours, self.errors[pick : pick + 1], self.embeddings[pick : pick + 1])[:, 0]

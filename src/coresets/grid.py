@@ -84,7 +84,7 @@ class Grid:
                 yield cell, CoresetRun(self.context, selection, self.pretrain, run, self.folders)
 
     def check(self) -> None:
-        """Find before the first run what would stop a later one.
+        """Check before the first run for what would stop a later one.
 
         Raises:
             ArgumentError: A share does not fit the data, or a method.
@@ -120,9 +120,9 @@ class Grid:
     # ------------------------------------------------------------------------------------------------- running
 
     def run(self) -> dict[str, str]:
-        """Train what is not done, and bring the table up to date after each cell.
+        """Train the cells that are not finished, and update the table after each.
 
-        Another process may run the same grid: what it trains at the moment comes last.
+        Another process may run the same grid: cells that it is training come last.
 
         Returns:
             The cells that failed, with the reason.

@@ -35,7 +35,7 @@ _SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # the r
 
 
 def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str, Any], float]:
-    """Read a selection of anyone's making: ``indices``, and ``weights`` and more where the file has them.
+    """Read a selection file: ``indices``, and ``weights`` and more where the file has them.
 
     Returns:
         The selection in positions among the training examples in use, its settings (empty if unknown), and the
@@ -142,7 +142,7 @@ class CoresetRun:
         return acting_settings(facts)
 
     def check(self) -> None:
-        """Find, before anything is computed, what would stop the run later.
+        """Check, before anything is computed, for what would stop the run later.
 
         Raises:
             ArgumentError: The share does not fit the data, or pre-training is too short for the method.
@@ -173,7 +173,7 @@ class CoresetRun:
             )
 
     def groups(self) -> list[CandidateGroup]:
-        """Among which examples is chosen, and how many."""
+        """The groups of candidates, and how many to choose in each."""
         config, train = self.config, self.context.train
         return make_groups(
             train.labels.cpu().numpy(),
@@ -319,7 +319,7 @@ class CoresetRun:
         return self.files.checkpoints / LOCK_NAME
 
     def check_stored(self) -> None:
-        """Stop at a run or a selection with different settings that is already there, before anything is trained.
+        """Refuse, before anything is trained, to replace a run or a selection of different settings.
 
         Raises:
             FileError: There is one; the message names the settings that differ.
