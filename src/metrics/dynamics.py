@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,27 +168,25 @@ def tdds(divergence: np.ndarray, window: int = WINDOW, decay: float = 0.9) -> np
     return np.where((~np.isnan(divergence[1:])).sum(axis=0) > 1, scores, np.nan)
 
 
+_recorded = partial(Score, source="dynamics", folder="dynamics", cost="SGD run")
+
 COUNTS = (
-    Score(
+    _recorded(
         "forg",
         r"$F(x_i)$",
         "forgetting events",
-        source="dynamics",
         folder="forgettability",
-        cost="SGD run",
         paper="Toneva et al. 2019",
         compute=forgetting_events,
         reads=("correct",),
         share_of_epochs=True,
         seed_file="forgettability_train.pkl",
     ),
-    Score(
+    _recorded(
         "etl",
         r"$E2L(x_i)$",
         "epochs to learn",
-        source="dynamics",
         folder="forgettability",
-        cost="SGD run",
         paper="SAMIS",
         compute=epochs_to_learn,
         reads=("correct",),
@@ -198,74 +197,56 @@ COUNTS = (
 )
 
 REDUCTIONS = (
-    Score(
+    _recorded(
         "csl",
         r"$\mathrm{CSL}(x_i)$",
         "cumulative sample loss",
-        source="dynamics",
-        folder="dynamics",
-        cost="SGD run",
         paper="Ravikumar et al. 2025",
         compute=csl,
         reads=("loss",),
     ),
-    Score(
+    _recorded(
         "aum",
         r"$-\mathrm{AUM}(x_i)$",
         "area under the margin",
-        source="dynamics",
-        folder="dynamics",
-        cost="SGD run",
         paper="Pleiss et al. 2020",
         compute=aum,
         reads=("margin",),
         negated=True,
     ),
-    Score(
+    _recorded(
         "dual",
         r"$\mathrm{DUAL}(x_i)$",
         "DUAL",
-        source="dynamics",
-        folder="dynamics",
-        cost="SGD run",
         paper="Cho et al. 2025",
         compute=dual,
         reads=("probability",),
         options=("window",),
         fewest_epochs=2,
     ),
-    Score(
+    _recorded(
         "dyn_unc",
         r"$U(x_i)$",
         "dynamic uncertainty",
-        source="dynamics",
-        folder="dynamics",
-        cost="SGD run",
         paper="He et al. 2024",
         compute=dyn_unc,
         reads=("probability",),
         options=("window",),
         fewest_epochs=2,
     ),
-    Score(
+    _recorded(
         "el2n",
         r"$\mathrm{EL2N}(x_i)$",
         "error norm, early epochs",
-        source="dynamics",
-        folder="dynamics",
-        cost="SGD run",
         paper="Paul et al. 2021",
         compute=el2n,
         reads=("el2n",),
         options=("el2n_epochs",),
     ),
-    Score(
+    _recorded(
         "tdds",
         r"$\mathrm{TDDS}(x_i)$",
         "temporal dual-depth",
-        source="dynamics",
-        folder="dynamics",
-        cost="SGD run",
         paper="Zhang et al. 2024",
         compute=tdds,
         reads=("divergence",),

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,38 +92,31 @@ def mean_loss(loss_sgd: np.ndarray, loss_sam: np.ndarray) -> np.ndarray:
     return (loss_sgd + loss_sam) / 2
 
 
+_of_pair = partial(Score, source="pair", folder="sam_sgd", cost="SGD run + SAM run")
+
 SCORES = (
-    Score(
+    _of_pair(
         "samis_loss",
         r"$S_L(x_i)$",
         "SAMIS-L",
-        source="pair",
-        folder="sam_sgd",
-        cost="SGD run + SAM run",
         paper="SAMIS",
         compute=samis_loss,
         reads=("loss_sgd", "loss_sam"),
         seed_file="loss",
     ),
-    Score(
+    _of_pair(
         "samis_prob",
         r"$S_P(x_i)$",
         "SAMIS-P",
-        source="pair",
-        folder="sam_sgd",
-        cost="SGD run + SAM run",
         paper="SAMIS",
         compute=samis_prob,
         reads=("logits_sgd", "logits_sam"),
         seed_file="prob",
     ),
-    Score(
+    _of_pair(
         "mean_loss",
         r"$\bar{\ell}(x_i)$",
         "mean loss of both models",
-        source="pair",
-        folder="sam_sgd",
-        cost="SGD run + SAM run",
         paper="baseline",
         compute=mean_loss,
         reads=("loss_sgd", "loss_sam"),
