@@ -15,7 +15,7 @@ from src.artifacts.paths import PACKAGED_SCORES
 from src.cli import Parser, print_next, run_script
 from src.errors import FlagError
 from src.metrics import SCORES
-from src.metrics.published import BASE_URL, fetch, published_files, published_summary
+from src.metrics.proxy import BASE_URL, fetch, published_files, published_summary
 
 
 def main() -> None:

@@ -9,8 +9,7 @@ import pytest
 from support import PUBLISHED, needs_published
 
 from src.errors import ArgumentError, FileError
-from src.metrics import published
-from src.metrics.published import PublishedFile, fetch, published_files, published_table
+from src.metrics.proxy import BASE_URL, COMMIT, PublishedFile, fetch, published_files, published_table
 
 CONTENT = b"scores" * 100_000  # more than one chunk
 MEM = b"memorization"
@@ -133,9 +132,9 @@ def test_what_was_not_published_is_named():
 
 
 def test_the_address_names_the_commit():
-    assert published.BASE_URL.startswith("https://")
-    assert published.COMMIT in published.BASE_URL
-    assert len(published.COMMIT) == 40
+    assert BASE_URL.startswith("https://")
+    assert COMMIT in BASE_URL
+    assert len(COMMIT) == 40
 
 
 @needs_published

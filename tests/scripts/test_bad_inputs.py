@@ -21,7 +21,7 @@ from src.datasets import load_dataset, lookup, parse_subset
 from src.devices import ComputeConfig
 from src.errors import UserError
 from src.metrics import SCORES, Proxy, get_score
-from src.metrics.published import published_files
+from src.metrics.proxy import published_files
 from src.models import build_model
 from src.training import TrainingConfig
 

@@ -90,7 +90,7 @@ def test_fetched_scores(tmp_path, monkeypatch):
         file.path(folder).parent.mkdir(parents=True)
         return write_pickle(file.path(folder), {index: index / 60 for index in range(60)})
 
-    monkeypatch.setattr("src.metrics.published.fetch", fetch)
+    monkeypatch.setattr("src.metrics.proxy.fetch", fetch)
     result = succeed("fetch_scores.py", "--dataset=cifar10", "--modes", "eps", f"--folder={tmp_path / 'scores'}")
     write_blobs(tmp_path / "cifar10.npz", n=60, classes=10, size=32, channels=3)
     where = (f"--datasets_folder={tmp_path}", f"--plots_folder={tmp_path}")
