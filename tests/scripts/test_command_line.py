@@ -42,7 +42,10 @@ def test_help_explains_every_flag(script, monkeypatch):
         assert action.help, action.option_strings
         assert action.container.title not in ("options", "optional arguments"), f"{action.dest} is in no group"
         text = parser._get_formatter()._expand_help(action)
-        assert action.required or "default" in text, f"{action.option_strings} does not say its default"
+        required = action.required or any(
+            group.required and action in group._group_actions for group in parser._mutually_exclusive_groups
+        )
+        assert required or "default" in text, f"{action.option_strings} does not say its default"
         assert all(flag in done.out for flag in action.option_strings)
 
 
