@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import PlainImages, Row, in_fresh_process, in_turn, peak, random_images, run
 from mpe.retraining import one_epoch
-from mpe.schedules import MemberSchedules, as_positions, own_schedules
+from mpe.schedules import MemberSchedules, own_schedules
 from src.datasets import Batches, load_dataset, lookup
 from src.devices import PRECISIONS, prepare
 from src.metrics.samis import score_pair
@@ -430,7 +430,7 @@ def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
     images = torch.randn(total, case.channels, case.size, case.size, generator=draw)
     labels = torch.randint(10, (total,), generator=draw)
     base = build_model(case.name, 10, case.channels, case.size, seed=0)
-    removed = [as_positions((), total)] * case.members
+    removed = [np.empty(0, np.int64)] * case.members
     orders = own_schedules(removed, range(case.members), total)
     models = [copy.deepcopy(base) for _ in range(case.members)]
     ensemble = Ensemble(base, case.members, l2=L2)

@@ -153,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, flags={"batch_size": "bs"})

@@ -192,18 +192,15 @@ class Experiment:
             precision=self.context.precision.name,
             **prior,
         )
-        try:
-            trainer = Trainer(
-                self.model,
-                self.batches(self.train, config.bs, ORDERS[config.base_shuffle]),
-                self.batches(self.context.test, max(config.bs, 1000)),
-                training,
-                compile_model=self.context.compute.compile,
-                after_step=after_step,
-                test_loss_cap=LOSS_CAP,
-            )
-        except ArgumentError as error:  # the only one possible here
-            raise ArgumentError("bs", str(error).removeprefix("batch_size")) from error
+        trainer = Trainer(
+            self.model,
+            self.batches(self.train, config.bs, ORDERS[config.base_shuffle]),
+            self.batches(self.context.test, max(config.bs, 1000)),
+            training,
+            compile_model=self.context.compute.compile,
+            after_step=after_step,
+            test_loss_cap=LOSS_CAP,
+        )
         run_training(
             trainer,
             self.files,
@@ -246,8 +243,8 @@ class Experiment:
         batches = self.batches(images or self.train, config.bs_jacs)
         more: dict[str, Any] = {"structure": structure, "memory_mb": config.memory_mb}
         if config.laplace_backend == "laplace-torch":
-            with LaplaceTorchVariances(model, batches, delta, full=config.class_cov != "diag", **more) as engine:
-                return predict(engine, batches, progress=True)
+            engine = LaplaceTorchVariances(model, batches, delta, full=config.class_cov != "diag", **more)
+            return predict(engine, batches, progress=True)
         posterior = laplace_posterior(model, batches, delta, progress=True, **more)
         with self._engine(model, posterior) as engine:
             return predict(engine, batches, progress=True)

@@ -9,25 +9,20 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpe.config import STRUCTURES
 from src.errors import ArgumentError, UserError
 from src.models.base import eval_mode
 
-TRIED = 2
-"""Examples of the trial."""
-
-AGREES = 1e-3
-"""Relative difference that a backend's trial may show; rounding is far below, a wrong rule far above."""
+_TRIED = 2  # examples of the trial
+_AGREES = 1e-3  # relative difference in the trial; rounding is far below, a wrong rule far above
 
 
 class LaplaceTorchVariances:
-    """Context manager, called like `src.jacobians.OutputVariances`: logits and variances under a Laplace posterior.
+    """Called like `src.jacobians.OutputVariances`: logits and variances under a Laplace posterior.
 
     Works on a copy of the model, so that nothing that laplace-torch does to a model (attributes, gradients, modes,
     hooks) remains. Everything is in the model's own precision; the Jacobians of ``memory_mb`` are alive at a time.
@@ -41,9 +36,8 @@ class LaplaceTorchVariances:
         memory_mb: see above.
 
     Raises:
-        ArgumentError: on entering, if laplace-torch cannot treat the model.
-        UserError: on entering, if the package is missing or its eigendecomposition fails.
-        ValueError: on entering, if there are no examples, or batches that can be run through only once.
+        ArgumentError: laplace-torch is missing or cannot treat the model.
+        UserError: Its eigendecomposition fails.
     """
 
     def __init__(
@@ -56,31 +50,17 @@ class LaplaceTorchVariances:
         full: bool = False,
         memory_mb: float = 512.0,
     ) -> None:
-        if not 0.0 < delta < float("inf"):
-            raise ValueError(f"the prior precision delta must be positive and finite, got {delta}")
         self.model = getattr(model, "_orig_mod", model)
-        self._batches = batches
-        self._delta = delta
-        self._structure = structure
         self._full = full
-        self._budget = memory_mb * 2**20
-
-    def __enter__(self) -> Self:
-        loader = _Loader(self._batches, next(self.model.parameters()).device)
-        backend = laplace_backend(self.model, loader.first[:TRIED], self._structure)
-        slow = not _is_asdl(backend)
-        if slow and self._structure == "diag":
+        loader = _Loader(batches, next(self.model.parameters()).device)
+        backend = laplace_backend(self.model, loader.first, structure)
+        slow = not backend.__name__.startswith("Asdl")
+        if slow and structure == "diag":
             loader.cut = 1  # its diagonal takes Jacobians whose memory grows with the square of the batch
         with _foreign_code():
-            self._posterior = _fitted(self.model, loader, self._delta, self._structure, backend)
+            self._posterior = _fitted(self.model, loader, delta, structure, backend)
         example = self._posterior.n_outputs * self._posterior.mean.nbytes  # bytes of one example's Jacobian
-        self._step = 1 if slow else max(1, int(self._budget // (3 * example)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del self._posterior
+        self._step = 1 if slow else max(1, int(memory_mb * 2**20 // (3 * example)))
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and variances of one batch.
@@ -110,16 +90,12 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
 
     Args:
         model: the model; left as it was.
-        images: a few examples (b, ...).
+        images: examples (b, ...), of which the first few are tried.
         structure: a name of ``mpe.config.STRUCTURES``.
 
     Raises:
-        ArgumentError: there is none.
-        UserError: the package is missing.
-        ValueError: an unknown structure.
+        ArgumentError: there is none, or the package is missing.
     """
-    if structure not in STRUCTURES:
-        raise ValueError(f"structure {structure!r} is not one of {', '.join(STRUCTURES)}")
     from src import _torchvision  # noqa: F401  prepares torchvision, which laplace-torch imports
 
     try:
@@ -130,11 +106,9 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
             "laplace_backend",
             "laplace-torch: needs the package; install it with 'pip install laplace-torch', or use fast",
         ) from error
-    model = getattr(model, "_orig_mod", model)
+    images = images[:_TRIED].to(next(model.parameters()).device)
     if structure == "kfac":
         _refuse_without_factors(model, images)
-    device = next(model.parameters()).device
-    images = images[:TRIED].to(device)
     reason = ""
     for backend in (AsdlGGN, CurvlinopsGGN):
         try:
@@ -154,16 +128,20 @@ def _refuse_without_factors(model: nn.Module, images: Tensor) -> None:
     For any other, laplace-torch leaves blocks out without a word, or means something else by KFAC.
     """
     calls: Counter[nn.Module] = Counter()
-    named = {name: module for name, module in model.named_modules() if _trains(module)}
-    handles = [module.register_forward_hook(lambda own, *_: calls.update([own])) for module in named.values()]
+    trained = {
+        name: module
+        for name, module in model.named_modules()
+        if any(p.requires_grad for p in module.parameters(recurse=False))
+    }
+    handles = [module.register_forward_hook(lambda own, *_: calls.update([own])) for module in trained.values()]
     try:
         with eval_mode(model), torch.no_grad():
-            model(images[:1].to(next(model.parameters()).device))
+            model(images[:1])
     finally:
         for handle in handles:
             handle.remove()
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, module in named.items():
+    for name, module in trained.items():
         what = f"{type(module).__name__} {name!r}" if name else type(module).__name__
         shared = any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
         if type(module) not in (nn.Linear, nn.Conv2d):
@@ -179,10 +157,6 @@ def _refuse_without_factors(model: nn.Module, images: Tensor) -> None:
 
 def _cannot(why: str) -> ArgumentError:
     return ArgumentError("laplace_backend", f"laplace-torch: {why}; use fast")
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _tried(model: nn.Module, images: Tensor, structure: str, backend: type, exact: type) -> bool:
@@ -204,7 +178,7 @@ def _tried(model: nn.Module, images: Tensor, structure: str, backend: type, exac
     pairs = [(jacobians.detach(), other.jacobians(images)[0])]
     if structure == "diag":
         pairs.append((found, other.diag(images, labels)[1]))
-    return all(a.shape == b.shape and bool((a - b).norm() <= AGREES * b.norm()) for a, b in pairs)
+    return all(a.shape == b.shape and bool((a - b).norm() <= _AGREES * b.norm()) for a, b in pairs)
 
 
 def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, backend: type) -> Any:
@@ -229,10 +203,6 @@ def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, b
     return posterior
 
 
-def _is_asdl(backend: type) -> bool:
-    return backend.__name__.startswith("Asdl")
-
-
 @contextmanager
 def _foreign_code() -> Iterator[None]:
     """Run their code with gradients on and its warnings (of old interfaces) off."""
@@ -245,28 +215,19 @@ class _Loader:
     """Batches as laplace-torch wants them: pairs on the device, and a ``dataset`` that has a length.
 
     Attributes:
-        first: the images of the first batch that holds some.
+        first: the images of the first batch.
         dataset: something as long as the examples are many.
         cut: how many examples a batch may hold.
     """
 
     def __init__(self, batches: Iterable[Sequence[Tensor]], device: torch.device) -> None:
-        if isinstance(batches, Iterator):
-            raise ValueError("laplace-torch runs through the batches several times; give a loader, not an iterator")
-        self._batches = batches
-        self._device = device
+        self._batches, self._device = batches, device
         self.cut: int | None = None
-        self.first: Tensor | None = None
-        count = 0
-        for batch in batches:
-            self.first = batch[0] if self.first is None and len(batch[0]) else self.first
-            count += len(batch[0])
-        if self.first is None:
-            raise ValueError("a curvature needs at least one example")
-        self.dataset = range(count)
+        self.first = next(iter(batches))[0]
+        self.dataset = range(sum(len(batch[0]) for batch in batches))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batches:
             images, labels = batch[0].to(self._device), torch.as_tensor(batch[1]).to(self._device)
-            size = self.cut or max(1, len(images))
-            yield from (pair for pair in zip(images.split(size), labels.split(size), strict=True) if len(pair[0]))
+            size = self.cut or len(images)
+            yield from zip(images.split(size), labels.split(size), strict=True)

@@ -19,7 +19,6 @@ from mpe.config import RetrainingConfig
 from mpe.experiment import Experiment
 from mpe.schedules import (
     MemberSchedules,
-    as_positions,
     own_schedules,
     replay_generator,
     seeded_permutation,
@@ -47,8 +46,7 @@ from src.training.ensemble import Ensemble, vectorised_is_faster, why_not_vector
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = "retraining-1"
-
+_STATE_FORMAT = "retraining-1"
 _KEEP_STATES = 2  # the newest, and the one before it in case that one is damaged
 _CHUNK = re.compile(r"networks_(\d+)_(\d+)\.npz")
 _STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
@@ -134,7 +132,7 @@ class RetrainingFiles:
         """Write the state after an epoch, if it is time; after the last one always, as measuring may fail."""
         if epoch < epochs and time.monotonic() - self._saved < self.save_seconds:
             return
-        state = {"format": STATE_FORMAT, "settings": self.settings, "epoch": epoch, "ensemble": ensemble.state()}
+        state = {"format": _STATE_FORMAT, "settings": self.settings, "epoch": epoch, "ensemble": ensemble.state()}
         state[_NUMBERS] = [numbers.start, numbers.stop]
         write_checkpoint(self._state(numbers, epoch), state)
         self._saved = time.monotonic()
@@ -147,7 +145,7 @@ class RetrainingFiles:
             path = self._state(numbers, epoch)
             try:
                 state = read_checkpoint(path)
-                if (state.get("format"), state.get("epoch")) != (STATE_FORMAT, epoch) or epoch > epochs:
+                if (state.get("format"), state.get("epoch")) != (_STATE_FORMAT, epoch) or epoch > epochs:
                     raise FileError(f"{path}: is not the state of such a chunk")
                 _check_numbers(path, state.get(_NUMBERS), numbers)
                 if not isinstance(state.get("settings"), dict) or not isinstance(state.get("ensemble"), dict):
@@ -256,10 +254,7 @@ class Run:
         """Which examples the models of a chunk see in an epoch."""
         removed, total = [self.removed[number] for number in numbers], len(self.images)
         if self.permutation is not None:
-            permutation = self.permutation(epoch)
-            if len(permutation) != total:
-                raise ValueError(f"the order has {len(permutation)} entries for {total} examples")
-            found = shared_schedules(removed, permutation)
+            found = shared_schedules(removed, self.permutation(epoch))
         elif self.settings.shuffle == "shared":
             found = shared_schedules(removed, seeded_permutation(total, self.seeds[0]))
         else:
@@ -416,18 +411,8 @@ def retrain(
     Raises:
         FileError: ``folder`` holds results of other settings, cannot be written, or another process works in it.
         TrainingError: A loss is not finite.
-        ValueError: Arguments do not belong together.
     """
-    total = len(images)
-    if (measure is None) == (measure_each is None):
-        raise ValueError("give either measure or measure_each")
-    if chunk < 1 or settings.epochs < 1 or settings.batch_size < 1:
-        raise ValueError("chunk, epochs and batch_size must be at least 1")
-    if len(labels) != total or not len(removed):
-        raise ValueError(f"{total} images, {len(labels)} labels, {len(removed)} models to retrain")
-    if deltas is not None and len(deltas) != len(removed):
-        raise ValueError(f"{len(deltas)} values of delta for {len(removed)} models")
-    left_out = [as_positions(entry, total) for entry in removed]
+    left_out = [np.sort(np.asarray(entry, dtype=np.int64)) for entry in removed]
     seeds = None
     if permutation is None:
         seeds = shuffle_seeds(left_out, settings.shuffle, settings.seed, replay=replay, extra_draws=extra_draws)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpe.config import SHUFFLES
 from src import rng
 
 PASSES_BEFORE = 6
@@ -20,11 +19,11 @@ batches, evaluation on training and test data, a first look, the fit and the var
 
 
 @dataclass(frozen=True)
-class Batch:
+class MemberBatch:
     """Which examples the members see in one step.
 
     Attributes:
-        index: Positions in the data, int32 or int64 ``(m, b)``, or ``(b,)`` for all members; on the table's device.
+        index: Positions in the data, int32 ``(m, b)``, or ``(b,)`` for all members; on the table's device.
         weights: What they count, boolean ``(m, b)``; None where all count 1.
         active: Which members see any, boolean ``(m,)`` on the CPU; None for all.
     """
@@ -39,7 +38,7 @@ class MemberSchedules:
     """The orders of m members over L steps of one example.
 
     Attributes:
-        table: Positions, int32 where they fit, ``(m, L)`` (padded with 0 at the end), or ``(L,)`` for all members.
+        table: Positions, int32 ``(m, L)`` (padded with 0 at the end), or ``(L,)`` for all members.
         counts: How many examples each member trains on, int64 ``(m,)``, on the CPU.
         kept: With a shared table, which of its entries count, boolean ``(m, L)`` on the CPU; None where all do.
     """
@@ -64,7 +63,7 @@ class MemberSchedules:
         """Batches in an epoch."""
         return -(-self.table.shape[-1] // batch_size)
 
-    def batch(self, step: int, batch_size: int) -> Batch:
+    def batch(self, step: int, batch_size: int) -> MemberBatch:
         """The examples of one step, counted from 0."""
         start = step * batch_size
         stop = min(start + batch_size, self.table.shape[-1])
@@ -74,28 +73,9 @@ class MemberSchedules:
         else:
             weights = torch.arange(start, stop) < self.counts.unsqueeze(1)
         if weights is None or bool(weights.all()):
-            return Batch(index, None, None)
+            return MemberBatch(index, None, None)
         active = weights.any(1)
-        return Batch(index, weights, None if bool(active.all()) else active)
-
-
-def as_positions(removed: Sequence[int] | np.ndarray, total: int) -> np.ndarray:
-    """The positions that one model goes without, int64 and ascending.
-
-    Raises:
-        ValueError: They are no positions of ``total`` examples, repeat themselves, or leave nothing.
-    """
-    given = np.asarray(removed)
-    if given.size and not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(f"removed positions are {given.dtype}, not integers")
-    positions = np.sort(given.astype(np.int64).ravel())
-    if len(positions) and not 0 <= positions[0] <= positions[-1] < total:
-        raise ValueError(f"removed positions must lie between 0 and {total - 1}")
-    if (np.diff(positions) == 0).any():
-        raise ValueError("a position is removed twice")
-    if len(positions) >= total:
-        raise ValueError(f"nothing is left of {total} examples")
-    return positions
+        return MemberBatch(index, weights, None if bool(active.all()) else active)
 
 
 def shuffle_seeds(
@@ -110,7 +90,7 @@ def shuffle_seeds(
 
     Args:
         removed: The positions that each model goes without, ascending; none for a control.
-        shuffle: One of ``SHUFFLES``.
+        shuffle: One of ``mpe.config.SHUFFLES``.
         seed: The run's seed.
         replay: For ``replay``, the generator at the first retraining (``replay_generator``); it is not advanced.
         extra_draws: For ``replay``, numbers that the script draws after each retraining: 1 where it evaluates the
@@ -119,18 +99,11 @@ def shuffle_seeds(
     Returns:
         As many seeds; under ``shared`` all are equal. Under ``replay`` a control, which the papers' scripts do not
         have, takes the first retraining's seed, without advancing the sequence.
-
-    Raises:
-        ValueError: The shuffle is unknown, or ``replay`` lacks its generator.
     """
-    if shuffle not in SHUFFLES:
-        raise ValueError(f"shuffle {shuffle!r} is not one of {', '.join(SHUFFLES)}")
     if shuffle == "shared":
         return [rng.derived_seed(seed, 0, "retraining, shared")] * len(removed)
     if shuffle == "seeded":
         return [rng.derived_seed(seed, 0, f"retraining without {','.join(map(str, left))}") for left in removed]
-    if replay is None:
-        raise ValueError("the replay of shuffles needs the generator at the first retraining")
     sequence, first = replay.clone_state(), replay.clone_state()
     _draw(first, 1)  # a loader draws for its workers, then its sampler draws the seed
     control = _draw(first, 1)
@@ -154,9 +127,9 @@ def own_schedules(removed: Sequence[np.ndarray], seeds: Sequence[int], total: in
         total: N.
     """
     counts = torch.tensor([total - len(left) for left in removed])
-    table = torch.zeros(len(removed), int(counts.max()), dtype=_index_type(total))
+    table = torch.zeros(len(removed), int(counts.max()), dtype=torch.int32)
     for row, (left, seed) in enumerate(zip(removed, seeds, strict=True)):
-        order = torch.randperm(int(counts[row]), generator=torch.Generator().manual_seed(seed))
+        order = seeded_permutation(int(counts[row]), seed)
         if len(left):
             remaining = np.ones(total, dtype=bool)
             remaining[left] = False
@@ -170,15 +143,10 @@ def shared_schedules(removed: Sequence[np.ndarray], permutation: Tensor) -> Memb
 
     Args:
         removed: The positions that each model goes without.
-        permutation: Of all N examples, ``(N,)``.
-
-    Raises:
-        ValueError: It is no permutation.
+        permutation: Of all N examples, int64 ``(N,)``.
     """
-    permutation = permutation.cpu().to(torch.int64)
+    permutation = permutation.cpu()
     total = len(permutation)
-    if not torch.equal(permutation.sort().values, torch.arange(total)):
-        raise ValueError(f"the order is no permutation of {total} examples")
     counts = torch.tensor([total - len(left) for left in removed])
     kept = None
     if bool((counts < total).any()):
@@ -186,7 +154,7 @@ def shared_schedules(removed: Sequence[np.ndarray], permutation: Tensor) -> Memb
         for row, left in enumerate(removed):
             kept[row, torch.from_numpy(left)] = False
         kept = kept[:, permutation]
-    return MemberSchedules(permutation.to(_index_type(total)), counts, kept)
+    return MemberSchedules(permutation.to(torch.int32), counts, kept)
 
 
 def seeded_permutation(total: int, seed: int) -> Tensor:
@@ -223,7 +191,3 @@ def _draw(generator: torch.Generator, times: int) -> int:
     for _ in range(times):
         number = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
     return number
-
-
-def _index_type(total: int) -> torch.dtype:
-    return torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64

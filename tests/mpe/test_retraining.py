@@ -115,21 +115,6 @@ def test_images_may_be_in_a_cut_out_layout():
     assert np.array_equal(found["logits"], run()["logits"])
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"chunk": 0}, "chunk, epochs and batch_size must be at least 1"),
-        ({"removed": []}, "0 models to retrain"),
-        ({"removed": [range(N)]}, "nothing is left of 22 examples"),
-        ({"deltas": [1.0]}, "1 values of delta for 5 models"),
-        ({"permutation": lambda epoch: torch.arange(N - 1)}, "the order has 21 entries for 22 examples"),
-        ({"permutation": lambda epoch: torch.zeros(N, dtype=torch.int64)}, "no permutation of 22 examples"),
-        ({"settings": RetrainSettings(**{**vars(SETTINGS), "epochs": 0})}, "chunk, epochs and batch_size"),
-        ({"settings": RetrainSettings(**{**vars(SETTINGS), "shuffle": "none"})}, "shuffle 'none' is not one of"),
-        ({"settings": RetrainSettings(**{**vars(SETTINGS), "shuffle": "replay"})}, "needs the generator"),
-        ({"settings": RetrainSettings(**{**vars(SETTINGS), "optimizer": "sam"})}, "optimizer 'sam' is not one of"),
-    ],
-)
-def test_bad_arguments_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        run(**change)
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer 'sam' is not one of"):
+        run(RetrainSettings(**{**vars(SETTINGS), "optimizer": "sam"}))

@@ -8,8 +8,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from mpe.schedules import (
-    SHUFFLES,
-    as_positions,
     own_schedules,
     replay_generator,
     seeded_permutation,
@@ -21,8 +19,8 @@ from src.models import MODELS, build_model
 TOTAL, BATCH = 23, 4
 
 
-def positions(*entries, total=TOTAL):
-    return [as_positions(entry, total) for entry in entries]
+def positions(*entries):
+    return [np.array(entry, dtype=np.int64) for entry in entries]
 
 
 def visited(orders, member, batch_size=BATCH):
@@ -138,28 +136,3 @@ def test_shared_orders_leave_out_by_weight():
 def test_a_member_without_examples_in_a_shared_batch_is_not_active():
     batch = shared_schedules(positions((), range(4)), torch.arange(TOTAL)).batch(0, BATCH)
     assert batch.active.tolist() == [True, False]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [[TOTAL], [-1], [2, 2], range(TOTAL), [0.5], [True] * 3],
-)
-def test_bad_positions_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"positions|position|nothing"):
-        as_positions(wrong, TOTAL)
-
-
-def test_positions_are_sorted():
-    assert as_positions(np.array([5, 2], dtype=np.int32), TOTAL).tolist() == [2, 5]
-    assert as_positions((), TOTAL).dtype == np.int64
-
-
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="seeded, replay, shared"):
-        shuffle_seeds([], "random", 1)
-    with pytest.raises(ValueError, match="generator"):
-        shuffle_seeds(positions([1]), "replay", 1)
-    for wrong in (torch.zeros(TOTAL, dtype=torch.int64), torch.arange(1, TOTAL)):
-        with pytest.raises(ValueError, match="no permutation"):
-            shared_schedules(positions(()), wrong)
-    assert SHUFFLES == ("seeded", "replay", "shared")
