@@ -25,7 +25,7 @@ import mpe
 from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, STRUCTURES, ExperimentConfig
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target
-from src.cli import Parser, build, option, print_next, run_script, start_logging
+from src.cli import Parser, build, option, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.errors import ArgumentError
@@ -115,14 +115,9 @@ class LooIterations:
                 row["unstable"] = float(found.unstable.sum())
         test = trainer.history[-1]
         log.info(
-            "epoch %d: train accuracy %.2f %% NLL %.6f; test accuracy %.2f %% NLL %.6f; LOO-NLL %.6f (%s)",
-            trainer.epoch,
-            100 * row["train_acc"],
-            row["train_nll"],
-            100 * test["test_accuracy"],
-            test["test_loss"],
-            row[f"estimated_nll_{self.class_cov}"],
-            self.class_cov,
+            f"epoch {trainer.epoch}: train accuracy {100 * row['train_acc']:.2f} % NLL {row['train_nll']:.6f}; "
+            f"test accuracy {100 * test['test_accuracy']:.2f} % NLL {test['test_loss']:.6f}; "
+            f"LOO-NLL {row[f'estimated_nll_{self.class_cov}']:.6f} ({self.class_cov})"
         )
         return row
 
@@ -152,14 +147,11 @@ def main() -> None:
     own = build(LooConfig, args)
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment
-    from src.context import RunContext
 
-    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_iter.log")
-    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
-    experiment = Experiment(context, config, folders, "iter", vars(args))
+    experiment = Experiment(config, data, compute, folders, "iter", vars(args))
     result = experiment.result()
     if own.write_scores:
-        path = SCORES["mpe"].path(folders.metrics_folder, context.entry.name)
+        path = SCORES["mpe"].path(folders.metrics_folder, experiment.context.entry.name)
         check_score_target(path, experiment.settings(), overwrite=config.overwrite)
     experiment.check_variances(config.delta, own.var_version)
 
@@ -180,15 +172,15 @@ def main() -> None:
     if own.write_scores:
         if iterations.last is None:  # an earlier run measured it
             iterations.measure(trainer)
-        settings = {
-            **experiment.settings(),
-            "label_hash": context.label_hash,
-            "data_hash": context.full_train.digest,
-        }
-        for path in iterations.last.write_scores(
-            folders.metrics_folder, context.entry.name, total=experiment.train.total, settings=settings
-        ):
-            print(path)
+        context = experiment.context
+        hashes = {"label_hash": context.label_hash, "data_hash": context.full_train.digest}
+        paths = iterations.last.write_scores(
+            folders.metrics_folder,
+            context.entry.name,
+            total=experiment.train.total,
+            settings={**experiment.settings(), **hashes},
+        )
+        print(*paths, sep="\n")
     print_next("plot_loo_iterations.py", ["pickles_folder"], name_exp=config.name_exp)
 
 

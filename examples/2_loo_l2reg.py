@@ -25,7 +25,7 @@ import numpy as np
 import mpe
 from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, ORDERS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
 from src.artifacts.paths import Folders
-from src.cli import Parser, build, number, option, print_next, run_script, start_logging, whole_number
+from src.cli import Parser, build, number, option, print_next, run_script, whole_number
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.errors import ArgumentError, FlagError
@@ -89,11 +89,8 @@ def main() -> None:
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment, forms_of
     from mpe.retraining import RetrainSettings, check_retraining, how_to_run, retrain
-    from src.context import RunContext
 
-    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_cv.log")
-    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
-    experiment = Experiment(context, config, folders, "cv", vars(args))
+    experiment = Experiment(config, data, compute, folders, "cv", vars(args))
     deltas = np.logspace(own.deltas_start, own.deltas_stop, own.n_exp)
     check_retraining(experiment, side_by_side, [experiment.count])
     experiment.check_variances(deltas[0])
@@ -108,14 +105,9 @@ def main() -> None:
         for form in forms_of(config.class_cov):
             row[f"estimated_nll_{form}"] = float(mpe.loo_losses(found, mpe.estimate(found, form)).mean())
         log.info(
-            "delta %.4g: train accuracy %.2f %% NLL %.6f; test accuracy %.2f %% NLL %.6f; LOO-NLL %.6f (%s)",
-            deltas[number],
-            100 * found.accuracy,
-            found.nll,
-            100 * accuracy,
-            loss,
-            row[f"estimated_nll_{config.class_cov}"],
-            config.class_cov,
+            f"delta {deltas[number]:.4g}: train accuracy {100 * found.accuracy:.2f} % NLL {found.nll:.6f}; "
+            f"test accuracy {100 * accuracy:.2f} % NLL {loss:.6f}; "
+            f"LOO-NLL {row[f'estimated_nll_{config.class_cov}']:.6f} ({config.class_cov})"
         )
         return row
 

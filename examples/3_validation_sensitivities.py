@@ -28,7 +28,7 @@ import numpy as np
 import mpe
 from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
 from src.artifacts.paths import Folders
-from src.cli import Parser, build, number, print_next, run_script, start_logging
+from src.cli import Parser, build, number, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.errors import FlagError
@@ -180,11 +180,8 @@ def main() -> None:
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment
     from mpe.retraining import check_retraining, retrain_without, weights_hash
-    from src.context import RunContext
 
-    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_retrain.log")
-    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
-    experiment = Experiment(context, config, folders, "retrain", vars(args))
+    experiment = Experiment(config, data, compute, folders, "retrain", vars(args))
     wanted, count = args.n_retrain + args.n_spread, experiment.count
     if not 0 < wanted <= count:
         raise FlagError(

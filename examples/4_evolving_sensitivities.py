@@ -26,7 +26,7 @@ import numpy as np
 import mpe
 from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, ExperimentConfig
 from src.artifacts.paths import Folders
-from src.cli import Parser, build, number, print_next, run_script, start_logging
+from src.cli import Parser, build, number, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.errors import FlagError
@@ -133,13 +133,10 @@ class Evolving:
         with torch.random.fork_rng(devices=devices):  # training continues as if nothing had been measured
             found = self.predict(trainer)
             self.rows[step] = sensitivities(found, self.forms, self.seed, step)
+        mean = self.rows[step][self.forms.index(self.class_cov)].mean()
         log.info(
-            "step %d (epoch %d): train accuracy %.2f %% NLL %.6f; mean sensitivity %.6f",
-            step,
-            epoch,
-            100 * found.accuracy,
-            found.nll,
-            self.rows[step][self.forms.index(self.class_cov)].mean(),
+            f"step {step} (epoch {epoch}): train accuracy {100 * found.accuracy:.2f} % NLL {found.nll:.6f}; "
+            f"mean sensitivity {mean:.6f}"
         )
         self.write()
 
@@ -168,13 +165,10 @@ def main() -> None:
     config = build(ExperimentConfig, args, optimizer="iblr")
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment
-    from src.context import RunContext
 
-    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_evolving.log")
-    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
-    experiment = Experiment(context, config, folders, "evolving", vars(args))
+    experiment = Experiment(config, data, compute, folders, "evolving", vars(args))
     steps = config.epochs * -(-experiment.count // config.bs)
-    checkpoints = checkpoints_of(context.entry.name, steps, args.checkpoints)
+    checkpoints = checkpoints_of(experiment.context.entry.name, steps, args.checkpoints)
     experiment.check_variances()
     result = experiment.result(checkpoints=checkpoints)
     evolving = Evolving(result, experiment.from_optimizer, checkpoints, config.class_cov, config.seed)

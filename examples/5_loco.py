@@ -24,7 +24,7 @@ import numpy as np
 import mpe
 from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
 from src.artifacts.paths import Folders
-from src.cli import Parser, build, print_next, run_script, start_logging
+from src.cli import Parser, build, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.lazy import torch
@@ -120,11 +120,8 @@ def main() -> None:
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment
     from mpe.retraining import check_retraining, retrain_without
-    from src.context import RunContext
 
-    start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_leaveclassout.log")
-    context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
-    experiment = Experiment(context, config, folders, "leaveclassout", vars(args))
+    experiment = Experiment(config, data, compute, folders, "leaveclassout", vars(args))
     labels = experiment.train.labels.cpu().numpy()
     count, classes = experiment.count, [int(c) for c in np.unique(labels)]
     removed = [np.empty(0, np.int64), *(np.flatnonzero(labels == c) for c in classes)]
@@ -135,13 +132,13 @@ def main() -> None:
     last = experiment.train_base().history[-1]
     base = (last["test_accuracy"], last["test_loss"])
     predictions = experiment.laplace(config.delta)
-    estimated = class_estimates(predictions, config.class_cov, context.entry.num_classes)
+    estimated = class_estimates(predictions, config.class_cov, experiment.context.entry.num_classes)
 
     def write(rows: dict[str, np.ndarray]) -> None:
         result.write(**content(rows, estimated, classes, base))
 
-    images, test = experiment.prepared(experiment.train), experiment.prepared(context.test)
-    measure = measure_test(test, context.test.labels)
+    images, test = experiment.prepared(experiment.train), experiment.prepared(experiment.context.test)
+    measure = measure_test(test, experiment.context.test.labels)
     rows = retrain_without(experiment, retraining, images, removed, measure, write, extra_draws=1)
     write(rows)
     print(f"with all classes: test accuracy {100 * base[0]:.2f} %, NLL {base[1]:.6f}")

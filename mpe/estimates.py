@@ -15,7 +15,6 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,43 +85,36 @@ def estimate(predictions: Predictions, class_cov: str = "diag", errors: Tensor |
         ValueError: an unknown form, or one that needs covariances where there are only variances.
         MeasurementError: a deviation is not finite.
     """
-    found = _estimate(predictions, class_cov, errors)
-    refuse_not_finite(predictions.indices, found.output_deviations, found.probability_deviations)
-    return found
-
-
-def _estimate(predictions: Predictions, class_cov: str, errors: Tensor | None) -> Estimates:
-    """The deviations, whatever they are."""
     if class_cov not in CLASS_COVARIANCES:
         raise ValueError(f"class_cov {class_cov!r} is not one of {', '.join(CLASS_COVARIANCES)}")
+    if class_cov != "diag" and not predictions.full:
+        raise ValueError(f"class_cov {class_cov!r} needs (n, C, C) covariances; predict with an engine of full=True")
     p = predictions.probabilities
-    stable = torch.zeros(len(predictions), dtype=torch.bool)
+    unstable = torch.zeros(len(predictions), dtype=torch.bool)
     if class_cov == "diag":
         shift = predictions.diagonal * (predictions.errors if errors is None else errors)
-        return Estimates(shift, (p * (1.0 - p)).clamp(EPS, 1.0 - EPS) * shift, stable)
-    if not predictions.full:
-        raise ValueError(f"class_cov {class_cov!r} needs (n, C, C) covariances; predict with an engine of full=True")
-    e = predictions.residuals if errors is None else errors
-    shift = (predictions.variances @ e.unsqueeze(2)).squeeze(2)
-    change = p * (shift - (p * shift).sum(1, keepdim=True))
-    if class_cov == "full":
-        return Estimates(shift, change, stable)
-    unstable = stable
-    for part in chunks(len(predictions), max(1, ENTRIES // p.shape[1] ** 2)):
-        root = root_of_softmax_covariance(predictions.logits[part])
-        found, largest = left_out_shift(predictions.variances[part], e[part], root)
-        holds = largest < 1.0
-        unstable[part] = ~holds
-        shift[part] = torch.where(holds.unsqueeze(1), found, shift[part])
-        moved = (predictions.logits[part] + shift[part]).softmax(1) - p[part]
-        change[part] = torch.where(holds.unsqueeze(1), moved, change[part])
+        change = (p * (1.0 - p)).clamp(EPS, 1.0 - EPS) * shift
+    else:
+        e = predictions.residuals if errors is None else errors
+        shift = (predictions.variances @ e.unsqueeze(2)).squeeze(2)
+        change = p * (shift - (p * shift).sum(1, keepdim=True))
+    if class_cov == "woodbury":
+        for part in chunks(len(predictions), max(1, ENTRIES // p.shape[1] ** 2)):
+            root = root_of_softmax_covariance(predictions.logits[part])
+            found, largest = left_out_shift(predictions.variances[part], e[part], root)
+            holds = largest < 1.0
+            unstable[part] = ~holds
+            shift[part] = torch.where(holds.unsqueeze(1), found, shift[part])
+            moved = (predictions.logits[part] + shift[part]).softmax(1) - p[part]
+            change[part] = torch.where(holds.unsqueeze(1), moved, change[part])
     if unstable.any():
         log.warning(
-            "woodbury: Lambda V has an eigenvalue of 1 or more for %d of %d examples; for these the first-order "
-            "full form stands",
+            "woodbury: Lambda V has an eigenvalue of 1 or more for %d of %d examples; these get the first-order full "
+            "form",
             int(unstable.sum()),
             len(unstable),
         )
+    refuse_not_finite(predictions.indices, shift, change)
     return Estimates(shift, change, unstable)
 
 
@@ -194,14 +186,7 @@ def sampled_errors(
     Returns:
         Float64 (n, C): clamped like `Predictions.errors` by default, and as they are where correlated, so that they
         sum to 0 and nothing of what shifts all logits alike comes back through them.
-
-    Raises:
-        ValueError: no samples, or ``correlated`` without covariances.
     """
-    if samples < 1 or (correlated and not predictions.full):
-        raise ValueError(
-            "sampled_errors needs (n, C, C) covariances to be correlated" if correlated else f"{samples} samples"
-        )
     n, c = predictions.logits.shape
     found = torch.empty_like(predictions.logits)
     for part in chunks(n, chunk or max(1, ENTRIES // (samples * c))):
@@ -259,15 +244,10 @@ def correlation_intervals(
     Returns:
         ``Spearman`` and ``Pearson``; NaN for fewer than 3 pairs (two are always perfectly correlated) and where ``x``
         or ``y`` is constant.
-
-    Raises:
-        ValueError: The lengths differ.
     """
     from scipy import stats
 
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"{x.shape} and {y.shape} are not the shapes of n pairs")
     names = ("Spearman", "Pearson")
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return dict.fromkeys(names, Correlation(np.nan, np.nan, np.nan))
@@ -342,21 +322,13 @@ class Sensitivities:
         """The same without the limit of 23.026 nats for an example."""
         return float(loo_losses(self.predictions, self.estimates, clamp=False).mean())
 
-    @cached_property
-    def _ascending(self) -> np.ndarray:
-        return np.lexsort((self.indices, self.scores))
-
-    @cached_property
-    def _descending(self) -> np.ndarray:
-        return np.lexsort((self.indices, -self.scores))
-
     def most_sensitive(self, k: int) -> np.ndarray:
         """Original indices of the k highest scores, the highest first; ties by index."""
-        return self.indices[self._descending[:k]]
+        return self.indices[np.lexsort((self.indices, -self.scores))[:k]]
 
     def least_sensitive(self, k: int) -> np.ndarray:
         """Original indices of the k lowest scores, the lowest first; ties by index."""
-        return self.indices[self._ascending[:k]]
+        return self.indices[np.lexsort((self.indices, self.scores))[:k]]
 
     def write_scores(
         self,
@@ -433,11 +405,12 @@ def sensitivities(
     """
     if class_cov not in CLASS_COVARIANCES:
         raise ValueError(f"class_cov {class_cov!r} is not one of {', '.join(CLASS_COVARIANCES)}")
-    settings = {"class_cov": class_cov, "posterior": _name(posterior), "delta": delta}
+    name = posterior if isinstance(posterior, str) else type(posterior).__name__
+    settings = {"class_cov": class_cov, "posterior": name, "delta": delta}
     refuse_shuffling(loader)
     if isinstance(posterior, str):
         if posterior not in STRUCTURES:
-            known = ", ".join(repr(name) for name in STRUCTURES)
+            known = ", ".join(map(repr, STRUCTURES))
             raise ValueError(f"posterior {posterior!r} is unknown; give {known}, an optimizer or a Posterior")
         if delta is None:
             raise ValueError("Laplace's posterior needs delta, the prior precision")
@@ -496,10 +469,6 @@ def _in_order(loader: Iterable[Sequence[Tensor]]) -> bool:
         used = used.sampler
     as_they_come = loader.num_workers > 1 and not getattr(loader, "in_order", True)  # of torch 2.6 on
     return type(used) is SequentialSampler and not as_they_come  # a subclass may do anything
-
-
-def _name(posterior: Posterior | Optimizer | str) -> str:
-    return posterior if isinstance(posterior, str) else type(posterior).__name__
 
 
 def _count(loader: Iterable[Sequence[Tensor]]) -> int | None:

@@ -16,8 +16,10 @@ from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posteri
 from src.artifacts.io import read_pickle, require_writable, write_pickle
 from src.artifacts.paths import Folders, experiment_folder, mpe_experiment, pickle_path, resume_folder
 from src.artifacts.store import acting_settings, load_result
+from src.cli import start_logging
 from src.context import RunContext
-from src.datasets import Batches, ImageSet
+from src.datasets import Batches, DataConfig, ImageSet
+from src.devices import ComputeConfig
 from src.errors import ArgumentError, FileError
 from src.jacobians import OutputVariances, Posterior
 from src.models import MODELS, build_model
@@ -73,15 +75,15 @@ class Experiment:
     """One experiment: its model, base training, and variances of its predictions.
 
     Args:
-        context: Device and data, under the normalization ``"mpe"``.
         config: What the experiments have in common.
-        folders: Where checkpoints and resume states go.
+        data: The data set, and which of its training examples are used.
+        compute: Where and how to compute.
+        folders: Where data, checkpoints, resume states and the log are.
         kind: What the result file is called after the experiment's name.
         flags: The flags, for the record in the result file.
 
     Attributes:
-        context: See above.
-        config: See above.
+        context: Device and data, under the normalization ``"mpe"``.
         record: The flags as plain values.
         train: The training examples.
         model: The model, as it was built or trained.
@@ -91,12 +93,20 @@ class Experiment:
     """
 
     def __init__(
-        self, context: RunContext, config: ExperimentConfig, folders: Folders, kind: str, flags: Mapping[str, Any]
+        self,
+        config: ExperimentConfig,
+        data: DataConfig,
+        compute: ComputeConfig,
+        folders: Folders,
+        kind: str,
+        flags: Mapping[str, Any],
     ) -> None:
-        self.context, self.config, self.folders, self.kind = context, config, folders, kind
-        record = {**asdict(context.compute), **flags}
+        start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_{kind}.log")
+        self.config, self.folders, self.kind = config, folders, kind
+        self.context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
+        record = {**asdict(compute), **flags}
         self.record = {name: str(value) if isinstance(value, Path) else value for name, value in record.items()}
-        self.train = context.train
+        self.train = self.context.train
         self.model = self.build()  # data that the model cannot take are refused here
         require_writable(config.pickles_folder)
 

@@ -222,10 +222,8 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
     for i in order:
         direction = np.column_stack([np.cos(_ANGLES), np.sin(_ANGLES)])
         reach = radii[i] + np.asarray(_REACHES, dtype=float)
-        offsets = (
-            reach[:, None, None] * direction + np.clip(1.42 * direction, -1, 1) * sizes[i] / 2
-        )  # (reaches, angles, 2)
-        spots = (points[i] + offsets).reshape(-1, 2)
+        offsets = reach[:, None, None] * direction + np.clip(1.42 * direction, -1, 1) * sizes[i] / 2
+        spots = (points[i] + offsets).reshape(-1, 2)  # of (reaches, angles, 2)
         low, high = spots - sizes[i] / 2, spots + sizes[i] / 2
         nearest = np.clip(points, low[:, None], high[:, None])  # (spots, n, 2)
         covered = np.linalg.norm(nearest - points, axis=2) < radii + 1
@@ -280,8 +278,8 @@ def show(figure: Figure) -> None:
     pyplot.show()
 
 
-BINS = 100  # groups of examples along the axis of plot_evolving
-ESTIMATES = {  # how estimates of leave-one-out cross-validation are told apart where several are drawn
+_BINS = 100  # groups of examples along the axis of plot_evolving
+_ESTIMATES = {  # how estimates of leave-one-out cross-validation are told apart where several are drawn
     "diag": {"color": "black", "marker": "s"},
     "full": {"color": "tab:red", "marker": "o"},
     "woodbury": {"color": "tab:blue", "marker": "^"},
@@ -314,7 +312,7 @@ def loo_iterations(epochs: np.ndarray, estimates: dict[str, np.ndarray], test_nl
         curves = [dense(every, test_nlls)]
         for name, values in estimates.items():
             label = "LOO-CV" if len(estimates) == 1 else f"LOO-CV, {name}"
-            style = {**ESTIMATES["diag" if len(estimates) == 1 else name], "lw": 11 if len(estimates) == 1 else 6}
+            style = {**_ESTIMATES["diag" if len(estimates) == 1 else name], "lw": 11 if len(estimates) == 1 else 6}
             axes.plot(epochs, values, label=label, zorder=10, ms=23, mew=5, mfc="white", mec=style["color"], **style)
             curves.append(dense(epochs, values))
         axes.margins(y=0.09)  # room for the markers
@@ -332,13 +330,7 @@ def loo_iterations(epochs: np.ndarray, estimates: dict[str, np.ndarray], test_nl
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of each value and the ``window - 1`` before it, ``(n - window + 1,)``.
-
-    Raises:
-        ValueError: There are fewer than ``window`` values.
-    """
-    if not 1 <= window <= len(values):
-        raise ValueError(f"a window of {window} does not fit {len(values)} values")
+    """Means of each value and the ``window - 1`` before it, ``(n - window + 1,)``."""
     return np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=1)
 
 
@@ -359,9 +351,6 @@ def loo_l2reg(
         test_nlls: ``(n,)``.
         window: Width of the moving average.
         test_errors: ``(n,)`` shares of test examples that are misclassified, for a second axis.
-
-    Raises:
-        ValueError: There are fewer than ``window`` deltas.
     """
     x = deltas[window - 1 :]
     marker = "o" if len(x) == 1 else None
@@ -385,33 +374,23 @@ def loo_l2reg(
         if right is not None:
             errors = 100 * moving_average(test_errors, window)
             handles += right.plot(x, errors, color="tab:red", lw=5, ls=(0, (3, 1)), marker=marker, label="Test error")
-            _error_axis(right)
+            right.yaxis.set_major_locator(MaxNLocator(3))
+            right.set_ylabel("Error (%)", color="tab:red")
+            right.tick_params(axis="y", labelcolor="tab:red", pad=10)
+            right.spines["top"].set_visible(False)
         small = {} if right is None else {"fontsize": 27, "ncols": 3, "columnspacing": 0.9}
         legend = (right or axes).legend(
             handles=handles, loc="upper center", frameon=False, handlelength=1.2, labelspacing=0.2, **small
         )
         keep_clear(figure, axes, legend, curves, 12)
-        _stems(axes, stems)
+        low = axes.get_ylim()[0]
+        for at, least, color, width in stems:  # lines from the minima down to the axis
+            line = (0, (1, 0.7)) if color == "black" else "-"  # a dotted line shows the one behind it
+            axes.plot([at, at], [low, least], color=color, lw=width / 2, ls=line, zorder=4 if color == "black" else 3)
+        axes.set_ylim(bottom=low)
         if right is not None:
             keep_clear(figure, right, legend, [dense(x, errors, log_x=True)], 6)
         return figure
-
-
-def _error_axis(axes: Axes) -> None:
-    """The second axis, at the right."""
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.set_ylabel("Error (%)", color="tab:red")
-    axes.tick_params(axis="y", labelcolor="tab:red", pad=10)
-    axes.spines["top"].set_visible(False)
-
-
-def _stems(axes: Axes, stems: Sequence[tuple[float, float, str, float]]) -> None:
-    """Mark minima ``(x, y, color, width of the curve)`` by lines down to the axis."""
-    low = axes.get_ylim()[0]
-    for x, y, color, width in stems:
-        dotted = color == "black"  # lets the one behind show
-        axes.plot([x, x], [low, y], color=color, lw=width / 2, ls=(0, (1, 0.7)) if dotted else "-", zorder=3 + dotted)
-    axes.set_ylim(bottom=low)
 
 
 def _delta_axis(axes: Axes, x: np.ndarray) -> None:
@@ -454,7 +433,7 @@ def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figur
         return figure
 
 
-def ranked_bins(sensitivities: np.ndarray, bins: int = BINS) -> np.ndarray:
+def ranked_bins(sensitivities: np.ndarray, bins: int = _BINS) -> np.ndarray:
     """Mean sensitivities of equally large groups of examples, ranked by the last checkpoint, highest first.
 
     Args:

@@ -22,8 +22,6 @@ from src.jacobians import Posterior, ggn_diagonal, kronecker_factors
 
 log = logging.getLogger(__name__)
 
-Batches = Iterable[Tensor | Sequence[Tensor]]
-
 
 def optimizer_posterior(
     optimizer: Optimizer, model: nn.Module, *, num_examples: int | None = None, delta: float | None = None
@@ -48,7 +46,7 @@ def optimizer_posterior(
             variances that are not positive and finite.
     """
     model = getattr(model, "_orig_mod", model)
-    if _is_ivon(optimizer):
+    if all({"ess", "hess", "weight_decay"} <= group.keys() for group in optimizer.param_groups):  # IBLR, ivon.IVON
         found = _ivon_variances(optimizer, num_examples, delta)
     elif isinstance(optimizer, Adam | AdamW):
         found = _adam_variances(optimizer, num_examples, delta)
@@ -70,11 +68,6 @@ def optimizer_posterior(
         if not bool((blocks[name].isfinite() & (blocks[name] > 0)).all()):
             raise ValueError(f"the optimizer's state gives {name!r} variances that are not positive and finite")
     return Posterior(blocks)
-
-
-def _is_ivon(optimizer: Optimizer) -> bool:
-    """Whether the groups hold IVON's state (this package need not be installed for the others)."""
-    return all({"ess", "hess", "weight_decay"} <= group.keys() for group in optimizer.param_groups)
 
 
 def _ivon_variances(optimizer: Optimizer, num_examples: int | None, delta: float | None) -> dict[int, Tensor]:
@@ -107,7 +100,7 @@ def _adam_variances(optimizer: Optimizer, num_examples: int | None, delta: float
 
 def laplace_posterior(
     model: nn.Module,
-    batches: Batches,
+    batches: Iterable[Tensor | Sequence[Tensor]],
     delta: float,
     *,
     structure: str = "kfac",
@@ -232,11 +225,6 @@ class Predictions:
         return self.variances.ndim == 3
 
     @cached_property
-    def log_probabilities(self) -> Tensor:
-        """Float64 (n, C)."""
-        return self.logits.log_softmax(1)
-
-    @cached_property
     def probabilities(self) -> Tensor:
         """Float64 (n, C), the softmax of the logits."""
         return self.logits.softmax(1)
@@ -264,7 +252,7 @@ class Predictions:
     @property
     def nll(self) -> float:
         """Mean of ``-log p`` of the label, p clamped at 1e-10."""
-        return clamped_nll(self.log_probabilities.gather(1, self.labels.unsqueeze(1))).mean().item()
+        return clamped_nll(self.logits.log_softmax(1).gather(1, self.labels.unsqueeze(1))).mean().item()
 
 
 def predict(
@@ -277,7 +265,7 @@ def predict(
     """Logits and variances of all examples, in one pass.
 
     Args:
-        engine: an entered `src.jacobians.OutputVariances` or `mpe.laplace_torch.LaplaceTorchVariances`.
+        engine: an entered `src.jacobians.OutputVariances`, or `mpe.laplace_torch.LaplaceTorchVariances`.
         batches: ``(images, labels)`` or ``(images, labels, indices, ...)``. A third entry counts as original indices
             if it holds integers; without indices examples are numbered from 0 as they come.
         total: how many batches to expect, for the progress bar; by default their own length.
@@ -301,7 +289,12 @@ def predict(
         indices = torch.arange(seen, seen + len(labels)) if given is None else given
         refuse_not_finite(indices, images)
         logits, variances = engine(images.to(device))
-        _check_classes(logits, labels)
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise ValueError(
+                f"the model must have a logit for each of two classes or more, got {tuple(logits.shape)}"
+            )
+        if labels.ndim != 1 or labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise ValueError(f"labels must be (b,) class numbers below {logits.shape[1]}, the number of logits")
         parts.append((indices, labels, logits.to("cpu", torch.float64), variances.to("cpu", torch.float64)))
         seen += len(labels)
     if not parts:
@@ -318,13 +311,6 @@ def given_indices(batch: Sequence[Tensor]) -> Tensor | None:
     if not isinstance(third, Tensor) or third.is_floating_point() or third.shape != (len(batch[1]),):
         return None
     return third.to("cpu", torch.int64)
-
-
-def _check_classes(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"the model must have a logit for each of two classes or more, got {tuple(logits.shape)}")
-    if labels.ndim != 1 or labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels must be (b,) class numbers below {logits.shape[1]}, the number of logits")
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

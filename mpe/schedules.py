@@ -145,7 +145,6 @@ def shared_schedules(removed: Sequence[np.ndarray], permutation: Tensor) -> Memb
         removed: The positions that each model goes without.
         permutation: Of all N examples, int64 ``(N,)``.
     """
-    permutation = permutation.cpu()
     total = len(permutation)
     counts = torch.tensor([total - len(left) for left in removed])
     kept = None

@@ -308,10 +308,3 @@ def test_sampled_errors_without_variance_are_the_errors():
     still = Predictions(given.indices, given.labels, given.logits, torch.zeros_like(given.variances))
     found = sampled_errors(still, samples=3, generator=generator())
     torch.testing.assert_close(found, given.errors, rtol=1e-12, atol=0)
-
-
-def test_sampled_errors_refusals():
-    with pytest.raises(ValueError, match="0 samples"):
-        sampled_errors(random_predictions(), samples=0, generator=generator())
-    with pytest.raises(ValueError, match="covariances"):
-        sampled_errors(random_predictions(full=False), generator=generator(), correlated=True)

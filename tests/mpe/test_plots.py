@@ -62,9 +62,6 @@ def test_moving_average_is_trailing():
     values = np.array([3.0, 1.0, 5.0, 7.0, 2.0])
     assert moving_average(values, 3).tolist() == [3.0, 13 / 3, 14 / 3]
     assert moving_average(values, 1).tolist() == values.tolist()
-    for window in (0, 6):
-        with pytest.raises(ValueError, match=f"window of {window} does not fit 5"):
-            moving_average(values, window)
 
 
 def test_l2reg_marks_the_minima_of_the_smoothed_curves():
@@ -142,8 +139,6 @@ def test_correlations_where_there_are_none():
     for pair in ((x, np.ones(50)), (np.ones(50), x), (x[:2], x[:2]), (x[:0], x[:0])):
         assert correlation_text(*pair) == f"n = {len(pair[0])}\nSpearman –\nPearson –"
     assert str(Correlation(0.5, np.nan, np.nan)) == "0.500"
-    with pytest.raises(ValueError, match="not the shapes of n pairs"):
-        correlation_intervals(x, x[:-1])
 
 
 def test_bins_rank_all_checkpoints_by_the_last():

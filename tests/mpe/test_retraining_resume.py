@@ -282,9 +282,3 @@ def test_a_chunk_whose_state_is_damaged_is_trained_again_and_measured_on(tmp_pat
     resumed = run(measure_each=rest, folder=tmp_path, resume=True, **more)
     assert rest.seen == [2, 3, 4]
     assert np.array_equal(whole["norm"], resumed["norm"])
-
-
-def test_one_way_of_measuring_is_to_be_given():
-    for more in ({"measure": None}, {"measure_each": EachMeasured()}):
-        with pytest.raises(ValueError, match="either measure or measure_each"):
-            run(**more)
