@@ -91,10 +91,8 @@ def score_content(predictions: mpe.Predictions, class_cov: str, weights: str) ->
 
 
 def drawn_examples(count: int, number: int, seed: int) -> np.ndarray:
-    """The first ``number`` of ``count`` positions under numpy's legacy shuffle, as the paper's code draws them."""
-    positions = np.arange(count)
-    np.random.RandomState(seed).shuffle(positions)
-    return positions[:number]
+    """The first ``number`` of ``count`` positions in numpy's legacy random order, as the paper's code draws them."""
+    return np.random.RandomState(seed).permutation(count)[:number]
 
 
 def spread_examples(scores: np.ndarray, number: int, taken: Sequence[int] = ()) -> np.ndarray:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
 
 from mpe.config import FigureConfig
-from src.artifacts.io import save_figure
 from src.cli import Parser, run_script
 
 if TYPE_CHECKING:
@@ -37,15 +36,13 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import StoredResult, evolving, show
+    from mpe.plots import StoredResult, evolving, save_and_show
 
     result = StoredResult(args.pickles_folder, args.name_exp, "evolving")
     sensitivities = result.array(result.of("sensitivity", args.class_cov), 2, low=0)  # (K, N)
     figure = evolving(sensitivities, checkpoints(result, len(sensitivities)))
     suffix = f"_{args.class_cov}" if args.class_cov else ""
-    print(*save_figure(figure, args.plots_folder / f"{args.name_exp}_evolving{suffix}"), sep="\n")
-    if args.show:
-        show(figure)
+    save_and_show(figure, args.plots_folder / f"{args.name_exp}_evolving{suffix}", args.show)
 
 
 def checkpoints(result: StoredResult, count: int) -> list[str]:

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.config import FigureConfig
-from src.artifacts.io import save_figure
 from src.cli import Parser, file_name, run_script
 from src.errors import FlagError
 
@@ -62,15 +61,13 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import StoredResult, loco, show
+    from mpe.plots import StoredResult, loco, save_and_show
 
     results = [StoredResult(args.pickles_folder, name, "leaveclassout") for name in args.names_exp]
     labels = args.labels or legend_labels(results)
     figure = loco([read(result, label, args.class_cov) for result, label in zip(results, labels, strict=True)])
     suffix = f"_{args.class_cov}" if args.class_cov else ""
-    print(*save_figure(figure, args.plots_folder / f"{args.plot_name}_leaveclassout{suffix}"), sep="\n")
-    if args.show:
-        show(figure)
+    save_and_show(figure, args.plots_folder / f"{args.plot_name}_leaveclassout{suffix}", args.show)
 
 
 def legend_labels(results: list[StoredResult]) -> list[str]:

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.config import CLASS_COVARIANCES, FigureConfig
-from src.artifacts.io import save_figure
 from src.cli import Parser, run_script
 
 
@@ -37,7 +36,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import StoredResult, loo_iterations, show
+    from mpe.plots import StoredResult, loo_iterations, save_and_show
 
     result = StoredResult(args.pickles_folder, args.name_exp, "iter")
     test_nlls = result.array("test_nlls")  # (E,)
@@ -50,9 +49,7 @@ def main() -> None:
 
     figure = loo_iterations(epochs, estimates, test_nlls)
     suffix = "_".join(["", *class_covs]) if args.class_cov else ""
-    print(*save_figure(figure, args.plots_folder / f"{args.name_exp}_iter{suffix}"), sep="\n")
-    if args.show:
-        show(figure)
+    save_and_show(figure, args.plots_folder / f"{args.name_exp}_iter{suffix}", args.show)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.config import FigureConfig
-from src.artifacts.io import save_figure
 from src.cli import Parser, number, run_script
 from src.errors import FlagError
 
@@ -34,35 +33,33 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
-    from mpe.plots import StoredResult, loo_l2reg, moving_average, show
+    from mpe.plots import StoredResult, loo_l2reg, moving_average, save_and_show
 
     result = StoredResult(args.pickles_folder, args.name_exp, "cv")
-    deltas = result.array("deltas")  # (n,), as the two below
-    if (deltas <= 0).any():
+    columns = {  # each (n,)
+        "deltas": result.array("deltas"),
+        "estimated_nll": result.array(result.of("estimated_nll", args.class_cov)),
+        "test_nlls": result.array("test_nlls"),
+    }
+    if args.test_error:
+        columns["test_accs"] = result.array("test_accs", low=0, high=1)
+    if (columns["deltas"] <= 0).any():
         raise result.error("deltas are not all above 0")
-    estimated = result.array(result.of("estimated_nll", args.class_cov))
-    test_nlls = result.array("test_nlls")
-    errors = 1 - result.array("test_accs", low=0, high=1) if args.test_error else None
-    result.same_length(deltas=deltas, estimated_nll=estimated, test_nlls=test_nlls)
-    if errors is not None:
-        result.same_length(deltas=deltas, test_accs=errors)
+    result.same_length(**columns)
+    order = np.argsort(columns["deltas"], kind="stable")
+    deltas, estimated, test_nlls, *accuracies = (values[order] for values in columns.values())
     if len(deltas) < args.window:
         raise FlagError(
             f"--window {args.window}: {result.path} holds {len(deltas)} deltas; give at most {len(deltas)}"
         )
-    order = np.argsort(deltas, kind="stable")
-    deltas, estimated, test_nlls = deltas[order], estimated[order], test_nlls[order]
-    errors = None if errors is None else errors[order]
 
-    figure = loo_l2reg(deltas, estimated, test_nlls, args.window, errors)
+    figure = loo_l2reg(deltas, estimated, test_nlls, args.window, 1 - accuracies[0] if accuracies else None)
     suffix = (f"_{args.class_cov}" if args.class_cov else "") + "_error" * args.test_error
     for name, values in (("the leave-one-out estimate", estimated), ("the test loss", test_nlls)):
         smooth = moving_average(values, args.window)
         chosen = deltas[args.window - 1 + smooth.argmin()]
         print(f"{name} is least, {smooth.min():.4f}, at delta {chosen:.4g}")
-    print(*save_figure(figure, args.plots_folder / f"{args.name_exp}_cv{suffix}"), sep="\n")
-    if args.show:
-        show(figure)
+    save_and_show(figure, args.plots_folder / f"{args.name_exp}_cv{suffix}", args.show)
 
 
 if __name__ == "__main__":

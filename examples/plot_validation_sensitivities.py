@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import numpy as np
 
 from mpe.config import FigureConfig
-from src.artifacts.io import save_figure
 from src.cli import Parser, run_script
 from src.errors import FileError, FlagError
 
@@ -51,16 +50,11 @@ def groups(retrain: StoredResult, indices: np.ndarray) -> dict[str, np.ndarray]:
     return {"random examples": ~spread, "spread examples": spread} if spread.any() and not spread.all() else {}
 
 
-def in_a_line(text: str) -> str:
-    """Lines as one."""
-    return text.replace("\n", ", ")
-
-
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
     from mpe.estimates import correlation_text
-    from mpe.plots import StoredResult, show, validation
+    from mpe.plots import StoredResult, save_and_show, validation
 
     scores = StoredResult(args.pickles_folder, args.name_exp, "scores")
     retrain = StoredResult(args.pickles_folder, args.name_exp, "retrain")
@@ -84,13 +78,12 @@ def main() -> None:
     estimated = sensitivities[indices]
     text = correlation_text(deviations, estimated)
     figure = validation(deviations, estimated, text)
-    print(in_a_line(text))
+    print(text.replace("\n", ", "))
     for name, chosen in groups(retrain, indices).items():
-        print(f"{name}: {in_a_line(correlation_text(deviations[chosen], estimated[chosen]))}")
+        text = correlation_text(deviations[chosen], estimated[chosen])
+        print(f"{name}:", text.replace("\n", ", "))
     suffix = (f"_{args.class_cov}" if args.class_cov else "") + "_corrected" * args.corrected
-    print(*save_figure(figure, args.plots_folder / f"{args.name_exp}_validation{suffix}"), sep="\n")
-    if args.show:
-        show(figure)
+    save_and_show(figure, args.plots_folder / f"{args.name_exp}_validation{suffix}", args.show)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ class Experiment:
         context: Device and data, under the normalization ``"mpe"``.
         record: The flags as plain values.
         train: The training examples.
+        count: N, their number.
+        files: Checkpoints and resume states of the base run.
         model: The model, as it was built or trained.
 
     Raises:
@@ -102,11 +104,17 @@ class Experiment:
         flags: Mapping[str, Any],
     ) -> None:
         start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_{kind}.log")
-        self.config, self.folders, self.kind = config, folders, kind
+        self.config, self.kind = config, kind
         self.context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
         record = {**asdict(compute), **flags}
         self.record = {name: str(value) if isinstance(value, Path) else value for name, value in record.items()}
         self.train = self.context.train
+        self.count = len(self.train)
+        run = mpe_experiment(config.name_exp, kind)
+        self.files = RunFiles(
+            experiment_folder(folders.models_folder, run, config.seed),
+            resume_folder(folders.resume_ckpts_folder, run, config.seed),
+        )
         self.model = self.build()  # data that the model cannot take are refused here
         require_writable(config.pickles_folder)
 
@@ -115,11 +123,6 @@ class Experiment:
         entry, config = self.context.entry, self.config
         model = build_model(config.model, entry.num_classes, entry.channels, entry.image_size, config.seed)
         return model.to(self.context.device, self.context.precision.dtype)
-
-    @property
-    def count(self) -> int:
-        """N, the number of training examples."""
-        return len(self.train)
 
     def batches(self, images: ImageSet, size: int, order: str = "sequential") -> Batches:
         """Batches, not augmented."""
@@ -160,16 +163,6 @@ class Experiment:
         return Result(path, self.record, {**self.settings(), **settings}, **more)
 
     # ------------------------------------------------------------------------------------------ training
-
-    @property
-    def files(self) -> RunFiles:
-        """Where the base run keeps its checkpoint and resume states."""
-        folders, seed = self.folders, self.config.seed
-        name = mpe_experiment(self.config.name_exp, self.kind)
-        return RunFiles(
-            experiment_folder(folders.models_folder, name, seed),
-            resume_folder(folders.resume_ckpts_folder, name, seed),
-        )
 
     def train_base(
         self,

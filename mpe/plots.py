@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
 
 from mpe.config import CLASS_COVARIANCES
-from src.artifacts.io import read_pickle
+from src.artifacts.io import read_pickle, save_figure
 from src.artifacts.paths import PICKLES, pickle_path
 from src.artifacts.store import check_consistent, checked_array
 from src.errors import ArgumentError, FileError
@@ -265,8 +265,11 @@ def number_markers(
         axes.annotate(text, xy, center - point, textcoords="offset points", annotation_clip=False, **style)
 
 
-def show(figure: Figure) -> None:
-    """Open a window with a figure and wait until it closes; where there is no display, say so and continue."""
+def save_and_show(figure: Figure, stem: Path, window: bool) -> None:
+    """Save a figure as PNG and PDF, print the paths, and open a window if asked for, until it is closed."""
+    print(*save_figure(figure, stem), sep="\n")  # noqa: T201
+    if not window:
+        return
     from matplotlib import pyplot
     from matplotlib.backends import BackendFilter, backend_registry
 

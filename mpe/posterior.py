@@ -259,7 +259,6 @@ def predict(
     engine: Callable[[Tensor], tuple[Tensor, Tensor]],
     batches: Iterable[Sequence[Tensor]],
     *,
-    total: int | None = None,
     progress: bool = False,
 ) -> Predictions:
     """Logits and variances of all examples, in one pass.
@@ -268,7 +267,6 @@ def predict(
         engine: an entered `src.jacobians.OutputVariances`, or `mpe.laplace_torch.LaplaceTorchVariances`.
         batches: ``(images, labels)`` or ``(images, labels, indices, ...)``. A third entry counts as original indices
             if it holds integers; without indices examples are numbered from 0 as they come.
-        total: how many batches to expect, for the progress bar; by default their own length.
         progress: whether to show the bar.
 
     Returns:
@@ -281,7 +279,7 @@ def predict(
     device = next(engine.model.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
     seen = 0
-    for batch in tqdm(batches, total=total, desc="Variances", leave=False, disable=None if progress else True):
+    for batch in tqdm(batches, desc="Variances", leave=False, disable=None if progress else True):
         images, labels = batch[0], torch.as_tensor(batch[1]).to("cpu", torch.int64)
         if not len(labels):
             continue  # a rank's share may be empty

@@ -145,11 +145,10 @@ class RetrainingFiles:
             path = self._state(numbers, epoch)
             try:
                 state = read_checkpoint(path)
-                if (state.get("format"), state.get("epoch")) != (_STATE_FORMAT, epoch) or epoch > epochs:
+                foreign = (state.get("format"), state.get("epoch")) != (_STATE_FORMAT, epoch) or epoch > epochs
+                if foreign or not all(isinstance(state.get(name), dict) for name in ("settings", "ensemble")):
                     raise FileError(f"{path}: is not the state of such a chunk")
                 _check_numbers(path, state.get(_NUMBERS), numbers)
-                if not isinstance(state.get("settings"), dict) or not isinstance(state.get("ensemble"), dict):
-                    raise FileError(f"{path}: is not the state of such a chunk")
                 check_settings_match(path, state["settings"], self.settings, remedy="it is not used")
             except FileError as error:
                 log.warning("%s; using the state before it", error)

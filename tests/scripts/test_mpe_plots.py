@@ -246,10 +246,10 @@ def test_correlations_are_told_apart_for_random_and_spread_examples(place, monke
 
 def pdf_figures(monkeypatch):
     """Collect the figures that scripts save."""
-    import src.artifacts.io
+    import mpe.plots
 
     figures = []
-    monkeypatch.setattr(src.artifacts.io, "save_figure", lambda figure, stem: figures.append(figure) or [stem])
+    monkeypatch.setattr(mpe.plots, "save_figure", lambda figure, stem: figures.append(figure) or [stem])
     return figures
 
 
