@@ -393,7 +393,7 @@ def _keep_console() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log on a full disk loses lines, and says nothing: results on a full disk speak for themselves."""
+    """A log that loses lines on a full disk without an error: writing results there will report it."""
 
     def _open(self) -> io.TextIOWrapper:
         return _losable_text(self.baseFilename, self.mode, "utf-8", line_buffering=True)

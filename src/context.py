@@ -172,7 +172,7 @@ class RunContext:
             batch_size: Examples at a time.
             normalization: Default: the context's.
             channels_last: Whether images have their channels last in memory.
-            local: Whether this process gets whole batches, rather than its share of each.
+            local: Whether this process gets full batches, rather than its share of each.
             order: Their order, see ``Batches``.
             augmentation: What images undergo.
             seed: Seed of order and augmentation.
@@ -334,12 +334,13 @@ class TrainingRun:
         ).to(context.device, context.precision.dtype)
         if MODELS[name].channels_last:
             model = model.to(memory_format=torch.channels_last)
-        dynamics = None
-        if config.measure_proxies:
-            dynamics = Dynamics(self.train.total, entry.num_classes, context.device)
+        dynamics = Dynamics(self.train.total, entry.num_classes, context.device) if config.measure_proxies else None
+        augmentation = entry.training_augmentation(
+            config.data_augmentation, cutout_holes=config.cutout_holes, cutout_length=config.cutout_length
+        )
         trainer = Trainer(
             model,
-            self.batches(self.train, local=False, order="shuffled", augmentation=config.augmentation(entry)),
+            self.batches(self.train, local=False, order="shuffled", augmentation=augmentation),
             self.batches(context.test, local=False),
             training,
             weights=weights,
@@ -376,7 +377,7 @@ class TrainingRun:
             if not self.config.measure_proxies:
                 return True
             stored = read_dynamics(self.dynamics_folder / DYNAMICS_FILE)["settings"]
-        except FileError:  # starting the run says so, or replaces it
+        except FileError:  # starting the run reports it, or replaces the file
             return False
         complete = not self.final_scores or has_end_of_training_scores(self.dynamics_folder)
         return complete and not diff_settings(stored, self.settings)

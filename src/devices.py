@@ -160,8 +160,8 @@ _all_is_kept = False
 def keep_all_freed_memory() -> None:
     """For scripts, whose process is their own: have glibc never return freed memory to the system.
 
-    Otherwise each step maps its activations anew, and the page faults cost a good part of the time: of large
-    tensors in particular, which are mapped one by one however high the threshold of mapping is set.
+    Otherwise each step maps its activations again, and page faults take a good part of the time, in particular for
+    large tensors, which are mapped one by one however high the mapping threshold is set.
     """
     global _all_is_kept
     if platform.libc_ver()[0] == "glibc":
@@ -176,7 +176,7 @@ def keep_freed_blocks() -> float:
     """For library code, in a process that may be anyone's: have glibc keep a bounded amount of freed memory.
 
     Blocks up to 31 MiB, and 62 MiB in all, are kept for the next use. glibc raises both limits by itself whenever a
-    block that large is freed; until then it returns even small blocks to the system, and touching them anew costs
+    block that large is freed; until then it returns even small blocks to the system, and touching them again costs
     several times the convolution that is done in them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches. Every function takes its random draws as arguments, one row per example."""
+"""Augmentation of full batches. Every function takes its random draws as arguments, one row per example."""
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tens
     """The boxes of random resized crops.
 
     The first of ten tries (area and log aspect ratio uniform) that fits is taken, at a uniform position; if none
-    fits, the largest centerd box of an allowed shape.
+    fits, the largest centered box of an allowed shape.
 
     Args:
         draws: Uniform in [0, 1), ``(b, CROP_DRAWS)``: areas, ratios, and the position.

@@ -1,6 +1,5 @@
 """Image files to pixels: which formats are read, and how a file is decoded, as a viewer shows it."""
 
-import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,11 +62,6 @@ class Faults:
 def is_system_file(name: str) -> bool:
     """Whether a file or folder is hidden or made by an operating system, so not part of the data."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
-
-
-def printable(name: str) -> str:
-    r"""A file name as text that can be printed and drawn: bytes that are not UTF-8 are written as ``\xff``."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 def open_image(file: BinaryIO) -> Image.Image:

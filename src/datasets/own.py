@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from src.artifacts.io import read_npz
 from src.datasets.batches import ImageSet
-from src.datasets.decoding import Faults, as_seen, is_system_file, open_image, printable
+from src.datasets.decoding import Faults, as_seen, is_system_file, open_image
 from src.datasets.registry import Augmentation, DatasetEntry, Normalization
 from src.errors import FileError
 
@@ -137,21 +137,17 @@ def _images(path: Path, key: str, array: np.ndarray) -> Tensor:
         )
     if not all(array.shape):
         raise FileError(f"{path}: {key} has shape {array.shape}, so it has no image")
-    return torch.from_numpy(_channels_first(np.ascontiguousarray(array)))
-
-
-def _channels_first(array: np.ndarray) -> np.ndarray:
-    """``(n, c, h, w)`` from contiguous ``(n, h, w, c)``, in the same memory, so that there is never a second copy."""
+    array = np.ascontiguousarray(array)
     count, height, width, channels = array.shape
-    result = array.reshape(count, channels, height, width)
+    result = array.reshape(count, channels, height, width)  # the same memory, so that there is never a second copy
     for start in range(0, count, 1024):
         block = slice(start, start + 1024)
         result[block] = array[block].transpose(0, 3, 1, 2).copy()
-    return result
+    return torch.from_numpy(result)
 
 
 def _labels(path: Path, key: str, array: np.ndarray, count: int) -> np.ndarray:
-    """int64 ``(n,)`` from whole numbers of shape (n,) or (n, 1)."""
+    """int64 ``(n,)`` from integers of shape (n,) or (n, 1)."""
     if array.dtype.kind not in "iu":
         kind = "text" if array.dtype.kind in "US" else array.dtype
         raise FileError(f"{path}: {key} is {kind}; whole numbers from 0 are needed as labels")
@@ -405,7 +401,8 @@ def load_folder(root: Path, image_size: int | None, channels: int | None) -> tup
         )  # fmt: skip
         images = [convert_channels(part, 3) for part in images]
     entry = _entry(root.resolve().name, read.digest.hexdigest(), images[0], len(listing.names))
-    names = [printable(name) for name in listing.names]
+    # printable, whatever bytes: those that are not UTF-8 are written as \xff
+    names = [os.fsencode(name).decode("utf-8", errors="backslashreplace") for name in listing.names]
     decoding = ",".join(rule for rule in ("exif", "alpha") if rule in read.rules) or None
     return tuple(
         ImageSet(entry, part, storage, torch.tensor(listing.labels[part]), names, decoding=decoding)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.cli import number, option
+from src.cli import check_options, number, option
 from src.errors import ArgumentError, FileError
 from src.lazy import later
 
@@ -368,31 +368,6 @@ def dataset_name(text: str) -> str:
     return text
 
 
-def check_arguments(name: str, image_size: int | None, channels: int | None) -> None:
-    """Check arguments of ``load_dataset`` without reading any file.
-
-    Raises:
-        ArgumentError: The name is unknown, or an argument does not apply to it.
-    """
-    if image_size is not None and image_size < 1:
-        raise ArgumentError("image_size", f"{image_size}: must be at least 1")
-    if channels not in (None, 1, 3):
-        raise ArgumentError("channels", f"{channels}: must be 1 (gray) or 3 (color)")
-    if own := _own_source(name):
-        if not own[1]:
-            raise ArgumentError("dataset", f"{name}: no path after the colon; npz:FILE or folder:DIR is needed")
-        return
-    entry = lookup(name)
-    for argument, value, fixed in (
-        ("image_size", image_size, entry.image_size),
-        ("channels", channels, entry.channels),
-    ):
-        if value not in (None, fixed):
-            raise ArgumentError(
-                argument, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
-            )
-
-
 def load_dataset(
     name: str, folder: str | Path, *, image_size: int | None = None, channels: int | None = None
 ) -> tuple[ImageSet, ImageSet]:
@@ -416,7 +391,7 @@ def load_dataset(
     """
     from src.datasets.batches import Content
 
-    check_arguments(name, image_size, channels)
+    DataConfig(name, image_size, channels)  # raises where an argument is wrong
     if own := _own_source(name):
         train, test = OWN_SOURCES[own[0]](Path(own[1]).expanduser(), image_size, channels)
     else:
@@ -437,10 +412,6 @@ def load_dataset(
     return train, test
 
 
-def _fold_case(text: str) -> str:
-    return text if _own_source(text) else text.lower()
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """A data set, how own images are read, and which training examples are used.
@@ -459,7 +430,7 @@ class DataConfig:
         "cifar100",
         f"{', '.join(DATASETS)}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
         "folder:DIR (train/ and test/ with a folder per class)",
-        _fold_case,
+        lambda text: text if _own_source(text) else text.lower(),
         metavar="NAME",
     )
     image_size: int | None = option(
@@ -479,4 +450,17 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        check_arguments(self.dataset, self.image_size, self.channels)
+        check_options(self)
+        if own := _own_source(self.dataset):
+            if not own[1]:
+                raise ArgumentError(
+                    "dataset", f"{self.dataset}: no path after the colon; npz:FILE or folder:DIR is needed"
+                )
+            return
+        entry = lookup(self.dataset)
+        for argument in ("image_size", "channels"):
+            value, fixed = getattr(self, argument), getattr(entry, argument)
+            if value not in (None, fixed):
+                raise ArgumentError(
+                    argument, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
+                )

@@ -37,7 +37,7 @@ class ViT(Network):
         heads: Attention heads of a block.
         width: Width of the tokens.
         mlp_width: Width of a block's hidden layer.
-        dropout: Rate of dropout, placed as the file's top says.
+        dropout: Rate of dropout; the module's docstring lists where it acts.
     """
 
     def __init__(
@@ -61,23 +61,19 @@ class ViT(Network):
         for block in encoder.encoder.layers:
             block.mlp[2] = nn.Identity()  # the dropout after GELU
         super().__init__(encoder, nn.Linear(width, num_classes))
-        _draw_linear_layers(self)
+        for module in self.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                for projection in module.in_proj_weight.chunk(3):  # query, key, value
+                    nn.init.xavier_uniform_(projection)
+                nn.init.normal_(module.in_proj_bias, std=1e-6)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.normal_(module.bias, std=1e-6)
         self.side, self.pad = side, center_pad(image_size, patch)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The normalized class token ``(n, width)`` of images ``(n, c, h, w)``."""
         return self.body(self.pad(images)[..., : self.side, : self.side])  # full patches only
-
-
-def _draw_linear_layers(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            for projection in module.in_proj_weight.chunk(3):  # query, key, value
-                nn.init.xavier_uniform_(projection)
-            nn.init.normal_(module.in_proj_bias, std=1e-6)
-        elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.normal_(module.bias, std=1e-6)
 
 
 def resize_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
@@ -109,11 +105,11 @@ def resize_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
 def load_pretrained(network: ViT, source: bool | str | Path) -> None:
     """Fill a vision transformer with weights in torchvision's names.
 
-    Positions are resized to the network's grid, the patch convolution is taken for three channels only, and the
+    Positions are resized to the model's grid, the patch convolution is taken for three channels only, and the
     head for 1000 classes only; else the head starts at zero.
 
     Args:
-        network: The network to fill.
+        network: The model to fill.
         source: True for torchvision's ``IMAGENET1K_V1`` weights (training from scratch on ImageNet-1k), which are
             downloaded; or the path of a state dict.
 

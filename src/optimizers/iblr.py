@@ -163,7 +163,7 @@ class IBLR(Optimizer):
         sizes = [group["hess"].numel() for group in state_dict["ivon"]["param_groups"]]
         expected = [sum(p.numel() for p in group["params"]) for group in self.param_groups]
         if sizes != expected:
-            raise ValueError(f"the iBLR state holds {sizes} values, the model has {expected} trained weights")
+            raise ValueError(f"the iBLR state has {sizes} values, the model has {expected} trained weights")
         self.inner.load_state_dict(state_dict["ivon"])
         self.inner.current_step = state_dict["current_step"]
         self._share_inner()

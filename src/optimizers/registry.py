@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from src.training.config import TrainingConfig
 
-DEFAULT_DELTA = 1.0  # prior precision of iBLR where neither delta nor a weight decay says otherwise
+DEFAULT_DELTA = 1.0  # prior precision of iBLR where neither delta nor a weight decay is given
 
 
 def _one_pass(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:

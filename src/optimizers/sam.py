@@ -61,7 +61,7 @@ class SAM(Optimizer):
         adaptive: Whether to scale the climb by the weights.
 
     Raises:
-        ValueError: If ``rho`` is negative or not finite, or ``base`` holds other parameters.
+        ValueError: If ``rho`` is negative or not finite, or ``base`` has other parameters.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class SAM(Optimizer):
         self._saved: tuple[Tensor, ...] | None = None  # the weights at w while the model is at w + e
         self._share_base()
         if {id(p) for p in self._parameters()} != {id(p) for p in params}:
-            raise ValueError("the base optimizer holds other parameters than SAM")
+            raise ValueError("the base optimizer has other parameters than SAM")
 
     def _share_base(self) -> None:
         self.param_groups = self.base.param_groups

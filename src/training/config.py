@@ -9,7 +9,7 @@ from typing import Any
 
 from src.artifacts.store import acting_settings
 from src.cli import SEED, check_options, number, option
-from src.datasets import DATASETS, Augmentation, DatasetEntry
+from src.datasets import DATASETS
 from src.errors import ArgumentError
 from src.models import ModelConfig
 from src.optimizers import OPTIMIZERS, SCHEDULES
@@ -183,16 +183,6 @@ class RunConfig:
                 "save_epochs",
                 f"{self.save_epochs[-1]}: the run ends after epoch {epochs}; give epochs from 1 to {epochs}",
             )
-
-    def augmentation(self, entry: DatasetEntry) -> Augmentation | None:
-        """What training images of a data set undergo.
-
-        Raises:
-            ArgumentError: Cutout does not apply to the data set.
-        """
-        return entry.training_augmentation(
-            self.data_augmentation, cutout_holes=self.cutout_holes, cutout_length=self.cutout_length
-        )
 
     def as_dict(self, data: Mapping[str, Any], *, sync_bn: bool = False) -> dict[str, Any]:
         """The settings of loop, data, model and batches that determine the result, as plain values.

@@ -120,19 +120,19 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
         The arrays of ``QUANTITIES``, ``labels``, ``label_hash`` (str) and ``settings`` (dict).
 
     Raises:
-        FileError: The file is missing, damaged, or does not hold dynamics.
+        FileError: The file is missing, damaged, or does not contain dynamics.
     """
     arrays: dict[str, Any] = read_npz(path)
     missing = [name for name in (*QUANTITIES, "labels", "label_hash", "settings") if name not in arrays]
     if missing:
         raise FileError(
-            f"{path}: does not hold recorded dynamics ({', '.join(missing)} missing); train with --measure_proxies"
+            f"{path}: does not contain recorded dynamics ({', '.join(missing)} missing); train with --measure_proxies"
         )
     shape = arrays["loss"].shape
     if any(arrays[name].shape != shape or arrays[name].dtype.kind != "f" for name in QUANTITIES):
         raise FileError(f"{path}: is damaged, its arrays differ in shape or are not numbers; train again")
     if len(shape) != 2 or not shape[0] or shape[1:] != arrays["labels"].shape:
-        raise FileError(f"{path}: is damaged, it holds no epochs of {len(arrays['labels'])} examples; train again")
+        raise FileError(f"{path}: is damaged, it has no epochs of {len(arrays['labels'])} examples; train again")
     arrays["label_hash"] = str(arrays["label_hash"])
     arrays["settings"] = parse_settings(path, arrays["settings"])
     return arrays

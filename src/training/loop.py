@@ -209,7 +209,7 @@ class Trainer:
             purpose = "global" if self.group.is_main_process else f"global {self.group.rank}"
             torch.manual_seed(derived_seed(config.seed, epoch, purpose))
             for step, batch in enumerate(batches.epoch(epoch, positions, weights), start=1):
-                # The divisor is the whole batch's, so that the gradients' sum over processes is that of its loss.
+                # The divisor is the full batch's, so that the gradients summed over processes are those of its loss.
                 # Weights that are all 0 make a loss of 0, not 0 / 0.
                 divisor = batch.total_weight.clamp_min(torch.finfo(batch.total_weight.dtype).tiny)
                 if self.plan is not None and self.plan.divide_by_size:

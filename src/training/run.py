@@ -150,7 +150,7 @@ def run_training(
         trainer: The loop, at its beginning.
         files: The run's folders.
         settings: Everything that determines the result; stored, and compared with what is there.
-        description: What checkpoints say about model and data (``model_description``).
+        description: What checkpoints record about model and data (``model_description``).
         resume: Whether to continue from the newest readable resume state, if there is one.
         overwrite: Whether results, and with ``resume`` states, with different settings may be replaced.
         save_epochs: ``"all"``, ``"last"`` or the epochs whose checkpoints are kept beside best and last.
@@ -383,7 +383,7 @@ def training_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_command(script: str, flags: Mapping[str, Any]) -> str:
-    """The command that trains a missing model, for messages; a flag whose value is True stands alone."""
+    """The command that trains a missing model, for messages; a flag whose value is True has no value."""
     words = (f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
     command = shlex.join(["python", script, *words])
     return f"{command} (and your other training flags)"
@@ -406,7 +406,7 @@ def missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Co
         stored = RunFiles(folder, folder).read_results()
         settings, done = stored.get("settings", {}), len(stored.get("history", []))
         planned, schedule = int(settings.get("epochs", 0)), SCHEDULES.get(settings.get("lr_sched"))
-    except (FileError, TypeError, ValueError):  # training says what is wrong
+    except (FileError, TypeError, ValueError):  # training reports what is wrong
         planned, schedule, done = 0, None, 0
     flags = {"epochs": max(last, planned), "save_epochs": kept}
     if not done:
@@ -422,7 +422,7 @@ def image_facts(images: ImageSet) -> dict[str, str]:
 
 
 def data_facts(full_train: ImageSet) -> dict[str, Any]:
-    """What a checkpoint says about the data it was trained on, from the training set."""
+    """What a checkpoint records about the data it was trained on, from the training set."""
     entry = full_train.entry
     return {
         "dataset": entry.name,
@@ -437,7 +437,7 @@ def data_facts(full_train: ImageSet) -> dict[str, Any]:
 
 
 def model_description(model_name: str, full_train: ImageSet, normalization: Normalization) -> dict[str, Any]:
-    """What a checkpoint says about its model and data, beside weights, epoch and settings.
+    """What a checkpoint records about its model and data, beside weights, epoch and settings.
 
     Args:
         model_name: The architecture's name.
@@ -487,7 +487,7 @@ def load_model(
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         load_weights(model, weights)
         state["normalisation"] = _normalization(stored, state["channels"])
-    except ArgumentError as error:  # the file says so, not the caller
+    except ArgumentError as error:  # the file is wrong, not the caller
         raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it again") from error
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -83,7 +83,7 @@ class StackedNetwork:
             parameters: Stacked ``(M, ...)``.
             batch: The batch.
             into: Like ``parameters``.
-            keep: 0 forgets what stood there, whatever it was.
+            keep: 0 overwrites ``into``, whatever it contains.
 
         Returns:
             The members' losses ``(M,)``.
