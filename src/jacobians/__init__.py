@@ -5,13 +5,12 @@ from src.jacobians.engine import SquaredNorms
 from src.jacobians.ggn import ggn_diagonal, kronecker_factors
 from src.jacobians.gram import gram_matrix
 from src.jacobians.layer_rules import register_layer_rule, rule_from_gradients
-from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, Posterior, Rotated
+from src.jacobians.posterior import Curvature, Posterior, Rotated
 from src.jacobians.sketch import sketch_jacobian
 from src.jacobians.variances import OutputVariances
 
 __all__ = [
-    "DiagonalCurvature",
-    "KroneckerCurvature",
+    "Curvature",
     "OutputVariances",
     "Posterior",
     "Rotated",

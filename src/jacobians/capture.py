@@ -18,7 +18,8 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -244,7 +245,7 @@ def suits_channels_last(model: nn.Module) -> bool:
     )
 
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -269,15 +270,7 @@ class Record:
     edge: GradientEdge
     output_shape: torch.Size
     version: int
-    gradient: Tensor | None = field(default=None)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The module's own parameters that require a gradient, by their name within the module."""
-        return trainable(self.module)
-
-    def intact(self) -> bool:
-        """Whether the inputs are still those that the module saw."""
-        return self.inputs._version == self.version
+    gradient: Tensor | None = None
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -305,7 +298,7 @@ class Capture:
         self.channels_last = False
         self._rules = rules
         self._recording = False
-        self._vectorises: bool | None = None  # whether one pass can carry all rows; None: not tried
+        self._vectorizes: bool | None = None  # whether one pass can carry all rows; None: not tried
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -316,13 +309,10 @@ class Capture:
             # computes something else than its type says
             if "forward" in vars(module) or not own <= (rule.parameters if rule else set()):
                 continue
-            if rule is not None and trainable(module):
-                hook = self._hook(name, rule)
-            elif type(module) in BACKWARD_OVERRIDES and not own:
-                hook = self._override_hook
-            else:
-                continue
-            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            captured = rule is not None and bool(trainable(module))
+            if captured or (type(module) in BACKWARD_OVERRIDES and not own):
+                hook = partial(self._hook, name, rule if captured else None)
+                self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -331,30 +321,22 @@ class Capture:
         self._handles.clear()
         self.records = []
 
-    def _hook(self, name: str, rule: LayerRule):
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            # without a gradient (a call under no_grad) this call adds nothing to any parameter's gradient
-            if not self._recording or not output.requires_grad:
-                return None
-            inputs = args[0] if args else kwargs["input"]
-            tapped = output = self._overridden(module, inputs, output)
+    def _hook(
+        self, name: str, rule: LayerRule | None, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> Tensor | None:
+        # without a gradient (a call under no_grad) this call adds nothing to any parameter's gradient
+        if not self._recording or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        inputs = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+        if self.channels_last and type(module) in BACKWARD_OVERRIDES:
+            output = BACKWARD_OVERRIDES[type(module)](module, inputs, output)
+        if rule is not None:
+            tapped = output
             if rule.tap is not None and rule.fits(module, inputs):
                 output, tapped = rule.tap(module, inputs, output)
             edge = get_gradient_edge(tapped)
             self.records.append(Record(name, module, rule, inputs.detach(), edge, tapped.shape, inputs._version))
-            return output
-
-        return record
-
-    def _override_hook(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The hook of modules without parameters."""
-        if not self._recording or not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        return self._overridden(module, args[0] if args else next(iter(kwargs.values())), output)
-
-    def _overridden(self, module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        override = BACKWARD_OVERRIDES.get(type(module)) if self.channels_last else None
-        return output if override is None else override(module, inputs, output)
+        return output
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the model and record; recording stops before any backward pass (checkpointing calls modules again).
@@ -393,10 +375,10 @@ class Capture:
         """
         if not records:
             return []
-        if self._vectorises is not False and rows.shape[0] > 1:
+        if self._vectorizes is not False and rows.shape[0] > 1:
             # the graph of the first trial may be needed for a second
-            found = _all_rows(rows, records, keep_graph or self._vectorises is None)
-            self._vectorises = found is not None
+            found = _all_rows(rows, records, keep_graph or self._vectorizes is None)
+            self._vectorizes = found is not None
             if found is not None:
                 return found
         return _row_by_row(rows, records, keep_graph)
@@ -410,7 +392,7 @@ def _zeros_if_none(gradients: Sequence[Tensor | None], records: Sequence[Record]
 
 
 def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list[Tensor] | None:
-    """`Capture.backward` in one pass; None where the graph holds what cannot be vectorised."""
+    """`Capture.backward` in one pass; None where the graph holds what cannot be vectorized."""
     edges = [record.edge for record in records]
 
     def pull(weights: Tensor) -> tuple[Tensor, ...]:
@@ -424,28 +406,27 @@ def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list
             return list(vmap(pull)(units.unsqueeze(2).expand(-1, -1, rows.shape[1])))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
-        # What cannot be vectorised raises these; one by one gives the same gradients, or the error again if it was
+    except RuntimeError as error:
+        # What cannot be vectorized raises these; one by one gives the same gradients, or the error again if it was
         # the network's own. Without its graph there is no second way, and the reason is not hidden behind that.
         if not keep_graph:
             raise
-        logger.info("gradients of the classes are taken one by one: %.160s", error)
+        log.info("gradients of the classes are taken one by one: %.160s", error)
         return None
 
 
 def _row_by_row(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list[Tensor]:
     """`Capture.backward` by one pass per row."""
     edges = [record.edge for record in records]
-    count = len(rows)
     found: list[Tensor] = []
-    for q, row in enumerate(rows.unbind(0)):
-        keep = keep_graph or q + 1 < count
+    for q, row in enumerate(rows):
+        keep = keep_graph or q + 1 < len(rows)
         gradients = torch.autograd.grad(row.sum(), edges, retain_graph=keep, allow_unused=True)
         filled = _zeros_if_none(gradients, records)
-        if count == 1:
+        if len(rows) == 1:  # without a copy
             return [gradient.unsqueeze(0) for gradient in filled]
         if q == 0:
-            found = [g.new_empty(count, *g.shape) for g in filled]
+            found = [g.new_empty(len(rows), *g.shape) for g in filled]
         for stacked, gradient in zip(found, filled, strict=True):
             stacked[q] = gradient
     return found

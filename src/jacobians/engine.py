@@ -13,7 +13,7 @@ is tried once, on a few examples.
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -22,11 +22,11 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src.devices import keep_freed_blocks
-from src.jacobians.capture import Capture, Record, graph_uses, mixture, refuse_mixing, scales_by_example
+from src.jacobians.capture import Capture, Record, graph_uses, mixture, refuse_mixing, scales_by_example, trainable
 from src.jacobians.layer_rules import LAYER_RULES, weighted_squares
 from src.models.base import eval_mode
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Quantities = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone."""
@@ -37,61 +37,7 @@ def as_rows(quantities: Tensor) -> Tensor:
     return quantities.unsqueeze(0) if quantities.ndim == 1 else quantities
 
 
-class ExampleGradients:
-    """Per-example gradients of any parameters of a model.
-
-    Args:
-        model: the network, in the mode in which it is to be differentiated.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._vectorised = True  # until the model turns out not to be
-
-    def __call__(
-        self, names: Sequence[str], images: Tensor, targets: Tensor, quantities: Quantities, chunk: int
-    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Gradients of the named parameters, a chunk of examples at a time.
-
-        Args:
-            names: parameters, by their (first) name in the model.
-            images: (b, ...) inputs.
-            targets: (b, ...) what ``quantities`` takes beside the outputs.
-            quantities: see `Quantities`.
-            chunk: examples at once.
-
-        Yields:
-            The slice of examples, and per name a tensor (q, chunk, *shape).
-        """
-        for start in range(0, images.shape[0], chunk):
-            part = slice(start, min(start + chunk, images.shape[0]))
-            # a copy each time: the network may work on its input in place
-            found = self._try_vectorised(names, images[part].clone(), targets[part], quantities)
-            if found is None:
-                found = _one_by_one(self.model, names, images[part].clone(), targets[part], quantities)
-            yield part, found
-
-    def _try_vectorised(
-        self, names: Sequence[str], images: Tensor, targets: Tensor, quantities: Quantities
-    ) -> dict[str, Tensor] | None:
-        if not self._vectorised:
-            return None
-        try:
-            return _vectorised(self.model, names, images, targets, quantities)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            # what vmap does not know raises these; one by one is exact, too, and raises a network's own errors again
-            logger.warning(
-                "%s cannot be vectorised over examples, which are now taken one by one (slow): %.160s",
-                type(self.model).__name__,
-                str(error).strip().splitlines()[0],
-            )
-            self._vectorised = False
-            return None
-
-
-def _vectorised(
+def _vectorized(
     model: nn.Module, names: Sequence[str], images: Tensor, targets: Tensor, quantities: Quantities
 ) -> dict[str, Tensor]:
     constants = {name: p.detach() for name, p in model.named_parameters()}
@@ -141,8 +87,10 @@ Calls = dict[str, list[tuple[Record, str]]]
 
 def covered(record: Record, b: int) -> bool:
     """Whether the formulas cover a call, its first axis having the length of a batch of b."""
-    whole = record.inputs.shape[0] == record.output_shape[0] == b
-    return whole and record.intact() and record.rule.fits(record.module, record.inputs)
+    if not record.inputs.shape[0] == record.output_shape[0] == b:
+        return False
+    unchanged = record.inputs._version == record.version  # no later layer worked on them in place
+    return unchanged and record.rule.fits(record.module, record.inputs)
 
 
 def checked_rows(quantities: Tensor, b: int) -> Tensor:
@@ -181,7 +129,7 @@ class PerExampleEngine(ABC):
         self.unused: frozenset[str] = frozenset()
         self._budget = memory_mb * 2**20
         self._capture = Capture(self.model, LAYER_RULES)
-        self._fallback = ExampleGradients(self.model)
+        self._vectorizes = True  # until the model turns out not to allow it
         self._room = 2.0  # the largest block of memory, in units of the largest gradient that is captured
         self._untried = True  # whether some module's examples may yet turn out to depend on each other
         self._independent: dict[nn.Module, bool] = {}  # by trial; undecided modules are absent
@@ -210,25 +158,28 @@ class PerExampleEngine(ABC):
     def begin(self, rows: Tensor) -> None:  # noqa: B027
         """A batch with quantities ``rows`` (q, b) is about to come; nothing to do by default."""
 
-    @abstractmethod
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """Examples ``part`` of one captured call.
+        """Examples ``part`` of one captured call: by `take_outer` where the rule allows it, else in full.
 
         Args:
             record: with its ``gradient``.
             names: the parameters whose only call this is: name in the module -> name in the model.
             part: which examples.
         """
+        rule, module, gradient = record.rule, record.module, record.gradient[:, part]
+        if rule.outer is not None:
+            self.take_outer(record, names, rule.outer.outputs(module, gradient), part)
+            return
+        for local, gradients in rule.gradients(module, record.inputs[part], gradient, list(names)).items():
+            self.take_gradients(names[local], gradients, part)
+
+    def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
+        """The same for a call whose weight's gradient is ``sum_t g_t a_t^T``, with g (q, len(part), n, o, t)."""
+        raise NotImplementedError
 
     @abstractmethod
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """Gradients (q, len(part), *shape) of the parameter ``name`` for the examples ``part``."""
-
-    def take_in_full(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """Form the gradients of one captured call, and hand them to `take_gradients`; see `take_captured`."""
-        inputs, gradient = record.inputs[part], record.gradient[:, part]
-        for local, gradients in record.rule.gradients(record.module, inputs, gradient, list(names)).items():
-            self.take_gradients(names[local], gradients, part)
 
     # ----------------------------------------------------------------------------------------------- one batch
 
@@ -253,13 +204,10 @@ class PerExampleEngine(ABC):
                 outputs, rows, calls = self._record(images, targets, quantities)
             self.routes = {name: (FALLBACK, CAPTURED, SUMMED)[min(len(found), 2)] for name, found in calls.items()}
             self.begin(rows)
-            done = self._hand_out_recorded(calls, rows.shape[0])
-            rest = [name for name, route in self.routes.items() if route == FALLBACK]
-            done += self._hand_out_fallback(rest, images, targets, quantities, rows.shape[0])
+            self._hand_out_recorded(calls, rows.shape[0])
+            if rest := [name for name, route in self.routes.items() if route == FALLBACK]:
+                self._hand_out_fallback(rest, images, targets, quantities, rows.shape[0])
         self._capture.records = []
-        if sorted(done) != sorted(self._parameters):
-            odd = sorted(set(self._parameters) ^ set(done)) or "some parameter counted twice"
-            raise RuntimeError(f"captured and fallback parameters are not all parameters: {odd}")
         return outputs.detach()
 
     def _record(self, images: Tensor, targets: Tensor, quantities: Quantities) -> tuple[Tensor, Tensor, Calls]:
@@ -274,7 +222,7 @@ class PerExampleEngine(ABC):
         self._differentiate(rows, records)
         calls: Calls = {name: [] for name in self._parameters}
         for record in records:
-            for local, parameter in record.parameters().items():
+            for local, parameter in trainable(record.module).items():
                 calls[self._names[id(parameter)]].append((record, local))
         for name, parameter in self._parameters.items():
             seen_whole = len(calls[name]) == uses[id(parameter)]
@@ -350,9 +298,8 @@ class PerExampleEngine(ABC):
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     @torch.no_grad()
-    def _hand_out_recorded(self, calls: Calls, q: int) -> list[str]:
-        """Hand out what the records hold; returns the names of the parameters done."""
-        done: list[str] = []
+    def _hand_out_recorded(self, calls: Calls, q: int) -> None:
+        """Hand out what the records hold."""
         alone: dict[Record, dict[str, str]] = defaultdict(dict)  # record -> name in its module -> name
         for name, found in calls.items():
             if len(found) == 1:
@@ -360,13 +307,10 @@ class PerExampleEngine(ABC):
                 alone[record][local] = name
             elif found:
                 self._hand_out_summed(name, found, q)
-                done.append(name)
         for record, names in alone.items():
             size = record.rule.bytes_per_example(record.module, record.inputs, record.gradient)
             for part in self._chunks(record.inputs.shape[0], size, size, record.inputs.device):
                 self.take_captured(record, names, part)
-            done += names.values()
-        return done
 
     def _hand_out_summed(self, name: str, calls: list[tuple[Record, str]], q: int) -> None:
         size = sum(r.rule.bytes_per_example(r.module, r.inputs, r.gradient) for r, _ in calls)
@@ -380,17 +324,36 @@ class PerExampleEngine(ABC):
 
     def _hand_out_fallback(
         self, names: list[str], images: Tensor, targets: Tensor, quantities: Quantities, q: int
-    ) -> list[str]:
-        """Hand out the named parameters' gradients; returns the names done."""
-        if not names:
-            return []
+    ) -> None:
+        """Hand out the named parameters' gradients, taken by `vmap` over examples or one by one."""
         size = 3 * q * sum(self._parameters[name].nbytes for name in names)
         step = max(1, int(self._budget // size))
-        for part, found in self._fallback(names, images, targets, quantities, step):
+        for start in range(0, len(images), step):
+            part = slice(start, min(start + step, len(images)))
+            found = self._fallback(names, images[part], targets[part], quantities)
             with torch.no_grad():
                 for name, gradients in found.items():
                     self.take_gradients(name, gradients, part)
-        return names
+
+    def _fallback(
+        self, names: list[str], images: Tensor, targets: Tensor, quantities: Quantities
+    ) -> dict[str, Tensor]:
+        """Per name the gradients (q, b, *shape)."""
+        if self._vectorizes:
+            try:
+                # a copy each time: the model may work on its input in place
+                return _vectorized(self.model, names, images.clone(), targets, quantities)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                # raised by what vmap does not know; one by one is exact, too, and raises a model's own errors again
+                log.warning(
+                    "%s cannot be vectorized over examples, which are now taken one by one (slow): %.160s",
+                    type(self.model).__name__,
+                    str(error).strip().splitlines()[0],
+                )
+                self._vectorizes = False
+        return _one_by_one(self.model, names, images.clone(), targets, quantities)
 
 
 Weighting = Callable[[str, Tensor], Tensor] | None

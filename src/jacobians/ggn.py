@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from src.jacobians.capture import Record
+from src.jacobians.capture import Record, trainable
 from src.jacobians.engine import CAPTURED, PerExampleEngine
 from src.jacobians.layer_rules import outer_gradients
-from src.jacobians.posterior import DiagonalCurvature, KroneckerCurvature, KroneckerFactors
+from src.jacobians.posterior import Curvature, KroneckerFactors
 from src.jacobians.variances import logit_rows
 
 ImageBatches = Iterable[Tensor | Sequence[Tensor]]
@@ -58,8 +58,8 @@ class _Fit(PerExampleEngine):
 
     def __enter__(self):
         super().__enter__()
-        self._diagonals: dict[str, Tensor] = {}
-        self._count = 0
+        self.diagonals: dict[str, Tensor] = {}
+        self.count = 0
         return self
 
     def add(self, images: Tensor) -> None:
@@ -67,43 +67,28 @@ class _Fit(PerExampleEngine):
         images = images.to(next(iter(self._parameters.values())).device)
         for part in self.sub_batches(images):
             self.run(images[part], images.new_empty(part.stop - part.start), ggn_rows)
-        self._count += len(images)
+        self.count += len(images)
 
-    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+    def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""
-        outer, module = record.rule.outer, record.module
-        if outer is None:
-            self.take_in_full(record, names, part)
-            return
-        a, g = outer.inputs(module, record.inputs[part]), outer.outputs(module, record.gradient[:, part])
         if "bias" in names:
             self.take_gradients(names["bias"], g.sum(-1).flatten(2), part)
         if "weight" in names:
-            self._add_diagonal(names["weight"], outer_squares_of_entries(a, g))
+            a = record.rule.outer.inputs(record.module, record.inputs[part])
+            if g.shape[-1] == 1:
+                squares = torch.einsum("bno,bnk->nok", g[..., 0].square().sum(0), a[..., 0].square())
+            else:
+                squares = outer_gradients(a, g).square_().sum((0, 2))
+            self._add_diagonal(names["weight"], squares)
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""
         self._add_diagonal(name, gradients.square().sum((0, 1)))
 
     def _add_diagonal(self, name: str, diagonal: Tensor) -> None:
-        if name not in self._diagonals:
-            self._diagonals[name] = torch.zeros_like(self._parameters[name], dtype=torch.float64)
-        self._diagonals[name] += diagonal.view_as(self._diagonals[name])
-
-
-def outer_squares_of_entries(a: Tensor, g: Tensor) -> Tensor:
-    """``G * G`` summed over quantities and examples, for ``G = sum_t g_t a_t^T``.
-
-    Args:
-        a: (b, n, k, t).
-        g: (q, b, n, o, t).
-
-    Returns:
-        (n, o, k).
-    """
-    if g.shape[-1] == 1:
-        return torch.einsum("bno,bnk->nok", g[..., 0].square().sum(0), a[..., 0].square())
-    return outer_gradients(a, g).square_().sum((0, 2))
+        if name not in self.diagonals:
+            self.diagonals[name] = torch.zeros_like(self._parameters[name], dtype=torch.float64)
+        self.diagonals[name] += diagonal.view_as(self.diagonals[name])
 
 
 def second_moments(x: Tensor) -> Tensor:
@@ -125,7 +110,7 @@ class _KroneckerFit(_Fit):
 
     def __enter__(self):
         super().__enter__()
-        self._factors: dict[str, KroneckerFactors] = {}
+        self.factors: dict[str, KroneckerFactors] = {}
         self._chosen: set[str] | None = None  # parameters with factors: those that the first batch captured
         return self
 
@@ -135,11 +120,14 @@ class _KroneckerFit(_Fit):
         Raises:
             ValueError: a module is used in another way than in the first batch.
         """
-        calls = {self._names[id(p)]: r for r in self._capture.records for p in r.parameters().values()}
+        calls = {self._names[id(p)]: r for r in self._capture.records for p in trainable(r.module).values()}
+        captured = {name: calls[name] for name, route in self.routes.items() if route == CAPTURED}
         found = {
             name
-            for name, route in self.routes.items()
-            if route == CAPTURED and calls[name].rule.outer is not None and self._alone(calls[name])
+            for name, record in captured.items()
+            if record.rule.outer is not None
+            # all the module's trained parameters belong to this one call
+            and all(self._names[id(p)] in captured for p in trainable(record.module).values())
         }
         if self._chosen is None:
             self._chosen = found
@@ -149,24 +137,19 @@ class _KroneckerFit(_Fit):
                 "take the diagonal instead"
             )
 
-    def _alone(self, record: Record) -> bool:
-        """Whether all the module's trained parameters belong to this one call."""
-        return all(self.routes[self._names[id(p)]] == CAPTURED for p in record.parameters().values())
-
-    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+    def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""
         if not self._chosen.issuperset(names.values()):
-            super().take_captured(record, names, part)
+            super().take_outer(record, names, g, part)
             return
         a = record.rule.outer.inputs(record.module, record.inputs[part])
-        g = record.rule.outer.outputs(record.module, record.gradient[:, part])
         t = g.shape[-1]
         inputs = second_moments(a)
         outputs = second_moments(g.transpose(0, 1).reshape(-1, *g.shape[2:])) / t
-        if record.name not in self._factors:
+        if record.name not in self.factors:
             empty = (torch.zeros_like(x, dtype=torch.float64) for x in (inputs, outputs))
-            self._factors[record.name] = KroneckerFactors(*empty, t, names.get("weight"), names.get("bias"))
-        factors = self._factors[record.name]
+            self.factors[record.name] = KroneckerFactors(*empty, t, names.get("weight"), names.get("bias"))
+        factors = self.factors[record.name]
         if factors.positions != t:
             raise ValueError(
                 f"Kronecker factors need images of one size; {record.name!r} has {t} positions and had "
@@ -175,25 +158,19 @@ class _KroneckerFit(_Fit):
         factors.inputs.add_(inputs)
         factors.outputs.add_(outputs)
 
-    def curvature(self) -> KroneckerCurvature:
-        """The factors of all batches so far, decomposed."""
-        for factors in self._factors.values():
-            factors.inputs.div_(self._count)
-        return KroneckerCurvature.of(self._factors, self._diagonals, self._count)
-
 
 def _run(fit: _Fit, batches: ImageBatches) -> None:
     for batch in batches:
         fit.add(batch if isinstance(batch, Tensor) else batch[0])
-    if fit._count == 0:
+    if fit.count == 0:
         raise ValueError("a curvature needs at least one example")
 
 
-def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> DiagonalCurvature:
+def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> Curvature:
     """Diagonal of the GGN of the summed cross-entropy.
 
     Args:
-        model: the network; its outputs are logits (b, C).
+        model: the model; its outputs are logits (b, C).
         batches: the examples, cut in any way.
         memory_mb: see `src.jacobians.OutputVariances`.
 
@@ -205,17 +182,17 @@ def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128
     """
     with _Fit(model, memory_mb) as fit:
         _run(fit, batches)
-        return DiagonalCurvature(fit._diagonals, fit._count)
+        return Curvature(fit.diagonals, fit.count)
 
 
-def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> KroneckerCurvature:
-    """KFAC of the summed cross-entropy, with all C classes, decomposed in float64.
+def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> Curvature:
+    """KFAC of the summed cross-entropy, with all C classes, in float64.
 
     Modules of whose weight one call in each batch holds all uses get Kronecker factors (linear layers, convolutions,
     these group by group); every other parameter gets the diagonal of its GGN.
 
     Args:
-        model: the network; its outputs are logits (b, C).
+        model: the model; its outputs are logits (b, C).
         batches: the examples, cut in any way.
         memory_mb: see `src.jacobians.OutputVariances`.
 
@@ -225,4 +202,6 @@ def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float 
     """
     with _KroneckerFit(model, memory_mb) as fit:
         _run(fit, batches)
-        return fit.curvature()
+        for factors in fit.factors.values():
+            factors.inputs.div_(fit.count)
+        return Curvature(fit.diagonals, fit.count, fit.factors)

@@ -357,13 +357,10 @@ class _Collector(PerExampleEngine):
             self.run(images[part], targets[part], quantities)
         return self._parts
 
-    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+    def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""
         outer, module, a = record.rule.outer, record.module, record.inputs[part]
-        if outer is None:
-            self.take_in_full(record, names, part)
-            return
-        start, g = self._start + part.start, outer.outputs(module, record.gradient[:, part])
+        start = self._start + part.start
         for local, name in names.items():
             if local == "bias":
                 if not (g.shape[-1] == 1 and names.get("weight") in self._plan.factors):

@@ -1,12 +1,12 @@
-"""Gaussian posteriors over a network's parameters, and the curvatures they come from. Data, and the step between.
+"""Gaussian posteriors over a model's parameters, and the curvatures that they are computed from.
 
 A posterior gives each parameter a covariance of its own (blocks; no parameter is correlated with another): entry by
 entry, or diagonal after a rotation of the parameter's outputs and inputs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ class Rotated:
 
     Attributes:
         variances: (n, o, k) for a weight, (n, o) for a bias.
-        outputs: (n, o, o), the columns QB.
-        inputs: (n, k, k), the columns QA; None for a bias.
+        outputs: (n, o, o), the columns QB; None without a rotation.
+        inputs: (n, k, k), the columns QA; None for a bias, or without a rotation.
     """
 
     variances: Tensor
-    outputs: Tensor
+    outputs: Tensor | None = None
     inputs: Tensor | None = None
 
 
@@ -35,7 +35,7 @@ Block = Tensor | Rotated
 
 @dataclass(frozen=True)
 class Posterior:
-    """Covariances of a network's parameters.
+    """Covariances of a model's parameters.
 
     Attributes:
         blocks: for each trainable parameter, by its name in the model, its covariance. The posterior of an optimiser
@@ -44,8 +44,8 @@ class Posterior:
 
     blocks: Mapping[str, Block]
 
-    def fitted_to(self, parameters: Mapping[str, Tensor]) -> dict[str, Block]:
-        """The blocks in the parameters' type and on their device.
+    def fitted_to(self, parameters: Mapping[str, Tensor]) -> dict[str, Rotated]:
+        """The blocks in the parameters' type and on their device; those that are not rotated have no bases.
 
         Args:
             parameters: name in the model -> parameter.
@@ -59,53 +59,23 @@ class Posterior:
             why = "no such trainable parameter" if odd[0] in self.blocks else "no variances in the posterior"
             raise ValueError(f"posterior and model have other parameters; {odd[0]!r}: {why}")
         bases: dict[int, Tensor] = {}  # a weight's and its bias's common basis stays one tensor
-        return {name: _fitted(name, self.blocks[name], p, bases) for name, p in parameters.items()}
-
-
-def _fitted(name: str, block: Block, p: Tensor, bases: dict[int, Tensor]) -> Block:
-    rotated = isinstance(block, Rotated)
-    variances = block.variances if rotated else block
-    same = variances.numel() == p.numel() if rotated else variances.shape == p.shape
-    if not same:
-        raise ValueError(f"variances of {name!r} have shape {tuple(variances.shape)}, the parameter {tuple(p.shape)}")
-    if not bool(((variances >= 0) & variances.isfinite()).all()):
-        raise ValueError(f"variances of {name!r} must be finite and not negative")
-    if not rotated:
-        return block.detach().to(p)
-    inputs, outputs = (
-        None if basis is None else bases.setdefault(id(basis), basis.to(p)) for basis in (block.inputs, block.outputs)
-    )
-    return Rotated(variances.to(p), outputs, inputs)
-
-
-def _refuse_no_prior(delta: float) -> None:
-    if not 0 < delta < float("inf"):
-        raise ValueError(f"the prior precision delta must be positive and finite, got {delta}")
-
-
-@dataclass(frozen=True)
-class DiagonalCurvature:
-    """Diagonal of the GGN of the summed cross-entropy.
-
-    Attributes:
-        diagonals: parameter's name -> float64 diagonal in the parameter's shape.
-        count: N, the examples it was summed over.
-    """
-
-    diagonals: Mapping[str, Tensor]
-    count: int
-
-    def posterior(self, delta: float) -> Posterior:
-        """Laplace's posterior ``1 / (GGN + delta)``.
-
-        Args:
-            delta: prior precision, that is the factor of ``|w|^2 / 2`` beside the summed loss.
-
-        Raises:
-            ValueError: delta is not positive.
-        """
-        _refuse_no_prior(delta)
-        return Posterior({name: 1.0 / (diagonal + delta) for name, diagonal in self.diagonals.items()})
+        fitted = {}
+        for name, p in parameters.items():
+            block = self.blocks[name]
+            rotated = isinstance(block, Rotated)
+            if not rotated:
+                block = Rotated(block.detach())
+            shape = block.variances.shape
+            if block.variances.numel() != p.numel() if rotated else shape != p.shape:
+                raise ValueError(f"variances of {name!r} have shape {tuple(shape)}, the parameter {tuple(p.shape)}")
+            if not ((block.variances >= 0) & block.variances.isfinite()).all():
+                raise ValueError(f"variances of {name!r} must be finite and not negative")
+            outputs, inputs = (
+                None if basis is None else bases.setdefault(id(basis), basis.to(p))
+                for basis in (block.outputs, block.inputs)
+            )
+            fitted[name] = Rotated(block.variances.to(p), outputs, inputs)
+        return fitted
 
 
 @dataclass(frozen=True)
@@ -128,56 +98,42 @@ class KroneckerFactors:
     weight: str | None
     bias: str | None
 
-    def decomposed(self) -> "KroneckerEigen":
-        """Eigenvalues (negative ones, which are rounding, as 0) and eigenvectors, in float64."""
-        input_values, inputs = torch.linalg.eigh(self.inputs, UPLO="U")
-        output_values, outputs = torch.linalg.eigh(self.outputs, UPLO="U")
-        return KroneckerEigen(input_values.clamp(min=0), inputs, output_values.clamp(min=0), outputs, self)
-
-
-@dataclass(frozen=True)
-class KroneckerEigen:
-    """Eigendecompositions of `KroneckerFactors`: A = inputs diag(input_values) inputs^T, B likewise."""
-
-    input_values: Tensor
-    inputs: Tensor
-    output_values: Tensor
-    outputs: Tensor
-    factors: KroneckerFactors
+    @cached_property
+    def eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Eigenvalues (negative ones, which are rounding, as 0) and eigenvectors of A and of B, in float64."""
+        found = (torch.linalg.eigh(factor, UPLO="U") for factor in (self.inputs, self.outputs))
+        of_inputs, of_outputs = ((values.clamp(min=0), vectors) for values, vectors in found)
+        return of_inputs, of_outputs
 
     def blocks(self, delta: float) -> dict[str, Rotated]:
         """Covariances of the module's parameters under prior precision delta."""
+        (input_values, inputs), (output_values, outputs) = self.eigen
         found = {}
-        if self.factors.weight is not None:
-            curvature = self.output_values.unsqueeze(-1) * self.input_values.unsqueeze(-2)  # (n, o, k)
-            found[self.factors.weight] = Rotated(1.0 / (curvature + delta), self.outputs, self.inputs)
-        if self.factors.bias is not None:
-            curvature = self.factors.positions * self.output_values  # (n, o)
-            found[self.factors.bias] = Rotated(1.0 / (curvature + delta), self.outputs)
+        if self.weight is not None:
+            curvature = output_values.unsqueeze(-1) * input_values.unsqueeze(-2)  # (n, o, k)
+            found[self.weight] = Rotated(1.0 / (curvature + delta), outputs, inputs)
+        if self.bias is not None:
+            curvature = self.positions * output_values  # (n, o)
+            found[self.bias] = Rotated(1.0 / (curvature + delta), outputs)
         return found
 
 
 @dataclass(frozen=True)
-class KroneckerCurvature:
-    """KFAC of the summed cross-entropy, decomposed; other parameters by the diagonal of their GGN.
+class Curvature:
+    """The GGN of the summed cross-entropy, by Kronecker factors (KFAC) and diagonals.
 
     Attributes:
-        modules: module's name -> its decomposed factors.
-        diagonals: parameters in no module above -> float64 diagonal of the GGN, in the parameter's shape.
-        count: N, the examples they were summed over.
+        diagonals: name of each parameter without factors -> float64 diagonal, in the parameter's shape.
+        count: N, the examples that were summed over.
+        factors: module's name -> its factors; none where only the diagonal was asked for.
     """
 
-    modules: Mapping[str, KroneckerEigen]
     diagonals: Mapping[str, Tensor]
     count: int
-
-    @classmethod
-    def of(cls, factors: Mapping[str, KroneckerFactors], diagonals: Mapping[str, Tensor], count: int) -> Self:
-        """Decompose the factors."""
-        return cls({name: found.decomposed() for name, found in factors.items()}, diagonals, count)
+    factors: Mapping[str, KroneckerFactors] = field(default_factory=dict)
 
     def posterior(self, delta: float) -> Posterior:
-        """Laplace's posterior: precisions ``l_i m_j + delta`` in the eigenbases, ``GGN + delta`` for the others.
+        """Laplace's posterior: precisions ``l_i m_j + delta`` in the factors' eigenbases, else ``GGN + delta``.
 
         Args:
             delta: prior precision, that is the factor of ``|w|^2 / 2`` beside the summed loss.
@@ -185,8 +141,9 @@ class KroneckerCurvature:
         Raises:
             ValueError: delta is not positive.
         """
-        _refuse_no_prior(delta)
+        if not 0 < delta < float("inf"):
+            raise ValueError(f"the prior precision delta must be positive and finite, got {delta}")
         blocks: dict[str, Block] = {name: 1.0 / (diagonal + delta) for name, diagonal in self.diagonals.items()}
-        for eigen in self.modules.values():
-            blocks.update(eigen.blocks(delta))
+        for factors in self.factors.values():
+            blocks.update(factors.blocks(delta))
         return Posterior(blocks)

@@ -31,15 +31,13 @@ class _Sketcher(PerExampleEngine):
         """See `PerExampleEngine`."""
         self.found = rows.new_zeros(rows.shape[1], rows.shape[0], self._dimension)
 
-    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+    def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""
-        outer, module = record.rule.outer, record.module
-        if outer is not None and "weight" in names:
-            a, g = outer.inputs(module, record.inputs[part]), outer.outputs(module, record.gradient[:, part])
+        if "weight" in names:
+            a = record.rule.outer.inputs(record.module, record.inputs[part])
             self._add(names["weight"], weight_rows(a, g), part)
-            names = {local: name for local, name in names.items() if local != "weight"}
-        if names:
-            self.take_in_full(record, names, part)
+        if "bias" in names:
+            self._add(names["bias"], flat_rows(g.sum(-1)), part)
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""

@@ -12,16 +12,11 @@ from torch import Tensor, nn
 
 from src.jacobians.capture import Record, suits_channels_last
 from src.jacobians.engine import PerExampleEngine
-from src.jacobians.layer_rules import Outer, outer_gradients
-from src.jacobians.posterior import Block, Posterior, Rotated
+from src.jacobians.layer_rules import outer_gradients
+from src.jacobians.posterior import Posterior, Rotated
 
 TILE = 2**20
 """Bytes of the largest piece of a G that is formed before it is squared and summed: half of a usual L2 cache."""
-
-
-def _parts(block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Variances, and the bases of outputs and inputs in which they hold (None: as they are)."""
-    return (block.variances, block.outputs, block.inputs) if isinstance(block, Rotated) else (block, None, None)
 
 
 def _contracted(jacobian: Tensor, variances: Tensor, full: bool, overwrite: bool = False) -> Tensor:
@@ -32,7 +27,7 @@ def _contracted(jacobian: Tensor, variances: Tensor, full: bool, overwrite: bool
     return (squares @ variances.unsqueeze(-1)).squeeze(-1)
 
 
-def gradient_covariance(gradients: Tensor, block: Block, full: bool) -> Tensor:
+def gradient_covariance(gradients: Tensor, block: Rotated, full: bool) -> Tensor:
     """``J S J^T`` from gradients that exist in full.
 
     Args:
@@ -41,7 +36,7 @@ def gradient_covariance(gradients: Tensor, block: Block, full: bool) -> Tensor:
         full: all pairs of quantities, or only the diagonal.
     """
     jacobian = gradients.transpose(0, 1)  # (b, q, *shape)
-    variances, outputs, inputs = _parts(block)
+    variances, outputs, inputs = block.variances, block.outputs, block.inputs
     if outputs is not None:
         jacobian = jacobian.reshape(*jacobian.shape[:2], *variances.shape)
         jacobian = torch.einsum("bqno...,noj->bqnj...", jacobian, outputs)
@@ -50,7 +45,7 @@ def gradient_covariance(gradients: Tensor, block: Block, full: bool) -> Tensor:
     return _contracted(jacobian.reshape(*jacobian.shape[:2], -1), variances.flatten(), full)
 
 
-def outer_covariance(a: Tensor, g: Tensor, weight: Block | None, bias: Block | None, full: bool) -> Tensor:
+def outer_covariance(a: Tensor, g: Tensor, weight: Rotated | None, bias: Rotated | None, full: bool) -> Tensor:
     """``J S J^T`` of a weight with gradient ``sum_t g_t a_t^T`` and of its bias with gradient ``sum_t g_t``.
 
     Args:
@@ -64,44 +59,38 @@ def outer_covariance(a: Tensor, g: Tensor, weight: Block | None, bias: Block | N
         return _one_position(a[..., 0], g[..., 0].transpose(0, 1), weight, bias, full)
     found = []
     if bias is not None:
-        found.append(gradient_covariance(g.sum(-1), _by_group(bias, *g.shape[2:4]), full))
+        found.append(gradient_covariance(g.sum(-1), bias, full))
     if weight is not None:
         found.append(_many_positions(a, g, weight, full))
     return sum(found)
 
 
-def _by_group(bias: Block, n: int, o: int) -> Block:
-    """Variances of a bias (n * o,) as (n, o)."""
-    return bias if isinstance(bias, Rotated) else bias.view(n, o)
-
-
-def _one_position(a: Tensor, g: Tensor, weight: Block, bias: Block | None, full: bool) -> Tensor:
+def _one_position(a: Tensor, g: Tensor, weight: Rotated, bias: Rotated | None, full: bool) -> Tensor:
     """No outer product: ``T_o = sum_k S_ok a_k^2`` serves all quantities, then ``sum_o g_o T_o g'_o``.
 
     Here a is (b, n, k) and g (b, q, n, o); the rest as in `outer_covariance`.
     """
     b, q, n, o = g.shape
-    variances, basis, inputs = _parts(weight)
+    basis, inputs = weight.outputs, weight.inputs
     if inputs is not None:
         a = torch.einsum("bnk,nkj->bnj", a, inputs)
-    scales = torch.einsum("bnk,nok->bno", a.square(), variances.view(n, o, -1))
+    scales = torch.einsum("bnk,nok->bno", a.square(), weight.variances.view(n, o, -1))
     rest = 0.0
     if bias is not None:
-        of_bias, basis_of_bias, _ = _parts(bias)
-        if basis_of_bias is basis:
-            scales = scales + of_bias.view(n, o)  # an input that is always 1
+        if bias.outputs is basis:
+            scales = scales + bias.variances.view(n, o)  # an input that is always 1
         else:
-            rest = gradient_covariance(g.transpose(0, 1), _by_group(bias, n, o), full)
+            rest = gradient_covariance(g.transpose(0, 1), bias, full)
     if basis is not None:
         g = torch.einsum("bqno,noj->bqnj", g, basis)
     return rest + _contracted(g.reshape(b, q, n * o), scales.reshape(b, n * o), full)
 
 
-def _many_positions(a: Tensor, g: Tensor, weight: Block, full: bool) -> Tensor:
+def _many_positions(a: Tensor, g: Tensor, weight: Rotated, full: bool) -> Tensor:
     """Form ``G = sum_t g_t a_t^T`` and contract it; rotate before or after, whichever is less work."""
     q, b, n, o, t = g.shape
     k = a.shape[2]
-    variances, outputs, inputs = _parts(weight)
+    variances, outputs, inputs = weight.variances, weight.outputs, weight.inputs
     if inputs is not None and t < q * o:
         a, inputs = torch.einsum("nkj,bnkt->bnjt", inputs, a), None
     if outputs is not None and t < k:
@@ -193,7 +182,7 @@ class OutputVariances(PerExampleEngine):
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._blocks = self._posterior.fitted_to(trainable) if trainable else {}
         self._ordered: dict[str, Tensor] = {}  # variances of weights in the order of `Outer.rows`
-        rotated = any(isinstance(block, Rotated) for block in self._blocks.values())
+        rotated = any(block.outputs is not None for block in self._blocks.values())
         if not rotated and not self._full and suits_channels_last(self.model):
             self._capture.channels_last = True
             self._room = 1.25  # nothing is copied; maps in between may be larger
@@ -225,39 +214,30 @@ class OutputVariances(PerExampleEngine):
         shape = (b, q, q) if self._full else (b, q)
         self._variances = torch.zeros(shape, dtype=torch.float64, device=rows.device)
 
-    def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
+    def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""
         outer, module, a = record.rule.outer, record.module, record.inputs[part]
-        if outer is None:
-            self.take_in_full(record, names, part)
-            return
         blocks = {local: self._blocks[name] for local, name in names.items()}
-        g = outer.outputs(module, record.gradient[:, part])
+        weight, bias = blocks.get("weight"), blocks.get("bias")
         if self._tiles(g, blocks):
-            self._variances[part] += self._entrywise(outer, module, a, g, names, blocks)
+            name = names["weight"]
+            if name not in self._ordered:
+                self._ordered[name] = outer.in_row_order(module, weight.variances).contiguous()
+            found = entrywise_variances(outer.rows(module, a), g, self._ordered[name])
+            if bias is not None:
+                found += gradient_covariance(g.sum(-1).flatten(2), bias, full=False)
         else:
-            weight, bias = blocks.get("weight"), blocks.get("bias")
-            self._variances[part] += outer_covariance(outer.inputs(module, a), g, weight, bias, self._full)
+            found = outer_covariance(outer.inputs(module, a), g, weight, bias, self._full)
+        self._variances[part] += found
 
-    def _tiles(self, g: Tensor, blocks: dict[str, Block]) -> bool:
+    def _tiles(self, g: Tensor, blocks: dict[str, Rotated]) -> bool:
         """Whether `entrywise_variances` can be used and is worth its calls."""
         if self._full or g.device.type != "cpu" or g.shape[-1] == 1 or "weight" not in blocks:
             return False
-        if any(isinstance(block, Rotated) for block in blocks.values()):
+        if any(block.outputs is not None for block in blocks.values()):
             return False
-        products = g[:, 0, 0].numel() * blocks["weight"].numel() // (g.shape[2] * g.shape[3])
+        products = g[:, 0, 0].numel() * blocks["weight"].variances.numel() // (g.shape[2] * g.shape[3])
         return products >= WORTH_A_CALL
-
-    def _entrywise(
-        self, outer: Outer, module: nn.Module, a: Tensor, g: Tensor, names: dict[str, str], blocks: dict[str, Block]
-    ) -> Tensor:
-        name = names["weight"]
-        if name not in self._ordered:
-            self._ordered[name] = outer.in_row_order(module, blocks["weight"]).contiguous()
-        found = entrywise_variances(outer.rows(module, a), g, self._ordered[name])
-        if "bias" in blocks:
-            found += gradient_covariance(g.sum(-1).flatten(2), blocks["bias"], full=False)
-        return found
 
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""

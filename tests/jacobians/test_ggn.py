@@ -90,26 +90,26 @@ def test_factors_equal_a_plain_loop(name, memory_mb):
     images, _ = images_and_labels()
     expected = plain_factors(net, images)
     found = kronecker_factors(net, images.split(4), memory_mb)
-    assert set(found.modules) <= set(expected)
-    owned = {p for eigen in found.modules.values() for p in (eigen.factors.weight, eigen.factors.bias)} - {None}
+    assert set(found.factors) <= set(expected)
+    owned = {p for kept in found.factors.values() for p in (kept.weight, kept.bias)} - {None}
     assert owned | set(found.diagonals) == {n for n, _ in net.named_parameters()}
     assert not owned & set(found.diagonals)
-    assert len(found.modules) >= 2
+    assert len(found.factors) >= 2
     diagonals = ggn_diagonal(net, images.split(4)).diagonals
     for parameter, diagonal in found.diagonals.items():
         torch.testing.assert_close(diagonal, diagonals[parameter], **EXACT)
     posterior = found.posterior(0.7)
-    for module, eigen in found.modules.items():
+    for module, kept in found.factors.items():
         inputs, outputs, t = expected[module]
-        assert eigen.factors.positions == t
-        torch.testing.assert_close(eigen.factors.inputs, torch.stack(inputs), **EXACT)
-        torch.testing.assert_close(eigen.factors.outputs, torch.stack(outputs), **EXACT)
-        if eigen.factors.bias is not None:
-            block = posterior.blocks[eigen.factors.bias]
+        assert kept.positions == t
+        torch.testing.assert_close(kept.inputs, torch.stack(inputs), **EXACT)
+        torch.testing.assert_close(kept.outputs, torch.stack(outputs), **EXACT)
+        if kept.bias is not None:
+            block = posterior.blocks[kept.bias]
             precision = t * torch.stack(outputs) + 0.7 * torch.eye(outputs[0].shape[0]).double()
             dense = block.outputs @ torch.diag_embed(block.variances) @ block.outputs.mT
             torch.testing.assert_close(dense, torch.linalg.inv(precision), rtol=1e-9, atol=1e-12)
-        block = posterior.blocks[eigen.factors.weight]
+        block = posterior.blocks[kept.weight]
         basis = torch.kron(block.outputs[0], block.inputs[0])
         precision = torch.kron(outputs[0].contiguous(), inputs[0].contiguous()) + 0.7 * torch.eye(len(basis)).double()
         dense = basis @ torch.diag(block.variances[0].flatten()) @ basis.T

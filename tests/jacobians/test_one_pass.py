@@ -57,7 +57,7 @@ def test_networks_of_both_ways_are_exact(middle):
     expected = covariances(loop_jacobians(net, images), posterior)
     with OutputVariances(net, posterior, full=True, memory_mb=1e-6) as engine:  # more than one cut
         found = engine(images)[1]
-        assert engine._capture._vectorises is (middle is nn.Tanh)
+        assert engine._capture._vectorizes is (middle is nn.Tanh)
         torch.testing.assert_close(engine(images)[1], found, **EXACT)
         assert set(engine.routes.values()) == {"captured"}
     torch.testing.assert_close(found, expected, **EXACT)
