@@ -91,11 +91,11 @@ def main() -> None:
         raise ArgumentError("top_n", f"{config.top_n}: must be at most {operator.size}, the number of parameters")
 
     norm = "bn" if trained.has_batchnorm else "nobn"
-    if args.deactivate_bn and norm == "bn":
-        raise ArgumentError(
-            "deactivate_bn", ": the model has BatchNorm, and bn or nobn follows from that; leave it out"
-        )
     if args.deactivate_bn:
+        if norm == "bn":
+            raise ArgumentError(
+                "deactivate_bn", ": the model has BatchNorm, and bn or nobn follows from that; leave it out"
+            )
         log.info("--deactivate_bn: the model has no BatchNorm, so that nobn follows from it without this flag")
     path = hessian_path(
         folders.hessian_folder,

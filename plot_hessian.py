@@ -25,7 +25,7 @@ from src.curvature.results import (
     markdown_table,
     warn_of_differences,
 )
-from src.datasets import DataConfig, load_dataset
+from src.datasets import DataConfig, dataset_name
 from src.errors import ArgumentError
 from src.models import ModelConfig
 
@@ -99,10 +99,7 @@ def given(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
 
 def found(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
     """The same of the flags, with one group per optimizer and part of the examples."""
-    name = args.dataset
-    if ":" in name:  # own data are named by their content
-        parts = load_dataset(name, args.datasets_folder, image_size=args.image_size, channels=args.channels)
-        name = parts[0].entry.name
+    name = dataset_name(args.dataset)
     data = {key: getattr(args, key) for key in ("dataset", "image_size", "channels")}
     query = build(SpectrumQuery, args, folder=args.hessian_folder, dataset_name=name, data=data)
     groups, epoch = find_spectra(query)

@@ -18,7 +18,7 @@ from src.artifacts.paths import Folders, ntk_run, ntk_run_folder, velocity_figur
 from src.cli import SEED, Parser, number, run_script
 from src.curvature.config import TrainedRunConfig
 from src.curvature.results import Velocities, read_velocities
-from src.datasets import DataConfig, load_dataset
+from src.datasets import DataConfig, dataset_name
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES
 from src.metrics.compare import spearman
@@ -53,10 +53,7 @@ def main() -> None:
     args = parse()
     from src.curvature.plots import velocity_figure
 
-    name = args.dataset
-    if ":" in name:  # own data are named by their content
-        parts = load_dataset(name, args.datasets_folder, image_size=args.image_size, channels=args.channels)
-        name = parts[0].entry.name
+    name = dataset_name(args.dataset)
     run = ntk_run(args.model, args.optimizer, schedule(args, name))
     found = {
         metric: read_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)

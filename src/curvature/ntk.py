@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from tqdm import tqdm
 from src.artifacts.io import file_digest, label_hash, read_checkpoint, read_pickle, require_writable
 from src.artifacts.locks import lock
 from src.artifacts.paths import kernel_path, ntk_folder, ntk_run, velocity_path
-from src.artifacts.store import check_consistent, load_result, read_record, record_path, write_recorded
+from src.artifacts.store import check_consistent, checked_array, load_result, read_record, record_path, write_recorded
 from src.context import RunContext
 from src.curvature.checkpoints import find_run
-from src.curvature.config import NTK_CLASS_NAMES, SKETCH_CHECKED, NtkConfig
+from src.curvature.config import SKETCH_CHECKED, NtkConfig
 from src.devices import available_memory
 from src.errors import ArgumentError, FileError
 from src.formatting import duration, gib
@@ -37,15 +38,11 @@ from src.training import image_facts, training_facts
 log = logging.getLogger(__name__)
 
 
-def _sum_of_logits(outputs: Tensor, _: Tensor) -> Tensor:
-    return outputs.sum(1)
-
-
-def _own_logit(outputs: Tensor, labels: Tensor) -> Tensor:
-    return outputs.gather(1, labels[:, None])[:, 0]
-
-
-NTK_CLASSES: dict[str, Quantities] = dict(zip(NTK_CLASS_NAMES, (logit_rows, _sum_of_logits, _own_logit), strict=True))
+NTK_CLASSES: dict[str, Quantities] = {
+    "all": logit_rows,
+    "sum_logits": lambda outputs, _: outputs.sum(1),
+    "true_label": lambda outputs, labels: outputs.gather(1, labels[:, None])[:, 0],
+}
 """What is differentiated: all logits (exact), or one number per example, C times as cheap in time, C^2 in memory."""
 
 VELOCITY_EPOCHS: Mapping[str, tuple[int, ...]] = {
@@ -63,11 +60,6 @@ _LOWER_INDICES = {
 
 GROUPS = 20
 """Groups of a data set for which the paper names none."""
-
-
-def velocity_epochs(dataset: str) -> tuple[int, ...]:
-    """The epochs at which the velocity of a data set is taken by default."""
-    return VELOCITY_EPOCHS.get(dataset, VELOCITY_EPOCHS["svhn"])
 
 
 def lower_indices(dataset: str, n: int, size: int) -> list[int]:
@@ -170,8 +162,7 @@ def check_groups(lowers: Sequence[int], size: int, n: int) -> None:
         )
 
 
-TRIED = 4
-"""Examples of the larger of two trials."""
+_TRIED = 4  # examples of the larger of two trials
 
 
 @dataclass(frozen=True)
@@ -242,7 +233,7 @@ def forecast(
             torch.cuda.synchronize(images.device)
         return time.perf_counter() - started
 
-    few = min(TRIED, size, len(images))
+    few = min(_TRIED, size, len(images))
     trial(1)  # the first call pays for what is set up once
     times, works = (trial(1), trial(few)), (multiplications(1), multiplications(few))
     per_work = max(times[1] - times[0], 0.0) / (works[1] - works[0]) if few > 1 else times[0] / works[0]
@@ -300,7 +291,7 @@ class KernelVelocities:
         self.config, self.context, self.ranked, self.scores = config, context, ranked, scores
         name = context.entry.name
         self.seeds = list(dict.fromkeys(config.seeds))
-        self.epochs = sorted(set(config.ntk_velocity_epoch or velocity_epochs(name)))
+        self.epochs = sorted(set(config.ntk_velocity_epoch or VELOCITY_EPOCHS.get(name, VELOCITY_EPOCHS["svhn"])))
         self.lowers = sorted(set(config.lower_index or lower_indices(name, len(ranked), config.m_samples)))
         check_groups(self.lowers, config.m_samples, len(ranked))
         experiment, flags = find_run(config, config.model, models_folder, name, self.seeds[0])
@@ -325,7 +316,9 @@ class KernelVelocities:
             "precision": context.compute.precision,
         }
         require_writable(folder)
-        self._loaded: dict[tuple[int, int], tuple[nn.Module, dict[str, Any]]] = {}
+        self._load = lru_cache(maxsize=2)(
+            self._load_model
+        )  # a velocity takes two models, and the next one shares one
         self._announced = False
         self._sketch_error: float | None = None
 
@@ -435,19 +428,14 @@ class KernelVelocities:
             memory_mb=config.memory_mb,
         )
 
-    def _load(self, seed: int, epoch: int) -> tuple[nn.Module, dict[str, Any]]:
-        """A model and its description; the last two are kept."""
-        key = seed, epoch
-        if key not in self._loaded:
-            path, state = self.paths[key], self._states.pop(key, None)
-            model, state = self.context.load_model(path, state, **self._expected, seed=seed, epoch=epoch)
-            trained_on = state["settings"].get("subset")
-            if trained_on is not None and trained_on != self.common["subset"]:
-                raise FileError(f"{path}: was trained on a subset of the data; give the same --subset")
-            while len(self._loaded) > 1:
-                del self._loaded[next(iter(self._loaded))]
-            self._loaded[key] = model, state
-        return self._loaded[key]
+    def _load_model(self, seed: int, epoch: int) -> tuple[nn.Module, dict[str, Any]]:
+        """A model and its description."""
+        path, state = self.paths[seed, epoch], self._states.pop((seed, epoch), None)
+        model, state = self.context.load_model(path, state, **self._expected, seed=seed, epoch=epoch)
+        trained_on = state["settings"].get("subset")
+        if trained_on is not None and trained_on != self.common["subset"]:
+            raise FileError(f"{path}: was trained on a subset of the data; give the same --subset")
+        return model, state
 
     def _announce(self, path: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Say what a kernel takes, and how large a sketch's error is; refuse what does not fit.
@@ -506,11 +494,10 @@ def read_kernel(path: Path, rows: int) -> np.ndarray:
     Raises:
         FileError: It is damaged, of another shape, or not finite.
     """
-    found = read_pickle(path)
-    if not isinstance(found, np.ndarray) or found.shape != (rows, rows) or found.dtype.kind != "f":
-        raise FileError(f"{path}: is not a kernel of {rows} rows; remove it, and run the script again")
-    if not np.isfinite(found).all():
-        raise FileError(f"{path}: is not finite; remove it, and run the script again")
+    remedy = "remove it, and run the script again"
+    found = checked_array(path, {"kernel": read_pickle(path)}, "kernel", 2, kinds="f", length=rows, remedy=remedy)
+    if found.shape != (rows, rows):
+        raise FileError(f"{path}: is not a kernel of {rows} rows; {remedy}")
     return found
 
 

@@ -31,7 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from src import rng
-from src.curvature.config import OPERATOR_NAMES
 from src.datasets import Batch
 from src.errors import MeasurementError
 from src.jacobians import refuse_batch_statistics
@@ -151,7 +150,7 @@ class CurvatureOperator(ABC):
         if not pairs:
             return [torch.zeros_like(p) for p in self.parameters]
         chosen, weights = zip(*pairs, strict=True)
-        return torch.autograd.grad(chosen, self.parameters, weights, allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(chosen, self.parameters, weights, materialize_grads=True)
 
     def _loss_curvature(self, outputs: Tensor, pushed: Tensor) -> Tensor:
         """``L J v`` in float64, ``(b, C)``: what confident outputs add would be rounded away in float32."""
@@ -184,7 +183,8 @@ class Hessian(CurvatureOperator):
     def _product(self, batch: Batch, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._trusted is None:
             self._trusted = self._ways_agree(batch)
-        return (self._by_tangents if self._trusted else self._by_gradients)(batch.images, batch.labels, tangents)
+        product = self._by_tangents if self._trusted else self._by_gradients
+        return product(batch.images, batch.labels, tangents)
 
     def _by_tangents(self, images: Tensor, labels: Tensor, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         outputs, pushed = self._push_forward(images, tangents)
@@ -194,8 +194,7 @@ class Hessian(CurvatureOperator):
 
     def _by_gradients(self, images: Tensor, labels: Tensor, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         loss = F.cross_entropy(self.model(images).double(), labels, reduction="sum") / self.examples
-        options = {"allow_unused": True, "materialize_grads": True}
-        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, **options)
+        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
         return self._pull_back(gradients, tangents)
 
     def _ways_agree(self, batch: Batch) -> bool:
@@ -220,7 +219,7 @@ class Hessian(CurvatureOperator):
         return agree
 
 
-OPERATORS: dict[str, type[CurvatureOperator]] = dict(zip(OPERATOR_NAMES, (Hessian, GGN), strict=True))
+OPERATORS: dict[str, type[CurvatureOperator]] = {operator.name: operator for operator in (Hessian, GGN)}
 
 
 class _PlainFormulas(TorchFunctionMode):
@@ -304,22 +303,17 @@ def power_iteration(
             loader = _Loader(operator.batches, count)
             package = hessian(model, _mean_loss, dataloader=loader, cuda=on_gpu)
             values, vectors = package.eigenvalues(maxIter=iterations, tol=tolerance, top_n=top_n)
-        names = {id(p): i for i, p in enumerate(package.params)}
-        rows = [_full_vector(operator, names, vector) for vector in vectors]
+        rows = []
+        for vector in vectors:
+            parts = {id(p): part.detach() for p, part in zip(package.params, vector, strict=True)}
+            # zero for parameters that the package was not shown
+            rows.append(operator.flatten([parts.get(id(p), torch.zeros_like(p)) for p in operator.parameters]))
     order = np.argsort(-np.abs(values), kind="stable")
     return np.array(values, dtype=np.float64)[order], torch.stack(rows)[torch.from_numpy(order)]
 
 
 def _mean_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs.double(), labels)
-
-
-def _full_vector(operator: CurvatureOperator, positions: dict[int, int], parts: list[Tensor]) -> Tensor:
-    """A vector (P,) from the package's tensors per parameter; zero for parameters it was not shown."""
-    tensors = [
-        parts[positions[id(p)]].detach() if id(p) in positions else torch.zeros_like(p) for p in operator.parameters
-    ]
-    return operator.flatten(tensors)
 
 
 @contextmanager

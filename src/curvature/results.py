@@ -105,11 +105,8 @@ class StoredSpectrum:
 
     def share(self, low: float, high: float) -> float:
         """Share of the eigenvalues in ``[low, high)``, by the quadratures."""
-        shares = [
-            sum(w for node, w in zip(n, ws, strict=True) if low <= node < high)
-            for n, ws in zip(self.nodes, self.weights, strict=True)
-        ]
-        return float(np.mean(shares))
+        runs = zip(self.nodes, self.weights, strict=True)
+        return float(np.mean([sum(w for n, w in zip(*run, strict=True) if low <= n < high) for run in runs]))
 
     def measures(self) -> dict[str, float]:
         """A number for each of ``MEASURES``; NaN where it is not known."""
@@ -273,10 +270,10 @@ def markdown_table(groups: Sequence[SpectrumGroup]) -> str:
     """Means and standard deviations over seeds, one line per group."""
     lines = [["run", "seeds", *MEASURES.values()]]
     for group in groups:
-        cells = []
-        for mean, deviation in group.summary().values():
-            spread = "" if np.isnan(deviation) else f" ± {deviation:.2g}"
-            cells.append("-" if np.isnan(mean) else f"{mean:.4g}{spread}")
+        cells = [
+            "-" if np.isnan(mean) else f"{mean:.4g}" + ("" if np.isnan(deviation) else f" ± {deviation:.2g}")
+            for mean, deviation in group.summary().values()
+        ]
         lines.append([group.label, str(len(group.spectra)), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -358,23 +355,21 @@ def read_velocities(
 
 def _read_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
     """The velocities of several seeds, which must have the same groups."""
-    per_seed, first = [], next(iter(paths.values()))
+    rows, first, lowers = [], next(iter(paths.values())), []
     for path in paths.values():
         content = read_pickle(path)
         if not isinstance(content, dict) or not all(isinstance(lower, int | np.integer) for lower in content):
             raise FileError(f"{path}: is not a dict rank -> velocity; {REMAKE_OVER}")
-        lowers = sorted(content)
-        ordered = {"velocities": [content[lower] for lower in lowers]}
-        values = checked_array(path, ordered, "velocities", kinds="iuf", remedy=REMAKE_OVER)
-        per_seed.append((lowers, values))
-        if lowers != per_seed[0][0]:
+        own = sorted(content)
+        ordered = {"velocities": [content[lower] for lower in own]}
+        rows.append(checked_array(path, ordered, "velocities", kinds="iuf", remedy=REMAKE_OVER))
+        lowers = lowers or own
+        if own != lowers:
             raise FileError(f"{path}: has other groups than {first}; compute both with the same --lower_index")
-    lowers = per_seed[0][0]
     groups = read_record(first).get("groups", {})
     try:
         percentiles = _finite_numbers([groups[str(lower)]["percentile"] for lower in lowers])
         positions, in_percent = np.array(percentiles), True
     except (LookupError, TypeError, ValueError, AttributeError):  # of other programs
         positions, in_percent = np.array(lowers, dtype=np.float64), False
-    values = np.array([values for _, values in per_seed], dtype=np.float64)
-    return Velocities(epoch, tuple(paths), np.array(lowers), positions, values, in_percent)
+    return Velocities(epoch, tuple(paths), np.array(lowers), positions, np.array(rows, dtype=np.float64), in_percent)

@@ -56,11 +56,8 @@ class SpectrumState:
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = Path(folder), settings
+        self._progress = self.folder / "progress.pt"
         self._rows: list[list[int]] = []  # run, first vector and end of each file
-
-    @property
-    def _progress(self) -> Path:
-        return self.folder / "progress.pt"
 
     def _rows_file(self, run: int, start: int) -> Path:
         return self.folder / f"rows_{run}_{start}.pt"
@@ -171,8 +168,6 @@ class Spectrum:
 
     def quadrature_trace(self) -> float:
         """The trace that the density's quadratures give: Hutchinson's estimate from their start vectors."""
-        if not self.nodes:
-            return float("nan")
         return self.size * float(np.mean([np.dot(n, w) for n, w in zip(self.nodes, self.weights, strict=True)]))
 
 
@@ -208,12 +203,10 @@ class SpectrumRun:
         try:
             result = stored["result"]
             self.result = Spectrum(
-                np.array(_numbers(result["eigenvalues"])),
-                np.array(_numbers(result["residuals"])),
-                [_numbers(run) for run in result["nodes"]],
-                [_numbers(run) for run in result["weights"]],
+                *(np.array([*map(float, result[name])]) for name in ("eigenvalues", "residuals")),
+                *([[*map(float, run)] for run in result[name]] for name in ("nodes", "weights")),
                 int(result["steps"]),
-                TraceEstimate(_numbers(result["samples"]), _numbers(result["deflated"])),
+                TraceEstimate(*([*map(float, result[name])] for name in ("samples", "deflated"))),
                 self.operator.size,
             )
             self.operator.products, self.seconds = int(stored["products"]), float(stored["seconds"])
@@ -328,23 +321,21 @@ class SpectrumRun:
 
 def describe(spectrum: Spectrum, config: SpectrumConfig) -> dict[str, Any]:
     """What the record contains of a spectrum; NaN, which json does not know, as None."""
-    relative = Ritz(spectrum.eigenvalues, spectrum.residuals, None).relative_residuals()
-    hutchinson, deflated = mean_and_error(spectrum.trace.samples), mean_and_error(spectrum.trace.deflated)
-    best = deflated if spectrum.trace.deflated else hutchinson
-    nodes = [node for run in spectrum.nodes for node in run]
+    found = Ritz(spectrum.eigenvalues, spectrum.residuals, None)
+    trace, trace_error = _finite(mean_and_error(spectrum.trace.best))
     return {
         "eigenvalues": spectrum.eigenvalues.tolist(),
         "residuals": spectrum.residuals.tolist(),
-        "relative_residuals": _finite(relative.tolist()),
-        "converged": bool((relative <= config.tolerance).all()) and len(relative) >= config.top_n,
+        "relative_residuals": _finite(found.relative_residuals().tolist()),
+        "converged": found.converged(config.tolerance) and len(found.values) >= config.top_n,
         "lanczos_steps": spectrum.steps,
-        "smallest_node": min(nodes),
-        "largest_node": max(nodes),
-        "trace": _finite(best)[0],
-        "trace_standard_error": _finite(best)[1],
+        "smallest_node": min(map(min, spectrum.nodes)),
+        "largest_node": max(map(max, spectrum.nodes)),
+        "trace": trace,
+        "trace_standard_error": trace_error,
         "trace_estimator": "hutchinson, Lanczos part exact" if spectrum.trace.deflated else "hutchinson",
         "trace_probes": len(spectrum.trace.samples),
-        "trace_hutchinson": _finite(hutchinson),
+        "trace_hutchinson": _finite(mean_and_error(spectrum.trace.samples)),
         "trace_quadrature": spectrum.quadrature_trace(),
         "trace_deflated_samples": spectrum.trace.deflated,
     }
@@ -465,12 +456,5 @@ def _power(operator: CurvatureOperator, config: SpectrumConfig, state: SpectrumS
 
 def true_residuals(operator: CurvatureOperator, values: np.ndarray, vectors: Tensor) -> np.ndarray:
     """Norms ``|H x - value x|`` of unit vectors ``(m, P)``, at one product each."""
-    found = [
-        torch.linalg.vector_norm((operator @ x) - value * x).item() for value, x in zip(values, vectors, strict=True)
-    ]
-    return np.array(found)
-
-
-def _numbers(values: Any) -> list[float]:
-    """A stored list of numbers, checked."""
-    return [float(value) for value in values]
+    pairs = zip(values, vectors, strict=True)
+    return np.array([torch.linalg.vector_norm((operator @ x) - value * x).item() for value, x in pairs])

@@ -424,45 +424,28 @@ def gram_matrix(
 
 
 def _follow(plan: Plan, model: nn.Module, images: Tensor, targets: Tensor, quantities: Quantities) -> Tensor:
-    """Add up what the bands contribute."""
-    size = len(images) * plan.quantities
-    found = torch.zeros(size, size, dtype=plan.dtype, device=images.device)
+    """Add up what the bands contribute: the blocks on and above the diagonal, which are mirrored at the end."""
+    n, q = len(images), plan.quantities
+    found = torch.zeros(n * q, n * q, dtype=plan.dtype, device=images.device)
     for band in plan.bands:
-        with only_trainable(model, band.names):
-            _add_band(plan, band, model, images, targets, quantities, found)
+        edges = [n * block // band.blocks for block in range(band.blocks + 1)]
+        blocks = [slice(*pair) for pair in pairwise(edges)]
+        with only_trainable(model, band.names), _Collector(model, STEP_MB) as collector:
+            collector.trust(plan.trial)
+            for i, block in enumerate(blocks):
+                mine = collector.collect(plan, images[block], targets[block], quantities)
+                for other in blocks[i:]:
+                    theirs = mine
+                    if other is not block:
+                        theirs = collector.collect(plan, images[other], targets[other], quantities)
+                    rows, columns = (slice(part.start * q, part.stop * q) for part in (block, other))
+                    for key in list(theirs):
+                        with torch.no_grad():
+                            mine[key].products(theirs[key], found[rows, columns], theirs is mine)
+                        if band.blocks == 1:
+                            del mine[key]
     for start in range(0, len(found), MIRRORED):
         stop = start + MIRRORED
         found[start:stop, start:stop].triu_().add_(found[start:stop, start:stop].triu(1).mT)
         found[stop:, start:stop] = found[start:stop, stop:].mT
     return found
-
-
-def _add_band(
-    plan: Plan,
-    band: Band,
-    model: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    quantities: Quantities,
-    found: Tensor,
-) -> None:
-    """Add what the parameters of one band contribute to the blocks on and above the diagonal."""
-    n, q = len(images), plan.quantities
-    edges = [n * block // band.blocks for block in range(band.blocks + 1)]
-    blocks = [slice(*pair) for pair in pairwise(edges)]
-    with _Collector(model, STEP_MB) as collector:
-        collector.trust(plan.trial)
-
-        def collect(block: slice) -> dict[str, Rows | Factors]:
-            return collector.collect(plan, images[block], targets[block], quantities)
-
-        for i, block in enumerate(blocks):
-            mine = collect(block)
-            for other in blocks[i:]:
-                theirs = mine if other is block else collect(other)
-                rows, columns = (slice(part.start * q, part.stop * q) for part in (block, other))
-                for key in list(theirs):
-                    with torch.no_grad():
-                        mine[key].products(theirs[key], found[rows, columns], theirs is mine)
-                    if band.blocks == 1:
-                        del mine[key]

@@ -202,26 +202,6 @@ class Outer:
         return a.element_size() * (unfolded + 2 * q * outputs * positions + outer)
 
 
-def linear_inputs(module: nn.Linear, a: Tensor) -> Tensor:
-    """(b, ..., i) as (b, 1, i, t): everything between batch and features is positions."""
-    return a.reshape(a.shape[0], 1, -1, a.shape[-1]).mT
-
-
-def linear_rows(module: nn.Linear, a: Tensor) -> Tensor:
-    """(b, ..., i) as (b, 1, t, i)."""
-    return a.reshape(a.shape[0], 1, -1, a.shape[-1])
-
-
-def linear_in_row_order(module: nn.Linear, weights: Tensor) -> Tensor:
-    """(o, i) as (1, o, i)."""
-    return weights.unsqueeze(0)
-
-
-def linear_outputs(module: nn.Linear, g: Tensor) -> Tensor:
-    """(q, b, ..., o) as (q, b, 1, o, t)."""
-    return g.reshape(*g.shape[:2], 1, -1, g.shape[-1]).mT
-
-
 def conv_inputs(module: nn.Conv2d, a: Tensor) -> Tensor:
     """(b, c, h, w) cut into patches: (b, n, k, t), k = c/n * kh * kw.
 
@@ -237,11 +217,6 @@ def conv_rows(module: nn.Conv2d, a: Tensor) -> Tensor:
     return patches.permute(0, 1, 2, 3, 5, 6, 4).flatten(4).flatten(2, 3)
 
 
-def conv_in_row_order(module: nn.Conv2d, weights: Tensor) -> Tensor:
-    """(n * o, c/n, kh, kw) as (n, o, kh * kw * c/n)."""
-    return weights.permute(0, 2, 3, 1).reshape(module.groups, -1, weights[0].numel())
-
-
 def _patches(module: nn.Conv2d, a: Tensor) -> Tensor:
     """A view (b, n, h, w, c/n, kh, kw) of the patches of a padded input, h and w those of the output."""
     b, c, h, w = a.shape
@@ -250,11 +225,6 @@ def _patches(module: nn.Conv2d, a: Tensor) -> Tensor:
     by_b, by_c, by_h, by_w = a.stride()
     steps = (by_b, c // n * by_c, sh * by_h, sw * by_w, by_c, dh * by_h, dw * by_w)
     return a.as_strided((b, n, *outputs, c // n, kh, kw), steps, a.storage_offset())
-
-
-def conv_outputs(module: nn.Conv2d, g: Tensor) -> Tensor:
-    """(q, b, c, h, w) as (q, b, n, o, t)."""
-    return g.flatten(3).unflatten(2, (module.groups, -1))
 
 
 def pad(module: nn.Conv2d, a: Tensor) -> Tensor:
@@ -279,11 +249,22 @@ def _outer_rule(outer: Outer, fits: Callable[[nn.Module, Tensor], bool]) -> Laye
 
 
 LINEAR = _outer_rule(
-    Outer(linear_inputs, linear_outputs, linear_rows, linear_in_row_order), lambda module, a: a.ndim >= 2
+    Outer(  # everything between batch and features is positions
+        inputs=lambda module, a: a.reshape(a.shape[0], 1, -1, a.shape[-1]).mT,
+        outputs=lambda module, g: g.reshape(*g.shape[:2], 1, -1, g.shape[-1]).mT,
+        rows=lambda module, a: a.reshape(a.shape[0], 1, -1, a.shape[-1]),
+        in_row_order=lambda module, weights: weights.unsqueeze(0),
+    ),
+    fits=lambda module, a: a.ndim >= 2,
 )
-# three axes would be one image without a batch
 CONVOLUTION = _outer_rule(
-    Outer(conv_inputs, conv_outputs, conv_rows, conv_in_row_order), lambda module, a: a.ndim == 4
+    Outer(
+        inputs=conv_inputs,
+        outputs=lambda module, g: g.flatten(3).unflatten(2, (module.groups, -1)),
+        rows=conv_rows,
+        in_row_order=lambda module, s: s.permute(0, 2, 3, 1).reshape(module.groups, -1, s[0].numel()),
+    ),
+    fits=lambda module, a: a.ndim == 4,  # three axes would be one image without a batch
 )
 
 
@@ -305,16 +286,10 @@ def rule_from_gradients(
         found = gradients(module, a, g, list(weights))
         return sum(weighted_squares(found[name], weights[name]) for name in weights)
 
-    return LayerRule(frozenset(parameters), fits or (lambda module, a: True), squares, gradients, _bytes_per_example)
+    def bytes_per_example(module: nn.Module, a: Tensor, g: Tensor) -> int:
+        return a.element_size() * (2 + g.shape[0]) * a[0].numel()
 
-
-def _bytes_per_example(module: nn.Module, a: Tensor, g: Tensor) -> int:
-    return a.element_size() * (2 + g.shape[0]) * a[0].numel()
-
-
-def _over_positions(products: Tensor) -> Tensor:
-    """(q, b, c, ...) summed over all axes behind the channels: (q, b, c)."""
-    return products.reshape(*products.shape[:3], -1).sum(-1)
+    return LayerRule(frozenset(parameters), fits or (lambda module, a: True), squares, gradients, bytes_per_example)
 
 
 def batchnorm_gradients(module: nn.BatchNorm2d, a: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
@@ -323,25 +298,21 @@ def batchnorm_gradients(module: nn.BatchNorm2d, a: Tensor, g: Tensor, names: Col
     if "weight" in names:
         shape = (1, -1) + (1,) * (a.ndim - 2)
         deviation = (module.running_var + module.eps).sqrt().view(shape)
-        found["weight"] = _over_positions(g * ((a - module.running_mean.view(shape)) / deviation))
+        found["weight"] = g * ((a - module.running_mean.view(shape)) / deviation)
     if "bias" in names:
-        found["bias"] = _over_positions(g)
-    return found
+        found["bias"] = g
+    return {name: products.reshape(*g.shape[:3], -1).sum(-1) for name, products in found.items()}
 
 
 def layernorm_gradients(module: nn.LayerNorm, a: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Scale: ``sum_t g * xhat``, shift: ``sum_t g``, over the positions t in front of the normalised axes."""
+    """Scale: ``sum_t g * xhat``, shift: ``sum_t g``, over the positions t in front of the normalized axes."""
     shape = tuple(module.normalized_shape)
-
-    def over_positions(products: Tensor) -> Tensor:
-        return products.reshape(*products.shape[:2], -1, *shape).sum(2)
-
     found = {}
     if "weight" in names:
-        found["weight"] = over_positions(g * F.layer_norm(a, shape, eps=module.eps))
+        found["weight"] = g * F.layer_norm(a, shape, eps=module.eps)
     if "bias" in names:
-        found["bias"] = over_positions(g)
-    return found
+        found["bias"] = g
+    return {name: products.reshape(*g.shape[:2], -1, *shape).sum(2) for name, products in found.items()}
 
 
 def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -407,11 +378,7 @@ def filter_response_gradients(
     return {name: found[name].unflatten(2, getattr(module, name).shape) for name in names}
 
 
-def _has_batch(module: nn.Module, a: Tensor) -> bool:
-    return a.ndim >= 2
-
-
-BATCHNORM = rule_from_gradients({"weight", "bias"}, batchnorm_gradients, _has_batch)
+BATCHNORM = rule_from_gradients({"weight", "bias"}, batchnorm_gradients, lambda module, a: a.ndim >= 2)
 LAYERNORM = rule_from_gradients(
     {"weight", "bias"}, layernorm_gradients, lambda module, a: a.ndim > len(module.normalized_shape)
 )

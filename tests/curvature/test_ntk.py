@@ -23,7 +23,6 @@ from src.curvature.ntk import (
     relative_error,
     stored_groups,
     velocity,
-    velocity_epochs,
 )
 from src.errors import ArgumentError, FileError
 from src.models import build_model
@@ -102,9 +101,6 @@ def test_groups_of_the_paper():
     assert lower_indices("digits", 1437, 50) == list(range(0, 1400, 71))[:20]
     assert lower_indices("digits", 10, 4) == list(range(7))
     assert lower_indices("digits", 3, 4) == []
-    assert velocity_epochs("cifar10") == (1, 5, 10, 20, 50)
-    assert velocity_epochs("cifar100") == (10, 40, 70, 100, 150)
-    assert velocity_epochs("digits") == velocity_epochs("svhn") == (1, 5, 10, 20)
 
 
 def test_groups_that_are_not_whole():

@@ -6,6 +6,7 @@ from jacobian_networks import NETWORKS, images_and_labels, logits, loop_norms, l
 from torch import nn
 
 from src.jacobians import SquaredNorms
+from src.jacobians.capture import trainable
 from src.jacobians.layer_rules import LAYER_RULES, outer_gradients, outer_squares, prefers_pairs
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
@@ -112,7 +113,7 @@ def test_summed_gradients_are_the_gradient_of_the_sum():
             capture = squared._capture
             rows = losses(capture.forward(images), labels).unsqueeze(0)
             for record, g in zip(capture.records, capture.backward(rows, capture.records, True), strict=True):
-                own = record.parameters()
+                own = trainable(record.module)
                 found = record.rule.gradients(record.module, record.inputs, g, list(own))
                 expected = torch.autograd.grad(rows.sum(), list(own.values()), retain_graph=True)
                 for local, gradient in zip(own, expected, strict=True):
