@@ -16,22 +16,19 @@ from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 FLOOR = 1e-7
 """Added to densities, so that their logarithm ends somewhere."""
-COLORS = ("#c0392b", "#1f4e79", "#2e8b57", "#b8860b", "#6a4c93", "#444444")
+_COLORS = ("#c0392b", "#1f4e79", "#2e8b57", "#b8860b", "#6a4c93", "#444444")
 
-
-POINTS = 10_000
-"""Least number of points of a grid."""
-VARIANCE = 1e-5
-"""Variance of the Gaussian at each node, where the spectrum's range is below 1; else times the range."""
+_LEAST_POINTS = 10_000  # of a grid
+_VARIANCE = 1e-5  # of the Gaussian at each node, where the spectrum's range is below 1; else times the range
 MOST_POINTS = 1_000_000
 """Most points of a grid, however narrow a Gaussian and however wide the range."""
 _PER_WIDTH = 4  # points of the grid per standard deviation, so that no node falls between two
 _LEAST_WIDTH = 2  # steps of the grid to which narrower Gaussians are widened, for the same reason
 
 
-def width(low: float, high: float, variance: float = VARIANCE) -> float:
+def width(low: float, high: float) -> float:
     """Standard deviation of the Gaussians for a spectrum from ``low`` to ``high``."""
-    return float(np.sqrt(variance * max(1.0, high - low)))
+    return float(np.sqrt(_VARIANCE * max(1.0, high - low)))
 
 
 def grid(low: float, high: float, narrow: float, wide: float | None = None) -> np.ndarray:
@@ -46,7 +43,7 @@ def grid(low: float, high: float, narrow: float, wide: float | None = None) -> n
     margin = max(0.01, 6 * (wide or narrow))
     low, high = low - margin, high + margin
     wanted = int(np.ceil(_PER_WIDTH * (high - low) / narrow)) + 1
-    return np.linspace(low, high, min(max(POINTS, wanted), MOST_POINTS))
+    return np.linspace(low, high, min(max(_LEAST_POINTS, wanted), MOST_POINTS))
 
 
 def extent(nodes: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -95,14 +92,12 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
         figure = Figure(figsize=(9, 1.1 + 2.5 * len(groups)), layout="constrained")
         figure.suptitle(title, fontsize=16)
         panels = figure.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        for axes, group, color in zip(panels, groups, itertools.cycle(COLORS), strict=False):
-            densities = np.stack(
-                [
-                    density(spectrum.nodes, spectrum.weights, points, width(*extent(spectrum.nodes)))
-                    for spectrum in group.spectra
-                ]
-            )
-            x, mean = _thin(points, densities.mean(axis=0) + FLOOR)
+        for axes, group, color in zip(panels, groups, itertools.cycle(_COLORS), strict=False):
+            densities = [
+                density(spectrum.nodes, spectrum.weights, points, width(*extent(spectrum.nodes)))
+                for spectrum in group.spectra
+            ]
+            x, mean = _thin(points, np.mean(densities, axis=0) + FLOOR)
             axes.fill_between(x, FLOOR, mean, color=color, alpha=0.35, lw=0)
             axes.plot(x, mean, color=color, lw=1.1)
             tops = np.array([spectrum.eigenvalues[0] for spectrum in group.spectra])
@@ -139,8 +134,7 @@ def _thin(points: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return points[~level], heights[~level]
 
 
-EPOCH_COLORS = matplotlib.colormaps["viridis"]
-MARKERS = "osD^vP*X"
+_MARKERS = "osD^vP*X"
 
 
 def velocity_figure(
@@ -161,18 +155,10 @@ def velocity_figure(
         for axes, (symbol, several) in zip(axes_of, panels, strict=True):
             for velocities in several:
                 number = epochs.index(velocities.epoch)
-                color = EPOCH_COLORS(0.9 * number / max(len(epochs) - 1, 1))
+                color = matplotlib.colormaps["viridis"](0.9 * number / max(len(epochs) - 1, 1))
                 mean, spread = velocities.values.mean(0), velocities.values.std(0)
-                label = f"epoch {velocities.epoch}"
-                axes.plot(
-                    velocities.positions,
-                    mean,
-                    f"{MARKERS[number % len(MARKERS)]}-",
-                    color=color,
-                    ms=6,
-                    lw=2,
-                    label=label,
-                )
+                style = {"marker": _MARKERS[number % len(_MARKERS)], "ms": 6, "lw": 2, "color": color}
+                axes.plot(velocities.positions, mean, label=f"epoch {velocities.epoch}", **style)
                 if len(velocities.seeds) > 1:
                     low = np.maximum(mean - spread, mean.min() / 10) if logarithmic else mean - spread
                     axes.fill_between(velocities.positions, low, mean + spread, color=color, alpha=0.2, lw=0)
