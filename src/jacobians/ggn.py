@@ -53,44 +53,6 @@ def ggn_rows(outputs: Tensor, targets: Tensor) -> Tensor:
     return (root_of_softmax_covariance(outputs) @ outputs.unsqueeze(2)).squeeze(2).T
 
 
-class _Fit(PerExampleEngine):
-    """Sums of squared gradients per parameter entry over all batches, and what a subclass collects besides."""
-
-    def __enter__(self):
-        super().__enter__()
-        self.diagonals: dict[str, Tensor] = {}
-        self.count = 0
-        return self
-
-    def add(self, images: Tensor) -> None:
-        """Add one batch of images (b, ...)."""
-        images = images.to(next(iter(self._parameters.values())).device)
-        for part in self.sub_batches(images):
-            self.run(images[part], images.new_empty(part.stop - part.start), ggn_rows)
-        self.count += len(images)
-
-    def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
-        """See `PerExampleEngine`."""
-        if "bias" in names:
-            self.take_gradients(names["bias"], g.sum(-1).flatten(2), part)
-        if "weight" in names:
-            a = record.rule.outer.inputs(record.module, record.inputs[part])
-            if g.shape[-1] == 1:
-                squares = torch.einsum("bno,bnk->nok", g[..., 0].square().sum(0), a[..., 0].square())
-            else:
-                squares = outer_gradients(a, g).square_().sum((0, 2))
-            self._add_diagonal(names["weight"], squares)
-
-    def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """See `PerExampleEngine`."""
-        self._add_diagonal(name, gradients.square().sum((0, 1)))
-
-    def _add_diagonal(self, name: str, diagonal: Tensor) -> None:
-        if name not in self.diagonals:
-            self.diagonals[name] = torch.zeros_like(self._parameters[name], dtype=torch.float64)
-        self.diagonals[name] += diagonal.view_as(self.diagonals[name])
-
-
 def second_moments(x: Tensor) -> Tensor:
     """``sum_t x x^T``, summed over the first axis too.
 
@@ -105,14 +67,21 @@ def second_moments(x: Tensor) -> Tensor:
     return rows.mT @ rows
 
 
-class _KroneckerFit(_Fit):
-    """Also factors of modules whose weight gradient is a sum of outer products, if one call holds all its uses."""
+class _Fit(PerExampleEngine):
+    """Kronecker factors where one call holds all uses of a module, squared gradients summed per entry elsewhere.
 
-    def __enter__(self):
-        super().__enter__()
+    Args:
+        model: see `PerExampleEngine`.
+        memory_mb: see `PerExampleEngine`.
+        kronecker: whether factors are wanted at all.
+    """
+
+    def __init__(self, model: nn.Module, memory_mb: float, kronecker: bool) -> None:
+        super().__init__(model, memory_mb)
+        self.diagonals: dict[str, Tensor] = {}
         self.factors: dict[str, KroneckerFactors] = {}
-        self._chosen: set[str] | None = None  # parameters with factors: those that the first batch captured
-        return self
+        # parameters with factors: those that the first batch captured
+        self._chosen: set[str] | None = None if kronecker else set()
 
     def begin(self, rows: Tensor) -> None:
         """See `PerExampleEngine`.
@@ -139,11 +108,17 @@ class _KroneckerFit(_Fit):
 
     def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
         """See `PerExampleEngine`."""
+        a, t = record.rule.outer.inputs(record.module, record.inputs[part]), g.shape[-1]
         if not self._chosen.issuperset(names.values()):
-            super().take_outer(record, names, g, part)
+            if "bias" in names:
+                self.take_gradients(names["bias"], g.sum(-1).flatten(2), part)
+            if "weight" in names:
+                if t == 1:
+                    squares = torch.einsum("bno,bnk->nok", g[..., 0].square().sum(0), a[..., 0].square())
+                else:
+                    squares = outer_gradients(a, g).square_().sum((0, 2))
+                self._add_diagonal(names["weight"], squares)
             return
-        a = record.rule.outer.inputs(record.module, record.inputs[part])
-        t = g.shape[-1]
         inputs = second_moments(a)
         outputs = second_moments(g.transpose(0, 1).reshape(-1, *g.shape[2:])) / t
         if record.name not in self.factors:
@@ -158,12 +133,30 @@ class _KroneckerFit(_Fit):
         factors.inputs.add_(inputs)
         factors.outputs.add_(outputs)
 
+    def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
+        """See `PerExampleEngine`."""
+        self._add_diagonal(name, gradients.square().sum((0, 1)))
 
-def _run(fit: _Fit, batches: ImageBatches) -> None:
-    for batch in batches:
-        fit.add(batch if isinstance(batch, Tensor) else batch[0])
-    if fit.count == 0:
+    def _add_diagonal(self, name: str, diagonal: Tensor) -> None:
+        if name not in self.diagonals:
+            self.diagonals[name] = torch.zeros_like(self._parameters[name], dtype=torch.float64)
+        self.diagonals[name] += diagonal.view_as(self.diagonals[name])
+
+
+def _fit(model: nn.Module, batches: ImageBatches, memory_mb: float, kronecker: bool) -> Curvature:
+    count = 0
+    with _Fit(model, memory_mb, kronecker) as fit:
+        device = next(p.device for p in model.parameters() if p.requires_grad)
+        for batch in batches:
+            images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+            for part in fit.sub_batches(images):
+                fit.run(images[part], images.new_empty(part.stop - part.start), ggn_rows)
+            count += len(images)
+    if count == 0:
         raise ValueError("a curvature needs at least one example")
+    for factors in fit.factors.values():
+        factors.inputs.div_(count)
+    return Curvature(fit.diagonals, count, fit.factors)
 
 
 def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> Curvature:
@@ -180,9 +173,7 @@ def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128
     Raises:
         ValueError: there are no examples, or `PerExampleEngine` refuses the model.
     """
-    with _Fit(model, memory_mb) as fit:
-        _run(fit, batches)
-        return Curvature(fit.diagonals, fit.count)
+    return _fit(model, batches, memory_mb, kronecker=False)
 
 
 def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> Curvature:
@@ -200,8 +191,4 @@ def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float 
         ValueError: there are no examples, a module is used in different ways or at different image sizes, or
             `PerExampleEngine` refuses the model.
     """
-    with _KroneckerFit(model, memory_mb) as fit:
-        _run(fit, batches)
-        for factors in fit.factors.values():
-            factors.inputs.div_(fit.count)
-        return Curvature(fit.diagonals, fit.count, fit.factors)
+    return _fit(model, batches, memory_mb, kronecker=True)
