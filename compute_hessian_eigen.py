@@ -180,7 +180,7 @@ def result_settings(
 
 
 def warn_of_other_examples(trained: TrainedModel, settings: dict[str, Any]) -> None:
-    """Say so where the loss is not over the examples trained on: a subset, a split, a coreset."""
+    """Warn where the loss is not over the examples trained on: a subset, a split, a coreset."""
     if settings["eigen_split"] != "train" or settings["high_low_spec"] is not None:
         return
     stored = trained.state["settings"]

@@ -49,7 +49,7 @@ def parse() -> Namespace:
 
 
 def main() -> None:
-    """Parse, find the models, say what it takes, compute, save, print."""
+    """Parse, find the models, log what it takes, compute, save, print."""
     args = parse()
     config, folders = build(NtkConfig, args), build(Folders, args)
     data, compute = build(DataConfig, args), build(ComputeConfig, args)

@@ -24,7 +24,7 @@ _NAMES = {
     "train_full.py": re.compile(f"standard_{_RUN}"),
     "train_split.py": re.compile(rf"split_{_RUN}_val_split_(?P<samis_validation_split_index>\d+)"),
 }
-"""The scripts whose runs' names hold the flags that define them."""
+"""The scripts whose runs' names contain the flags that define them."""
 _MAKERS = {
     "_static_coreset_": "runs of this name are made by train_prune.py",
     "pretrain/": "runs of this name are made by train_prune.py and select_coreset.py",
@@ -56,14 +56,14 @@ class TrainedModel:
 
     @property
     def has_batchnorm(self) -> bool:
-        """Whether the model has BatchNorm, which the papers' file names say."""
+        """Whether the model has BatchNorm, which is part of the papers' file names."""
         return any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
 
-def find_run(
+def find_full_run(
     config: TrainedRunConfig, model: str, models_folder: Path, dataset: str, seed: int
 ) -> tuple[str, dict[str, str]]:
-    """The name of a run of train_full.py, and the flags that it stands for.
+    """The name of a run of train_full.py, and the flags that define it.
 
     Raises:
         ArgumentError: Several schedules fit.
@@ -101,7 +101,7 @@ def find_model(config: CheckpointConfig, models_folder: Path, context: RunContex
         expected |= said
     else:
         name = config.model or DEFAULT_MODEL
-        experiment, flags = find_run(config, name, models_folder, context.entry.name, config.seed)
+        experiment, flags = find_full_run(config, name, models_folder, context.entry.name, config.seed)
         found = context.find_checkpoints(models_folder, experiment, config.seed, [config.epochs], **flags)
         path = found[config.epochs]
         expected |= {**flags, "validation_split": None}
@@ -111,7 +111,7 @@ def find_model(config: CheckpointConfig, models_folder: Path, context: RunContex
 
 
 def _find_named(config: CheckpointConfig, models_folder: Path, context: RunContext) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of a run that is given by its name, and what the name says of it."""
+    """The checkpoint of a run that is given by its name, and the settings that follow from the name."""
     for script, pattern in _NAMES.items():
         if match := pattern.fullmatch(config.exp):
             flags = match.groupdict()

@@ -30,7 +30,7 @@ STORAGES = {
 }
 """The values of ``--basis``."""
 
-ORDERS = {
+EIGEN_ORDERS = {
     "largest": lambda values: -values,
     "magnitude": lambda values: -np.abs(values),
 }
@@ -131,7 +131,7 @@ class SpectrumConfig:
     )
     top_n: int = option(5, "number of top eigenvalues", number(int, 1))
     eigen_order: str | None = option(
-        None, "which are the top ones (default: largest; of power_iter: magnitude)", choices=tuple(ORDERS)
+        None, "which are the top ones (default: largest; of power_iter: magnitude)", choices=tuple(EIGEN_ORDERS)
     )
     tolerance: float = option(
         1e-3,
@@ -166,7 +166,7 @@ class SpectrumConfig:
 
     @property
     def order(self) -> str:
-        """Which eigenvalues are the top ones, a name of ``ORDERS``."""
+        """Which eigenvalues are the top ones, a name of ``EIGEN_ORDERS``."""
         return self.eigen_order or ("magnitude" if self.eigen_mode == "power_iter" else "largest")
 
     @property

@@ -17,7 +17,7 @@ from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 from torch import Tensor
 
 from src import rng
-from src.curvature.config import ORDERS
+from src.curvature.config import EIGEN_ORDERS
 from src.curvature.operators import CurvatureOperator, dot
 from src.models.base import check_tensor
 
@@ -144,7 +144,7 @@ def ritz(matrix: Tridiagonal, count: int, order: str = "largest", *, ghosts_of: 
     Args:
         matrix: T.
         count: How many are wanted; there may be fewer.
-        order: A name of ``ORDERS``.
+        order: A name of ``EIGEN_ORDERS``.
         ghosts_of: Where the Lanczos vectors were not re-orthogonalized, the rounding unit of their arithmetic: copies
             of eigenvalues, and values that only rounding made, are then left out by Cullum and Willoughby's test
             ("Lanczos algorithms for large symmetric eigenvalue computations", 1985): a single eigenvalue of T that T
@@ -155,7 +155,7 @@ def ritz(matrix: Tridiagonal, count: int, order: str = "largest", *, ghosts_of: 
     keep = np.arange(len(values))
     if ghosts_of is not None:
         keep = _without_ghosts(matrix, values, residuals, ghosts_of)
-    keep = keep[np.argsort(ORDERS[order](values[keep]), kind="stable")][:count]
+    keep = keep[np.argsort(EIGEN_ORDERS[order](values[keep]), kind="stable")][:count]
     return Ritz(values[keep], residuals[keep], vectors[:, keep])
 
 
@@ -206,7 +206,7 @@ class Lanczos:
 
     Attributes:
         alphas: The diagonal of T, a number per step.
-        betas: What stands beside it; the last one leads out of T.
+        betas: The numbers beside it; the last one leads out of T.
         exhausted: Whether the basis spans an invariant space and there is no other vector to go on with.
     """
 
@@ -272,7 +272,7 @@ class Lanczos:
         self._current /= dot(self._current, self._current) ** 0.5
 
     def ritz(self, count: int, order: str = "largest") -> Ritz:
-        """The first ``count`` approximate eigenvalues, in an order of ``config.ORDERS``."""
+        """The first ``count`` approximate eigenvalues, in an order of ``config.EIGEN_ORDERS``."""
         unit = torch.finfo(self.operator.dtype).eps
         found = ritz(self.matrix, count, order, ghosts_of=None if self.basis is not None else unit)
         floor = unit * max(map(abs, self.alphas))  # products are no more accurate than this
@@ -327,7 +327,7 @@ class TraceEstimate:
     """Hutchinson's estimate: ``v^T H v`` averages to the trace over vectors v of random signs.
 
     Its variance is twice the sum of the squared off-diagonal entries, which the few largest eigenvalues dominate.
-    Where Ritz vectors V near their eigenvectors are known, ``V^T v`` says what they add to each probe, without
+    Where Ritz vectors V near their eigenvectors are known, ``V^T v`` gives what they add to each probe, without
     another product: the remainder ``u^T H u``, ``u = v - V V^T v``, plus the Ritz values' sum has the same mean and
     varies far less
     (the idea of Hutch++, Meyer et al. 2021, with vectors that are there already).

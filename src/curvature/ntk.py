@@ -24,7 +24,7 @@ from src.artifacts.locks import lock
 from src.artifacts.paths import kernel_path, ntk_folder, ntk_run, velocity_path
 from src.artifacts.store import check_consistent, checked_array, load_result, read_record, record_path, write_recorded
 from src.context import RunContext
-from src.curvature.checkpoints import find_run
+from src.curvature.checkpoints import find_full_run
 from src.curvature.config import SKETCH_CHECKED, NtkConfig
 from src.devices import available_memory
 from src.errors import ArgumentError, FileError
@@ -91,8 +91,8 @@ def ntk_kernel(
     """The kernel of some examples; the matrix Psi is never formed.
 
     Args:
-        model: The network, evaluated in eval mode and left as it was; all trainable parameters count.
-        images: (m, ...) inputs as the network saw them in training, un-augmented.
+        model: The model, evaluated in eval mode and left as it was; all trainable parameters count.
+        images: (m, ...) inputs as the model saw them in training, un-augmented.
         labels: (m,).
         classes: A name of ``NTK_CLASSES``.
         projection_dim: Numbers to which each row of Psi is reduced by a random sketch; None for the exact kernel.
@@ -103,7 +103,7 @@ def ntk_kernel(
         float32 (m C, m C) for all classes, else (m, m).
 
     Raises:
-        ValueError: The network mixes the examples of a batch (see ``gram_matrix``), or its outputs are not (b, C).
+        ValueError: The model mixes the examples of a batch (see ``gram_matrix``), or its outputs are not (b, C).
     """
     quantities = NTK_CLASSES[classes]
     if projection_dim is None:
@@ -185,7 +185,7 @@ class Forecast:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory above that of the network and the data."""
+        """Memory above that of the model and the data."""
         return self.kernel_bytes + self.kept_bytes
 
 
@@ -207,7 +207,7 @@ def forecast(
     """Try the kernel of one example and of a few, and extrapolate.
 
     Args:
-        model: The network.
+        model: The model.
         images: (n, ...) some examples.
         labels: (n,).
         size: m, examples of the kernel that is meant.
@@ -294,7 +294,7 @@ class KernelVelocities:
         self.epochs = sorted(set(config.ntk_velocity_epoch or VELOCITY_EPOCHS.get(name, VELOCITY_EPOCHS["svhn"])))
         self.lowers = sorted(set(config.lower_index or lower_indices(name, len(ranked), config.m_samples)))
         check_groups(self.lowers, config.m_samples, len(ranked))
-        experiment, flags = find_run(config, config.model, models_folder, name, self.seeds[0])
+        experiment, flags = find_full_run(config, config.model, models_folder, name, self.seeds[0])
         self._expected = {**flags, "validation_split": None}
         wanted = sorted({e for t in self.epochs for e in (t, t + 1)})
         self.paths = {
@@ -438,7 +438,7 @@ class KernelVelocities:
         return model, state
 
     def _announce(self, path: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Say what a kernel takes, and how large a sketch's error is; refuse what does not fit.
+        """Log what a kernel takes, and how large a sketch's error is; refuse what does not fit.
 
         Args:
             path: The model's checkpoint, for messages.

@@ -1,8 +1,8 @@
 """Products of a loss's curvature matrix with vectors: the Hessian, and the generalized Gauss-Newton matrix (GGN).
 
-The loss is the mean cross-entropy of a trained network over a set of examples; the matrices, ``(P, P)`` over all
+The loss is the mean cross-entropy of a trained model over a set of examples; the matrices, ``(P, P)`` over all
 trainable parameters, are never formed. A product is exact (no finite differences) and comes from one pass over the
-set: tangents ``J v`` are pushed forward through the network beside its outputs ``z``, then one backward pass pulls
+set: tangents ``J v`` are pushed forward through the model beside its outputs ``z``, then one backward pass pulls
 back what each matrix needs (Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Schraudolph 2002, "Fast
 curvature matrix-vector products for second-order gradient descent"):
 
@@ -49,7 +49,7 @@ class CurvatureOperator(ABC):
     The model is run in eval mode and left as it was: modes, buffers, gradients and hooks.
 
     Args:
-        model: The network; its parameters that require a gradient are what is differentiated by.
+        model: The model; its parameters that require a gradient are what is differentiated by.
         batches: Un-augmented batches on its device, the same ones each time they are iterated.
         examples: Their number over all batches, n.
 
@@ -213,8 +213,8 @@ class Hessian(CurvatureOperator):
             ab, ba = dot(vectors[1], expected), dot(vectors[0], other)
             if abs(ab - ba) > _TOLERANCE * dot(vectors[1], vectors[1]) ** 0.5 * dot(expected, expected) ** 0.5:
                 raise MeasurementError(
-                    "torch differentiates an operation of this network wrongly: its Hessian is not symmetric; "
-                    "choose the GGN, or another network"
+                    "torch differentiates an operation of this model wrongly: its Hessian is not symmetric; "
+                    "choose the GGN, or another model"
                 )
         return agree
 
@@ -274,7 +274,7 @@ def power_iteration(
     """The Hessian's eigenvalues of largest magnitude, by power iteration with deflation (the pyhessian package).
 
     Kept for comparison with the SAMIS paper, which uses it: it takes many times the products of a Lanczos run, and
-    stops when an eigenvalue changes little from one iteration to the next, which says less than a residual.
+    stops when an eigenvalue changes little from one iteration to the next, which is weaker evidence than a residual.
 
     Args:
         operator: The Hessian; its products are counted.
@@ -335,4 +335,4 @@ def _isolated(operator: CurvatureOperator) -> Iterator[None]:
         for parameter in hidden:
             parameter.requires_grad_(True)
         for parameter, gradient in zip(operator.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient  # the package's hold the graphs they came from: this lets them go
+            parameter.grad = gradient  # the package's gradients keep their graphs alive: this frees them

@@ -37,8 +37,8 @@ def grid(low: float, high: float, narrow: float, wide: float | None = None) -> n
     Args:
         low: The smallest eigenvalue.
         high: The largest.
-        narrow: The smallest standard deviation of a Gaussian, which says how close points must be.
-        wide: The largest, which says how far they must reach; default the same.
+        narrow: The smallest standard deviation of a Gaussian, which determines how close points must be.
+        wide: The largest, which determines how far they must reach; default the same.
     """
     margin = max(0.01, 6 * (wide or narrow))
     low, high = low - margin, high + margin
@@ -51,7 +51,7 @@ def extent(nodes: Sequence[Sequence[float]]) -> tuple[float, float]:
     return float(np.mean([min(run) for run in nodes])), float(np.mean([max(run) for run in nodes]))
 
 
-def density(
+def spectral_density(
     nodes: Sequence[Sequence[float]], weights: Sequence[Sequence[float]], points: np.ndarray, sigma: float
 ) -> np.ndarray:
     """The mean over quadratures of Gaussians at their nodes, scaled to an area of 1.
@@ -94,7 +94,7 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
         panels = figure.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, group, color in zip(panels, groups, itertools.cycle(_COLORS), strict=False):
             densities = [
-                density(spectrum.nodes, spectrum.weights, points, width(*extent(spectrum.nodes)))
+                spectral_density(spectrum.nodes, spectrum.weights, points, width(*extent(spectrum.nodes)))
                 for spectrum in group.spectra
             ]
             x, mean = _thin(points, np.mean(densities, axis=0) + FLOOR)
@@ -128,7 +128,7 @@ def _with_spread(values: np.ndarray) -> str:
 
 
 def _thin(points: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without the points in the middle of level stretches, which a PDF need not hold."""
+    """Without the points in the middle of level stretches, which a PDF does not need."""
     level = np.zeros(len(points), dtype=bool)
     level[1:-1] = (heights[1:-1] == heights[:-2]) & (heights[1:-1] == heights[2:])
     return points[~level], heights[~level]

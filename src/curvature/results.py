@@ -43,7 +43,7 @@ MEASURES = {
 
 _MEASURED = ("dataset", "labels", "model", "experiment", "epoch", "eigen_split", "high_low_spec", "operator",
              "subset", "examples", "images", "decoding", "training")  # fmt: skip
-"""The settings that say what was measured: averages over seeds are of one such thing."""
+"""The settings that identify what was measured: averages over seeds are of one such thing."""
 _OF_A_RUN = {"experiment", "seed", "checkpoint", "high_low_spec", "training"}
 _OF_EXAMPLES = {"examples", "example_hash"}
 
@@ -92,7 +92,7 @@ class StoredSpectrum:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the record says it depends on; empty where there is none."""
+        """What it depends on, by its record; empty where there is none."""
         return self.record.get("settings", {})
 
     @property
@@ -166,7 +166,7 @@ def find_spectra(query: SpectrumQuery) -> tuple[list[SpectrumGroup], str]:
 
     Raises:
         ArgumentError: Several epochs or schedules fit.
-        FileError: A spectrum is missing (the message has the command that makes it), is not what its path says, or
+        FileError: A spectrum is missing (the message has the command that makes it), is not what its path names, or
             does not belong with the others.
     """
     specs = list(dict.fromkeys(query.high_low_specs))
@@ -254,7 +254,7 @@ def _command(query: SpectrumQuery, optimizer: str, spec: str, seed: int) -> str:
 
 
 def warn_of_differences(groups: Sequence[SpectrumGroup]) -> None:
-    """Say in the log which settings of training or measurement are not the same in all spectra."""
+    """Log which settings of training or measurement are not the same in all spectra."""
     every = [spectrum.settings for group in groups for spectrum in group.spectra if spectrum.settings]
     every = [{**one, "lr_sched": str(one.get("experiment")).partition("_sched_")[2]} for one in every]
     specs = sorted({str(one.get("high_low_spec")) for one in every})
@@ -338,10 +338,12 @@ def read_velocities(
         raise FileError(f"{folder}: has no velocities; make them with compute_ntk.py")
     found, records, sources = [], [], {}
     for epoch in sorted(stored) if epochs is None else dict.fromkeys(epochs):
-        place = folder / f"epoch_{epoch}"
-        paths = {seed: velocity_path(place / f"seed_{seed}") for seed in seeds or sorted(stored.get(epoch, ()))}
+        of_epoch = folder / f"epoch_{epoch}"
+        paths = {seed: velocity_path(of_epoch / f"seed_{seed}") for seed in seeds or sorted(stored.get(epoch, ()))}
         if not paths:
-            raise FileError(f"{place}: has no velocities; make them with compute_ntk.py --ntk_velocity_epoch {epoch}")
+            raise FileError(
+                f"{of_epoch}: has no velocities; make them with compute_ntk.py --ntk_velocity_epoch {epoch}"
+            )
         for path in paths.values():
             settings = dict(read_record(path).get("settings", {}))
             checkpoints = json.dumps(settings.pop("checkpoints", str(path)))

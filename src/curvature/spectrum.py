@@ -410,7 +410,7 @@ def measure_spectrum(
 
 
 def _announce(operator: CurvatureOperator, config: SpectrumConfig) -> None:
-    """Say what memory the vectors take: usually, and at most."""
+    """Log what memory the vectors take: usually, and at most."""
     counts = [min(steps, operator.size) + 1 for steps in (config.lanczos_steps, config.most_steps)]
     usual, most = (basis_bytes(count, operator.size, operator.dtype, config.basis) for count in counts)
     ritz = 0

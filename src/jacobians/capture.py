@@ -104,7 +104,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
     """Raise where examples would depend on each other through the statistics of their batch.
 
     Args:
-        model: the network about to be run.
+        model: the model about to be run.
 
     Raises:
         ValueError: a BatchNorm of the model is in training mode or keeps no running statistics.
@@ -154,12 +154,12 @@ def convolution(module: nn.Conv2d, a: Tensor, output: Tensor) -> Tensor:
     return _Convolution.apply(a, module.weight, module.bias, output.detach(), module)
 
 
-def _max_pool_maps(g: Tensor, a: Tensor, places: Tensor, settings: tuple) -> tuple[Tensor]:
+def _max_pool_maps(g: Tensor, a: Tensor, positions: Tensor, settings: tuple) -> tuple[Tensor]:
     """Row by row, into (q, b, h, w, c)."""
     q, (b, c, h, w) = len(g), a.shape
     found = g.new_empty(q, b, h, w, c).permute(0, 1, 4, 2, 3)
     for row, into in zip(g, found, strict=True):
-        torch.ops.aten.max_pool2d_with_indices_backward(row, a, *settings, places, grad_input=into)
+        torch.ops.aten.max_pool2d_with_indices_backward(row, a, *settings, positions, grad_input=into)
     return (found,)
 
 
@@ -285,7 +285,7 @@ class Capture:
     alone; the caller must treat their parameters in another way.
 
     Args:
-        model: the network.
+        model: the model.
         rules: layer rules by exact module type.
 
     Attributes:
@@ -306,7 +306,7 @@ class Capture:
             rule = self._rules.get(type(module))
             own = {key for key, value in module._parameters.items() if value is not None}
             # an instance that carries its own forward, or weights under other names (weight norm, pruning),
-            # computes something else than its type says
+            # does not compute what its type suggests
             if "forward" in vars(module) or not own <= (rule.parameters if rule else set()):
                 continue
             captured = rule is not None and bool(trainable(module))
@@ -362,8 +362,8 @@ class Capture:
         """Gradients of each row's sum at the outputs of the records.
 
         One pass carries all rows along (`torch.func.vmap`): its layers see q times as many maps, and the examples can
-        be so few that these stay in the processor's caches. A network that cannot be differentiated so gets a pass
-        for each row. No gradient of a parameter is computed or left behind.
+        be so few that these stay in the processor's caches. A model that cannot be differentiated this way gets
+        a pass for each row. No gradient of a parameter is computed or left behind.
 
         Args:
             rows: (q, b) quantities with their graph; column i depends on example i alone.
@@ -392,7 +392,7 @@ def _zeros_if_none(gradients: Sequence[Tensor | None], records: Sequence[Record]
 
 
 def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list[Tensor] | None:
-    """`Capture.backward` in one pass; None where the graph holds what cannot be vectorized."""
+    """`Capture.backward` in one pass; None where something in the graph cannot be vectorized."""
     edges = [record.edge for record in records]
 
     def pull(weights: Tensor) -> tuple[Tensor, ...]:
@@ -408,7 +408,7 @@ def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list
         raise
     except RuntimeError as error:
         # What cannot be vectorized raises these; one by one gives the same gradients, or the error again if it was
-        # the network's own. Without its graph there is no second way, and the reason is not hidden behind that.
+        # the model's own. Without its graph there is no second attempt, and the reason must not be hidden.
         if not keep_graph:
             raise
         log.info("gradients of the classes are taken one by one: %.160s", error)

@@ -1,4 +1,4 @@
-"""Per-example gradients of a whole model, parameter by parameter: captured layers, the fallback, nothing left out.
+"""Per-example gradients of a full model, parameter by parameter: captured layers, the fallback, nothing left out.
 
 Each parameter takes one of three routes, chosen for every batch:
 - *captured*: one recorded call of one layer contains all its uses; contracted without forming its gradient where that
@@ -78,7 +78,7 @@ def _one_by_one(
 
 CAPTURED, SUMMED, FALLBACK = "captured", "summed", "fallback"
 
-TRIED = 8
+_TRIED = 8
 """Examples on which the independence of examples is tried."""
 
 Calls = dict[str, list[tuple[Record, str]]]
@@ -108,11 +108,11 @@ class PerExampleEngine(ABC):
     """Context manager: what any contraction of per-example gradients has in common.
 
     Covers the parameters that require a gradient. Inside the context the model is in eval mode; on leaving it,
-    hooks are gone and every module is in the mode it had. No ``.grad`` is written. A subclass says what becomes of
+    hooks are gone and every module is in the mode it had. No ``.grad`` is written. A subclass defines what becomes of
     a captured module (`take_captured`) and of gradients that exist in full (`take_gradients`).
 
     Args:
-        model: the network.
+        model: the model.
         memory_mb: how many MB of per-example gradients may be alive at a time.
 
     Attributes:
@@ -197,9 +197,9 @@ class PerExampleEngine(ABC):
         """
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             if self._untried and len(images) > 1:
-                self._try_independence(images[:TRIED], targets[:TRIED], quantities)
+                self._try_independence(images[:_TRIED], targets[:_TRIED], quantities)
             outputs, rows, calls = self._record(images, targets, quantities)
-            if self._untried and len(images) > TRIED:  # a module through which the few tried let no gradient pass
+            if self._untried and len(images) > _TRIED:  # a module through which the few tried let no gradient pass
                 self._try_independence(images, targets, quantities)
                 outputs, rows, calls = self._record(images, targets, quantities)
             self.routes = {name: (FALLBACK, CAPTURED, SUMMED)[min(len(found), 2)] for name, found in calls.items()}
@@ -212,7 +212,7 @@ class PerExampleEngine(ABC):
 
     def _record(self, images: Tensor, targets: Tensor, quantities: Quantities) -> tuple[Tensor, Tensor, Calls]:
         """Outputs, rows and each parameter's recorded calls, with gradients, of one batch."""
-        outputs = self._capture.forward(images.clone())  # a network may work on its input in place
+        outputs = self._capture.forward(images.clone())  # a model may work on its input in place
         rows = checked_rows(quantities(outputs, targets), len(images))
         if images.shape[1:] not in self._sizes:
             self._note_sizes(images.shape[1:], *rows.shape)
@@ -225,8 +225,8 @@ class PerExampleEngine(ABC):
             for local, parameter in trainable(record.module).items():
                 calls[self._names[id(parameter)]].append((record, local))
         for name, parameter in self._parameters.items():
-            seen_whole = len(calls[name]) == uses[id(parameter)]
-            if not seen_whole or any(record.gradient is None for record, _ in calls[name]):
+            all_recorded = len(calls[name]) == uses[id(parameter)]
+            if not all_recorded or any(record.gradient is None for record, _ in calls[name]):
                 calls[name] = []
         return outputs, rows, calls
 
@@ -299,7 +299,7 @@ class PerExampleEngine(ABC):
 
     @torch.no_grad()
     def _hand_out_recorded(self, calls: Calls, q: int) -> None:
-        """Hand out what the records hold."""
+        """Hand out the gradients of the recorded calls."""
         alone: dict[Record, dict[str, str]] = defaultdict(dict)  # record -> name in its module -> name
         for name, found in calls.items():
             if len(found) == 1:
@@ -357,7 +357,7 @@ class PerExampleEngine(ABC):
 
 
 Weighting = Callable[[str, Tensor], Tensor] | None
-"""(name in the model, parameter) -> weights S of the parameter's shape; None stands for ones."""
+"""(name in the model, parameter) -> weights S of the parameter's shape; None for ones."""
 
 
 class SquaredNorms(PerExampleEngine):

@@ -1,4 +1,4 @@
-"""Generalised Gauss-Newton matrices of the summed cross-entropy: their diagonal, and their Kronecker factors (KFAC).
+"""Generalized Gauss-Newton matrices of the summed cross-entropy: their diagonal, and their Kronecker factors (KFAC).
 
 ``GGN = sum_n J_n^T Lambda_n J_n`` with ``Lambda = diag(p) - p p^T``, exact (labels do not enter), neither averaged
 nor damped. With a square root ``Lambda = R^T R`` of C - 1 rows, differentiating ``R z`` in place of the logits z
@@ -68,7 +68,7 @@ def second_moments(x: Tensor) -> Tensor:
 
 
 class _Fit(PerExampleEngine):
-    """Kronecker factors where one call holds all uses of a module, squared gradients summed per entry elsewhere.
+    """Kronecker factors where one call contains all uses of a module, squared gradients summed per entry elsewhere.
 
     Args:
         model: see `PerExampleEngine`.
@@ -179,8 +179,8 @@ def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128
 def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> Curvature:
     """KFAC of the summed cross-entropy, with all C classes, in float64.
 
-    Modules of whose weight one call in each batch holds all uses get Kronecker factors (linear layers, convolutions,
-    these group by group); every other parameter gets the diagonal of its GGN.
+    Linear layers, and convolutions group by group, get Kronecker factors where one call in each batch contains all
+    uses of the weight; every other parameter gets the diagonal of its GGN.
 
     Args:
         model: the model; its outputs are logits (b, C).

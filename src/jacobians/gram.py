@@ -190,7 +190,7 @@ def prefers_factors(shape: Shape, q: int, n: int, price: float) -> bool:
         shape: The layer.
         q: Quantities.
         n: Examples.
-        price: Multiplications that each number kept costs, as it brings the next pass over the network nearer.
+        price: Multiplications that each number kept costs, as it brings the next pass over the model nearer.
     """
     if shape.factors is None:
         return False
@@ -269,7 +269,7 @@ def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets:
     """Which form each layer is kept in, and which layers are kept together.
 
     Args:
-        model: The network.
+        model: The model.
         images: (n, ...) inputs; only the first ones are looked at.
         quantities: See `gram_matrix`.
         targets: See `gram_matrix`.
@@ -281,9 +281,9 @@ def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets:
     with _Shapes(model) as noting:
         noting.run(images[:2], targets[:2], quantities)
     shapes, q = {name: s for name, s in noting.shapes.items() if name not in noting.unused}, noting.quantities
-    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)  # inputs may be whole numbers
+    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)  # inputs may be integers
     n, limit = len(images), memory_mb * 2**20 / dtype.itemsize
-    # a pass over the network makes all gradients once, and is due each time that the memory is full
+    # a pass over the model makes all gradients once, and is due each time that the memory is full
     one_pass = sum(s.making(q, n) for s in shapes.values())
     factors = frozenset(key for key, s in shapes.items() if prefers_factors(s, q, n, one_pass / limit))
     return Plan(shapes, factors, _bands(shapes, factors, n, limit, q), n, limit, q, dtype, noting)
@@ -393,10 +393,10 @@ def gram_matrix(
 ) -> Tensor:
     """``J J^T`` for the Jacobian J of some quantities of n examples with respect to all trainable parameters.
 
-    Row ``i q + c`` belongs to quantity c of example i. The network is evaluated in eval mode, and left as it was.
+    Row ``i q + c`` belongs to quantity c of example i. The model is evaluated in eval mode, and left as it was.
 
     Args:
-        model: The network.
+        model: The model.
         images: (n, ...) inputs.
         quantities: (outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone.
         targets: (n, ...) what ``quantities`` takes beside the outputs.

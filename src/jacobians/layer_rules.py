@@ -66,7 +66,7 @@ class LayerRule:
         parameters: names of the parameters it understands.
         fits: (module, inputs) -> whether this call has a shape that the formulas cover.
         squares: (module, a, g, weights) -> (f, q, b), the sum over the parameters named in ``weights``;
-            ``weights`` holds for each name a tensor (f, *shape), or None for a single family of ones.
+            ``weights`` has for each name a tensor (f, *shape), or None for a single family of ones.
         gradients: (module, a, g, names) -> per name (q, b, *shape).
         bytes_per_example: (module, a, g) -> memory that either function takes per example.
         outer: the one form of ``a`` and ``g``, where the weight's gradient is a sum of outer products; else None.

@@ -38,7 +38,7 @@ class Posterior:
     """Covariances of a model's parameters.
 
     Attributes:
-        blocks: for each trainable parameter, by its name in the model, its covariance. The posterior of an optimiser
+        blocks: for each trainable parameter, by its name in the model, its covariance. The posterior of an optimizer
             is a dictionary of variances: ``Posterior({"head.weight": 1 / (n * h + delta), ...})``.
     """
 

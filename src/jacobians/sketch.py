@@ -1,8 +1,8 @@
 """Random sketches of Jacobians: inner products of all examples' gradients in few numbers, unbiased, with an error.
 
-Every parameter's gradient gets a random sign per entry, and entries whose places differ by a multiple of D are added:
-a count sketch (Charikar et al. 2002) with places that are dealt out in turn. Signs are independent, so inner products
-are right in expectation; their variance is about ``(|x|^2 |y|^2 + (x . y)^2) / D``.
+Every entry of a parameter's gradient gets a random sign, and entries whose positions differ by a multiple of D are
+added: a count sketch (Charikar et al. 2002) with positions that are assigned in turn. Signs are independent, so inner
+products are right in expectation; their variance is about ``(|x|^2 |y|^2 + (x . y)^2) / D``.
 """
 
 import torch
@@ -46,10 +46,10 @@ class _Sketcher(PerExampleEngine):
     def _add(self, name: str, rows: Tensor, part: slice) -> None:
         signs, shift = self._signs[name]
         signed, dimension = rows * signs, self._dimension
-        whole = signed.shape[-1] // dimension * dimension
-        folded = signed[..., :whole].unflatten(-1, (-1, dimension)).sum(-2) if whole else 0
+        complete = signed.shape[-1] // dimension * dimension
+        folded = signed[..., :complete].unflatten(-1, (-1, dimension)).sum(-2) if complete else 0
         total = signed.new_zeros(*signed.shape[:2], dimension) + folded
-        total[..., : signed.shape[-1] - whole] += signed[..., whole:]
+        total[..., : signed.shape[-1] - complete] += signed[..., complete:]
         self.found[part] += total.roll(shift, -1)
 
 
@@ -68,7 +68,7 @@ def sketch_jacobian(
     The same seed gives the same sketch for any weights, so that kernels of two epochs can be compared.
 
     Args:
-        model: The network, evaluated in eval mode and left as it was.
+        model: The model, evaluated in eval mode and left as it was.
         images: (n, ...) inputs.
         quantities: (outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone.
         targets: (n, ...) what ``quantities`` takes beside the outputs.

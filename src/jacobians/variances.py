@@ -162,7 +162,7 @@ class OutputVariances(PerExampleEngine):
     ``memory_mb`` each, plus a copy or two of the larger.
 
     Args:
-        model: the network; its outputs are logits (b, C).
+        model: the model; its outputs are logits (b, C).
         posterior: a covariance for each trainable parameter.
         full: the (C, C) covariance of each example instead of its diagonal.
         memory_mb: see above.

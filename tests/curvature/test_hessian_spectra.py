@@ -20,7 +20,7 @@ from src.curvature.lanczos import (
     rademacher,
 )
 from src.curvature.operators import OPERATORS
-from src.curvature.plots import MOST_POINTS, density, extent, grid, width
+from src.curvature.plots import MOST_POINTS, extent, grid, spectral_density, width
 
 OUTLIERS = [50.0, 30.0, 22.0, 21.0, 15.0, 9.0, -4.0]
 
@@ -192,7 +192,7 @@ def test_densities(scale):
     step = points[1] - points[0]
     assert len(points) >= 10_000
     assert step <= sigma / 3
-    heights = density(nodes, weights, points, sigma)
+    heights = spectral_density(nodes, weights, points, sigma)
     mean = np.mean([moment(n, w, 1) for n, w in zip(nodes, weights, strict=True)])
     second = np.mean([moment(n, w, 2) for n, w in zip(nodes, weights, strict=True)])
     assert heights.sum() * step == pytest.approx(1)
@@ -208,7 +208,7 @@ def test_a_grid_has_an_upper_bound_and_every_node_is_seen_on_it():
     step = points[1] - points[0]
     assert step > 10 * narrow
     nodes = [[0.0, points[500_000] + step / 2]]  # half way between two points
-    heights = density(nodes, [[0.5, 0.5]], points, narrow)
+    heights = spectral_density(nodes, [[0.5, 0.5]], points, narrow)
     assert heights.sum() * step == pytest.approx(1)
     assert heights[500_000] == pytest.approx(heights.max(), rel=0.1)
 
