@@ -2,7 +2,7 @@
 
 With a stored basis (as computed, in half precision, or in main memory beside a GPU) every new vector is
 orthogonalized against all of them, so that each eigenvalue is found once. Without one, only two vectors are kept;
-rounding then makes copies of converged eigenvalues appear, which `ritz` recognizes and which do not change a
+rounding then makes copies of converged eigenvalues appear, which `Lanczos.ritz` recognizes and which do not change a
 quadrature of the spectrum. The trace is estimated with the same random vectors (Hutchinson), with the eigenvectors
 found taken out exactly.
 """
@@ -138,29 +138,18 @@ class Ritz:
         return bool((self.relative_residuals() <= tolerance).all())
 
 
-def ritz(matrix: Tridiagonal, count: int, order: str = "largest", *, ghosts_of: float | None = None) -> Ritz:
-    """The first eigenvalues of T and their residuals ``beta_k |s_k|`` (s_k: last components of T's eigenvectors).
+def _without_ghosts(matrix: Tridiagonal, values: np.ndarray, residuals: np.ndarray, unit: float) -> np.ndarray:
+    """Positions of the genuine ones among the ascending eigenvalues of T; of copies the most accurate.
+
+    Cullum and Willoughby's test ("Lanczos algorithms for large symmetric eigenvalue computations", 1985): a single
+    eigenvalue of T that T without its first row and column has too is spurious; of several that agree one is kept.
 
     Args:
         matrix: T.
-        count: How many are wanted; there may be fewer.
-        order: A name of ``EIGEN_ORDERS``.
-        ghosts_of: Where the Lanczos vectors were not re-orthogonalized, the rounding unit of their arithmetic: copies
-            of eigenvalues, and values that only rounding made, are then left out by Cullum and Willoughby's test
-            ("Lanczos algorithms for large symmetric eigenvalue computations", 1985): a single eigenvalue of T that T
-            without its first row and column has too is spurious; of several that agree one is kept.
+        values: Its eigenvalues (k,).
+        residuals: Theirs.
+        unit: The rounding unit of the arithmetic.
     """
-    values, vectors = eigh_tridiagonal(matrix.alphas, matrix.betas[:-1])
-    residuals = matrix.betas[-1] * np.abs(vectors[-1])
-    keep = np.arange(len(values))
-    if ghosts_of is not None:
-        keep = _without_ghosts(matrix, values, residuals, ghosts_of)
-    keep = keep[np.argsort(EIGEN_ORDERS[order](values[keep]), kind="stable")][:count]
-    return Ritz(values[keep], residuals[keep], vectors[:, keep])
-
-
-def _without_ghosts(matrix: Tridiagonal, values: np.ndarray, residuals: np.ndarray, unit: float) -> np.ndarray:
-    """Positions of the genuine ones among the ascending eigenvalues of T; of copies the most accurate."""
     k = len(values)
     if k == 1:
         return np.zeros(1, dtype=int)
@@ -272,11 +261,23 @@ class Lanczos:
         self._current /= dot(self._current, self._current) ** 0.5
 
     def ritz(self, count: int, order: str = "largest") -> Ritz:
-        """The first ``count`` approximate eigenvalues, in an order of ``config.EIGEN_ORDERS``."""
-        unit = torch.finfo(self.operator.dtype).eps
-        found = ritz(self.matrix, count, order, ghosts_of=None if self.basis is not None else unit)
+        """The first eigenvalues of T and their residuals ``beta_k |s_k|`` (s_k: last components of T's eigenvectors).
+
+        Without re-orthogonalization, copies of eigenvalues and values that only rounding made are left out.
+
+        Args:
+            count: How many are wanted; there may be fewer.
+            order: A name of ``EIGEN_ORDERS``.
+        """
+        matrix, unit = self.matrix, torch.finfo(self.operator.dtype).eps
+        values, vectors = eigh_tridiagonal(matrix.alphas, matrix.betas[:-1])
+        residuals = matrix.betas[-1] * np.abs(vectors[-1])
+        keep = np.arange(len(values))
+        if self.basis is None:
+            keep = _without_ghosts(matrix, values, residuals, unit)
+        keep = keep[np.argsort(EIGEN_ORDERS[order](values[keep]), kind="stable")][:count]
         floor = unit * max(map(abs, self.alphas))  # products are no more accurate than this
-        return Ritz(found.values, np.maximum(found.residuals, floor), found.weights)
+        return Ritz(values[keep], np.maximum(residuals[keep], floor), vectors[:, keep])
 
     def vectors(self, found: Ritz) -> Tensor:
         """The unit vectors ``(m, P)`` of Ritz values; only where the basis is stored."""

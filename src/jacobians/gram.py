@@ -9,9 +9,10 @@ Letters: n examples, q quantities (the loss or one logit: one; the logits: one p
 layer, t positions (pixels, tokens), p numbers of a parameter. A weight's gradient is ``G = sum_t g_t a_t^T``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -218,7 +219,6 @@ class Plan:
     Attributes:
         shapes: Of all parameters.
         factors: Keys of the layers that are kept as factors.
-        bands: See `Band`.
         examples: n.
         limit: How many numbers may be kept at a time.
         quantities: q.
@@ -228,7 +228,6 @@ class Plan:
 
     shapes: dict[str, Shape]
     factors: frozenset[str]
-    bands: tuple[Band, ...]
     examples: int
     limit: float
     quantities: int
@@ -238,6 +237,27 @@ class Plan:
     def numbers(self, shape: Shape) -> int:
         """Numbers that are kept of a parameter per example."""
         return shape.kept(self.quantities, shape.key in self.factors)
+
+    @cached_property
+    def bands(self) -> tuple[Band, ...]:
+        """Neighboring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
+        bands, names, taken = [], [], 0.0
+        for key, shape in self.shapes.items():
+            each = self.numbers(shape)
+            size = self.examples * each
+            if size > self.limit:
+                # two blocks are in memory at a time
+                block = max(1, int(self.limit / 2 // each))
+                bands.append(Band(frozenset([key]), -(-self.examples // block)))
+                continue
+            if names and taken + size > self.limit:
+                bands.append(Band(frozenset(names)))
+                names, taken = [], 0.0
+            names.append(key)
+            taken += size
+        if names:
+            bands.append(Band(frozenset(names)))
+        return tuple(bands)
 
 
 class _Shapes(PerExampleEngine):
@@ -286,28 +306,7 @@ def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets:
     # a pass over the model makes all gradients once, and is due each time that the memory is full
     one_pass = sum(s.making(q, n) for s in shapes.values())
     factors = frozenset(key for key, s in shapes.items() if prefers_factors(s, q, n, one_pass / limit))
-    return Plan(shapes, factors, _bands(shapes, factors, n, limit, q), n, limit, q, dtype, noting)
-
-
-def _bands(shapes: Mapping[str, Shape], factors: frozenset[str], n: int, limit: float, q: int) -> tuple[Band, ...]:
-    """Neighbouring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
-    bands, names, taken = [], [], 0.0
-    for key, shape in shapes.items():
-        each = shape.kept(q, key in factors)
-        size = n * each
-        if size > limit:
-            # two blocks are in memory at a time
-            examples = max(1, int(limit / 2 // each))
-            bands.append(Band(frozenset([key]), -(-n // examples)))
-            continue
-        if names and taken + size > limit:
-            bands.append(Band(frozenset(names)))
-            names, taken = [], 0.0
-        names.append(key)
-        taken += size
-    if names:
-        bands.append(Band(frozenset(names)))
-    return tuple(bands)
+    return Plan(shapes, factors, n, limit, q, dtype, noting)
 
 
 def work(plan: Plan, band: Band, n: int) -> tuple[float, float]:
@@ -418,9 +417,7 @@ def gram_matrix(
         try:
             return _follow(plan, model, images, targets, quantities)
         except _OtherRouteError as error:  # some example of the layer cannot be taken apart: keep its rows
-            factors = plan.factors - {error.args[0]}
-            bands = _bands(plan.shapes, factors, plan.examples, plan.limit, plan.quantities)
-            plan = replace(plan, factors=factors, bands=bands)
+            plan = replace(plan, factors=plan.factors - {error.args[0]})
 
 
 def _follow(plan: Plan, model: nn.Module, images: Tensor, targets: Tensor, quantities: Quantities) -> Tensor:
