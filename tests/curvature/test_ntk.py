@@ -13,6 +13,7 @@ from support import ROOT
 from torch.func import functional_call, jacrev
 
 from src.artifacts.io import read_pickle
+from src.curvature.config import NTK_CLASS_NAMES
 from src.curvature.ntk import (
     NTK_CLASSES,
     add_groups,
@@ -89,6 +90,10 @@ def test_velocities_that_are_refused():
     for bad in (np.zeros((2, 2)), np.full((2, 2), np.nan), np.diag([np.inf, 1.0])):
         with pytest.raises(ValueError, match="zero or not finite"):
             velocity(np.eye(2), bad)
+
+
+def test_every_choice_of_classes_has_its_quantities():
+    assert tuple(NTK_CLASSES) == NTK_CLASS_NAMES
 
 
 def test_groups_of_the_paper():
