@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Estimate the leave-one-out loss while a network trains, beside its test loss (paper: Figures 1b, 5, 8, 9, 10).
+r"""Estimate the leave-one-out loss while a model trains, beside its test loss (paper: Figures 1b, 5, 8, 9, 10).
 
 Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_iter.pkl after every epoch: the
 leave-one-out estimate at epochs 1, 2, 5, 10, 20, ... and the last, test accuracy and NLL at every epoch;
-plot_loo_iterations.py draws it. The network goes to {models_folder}/mpe/{name_exp}_iter/seed_{seed}/. With
+plot_loo_iterations.py draws it. The model goes to {models_folder}/mpe/{name_exp}_iter/seed_{seed}/. With
 --write_scores also the sensitivity of every training example, as a score file, {metrics_folder}/mpe/mpe_{dataset}.pkl
 
   python 1_loo_iterations.py --name_exp fmnist_lenet_iblr --dataset FMNIST --model lenet --optimizer iblr --lr 0.1 \
@@ -122,7 +122,7 @@ class LooIterations:
         return row
 
     def finish(self, trainer) -> None:
-        """Write the whole result after the last epoch, also where training had finished before."""
+        """Write the full result after the last epoch, also where training had finished before."""
         rows = self.result.rows_before(self.rows, self.evaluated, trainer.epoch, "estimate of epoch")
         self.rows = {**rows, trainer.epoch: self.rows.get(trainer.epoch) or self.measure(trainer)}
         self.write(trainer)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 r"""Choose the L2 parameter by the leave-one-out estimate, beside the test loss (paper: Figures 4, 7).
 
-Trains --n_exp networks with L2 parameters from 10^deltas_start to 10^deltas_stop, side by side, from the same initial
+Trains --n_exp models with L2 parameters from 10^deltas_start to 10^deltas_stop, side by side, from the same initial
 weights on the same batches, and estimates the leave-one-out loss of each from Laplace's posterior.
-Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_cv.pkl as networks are done;
+Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_cv.pkl as models are done;
 plot_loo_l2reg.py draws it.
 
   python 2_loo_l2reg.py --name_exp mnist_mlp --dataset MNIST --model large_mlp --n_exp 100 --deltas_start 0 \
@@ -23,7 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import mpe
-from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, ORDERS, SIDE_BY_SIDE, ExperimentConfig, RetrainingConfig
+from mpe.config import (
+    EXPERIMENT_FOLDERS,
+    ONE_PROCESS,
+    SHUFFLE_ORDERS,
+    SIDE_BY_SIDE,
+    ExperimentConfig,
+    RetrainingConfig,
+)
 from src.artifacts.paths import Folders
 from src.cli import Parser, build, number, option, print_next, run_script, whole_number
 from src.datasets import DataConfig
@@ -133,7 +140,9 @@ def main() -> None:
         key=experiment.settings(),
         after_chunk=write,
         deltas=list(deltas),
-        permutation=experiment.batches(experiment.train, experiment.count, ORDERS[config.base_shuffle]).visited,
+        permutation=experiment.batches(
+            experiment.train, experiment.count, SHUFFLE_ORDERS[config.base_shuffle]
+        ).visited,
         **how_to_run(experiment, side_by_side),
     )
     write(rows)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 r"""Check estimated sensitivities against retraining without the example (paper: Figure 2).
 
-Trains a network, estimates from Laplace's posterior how much its output at every training example would change if
-that example were left out, and retrains without --n_retrain random ones, one each, many networks side by side.
+Trains a model, estimates from Laplace's posterior how much its output at every training example would change if
+that example were left out, and retrains without --n_retrain random ones, one each, many models side by side.
 Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_scores.pkl (the estimates) and, as
-networks are retrained, {name_exp}_retrain.pkl (the true deviations); plot_validation_sensitivities.py draws them.
+models are retrained, {name_exp}_retrain.pkl (the true deviations); plot_validation_sensitivities.py draws them.
 
   python 3_validation_sensitivities.py --name_exp mnist_mlp --dataset MNIST --model large_mlp --lr 1e-2 --lrmin 1e-3 \
       --bs 256 --epochs 500 --delta 100 --lr_retrain 1e-3 --lrmin_retrain 1e-4 --epochs_retrain 300 --n_retrain 1000 \

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Follow the sensitivity of every training example while iBLR trains a network (paper: Figures 3b, 11b, 11c).
+r"""Follow the sensitivity of every training example while iBLR trains a model (paper: Figures 3b, 11b, 11c).
 
 Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_evolving.pkl after each checkpoint: the
-sensitivities (checkpoints, N) after given optimiser steps; plot_evolving_sensitivities.py draws it. The network goes
+sensitivities (checkpoints, N) after given optimizer steps; plot_evolving_sensitivities.py draws it. The model goes
 to {models_folder}/mpe/{name_exp}_evolving/seed_{seed}/.
 
   python 4_evolving_sensitivities.py --name_exp fmnist_lenet --dataset FMNIST --model lenet --lr 0.1 --lrmin 0 \
@@ -67,7 +67,7 @@ def checkpoints_of(dataset: str, steps: int, given: Sequence[int] | None = None)
 
     Args:
         dataset: A data set's name.
-        steps: Steps of the whole run.
+        steps: Steps of the full run.
         given: The user's choice. Otherwise the paper's steps where the run reaches them all, and elsewhere the same
             shares of the run as in the paper.
     """

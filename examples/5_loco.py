@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Estimate what removing a whole class does to the loss, beside retraining without it (paper: Figures 3a, 11d).
+r"""Estimate what removing a class does to the loss, beside retraining without it (paper: Figures 3a, 11d).
 
 Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_leaveclassout.pkl, class by class: the
-estimate, and the test NLL and accuracy of the network retrained without the class; plot_loco.py draws one or several.
+estimate, and the test NLL and accuracy of the model retrained without the class; plot_loco.py draws one or several.
 
   python 5_loco.py --name_exp fmnist_lenet --dataset FMNIST --model lenet --lr 1e-1 --lrmin 1e-3 --bs 256 \
       --epochs 300 --delta 100 --lr_retrain 1e-4 --lrmin_retrain 1e-5 --epochs_retrain 1000 --bs_jacs 500

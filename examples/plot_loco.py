@@ -47,7 +47,7 @@ def parse() -> Namespace:
         "--labels",
         nargs="+",
         metavar="TEXT",
-        help="what the legend calls them (default: their networks where these differ, else their names)",
+        help="what the legend calls them (default: their models where these differ, else their names)",
     )
     parser.add(FigureConfig, "figure", skip=("name_exp",))
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def legend_labels(results: list[StoredResult]) -> list[str]:
-    """The experiments' networks, where all are stored and different; else the experiments' names."""
+    """The experiments' models, where all are stored and different; else the experiments' names."""
     models = [result.setting("model") for result in results]
     if all(isinstance(model, str) for model in models) and len(set(models)) == len(models):
         return models

@@ -35,7 +35,7 @@ def parse() -> Namespace:
     parser.add_argument(
         "--corrected",
         action="store_true",
-        help="take true deviations from a control, retrained with every example, in place of the network before",
+        help="take true deviations from a control, retrained with every example, in place of the model before",
     )
     parser.add(FigureConfig, "figure", defaults={"name_exp": "mnist_mlp"})
     return parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
     retrain.same_run(scores)
     if retrain.is_empty("indices_retrain"):
         raise FileError(
-            f"{retrain.path}: no network is retrained yet; repeat {retrain.script} as it was run, with --resume"
+            f"{retrain.path}: no model is retrained yet; repeat {retrain.script} as it was run, with --resume"
         )
     sensitivities = scores.array(scores.of("sensitivities", args.class_cov), low=0)  # (N,)
     indices = retrain.integers("indices_retrain", 0)  # (m,)

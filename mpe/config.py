@@ -13,7 +13,7 @@ CLASS_COVARIANCES = ("diag", "full", "woodbury")
 STRUCTURES = ("kfac", "diag")
 """Structures of Laplace's posterior."""
 
-ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
+SHUFFLE_ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
 """The values of ``base_shuffle``, and the order of ``src.datasets.Batches`` that each means."""
 
 SHUFFLES = ("seeded", "replay", "shared")
@@ -59,7 +59,7 @@ class ExperimentConfig:
     base_shuffle: str = option(
         "none",
         "order of the training examples: as stored, one permutation for all epochs, or one per epoch",
-        choices=tuple(ORDERS),
+        choices=tuple(SHUFFLE_ORDERS),
     )
     resume: bool = option(False, "continue from what an interrupted run of these settings left")
     overwrite: bool = option(False, "replace results of other settings")

@@ -8,7 +8,7 @@ With logits f, error ``e = p - onehot(y)``, covariance of the logits V, and ``La
 - ``full``: ``df = V e``, ``dp = Lambda V e``.
 - ``woodbury``: one Newton step of the problem without the example, ``df = V (I - Lambda V)^-1 e``, exact for
   quadratic losses, and ``dp = softmax(f + df) - softmax(f)``. It holds where all eigenvalues of Lambda V are below 1,
-  which the full GGN guarantees and its approximations do not; elsewhere ``full`` stands in.
+  which the full GGN guarantees and its approximations do not; elsewhere ``full`` is used.
 """
 
 import logging
@@ -64,7 +64,7 @@ class Estimates:
     Attributes:
         output_deviations: float64 (n, C), of the logits.
         probability_deviations: float64 (n, C).
-        unstable: bool (n,), where ``woodbury`` does not hold and the first-order full form stands in.
+        unstable: bool (n,), where ``woodbury`` does not hold and the first-order full form is used.
     """
 
     output_deviations: Tensor
@@ -388,7 +388,7 @@ def sensitivities(
     Args:
         model: any model whose outputs are logits (b, C), on its device.
         loader: the training examples, un-augmented: ``(images, labels)`` or ``(images, labels, indices, ...)``.
-            Without indices an example's index is its place in the pass, so that the loader must not shuffle; of
+            Without indices an example's index is its position in the pass, so that the loader must not shuffle; of
             torch's DataLoaders only those are taken then that read their data set from its beginning in order.
         posterior: ``"kfac"`` or ``"diag"`` for Laplace's, fitted on the same loader; the optimizer that has trained
             the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a `Posterior`.
@@ -472,7 +472,7 @@ def _in_order(loader: Iterable[Sequence[Tensor]]) -> bool:
 
 
 def _count(loader: Iterable[Sequence[Tensor]]) -> int | None:
-    """The loader's number of examples, where it says so: a DataLoader's data set, or `src.datasets.Batches`."""
+    """The loader's number of examples, where it is known: a DataLoader's data set, or `src.datasets.Batches`."""
     for name in ("dataset", "images"):
         if hasattr(getattr(loader, name, None), "__len__"):
             return len(getattr(loader, name))

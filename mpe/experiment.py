@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpe.config import CLASS_COVARIANCES, ORDERS, ExperimentConfig
+from mpe.config import CLASS_COVARIANCES, SHUFFLE_ORDERS, ExperimentConfig
 from mpe.laplace_torch import LaplaceTorchVariances
 from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posterior, predict
 from src.artifacts.io import read_pickle, require_writable, write_pickle
@@ -197,7 +197,7 @@ class Experiment:
         )
         trainer = Trainer(
             self.model,
-            self.batches(self.train, config.bs, ORDERS[config.base_shuffle]),
+            self.batches(self.train, config.bs, SHUFFLE_ORDERS[config.base_shuffle]),
             self.batches(self.context.test, max(config.bs, 1000)),
             training,
             compile_model=self.context.compute.compile,

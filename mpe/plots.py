@@ -67,7 +67,7 @@ class StoredResult:
         return key in self.values
 
     def error(self, what: str) -> FileError:
-        """The error that says what is wrong with this file."""
+        """An error about this file, with the command that makes it again."""
         return FileError(f"{self.path}: {what}; {self.command} makes it again")
 
     def array(
@@ -346,7 +346,7 @@ def loo_l2reg(
 ) -> Figure:
     """The leave-one-out estimate and the test loss against the L2 parameter (Fig. 4; with errors, Fig. 7).
 
-    Curves are trailing moving averages; a mark stands where each has its minimum.
+    Curves are trailing moving averages; their minima are marked.
 
     Args:
         deltas: ``(n,)`` positive, ascending.
@@ -459,11 +459,11 @@ def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
         labels: The K checkpoints.
     """
     curves = ranked_bins(sensitivities)
-    place = np.linspace(0, 3, len(curves)) if len(curves) > 1 else [3]
+    shades = np.linspace(0, 3, len(curves)) if len(curves) > 1 else [3]
     with matplotlib.rc_context({**_PAPER, "font.size": 16}):
         figure, axes = _figure(6, 6)
         at = np.arange(1, curves.shape[1] + 1)
-        for row, label, p in zip(curves, labels, place, strict=True):
+        for row, label, p in zip(curves, labels, shades, strict=True):
             grey = np.interp(p, range(4), (0.6, 0.45, 0.25, 0.1))
             marker = "o" if len(at) == 1 else None
             axes.plot(at, row, color=f"{grey:.3f}", lw=7 - p, label=label, marker=marker, solid_capstyle="round")

@@ -31,7 +31,7 @@ def optimizer_posterior(
     Call it outside of ``sampled_params``: the mean of the posterior is the model.
 
     Args:
-        optimizer: ``src.optimizers.IBLR`` or ``ivon.IVON``, whose state says N and delta; or torch's ``Adam`` or
+        optimizer: ``src.optimizers.IBLR`` or ``ivon.IVON``, whose state has N and delta; or torch's ``Adam`` or
             ``AdamW`` after a step of every parameter (second moments as they are, not corrected for their start).
         model: the model; parameters are recognized by identity, in any number of groups. Frozen ones are left out.
         num_examples: N, the number of examples whose mean loss was trained. Needed for Adam; if given for iBLR, it
@@ -191,7 +191,7 @@ def refuse_not_finite(indices: Tensor, *values: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model with a posterior says about n examples of C classes. All on the CPU.
+    """Predictions of a model with a posterior on n examples of C classes. All on the CPU.
 
     Attributes:
         indices: int64 (n,), the examples' original positions.

@@ -51,7 +51,7 @@ _KEEP_STATES = 2  # the newest, and the one before it in case that one is damage
 _CHUNK = re.compile(r"networks_(\d+)_(\d+)\.npz")
 _STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
 
-_NUMBERS = "model_numbers"  # the entry that says which models a file is of; files of older versions lack it
+_NUMBERS = "model_numbers"  # the entry with the models that a file is of; files of older versions lack it
 
 
 class RetrainingFiles:
@@ -178,7 +178,7 @@ def _read_settings(path: Path) -> tuple[Any, Any]:
 
 
 def _check_numbers(path: Path, recorded: Any, numbers: range) -> None:
-    """Refuse a file that was copied or renamed, and is of other models than its name says."""
+    """Refuse a file that was copied or renamed, and is of other models than those in its name."""
     if recorded is not None:
         check_identity(path, {"models": np.asarray(recorded).tolist()}, models=[numbers.start, numbers.stop])
 

@@ -220,7 +220,7 @@ def test_files_of_two_runs_are_not_drawn_together(place):
 @pytest.mark.parametrize("more", [(), ("--corrected",)])
 def test_only_the_control_is_retrained(place, empty, more):
     change(place, "retrain", indices_retrain=empty, softmax_deviations=np.empty(0))
-    refused(place, "plot_validation_sensitivities.py", FILE, r"old_retrain.pkl: no network is retrained yet; "
+    refused(place, "plot_validation_sensitivities.py", FILE, r"old_retrain.pkl: no model is retrained yet; "
             "repeat 3_validation_sensitivities.py .*--resume", more=more)  # fmt: skip
 
 
