@@ -2,7 +2,7 @@
 
 from src.coresets.budgets import make_groups
 from src.coresets.inputs import CandidateGroup, LastLayer, Method, Needs, Selection, SelectionInputs
-from src.coresets.registry import METHODS, find_method
+from src.coresets.registry import METHODS, find_method, method_table
 
 __all__ = [
     "METHODS",
@@ -14,4 +14,5 @@ __all__ = [
     "SelectionInputs",
     "find_method",
     "make_groups",
+    "method_table",
 ]

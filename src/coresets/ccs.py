@@ -151,4 +151,14 @@ def ccs(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: CCSO
     return Selection.of(picks)
 
 
-METHODS = (Method("ccs", ccs, Needs(reduced="aum"), CCSOptions),)
+METHODS = (
+    Method(
+        "ccs",
+        ccs,
+        Needs(reduced="aum"),
+        paper="Zheng et al. 2023",
+        equation="hardest beta n left out, then equal random shares of strata of equal width in AUM (algorithm 1)",
+        cost="n log n",
+        options=CCSOptions,
+    ),
+)

@@ -435,4 +435,16 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
     return Selection.of(chosen, weights).rescaled()
 
 
-METHODS = (Method("craig", craig, Needs(embeddings=True), MemoryOptions, weighted=True),)
+METHODS = (
+    Method(
+        "craig",
+        craig,
+        Needs(embeddings=True),
+        paper="Mirzasoleiman et al. 2020",
+        equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = how "
+        "many are nearest to j (algorithm 1)",
+        cost="n^2 (C + d)",
+        weighted=True,
+        options=MemoryOptions,
+    ),
+)

@@ -200,4 +200,15 @@ def d2(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: D2Opt
     return Selection.of(picks)
 
 
-METHODS = (Method("d2", d2, Needs(reduced="aum", embeddings=True), D2Options),)
+METHODS = (
+    Method(
+        "d2",
+        d2,
+        Needs(reduced="aum", embeddings=True),
+        paper="Maharana et al. 2024",
+        equation="highest x_u + sum_v exp(-d_uv^2) x_v; each pick u takes exp(-gamma d_uv^2) x_u from its "
+        "neighbors v",
+        cost="n^2 d + k n log n",
+        options=D2Options,
+    ),
+)

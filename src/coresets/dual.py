@@ -113,4 +113,15 @@ def dual(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Dua
     return Selection.of(picks)
 
 
-METHODS = (Method("dual", dual, Needs(reduced="dual", dynamics=("probability",)), DualOptions),)
+METHODS = (
+    Method(
+        "dual",
+        dual,
+        Needs(reduced="dual", dynamics=("probability",)),
+        paper="Cho et al. 2025",
+        equation="drawn by (1 - mean p) std p over windows, times a Beta density of mean p that turns to easy "
+        "examples",
+        cost="n T + n log n for T epochs",
+        options=DualOptions,
+    ),
+)

@@ -171,4 +171,15 @@ class Validation:
         return errors_of(self.logits - self.eta / max(self.count, 1) * self.effect, self.labels)
 
 
-METHODS = (Method("glister", glister, Needs(embeddings=True), GlisterOptions),)
+METHODS = (
+    Method(
+        "glister",
+        glister,
+        Needs(embeddings=True),
+        paper="Killamsetty et al. 2021 (GLISTER)",
+        equation="greedy in <g_x, v>, v the mean gradient of 10 % held out, after a step eta along the picks "
+        "(alg. 2)",
+        cost="k/r n C min(d, |V|), r picks between two refreshes",
+        options=GlisterOptions,
+    ),
+)

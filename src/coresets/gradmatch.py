@@ -309,4 +309,15 @@ def pivoted(gram: np.ndarray, product: np.ndarray, positive: np.ndarray) -> np.n
     return None
 
 
-METHODS = (Method("gradmatch", gradmatch, Needs(embeddings=True), GradMatchOptions, weighted=True),)
+METHODS = (
+    Method(
+        "gradmatch",
+        gradmatch,
+        Needs(embeddings=True),
+        paper="Killamsetty et al. 2021 (GradMatch)",
+        equation="orthogonal matching pursuit: min ||sum_S w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
+        cost="n k (C + d) + n k^2",
+        weighted=True,
+        options=GradMatchOptions,
+    ),
+)

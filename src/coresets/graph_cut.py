@@ -142,4 +142,15 @@ def graph_cut(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
     )
 
 
-METHODS = (Method("graph_cut", graph_cut, Needs(embeddings=True), MemoryOptions),)
+METHODS = (
+    Method(
+        "graph_cut",
+        graph_cut,
+        Needs(embeddings=True),
+        paper="Iyer et al. 2021",
+        equation="greedy for sum_{i in V, j in S} s_ij - sum_{i,j in S} s_ij, s = (1 + cos of last-layer "
+        "gradients) / 2",
+        cost="n^2 (C + d) + n k; beyond selection_memory: n k (C + d)",
+        options=MemoryOptions,
+    ),
+)

@@ -64,4 +64,13 @@ def herding(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
     return Selection.of([g.positions[follow_mean(layer.at(g.positions).embeddings, g.budget)] for g in groups])
 
 
-METHODS = (Method("herding", herding, Needs(embeddings=True)),)
+METHODS = (
+    Method(
+        "herding",
+        herding,
+        Needs(embeddings=True),
+        paper="Welling 2009; Rebuffi et al. 2017",
+        equation="greedy argmin_i ||mu - (sum_{j in S} h_j + h_i) / (|S| + 1)||, without replacement",
+        cost="n k d",
+    ),
+)

@@ -212,6 +212,24 @@ class InfoBatchPlan:
 
 
 METHODS = (
-    Method("infobatch", infobatch, Needs(logits=True), weighted=True),
-    Method("infobatch_dynamic", None, Needs(), InfoBatchOptions, weighted=True),
+    Method(
+        "infobatch",
+        infobatch,
+        Needs(logits=True),
+        paper="Qin et al. 2024",
+        equation="all of loss >= mean, and random ones of the m below it, of weight m / kept; once, before training",
+        cost="n",
+        weighted=True,
+    ),
+    Method(
+        "infobatch_dynamic",
+        None,
+        Needs(),
+        paper="Qin et al. 2024",
+        equation="r = 1 - coreset_fraction; each epoch visits all of loss >= mean, and floor((1 - r) m) random ones "
+        "of the m below it, of weight m / kept; after delta * epochs all",
+        cost="n per epoch",
+        weighted=True,
+        options=InfoBatchOptions,
+    ),
 )

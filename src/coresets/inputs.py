@@ -300,6 +300,17 @@ class Needs:
         """Whether a model must be pre-trained."""
         return bool(self.reduced or self.dynamics or self.logits or self.embeddings)
 
+    def __str__(self) -> str:
+        parts = []
+        if self.stored:
+            parts.append(f"stored score `{self.stored}`")
+        if self.reduced or self.dynamics:
+            parts.append("dynamics of pre-training")
+        if self.logits or self.embeddings:
+            what = "embeddings and logits" if self.embeddings else "logits"
+            parts.append(f"{what} of {'R pre-trained models' if self.ensemble else 'a pre-trained model'}")
+        return ", ".join(parts) or "labels"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -348,6 +359,9 @@ class Method:
         name: The value of ``--coreset_func``.
         select: The choice; None for a method that chooses again in each epoch of training.
         needs: What it must be given.
+        paper: Who proposed it.
+        equation: What the code implements, in a line.
+        cost: Its cost for n candidates of a group, k picks, C classes, embeddings of size d, after its needs.
         options: The dataclass of its options.
         weighted: Whether its weights may differ from 1.
     """
@@ -355,6 +369,9 @@ class Method:
     name: str
     select: Callable[[SelectionInputs, Sequence[CandidateGroup], Any], Selection] | None
     needs: Needs
+    paper: str
+    equation: str
+    cost: str
     options: type[Options] = Options
     weighted: bool = False
 

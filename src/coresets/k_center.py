@@ -66,4 +66,14 @@ def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options:
     return Selection.of([g.positions[farthest_first(layer.at(g.positions).embeddings, g.budget)] for g in groups])
 
 
-METHODS = (Method("k_center", k_center, Needs(embeddings=True)),)
+METHODS = (
+    Method(
+        "k_center",
+        k_center,
+        Needs(embeddings=True),
+        paper="Sener and Savarese 2018",
+        equation="greedy for min_S max_i min_{j in S} ||h_i - h_j|| (algorithm 1), from the example nearest "
+        "to the mean",
+        cost="n k d",
+    ),
+)

@@ -56,4 +56,13 @@ def moderate(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options:
     return Selection.of([g.positions[nearest_to_median(distances[g.positions], g.budget)] for g in groups])
 
 
-METHODS = (Method("moderate", moderate, Needs(embeddings=True)),)
+METHODS = (
+    Method(
+        "moderate",
+        moderate,
+        Needs(embeddings=True),
+        paper="Xia et al. 2023",
+        equation="smallest |d_i - median d| with d_i = ||h_i - mean of h over the class of i||",
+        cost="n d + n log n",
+    ),
+)

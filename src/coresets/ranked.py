@@ -150,20 +150,67 @@ def random_choice(inputs: SelectionInputs, groups: Sequence[CandidateGroup], opt
 _STORED = {"samis_loss": "min_sam-sgd-loss", "samis_prob": "min_sam-sgd-prob"}  # as the SAMIS paper's scripts say
 
 METHODS = (
-    Method("random", random_choice, Needs()),
+    Method("random", random_choice, Needs(), "baseline", "uniform, without replacement", "n"),
     *(
         Method(
             _STORED.get(score.name, f"min_{score.name}"),
             partial(stored, score.name),
             Needs(stored=score.name),
-            StoredOptions,
+            paper=score.paper,
+            equation="large keeps the highest scores, few_shot the lowest",
+            cost="n log n",
+            options=StoredOptions,
         )
         for score in SCORES.values()
     ),
-    Method("forget", forget, Needs(reduced="forg", dynamics=("correct",))),
-    Method("csl", partial(reduced, "csl"), Needs(reduced="csl")),
-    Method("aum", partial(reduced, "aum"), Needs(reduced="aum")),
-    Method("tdds", partial(reduced, "tdds"), Needs(reduced="tdds"), WindowOptions),
-    Method("el2n", el2n, Needs(logits=True, ensemble=True)),
-    Method("grand", grand, Needs(embeddings=True, ensemble=True), GraNdOptions),
+    Method(
+        "forget",
+        forget,
+        Needs(reduced="forg", dynamics=("correct",)),
+        paper="Toneva et al. 2019",
+        equation="most changes from right to wrong between visits (section 2); never learned on top",
+        cost="n log n",
+    ),
+    Method(
+        "csl",
+        partial(reduced, "csl"),
+        Needs(reduced="csl"),
+        paper="Ravikumar et al. 2025",
+        equation="highest sum over epochs of the loss",
+        cost="n log n",
+    ),
+    Method(
+        "aum",
+        partial(reduced, "aum"),
+        Needs(reduced="aum"),
+        paper="Pleiss et al. 2020",
+        equation="lowest mean over epochs of z_y - max_{c != y} z_c (eq. 1)",
+        cost="n log n",
+    ),
+    Method(
+        "tdds",
+        partial(reduced, "tdds"),
+        Needs(reduced="tdds"),
+        paper="Zhang et al. 2024",
+        equation="highest variation of KL(p_t || p_{t-1}) over windows, late windows weighing most",
+        cost="n log n",
+        options=WindowOptions,
+    ),
+    Method(
+        "el2n",
+        el2n,
+        Needs(logits=True, ensemble=True),
+        paper="Paul et al. 2021",
+        equation="highest mean over R models of ||softmax(z) - onehot(y)|| (definition 2.4)",
+        cost="n C R",
+    ),
+    Method(
+        "grand",
+        grand,
+        Needs(embeddings=True, ensemble=True),
+        paper="Paul et al. 2021",
+        equation="highest mean over R models of ||e|| sqrt(1 + ||h||^2) (definition 2.1; full: of all parameters)",
+        cost="n (C + d) R; full: R backward passes",
+        options=GraNdOptions,
+    ),
 )

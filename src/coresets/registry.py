@@ -36,3 +36,20 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ArgumentError("method", f"{name}: unknown; choose from {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def method_table() -> str:
+    """The registry as a Markdown table; methods that differ only in the stored score share a row."""
+    rows = ["| `--coreset_func` | paper | what it keeps | needs | cost | options |", "|---|---|---|---|---|---|"]
+    stored = [method for method in METHODS.values() if method.needs.stored]
+    for entry in METHODS.values():
+        names, needs, paper = f"`{entry.name}`", str(entry.needs), entry.paper
+        if entry in stored[1:]:
+            continue
+        if entry in stored:
+            names = ", ".join(f"`{method.name}`" for method in stored)
+            needs, paper = "a stored score", "SAMIS, and each score's"
+        options = ", ".join(f"`--{name}`" for name in entry.option_names)
+        cells = (names, paper, entry.equation, needs, entry.cost, options)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
