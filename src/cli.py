@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from src.errors import ArgumentError, FileError, FlagError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[1]
 
 Config = TypeVar("Config")
 Rule = tuple[Callable[[Namespace], bool], str]
@@ -343,7 +343,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         if isinstance(action.default, bool):
             return f"{action.help} (default: {'on' if action.default else 'off'})"
         if isinstance(action.default, Path):
-            return f"{action.help} (default: {action.default.relative_to(ROOT)})"
+            return f"{action.help} (default: {action.default.relative_to(_ROOT)})"
         return super()._get_help_string(action)
 
 

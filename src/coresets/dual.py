@@ -76,7 +76,7 @@ def weighted_choice(
     return np.lexsort((-keys, ~positive))[:budget]  # stable: of equal keys the lower position
 
 
-def dual(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: DualOptions) -> Selection:
+def dual_selection(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: DualOptions) -> Selection:
     """DUAL pruning (Cho et al., ICML 2025, section 4): difficulty and uncertainty, with Beta sampling.
 
     From the paper: the score ``S_i`` is the mean over windows of ``(1 - mean p) * std p`` for p the true label's
@@ -116,7 +116,7 @@ def dual(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Dua
 METHODS = (
     Method(
         "dual",
-        dual,
+        dual_selection,
         Needs(reduced="dual", dynamics=("probability",)),
         paper="Cho et al. 2025",
         equation="drawn by (1 - mean p) std p over windows, times a Beta density of mean p that turns to easy "

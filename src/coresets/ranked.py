@@ -126,7 +126,7 @@ def _mean_over_models(columns: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.stack([column.double().cpu() for column in columns]).mean(dim=0).numpy()
 
 
-def el2n(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def el2n_selection(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """EL2N: the largest error norms, averaged over independent initializations."""
     scores = _mean_over_models([layer.errors.double().norm(dim=1) for layer in inputs.layers])
     return keep_by_rank(scores, groups, highest=True, what="el2n")
@@ -198,7 +198,7 @@ METHODS = (
     ),
     Method(
         "el2n",
-        el2n,
+        el2n_selection,
         Needs(logits=True, ensemble=True),
         paper="Paul et al. 2021",
         equation="highest mean over R models of ||softmax(z) - onehot(y)|| (definition 2.4)",

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from src.curvature.results import SpectrumGroup, Velocities
 from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
-FLOOR = 1e-7
+_FLOOR = 1e-7
 """Added to densities, so that their logarithm ends somewhere."""
 _COLORS = ("#c0392b", "#1f4e79", "#2e8b57", "#b8860b", "#6a4c93", "#444444")
 
@@ -97,8 +97,8 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
                 spectral_density(spectrum.nodes, spectrum.weights, points, width(*extent(spectrum.nodes)))
                 for spectrum in group.spectra
             ]
-            x, mean = _thin(points, np.mean(densities, axis=0) + FLOOR)
-            axes.fill_between(x, FLOOR, mean, color=color, alpha=0.35, lw=0)
+            x, mean = _thin(points, np.mean(densities, axis=0) + _FLOOR)
+            axes.fill_between(x, _FLOOR, mean, color=color, alpha=0.35, lw=0)
             axes.plot(x, mean, color=color, lw=1.1)
             tops = np.array([spectrum.eigenvalues[0] for spectrum in group.spectra])
             for top in tops:
@@ -116,7 +116,7 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
             axes.yaxis.set_minor_formatter(NullFormatter())
         margin = 0.03 * (high - low) + points[1] - points[0]
         panels[-1].set_xlim(min(low, 0) - margin, high + margin)
-        panels[-1].set_ylim(FLOOR)
+        panels[-1].set_ylim(_FLOOR)
         panels[-1].set_xlabel("Eigenvalue")
         figure.supylabel("Density (Log Scale)", fontsize=17)
         return figure

@@ -21,7 +21,7 @@ from src.datasets.batches import ImageSet
 from src.datasets.decoding import Faults, is_system_file, open_image
 from src.datasets.own import CLASS_NAMES
 from src.datasets.registry import DatasetEntry
-from src.datasets.vision import fetch
+from src.datasets.vision import fetch_dataset
 from src.errors import FileError
 
 TINY_ROOT = "tiny-imagenet-200"
@@ -262,7 +262,7 @@ def load_tiny_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, Ima
         if (root / "train").is_dir():
             names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
             return _read_tiny_imagenet(entry, root, names, lambda name, root=root: (root / name).read_bytes(), cache)
-    (archive,) = fetch(entry, folder)
+    (archive,) = fetch_dataset(entry, folder)
     top = f"{TINY_ROOT}/"
     with zipfile.ZipFile(archive) as file:
         names = [name.removeprefix(top) for name in file.namelist() if name.startswith(top) and name[-1] != "/"]

@@ -24,7 +24,7 @@ from src.errors import FileError
 
 TEST_SHARE = 0.2  # of digits
 SPLIT_SEED = 0  # part of the definition of digits: changing it changes every index
-TIMEOUT = 60  # seconds without an answer
+_TIMEOUT = 60  # seconds without an answer
 BLOCK = 1 << 20
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ def _open(class_name: str, entry: DatasetEntry, folder: Path, part: str) -> Any:
         reason = error
     if "not found" not in str(reason):
         raise _damaged(entry, folder, part, reason) from reason
-    fetch(entry, folder)
+    fetch_dataset(entry, folder)
     try:
         return make(str(folder), **chosen, download=True)  # unpacks what was downloaded
     except OSError:  # a full disk, or a folder that cannot be written
@@ -127,7 +127,7 @@ class _DownloadError(Exception):
     """A mirror did not deliver the file."""
 
 
-def fetch(entry: DatasetEntry, folder: Path) -> list[Path]:
+def fetch_dataset(entry: DatasetEntry, folder: Path) -> list[Path]:
     """The files that a data set is downloaded as; missing ones are downloaded, the others verified.
 
     Args:
@@ -167,7 +167,7 @@ def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
 def _copy(url: str, download: Download, file: BinaryIO) -> None:
     """Download into an open file."""
     digests = {name: hashlib.new(name) for name in ("md5", "sha256")}
-    with _connected(lambda: urllib.request.urlopen(url, timeout=TIMEOUT)) as answer:
+    with _connected(lambda: urllib.request.urlopen(url, timeout=_TIMEOUT)) as answer:
         length = int(answer.headers.get("Content-Length") or 0) or None
         label = f"downloading {Path(download.file).name}"
         with tqdm(total=length, unit="B", unit_scale=True, desc=label, disable=None) as bar:

@@ -277,7 +277,7 @@ PAPERS_WINDOWS = Windows()
 
 # ------------------------------------------------------------------------------------------- the files of one run
 
-SEED_FILES = {score.name: score.seed_file for score in (*COUNTS, *flatness.SCORES)}
+SEED_FILES = {score.name: score.seed_file for score in (*COUNTS, *flatness.END_SCORES)}
 HISTORY_FILES = ("forgettability_history.pkl", "epochs_to_learn_history.pkl")
 RECORD_FILE = "end_of_training.json"  # the sha256 of each score file; folders of older versions lack it
 NOT_VISITED = 255
@@ -316,7 +316,7 @@ def write_end_of_training_scores(
     folder, correct = Path(folder), dynamics["correct"]
     visited = np.flatnonzero(~np.isnan(correct).all(axis=0))
     scores = {score.name: score.from_dynamics(dynamics) for score in COUNTS}
-    for score in flatness.SCORES:
+    for score in flatness.END_SCORES:
         values = score.compute(model, batches, total=correct.shape[1], progress=True)
         wrong = visited[~np.isfinite(values[visited])]
         if len(wrong):

@@ -207,7 +207,7 @@ def _norms(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dim=axes, keepdim=True)
 
 
-SCORES = (
+END_SCORES = (
     Score(
         "eps",
         r"$\epsilon(x_i)$",

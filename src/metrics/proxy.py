@@ -384,7 +384,7 @@ COMMIT = "61b2ed3fbb1b25a4f1deeed0b415a0d3bfe4f942"
 BASE_URL = f"https://raw.githubusercontent.com/AndAgio/SAMIS/{COMMIT}/src/metrics"
 TABLE = Path(__file__).with_name("published_scores.tsv")
 CHUNK = 1 << 18  # bytes
-TIMEOUT = 60  # seconds without an answer
+_TIMEOUT = 60  # seconds without an answer
 
 
 @dataclass(frozen=True)
@@ -521,7 +521,7 @@ def _chunks(url: str, size: int | None) -> Iterator[bytes]:
     import urllib.request
 
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
             announced = answer.headers.get("Content-Length", "")
             total = int(announced) if announced.isdigit() else size
             with tqdm(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], disable=None) as bar:

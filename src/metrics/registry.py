@@ -30,8 +30,8 @@ SCORES: dict[str, Score] = {
     for score in (
         MEMORIZATION,
         *dynamics.COUNTS,
-        *flatness.SCORES,
-        *samis.SCORES,
+        *flatness.END_SCORES,
+        *samis.PAIR_SCORES,
         *dynamics.REDUCTIONS,
         SENSITIVITY,
     )

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def precise_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Per-example cross-entropy ``-log softmax(z)_y`` in float64.
 
     Args:
@@ -94,7 +94,7 @@ def mean_loss(loss_sgd: np.ndarray, loss_sam: np.ndarray) -> np.ndarray:
 
 _of_pair = partial(Score, source="pair", folder="sam_sgd", cost="SGD run + SAM run")
 
-SCORES = (
+PAIR_SCORES = (
     _of_pair(
         "samis_loss",
         r"$S_L(x_i)$",
@@ -123,7 +123,7 @@ SCORES = (
     ),
 )
 
-STORED = {score.name: score for score in SCORES if score.seed_file}
+STORED = {score.name: score for score in PAIR_SCORES if score.seed_file}
 FIELDS = ("loss_sgd", "loss_sam", *STORED, "correct_sgd", "correct_sam")
 """What is computed of each example: both models' losses, the scores with a file of their own, and correctness."""
 
@@ -143,8 +143,8 @@ def score_batch(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> dict[
         found = {
             "logits_sgd": logits_sgd,
             "logits_sam": logits_sam,
-            "loss_sgd": cross_entropy(logits_sgd, labels),
-            "loss_sam": cross_entropy(logits_sam, labels),
+            "loss_sgd": precise_cross_entropy(logits_sgd, labels),
+            "loss_sam": precise_cross_entropy(logits_sam, labels),
             "correct_sgd": logits_sgd.argmax(dim=1) == labels,
             "correct_sam": logits_sam.argmax(dim=1) == labels,
         }

@@ -49,7 +49,7 @@ def test_equals_the_plain_way(per_class, fraction, c):
     labels = np.arange(120) % 3
     made = material(scores, probability, labels)
     groups = make_groups(labels, 3, fraction=fraction, per_class=per_class)
-    selection = dual.dual(made, groups, DualOptions(dual_c=c))
+    selection = dual.dual_selection(made, groups, DualOptions(dual_c=c))
     np.testing.assert_array_equal(selection.indices, slow_dual(made, groups, c))
     assert len(selection.indices) == sum(group.budget for group in groups)
     assert not selection.weighted
@@ -78,7 +78,7 @@ def test_easy_examples_become_likelier_as_more_is_pruned():
     mean = probability.mean(axis=0)
     kept = []
     for budget in (2000, 600, 150, 60):
-        selection = dual.dual(material(scores, probability), [CandidateGroup(np.arange(3000), budget)], DualOptions())
+        selection = dual.dual_selection(material(scores, probability), [CandidateGroup(np.arange(3000), budget)], DualOptions())
         kept.append(mean[selection.indices].mean())
     assert (np.diff(kept) > 0).all()
     assert kept[-1] > kept[0] + 0.2
@@ -107,17 +107,17 @@ def test_scores_of_zero_come_last_and_are_drawn_uniformly():
     counts = np.zeros(6)
     for seed in range(600):
         made = material([0.1, 0, 0, 0, 0, 0], probability, seed=seed)
-        counts[dual.dual(made, [CandidateGroup(np.arange(6), 2)], DualOptions()).indices] += 1
+        counts[dual.dual_selection(made, [CandidateGroup(np.arange(6), 2)], DualOptions()).indices] += 1
     assert counts[0] == 600
     assert stats.chisquare(counts[1:]).pvalue > 1e-3
     zeros = material(np.zeros(6), probability)
-    assert len(dual.dual(zeros, [CandidateGroup(np.arange(6), 3)], DualOptions()).indices) == 3
+    assert len(dual.dual_selection(zeros, [CandidateGroup(np.arange(6), 3)], DualOptions()).indices) == 3
 
 
 def test_without_the_density_the_highest_scores_are_kept():
     scores, _ = planted(50)
     made = SelectionInputs(np.zeros(50, dtype=np.int64), 1, 1, scores)
-    selection = dual.dual(made, [CandidateGroup(np.arange(50), 7)], DualOptions(dual_beta=False))
+    selection = dual.dual_selection(made, [CandidateGroup(np.arange(50), 7)], DualOptions(dual_beta=False))
     np.testing.assert_array_equal(selection.indices, np.sort(np.argsort(scores)[-7:]))
 
 
@@ -128,18 +128,18 @@ def test_edges():
         CandidateGroup(np.arange(1, 8), 7),
         CandidateGroup(np.arange(8, 12), 1),
     ]
-    selection = dual.dual(material(scores, probability), groups, DualOptions())
+    selection = dual.dual_selection(material(scores, probability), groups, DualOptions())
     np.testing.assert_array_equal(selection.indices[:8], np.arange(8))
     assert len(selection.indices) == 9
     certain = material(np.full(4, 0.2), np.ones((3, 4)))  # mu = 1: beta = 0
-    assert len(dual.dual(certain, [CandidateGroup(np.arange(4), 2)], DualOptions()).indices) == 2
+    assert len(dual.dual_selection(certain, [CandidateGroup(np.arange(4), 2)], DualOptions()).indices) == 2
 
 
 def test_seeds_reproduce():
     scores, probability = planted(200)
     group = [CandidateGroup(np.arange(200), 40)]
     first, second, other = (
-        dual.dual(material(scores, probability, seed=seed), group, DualOptions()).indices for seed in (1, 1, 2)
+        dual.dual_selection(material(scores, probability, seed=seed), group, DualOptions()).indices for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
@@ -149,7 +149,7 @@ def test_complaints():
     scores, probability = planted(5)
     group = [CandidateGroup(np.arange(5), 2)]
     with pytest.raises(ArgumentError, match=r"^dual_c 0"):
-        dual.dual(material(scores, probability), group, DualOptions(dual_c=0))
+        dual.dual_selection(material(scores, probability), group, DualOptions(dual_c=0))
     scores[2] = np.nan
     with pytest.raises(FileError, match="no score"):
-        dual.dual(material(scores, probability), group, DualOptions())
+        dual.dual_selection(material(scores, probability), group, DualOptions())

@@ -65,8 +65,8 @@ def test_scores_that_are_not_finite_are_named(written, tmp_path, monkeypatch, ca
     values = np.zeros(correct.shape[1])
     values[[8, 41]] = np.nan, np.inf
     found = {"flat": values, "eps": np.zeros_like(values)}
-    measured = tuple(replace(s, compute=lambda *_, name=s.name, **__: found[name]) for s in flatness.SCORES)
-    monkeypatch.setattr(flatness, "SCORES", measured)
+    measured = tuple(replace(s, compute=lambda *_, name=s.name, **__: found[name]) for s in flatness.END_SCORES)
+    monkeypatch.setattr(flatness, "END_SCORES", measured)
     write_end_of_training_scores(tmp_path, model, None, {"correct": correct})
     assert "input curvature of 2 examples is not finite (indices 8, 41)" in caplog.text
     assert len(caplog.records) == 1

@@ -7,7 +7,7 @@ import torch
 from src.artifacts.io import read_npz, write_npz
 from src.artifacts.paths import samis_path
 from src.errors import FileError
-from src.metrics.samis import cross_entropy, read_seed, samis_prob, save_seed, score_batch
+from src.metrics.samis import precise_cross_entropy, read_seed, samis_prob, save_seed, score_batch
 
 
 def softmax(z):
@@ -60,7 +60,7 @@ def test_a_batch_is_the_sum_of_its_parts(logits):
     for name, values in whole.items():
         torch.testing.assert_close(values, torch.cat([p[name] for p in parts]), rtol=1e-14, atol=1e-15)
     assert torch.equal(whole["correct_sgd"], sgd.argmax(1) == labels)
-    torch.testing.assert_close(whole["loss_sam"], cross_entropy(sam, labels))
+    torch.testing.assert_close(whole["loss_sam"], precise_cross_entropy(sam, labels))
 
 
 def seed_file(folder, **changes):

@@ -14,7 +14,7 @@ from PIL import Image
 from refusals import FILE, FLAG, refuse, spoilt
 from support import folders, succeed
 
-from src.curvature.plots import FLOOR, spectrum_figure, width
+from src.curvature.plots import _FLOOR, spectrum_figure, width
 from src.curvature.results import SpectrumGroup, StoredSpectrum, csv_table, markdown_table
 
 SCRIPT = "plot_hessian.py"
@@ -223,7 +223,7 @@ def test_what_is_drawn():
     assert -4 < low < -2.1
     assert 60.1 < high < 62
     x, y = axes.lines[0].get_data()
-    assert y.min() == FLOOR
+    assert y.min() == _FLOOR
     for outlier, weight in ((-2.0, 0.05), (50.0, 0.05), (60.0, 0.05)):
         height = y[np.argmin(np.abs(x - outlier))]
         assert height > 0.9 * weight / (width(-2, 60) * (2 * np.pi) ** 0.5), "every outlier is seen"
