@@ -78,7 +78,9 @@ def test_easy_examples_become_likelier_as_more_is_pruned():
     mean = probability.mean(axis=0)
     kept = []
     for budget in (2000, 600, 150, 60):
-        selection = dual.dual_selection(material(scores, probability), [CandidateGroup(np.arange(3000), budget)], DualOptions())
+        selection = dual.dual_selection(
+            material(scores, probability), [CandidateGroup(np.arange(3000), budget)], DualOptions()
+        )
         kept.append(mean[selection.indices].mean())
     assert (np.diff(kept) > 0).all()
     assert kept[-1] > kept[0] + 0.2
@@ -139,7 +141,8 @@ def test_seeds_reproduce():
     scores, probability = planted(200)
     group = [CandidateGroup(np.arange(200), 40)]
     first, second, other = (
-        dual.dual_selection(material(scores, probability, seed=seed), group, DualOptions()).indices for seed in (1, 1, 2)
+        dual.dual_selection(material(scores, probability, seed=seed), group, DualOptions()).indices
+        for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
