@@ -78,12 +78,13 @@ def parse() -> Namespace:
 
 def content(rows: dict[str, np.ndarray], deltas: np.ndarray, class_cov: str) -> dict:
     """What the result file has, for the models trained so far."""
+    more = {name: values for name, values in rows.items() if name not in ("test_accs", "test_nlls")}
     return {
-        **rows,
         "estimated_nll": [np.float64(value) for value in rows[f"estimated_nll_{class_cov}"]],
         "deltas": deltas[: len(rows["test_accs"])],
         "test_accs": rows["test_accs"].tolist(),
         "test_nlls": [np.float32(value) for value in rows["test_nlls"]],
+        **more,
     }
 
 

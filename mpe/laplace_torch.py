@@ -36,8 +36,8 @@ class LaplaceTorchVariances:
         memory_mb: see above.
 
     Raises:
-        ArgumentError: laplace-torch is missing or cannot treat the model.
-        UserError: Its eigendecomposition fails.
+        ArgumentError: laplace-torch cannot treat the model.
+        UserError: It is not installed, or its eigendecomposition fails.
     """
 
     def __init__(
@@ -94,7 +94,8 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
         structure: a name of ``mpe.config.STRUCTURES``.
 
     Raises:
-        ArgumentError: there is none, or the package is missing.
+        ArgumentError: There is none.
+        UserError: The package is missing.
     """
     from src import _torchvision  # noqa: F401  prepares torchvision, which laplace-torch imports
 
@@ -102,9 +103,8 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
         from laplace.curvature.asdl import AsdlGGN
         from laplace.curvature.curvlinops import CurvlinopsGGN
     except ImportError as error:
-        raise ArgumentError(
-            "laplace_backend",
-            "laplace-torch: needs the package; install it with 'pip install laplace-torch', or use fast",
+        raise UserError(
+            "laplace-torch: is not installed; run 'pip install laplace-torch', or use the laplace_backend fast"
         ) from error
     images = images[:_TRIED].to(next(model.parameters()).device)
     if structure == "kfac":

@@ -466,7 +466,7 @@ def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None)
 
 def _speaks() -> bool:
     """Whether this process answers for those of torchrun, which all find the same flags wrong."""
-    return os.environ.get("RANK", "0") == "0"
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _end(line: str, status: int) -> NoReturn:

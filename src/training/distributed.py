@@ -50,12 +50,14 @@ class ProcessGroup:
         """The group of one process.
 
         Raises:
-            ArgumentError: torchrun has started several, which would all train the same model.
+            ArgumentError: torchrun has started several, which would all do the same work.
         """
         count = os.environ.get("WORLD_SIZE", "1")
         if "LOCAL_RANK" in os.environ and count != "1":
             raise ArgumentError(
-                "distributed_training", f": is missing, though torchrun started {count} processes; give it"
+                "distributed_training",
+                f": torchrun started {count} processes, which would all do the same work; give the flag in a script "
+                "that trains, and start the others without torchrun",
             )
         return cls()
 
