@@ -13,13 +13,14 @@ from src import training
 from src.artifacts.io import file_digest, read_json, read_pickle
 from src.artifacts.paths import dynamics_folder, samis_path, split_experiment, standard_experiment
 from src.artifacts.store import check_consistent, check_identity
-from src.cli import SEED, option
+from src.cli import SEED, check_options, option
 from src.datasets import dataset_flag
 from src.errors import ArgumentError, FileError
 from src.metrics import samis
 from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows
 from src.metrics.proxy import min_max
 from src.metrics.registry import get_score, scores_from
+from src.metrics.score import Score
 from src.optimizers import OPTIMIZERS, SCHEDULES
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class AverageConfig:
         overwrite: Whether scores that were averaged otherwise are replaced.
 
     Raises:
-        ArgumentError: A seed is named twice.
+        ArgumentError: A seed is named twice, or a value is out of its range.
     """
 
     model: str
@@ -89,6 +90,7 @@ class AverageConfig:
     overwrite: bool = option(False, "replace scores that were averaged with different settings")
 
     def __post_init__(self) -> None:
+        check_options(self)
         if len(set(self.seeds)) < len(self.seeds):
             raise ArgumentError("seeds", f"{' '.join(map(str, self.seeds))}: names a seed twice; name each once")
 
@@ -130,10 +132,12 @@ def read_pair_seed(
     Raises:
         FileError: The seed was not scored yet, or its files are damaged.
     """
-    result = {}
+    wanted: dict[str, list[Score]] = {}
     for mode in modes:
         score = get_score(mode)
-        which = score.seed_file or "loss"  # every file has both losses
+        wanted.setdefault(score.seed_file or "loss", []).append(score)  # every file has both losses
+    result = {}
+    for which, scores in wanted.items():
         path = samis_path(metrics_folder, dataset, model, seed, which)
         if not path.exists():
             raise FileError(
@@ -148,12 +152,16 @@ def read_pair_seed(
             stored = {**facts["settings"], "seed": content["seed"], "score": content["score"] or which}
             check_identity(path, stored, _AGAIN, dataset=dataset, model=model, seed=seed, score=which)
         else:
-            if not score.seed_file:
-                raise FileError(f"{path}: contains no losses, so there is no {mode}; leave it out of the modes")
+            for score in scores:
+                if not score.seed_file:
+                    raise FileError(
+                        f"{path}: contains no losses, so there is no {score.name}; leave it out of the modes"
+                    )
             log.warning("%s: does not say how it was made (epoch, protocol, labels, settings)", path)
             facts = {"settings": {}}
-        values = content["arr_0"] if score.seed_file else score.compute(*(content[name] for name in score.reads))
-        result[mode] = SeedScores(seed, values, scored, _without_seed(facts), path)
+        for score in scores:
+            values = content["arr_0"] if score.seed_file else score.compute(*(content[name] for name in score.reads))
+            result[score.name] = SeedScores(seed, values, scored, _without_seed(facts), path)
     return result
 
 
@@ -256,11 +264,13 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
         FileError: The seeds differ in epoch, protocol, data, settings or scored examples, or a score is not finite.
     """
     score = get_score(mode)
-    for seed in seeds[1:]:
-        if not np.array_equal(seed.scored, seeds[0].scored):
-            raise FileError(f"{seed.source}: does not score the same examples as {seeds[0].source}; {_ONE_KIND}")
     flat = [(s.source, {**s.facts["settings"], **s.facts, "settings": None}) for s in seeds if s.recorded]
     check_consistent(flat, what="cannot be averaged with", remedy=_ONE_KIND)
+    for seed in seeds[1:]:
+        if not np.array_equal(seed.scored, seeds[0].scored):
+            here, there = len(seed.scored), len(seeds[0].scored)
+            found = "it scores other examples" if here == there else f"examples ({there} there, {here} here)"
+            raise FileError(f"{seed.source}: cannot be averaged with {seeds[0].source}: {found}; {_ONE_KIND}")
     unrecorded = [seed.seed for seed in seeds if not seed.recorded]
     if 0 < len(unrecorded) < len(seeds):
         log.warning("%s: seeds %s do not say how they were made; they are averaged with those that do",

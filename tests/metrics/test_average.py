@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from src.artifacts.io import label_hash, read_pickle, write_npz, write_pickle
-from src.artifacts.paths import dynamics_folder, split_experiment, standard_experiment
+from src.artifacts.paths import dynamics_folder, samis_path, split_experiment, standard_experiment
 from src.artifacts.store import check_score_target, write_scores
 from src.errors import ArgumentError, FileError
 from src.metrics.average import AverageConfig, SeedScores, average, find_run, read_pair_seed, read_run_seed
@@ -55,9 +55,11 @@ def test_seeds_of_different_kinds_are_refused(facts, named):
 
 
 def test_other_lengths_other_examples_and_nan_are_refused():
-    with pytest.raises(FileError, match="same examples"):
+    with pytest.raises(FileError, match=r"seed_2.npz: .* seed_1.npz: .*examples \(3 there, 2 here\)"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2])])
-    with pytest.raises(FileError, match="same examples"):
+    with pytest.raises(FileError, match="subset"):  # the setting that is the reason, where one is recorded
+        average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2], {**FACTS, "subset": 2})])
+    with pytest.raises(FileError, match="scores other examples"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2, np.nan], scored=[True, True, False])])
     with pytest.raises(FileError, match=r"seed_2.npz: example 1 has no finite csl score"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, np.nan, 3])])
@@ -94,6 +96,17 @@ def test_pair_seeds_give_samis_and_the_plain_mean_loss(tmp_path):
         assert record["protocol"] == "full"
         assert "seed" not in record["settings"]
         assert record["settings"]["lr_sched"] == "const"
+
+
+def test_a_file_of_the_papers_code_is_read_once_and_has_no_mean_loss(tmp_path, caplog):
+    path = samis_path(tmp_path, "toy", "mlp", 1, "loss")
+    write_npz(path, arr_0=np.arange(6.0))
+    found = read_pair_seed(("samis_loss",), tmp_path, "toy", "mlp", 1)
+    assert found["samis_loss"].values.tolist() == list(range(6))
+    assert len(caplog.records) == 1
+    with pytest.raises(FileError, match="no mean_loss"):
+        read_pair_seed(("samis_loss", "mean_loss"), tmp_path, "toy", "mlp", 1)
+    assert len(caplog.records) == 1  # no warning of a file that is refused
 
 
 def test_a_seed_that_is_not_scored_is_named_with_its_command(tmp_path):
