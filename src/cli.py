@@ -84,14 +84,14 @@ def build(config: type[Config], args: Namespace, **values: Any) -> Config:
 
 
 def check_options(config: Any) -> None:
-    """Check that each value of a dataclass is one that its flag accepts; None always is.
+    """Check that each value of a dataclass, or each part of a list, is one that its flag accepts; None always is.
 
     Raises:
         ArgumentError: One is not.
     """
     for item in fields(config):
         value, keywords = getattr(config, item.name), item.metadata.get("flag", {}).get("keywords", {})
-        for part in value if isinstance(value, list) else [value]:
+        for part in value if isinstance(value, list | tuple) else [value]:
             if part is None:
                 continue
             if part not in keywords.get("choices", (part,)):

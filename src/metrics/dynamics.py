@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.artifacts.io import file_digest, write_json, write_pickle
-from src.cli import number, option
+from src.cli import check_options, number, option
 from src.errors import ArgumentError
 from src.metrics import flatness
 from src.metrics.score import Score
@@ -265,12 +265,18 @@ class Windows:
     Attributes:
         window: J, the epochs in a window.
         el2n_epochs: First and last epoch of EL2N, from 1.
+
+    Raises:
+        ArgumentError: A window has fewer than two epochs, or an epoch is below 1.
     """
 
     window: int = option(WINDOW, f"epochs in a window of {_WINDOWED}", number(int, 2))
     el2n_epochs: Sequence[int] = option(
-        (1, WINDOW), "the epochs that el2n averages over", number(int, 1), nargs=2, metavar=("FIRST", "LAST")
+        [1, WINDOW], "the epochs that el2n averages over", number(int, 1), nargs=2, metavar=("FIRST", "LAST")
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 PAPERS_WINDOWS = Windows()
@@ -316,7 +322,7 @@ def write_end_of_training_scores(
     folder, correct = Path(folder), dynamics["correct"]
     visited = np.flatnonzero(~np.isnan(correct).all(axis=0))
     scores = {score.name: score.from_dynamics(dynamics) for score in COUNTS}
-    for score in flatness.END_SCORES:
+    for score in reversed(flatness.END_SCORES):  # the order in which earlier versions recorded them
         values = score.compute(model, batches, total=correct.shape[1], progress=True)
         wrong = visited[~np.isfinite(values[visited])]
         if len(wrong):

@@ -187,7 +187,7 @@ class ScoreConfig:
     """Where stored scores are searched.
 
     Attributes:
-        scores_folder: SearchFolders, or MODE=FOLDER for one score; see :func:`score_folders`.
+        scores_folder: Folders, or MODE=FOLDER for one score; see :func:`score_folders`.
     """
 
     scores_folder: list[str] = option(
@@ -376,7 +376,8 @@ def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     message += f"; there are those called {', '.join(there)}" if there else ""
     shipped = paths.PACKAGED_SCORES
     if shipped not in folders and score.path(shipped, dataset).exists():
-        message += f"; scores_folder={os.path.relpath(shipped)} gives those that ship with the project"
+        folder = os.path.relpath(shipped)
+        message += f"; those that ship with the project are in {folder} (--scores_folder={folder})"
     return FileError(message)
 
 

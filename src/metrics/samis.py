@@ -28,7 +28,7 @@ from src.artifacts.store import (
     parse_settings,
     setting_value,
 )
-from src.cli import SEED, number, option
+from src.cli import SEED, check_options, number, option
 from src.datasets import validation_indices
 from src.errors import ArgumentError, FileError
 from src.lazy import torch
@@ -179,6 +179,9 @@ class SamisConfig:
         lr_sched: The schedule in the runs' names, or None for the only one there is.
         batch_size: How many examples are scored at a time.
         overwrite: Whether scores that were made with different settings are replaced.
+
+    Raises:
+        ArgumentError: A value is out of its range.
     """
 
     model: str
@@ -195,6 +198,9 @@ class SamisConfig:
     )
     batch_size: int = option(512, "examples scored at a time", number(int, 1))
     overwrite: bool = option(False, "replace scores that were made with different settings")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)

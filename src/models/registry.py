@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.artifacts.io import file_digest
-from src.cli import option
+from src.cli import check_options, option
 from src.errors import ArgumentError
 from src.lazy import later
 
@@ -126,7 +126,7 @@ class ModelConfig:
             contains such a state dict.
 
     Raises:
-        ArgumentError: There are no pre-trained weights for the model.
+        ArgumentError: There is no such model, or there are no pre-trained weights for it.
     """
 
     model: str = option("resnet50", f"one of {', '.join(MODELS)}", choices=tuple(MODELS), metavar="NAME")
@@ -139,6 +139,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.pretrained:
             require_weights(self.model)
 

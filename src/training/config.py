@@ -91,7 +91,10 @@ class TrainingConfig:
         if self.delta is not None and "delta" not in acting:
             raise ArgumentError("delta", f": has no effect on {self.optimizer}; leave it out")
         if self.delta is not None and self.weight_decay > 0.0:
-            raise ArgumentError("delta", ": and weight_decay both set the prior of iblr; give one of them")
+            raise ArgumentError(
+                "delta",
+                f"{self.delta:g}: cannot be combined with a weight decay, which sets the same prior; give one",
+            )
         if self.nesterov and "nesterov" not in acting:
             raise ArgumentError("nesterov", f": has no effect on {self.optimizer}; leave it out")
         if self.nesterov and self.momentum == 0.0:
@@ -153,7 +156,7 @@ class RunConfig:
         title="training",
         acts=(
             lambda args: not args.cutout_holes or args.dataset not in DATASETS or DATASETS[args.dataset].cutout,
-            "on this data set",
+            f"but on {', '.join(name for name, entry in DATASETS.items() if entry.cutout)} and own data",
         ),
     )
     cutout_length: int = option(

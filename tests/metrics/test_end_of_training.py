@@ -1,5 +1,6 @@
 """What a run with --measure_proxies leaves behind, in the published formats."""
 
+import json
 import pickle
 from dataclasses import replace
 
@@ -38,6 +39,11 @@ def test_every_file_of_the_format_is_there(written):
         content = pickle.loads((folder / name).read_bytes())
         assert list(content) == CHOSEN
         assert all(type(key) is int and type(value) is float for key, value in content.items())
+
+
+def test_digests_are_recorded_in_the_order_of_earlier_versions(written):
+    names = [SEED_FILES[mode] for mode in ("forg", "etl", "flat", "eps")]
+    assert list(json.loads((written[0] / RECORD_FILE).read_text())) == names
 
 
 def test_values_are_raw_counts_and_measured_flatness(written):

@@ -21,8 +21,11 @@ from src.datasets import load_dataset, lookup, parse_subset
 from src.devices import ComputeConfig
 from src.errors import UserError
 from src.metrics import SCORES, Proxy, get_score
+from src.metrics.average import AverageConfig
+from src.metrics.dynamics import Windows
 from src.metrics.proxy import published_files
-from src.models import build_model
+from src.metrics.samis import SamisConfig
+from src.models import ModelConfig, build_model
 from src.training import TrainingConfig
 
 N = 60
@@ -46,10 +49,11 @@ BAD_FLAGS = {
         *("--pretrained", "--distributed_training", "--nonsense", "extra"),
         *(("--epoch=3", "--epochs"), ("--data_aug", "--data_augmentation"), ("--batchsize=3", "--batch_size")),
         ("--pivot=3", "unknown; see"),  # a dead flag of the paper's scripts is not suggested
-        ("--optimizer=iblr --delta=1 --weight_decay=0.1", "weight_decay"),
+        ("--optimizer=iblr --delta=1 --weight_decay=0.1", "--delta 1: .*weight decay"),
         ("--model=inception --image_size=2", "image_size"),
         *("--model=mobile_small --batch_size=119", "--coreset_func=split", "--coreset_func=craig"),
-        *("--dataset=digits --cutout_holes=1", "--dataset=digits --image_size=32", "--dataset=digits --channels=3"),
+        ("--dataset=digits --cutout_holes=1", "--cutout_holes: .*cifar10, .* and own data"),
+        *("--dataset=digits --image_size=32", "--dataset=digits --channels=3"),
         # flags that do nothing in their combination
         *("--rho=0.05", "--rho 0.1", "--adaptive", "--no-adaptive", "--optimizer=sam --hess_init=0.1", "--delta=1"),
         *("--lr_sched=const --lr_min=0", "--cutout_length=16", "--cutout_holes=0 --cutout_length=16", "--sync_bn"),
@@ -186,6 +190,12 @@ def test_flags(blobs, tmp_path, monkeypatch, script, flags, word):
         (lambda: make_groups(np.arange(6) % 2, 2, fraction=2.0), "fraction"),
         (lambda: make_groups(np.arange(6) % 2, 2, shots=9), "shots"),
         (lambda: ComputeConfig(device="tpu"), "device"),
+        (lambda: ModelConfig(model="x"), "model"),
+        (lambda: SamisConfig("mlp", protocol="x"), "protocol"),
+        (lambda: AverageConfig("mlp", modes=("csl", "x")), "modes"),
+        (lambda: AverageConfig("mlp", seeds=(1, -1)), "seeds"),
+        (lambda: Windows(window=1), "window"),
+        (lambda: Windows(el2n_epochs=(0, 5)), "el2n_epochs"),
     ],
 )
 def test_the_library_names_arguments_not_flags(call, argument):
@@ -580,7 +590,7 @@ def test_shipped_scores_are_not_taken_for_those_of_a_given_folder(digits_run, tm
     (tmp_path / "given").mkdir()
     for folder in ("--metrics_folder=", "--scores_folder=", "--scores_folder=samis_loss="):
         refuse(script, "--dataset=digits", *flags.split(), *given, f"{folder}{tmp_path / 'given'}", status=FILE,
-               says=("samis_loss_digits", "src/metrics"))  # fmt: skip
+               says=("samis_loss_digits", r"\(--scores_folder=\S*src/metrics\)"))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- selections
