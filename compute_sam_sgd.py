@@ -2,7 +2,7 @@
 r"""Score every training example with SAMIS: how differently an SGD-trained and a SAM-trained model treat it.
 
 Reads the checkpoints of one epoch that train_split.py (ten splits: each example is scored by the pair that never saw
-it) or train_full.py (premature protocol: one pair, in sample) wrote under --models_folder. Writes the un-normalised
+it) or train_full.py (premature protocol: one pair, in sample) wrote under --models_folder. Writes the un-normalized
 scores of the seed to {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz; average_scores.py reads
 them.
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Train a network on the whole training part of a data set (the premature protocol trains it for few epochs).
+r"""Train a model on the full training set (the premature protocol trains it for few epochs).
 
 Reads the data set (downloaded if need be) under --datasets_folder. Writes checkpoints and results.json to
 {models_folder}/standard_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}/seed_{seed}/, resume states under

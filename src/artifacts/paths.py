@@ -1,4 +1,4 @@
-"""Where every file stands: the one place that knows folder and file names."""
+"""Where every file is: the one place that knows folder and file names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ TRAINING_FOLDERS = ("datasets_folder", "models_folder", "metrics_folder", "log_f
 
 
 def standard_experiment(model: str, dataset: str, optimizer: str, lr_sched: str) -> str:
-    """The name of a run on the whole training part."""
+    """The name of a run on the full training set."""
     return f"standard_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}"
 
 
@@ -130,14 +130,14 @@ def samis_path(metrics_folder: str | Path, dataset: str, model: str, seed: int, 
 def hessian_path(
     hessian_folder: str | Path, part: str, spec: str, experiment: str, norm: str, seed: int, which: str, mode: str
 ) -> Path:
-    """The spectrum of the loss of one network.
+    """The spectrum of the loss of one model.
 
     Args:
         hessian_folder: Where spectra are kept.
         part: ``"train"`` or ``"test"``.
         spec: Which of its examples, such as ``mem:low:0.3``; ``"all"`` for all of them.
-        experiment: The network's run.
-        norm: ``"bn"`` for networks with BatchNorm, ``"nobn"`` for others.
+        experiment: The model's run.
+        norm: ``"bn"`` for models with BatchNorm, ``"nobn"`` for others.
         seed: The run's seed.
         which: ``epoch_{e}``, or ``checkpoint_{digits of its content}``.
         mode: How the eigenvalues were found, see ``eigen_name``.
@@ -162,7 +162,7 @@ def ntk_run_folder(folder: str | Path, dataset: str, run: str, metric: str) -> P
 
 
 def ntk_folder(folder: str | Path, dataset: str, run: str, metric: str, epoch: int, seed: int) -> Path:
-    """The kernels of one network, and its velocities."""
+    """The kernels of one model, and its velocities."""
     return ntk_run_folder(folder, dataset, run, metric) / f"epoch_{epoch}" / f"seed_{seed}"
 
 
@@ -185,8 +185,8 @@ def spectrum_figure_name(
     """What a figure of spectra is called: all that was chosen; the last three where they are not the default.
 
     Args:
-        model: The network.
-        optimizers: The optimisers of the runs.
+        model: The model.
+        optimizers: The optimizers of the runs.
         part: ``"train"`` or ``"test"``.
         epoch: The epoch of the checkpoints.
         mode: See ``eigen_name``.
