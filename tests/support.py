@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -111,6 +112,7 @@ class Forked:
                 setattr(sys, name, stream)
                 setattr(sys, f"__{name}__", stream)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes, also with a killed one
             os.environ.update(environment or {})
             os.chdir(cwd or os.getcwd())
             if prepare:
