@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,13 @@ class RunFiles:
             raise FileError(f"{path}: is the resume state of epoch {state.get('epoch')}; it was copied or renamed")
         return state
 
+    def newest_state(self) -> dict[str, Any] | None:
+        """The newest readable resume state; None where there is none."""
+        for epoch in self.states():
+            with suppress(FileError):
+                return self.read_state(epoch)
+        return None
+
     def remove_states(self) -> None:
         """Remove what only an unfinished run needs."""
         for path in self.resume.glob("*epoch=*"):
@@ -215,16 +222,16 @@ class _Run:
 
     def start(self, overwrite: bool) -> None:
         """Begin a run from scratch; stop if the folders contain one with different settings."""
-        files, states = self.files, self.files.states()
+        files = self.files
         # without results.json the checkpoints are gone, or in another folder
-        from_state = bool(states) and not files.results.exists()
+        state = None if files.results.exists() else files.newest_state()
+        path = files.results if state is None else files.state(state["epoch"])
 
         def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-            found = files.read_state(states[0]) if from_state else files.read_results()
+            found = files.read_results() if state is None else state
             return found, found.get("settings", self.settings)
 
-        path = files.state(states[0]) if from_state else files.results
-        if load_result(path, self.settings, read, overwrite=overwrite) is None and overwrite:
+        if path.exists() and load_result(path, self.settings, read, overwrite=overwrite) is None:
             files.remove_states()
             for checkpoint in files.checkpoints.glob("*.pt"):
                 checkpoint.unlink()

@@ -150,3 +150,27 @@ def test_states_of_other_settings_are_not_replaced_when_checkpoints_are_elsewher
     assert files.states() == [4, 3]
     run_training(trainer, elsewhere, trainer.config.as_dict(), DESCRIPTION, overwrite=True)
     assert read_checkpoint(files.state(4))["settings"]["learning_rate"] == 0.01
+
+
+def test_without_results_a_start_goes_by_the_newest_readable_state(make_trainer, tmp_path):
+    files = run(make_trainer(), tmp_path)
+    files.state(4).write_bytes(b"damaged")
+    files.results.unlink()
+    with pytest.raises(FileError, match="learning_rate"):
+        run(make_trainer(learning_rate=0.1), tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(KilledError):
+            run(make_trainer(after_step=kill_at(1)), tmp_path, overwrite=overwrite)
+        assert files.states() == [4, 3]
+        assert files.epoch(4).exists(), "what was made with the same settings is not removed"
+        files.results.unlink()
+    files.state(3).write_bytes(b"damaged")
+    run(make_trainer(), tmp_path)
+
+
+def test_overwriting_removes_nothing_where_no_settings_were_read(make_trainer, tmp_path):
+    checkpoint = RunFiles(tmp_path / "ckpts", tmp_path / "resume").epoch(9)
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"of another run")
+    run(make_trainer(), tmp_path, overwrite=True)
+    assert checkpoint.exists()
