@@ -152,7 +152,8 @@ def main() -> None:
     result = experiment.result()
     if own.write_scores:
         path = SCORES["mpe"].path(folders.metrics_folder, experiment.context.entry.name)
-        check_score_target(path, experiment.settings(), overwrite=config.overwrite)
+        settings = experiment.settings()
+        check_score_target(path, settings, overwrite=config.overwrite, only=settings)
     experiment.check_variances(config.delta, own.var_version)
 
     def predict(trainer):

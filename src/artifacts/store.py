@@ -365,6 +365,7 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
     def write_record(file: BinaryIO) -> None:
         file.write(json_bytes(record))
         file.flush()
+        os.fsync(file.fileno())
         path.unlink(missing_ok=True)
 
     return [write_with(path, write), beside]
@@ -403,13 +404,17 @@ def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]
     return write_recorded(path, content, {**record, "n": len(indices), "total": len(scores), "sha256": digest})
 
 
-def check_score_target(path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def check_score_target(
+    path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False, only: Iterable[str] | None = None
+) -> None:
     """Refuse to replace a score file that was made with different settings.
 
     Args:
         path: The file to be written.
         settings: What determines its scores; those that the file's json lacks count as their defaults.
         overwrite: Whether any file may be replaced.
+        only: Which entries of the file's json to compare, where it also has facts that are not known yet; by default
+            all that do not follow from the scores.
 
     Raises:
         FileError: The settings differ, or are not recorded.
@@ -417,7 +422,9 @@ def check_score_target(path: str | Path, settings: Mapping[str, Any], *, overwri
 
     def read(path: Path) -> tuple[bool, dict[str, Any] | None]:
         record = read_record(path)
-        return True, {name: record[name] for name in settings if name in record} if record else None
+        if only is not None:
+            record = {name: record[name] for name in only if name in record}
+        return True, record or None
 
     load_result(path, settings, read, overwrite=overwrite, ignore=_DERIVED)
 

@@ -197,12 +197,18 @@ def test_a_pickle_never_stands_beside_the_record_of_another(stored, monkeypatch)
     assert seen == [(None, 3.0), (None, 4.0), (None, 4.0), ([2.5], 4.0)]
 
 
-def test_a_full_disk_leaves_the_older_result(stored, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("written", [0, 1])  # the disk is full at the pickle, or at the record
+def test_a_full_disk_leaves_the_older_result(stored, monkeypatch, written):
+    room = [True] * written
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FileError, match=r"a\.pkl: could not be written"):
+    def sync(descriptor, real=os.fsync):
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+        room.pop()
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(FileError, match=r"a\.(pkl|json): could not be written"):
         write_recorded(stored, [2.5], {"settings": SETTINGS, "seconds": 4.0})
     assert pickle.loads(stored.read_bytes()) == [1.5]
     assert read_record(stored)["seconds"] == 3.0

@@ -195,6 +195,10 @@ def test_results_of_other_settings_are_not_replaced(tmp_path):
     check_score_target(path, record)  # the same again
     with pytest.raises(FileError, match=r"seeds \(\[1\] there, \[1, 2\] here\); give --overwrite"):
         check_score_target(path, {**record, "seeds": [1, 2]})
+    write_scores(path, np.array([0, 0.5, 1]), {**record, "unrecorded_seeds": [1]})
+    with pytest.raises(FileError, match=r"unrecorded_seeds \(\[1\] there, None here\)"):
+        check_score_target(path, record)
+    check_score_target(path, record, only=record)
     path.with_suffix(".json").unlink()
     with pytest.raises(FileError, match="does not record"):
         check_score_target(path, record)
