@@ -63,20 +63,25 @@ class SpectrumState:
         return self.folder / f"rows_{run}_{start}.pt"
 
     def prepare(self, resume: bool, overwrite: bool) -> None:
-        """Keep an earlier state if it is to be resumed from; else remove it.
+        """Keep an earlier state if it is to be resumed from; else remove it, also if it is damaged.
 
         Args:
             resume: Whether it is to be resumed from.
-            overwrite: Whether one that is damaged, or of different settings, may be removed.
+            overwrite: Whether one of different settings, or a damaged one to be resumed from, may be removed.
 
         Raises:
             FileError: There is such a state, and it may not be removed.
         """
 
         def read(path: Path) -> tuple[bool, dict[str, Any]]:
-            settings = read_checkpoint(path).get("settings")
-            if not isinstance(settings, dict):
-                raise FileError(f"{path}: has no settings; remove {self.folder}")
+            try:
+                settings = read_checkpoint(path).get("settings")
+                if not isinstance(settings, dict):
+                    raise FileError(f"{path}: has no settings; remove {self.folder}")
+            except FileError:
+                if resume:
+                    raise
+                return False, self.settings  # a fresh start needs nothing of it
             return True, settings
 
         files = [path for path in sorted(self.folder.glob("*.pt")) if not path.name.startswith(("rows_", "vectors"))]
@@ -209,7 +214,6 @@ class SpectrumRun:
                 TraceEstimate(*([*map(float, result[name])] for name in ("samples", "deflated"))),
                 self.operator.size,
             )
-            self.operator.products, self.seconds = int(stored["products"]), float(stored["seconds"])
             if stored["lanczos"] is not None:
                 self._process = self._start()
                 self._process.load(stored["lanczos"], stored["rows"])
@@ -220,6 +224,7 @@ class SpectrumRun:
                     raise ValueError("its vectors have another shape")
                 self._known = values, known["vectors"].to(self.operator.device)
                 self._known_stored = True
+            self.operator.products, self.seconds = int(stored["products"]), float(stored["seconds"])
         except _DAMAGE as error:
             raise FileError(f"{self.state.folder}: {_DAMAGED}") from error
         return True
@@ -375,7 +380,13 @@ def measure_spectrum(
         state = SpectrumState(path.with_suffix(".state"), settings)
         state.prepare(config.resume, config.overwrite)
         run = SpectrumRun(operator, config, state)
-        resumed = run.resume()
+        try:
+            resumed = run.resume()
+        except FileError:
+            if not config.overwrite:
+                raise
+            state.clear()
+            run, resumed = SpectrumRun(operator, config, state), False
         if resumed:
             log.info("going on after %d products", operator.products)
         loss, gradient = operator.loss_and_gradient()

@@ -89,6 +89,12 @@ def test_states_that_do_not_fit(tmp_path):
         state.prepare(True, overwrite=False)
     state.prepare(True, overwrite=True)
     assert not state.folder.exists()
+    write_checkpoint(tmp_path / "other.pt", {"rows": []})
+    for bad in (b"junk", (tmp_path / "other.pt").read_bytes()):  # what cannot be read does not stop a fresh start
+        SpectrumRun(matrix, CONFIG, state).run()
+        (state.folder / "progress.pt").write_bytes(bad)
+        state.prepare(False, overwrite=False)
+        assert not state.folder.exists()
     for resume, overwrite, settings in ((False, False, {"a": 1}), (True, True, {"a": 2})):
         SpectrumRun(matrix, CONFIG, state).run()
         assert state.folder.exists()
@@ -205,13 +211,37 @@ def test_power_iteration_against_the_dense_matrix(name):
     np.testing.assert_array_equal(values, again)
 
 
-class Loss(Matrix):
+class Loss(Interrupting):
     """A matrix with a loss."""
 
     examples = 7
 
     def loss_and_gradient(self):
         return 0.5, torch.ones(self.size)
+
+
+@pytest.mark.parametrize("damaged", ["rows_*.pt", "vectors.pt"])
+def test_damaged_vectors_are_replaced_on_request(tmp_path, damaged):
+    matrix, path = Loss.of_spectrum(SPECTRUM, torch.float32), tmp_path / "spectrum.pkl"
+    wanted = measure_spectrum(matrix, CONFIG, tmp_path / "whole.pkl", {"a": 1})
+    last = wanted["products"] - 2  # of the trace
+    matrix.products, matrix.at = 0, 5 if damaged.startswith("rows") else last
+    with pytest.raises(Interrupted):
+        measure_spectrum(matrix, CONFIG, path, {"a": 1})
+    matrix.at = None
+    files = list(path.with_suffix(".state").glob(damaged))
+    assert files
+    for file in files:
+        file.write_bytes(b"junk")
+    config = replace(CONFIG, resume=True)
+    with pytest.raises(FileError, match="damaged"):
+        measure_spectrum(matrix, config, path, {"a": 1})
+    matrix.products = 0
+    found = measure_spectrum(matrix, replace(config, overwrite=True), path, {"a": 1})
+    assert not found["resumed"]
+    assert not path.with_suffix(".state").exists()
+    for name in ("eigenvalues", "products", "trace"):
+        assert found[name] == wanted[name]
 
 
 def test_files(tmp_path):
