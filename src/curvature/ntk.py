@@ -7,6 +7,7 @@ Source: Fort et al. 2020, "Deep learning versus kernel learning", Eq. 5; Paul et
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -514,7 +515,10 @@ def stored_groups(path: Path, settings: Mapping[str, Any], overwrite: bool) -> d
         record = read_record(path)
         groups = record.get("groups", {})
         try:
-            right = all(lower.isdecimal() and np.isfinite(group["velocity"]) for lower, group in groups.items())
+            right = all(
+                lower.isdecimal() and isinstance(group["velocity"], float) and math.isfinite(group["velocity"])
+                for lower, group in groups.items()
+            )
         except (AttributeError, TypeError, LookupError):
             right = False
         if not right:
