@@ -56,6 +56,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, tabulate."""
     args = parse()
+    build(DataConfig, args)  # checks them
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
         raise ArgumentError("labels", f": {len(args.labels)} for {wanted} --files; give one for each")
     from src.curvature.plots import spectrum_figure

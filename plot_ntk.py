@@ -15,7 +15,7 @@ import numpy as np
 
 from src.artifacts.io import save_figure
 from src.artifacts.paths import Folders, ntk_run, ntk_run_folder, velocity_figure_stem
-from src.cli import SEED, Parser, number, run_script
+from src.cli import SEED, Parser, build, number, run_script
 from src.curvature.config import TrainedRunConfig
 from src.curvature.results import Velocities, read_velocities
 from src.datasets import DataConfig, dataset_name
@@ -51,6 +51,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, draw, print."""
     args = parse()
+    build(DataConfig, args)  # checks them
     from src.curvature.plots import velocity_figure
 
     name = dataset_name(args.dataset)

@@ -133,6 +133,9 @@ def flag_rows():
             yield script, flags, word or next((f for f in flags.split()[::-1] if f[:2] == "--"), flags).split("=")[0]
     for script in SCRIPTS:
         yield script, f"{REQUIRED.get(script, '')} --datas=digits", "--dataset"
+        if script != "fetch_scores.py":  # which takes a name only
+            yield script, f"{REQUIRED.get(script, '')} --dataset=nope", "--dataset"
+            yield script, f"{REQUIRED.get(script, '')} --dataset=digits --image_size=5", "--image_size"
 
 
 @pytest.fixture(scope="module")
