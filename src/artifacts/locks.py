@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,13 +23,16 @@ _POLL = 0.25  # seconds between two tries: short beside any training, long besid
 _NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
+class NoLocksError(FileError):
+    """A file system has no locks."""
+
+
 @contextmanager
 def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
     """Lock a file, or learn at once that another process holds it.
 
     Locks belong to processes: a process that holds one may take it again (also from another thread), and holds it
-    until the last of these contexts ends. A forked child is another process. A file system without locks costs this
-    protection, and a warning, not the work.
+    until the last of these contexts ends. A forked child is another process.
 
     Args:
         path: The lock file; its folder is made. It stays, as removing it would let two processes hold one lock: one
@@ -40,7 +43,7 @@ def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
         Whether this process now holds it.
 
     Raises:
-        FileError: The file cannot be written.
+        FileError: The file cannot be written, or its file system has no locks.
     """
     file_lock = FileLock(
         path,
@@ -58,15 +61,14 @@ def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
     except Timeout:  # also an OSError, so it comes first
         mine = False
     except OSError as error:
-        if error.errno not in _NO_LOCK_ERRORS:
-            raise FileError(
-                f"{path}: cannot be locked ({error.strerror}); choose a folder that can be written"
+        if error.errno in _NO_LOCK_ERRORS:
+            raise NoLocksError(
+                f"{path}: cannot be locked, its file system has no locks ({error.strerror}); "
+                "choose a folder on a local disk, or one whose file system is mounted with locks"
             ) from error
-        log.warning(
-            "%s: cannot be locked, its file system has no locks (%s); start no second process that writes there",
-            path,
-            error.strerror,
-        )
+        raise FileError(
+            f"{path}: cannot be locked ({error.strerror}); choose a folder that can be written"
+        ) from error
     try:
         yield mine
     finally:
@@ -78,7 +80,8 @@ def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
 def lock(path: str | Path, doing: str, *, wait: bool = False) -> Iterator[None]:
     """Do what one process alone may do at a time; stop where another process is doing it, or wait for it.
 
-    Whoever had to wait must look again at what is on disk: the work may be done by then.
+    Whoever had to wait must look again at what is on disk: the work may be done by then. A file system without locks
+    costs work that nobody waits for this protection, and a warning; processes that share work need the locks.
 
     Args:
         path: The lock file, as of :func:`try_lock`.
@@ -86,16 +89,22 @@ def lock(path: str | Path, doing: str, *, wait: bool = False) -> Iterator[None]:
         wait: Wait for the other process, after one line in the log.
 
     Raises:
-        FileError: Another process holds the lock, and ``wait`` is off; or the file cannot be written.
+        FileError: Another process holds the lock, and ``wait`` is off; the file cannot be written; or its file system
+            has no locks, and ``wait`` is on.
     """
-    with try_lock(path) as mine:
-        if mine:
-            yield
-            return
-    if not wait:
-        raise FileError(f"{Path(path).parent}: another process is {doing} ({_holder(path)}); wait for it")
-    log.info("waiting: another process is %s (%s; %s)", doing, _holder(path), path)
-    with try_lock(path, wait=True):
+    with ExitStack() as held:
+        try:
+            mine = held.enter_context(try_lock(path))
+        except NoLocksError as error:
+            if wait:
+                raise
+            log.warning("%s", error)
+            mine = True
+        if not mine:
+            if not wait:
+                raise FileError(f"{Path(path).parent}: another process is {doing} ({_holder(path)}); wait for it")
+            log.info("waiting: another process is %s (%s; %s)", doing, _holder(path), path)
+            held.enter_context(try_lock(path, wait=True))
         yield
 
 

@@ -186,7 +186,8 @@ def load_result(
     except FileError as error:
         if overwrite:
             return None
-        raise FileError(f"{error}; {remedy}") from error
+        advised = "; " in str(error).removeprefix(str(path))
+        raise FileError(f"{error}{', or' if advised else ';'} {remedy}") from error
     if not overwrite:
         if stored is None:
             raise FileError(f"{path}: does not record the settings it was made with; {remedy}")

@@ -122,7 +122,8 @@ class Grid:
     def run(self) -> dict[str, str]:
         """Train the cells that are not finished, and update the table after each.
 
-        Another process may run the same grid: cells that it is training come last.
+        Another process may run the same grid: cells that it is training come last. Those that are finished are not
+        locked, and may be in a folder that cannot be written.
 
         Returns:
             The cells that failed, with the reason.
@@ -134,15 +135,20 @@ class Grid:
                 for number, (cell, run) in enumerate(self.runs.items(), 1):
                     if cell in done:
                         continue
-                    with try_lock(run.lock, wait=wait) as mine:
-                        if not mine:
+                    name = _describe(*cell)
+                    if run.is_done():
+                        done.add(cell)
+                        bar.update()
+                        run.files.remove_states()
+                        continue
+                    held = lock(run.lock, f"training {name}", wait=True) if wait else try_lock(run.lock)
+                    with held as mine:
+                        if not (mine or wait):
                             continue
                         done.add(cell)
                         bar.update()
-                        if run.is_done():
-                            run.files.remove_states()
+                        if run.is_done():  # by another process, since the look above
                             continue
-                        name = _describe(*cell)
                         log.info("cell %d of %d: %s", number, len(self.runs), name)
                         try:
                             run.train()

@@ -335,7 +335,7 @@ class MemoryOptions(Options):
     selection_memory: int = option(
         2048,
         "memory for pairwise similarities; larger ones are computed in blocks",
-        number(int, 0),
+        number(int, 1),
         metavar="MIB",
     )
 

@@ -86,15 +86,15 @@ class PretrainedModel:
     def _experiment(self, key: str) -> str:
         return pretrain_experiment(self._run.context.entry.name, self._run.config.model.model, key)
 
-    def settings_of(self, key: str) -> dict[str, Any] | str:
-        """The settings that a key is the hash of, where their model is on disk; else the key."""
+    def settings_of(self, key: str) -> dict[str, Any]:
+        """The settings that a key is the hash of; empty where their model is not on disk."""
         if key == self.key:
             return self.settings
         try:
             stored = replace(self._run, experiment=self._experiment(key)).files.read_results()
         except FileError:
             stored = {}
-        return {name: value for name, value in stored.get("settings", {}).items() if name != "seed"} or key
+        return {name: value for name, value in stored.get("settings", {}).items() if name != "seed"}
 
     @property
     def _checkpoint(self) -> Path:
@@ -115,7 +115,9 @@ class PretrainedModel:
                 try:
                     run.fit()
                 except ArgumentError as error:
-                    raise ArgumentError(f"coreset_pretrain_{error.name}", error.text) from error
+                    if error.name != "batch_size":
+                        raise
+                    raise ArgumentError("coreset_pretrain_batch_size", error.text.lstrip()) from error
                 except TrainingError as error:
                     raise TrainingError(f"pre-training: {error}; see --coreset_pretrain_lr") from error
             if group.is_main_process:

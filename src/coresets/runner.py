@@ -195,13 +195,12 @@ class CoresetRun:
             FileError: There is one with different settings, or a damaged one.
         """
         wanted = dict(self.settings)
-        if self.models:  # a message names what differs, rather than hashes
-            wanted["pretraining"] = self.models[0].settings
 
         def read(path: Path) -> tuple[tuple[Selection, float], dict[str, Any]]:
             selection, settings, seconds = read_selection(path, self.context)
-            if self.models:
-                settings["pretraining"] = self.models[0].settings_of(str(settings.get("pretraining")))
+            if self.models and (pretraining := self.models[0].settings_of(str(settings.get("pretraining")))):
+                # a message names what differs, rather than hashes
+                settings["pretraining"], wanted["pretraining"] = pretraining, self.models[0].settings
             return (selection, seconds), settings
 
         return load_result(self.path, wanted, read, overwrite=overwrite)

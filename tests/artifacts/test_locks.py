@@ -224,3 +224,16 @@ def test_work_goes_on_without_locks_and_says_so(tmp_path, monkeypatch, caplog, n
     with lock(tmp_path / "claim.lock", "training this run"):
         pass
     assert "claim.lock: cannot be locked, its file system has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_processes_that_share_work_need_locks(tmp_path, monkeypatch, number):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock._unix.fcntl, "flock", no_locks)
+    for context in (try_lock, partial(lock, doing="writing the table", wait=True)):
+        said = r"claim\.lock: cannot be locked, its file system has no locks"
+        with pytest.raises(FileError, match=said) as caught, context(tmp_path / "claim.lock"):
+            pass
+        assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """CRAIG against the greedy that evaluates its objective, on gradients that are written down."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from src.coresets import craig
 from src.coresets.budgets import make_groups
 from src.coresets.craig import Distances, choose, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
-from src.coresets.inputs import CandidateGroup, LastLayer, MemoryOptions, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
 from src.coresets.registry import find_method
 from src.errors import UserError
 
-EXACT, LARGE = 2048, 0  # MiB that select the two ways
+EXACT, LARGE = 2048, 0  # MiB that select the two ways; no flag accepts 0
 
 
 def network(count=30, classes=3, size=4, seed=0, dtype=torch.float64):
@@ -55,7 +56,7 @@ def generator(seed=1):
 
 def select(layer, groups, memory=EXACT, seed=1):
     content = SelectionInputs(layer.labels.numpy(), layer.logits.shape[1], seed, layers=[layer])
-    return find_method("craig").select(content, groups, MemoryOptions(selection_memory=memory))
+    return find_method("craig").select(content, groups, SimpleNamespace(selection_memory=memory))
 
 
 def clustered(count, seed=0):

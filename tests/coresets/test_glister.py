@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError
 
-KERNEL, FACTORS = 2048, 0  # MiB that select the two ways where V is small
+KERNEL, FACTORS = 2048, 0  # MiB that select the two ways where V is small; no flag accepts 0
 
 
 def problem(n=60, C=3, d=5, seed=0, classes=None):
@@ -107,7 +108,7 @@ def test_refreshed_errors_are_those_of_a_real_step():
 def test_order_of_picks_is_that_of_brute_force(memory, count, eta, refresh):
     head, embeddings, labels = problem()
     judges, pool = list(range(60 - count, 60)), list(range(30))
-    options = GlisterOptions(glister_eta=eta, glister_refresh=refresh, selection_memory=memory)
+    options = SimpleNamespace(glister_eta=eta, glister_refresh=refresh, selection_memory=memory)
     found = greedy(layer(head, embeddings, labels, pool), 30, layer(head, embeddings, labels, judges), 20, options)
     assert found.tolist() == slow_greedy(head, embeddings, labels, pool, 30, judges, 20, eta, refresh)
 

@@ -1,5 +1,8 @@
 """GradMatch against matching pursuit on gradients that are written down."""
 
+from dataclasses import asdict
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -17,7 +20,7 @@ from src.coresets.inputs import (
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError
 
-STORED, RECOMPUTED = 2048, 0  # MiB that select the two ways
+STORED, RECOMPUTED = 2048, 0  # MiB that select the two ways; no flag accepts 0
 
 
 def problem(n=60, C=4, d=6, seed=0, classes=None):
@@ -61,7 +64,9 @@ def material(logits, labels, embeddings, seed=1):
 
 
 def select(content, groups, **options):
-    return find_method("gradmatch").select(content, groups, GradMatchOptions(**options))
+    return find_method("gradmatch").select(
+        content, groups, SimpleNamespace(**{**asdict(GradMatchOptions()), **options})
+    )
 
 
 @pytest.mark.parametrize("memory", [STORED, RECOMPUTED])
@@ -255,7 +260,7 @@ def test_bad_values_are_refused():
     logits, labels, embeddings = problem(n=8)
     groups = [CandidateGroup(np.arange(8), 2)]
     with pytest.raises(ArgumentError, match=r"^gradmatch_lambda -1"):
-        select(material(logits, labels, embeddings), groups, gradmatch_lambda=-1.0)
+        GradMatchOptions(gradmatch_lambda=-1.0)
     embeddings[3, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         select(material(logits, labels, embeddings), groups)

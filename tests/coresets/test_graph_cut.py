@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from src.coresets.budgets import make_groups
 from src.coresets.graph_cut import Similarities, graph_cut, graph_cut_picks, greedy_graph_cut
-from src.coresets.inputs import LastLayer, MemoryOptions, SelectionInputs
+from src.coresets.inputs import LastLayer, SelectionInputs
 
 
 def network(count: int, classes: int = 3, size: int = 4, seed: int = 0, dtype=torch.float64) -> LastLayer:
@@ -118,7 +120,8 @@ def test_groups_are_chosen_in_on_their_own(per_class, memory):
     layer = network(40, 3)
     labels = layer.labels.numpy()
     groups = make_groups(labels, 3, fraction=0.4, per_class=per_class)
-    selection = graph_cut(SelectionInputs(labels, 3, layers=[layer]), groups, MemoryOptions(selection_memory=memory))
+    options = SimpleNamespace(selection_memory=memory)  # no flag accepts 0
+    selection = graph_cut(SelectionInputs(labels, 3, layers=[layer]), groups, options)
     expected = [g.positions[greedy_by_value(dense(layer.at(g.positions)), g.budget)] for g in groups]
     assert selection.indices.tolist() == sorted(np.concatenate(expected).tolist())
     assert not selection.weighted

@@ -80,7 +80,7 @@ BAD_FLAGS = {
         *(f"--selection=a.npz --{flag}=1" for flag in ("coreset_pretrain_epochs", "glister_eta", "coreset_networks")),
         *(f"--coreset_func=craig {flag}" for flag in ("--glister_eta=0.1", "--ccs_bins 50", "--no-dual_beta")),
         *("--coreset_func=craig --scores_folder=.", "--coreset_func=craig --rho=0.05"),
-        "--coreset_func=dual --no-dual_beta --dual_c=4",
+        *("--coreset_func=dual --no-dual_beta --dual_c=4", "--coreset_func=craig --selection_memory=0"),
     ],
     "select_coreset.py": [
         ("--coreset_func=infobatch_dynamic", "train_prune.py"),
@@ -663,8 +663,31 @@ def test_selections_of_other_settings_are_not_overwritten(blobs, tmp_path):
     ]
     succeed("select_coreset.py", *select, "--coreset_pretrain_lr=0.05")
     other = ("select_coreset.py", *select, "--coreset_pretrain_lr=0.06")
-    refuse(*other, status=FILE, says=("learning_rate", "--overwrite"), keep=tmp_path)
+    says = (r"pretraining learning_rate \(0\.05 there, 0\.06 here\)", "--overwrite")
+    refuse(*other, status=FILE, says=says, keep=tmp_path)
     succeed(*other, "--overwrite")
+
+
+def test_another_pretraining_that_is_not_on_disk_is_named_by_its_hash(blobs, tmp_path):
+    select = [flag for flag in pruning(f"npz:{blobs}", tmp_path) if flag != "--coreset_epochs=1"]
+    select += ["--coreset_func=forget", "--coreset_pretrain_epochs=1", f"--out={tmp_path / 'chosen.npz'}"]
+    succeed("select_coreset.py", *select)
+    says = r"chosen\.npz: was made with different settings: pretraining \([0-9a-f]{16} there, [0-9a-f]{16} here\);"
+    refuse("select_coreset.py", *select, "--model=large_mlp", status=FILE, says=says, keep=tmp_path)
+
+
+def test_a_stored_selection_of_another_subset_has_one_advice(blobs, tmp_path):
+    run = (*pruning(f"npz:{blobs}", tmp_path), "--coreset_func=random", "--coreset_fraction=0.5")
+    succeed("train_prune.py", *run)
+    says = "give the subset it was made with, or give --overwrite to replace it"
+    refuse("train_prune.py", *run, "--subset=30", status=FILE, says=says, keep=tmp_path)
+
+
+def test_what_pretraining_refuses_names_its_own_flags_alone(blobs, tmp_path):
+    run = (*pruning(f"npz:{blobs}", tmp_path), "--coreset_func=forget", "--coreset_fraction=0.5")
+    refuse("train_prune.py", *run, "--model=inception", "--image_size=2", status=FLAG, says=": --model inception: ")
+    refuse("train_prune.py", *run, "--model=mobile_small", "--coreset_pretrain_batch_size=119", status=FLAG,
+           says="--coreset_pretrain_batch_size: 120 examples leave")  # fmt: skip
 
 
 @pytest.mark.parametrize("seconds", ["long", np.zeros(3)])

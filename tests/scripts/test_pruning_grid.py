@@ -66,6 +66,15 @@ def test_a_grid_is_filled_once(blobs, tmp_path):
     assert more.err.count(" of 20: ") == 6  # the cells that are new
 
 
+def test_finished_cells_need_no_lock(blobs, tmp_path):
+    grid = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "1")
+    succeed("compare_pruning.py", *grid)
+    (path,) = results(tmp_path).values()
+    (path.parent / "claim.lock").unlink()
+    (path.parent / "claim.lock").mkdir()  # as in a folder that cannot be written
+    succeed("compare_pruning.py", *grid)
+
+
 def test_train_prune_makes_the_same_cell(blobs, tmp_path):
     single = ("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=el2n",
               "--coreset_fraction=0.5", "--seed=2", *TRAINING)  # fmt: skip
