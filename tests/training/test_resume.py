@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_tools import assert_same
 
-from src.artifacts.io import read_checkpoint
+from src.artifacts.io import read_checkpoint, write_json
 from src.errors import FileError
 from src.training import RunFiles, run_training
 
@@ -174,3 +174,25 @@ def test_overwriting_removes_nothing_where_no_settings_were_read(make_trainer, t
     checkpoint.write_bytes(b"of another run")
     run(make_trainer(), tmp_path, overwrite=True)
     assert checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"settings": None},
+        {"history": "none"},
+        {"history": [{"epoch": 1, "seconds": 1.0}]},
+        {"history": [{"epoch": 2, "seconds": 1.0, "test_accuracy": 0.5}]},
+        {"history": [{"epoch": 1, "seconds": "1", "test_accuracy": 0.5}]},
+        {"best_test_accuracy": "0.5"},
+        {"seconds": [1.0]},
+    ],
+)
+def test_damaged_results_are_named(tmp_path, damage):
+    files = RunFiles(tmp_path, tmp_path / "resume")
+    results = {"settings": {}, "history": [{"epoch": 1, "seconds": 1.0, "test_accuracy": 0.5}]}
+    write_json(files.results, results)
+    assert files.read_results() == results
+    write_json(files.results, {**results, **damage})
+    with pytest.raises(FileError, match="results.json: is damaged"):
+        files.read_results()
