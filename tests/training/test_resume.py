@@ -194,5 +194,5 @@ def test_damaged_results_are_named(tmp_path, damage):
     write_json(files.results, results)
     assert files.read_results() == results
     write_json(files.results, {**results, **damage})
-    with pytest.raises(FileError, match="results.json: is damaged"):
+    with pytest.raises(FileError, match="is damaged"):
         files.read_results()
