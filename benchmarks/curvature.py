@@ -31,7 +31,7 @@ TOP, TOLERANCE, STEPS, MOST = 5, 1e-3, 100, 120
 
 
 class PlainHessian(Hessian):
-    """Gradients of gradients, as they are usually taken."""
+    """Hessian-vector products by double backpropagation, the usual way."""
 
     _trusted = False
 

@@ -126,7 +126,7 @@ def timed(way: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarra
 
 
 def graph_cut(quick: bool = False) -> list[Row]:
-    """Graph cut's greedy choice: running gains, and gains summed anew at each pick.
+    """Graph cut's greedy choice: running gains, and gains summed again at each pick.
 
     30 % of 5,000 examples of one group (embeddings of 512 numbers, 10 and 100 classes). The rows with a target time
     the greedy picks alone, both ways on the same dense similarities; the others our whole choice without ("plain")

@@ -190,7 +190,7 @@ def main() -> None:
     experiment.check_variances(config.delta)
     scores, retrained = experiment.result("scores"), experiment.result("retrain")
     if retrained.replaces:
-        retrained.path.unlink()  # or it would be beside scores of other settings
+        retrained.path.unlink()  # otherwise it would remain beside scores with different settings
 
     experiment.train_base()
     weights = weights_hash(experiment.model)

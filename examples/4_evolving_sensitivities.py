@@ -85,7 +85,7 @@ def checkpoints_of(dataset: str, steps: int, given: Sequence[int] | None = None)
 def sensitivities(predictions: mpe.Predictions, forms: Sequence[str], seed: int, step: int) -> np.ndarray:
     """Sensitivities ``(forms, N)``. The diagonal form takes the paper's errors, of independent logits and clamped.
 
-    The others take those of correlated logits as they are: the paper's would bring back the variance of a shift
+    The others take the unclamped errors of correlated logits: the paper's would bring back the variance of a shift
     of all logits, which no probability can see and which these forms leave out.
     """
     from mpe.estimates import sampled_errors

@@ -62,7 +62,7 @@ class ExperimentConfig:
         choices=tuple(SHUFFLE_ORDERS),
     )
     resume: bool = option(False, "continue from what an interrupted run of these settings left")
-    overwrite: bool = option(False, "replace results of other settings")
+    overwrite: bool = option(False, "replace results with different settings")
     bs_jacs: int = option(500, "batch size of the pass over the variances", _COUNT, title="prediction variances")
     class_cov: str = option(
         "diag",

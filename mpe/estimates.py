@@ -79,7 +79,7 @@ def estimate(predictions: Predictions, class_cov: str = "diag", errors: Tensor |
         predictions: of n examples; ``full`` and ``woodbury`` need (n, C, C) variances, which serve ``diag`` too.
         class_cov: a name of ``CLASS_COVARIANCES``.
         errors: (n, C) in place of the prediction's own, for example `sampled_errors`. By default ``diag`` takes the
-            clamped errors of the paper's experiments, the others the errors as they are, which sum to 0.
+            clamped errors of the paper's experiments, the others the unclamped errors, which sum to 0.
 
     Raises:
         ValueError: an unknown form, or one that needs covariances where there are only variances.

@@ -174,7 +174,10 @@ class PerExampleEngine(ABC):
             self.take_gradients(names[local], gradients, part)
 
     def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
-        """The same for a call whose weight's gradient is ``sum_t g_t a_t^T``, with g (q, len(part), n, o, t)."""
+        """The same for a call whose weight's gradient is ``sum_t g_t a_t^T``, with g (q, len(part), n, o, t).
+
+        Only engines that keep the default `take_captured` need it; the others never get here.
+        """
         raise NotImplementedError
 
     @abstractmethod
