@@ -20,11 +20,18 @@ from torch import Tensor
 
 from benchmarks.common import Row, in_fresh_process, in_turn, peak, run, seconds
 from src import rng
-from src.coresets.budgets import make_groups
 from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
 from src.coresets.gradmatch import pursue
 from src.coresets.graph_cut import Similarities, graph_cut_picks, greedy_graph_cut
-from src.coresets.inputs import CandidateGroup, LastLayer, Selection, errors_of, gradient_norms, inner_products
+from src.coresets.inputs import (
+    CandidateGroup,
+    LastLayer,
+    Selection,
+    errors_of,
+    gradient_norms,
+    inner_products,
+    make_groups,
+)
 from src.coresets.ranked import keep_by_rank
 
 LAST_LAYER: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor], float], ...] = (

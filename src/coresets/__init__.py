@@ -1,7 +1,6 @@
-"""Choosing training examples: one file per method, listed in ``registry.METHODS``."""
+"""Choosing training examples: a method is one entry beside its code, listed in ``registry.METHODS``."""
 
-from src.coresets.budgets import make_groups
-from src.coresets.inputs import CandidateGroup, LastLayer, Method, Needs, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, Method, Needs, Selection, SelectionInputs, make_groups
 from src.coresets.registry import METHODS, find_method, method_table
 
 __all__ = [

@@ -12,7 +12,6 @@ import numpy as np
 
 from src import rng
 from src.cli import number, option
-from src.coresets.budgets import total_budget
 from src.coresets.gradmatch import first_largest
 from src.coresets.inputs import (
     CandidateGroup,
@@ -25,6 +24,7 @@ from src.coresets.inputs import (
     errors_of,
     gradient_sum,
     products_with,
+    total_budget,
 )
 from src.lazy import torch
 

@@ -1,6 +1,6 @@
 """The selection methods by name: what every module of this package lists in its ``METHODS``.
 
-A method is one module: its code, a dataclass of its options, and its entry. Importing them imports no torch.
+A method is its code, a dataclass of its options, and its entry, in one module. Importing it imports no torch.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from src.coresets.inputs import Method
 from src.errors import ArgumentError
 
 # the modules of this package that are no method
-_SHARED = {"budgets", "config", "grid", "inputs", "plots", "pretraining", "registry", "runner"}
+_SHARED = {"config", "grid", "inputs", "plots", "pretraining", "registry", "runner"}
 
 REFERENCE = "random"  # what the others are compared with; at fraction 1 it is training on everything
 
@@ -19,9 +19,9 @@ REFERENCE = "random"  # what the others are compared with; at fraction 1 it is t
 def _collect() -> dict[str, Method]:
     """All methods: those that rank first, the others by name."""
     names = {module.name for module in iter_modules([str(Path(__file__).parent)])} - _SHARED
-    ordered = sorted(names, key=lambda name: (name != "ranked", name))
-    modules = [import_module(f"src.coresets.{name}") for name in ordered]
-    return {method.name: method for module in modules for method in module.METHODS}
+    ranked, *others = (import_module(f"src.coresets.{name}") for name in ("ranked", *sorted(names - {"ranked"})))
+    methods = [*ranked.METHODS, *sorted((m for other in others for m in other.METHODS), key=lambda m: m.name)]
+    return {method.name: method for method in methods}
 
 
 METHODS = _collect()

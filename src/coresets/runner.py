@@ -17,10 +17,9 @@ from src.artifacts.io import file_digest, read_npz, write_npz
 from src.artifacts.paths import LOCK_NAME, Folders, coreset_experiment, selection_path
 from src.artifacts.store import acting_settings, check_same_data, checked_array, load_result, parse_settings
 from src.context import RunContext, TrainingRun
-from src.coresets.budgets import make_groups
 from src.coresets.config import PretrainConfig, SelectionConfig
 from src.coresets.infobatch import InfoBatchPlan
-from src.coresets.inputs import CandidateGroup, Selection, SelectionInputs
+from src.coresets.inputs import CandidateGroup, Selection, SelectionInputs, make_groups
 from src.coresets.pretraining import PretrainedModel, settings_hash
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES, Proxy

@@ -3,10 +3,9 @@
 from src.jacobians.capture import refuse_batch_statistics, refuse_mixing
 from src.jacobians.engine import SquaredNorms
 from src.jacobians.ggn import ggn_diagonal, kronecker_factors
-from src.jacobians.gram import gram_matrix
+from src.jacobians.gram import gram_matrix, sketch_jacobian
 from src.jacobians.layer_rules import register_layer_rule, rule_from_gradients
 from src.jacobians.posterior import Curvature, Posterior, Rotated
-from src.jacobians.sketch import sketch_jacobian
 from src.jacobians.variances import OutputVariances
 
 __all__ = [

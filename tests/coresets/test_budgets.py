@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.coresets.budgets import class_budgets, make_groups, total_budget
+from src.coresets.inputs import class_budgets, make_groups, total_budget
 from src.errors import ArgumentError
 
 percents = st.integers(1, 1000)  # of a thousand: shares that are exact as fractions, not as floats

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.coresets import craig
-from src.coresets.budgets import make_groups
 from src.coresets.craig import Distances, choose, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
-from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs, make_groups
 from src.coresets.registry import find_method
 from src.errors import UserError
 

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.coresets import glister
-from src.coresets.budgets import make_groups
 from src.coresets.glister import GlisterOptions, Validation, greedy, held_out
-from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs, make_groups
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError
 

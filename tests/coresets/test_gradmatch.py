@@ -9,13 +9,13 @@ import scipy.optimize
 import torch
 
 from src.coresets import gradmatch
-from src.coresets.budgets import make_groups
 from src.coresets.gradmatch import GradMatchOptions, first_largest, pivoted, pursue
 from src.coresets.inputs import (
     CandidateGroup,
     LastLayer,
     SelectionInputs,
     errors_of,
+    make_groups,
 )
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError

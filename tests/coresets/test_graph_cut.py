@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets.budgets import make_groups
 from src.coresets.graph_cut import Similarities, graph_cut, graph_cut_picks, greedy_graph_cut
-from src.coresets.inputs import LastLayer, SelectionInputs
+from src.coresets.inputs import LastLayer, SelectionInputs, make_groups
 
 
 def network(count: int, classes: int = 3, size: int = 4, seed: int = 0, dtype=torch.float64) -> LastLayer:

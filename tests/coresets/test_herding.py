@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets.budgets import make_groups
-from src.coresets.herding import follow_mean, herding
-from src.coresets.inputs import LastLayer, Options, SelectionInputs
+from src.coresets.embeddings import follow_mean, herding
+from src.coresets.inputs import LastLayer, Options, SelectionInputs, make_groups
 
 
 def points(count: int, size: int = 5, seed: int = 0) -> torch.Tensor:

@@ -13,9 +13,8 @@ from support import write_blobs
 from torch import nn
 
 from src import rng
-from src.coresets.budgets import make_groups
 from src.coresets.infobatch import InfoBatchPlan, draw, infobatch, split_by_mean
-from src.coresets.inputs import LastLayer, Options, Selection, SelectionInputs
+from src.coresets.inputs import LastLayer, Options, Selection, SelectionInputs, make_groups
 from src.coresets.registry import find_method
 from src.datasets import Batches, load_dataset
 from src.errors import FileError

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets.budgets import make_groups
-from src.coresets.inputs import LastLayer, Options, SelectionInputs
-from src.coresets.k_center import farthest_first, k_center
+from src.coresets.embeddings import farthest_first, k_center
+from src.coresets.inputs import LastLayer, Options, SelectionInputs, make_groups
 
 
 def points(count: int, size: int = 3, seed: int = 0) -> torch.Tensor:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.coresets import CandidateGroup, LastLayer, SelectionInputs, make_groups, moderate
+from src.coresets import CandidateGroup, LastLayer, SelectionInputs, make_groups
+from src.coresets.embeddings import center_distances, moderate, nearest_to_median
 from src.coresets.inputs import Options
 
 
@@ -35,7 +36,7 @@ def test_equals_the_plain_way(per_class, fraction):
     labels = rng.integers(0, 2, 61)
     made = material(rng.normal(size=(61, 5)), labels)
     groups = make_groups(labels, 2, fraction=fraction, per_class=per_class)
-    selection = moderate.moderate(made, groups, Options())
+    selection = moderate(made, groups, Options())
     np.testing.assert_array_equal(selection.indices, slow_moderate(made, groups))
     assert len(selection.indices) == sum(group.budget for group in groups)
     assert not selection.weighted
@@ -45,18 +46,18 @@ def test_the_median_is_picked():
     # the class's center is 0: distances 1, 1, 2, 2, 3, 3, 8, 8
     line = np.array([1.0, -1, 2, -2, 3, -3, 8, -8])[:, None]
     made = material(line, np.zeros(8, dtype=np.int64))
-    selection = moderate.moderate(made, [CandidateGroup(np.arange(8), 4)], Options())
+    selection = moderate(made, [CandidateGroup(np.arange(8), 4)], Options())
     np.testing.assert_array_equal(selection.indices, [2, 3, 4, 5])
 
 
 def test_ties_go_to_the_lower_index():
-    np.testing.assert_array_equal(moderate.nearest_to_median(np.array([3.0, 1, 2, 1, 3]), 3), [2, 0, 1])
+    np.testing.assert_array_equal(nearest_to_median(np.array([3.0, 1, 2, 1, 3]), 3), [2, 0, 1])
 
 
 def test_centers_are_of_all_candidates_of_a_label():
     rng = np.random.default_rng(2)
     h, labels = rng.normal(size=(20, 3)), np.repeat([0, 4], 10)
-    distances = moderate.center_distances(torch.from_numpy(h), labels)
+    distances = center_distances(torch.from_numpy(h), labels)
     expected = [np.linalg.norm(h[i] - h[labels == labels[i]].mean(axis=0)) for i in range(20)]
     np.testing.assert_allclose(distances, expected, rtol=1e-12)
 
@@ -65,5 +66,5 @@ def test_centers_are_of_all_candidates_of_a_label():
 def test_equal_embeddings_and_groups_of_one(budget):
     made = material(torch.full((6, 4), 0.1), np.array([0, 0, 0, 0, 0, 1]))
     groups = [CandidateGroup(np.arange(5), budget, 0), CandidateGroup(np.array([5]), 1, 1)]
-    selection = moderate.moderate(made, groups, Options())
+    selection = moderate(made, groups, Options())
     np.testing.assert_array_equal(selection.indices, [*range(budget), 5])

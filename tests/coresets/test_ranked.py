@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.coresets import ranked
-from src.coresets.budgets import make_groups
-from src.coresets.inputs import CandidateGroup, LastLayer, Options, SelectionInputs
+from src.coresets.inputs import CandidateGroup, LastLayer, Options, SelectionInputs, make_groups
 from src.coresets.registry import METHODS
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES

@@ -16,7 +16,7 @@ from support import ROOT, TRAIN, call, folders, succeed, write_blobs
 
 from src.artifacts.io import read_checkpoint
 from src.coresets import find_method
-from src.coresets.budgets import make_groups
+from src.coresets.inputs import make_groups
 from src.datasets import load_dataset, lookup, parse_subset
 from src.devices import ComputeConfig
 from src.errors import UserError
