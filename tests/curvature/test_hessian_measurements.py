@@ -207,8 +207,8 @@ def test_power_iteration_against_the_dense_matrix(name):
     expected = expected[np.argsort(-np.abs(expected))][:3]
     np.testing.assert_allclose(values, expected, rtol=1e-4)
     assert (true_residuals(operator, values, vectors) < 2e-2 * np.abs(values)).all()
-    again = power_iteration(operator, 3, iterations=3000, tolerance=1e-10)[0]
-    np.testing.assert_array_equal(values, again)
+    first, again = (power_iteration(operator, 3, iterations=20, tolerance=1e-10)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
 
 
 class Loss(Interrupting):

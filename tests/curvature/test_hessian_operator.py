@@ -166,7 +166,7 @@ def test_the_model_is_left_as_it_was(kind, fails):
 
 @pytest.mark.parametrize("name", ["batchnorm", "layernorm"])  # both ways of taking products
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_nothing_is_left_behind_after_200_products(name, kind):
+def test_nothing_is_left_behind_after_50_products(name, kind):
     net, (images, labels) = network(name), images_and_labels()
     operator = OPERATORS[kind](net, batches(images, labels, 4), 6)
     vector = torch.ones(operator.size, dtype=torch.float64)
@@ -176,7 +176,7 @@ def test_nothing_is_left_behind_after_200_products(name, kind):
     gc.disable()  # a reference cycle would now stay
     try:
         before = alive()
-        for _ in range(200):
+        for _ in range(50):
             last = operator @ vector
         assert alive() == before + 1
         watched = weakref.ref(last)

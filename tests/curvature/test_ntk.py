@@ -1,15 +1,13 @@
 """Kernels and velocities of groups: identities, ranges, the spec's groups, forecasts; files of velocities."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT
+from support import Forked
 from torch.func import functional_call, jacrev
 
 from src.artifacts.io import read_pickle
@@ -169,12 +167,13 @@ def test_velocities_that_are_replaced(tmp_path):
 
 
 ADD = """
-import sys
+import sys, time
 from pathlib import Path
 from src.curvature.ntk import add_groups
 
 path, first = Path(sys.argv[1]), int(sys.argv[2])
-assert sys.stdin.readline()
+while not (path.parent / "now").exists():
+    time.sleep(0.001)
 for number in range(first, first + 40, 2):
     add_groups(path, {"classes": "all"}, {str(number): {"velocity": float(number)}}, False)
 """
@@ -182,12 +181,9 @@ for number in range(first, first + 40, 2):
 
 def test_two_processes_lose_no_velocity_of_each_other(tmp_path):
     path = tmp_path / "vs.pkl"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", ADD, str(path), str(first)], cwd=ROOT, stdin=subprocess.PIPE)
-        for first in (0, 1)
-    ]
-    for process in processes:
-        process.stdin.write(b"now\n")
-        process.stdin.flush()
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    script = tmp_path / "add.py"
+    script.write_text(ADD)
+    processes = [Forked(script, path, first) for first in (0, 1)]
+    (tmp_path / "now").touch()
+    assert [process.result().status for process in processes] == [0, 0]
     assert read_pickle(path) == {number: float(number) for number in range(40)}
