@@ -342,7 +342,7 @@ class Sensitivities:
 
         Args:
             folder: a metrics folder.
-            dataset: what ``DataConfig.dataset`` takes, or the name in file names.
+            dataset: what scripts take as ``--dataset``, or the name in file names.
             total: size of the full training set, where only some of it was scored; by default the highest index + 1.
             settings: what the json beside the file is to say besides.
 

@@ -326,7 +326,7 @@ class Result:
         missing = [time for time in sorted(wanted) if time < now and time not in rows]
         if missing:
             raise FileError(
-                f"{self.path}: has no {what} {missing[0]}, which training has passed; start without resume"
+                f"{self.path}: has no {what} {missing[0]}, which training has passed; start without --resume"
             )
         return {time: row for time, row in rows.items() if time < now}
 

@@ -198,7 +198,7 @@ def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, b
     except (SystemExit, torch.linalg.LinAlgError) as error:  # it leaves Python where eigh fails twice
         dtype = next(model.parameters()).dtype
         raise UserError(
-            f"laplace-torch: its eigendecomposition does not converge in {dtype}; give laplace_backend=fast"
+            f"laplace-torch: its eigendecomposition does not converge in {dtype}; give --laplace_backend=fast"
         ) from error
     return posterior
 

@@ -112,7 +112,7 @@ class StoredResult:
         check_consistent(
             [(path, settings) for path, settings in files if isinstance(settings, dict)],
             what="is of another run than",
-            remedy=f"repeat {self.script} with the settings that you want, resume and overwrite, and let it end",
+            remedy=f"repeat {self.script} with the settings that you want, --resume and --overwrite, and let it end",
         )
 
     def is_empty(self, key: str) -> bool:
@@ -146,10 +146,10 @@ class StoredResult:
             )
         return f"{key}_{class_cov}"
 
-    def setting(self, name: str) -> Any:
-        """A setting of the run that made the file; None where it is not stored."""
+    def setting(self, flag: str) -> Any:
+        """A flag of the run that made the file; None where it is not stored."""
         args = self.values.get("args")
-        return args.get(name) if isinstance(args, dict) else None
+        return args.get(flag) if isinstance(args, dict) else None
 
 
 _ANGLES = np.deg2rad(45 + np.array([0, -90, 90, 180, -45, 45, -135, 135, 22, -22, 67, -67, 112, -112, 157, -157]))
@@ -275,7 +275,7 @@ def save_and_show(figure: Figure, stem: Path, window: bool) -> None:
 
     interactive = {name.lower() for name in backend_registry.list_builtin(BackendFilter.INTERACTIVE)}
     if pyplot.get_backend().lower() not in interactive:
-        log.warning("no window: matplotlib finds no display (back end %s); see the files", matplotlib.get_backend())
+        log.warning("--show: matplotlib finds no display (back end %s); see the files", matplotlib.get_backend())
         return
     pyplot.figure(figure)
     pyplot.show()

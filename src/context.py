@@ -111,7 +111,7 @@ class RunContext:
         self.train = self.full_train
         if data.subset is not None:
             self.train = self.train.subset(parse_subset(data.subset, train.total, train.labels.cpu()))
-            log.info("using a subset of %d of the %d training examples", len(self.train), train.total)
+            log.info("using %d of %d training examples (--subset)", len(self.train), train.total)
 
     def __enter__(self) -> RunContext:
         return self
@@ -249,10 +249,10 @@ class RunContext:
         model_name = asked.pop("model", None)
         model, state = load_model(path, {**data_facts(self.full_train), **asked}, state)
         if model_name not in (None, state["model"]):
-            raise FileError(f"{path}: is a {state['model']}, not a {model_name}; give model={state['model']}")
+            raise FileError(f"{path}: is a {state['model']}, not a {model_name}; give --model={state['model']}")
         for name, value in model.state_dict().items():
             if not value.isfinite().all():
-                raise FileError(f"{path}: {name} is not finite; train it again with a lower learning rate")
+                raise FileError(f"{path}: {name} is not finite; train it again with a lower --learning_rate")
         # per-example gradients and second derivatives are taken in the default memory layout
         return model.to(self.device, self.precision.dtype), state
 
@@ -326,7 +326,7 @@ class TrainingRun:
         log.info("%s: %d training and %d test examples", self.experiment, len(self.train), len(context.test))
         if MODELS[name].pretrain is not None and not config.model.pretrained:
             log.info(
-                "%s starts from random weights; the SAMIS experiments start from ImageNet weights (pretrained)",
+                "%s starts from random weights; the SAMIS experiments start from ImageNet weights (--pretrained)",
                 name,
             )
         model = build_model(

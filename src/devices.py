@@ -61,7 +61,7 @@ PRECISIONS = {
 
 
 def parse_device(text: str) -> str:
-    """The value of ``device``, from text; whether the machine has it turns out when it is used.
+    """The value of ``--device``; whether the machine has it turns out when it is used.
 
     Raises:
         argparse.ArgumentTypeError: It is not a device.
@@ -116,7 +116,7 @@ TRAINING_ONLY = ("compile", "distributed_training", "sync_bn")
 
 
 def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
-    """Turn the value of ``ComputeConfig.device`` into a device.
+    """Turn the value of ``--device`` into a device.
 
     Args:
         text: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU, else the CPU.

@@ -21,9 +21,9 @@ from src.artifacts.io import label_hash as hash_labels
 from src.errors import FileError
 
 ELSEWHERE = "choose other folders"
-REPLACE = f"set overwrite to replace it, or {ELSEWHERE}"
+REPLACE = f"give --overwrite to replace it, or {ELSEWHERE}"
 REMAKE = "make it again"
-REMAKE_OVER = f"{REMAKE} with overwrite"
+REMAKE_OVER = f"{REMAKE} with --overwrite"
 
 # What a setting counts as where a record lacks it: its default, or, where its meaning has changed since (as that of
 # the starting weights), what it was before records had it. All others count as None.

@@ -22,7 +22,7 @@ _COUNT = number(int, 1)
 
 
 def parse_method(text: str) -> str:
-    """A name of ``METHODS`` from text; ``min_`` before a stored score's name is understood in both spellings.
+    """The value of ``--coreset_func``; ``min_`` before a stored score's name is understood in both spellings.
 
     Raises:
         argparse.ArgumentTypeError: There is no such method.
@@ -198,7 +198,7 @@ def _chosen(args: argparse.Namespace) -> list[Method]:
 def add_selection_flags(parser: Parser, *, skip: Collection[str] = (), required: Collection[str] = ()) -> None:
     """Add the flags of selection, pre-training and the options of all methods.
 
-    The SAMIS paper's commands give ``coreset_mode``, ``per_class`` and the flags of pre-training with every
+    The SAMIS paper's commands give ``--coreset_mode``, ``--per_class`` and the flags of pre-training with every
     method, so every method accepts them. An option is refused where no chosen method takes it.
 
     Args:

@@ -424,7 +424,7 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
     if len(large) < len(groups):
         log.info("craig: exact lazy greedy in %d groups", len(groups) - len(large))
     if large:
-        log.info("craig: greedy from a sample's picks in %d groups that exceed selection_memory", len(large))
+        log.info("craig: greedy from a sample's picks in %d groups that exceed --selection_memory", len(large))
     layer = inputs.layers[0]
     chosen, weights = [], []
     for group in groups:

@@ -114,7 +114,7 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
             seconds = (time.perf_counter() - started) * budget / count
             if seconds > _LONG:
                 log.info(
-                    "glister: about %.0f minutes for %d picks; a larger glister_refresh (picks between two updates "
+                    "glister: about %.0f minutes for %d picks; a larger --glister_refresh (picks between two updates "
                     "of the validation gradient) divides that",
                     seconds / 60,
                     budget,

@@ -109,7 +109,7 @@ class Grid:
             except (TypeError, KeyError, ValueError, AttributeError) as error:
                 raise FileError(f"{path}: is damaged, or not a table of this script") from error
 
-        path, elsewhere = self.stem.with_name(f"{self.stem.name}.json"), "choose another name"
+        path, elsewhere = self.stem.with_name(f"{self.stem.name}.json"), "choose another --name"
         pretrains = any(self.selections[func].method.needs.pretraining for func in self.config.funcs)
         ignore = () if pretrains else asdict(self.pretrain)
         cells = load_result(path, self.settings(), read, ignore=ignore, elsewhere=elsewhere)
@@ -246,7 +246,7 @@ class Row(TypedDict):
     """A method at one share, over the seeds whose cells are finished.
 
     Attributes:
-        method: A name of ``METHODS``.
+        method: Value of ``--coreset_func``.
         share: As of the records.
         shots: As of the records.
         mean: Mean of the last test accuracies, in [0, 1]; None without a finished cell.

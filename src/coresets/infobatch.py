@@ -84,7 +84,7 @@ def infobatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
         log.warning(
             "infobatch: in %d of %d groups the examples of a loss at or above the mean fill the budget; a random "
             "part of them is kept with weight 1, so the expected gradient is not the full one; give a larger "
-            "coreset_fraction",
+            "--coreset_fraction",
             biased,
             len(groups),
         )

@@ -356,7 +356,7 @@ class Method:
     """A way to choose examples.
 
     Attributes:
-        name: What ``coreset_func`` calls it.
+        name: The value of ``--coreset_func``.
         select: The choice; None for a method that chooses again in each epoch of training.
         needs: What it must be given.
         paper: Who proposed it.

@@ -119,7 +119,7 @@ class PretrainedModel:
                         raise
                     raise ArgumentError("coreset_pretrain_batch_size", error.text.lstrip()) from error
                 except TrainingError as error:
-                    raise TrainingError(f"pre-training: {error}; see coreset_pretrain_lr") from error
+                    raise TrainingError(f"pre-training: {error}; see --coreset_pretrain_lr") from error
             if group.is_main_process:
                 run.files.remove_states()
             group.wait()
@@ -146,7 +146,7 @@ class PretrainedModel:
             if not values.isfinite().all():
                 raise TrainingError(
                     f"the pre-trained model's {name.replace('_', ' ')} are not finite; a smaller "
-                    f"coreset_pretrain_lr may help (it is {self._run.config.training.learning_rate:g})"
+                    f"--coreset_pretrain_lr may help (it is {self._run.config.training.learning_rate:g})"
                 )
         device = self._run.context.device
         return LastLayer(

@@ -77,7 +77,7 @@ def checked_scores(inputs: SelectionInputs, what: str) -> np.ndarray:
     if len(missing):
         raise FileError(
             f"{what}: has no score of {len(missing)} of the {len(scores)} candidates "
-            f"(the first is example {inputs.name(missing[0])}); score all of them, or leave them out with a subset"
+            f"(the first is example {inputs.name(missing[0])}); score all of them, or choose them with --subset"
         )
     return scores
 

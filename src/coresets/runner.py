@@ -46,7 +46,7 @@ def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str
     arrays, full = read_npz(path), context.full_train
     stored = {name: str(arrays[name]) for name in ("label_hash", "data_hash") if name in arrays}
     check_same_data(
-        path, stored, "make it with the data set of this run", label_hash=context.label_hash, data_hash=full.digest
+        path, stored, "make it with --dataset of this run", label_hash=context.label_hash, data_hash=full.digest
     )
     remedy = "make it with select_coreset.py (of a mask, take numpy's flatnonzero)"
     indices = checked_array(path, arrays, "indices", kinds="iu", remedy=remedy)
@@ -65,7 +65,7 @@ def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str
     outside = indices[order][~np.isin(indices[order], names)]
     if len(outside):
         raise FileError(
-            f"{path}: has example {outside[0]}, which is not in the subset; give the subset it was made with"
+            f"{path}: has example {outside[0]}, which --subset leaves out; give the subset it was made with"
         )
     positions = np.searchsorted(names, indices[order]).astype(np.int64)
     settings = parse_settings(path, arrays["settings"]) if "settings" in arrays else {}
@@ -163,11 +163,13 @@ class CoresetRun:
             )
         if config.coreset_mode == "few_shot" and "coreset_mode" not in config.method.option_names:
             log.warning(
-                "coreset_mode few_shot: changes nothing for %s, which keeps what its paper keeps",
+                "--coreset_mode few_shot: changes nothing for %s, which keeps what its paper keeps",
                 config.coreset_func,
             )
         if self.dynamic and not config.per_class:
-            log.warning("per_class: changes nothing for %s, which looks at all examples at once", config.coreset_func)
+            log.warning(
+                "--per_class: changes nothing for %s, which looks at all examples at once", config.coreset_func
+            )
 
     def groups(self) -> list[CandidateGroup]:
         """The groups of candidates, and how many to choose in each."""
@@ -293,7 +295,7 @@ class CoresetRun:
         if np.isnan(scores).any():
             raise FileError(
                 f"{proxy.path}: scores {len(proxy.indices)} of {len(proxy)} examples, not all to choose from; "
-                "make scores of all, or give the same subset as they were made with"
+                "make scores of all, or give the same --subset as they were made with"
             )
         return scores
 

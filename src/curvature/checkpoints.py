@@ -146,8 +146,8 @@ def select_by_score(images: ImageSet, scores: np.ndarray, side: str, fraction: f
     own = scores[images.indices.cpu().numpy()]
     if missing := int(np.isnan(own).sum()):
         raise FileError(
-            f"high_low_spec: {missing} of the {len(own)} examples have no score; score them, or leave them out "
-            "with a subset"
+            f"--high_low_spec: {missing} of the {len(own)} examples have no score; score them, or leave them out "
+            "with --subset"
         )
     return images.subset(torch.from_numpy(positions_by_score(own, side, fraction)))
 

@@ -20,7 +20,7 @@ EIGEN_MODES = ("lanczos", "power_iter")
 EIGEN_SPLITS = ("train", "test")
 NTK_CLASS_NAMES = ("all", "sum_logits", "true_label")
 FLOAT_PRECISIONS = ("fp32", "tf32", "fp64")
-"""The choices of ``precision``: curvature in half precision is noise."""
+"""The choices of ``--precision``: curvature in half precision is noise."""
 
 STORAGES = {
     "full": "in the precision of computing",
@@ -28,13 +28,13 @@ STORAGES = {
     "host": "in main memory, where a GPU computes",
     "none": "not at all: no re-orthogonalization, more products",
 }
-"""The choices of ``basis``."""
+"""The values of ``--basis``."""
 
 EIGEN_ORDERS = {
     "largest": lambda values: -values,
     "magnitude": lambda values: -np.abs(values),
 }
-"""How eigenvalues are ranked, by the choices of ``eigen_order``: the first ones have the lowest keys."""
+"""How eigenvalues are ranked, by the values of ``--eigen_order``: the first ones have the lowest keys."""
 
 SKETCH_CHECKED = 4
 """Examples on which a sketch is compared with the exact kernel."""
@@ -52,7 +52,7 @@ class HighLow(NamedTuple):
 
 
 def high_low(text: str) -> HighLow:
-    """The value of ``high_low_spec``, from text.
+    """The value of ``--high_low_spec``.
 
     Raises:
         argparse.ArgumentTypeError: It is malformed.
@@ -197,7 +197,7 @@ class SpectrumQuery:
     Attributes:
         folder: The folder of spectra.
         dataset_name: The data set's name in paths.
-        data: The settings that choose the data, for the command in a message.
+        data: What ``--dataset`` and its companions were given, for messages.
         model: The model.
     """
 

@@ -159,7 +159,7 @@ def check_groups(lowers: Sequence[int], size: int, n: int) -> None:
         raise ArgumentError(
             "lower_index",
             f"{beyond[0]}: no {size} of {n} scored examples begin there; give ranks of at most {n - size}, or a "
-            "smaller m_samples",
+            "smaller --m_samples",
         )
 
 
@@ -406,7 +406,7 @@ class KernelVelocities:
         started = time.perf_counter()
         kernel = self._compute(model, batch.images, batch.labels)
         if not np.isfinite(kernel).all():
-            raise FileError(f"{source}: its kernel is not finite; train it again with a lower learning rate")
+            raise FileError(f"{source}: its kernel is not finite; train it again with a lower --learning_rate")
         if self.config.keep_kernels:
             facts = {"seconds": time.perf_counter() - started, "example_indices": indices.tolist()}
             write_recorded(path, kernel, {"settings": settings, **facts})
@@ -435,7 +435,7 @@ class KernelVelocities:
         model, state = self.context.load_model(path, state, **self._expected, seed=seed, epoch=epoch)
         trained_on = state["settings"].get("subset")
         if trained_on is not None and trained_on != self.common["subset"]:
-            raise FileError(f"{path}: was trained on a subset of the data; give the same subset")
+            raise FileError(f"{path}: was trained on a subset of the data; give the same --subset")
         return model, state
 
     def _announce(self, path: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -456,11 +456,11 @@ class KernelVelocities:
         least = kernel_bytes(size * per_example)
         if free is not None and least > free:
             fits = int((free / kernel_bytes(1)) ** 0.5 // per_example)
-            cheaper = f"ntk_classes=true_label or sum_logits ({gib(kernel_bytes(size))}), or "
+            cheaper = f"--ntk_classes=true_label or sum_logits ({gib(kernel_bytes(size))}), or "
             raise ArgumentError(
                 "m_samples",
                 f"{size}: a kernel of {size * per_example} rows takes {gib(least)}, and {gib(free)} are free; give "
-                f"{cheaper if per_example > 1 else ''}m_samples={max(fits // 2, 1)}",
+                f"{cheaper if per_example > 1 else ''}--m_samples={max(fits // 2, 1)}",
             )
         try:
             told = forecast(model, images, labels, size, config.ntk_classes, projection_dim=config.projection_dim,
@@ -476,7 +476,9 @@ class KernelVelocities:
             every = len(self.paths) * len(self.lowers) * on_disk
             log.info("kernels take %s on the disk, each %s", gib(every), gib(on_disk))
         if free is not None and told.peak_bytes > free:
-            log.warning("%s are free: give a smaller memory_mb or m_samples, or ntk_classes=true_label", gib(free))
+            log.warning(
+                "%s are free: give a smaller --memory_mb, --m_samples, or --ntk_classes=true_label", gib(free)
+            )
         if config.projection_dim is not None:
             few = slice(0, SKETCH_CHECKED)
             exact = self._compute(model, images[few], labels[few], exact=True)

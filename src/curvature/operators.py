@@ -92,8 +92,8 @@ class CurvatureOperator(ABC):
         self.products += 1
         if not total.isfinite().all():
             raise MeasurementError(
-                f"a product with the {self.name} is not finite; precision=fp64 may help, else train the model "
-                "again with a lower learning rate"
+                f"a product with the {self.name} is not finite; --precision=fp64 may help, else train the model "
+                "again with a lower --learning_rate"
             )
         return total
 
@@ -119,7 +119,7 @@ class CurvatureOperator(ABC):
         for what, value in (("loss", torch.tensor(loss)), ("gradient of the loss", gradient)):
             if not value.isfinite().all():
                 raise MeasurementError(
-                    f"the {what} is not finite; the model has diverged, train it again with a lower learning rate"
+                    f"the {what} is not finite; the model has diverged, train it again with a lower --learning_rate"
                 )
         return loss, gradient
 

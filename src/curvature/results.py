@@ -185,7 +185,7 @@ def find_spectra(query: SpectrumQuery) -> tuple[list[SpectrumGroup], str]:
         check_consistent(
             ((one.path, {"examples": one.settings.get("examples")}) for one in alike),
             what="was measured on another number of examples than",
-            remedy="measure both with the same subset, or name them as files",
+            remedy="measure both with the same --subset, or name them as --files",
         )
     return groups, next(iter(epochs.values()))
 
@@ -226,7 +226,7 @@ def _find_seeds(query: SpectrumQuery, optimizer: str, spec: str) -> list[StoredS
     check_consistent(
         ((one.path, {name: one.settings.get(name) for name in names}) for one in recorded),
         what="is not of the same kind as",
-        remedy=f"{REMAKE_OVER}, or choose other seeds",
+        remedy=f"{REMAKE_OVER}, or choose --seeds",
     )
     return spectra
 
@@ -367,7 +367,7 @@ def _read_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
         rows.append(checked_array(path, ordered, "velocities", kinds="iuf", remedy=REMAKE_OVER))
         lowers = lowers or own
         if own != lowers:
-            raise FileError(f"{path}: has other groups than {first}; compute both with the same lower_index")
+            raise FileError(f"{path}: has other groups than {first}; compute both with the same --lower_index")
     groups = read_record(first).get("groups", {})
     try:
         percentiles = _finite_numbers([groups[str(lower)]["percentile"] for lower in lowers])

@@ -43,7 +43,7 @@ from src.formatting import gib
 log = logging.getLogger(__name__)
 
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
-_DAMAGED = "its state is damaged, or incomplete; remove it, or start without resume"
+_DAMAGED = "its state is damaged, or incomplete; remove it, or leave --resume out"
 
 
 class SpectrumState:
@@ -87,7 +87,7 @@ class SpectrumState:
         files = [path for path in sorted(self.folder.glob("*.pt")) if not path.name.startswith(("rows_", "vectors"))]
         fits = [load_result(path, self.settings, read, overwrite=overwrite) is not None for path in files]
         if files and all(fits) and not resume:
-            log.info("%s: an interrupted measurement is dropped (resume would continue it)", self.folder)
+            log.info("%s: an interrupted measurement is dropped (--resume would continue it)", self.folder)
         if not resume or not all(fits):
             self.clear()
 
@@ -436,8 +436,8 @@ def _announce(operator: CurvatureOperator, config: SpectrumConfig) -> None:
     need = most + (ritz if where == operator.device else 0)
     free = available_memory(where)
     if free is not None and need > free:
-        less = "" if config.basis == "half" else "basis=half takes half of it, "
-        log.warning("only %s are free: %sbasis=none nothing, a lower max_steps less", gib(free), less)
+        less = "" if config.basis == "half" else "--basis=half takes half of it, "
+        log.warning("only %s are free: %s--basis=none nothing, a lower --max_steps less", gib(free), less)
 
 
 def _power(operator: CurvatureOperator, config: SpectrumConfig, state: SpectrumState) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class DatasetEntry:
         image_size: Height and width of its images.
         normalizations: Normalizations by the paper that uses them, ``"samis"`` and ``"mpe"``.
         load: ``(entry, folder) -> (train, test)``; the folder is ``{datasets_folder}/{name}``. None for own data.
-        augmentation: What ``data_augmentation`` switches on.
+        augmentation: What ``--data_augmentation`` switches on.
         always: What is done to training images in every case.
         cutout: Whether Cutout may be asked for.
         class_names: Names of the classes where the data themselves do not carry them.
@@ -320,7 +320,7 @@ OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], tuple[ImageSet, 
 
 
 def dataset_flag(name: str) -> str:
-    """What ``DataConfig.dataset`` takes for a data set's name in paths, which differs for own data."""
+    """What ``--dataset`` takes for a data set's name in paths, which differs for own data."""
     return name if name in DATASETS else "npz:FILE or folder:DIR"
 
 

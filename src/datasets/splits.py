@@ -1,4 +1,4 @@
-"""Parts of a training set: the ten validation splits, and subsets by size or file; both keep the original indices."""
+"""Parts of a training set: the ten validation splits, and ``--subset N|FILE``; both keep the original indices."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ ARGUMENT = "samis_validation_split_index"
 
 
 def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
-    """The training examples that ``DataConfig.subset`` names.
+    """The training examples that ``--subset`` names.
 
     A number takes that many, the same share of each class (remainders go to the classes with the largest
     fraction, the lower label first), always the same ones. Anything else is a file with one index per line.

@@ -168,7 +168,7 @@ def read_pair_seed(
 def read_run_seed(
     modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int, windows: Windows = PAPERS_WINDOWS
 ) -> dict[str, SeedScores]:
-    """One seed of the modes that a training run with ``measure_proxies`` gives.
+    """One seed of the modes that a training run with ``--measure_proxies`` gives.
 
     Raises:
         FileError: The run has no dynamics of this seed, or its files are damaged.
@@ -176,7 +176,7 @@ def read_run_seed(
     folder = dynamics_folder(metrics_folder, experiment, seed)
     path = folder / training.DYNAMICS_FILE
     if not path.exists():
-        raise FileError(f"{path}: no dynamics of seed {seed}; train it with measure_proxies")
+        raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
     run = training.read_dynamics(path)
     check_identity(path, run["settings"], _AGAIN, seed=seed)
     _check_run(path, run["settings"], experiment)
@@ -191,7 +191,7 @@ def read_run_seed(
         else:
             source = folder / score.seed_file
             if not source.exists():
-                raise FileError(f"{source}: is missing; train seed {seed} with measure_proxies to its end")
+                raise FileError(f"{source}: is missing; train seed {seed} with --measure_proxies to its end")
             _check_digest(source)
             values, scored = _end_scores(source, len(visited))
         result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **score.settings(windows)}), source)
@@ -202,15 +202,15 @@ def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
     """The scores of an end-of-training file by index, and which examples it scores."""
     content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(key, int | np.integer) for key in content):
-        raise FileError(f"{path}: is not a dict index -> score; train again with measure_proxies")
+        raise FileError(f"{path}: is not a dict index -> score; train again with --measure_proxies")
     if not content or min(content) < 0 or max(content) >= total:
-        raise FileError(f"{path}: does not score examples 0 to {total - 1}; train again with measure_proxies")
+        raise FileError(f"{path}: does not score examples 0 to {total - 1}; train again with --measure_proxies")
     values, scored = np.full(total, np.nan), np.zeros(total, dtype=bool)
     keys = np.fromiter(content.keys(), np.int64, len(content))
     try:
         values[keys] = np.fromiter(content.values(), np.float64, len(content))
     except (TypeError, ValueError) as error:
-        raise FileError(f"{path}: its scores are not all numbers; train again with measure_proxies") from error
+        raise FileError(f"{path}: its scores are not all numbers; train again with --measure_proxies") from error
     scored[keys] = True
     return values, scored
 
@@ -334,7 +334,8 @@ def find_run(metrics_folder: str | Path, dataset: str, config: AverageConfig) ->
     if found:
         raise ArgumentError(
             "exp",
-            f": {len(found)} runs in {folder} match; choose one, or give optimizer and lr_sched: {', '.join(found)}",
+            f": {len(found)} runs in {folder} match; choose one, or give --optimizer and --lr_sched: "
+            f"{', '.join(found)}",
         )
     raise FileError(
         f"{folder}: no recorded dynamics of {' or '.join(patterns)}; "

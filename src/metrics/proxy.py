@@ -251,7 +251,7 @@ class Proxy(StoredScores):
 
     Args:
         mode: A name of ``SCORES``.
-        dataset: What ``DataConfig.dataset`` takes, or the name in file names, of which the part before the digits
+        dataset: What scripts take as ``--dataset``, or the name in file names, of which the part before the digits
             of its content is enough where one file fits.
         normalize: Scale to [0, 1].
         folder: A metrics folder, or several to search in this order; no other is searched then. By default
@@ -377,7 +377,7 @@ def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     shipped = paths.PACKAGED_SCORES
     if shipped not in folders and score.path(shipped, dataset).exists():
         folder = os.path.relpath(shipped)
-        message += f"; those that ship with the project are in {folder} (scores_folder={folder})"
+        message += f"; those that ship with the project are in {folder} (--scores_folder={folder})"
     return FileError(message)
 
 

@@ -338,7 +338,7 @@ class SamisRun:
         for path, state in ((pair.sgd, first), (pair.sam, second)):
             if state["settings"].get("subset") != self.context.data_settings["subset"]:
                 dataset = self.context.entry.name
-                raise FileError(f"{path}: was trained on another subset of {dataset}; give the same subset")
+                raise FileError(f"{path}: was trained on another subset of {dataset}; give the same --subset")
         if first["normalisation"] != second["normalisation"]:
             raise FileError(
                 f"{pair.sam}: was trained with another normalization than {pair.sgd}; train one of them again"
@@ -383,7 +383,7 @@ class SamisRun:
         for optimizer, path in (("sgd", pair.sgd), ("sam", pair.sam)):
             if not np.isfinite(fields[f"loss_{optimizer}"]).all():
                 raise FileError(
-                    f"{path}: gives losses that are not finite; train it again with a lower learning rate"
+                    f"{path}: gives losses that are not finite; train it again with a lower --learning_rate"
                 )
         return indices, fields
 

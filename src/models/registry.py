@@ -25,7 +25,7 @@ class ModelEntry:
     """One model.
 
     Attributes:
-        name: What ``ModelConfig.model`` calls it.
+        name: The value of ``--model``.
         build: ``(num_classes, in_channels, image_size) -> Network``, drawing from torch's global generator.
         note: One line for users.
         channels_last: Whether float32 training on a CPU measured faster with channels-last memory.

@@ -142,7 +142,7 @@ def _download() -> dict[str, torch.Tensor]:
         return torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise FileError(
-            f"torchvision's vit_b_16 weights could not be downloaded ({error}); give pretrained=FILE, a local "
+            f"torchvision's vit_b_16 weights could not be downloaded ({error}); give --pretrained=FILE, a local "
             "state dict"
         ) from error
 

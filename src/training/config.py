@@ -109,7 +109,7 @@ class TrainingConfig:
 
 
 def parse_save_epochs(text: str) -> str | list[int]:
-    """The value of ``save_epochs``, from text: ``all``, ``last``, or epochs in ascending order.
+    """The value of ``--save_epochs``: ``all``, ``last``, or epochs in ascending order.
 
     Raises:
         argparse.ArgumentTypeError: It is none of these.

@@ -56,7 +56,7 @@ class ProcessGroup:
         if "LOCAL_RANK" in os.environ and count != "1":
             raise ArgumentError(
                 "distributed_training",
-                f": torchrun started {count} processes, which would all do the same work; use it in a script "
+                f": torchrun started {count} processes, which would all do the same work; give the flag in a script "
                 "that trains, and start the others without torchrun",
             )
         return cls()

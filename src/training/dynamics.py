@@ -126,7 +126,7 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
     missing = [name for name in (*QUANTITIES, "labels", "label_hash", "settings") if name not in arrays]
     if missing:
         raise FileError(
-            f"{path}: does not contain recorded dynamics ({', '.join(missing)} missing); train with measure_proxies"
+            f"{path}: does not contain recorded dynamics ({', '.join(missing)} missing); train with --measure_proxies"
         )
     shape = arrays["loss"].shape
     if any(arrays[name].shape != shape or arrays[name].dtype.kind != "f" for name in QUANTITIES):

@@ -128,7 +128,7 @@ def _of_others(path):
 )
 def test_any_other_result_is_replaced_only_on_demand(stored, change, says):
     change(stored)
-    with pytest.raises(FileError, match=rf"a\..*{says}.*overwrite"):
+    with pytest.raises(FileError, match=rf"a\..*{says}.*--overwrite"):
         load_result(stored, SETTINGS)
     assert load_result(stored, SETTINGS, overwrite=True) is None
     assert pickle.loads(stored.read_bytes()) == [1.5]  # nothing is removed before there is something new

@@ -209,7 +209,7 @@ def test_a_long_run_says_how_to_shorten_it(monkeypatch, caplog):
     monkeypatch.setattr(glister, "_LONG", -1.0)
     with caplog.at_level(logging.INFO, logger=glister.__name__):
         select(head, embeddings, labels, [CandidateGroup(np.arange(40), 10)])
-    assert "glister_refresh" in caplog.text
+    assert "--glister_refresh" in caplog.text
     assert len(caplog.records) == 1
 
 

@@ -85,7 +85,7 @@ def test_states_that_do_not_fit(tmp_path):
         state.prepare(True, overwrite=resume)
         assert names == {p.name.split("_")[0] for p in state.folder.iterdir()}
     (state.folder / "progress.pt").write_bytes(b"junk")
-    with pytest.raises(FileError, match=r"progress\.pt: .*overwrite"):
+    with pytest.raises(FileError, match=r"progress\.pt: .*--overwrite"):
         state.prepare(True, overwrite=False)
     state.prepare(True, overwrite=True)
     assert not state.folder.exists()
@@ -144,7 +144,7 @@ def test_a_state_without_its_vectors_and_vectors_written_once(tmp_path):
     SpectrumRun(matrix, CONFIG, state).run()
     assert written == ["vectors"]
     (state.folder / "vectors.pt").unlink()
-    with pytest.raises(FileError, match="incomplete; remove it, or start without resume"):
+    with pytest.raises(FileError, match="incomplete; remove it, or leave --resume out"):
         SpectrumRun(matrix, CONFIG, SpectrumState(state.folder, {"a": 1})).resume()
 
 

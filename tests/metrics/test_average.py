@@ -163,7 +163,7 @@ def test_damaged_end_of_training_files_are_named(tmp_path):
     path = dynamics_folder(tmp_path, "run", 1) / SEED_FILES["eps"]
     for content in ({TOTAL: 1.0}, [1.0], {"a": 1.0}, {}):
         write_pickle(path, content)
-        with pytest.raises(FileError, match=r"epsilon_flat_train.pkl: .*measure_proxies"):
+        with pytest.raises(FileError, match=r"epsilon_flat_train.pkl: .*--measure_proxies"):
             read_run_seed(("eps",), tmp_path, "run", 1)
     with pytest.raises(FileError, match="no dynamics of seed 9"):
         read_run_seed(("eps",), tmp_path, "run", 9)
@@ -193,7 +193,7 @@ def test_results_of_other_settings_are_not_replaced(tmp_path):
     check_score_target(path, record)  # nothing there
     write_scores(path, np.array([0, 0.5, 1]), record)
     check_score_target(path, record)  # the same again
-    with pytest.raises(FileError, match=r"seeds \(\[1\] there, \[1, 2\] here\); set overwrite"):
+    with pytest.raises(FileError, match=r"seeds \(\[1\] there, \[1, 2\] here\); give --overwrite"):
         check_score_target(path, {**record, "seeds": [1, 2]})
     write_scores(path, np.array([0, 0.5, 1]), {**record, "unrecorded_seeds": [1]})
     with pytest.raises(FileError, match=r"unrecorded_seeds \(\[1\] there, None here\)"):

@@ -61,7 +61,7 @@ def test_what_is_written_can_be_gone_on_from(path):
 def test_results_of_other_settings_are_refused_or_replaced(path, resume):
     result(path).write(count=2)
     other = {**SETTINGS, "delta": 2.0}
-    with pytest.raises(FileError, match=r"t_iter\.pkl: .*delta \(1\.0 there, 2\.0 here\).*overwrite"):
+    with pytest.raises(FileError, match=r"t_iter\.pkl: .*delta \(1\.0 there, 2\.0 here\).*--overwrite"):
         result(path, other, resume=resume)
     with pytest.raises(FileError, match=r"more \(None there, 1 here\)"):
         result(path, {**SETTINGS, "more": 1}, resume=resume)
@@ -81,7 +81,7 @@ def test_overwrite_does_not_throw_away_what_is_of_the_same_settings(path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_file_of_unknown_settings_is_refused_or_replaced(path, content, resume):
     write_pickle(path, content)
-    with pytest.raises(FileError, match=r"t_iter\.pkl: does not record the settings.*overwrite"):
+    with pytest.raises(FileError, match=r"t_iter\.pkl: does not record the settings.*--overwrite"):
         result(path, resume=resume)
     assert result(path, resume=resume, overwrite=True).stored == {}
 

@@ -203,7 +203,7 @@ def test_without_resume_a_run_starts_anew(tmp_path, monkeypatch):
 def test_damaged_settings_are_named(tmp_path):
     run(folder=tmp_path)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(FileError, match=r"settings\.json.*overwrite"):
+    with pytest.raises(FileError, match=r"settings\.json.*--overwrite"):
         run(folder=tmp_path, resume=True)
     run(folder=tmp_path, resume=True, overwrite=True)
 

@@ -64,8 +64,8 @@ def test_a_last_step_that_breaks_the_network_is_not_saved(blobs, tmp_path):
 
 def test_other_settings_do_not_replace_results(blobs, finished):
     for flags, says in (
-        (("--learning_rate=0.1",), (r"learning_rate \(0\.05 there, 0\.1 here\)", "overwrite")),
-        (("--learning_rate=0.1", "--resume"), (r"learning_rate \(0\.05 there, 0\.1 here\)", "overwrite")),
+        (("--learning_rate=0.1",), (r"learning_rate \(0\.05 there, 0\.1 here\)", "--overwrite")),
+        (("--learning_rate=0.1", "--resume"), (r"learning_rate \(0\.05 there, 0\.1 here\)", "--overwrite")),
         (("--epochs=2", "--resume"), r"epochs \(3 there, 2 here\)"),
     ):
         refuse("train_full.py", *quick(blobs, finished, *flags), status=FILE, says=says, keep=finished)
@@ -77,7 +77,7 @@ def test_damaged_results(blobs, tmp_path):
     path = only(tmp_path, "results.json")
     for content in ("{broken", "[1, 2]", "{}", '{"settings": 3, "history": [1]}'):
         path.write_text(content)
-        refuse("train_full.py", *flags, status=FILE, says=("results.json", "overwrite"), keep=tmp_path)
+        refuse("train_full.py", *flags, status=FILE, says=("results.json", "--overwrite"), keep=tmp_path)
     succeed("train_full.py", *flags, "--overwrite")
     assert json.loads(path.read_text())["finished"]
 

@@ -377,8 +377,8 @@ def test_splits_of_too_few_examples(tmp_path):
         ("--protocol=split", "train_split.py"),
         ("--lr_sched=step", "sgd_sched_step"),
         ("--model=lenet", "standard_lenet_over"),
-        ("--subset=5 --overwrite", "the same subset"),
-        ("--precision=fp64", "set overwrite"),  # other settings
+        ("--subset=5 --overwrite", "--subset"),
+        ("--precision=fp64", "--overwrite"),  # other settings
     ],
 )
 def test_networks_that_are_missing_or_others(world, flags, word):
@@ -439,7 +439,7 @@ def test_damaged_networks(world, tmp_path):
         ("--seeds 1 3", FILE, "--seed 3"),
         ("--seeds 1 3 --optimizer=sgd", FILE, "seed_3/dynamics.npz"),
         ("--exp=nope", FILE, "nope"),
-        ("--modes forg", FLAG, "optimizer and lr_sched"),  # two runs match
+        ("--modes forg", FLAG, "--optimizer and --lr_sched"),  # two runs match
     ],
 )
 def test_seeds_and_runs_that_are_missing(world, flags, status, word):
@@ -593,7 +593,7 @@ def test_shipped_scores_are_not_taken_for_those_of_a_given_folder(digits_run, tm
     (tmp_path / "given").mkdir()
     for folder in ("--metrics_folder=", "--scores_folder=", "--scores_folder=samis_loss="):
         refuse(script, "--dataset=digits", *flags.split(), *given, f"{folder}{tmp_path / 'given'}", status=FILE,
-               says=("samis_loss_digits", r"\(scores_folder=\S*src/metrics\)"))  # fmt: skip
+               says=("samis_loss_digits", r"\(--scores_folder=\S*src/metrics\)"))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- selections
@@ -645,7 +645,7 @@ def test_a_selection_outside_the_subset(blobs, tmp_path):
     np.savez(tmp_path / "chosen.npz", indices=[1, 40])
     (tmp_path / "subset.txt").write_text("\n".join(map(str, range(30))))
     more = (f"--selection={tmp_path / 'chosen.npz'}", f"--subset={tmp_path / 'subset.txt'}")
-    refuse("train_prune.py", *pruning(f"npz:{blobs}", tmp_path), *more, status=FILE, says="subset")
+    refuse("train_prune.py", *pruning(f"npz:{blobs}", tmp_path), *more, status=FILE, says="--subset")
 
 
 def test_selections_of_other_settings_are_not_overwritten(blobs, tmp_path):
@@ -655,7 +655,7 @@ def test_selections_of_other_settings_are_not_overwritten(blobs, tmp_path):
     for script, *flags in (("train_prune.py", *run, "--per_class=0"), ("select_coreset.py", *select, "--per_class=0"),
                            ("train_prune.py", *run, "--learning_rate=0.1")):  # fmt: skip
         name = flags[-1].strip("-").split("=")[0]
-        refuse(script, *flags, status=FILE, says=(name, "overwrite"), keep=tmp_path)
+        refuse(script, *flags, status=FILE, says=(name, "--overwrite"), keep=tmp_path)
     succeed("train_prune.py", *run, "--per_class=0", "--overwrite")
     select = [flag for flag in select if "random" not in flag] + [
         "--coreset_func=forget",
@@ -663,7 +663,7 @@ def test_selections_of_other_settings_are_not_overwritten(blobs, tmp_path):
     ]
     succeed("select_coreset.py", *select, "--coreset_pretrain_lr=0.05")
     other = ("select_coreset.py", *select, "--coreset_pretrain_lr=0.06")
-    says = (r"pretraining learning_rate \(0\.05 there, 0\.06 here\)", "overwrite")
+    says = (r"pretraining learning_rate \(0\.05 there, 0\.06 here\)", "--overwrite")
     refuse(*other, status=FILE, says=says, keep=tmp_path)
     succeed(*other, "--overwrite")
 
@@ -679,7 +679,7 @@ def test_another_pretraining_that_is_not_on_disk_is_named_by_its_hash(blobs, tmp
 def test_a_stored_selection_of_another_subset_has_one_advice(blobs, tmp_path):
     run = (*pruning(f"npz:{blobs}", tmp_path), "--coreset_func=random", "--coreset_fraction=0.5")
     succeed("train_prune.py", *run)
-    says = "give the subset it was made with, or set overwrite to replace it"
+    says = "give the subset it was made with, or give --overwrite to replace it"
     refuse("train_prune.py", *run, "--subset=30", status=FILE, says=says, keep=tmp_path)
 
 
@@ -697,7 +697,7 @@ def test_a_damaged_stored_selection_is_replaced_on_request(blobs, tmp_path, seco
     (path,) = tmp_path.rglob("selection.npz")
     before = path.read_bytes()
     path.write_bytes(with_arrays(path, seconds=seconds))
-    refuse("train_prune.py", *run, status=FILE, says=("seconds", "overwrite"))
+    refuse("train_prune.py", *run, status=FILE, says=("seconds", "--overwrite"))
     succeed("train_prune.py", *run, "--overwrite")
     with np.load(path) as after, np.load(io.BytesIO(before)) as wanted:
         np.testing.assert_array_equal(after["indices"], wanted["indices"])
@@ -725,6 +725,6 @@ def test_published_scores_that_cannot_be_had(tmp_path):
     path = SCORES["forg"].path(tmp_path, "cifar10")
     path.parent.mkdir(exist_ok=True)
     path.write_text("the user's own")
-    refuse("fetch_scores.py", *flags, status=FILE, says=("forg_cifar10.pkl", "overwrite"), keep=tmp_path)
+    refuse("fetch_scores.py", *flags, status=FILE, says=("forg_cifar10.pkl", "--overwrite"), keep=tmp_path)
     shown = " ".join(call("fetch_scores.py", "--help").out.split())
     assert "cifar10: eps, flat, etl, forg, samis_loss, samis_prob; cifar100: eps" in shown

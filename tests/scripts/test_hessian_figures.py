@@ -151,7 +151,7 @@ def test_seeds_are_averaged_over_one_kind_of_run(flags, changed):
         (path,) = folder.glob("train_all_*_with_sgd_*/2/epoch_3/*.json")
         whole = path.read_text()
         change("sgd", 2, **{name: value})
-        says = (r"/2/epoch_3/.*: is not of the same kind as .*/1/epoch_3/", rf"{name} \(.*{value} here", "seeds")
+        says = (r"/2/epoch_3/.*: is not of the same kind as .*/1/epoch_3/", rf"{name} \(.*{value} here", "--seeds")
         refuse(SCRIPT, *flags, status=FILE, says=says)
         path.write_text(whole)
 
@@ -166,7 +166,7 @@ def test_groups_of_different_epochs_schedules_and_examples(flags, changed):
     assert "the spectra differ in lr_sched: const, cosine" in succeed(SCRIPT, *flags).err
     for seed in (1, 2):
         change("sam", seed, examples=30)
-    says = (r"examples \(60 there, 30 here\); measure both with the same subset",)
+    says = (r"examples \(60 there, 30 here\); measure both with the same --subset",)
     refuse(SCRIPT, *flags, status=FILE, says=says)
     for seed in (1, 2):
         change("sam", seed, epoch=5)

@@ -111,7 +111,7 @@ def test_parts_of_the_data(world, flags, tmp_path):
     with spoilt(world.checkpoint, split):  # as train_split.py and train_prune.py leave it
         result = succeed(SCRIPT, *flags, f"--hessian_folder={tmp_path / 'split'}")
     assert "was trained on 54 examples; the loss is measured on other ones, or on a part of them: 60" in result.err
-    says = (r"lanczos\.pkl: was made with different settings", r"examples \(30 there, 60 here\)", "overwrite")
+    says = (r"lanczos\.pkl: was made with different settings", r"examples \(30 there, 60 here\)", "--overwrite")
     refuse(SCRIPT, *flags, status=FILE, keep=tmp_path, says=says)
     succeed(SCRIPT, *flags, "--overwrite")
 
@@ -136,11 +136,11 @@ def test_what_is_there_is_left(world, flags, tmp_path):
     assert first.out.splitlines()[:6] == again.out.splitlines()[1:7]
     for flag, says in (("--top_n=3", r"top_n \(5 there, 3 here\)"), ("--precision=fp64", "precision"),
                        ("--basis=none", "basis"), ("--probe_seed=5", "probe_seed")):  # fmt: skip
-        refuse(SCRIPT, *flags, flag, status=FILE, says=("different settings", says, "overwrite"), keep=tmp_path)
+        refuse(SCRIPT, *flags, flag, status=FILE, says=("different settings", says, "--overwrite"), keep=tmp_path)
     with spoilt(path.with_suffix(".json"), None):
-        refuse(SCRIPT, *flags, status=FILE, says=("does not record the settings", "overwrite"), keep=tmp_path)
+        refuse(SCRIPT, *flags, status=FILE, says=("does not record the settings", "--overwrite"), keep=tmp_path)
     with spoilt(path.with_suffix(".json"), b"junk"):
-        refuse(SCRIPT, *flags, status=FILE, says=(r"lanczos\.json: ", "damaged", "overwrite"), keep=tmp_path)
+        refuse(SCRIPT, *flags, status=FILE, says=(r"lanczos\.json: ", "damaged", "--overwrite"), keep=tmp_path)
     with spoilt(world.checkpoint, packed({**read_checkpoint(world.checkpoint), "extra": 1})):
         refuse(SCRIPT, *flags, status=FILE, says=("different settings: checkpoint",), keep=tmp_path)
 
@@ -212,7 +212,7 @@ def test_bad_input(world, flags, tmp_path, more, status, says):
 def test_networks_that_do_not_fit(world, flags, tmp_path):
     other = [flag for flag in flags if not flag.startswith("--model=")]
     run = f"--exp={world.run()}"
-    refuse(SCRIPT, *other, run, "--model=mlp", status=FILE, says=("not a mlp", "model="))
+    refuse(SCRIPT, *other, run, "--model=mlp", status=FILE, says=("not a mlp", "--model="))
     refuse(SCRIPT, *(flag for flag in other if flag != "--epochs=3"), "--checkpoint=/none.pt", status=FILE,
            says=(r"/none\.pt: there is no such file",))  # fmt: skip
     whole, content = read_checkpoint(world.checkpoint), world.checkpoint.read_bytes()
@@ -228,7 +228,7 @@ def test_networks_that_do_not_fit(world, flags, tmp_path):
         with spoilt(world.checkpoint, bad):
             refuse(SCRIPT, *flags, status=FILE, says=(r"epoch_3\.pt: ", says, "again|anew|recreate"), keep=world.base)
     with spoilt(world.checkpoint, packed({**whole, "model_state": huge})):
-        refuse(SCRIPT, *flags, status=FILE, says=("the loss is not finite", "lower learning rate"), keep=world.base)
+        refuse(SCRIPT, *flags, status=FILE, says=("the loss is not finite", "--learning_rate"), keep=world.base)
     assert not proof.exists()
     data = write_blobs(tmp_path / "other.npz", n=60, classes=4)
     refuse(SCRIPT, f"--dataset=npz:{data}", *flags[1:], f"--exp={world.run()}", status=FILE,
@@ -284,10 +284,10 @@ def test_a_damaged_record_of_what_is_done(world, flags, tmp_path):
     record = read_json(path)
     for name, value in (("residuals", [None]), ("eigenvalues", 5), ("gradient_norm", "a"), ("loss", None)):
         with spoilt(path, json.dumps({**record, name: value}).encode()):
-            refuse(SCRIPT, *flags, status=FILE, says=(r"\.json: ", "overwrite|again"))
+            refuse(SCRIPT, *flags, status=FILE, says=(r"\.json: ", "--overwrite|again"))
     del record["converged"]
     with spoilt(path, json.dumps(record).encode()):
-        refuse(SCRIPT, *flags, status=FILE, says=(r"\.json: is damaged", "converged", "overwrite"))
+        refuse(SCRIPT, *flags, status=FILE, says=(r"\.json: is damaged", "converged", "--overwrite"))
 
 
 def test_an_interrupted_measurement_of_other_settings_is_not_lost(world, flags, tmp_path):
@@ -298,7 +298,7 @@ def test_an_interrupted_measurement_of_other_settings_is_not_lost(world, flags, 
         folder.mkdir(parents=True)
         torch.save({"settings": {"top_n": 9}}, folder / f"{name}.pt")
         for resume in ((), ("--resume",)):
-            says = (rf"{name}\.pt: was made with different settings", r"top_n \(9 there", "overwrite")
+            says = (rf"{name}\.pt: was made with different settings", r"top_n \(9 there", "--overwrite")
             refuse(SCRIPT, *flags, *more, *resume, status=FILE, keep=tmp_path, says=says)
         succeed(SCRIPT, *flags, *more, "--resume", "--overwrite")
         assert not folder.exists()

@@ -93,7 +93,7 @@ def test_results_of_other_settings_are_kept(tmp_path):
     result = call(LOO, *flags(tmp_path, "--delta=2"))
     assert result.status == 1
     assert "delta (1.0 there, 2.0 here)" in result.complaint
-    assert "overwrite" in result.complaint
+    assert "--overwrite" in result.complaint
     assert (tmp_path / "pickles" / "t_iter.pkl").read_bytes() == before
     succeed(LOO, *flags(tmp_path, "--delta=2", "--overwrite"))
     assert read_pickle(tmp_path / "pickles" / "t_iter.pkl")["args"]["delta"] == 2.0

@@ -210,7 +210,7 @@ def test_files_of_two_runs_are_not_drawn_together(place):
     shutil.rmtree(place / "plots")
     change(place, "retrain", settings={"epochs": 5, "lr": 0.1})
     files = f"{place}/old_retrain.pkl: is of another run than {place}/old_scores.pkl: "
-    says = r"epochs \(9 there, 5 here\); repeat 3_validation_sensitivities.py .*resume and overwrite"
+    says = r"epochs \(9 there, 5 here\); repeat 3_validation_sensitivities.py .*--resume and --overwrite"
     refused(place, script, FILE, files + says)
     change(place, "retrain", settings={"lr": 0.1, "epochs": 9})
     draw(place, script)
@@ -299,4 +299,4 @@ def test_classes_without_results_are_left_out(place, monkeypatch):
 
 def test_show_without_a_display_says_so_and_does_not_wait(place):
     _, result = draw(place, "plot_evolving_sensitivities.py", "--show")
-    assert "matplotlib finds no display" in result.err
+    assert "--show: matplotlib finds no display" in result.err

@@ -188,7 +188,7 @@ def test_networks_of_another_base_run_are_not_taken(copy_of):
     text = settings.read_text()
     start = text.index('"base_weights": "') + len('"base_weights": "')
     settings.write_text(text[:start] + "0" * 16 + text[start + 16 :])
-    refuse(FILE, VALIDATION, base, "--resume", says=("retraining/settings.json: ", "base_weights", "overwrite"))
+    refuse(FILE, VALIDATION, base, "--resume", says=("retraining/settings.json: ", "base_weights", "--overwrite"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -201,7 +201,7 @@ def test_results_of_other_settings_are_kept_or_replaced(script, done, copy_of):
     )
     before = snapshot(base)
     for more in ((), ("--resume",)):
-        refuse(FILE, script, base, other, *more, says=(*says, "overwrite"))
+        refuse(FILE, script, base, other, *more, says=(*says, "--overwrite"))
         assert_kept(before, base)
     found = run(script, base, other, "--overwrite")
     key = {L2REG: "deltas", VALIDATION: "softmax_deviations", LOCO: "perturb_nll"}[script]

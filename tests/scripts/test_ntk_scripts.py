@@ -137,7 +137,7 @@ def test_other_groups_join_and_other_settings_are_refused(world, tmp_path):
     path = place(world, tmp_path) / "epoch_1" / "seed_1" / "vs.pkl"
     assert list(read_pickle(path)) == [0, 30, 55]
     refuse("compute_ntk.py", *flags(world, tmp_path, "--ntk_classes=true_label"), status=FILE, keep=tmp_path,
-           says=("vs.pkl: was made with different settings: ntk_classes", "overwrite"))  # fmt: skip
+           says=("vs.pkl: was made with different settings: ntk_classes", "--overwrite"))  # fmt: skip
     succeed("compute_ntk.py", *flags(world, tmp_path, "--ntk_classes=true_label", "--overwrite"))
     assert kernel(place(world, tmp_path), 1).shape == (5, 5)
 
@@ -274,8 +274,8 @@ def test_a_kernel_that_does_not_fit_the_memory(world, tmp_path, monkeypatch):
     result = call("compute_ntk.py", *flags(world, tmp_path))
     assert result.status == FLAG
     assert "a kernel of 15 rows takes" in result.complaint
-    assert "ntk_classes=true_label" in result.complaint
-    assert "or m_samples=" in result.complaint
+    assert "--ntk_classes=true_label" in result.complaint
+    assert "--m_samples=" in result.complaint
 
 
 def test_own_data_with_colours(tmp_path):

@@ -136,10 +136,10 @@ def test_damaged_tables_and_results_are_named(blobs, tmp_path):
     path = comparison(tmp_path, "json")
     for damaged, says in (([1], "not a table"), ({"settings": 3}, "not a table")):
         with spoilt(path, json.dumps(damaged).encode()):
-            refuse("compare_pruning.py", *table, status=FILE, says=(r"comparison\.json: ", says, "overwrite"))
+            refuse("compare_pruning.py", *table, status=FILE, says=(r"comparison\.json: ", says, "--overwrite"))
     for cells in (5, [5], [{}], [{"method": [], "share": 0.5, "shots": None, "seed": 1}]):
         with spoilt(path, json.dumps({**read_json(path), "cells": cells}).encode()):
-            refuse("compare_pruning.py", *table, status=FILE, says=("is damaged, or not a table", "overwrite"))
+            refuse("compare_pruning.py", *table, status=FILE, says=("is damaged, or not a table", "--overwrite"))
 
 
 def test_a_grid_of_shots(blobs, tmp_path):
@@ -177,7 +177,7 @@ def test_what_cannot_be_is_found_before_the_first_run(blobs, tmp_path, more, sta
 def test_a_table_of_other_settings_is_kept(blobs, tmp_path):
     small = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "1")
     succeed("compare_pruning.py", *small)
-    says = (r"learning_rate \(0.05 there, 0.1 here\)", "overwrite")
+    says = (r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
     refuse("compare_pruning.py", *small, "--learning_rate=0.1", status=FILE, says=says, keep=tmp_path)
     succeed("compare_pruning.py", *small, "--learning_rate=0.1", "--overwrite")
 
@@ -186,7 +186,7 @@ def test_a_table_with_more_cells_is_kept(blobs, tmp_path):
     grid = (*flags(blobs, tmp_path), "--funcs", "random", "--seeds", "1")
     succeed("compare_pruning.py", *grid)
     fewer = (*grid, "--fractions", "0.5", "--table_only")
-    says = ("1 cells that this grid lacks, such as random 0.2 seed 1", "another name")
+    says = ("1 cells that this grid lacks, such as random 0.2 seed 1", "another --name")
     refuse("compare_pruning.py", *fewer, status=FILE, says=says, keep=tmp_path)
     succeed("compare_pruning.py", *fewer, "--name=half", "--coreset_pretrain_epochs=9")  # which nothing reads
 
@@ -196,7 +196,7 @@ def test_a_table_that_another_grid_wrote_meanwhile_is_kept(blobs, tmp_path, monk
     succeed("compare_pruning.py", *grid, "--funcs", "random")
     monkeypatch.setattr("src.coresets.grid.Grid.check", lambda grid: None)  # when it began, there was no table yet
     refuse("compare_pruning.py", *grid, "--funcs", "csl", status=FILE, keep=tmp_path,
-           says=("2 cells that this grid lacks", "another name"))  # fmt: skip
+           says=("2 cells that this grid lacks", "another --name"))  # fmt: skip
 
 
 def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
@@ -205,7 +205,7 @@ def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
             "--coreset_fraction=0.5", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
     other = ("--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")
     small = (*flags(blobs, tmp_path), *other)
-    says = ("was made with different settings", r"learning_rate \(0.05 there, 0.1 here\)", "overwrite")
+    says = ("was made with different settings", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
     refuse("compare_pruning.py", *small, status=FILE, says=says)
     succeed("compare_pruning.py", *small, "--overwrite")
     (path,) = results(tmp_path).values()
@@ -215,7 +215,7 @@ def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
 def test_cells_of_other_settings_are_found_before_the_first_run(blobs, tmp_path):
     one = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "2", "--name=one")
     succeed("compare_pruning.py", *one)
-    says = (r"weight_decay \(0.0 there, 0.01 here\)", "overwrite")
+    says = (r"weight_decay \(0.0 there, 0.01 here\)", "--overwrite")
     refuse(
         "compare_pruning.py", *flags(blobs, tmp_path, "--weight_decay=0.01"), status=FILE, says=says, keep=tmp_path
     )
