@@ -184,8 +184,8 @@ def sampled_errors(
         correlated: sample from the (C, C) covariances; by default each logit by itself, as the paper's experiments.
 
     Returns:
-        Float64 (n, C): clamped like `Predictions.errors` by default, and as they are where correlated, so that they
-        sum to 0 and nothing of what shifts all logits alike comes back through them.
+        Float64 (n, C): clamped like `Predictions.errors` by default; unclamped where correlated, so that they sum to
+        0 and cancel whatever shifts all logits alike.
     """
     n, c = predictions.logits.shape
     found = torch.empty_like(predictions.logits)
@@ -273,7 +273,7 @@ def correlation_intervals(
 
 
 def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
-    """The number of pairs and their correlations in words, a line each; a dash where there is none."""
+    """The number of pairs and their correlations as text, a line each; a dash where there is none."""
     found = correlation_intervals(true, estimated)
     which = "" if np.isnan(found["Spearman"].low) else " (95 % bootstrap intervals)"
     return "\n".join([f"n = {len(true):,}{which}", *(f"{name} {value}" for name, value in found.items())])

@@ -289,14 +289,14 @@ class Result:
         record: The flags, for its key ``args``.
         settings: Everything that determines the result, for its key ``settings``.
         resume: Whether to continue from what is there.
-        overwrite: Whether a result of other settings may be replaced.
+        overwrite: Whether a result with different settings may be replaced.
 
     Attributes:
         stored: What was there and is continued from; empty for a start from scratch.
-        replaces: Whether there is a file of other settings, which may be replaced.
+        replaces: Whether there is a file with different settings, which may be replaced.
 
     Raises:
-        FileError: The file holds a result of other settings, or is damaged.
+        FileError: The file contains a result with different settings, or is damaged.
     """
 
     def __init__(

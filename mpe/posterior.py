@@ -32,7 +32,7 @@ def optimizer_posterior(
 
     Args:
         optimizer: ``src.optimizers.IBLR`` or ``ivon.IVON``, whose state has N and delta; or torch's ``Adam`` or
-            ``AdamW`` after a step of every parameter (second moments as they are, not corrected for their start).
+            ``AdamW`` after a step of every parameter (second moments without bias correction).
         model: the model; parameters are recognized by identity, in any number of groups. Frozen ones are left out.
         num_examples: N, the number of examples whose mean loss was trained. Needed for Adam; if given for iBLR, it
             must be the state's.
@@ -231,7 +231,7 @@ class Predictions:
 
     @cached_property
     def residuals(self) -> Tensor:
-        """Float64 (n, C): probabilities minus one-hot labels, as they are (they sum to 0)."""
+        """Float64 (n, C): probabilities minus one-hot labels, unclamped (they sum to 0)."""
         return self.probabilities - nn.functional.one_hot(self.labels, self.logits.shape[1])
 
     @cached_property

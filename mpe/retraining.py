@@ -72,7 +72,7 @@ class RetrainingFiles:
         self._saved = time.monotonic()
 
     def start(self, *, resume: bool, overwrite: bool) -> None:
-        """Take the folder, which may hold results of other settings, or damaged ones, only with ``overwrite``."""
+        """Take the folder; results that are damaged or have different settings go only with ``overwrite``."""
         require_writable(self.folder)
         path = self.folder / "settings.json"
         chunks = [self._chunk(range(*found)) for found in self._found(_CHUNK)]
@@ -394,7 +394,7 @@ def retrain(
         folder: Where to keep finished chunks, and the state of an unfinished one; None for nowhere.
         key: What determines the results beside the arguments (data set, base training): stored in ``folder``.
         resume: Whether to continue from what is in ``folder``.
-        overwrite: Whether ``folder`` may hold results of other settings, which are then removed.
+        overwrite: Whether ``folder`` may contain results with different settings, which are then removed.
         vectorised: Whether chunks train all models at once; None for what is faster.
         after_chunk: Called with the arrays so far, whenever there are more.
         replay: For ``shuffle="replay"``, as ``extra_draws``; see ``mpe.schedules.shuffle_seeds``.
@@ -408,7 +408,8 @@ def retrain(
         The measured arrays of all chunks, joined along their first axis.
 
     Raises:
-        FileError: ``folder`` holds results of other settings, cannot be written, or another process works in it.
+        FileError: ``folder`` contains results with different settings, cannot be written, or another process works
+                in it.
         TrainingError: A loss is not finite.
     """
     left_out = [np.sort(np.asarray(entry, dtype=np.int64)) for entry in removed]

@@ -283,8 +283,8 @@ def greedy_by_sample(
 
     The first picks, one for 16 of a sample, are those of the exact greedy on the sample. After them an example i is
     nearer to few candidates x than to its pick, and only pairs with ``d_ix < near_i`` can ever add to a gain. One
-    pass over all distances keeps those pairs, and the greedy goes on with them, over all candidates: given the first
-    picks it is exact (distances rounded to float32).
+    pass over all distances keeps those pairs, and the greedy algorithm continues with them, over all
+    candidates: given the first picks it is exact (distances rounded to float32).
 
     Where the pairs are still too many (a crowd of small gradients is a crowd of near pairs), examples are drawn at
     random, with a probability p in proportion to ``near_i`` over the number of i's pairs, and their savings weigh

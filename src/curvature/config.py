@@ -156,7 +156,7 @@ class SpectrumConfig:
     )
     resume: bool = option(False, "continue an interrupted measurement (power iteration starts again)", title="run")
     save_every: int = option(10, "products between two saves of the state", number(int, 1), title="run")
-    overwrite: bool = option(False, "replace results of other settings", title="run")
+    overwrite: bool = option(False, "replace results with different settings", title="run")
 
     def __post_init__(self) -> None:
         if self.eigen_mode == "power_iter" and self.operator != "hessian":
@@ -260,4 +260,4 @@ class NtkConfig(TrainedRunConfig):
     projection_seed: int = option(0, "seed of the sketch", SEED, acts=_SKETCH)
     memory_mb: float = option(2048.0, "MiB kept of a group's examples", number(float, 0, open_low=True))
     keep_kernels: bool = option(True, "store the kernels; otherwise the velocities alone", negatable=True)
-    overwrite: bool = option(False, "replace results of other settings")
+    overwrite: bool = option(False, "replace results with different settings")

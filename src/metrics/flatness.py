@@ -50,7 +50,7 @@ def scores_by_index(
         batches: un-augmented batches.
         score: batch -> (b,) values.
         total: length of the result; None: ``batches.images.total``.
-        title: what the progress bar says.
+        title: the progress bar's label.
         progress: whether to show one.
 
     Returns:
