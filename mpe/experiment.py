@@ -16,7 +16,7 @@ from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posteri
 from src.artifacts.io import read_pickle, require_writable, write_pickle
 from src.artifacts.paths import Folders, experiment_folder, mpe_experiment, pickle_path, resume_folder
 from src.artifacts.store import acting_settings, load_result
-from src.cli import start_logging
+from src.cli import log_to
 from src.context import RunContext
 from src.datasets import Batches, DataConfig, ImageSet
 from src.devices import ComputeConfig
@@ -103,7 +103,7 @@ class Experiment:
         kind: str,
         flags: Mapping[str, Any],
     ) -> None:
-        start_logging(folders.log_folder / "mpe" / f"{config.name_exp}_{kind}.log")
+        log_to(folders.log_folder / "mpe" / f"{config.name_exp}_{kind}.log")
         self.config, self.kind = config, kind
         self.context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
         record = {**asdict(compute), **flags}

@@ -347,6 +347,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+_LOG_LINE = logging.Formatter("%(asctime)s | %(levelname)-9s | %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
 class _BarHandler(logging.Handler):
     """Writes log lines above the progress bars."""
 
@@ -399,27 +402,39 @@ class _LogFile(logging.FileHandler):
         return _losable_text(self.baseFilename, self.mode, "utf-8", line_buffering=True)
 
 
-def start_logging(file: Path | None = None) -> None:
-    """Send log lines to the console (warnings only, from all but the first process of torchrun) and to a file."""
-    form = logging.Formatter("%(asctime)s | %(levelname)-9s | %(message)s", "%Y-%m-%d %H:%M:%S")
+def start_logging() -> None:
+    """Send log lines to the console only (warnings only, from all but the first process of torchrun)."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [_BarHandler()]
-    handlers[0].setLevel(logging.INFO if _speaks() else logging.WARNING)
-    if file is not None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(_LogFile(file))
-        except OSError as error:
-            raise FileError(
-                f"{file}: the log cannot be written ({error.strerror}); choose another --log_folder"
-            ) from error
-    for handler in handlers:
-        handler.setFormatter(form)
-        root.addHandler(handler)
+    console = _BarHandler(logging.INFO if _speaks() else logging.WARNING)
+    console.setFormatter(_LOG_LINE)
+    root.addHandler(console)
+
+
+def log_to(file: Path) -> None:
+    """Send log lines to this file too, in place of the file of the last call.
+
+    Other handlers and the log level stay as they are, so that a notebook keeps its own.
+
+    Raises:
+        FileError: The file cannot be written.
+    """
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _LogFile)]:
+        root.removeHandler(handler)
+        handler.close()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(file)
+    except OSError as error:
+        raise FileError(
+            f"{file}: the log cannot be written ({error.strerror}); choose another --log_folder"
+        ) from error
+    handler.setFormatter(_LOG_LINE)
+    root.addHandler(handler)
 
 
 def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None) -> NoReturn:

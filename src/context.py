@@ -16,7 +16,7 @@ from torch import nn
 from src.artifacts.io import label_hash, require_writable
 from src.artifacts.paths import Folders, dynamics_folder, experiment_folder, resume_folder
 from src.artifacts.store import diff_settings
-from src.cli import start_logging
+from src.cli import log_to
 from src.datasets import (
     Augmentation,
     Batches,
@@ -310,6 +310,8 @@ class TrainingRun:
     def fit(self, *, weights: torch.Tensor | None = None, plan: EpochPlan | None = None) -> list[dict[str, Any]]:
         """Train the model, or continue, and write everything that a run writes.
 
+        Log lines go to the run's log file too, until the next run has its own.
+
         Args:
             weights: Sample weights, one per training example.
             plan: Which examples each epoch visits, where that is not all of them.
@@ -320,7 +322,7 @@ class TrainingRun:
         context, config, folder = self.context, self.config, self.dynamics_folder
         entry, name, training = context.entry, config.model.model, config.training
         if context.group.is_main_process:
-            start_logging(self.folders.log_folder / self.experiment / f"seed_{training.seed}.log")
+            log_to(self.folders.log_folder / self.experiment / f"seed_{training.seed}.log")
             if config.measure_proxies:
                 require_writable(folder)
         log.info("%s: %d training and %d test examples", self.experiment, len(self.train), len(context.test))

@@ -1,11 +1,12 @@
-"""Flags are generated from dataclasses: names, types, defaults, where they act."""
+"""Flags are generated from dataclasses: names, types, defaults, where they act; log files of runs."""
 
+import logging
 from dataclasses import dataclass
 
 import pytest
 
-from src.cli import Parser, build, number, option
-from src.errors import FlagError
+from src.cli import Parser, build, log_to, number, option
+from src.errors import FileError, FlagError
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,24 @@ def test_bad_values_exit_with_2(words):
 def test_a_flag_that_does_not_act_is_refused():
     with pytest.raises(FlagError, match="--no-exact"):
         parse("--no-exact")
+
+
+def test_a_run_keeps_the_loggers_of_its_caller(tmp_path):
+    root = logging.getLogger()
+    before = list(root.handlers)
+    try:
+        for name in ("first", "second"):
+            log_to(tmp_path / name / "run.log")
+            logging.getLogger("src").warning("line of the %s run", name)
+            assert root.handlers[: len(before)] == before
+            assert len(root.handlers) == len(before) + 1
+        for name in ("first", "second"):
+            (line,) = (tmp_path / name / "run.log").read_text().splitlines()
+            assert f"line of the {name} run" in line
+        (tmp_path / "file").touch()
+        with pytest.raises(FileError, match="log_folder"):
+            log_to(tmp_path / "file" / "run.log")
+    finally:
+        for handler in root.handlers[len(before) :]:
+            root.removeHandler(handler)
+            handler.close()
