@@ -113,7 +113,7 @@ def read_memorization(args: Namespace, dataset: str, checks: dict) -> Proxy | No
 
 
 def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:
-    """Print the scores' statistics and, where memorisation is known, how well they agree with it."""
+    """Print the scores' statistics and, where memorization is known, how well they agree with it."""
     scored = np.flatnonzero(~np.isnan(scores["samis_loss"]))
     for title, field in (("SAMIS-L", "samis_loss"), ("SAMIS-P", "samis_prob")):
         values = scores[field][scored]
@@ -128,7 +128,7 @@ def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:
         rho, p_value = spearman_test(a, b)
         shared = half_overlaps(a, b)
         print(
-            f"{title} and memorisation: Spearman {rho:.4f} (p = {p_value:.2g}), in both lower halves "
+            f"{title} and memorization: Spearman {rho:.4f} (p = {p_value:.2g}), in both lower halves "
             f"{shared.lower} of {shared.lower_size}, in both upper halves {shared.upper} of {shared.upper_size}"
         )
 
