@@ -40,7 +40,7 @@ from src.models import MODELS
 
 if TYPE_CHECKING:
     from src.context import RunContext
-    from src.curvature.checkpoints import TrainedModel
+    from src.curvature.spectrum import TrainedModel
     from src.datasets import ImageSet
 
 log = logging.getLogger("compute_hessian_eigen")
@@ -72,9 +72,8 @@ def main() -> None:
     import torch
 
     from src.context import RunContext
-    from src.curvature.checkpoints import find_model
     from src.curvature.operators import OPERATORS
-    from src.curvature.spectrum import SpectrumState, measure_spectrum
+    from src.curvature.spectrum import SpectrumState, find_model, measure_spectrum
 
     context = RunContext(data, compute, folders.datasets_folder)
     trained = find_model(chosen, folders.models_folder, context)
@@ -146,7 +145,7 @@ def examples(config: SpectrumConfig, context: RunContext, args: Namespace) -> Im
         return context.test
     if config.high_low_spec is None:
         return context.train
-    from src.curvature.checkpoints import select_by_score
+    from src.curvature.spectrum import select_by_score
 
     metric, side, fraction = config.high_low_spec
     folders = score_folders(args.scores_folder, metric, args.metrics_folder)

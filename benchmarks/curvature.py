@@ -21,8 +21,8 @@ from benchmarks.common import Row, in_fresh_process, in_turn, peak, random_image
 from src.curvature.config import SpectrumConfig
 from src.curvature.lanczos import Lanczos, TraceEstimate, add_probe, mean_and_error, rademacher
 from src.curvature.ntk import ntk_kernel
-from src.curvature.operators import GGN, CurvatureOperator, Hessian
-from src.curvature.spectrum import DEFLATED, SpectrumRun, true_residuals
+from src.curvature.operators import GGN, CurvatureOperator, Hessian, true_residuals
+from src.curvature.spectrum import DEFLATED, SpectrumRun
 from src.datasets import Batches, ImageSet, load_dataset
 from src.devices import PRECISIONS, prepare
 from src.models import build_model

@@ -24,8 +24,8 @@ from src.coresets.inputs import (
     errors_of,
     gradient_sum,
     products_with,
-    total_budget,
 )
+from src.datasets.splits import rounded_share
 from src.lazy import torch
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def held_out(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
         if len(members) > 1:
-            held[generator.choice(members, max(total_budget(len(members), _HELD_OUT), 1), replace=False)] = True
+            held[generator.choice(members, max(rounded_share(len(members), _HELD_OUT), 1), replace=False)] = True
     return held
 
 

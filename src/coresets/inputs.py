@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from src.cli import check_options, number, option
+from src.datasets.splits import ROUNDING, rounded_share
 from src.errors import ArgumentError, UserError
 from src.lazy import torch
 
@@ -387,9 +388,6 @@ class Method:
         return tuple(field.name for field in fields(self.options))
 
 
-_ROUNDING = 1e-9  # 0.55 * 6000 is a hair above 3300; the budget is 3300
-
-
 def class_budgets(sizes: np.ndarray, fraction: float) -> np.ndarray:
     """``ceil(fraction * n_c)`` of each class, free of rounding noise; 0 for empty classes.
 
@@ -398,13 +396,8 @@ def class_budgets(sizes: np.ndarray, fraction: float) -> np.ndarray:
         fraction: Share to keep, in (0, 1].
     """
     sizes = np.asarray(sizes, dtype=np.int64)
-    wanted = np.ceil(fraction * sizes - _ROUNDING).astype(np.int64)
+    wanted = np.ceil(fraction * sizes - ROUNDING).astype(np.int64)
     return np.clip(wanted, np.minimum(sizes, 1), sizes)
-
-
-def total_budget(count: int, fraction: float) -> int:
-    """``fraction * n``, rounded half up."""
-    return min(int(np.floor(fraction * count + 0.5 + _ROUNDING)), count)
 
 
 def make_groups(
@@ -442,7 +435,7 @@ def make_groups(
     elif fraction is None or not 0.0 < fraction <= 1.0:
         raise ArgumentError("fraction", f"{fraction}: must be above 0 and at most 1")
     elif not per_class:
-        budget = total_budget(len(labels), fraction)
+        budget = rounded_share(len(labels), fraction)
         if not budget:
             raise ArgumentError(
                 "fraction",

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from src import training
+from src.artifacts.paths import standard_experiment
 from src.artifacts.store import acting_settings
 from src.cli import SEED, fraction, number, option
 from src.errors import ArgumentError
@@ -73,6 +75,23 @@ class TrainedRunConfig:
     lr_sched: str | None = option(
         None, "schedule in the run's name (default: the only one there is)", choices=tuple(SCHEDULES)
     )
+
+    def find_full_run(self, model: str, models_folder: Path, dataset: str, seed: int) -> tuple[str, dict[str, str]]:
+        """The name of the run, and the flags that define it; the default schedule where there is no run.
+
+        Raises:
+            ArgumentError: Several schedules fit.
+        """
+        lr_sched = self.lr_sched
+        if lr_sched is None:
+            pattern = standard_experiment(model, dataset, self.optimizer, "*")
+            found = training.find_schedules(models_folder, pattern, seed)
+            if len(found) > 1:
+                names = ", ".join(found)
+                raise ArgumentError("lr_sched", f": runs of {len(found)} schedules fit; choose one of {names}")
+            lr_sched = found[0] if found else "const"
+        flags = {"model": model, "optimizer": self.optimizer, "lr_sched": lr_sched}
+        return standard_experiment(model, dataset, self.optimizer, lr_sched), flags
 
 
 NOT_FILE = (lambda args: args.checkpoint is None, "with --checkpoint, which names the file")

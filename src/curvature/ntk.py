@@ -25,7 +25,6 @@ from src.artifacts.locks import lock
 from src.artifacts.paths import kernel_path, ntk_folder, ntk_run, velocity_path
 from src.artifacts.store import check_consistent, checked_array, load_result, read_record, record_path, write_recorded
 from src.context import RunContext
-from src.curvature.checkpoints import find_full_run
 from src.curvature.config import SKETCH_CHECKED, NtkConfig
 from src.devices import available_memory
 from src.errors import ArgumentError, FileError
@@ -295,7 +294,7 @@ class KernelVelocities:
         self.epochs = sorted(set(config.ntk_velocity_epoch or VELOCITY_EPOCHS.get(name, VELOCITY_EPOCHS["svhn"])))
         self.lowers = sorted(set(config.lower_index or lower_indices(name, len(ranked), config.m_samples)))
         check_groups(self.lowers, config.m_samples, len(ranked))
-        experiment, flags = find_full_run(config, config.model, models_folder, name, self.seeds[0])
+        experiment, flags = config.find_full_run(config.model, models_folder, name, self.seeds[0])
         self._expected = {**flags, "validation_split": None}
         wanted = sorted({e for t in self.epochs for e in (t, t + 1)})
         self.paths = {

@@ -336,3 +336,9 @@ def _isolated(operator: CurvatureOperator) -> Iterator[None]:
             parameter.requires_grad_(True)
         for parameter, gradient in zip(operator.model.parameters(), gradients, strict=True):
             parameter.grad = gradient  # the package's gradients keep their graphs alive: this frees them
+
+
+def true_residuals(operator: CurvatureOperator, values: np.ndarray, vectors: Tensor) -> np.ndarray:
+    """Norms ``|H x - value x|`` of unit vectors ``(m, P)``, at one product each."""
+    pairs = zip(values, vectors, strict=True)
+    return np.array([torch.linalg.vector_norm((operator @ x) - value * x).item() for value, x in pairs])

@@ -17,7 +17,6 @@ _LAZY = {
         "load_model",
         "missing_epochs",
         "model_description",
-        "only_schedule",
         "run_training",
         "summary",
         "training_command",

@@ -364,20 +364,6 @@ def find_schedules(models_folder: str | Path, pattern: str, seed: int) -> list[s
     return sorted({folder.name[len(before) : len(folder.name) - len(after)] for folder in folders})
 
 
-def only_schedule(models_folder: str | Path, pattern: str, seed: int, given: str | None) -> str | None:
-    """The schedule that was asked for, or the only one there is; None where there is no run.
-
-    Raises:
-        ArgumentError: There are several; the message names them.
-    """
-    if given is not None:
-        return given
-    found = find_schedules(models_folder, pattern, seed)
-    if len(found) > 1:
-        raise ArgumentError("lr_sched", f": runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
-    return found[0] if found else None
-
-
 def free_epochs(lr_sched: str | None) -> tuple[str, ...]:
     """The setting of a run's length, if another length would not have changed its epochs so far."""
     return ("epochs",) if lr_sched in SCHEDULES and not SCHEDULES[lr_sched].depends_on_epochs else ()

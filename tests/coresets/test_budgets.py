@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.coresets.inputs import class_budgets, make_groups, total_budget
+from src.coresets.inputs import class_budgets, make_groups
+from src.datasets.splits import rounded_share
 from src.errors import ArgumentError
 
 percents = st.integers(1, 1000)  # of a thousand: shares that are exact as fractions, not as floats
@@ -22,7 +23,7 @@ def test_a_class_keeps_its_share_rounded_up(sizes, percent):
 
 @given(count=st.integers(0, 1_300_000), percent=percents)
 def test_all_together_keep_their_share_rounded_half_up(count, percent):
-    assert total_budget(count, percent / 1000) == math.floor(Fraction(percent, 1000) * count + Fraction(1, 2))
+    assert rounded_share(count, percent / 1000) == math.floor(Fraction(percent, 1000) * count + Fraction(1, 2))
 
 
 def test_noise_of_floats_lifts_no_budget():
@@ -30,9 +31,9 @@ def test_noise_of_floats_lifts_no_budget():
     assert class_budgets(np.array([6000, 0, 1]), 0.55).tolist() == [3300, 0, 1]
     assert class_budgets(np.array([5000, 7, 0]), 1.0).tolist() == [5000, 7, 0]
     assert class_budgets(np.array([5000, 1, 0]), 1e-15).tolist() == [1, 1, 0]
-    assert total_budget(6000, 0.55) == 3300
-    assert total_budget(5, 0.5) == 3
-    assert total_budget(50_000, 1.0) == 50_000
+    assert rounded_share(6000, 0.55) == 3300
+    assert rounded_share(5, 0.5) == 3
+    assert rounded_share(50_000, 1.0) == 50_000
 
 
 @settings(deadline=None)
@@ -43,7 +44,7 @@ def test_noise_of_floats_lifts_no_budget():
 )
 def test_groups_part_the_candidates(labels, fraction, per_class):
     labels = np.array(labels)
-    if not per_class and total_budget(len(labels), fraction) == 0:
+    if not per_class and rounded_share(len(labels), fraction) == 0:
         with pytest.raises(ArgumentError, match=r"^fraction .*: keeps none of"):
             make_groups(labels, 6, fraction=fraction, per_class=False)
         return

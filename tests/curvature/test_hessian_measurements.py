@@ -13,11 +13,11 @@ from curvature_ground import Matrix, batches, dense, images_and_labels, network,
 
 from src.artifacts.io import read_checkpoint, write_checkpoint
 from src.artifacts.store import load_result
-from src.curvature.checkpoints import positions_by_score
 from src.curvature.config import STORAGES, SpectrumConfig
-from src.curvature.operators import Hessian, power_iteration
+from src.curvature.operators import Hessian, power_iteration, true_residuals
 from src.curvature.results import StoredSpectrum
-from src.curvature.spectrum import SpectrumRun, SpectrumState, describe, measure_spectrum, true_residuals
+from src.curvature.spectrum import SpectrumRun, SpectrumState, describe, measure_spectrum, select_by_score
+from src.datasets import DATASETS, ImageSet
 from src.errors import ArgumentError, FileError
 
 CONFIG = SpectrumConfig(
@@ -280,11 +280,19 @@ def test_files(tmp_path):
 
 
 def test_examples_by_score():
-    scores = np.array([0.5, 0.1, 0.5, 0.9, 0.1])
-    assert positions_by_score(scores, "low", 0.2).tolist() == [1]
-    assert positions_by_score(scores, "low", 0.4).tolist() == [1, 4]
-    assert positions_by_score(scores, "low", 0.6).tolist() == [0, 1, 4]  # ties by index
-    assert positions_by_score(scores, "high", 0.4).tolist() == [2, 3]
-    assert positions_by_score(scores, "high", 1.0).tolist() == [0, 1, 2, 3, 4]
+    whole = ImageSet(DATASETS["digits"], "train", torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.zeros(6).long())
+    images = whole.subset(torch.tensor([1, 2, 3, 4, 5]))
+    scores = np.array([np.nan, 0.5, 0.1, 0.5, 0.9, 0.1])
+
+    def chosen(side, fraction):
+        return select_by_score(images, scores, side, fraction).indices.tolist()
+
+    assert chosen("low", 0.2) == [2]
+    assert chosen("low", 0.4) == [2, 5]
+    assert chosen("low", 0.6) == [1, 2, 5]  # ties by index
+    assert chosen("high", 0.4) == [3, 4]
+    assert chosen("high", 1.0) == [1, 2, 3, 4, 5]
     with pytest.raises(ArgumentError, match="none"):
-        positions_by_score(scores, "high", 0.05)
+        chosen("high", 0.05)
+    with pytest.raises(FileError, match="1 of the 6 examples have no score"):
+        select_by_score(whole, scores, "low", 0.5)
