@@ -242,15 +242,27 @@ def test_scores_of_another_data_set(world, flags, tmp_path):
                says=(r"samis_loss_.*\.pkl: ", "50 examples, the data set has 60"))  # fmt: skip
 
 
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sign, status):
-    longer = (*flags, "--lanczos_steps=150", "--trace_probes=150", "--trace_tolerance=0", "--probes=2",
-              "--save_every=5", "--resume")  # fmt: skip
-    process = Forked(SCRIPT, *longer, f"--hessian_folder={tmp_path / 'whole'}")
+def resumable(world, base):
+    """The flags of a longer measurement that is resumed."""
+    return (world.dataset, "--model=small_mlp", "--epochs=3", "--lanczos_steps=150", "--trace_probes=150",
+            "--trace_tolerance=0", "--tolerance=0.5", "--probes=2", "--save_every=5", "--resume",
+            f"--hessian_folder={base}", *folders(world.base, "datasets", "models", "metrics"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The result of that measurement without an interruption."""
+    base = tmp_path_factory.mktemp("whole")
+    process = Forked(SCRIPT, *resumable(world, base))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    stopped = f"--hessian_folder={tmp_path / 'stopped'}"
-    process = Forked(SCRIPT, *longer, stopped)
+    return next(base.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_interrupted_and_resumed_gives_the_same_bits(world, whole, tmp_path, sign, status):
+    flags = resumable(world, tmp_path / "stopped")
+    process = Forked(SCRIPT, *flags)
     for _ in range(3000):
         if list((tmp_path / "stopped").rglob("progress.pt")) or process.poll() is not None:
             break
@@ -262,14 +274,12 @@ def test_interrupted_and_resumed_gives_the_same_bits(world, flags, tmp_path, sig
     assert "Traceback" not in err
     if sign == signal.SIGINT:
         assert err.strip().splitlines()[-1].startswith(f"{SCRIPT}: interrupted;")
-    refuse(
-        SCRIPT, *longer, stopped, "--top_n=2", status=FILE, says=(r"progress\.pt: was made with different", "top_n")
-    )
-    process = Forked(SCRIPT, *longer, stopped)
+    refuse(SCRIPT, *flags, "--top_n=2", status=FILE, says=(r"progress\.pt: was made with different", "top_n"))
+    process = Forked(SCRIPT, *flags)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "going on after" in err
-    whole, later = (next((tmp_path / name).rglob("*.pkl")) for name in ("whole", "stopped"))
+    (later,) = (tmp_path / "stopped").rglob("*.pkl")
     assert whole.read_bytes() == later.read_bytes()
     records = [read_json(path.with_suffix(".json")) for path in (whole, later)]
     assert records[0]["products"] == records[1]["products"]

@@ -185,8 +185,8 @@ def test_training_imports_no_package_that_it_does_not_need(tmp_path):
 
 PLOTTING = ["mpe.plots", "src.coresets.plots", "src.curvature.plots", "src.metrics.plots"]
 
-# What a notebook hands to the processes that it starts, and a back end that is installed nowhere.
-BACKENDS = ["module://matplotlib_inline.backend_inline", "inline", "widget", "module://nonexistent.backend"]
+# What a notebook hands to the processes that it starts: a module that may be missing, a name that may be unknown.
+BACKENDS = ["module://matplotlib_inline.backend_inline", "widget"]
 DRAW = f"""
 import os, runpy, sys, torch, scipy.stats
 
