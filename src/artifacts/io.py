@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -231,26 +232,54 @@ def write_with(path: str | Path, write: Callable[[BinaryIO], None], *, interrupt
         FileError: The disk is full, or the folder cannot be written. The old file, if any, is untouched.
     """
     path = Path(path)
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
-        with nullcontext() if interruptible else _uninterrupted():
+        with nullcontext() if interruptible else uninterrupted():
             descriptor, temporary = _temporary(path)
             with os.fdopen(descriptor, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(temporary, 0o666 & ~_umask())
                 os.replace(temporary, path)  # before the file is closed, which unlocks it
     except BaseException as error:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) or _is_torch_write_error(error):
             reason = getattr(error, "strerror", None) or "the disk may be full"
             raise FileError(f"{path}: could not be written ({reason}); make room or choose another folder") from error
         raise
     return path
+
+
+def link(source: Path, target: Path) -> Path:
+    """Give a file a second name, atomically; copy it where the file system has no hard links, or is another.
+
+    Both names share their bytes on the disk. As :func:`write_with` replaces a name and never changes a file, writing
+    to one of them leaves the other as it is.
+
+    Args:
+        source: A file that is complete.
+        target: Its further name; a file that has it is replaced, its folder is made.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        FileError: It was copied, and the disk is full, or the folder cannot be written.
+    """
+    temporary = _temporary_name(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        with source.open("rb") as file:
+            write_with(target, lambda copy: shutil.copyfileobj(file, copy, 2**20))
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if both were names of one file
+    return target
 
 
 def require_writable(folder: str | Path) -> None:
@@ -268,10 +297,17 @@ def require_writable(folder: str | Path) -> None:
         raise FileError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
 
-def _temporary(path: Path) -> tuple[int, str]:
+def _temporary_name(path: Path) -> Path:
+    """A new name for a temporary file beside ``path``."""
+    return path.with_name(f".{path.name}{_LOCKED}{os.urandom(4).hex()}.part")
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
     """Make a temporary file beside ``path`` and lock it; the kernel unlocks it when this process ends, however."""
     while True:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_LOCKED}", suffix=".part")
+        name = _temporary_name(path)
+        # not mkstemp, whose files only the owner may read: the umask, which threads share, is changed by reading it
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
@@ -304,7 +340,7 @@ def _is_abandoned(path: Path, file: BinaryIO) -> bool:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Let Ctrl-C and termination wait until the file is whole: torch's writer would turn them into its own error.
 
     Handlers are exchanged rather than signals blocked, as any other thread would still receive a blocked one.
@@ -324,13 +360,6 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         if caught:
             signal.raise_signal(caught[0])
-
-
-def _umask() -> int:
-    """The process's file mode mask (reading it means setting it)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _is_torch_write_error(error: BaseException) -> bool:

@@ -107,6 +107,11 @@ def resume_name(epoch: int | str) -> str:
     return f"epoch={epoch}.pth.tar"
 
 
+def weights_name(epoch: int | str) -> str:
+    """The file of the weights that a resume state refers to, beside it, or the pattern of all with ``"*"``."""
+    return f"weights_epoch={epoch}.pt"
+
+
 def dynamics_row_name(epoch: int) -> str:
     """The file of one epoch's recorded dynamics, beside the resume states."""
     return f"dynamics_epoch={epoch}.npz"

@@ -1,12 +1,14 @@
 """A training run on disk: how it starts, continues, and ends; its checkpoints, and the model of one."""
 
+import copy
 import logging
 import math
 import os
 import platform
 import shlex
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,27 @@ import torch
 from torch import nn
 
 from src.artifacts.io import (
+    file_digest,
     label_hash,
+    link,
     read_checkpoint,
     read_json,
     read_npz,
     require_writable,
+    uninterrupted,
     write_checkpoint,
     write_json,
     write_npz,
 )
 from src.artifacts.locks import lock
-from src.artifacts.paths import LOCK_NAME, checkpoint_name, checkpoint_path, dynamics_row_name, resume_name
+from src.artifacts.paths import (
+    LOCK_NAME,
+    checkpoint_name,
+    checkpoint_path,
+    dynamics_row_name,
+    resume_name,
+    weights_name,
+)
 from src.artifacts.store import check_identity, diff_settings, load_result
 from src.datasets import ImageSet, Normalization
 from src.errors import ArgumentError, FileError
@@ -38,7 +50,8 @@ from src.training.loop import Trainer, check_history
 log = logging.getLogger(__name__)
 
 _FORMAT = "network-1"
-_STATE_FORMAT = "resume-1"
+_STATE_FORMAT = "resume-2"
+_INLINE_STATE_FORMAT = "resume-1"  # of earlier versions: the weights are in the state itself
 _KEEP_STATES = 2  # the newest, and one before it in case the newest is damaged
 _KEYS = (
     "model_state",
@@ -65,7 +78,9 @@ class RunFiles:
 
     Attributes:
         checkpoints: Folder of ``epoch_{e}.pt``, ``best.pt``, ``last.pt`` and ``results.json``.
-        resume: Folder of the resume states and of the recorded dynamics, one file per epoch.
+        resume: Folder of the resume states, of their weights (the same files as the checkpoints of these epochs,
+            where both folders are in one file system with hard links) and of the recorded dynamics, one file per
+            epoch.
     """
 
     checkpoints: Path
@@ -78,6 +93,10 @@ class RunFiles:
     def state(self, epoch: int) -> Path:
         """The resume state after an epoch."""
         return self.resume / resume_name(epoch)
+
+    def weights(self, epoch: int) -> Path:
+        """The checkpoint of an epoch that its resume state refers to."""
+        return self.resume / weights_name(epoch)
 
     def row(self, epoch: int) -> Path:
         """The recorded dynamics of an epoch."""
@@ -110,21 +129,32 @@ class RunFiles:
 
     def states(self) -> list[int]:
         """The epochs of the resume states on disk, newest first."""
-        found = (path.name.removeprefix("epoch=").split(".")[0] for path in self.resume.glob(resume_name("*")))
+        return self._epochs(resume_name)
+
+    def _epochs(self, name: Callable[[str], str]) -> list[int]:
+        """The epochs of the files in the resume folder that are so named, newest first."""
+        before, after = name("*").split("*")
+        found = (path.name.removeprefix(before).removesuffix(after) for path in self.resume.glob(name("*")))
         return sorted((int(number) for number in found if number.isdigit()), reverse=True)
 
     def read_state(self, epoch: int) -> dict[str, Any]:
-        """The resume state after an epoch.
+        """The resume state after an epoch, with the model's weights, wherever they are stored.
 
         Raises:
-            FileError: It is missing, damaged, or that of another epoch.
+            FileError: It, or the file of its weights, is missing, damaged, or that of another epoch or run.
         """
-        path = self.state(epoch)
+        path, weights = self.state(epoch), self.weights(epoch)
         state = read_checkpoint(path)
-        if state.get("format") != _STATE_FORMAT or not isinstance(state.get("settings"), dict):
+        if state.get("format") not in (_STATE_FORMAT, _INLINE_STATE_FORMAT) or not isinstance(
+            state.get("settings"), dict
+        ):
             raise FileError(f"{path}: is not a resume state of this project")
         if state.get("epoch") != epoch:
             raise FileError(f"{path}: is the resume state of epoch {state.get('epoch')}; it was copied or renamed")
+        if state["format"] == _STATE_FORMAT:
+            if file_digest(weights) != state.get("weights"):
+                raise FileError(f"{weights}: was changed after {path.name} was written with it")
+            state["model"] = read_checkpoint(weights).get("model_state")
         return state
 
     def newest_state(self) -> dict[str, Any] | None:
@@ -139,6 +169,16 @@ class RunFiles:
         for path in self.resume.glob("*epoch=*"):
             path.unlink(missing_ok=True)
 
+    def keep_states(self, newest: int) -> None:
+        """Remove the states, and their weights, of all but the newest epochs.
+
+        Also those of later epochs, of a run that this one replaces: they would be resumed first.
+        """
+        for name in (resume_name, weights_name):  # no state is left without its weights
+            for epoch in self._epochs(name):
+                if not newest - _KEEP_STATES < epoch <= newest:
+                    (self.resume / name(epoch)).unlink(missing_ok=True)
+
 
 def run_training(
     trainer: Trainer,
@@ -152,6 +192,8 @@ def run_training(
     measure: Callable[[Trainer], None] = lambda trainer: None,
 ) -> list[dict[str, Any]]:
     """Train, or continue training, and write what a run writes.
+
+    An epoch's files are written while the next one trains; what they contain is copied to the CPU's memory first.
 
     Args:
         trainer: The loop, at its beginning.
@@ -168,20 +210,23 @@ def run_training(
         The history: one record per epoch.
 
     Raises:
-        FileError: The folders contain a run with different settings, or another process is training in them.
+        FileError: The folders contain a run with different settings, another process is training in them, or an
+            epoch could not be written (raised after the next one).
         TrainingError: The loss is not finite.
     """
     writes = trainer.group.is_main_process
     run = _Run(trainer, files, dict(settings), dict(description), save_epochs)
-    with lock(files.checkpoints / LOCK_NAME, "training this run") if writes else nullcontext():
+    with lock(files.checkpoints / LOCK_NAME, "training this run") if writes else nullcontext(), run.writing():
         if not (resume and run.resume(overwrite)) and writes:
             run.start(overwrite)
         trainer.group.wait()
         for epoch in trainer.epochs():
             trainer.train_epoch(epoch)
             if writes:
+                run.finish_writing()
                 measure(trainer)
                 run.save(epoch)
+        run.finish_writing()
         trainer.group.wait()
     if warning := divergence(trainer.history):
         log.warning("%s; more epochs or a smaller learning rate may help", warning)
@@ -210,15 +255,52 @@ def summary(history: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *filter(None, [divergence(history)])])
 
 
-@dataclass
 class _Run:
-    """A run's files, which the main process writes."""
+    """A run's files, which the main process writes: those of an epoch in a thread of their own, one at a time."""
 
-    trainer: Trainer
-    files: RunFiles
-    settings: dict[str, Any]
-    description: dict[str, Any]
-    save_epochs: str | list[int]
+    def __init__(
+        self,
+        trainer: Trainer,
+        files: RunFiles,
+        settings: dict[str, Any],
+        description: dict[str, Any],
+        save_epochs: str | list[int],
+    ) -> None:
+        self.trainer, self.files, self.settings = trainer, files, settings
+        self.description, self.save_epochs = description, save_epochs
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._written: Future[None] | None = None
+        device = trainer.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        self._machine = {
+            "device": f"{device.type} ({name})",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Finish what is being written before the run's lock is released, whatever ends the run."""
+        try:
+            yield
+        finally:
+            with uninterrupted():
+                self._writer.shutdown()
+            if self._written is not None and (error := self._written.exception()):
+                log.warning("%s", error)  # what ended the run is reported in any case
+
+    def finish_writing(self) -> None:
+        """Wait until the newest epoch is written.
+
+        Raises:
+            FileError: It could not be.
+        """
+        if self._written is not None:
+            wait([self._written])
+            written, self._written = self._written, None
+            written.result()
 
     def start(self, overwrite: bool) -> None:
         """Begin a run from scratch; stop if the folders contain one with different settings."""
@@ -236,7 +318,7 @@ class _Run:
             for checkpoint in files.checkpoints.glob("*.pt"):
                 checkpoint.unlink()
         require_writable(files.resume)
-        self._write_results()
+        self._write_results([])
 
     def resume(self, overwrite: bool) -> bool:
         """Continue from the newest readable state; False where there is none, or one to be replaced."""
@@ -261,7 +343,9 @@ class _Run:
                 ) from error
             log.info("continuing after epoch %d of %d", epoch, trainer.config.epochs)
             if trainer.group.is_main_process:
-                self._write_epoch()
+                if "weights" not in state:
+                    self._write_weights(epoch, state["model"])
+                self._publish(trainer.history)
             return True
         log.info("no resume state in %s: starting from the beginning", files.resume)
         return False
@@ -280,13 +364,10 @@ class _Run:
         return rows
 
     def save(self, epoch: int) -> None:
-        """Write an epoch's dynamics, its resume state, checkpoints and results, in this order."""
-        files, trainer = self.files, self.trainer
-        if trainer.dynamics is not None:
-            write_npz(files.row(epoch), row=trainer.dynamics.rows[epoch], epoch=epoch)
-        state = {"format": _STATE_FORMAT, "epoch": epoch, "settings": self.settings, **trainer.state()}
-        write_checkpoint(files.state(epoch), state)
-        self._write_epoch()
+        """Begin to write an epoch: its dynamics, weights, resume state, checkpoints and results, in this order."""
+        trainer = self.trainer
+        row = None if trainer.dynamics is None else trainer.dynamics.rows[epoch]
+        self._written = self._writer.submit(self._write, epoch, row, _snapshot(trainer.state()))
         record = trainer.history[-1]
         log.info(
             "epoch %d/%d: train loss %.5f accuracy %.2f %%, test loss %.5f accuracy %.2f %%, %.1f s",
@@ -299,44 +380,64 @@ class _Run:
             record["seconds"],
         )
 
-    def _write_epoch(self) -> None:
-        """Write the newest epoch's checkpoints and results; after a crash in between, resume does it again."""
-        files, trainer, epoch = self.files, self.trainer, self.trainer.epoch
-        accuracies = [record["test_accuracy"] for record in trainer.history]
+    def _write(self, epoch: int, row: np.ndarray | None, state: dict[str, Any]) -> None:
+        """Write an epoch from copies of everything that training changes; this may be another thread."""
+        files = self.files
+        if row is not None:
+            write_npz(files.row(epoch), row=row, epoch=epoch)
+        self._write_weights(epoch, state.pop("model"))
+        facts = {"format": _STATE_FORMAT, "epoch": epoch, "settings": self.settings}
+        write_checkpoint(files.state(epoch), {**facts, "weights": file_digest(files.weights(epoch)), **state})
+        self._publish(state["history"])
+
+    def _write_weights(self, epoch: int, weights: Mapping[str, Any]) -> None:
+        """Write the one file that an epoch's checkpoints and its resume state have in common."""
+        state = {**self.description, "model_state": weights, "epoch": epoch, "settings": self.settings}
+        write_checkpoint(self.files.weights(epoch), state)
+
+    def _publish(self, history: list[dict[str, Any]]) -> None:
+        """Make the newest weights the epoch's checkpoints, and write the results.
+
+        After a crash before it, or within, resuming the run does it again.
+        """
+        files, epoch = self.files, len(history)
+        accuracies = [record["test_accuracy"] for record in history]
         targets = []
         if self.save_epochs == "all" or (isinstance(self.save_epochs, list) and epoch in self.save_epochs):
             targets.append(files.epoch(epoch))
         if accuracies[-1] > max(accuracies[:-1], default=-1.0):
             targets.append(files.checkpoints / "best.pt")
-        if epoch == trainer.config.epochs:
+        if epoch == self.trainer.config.epochs:
             targets.append(files.checkpoints / "last.pt")
-        if targets:
-            state = {**self.description, "model_state": trainer.model.state_dict(), "epoch": epoch}
-            for path in targets:
-                write_checkpoint(path, {**state, "settings": self.settings})
-        self._write_results()
-        for old in files.states():  # also later ones, of a run that this one replaces: they would be resumed first
-            if not epoch - _KEEP_STATES < old <= epoch:
-                files.state(old).unlink(missing_ok=True)
+        source = files.weights(epoch)
+        for path in targets:  # each from the one before, as the resume folder may be in another file system
+            source = link(source, path)
+        self._write_results(history)
+        files.keep_states(epoch)
 
-    def _write_results(self) -> None:
-        history, device = self.trainer.history, self.trainer.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    def _write_results(self, history: list[dict[str, Any]]) -> None:
         results = {
             "settings": self.settings,
-            "finished": self.trainer.epoch == self.trainer.config.epochs,
+            "finished": len(history) == self.trainer.config.epochs,
             "best_test_accuracy": max((record["test_accuracy"] for record in history), default=None),
             "seconds": sum(record["seconds"] for record in history),
-            "machine": {
-                "device": f"{device.type} ({name})",
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
+            "machine": self._machine,
             "history": history,
         }
         write_json(self.files.results, results)
+
+
+def _snapshot(value: Any) -> Any:
+    """A state as it is now: copies of its tensors, on the CPU, in containers of the same kinds."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with what torch notes beside the entries of a model's state
+        copied.update((name, _snapshot(entry)) for name, entry in value.items())
+        return copied
+    if isinstance(value, list | tuple):
+        return type(value)(map(_snapshot, value))
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
