@@ -1,6 +1,6 @@
 """Reading, training and scoring images against the loops that most people write.
 
-python -m benchmarks.training [batches scoring steps memory ensemble] [--quick]
+python -m benchmarks.training [batches scoring steps memory ensemble checkpoints] [--quick]
 """
 
 import copy
@@ -24,7 +24,7 @@ from src.datasets import Batches, load_dataset, lookup
 from src.devices import PRECISIONS, prepare
 from src.metrics.samis import score_pair
 from src.models import MODELS, build_model
-from src.training import Dynamics, Trainer, TrainingConfig
+from src.training import Dynamics, RunFiles, Trainer, TrainingConfig, run_training
 from src.training.ensemble import Ensemble, vectorised_is_faster
 
 
@@ -463,7 +463,69 @@ def ensemble(quick: bool = False) -> list[Row]:
     return [ensemble_row(case, 1 if quick else 3) for case in (QUICK if quick else ENSEMBLES)]
 
 
-BENCHMARKS = {"batches": batches, "scoring": scoring, "steps": steps, "memory": memory, "ensemble": ensemble}
+def written(work: Callable[[], object]) -> int:
+    """How many bytes this process hands to files meanwhile, in all its threads."""
+
+    def now() -> int:
+        return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
+
+    before = now()
+    work()
+    return now() - before
+
+
+def checkpoints(quick: bool = False) -> list[Row]:
+    """What an epoch's files cost training: bytes written, and wall seconds that its loop waits.
+
+    The plain way is ``torch.save`` of the resume state, the epoch's checkpoint and the best one, in the loop, which
+    does not even wait for the disk. Ours is ``run_training``: the loop's seconds without those of the epochs
+    themselves, which its background thread may slow down; a last row has the whole time.
+    """
+    name, epochs, count = ("resnet8", 2, 8) if quick else ("resnet18", 4, 64)
+    images = random_images("cifar10", count)
+    normal = {"normalization": images.entry.normalizations["samis"]}
+    measured: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
+    for ours in (False, True) * (1 if quick else 3):
+        trainer = Trainer(
+            build_model(name, 10, 3, 32, seed=0),
+            Batches(images, count // 2, order="shuffled", **normal),
+            Batches(images.subset(torch.arange(2)), 2, **normal),
+            TrainingConfig(epochs=epochs),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+
+            def plain(trainer: Trainer = trainer, folder: str = folder) -> None:
+                for epoch in trainer.epochs():
+                    trainer.train_epoch(epoch)
+                    model = {"model_state": trainer.model.state_dict()}
+                    for file, state in ((epoch, trainer.state()), (f"epoch_{epoch}", model), ("best", model)):
+                        torch.save(state, Path(folder, f"{file}.pt"))
+
+            def own(trainer: Trainer = trainer, folder: str = folder) -> None:
+                run_training(trainer, RunFiles(Path(folder, "a"), Path(folder, "b")), {}, {})
+
+            start = time.perf_counter()
+            size = written(own if ours else plain)
+            total = time.perf_counter() - start
+        waits = total - sum(record["seconds"] for record in trainer.history)
+        measured[ours].append((size / 1e6 / epochs, waits / epochs, total / epochs))
+    theirs, mine = (np.min(measured[ours], axis=0) for ours in (False, True))
+    names = ("written", "waiting for files", "in all")
+    units = ("MB per epoch", "s per epoch (wall)", "s per epoch (wall)")
+    return [
+        Row(f"checkpoints, {name}: {what}", *both, unit)
+        for what, both, unit in zip(names, zip(theirs, mine, strict=True), units, strict=True)
+    ]
+
+
+BENCHMARKS = {
+    "batches": batches,
+    "scoring": scoring,
+    "steps": steps,
+    "memory": memory,
+    "ensemble": ensemble,
+    "checkpoints": checkpoints,
+}
 
 if __name__ == "__main__":
     run(BENCHMARKS, __doc__)

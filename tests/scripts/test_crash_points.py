@@ -108,7 +108,7 @@ def run(script, flags, note, die_at=None):
 
             return counted
 
-        for name in ("replace", "rename", "unlink", "rmdir"):
+        for name in ("link", "replace", "rename", "unlink", "rmdir"):
             setattr(os, name, counting(getattr(os, name)))
         os.fsync = lambda descriptor: None  # what is killed here is a process, not the machine
         result = call(script, *flags)

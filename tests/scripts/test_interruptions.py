@@ -131,4 +131,5 @@ def test_resuming_removes_states_that_a_kill_left(blobs, tmp_path):
     state = only(tmp_path, "resume_ckpts/*/seed_1/epoch=4.pth.tar")
     shutil.copy(state, state.with_name("epoch=2.pth.tar"))
     succeed("train_full.py", *flags)
-    assert sorted(path.name for path in state.parent.iterdir()) == ["epoch=3.pth.tar", "epoch=4.pth.tar"]
+    kept = [name % epoch for name in ("epoch=%d.pth.tar", "weights_epoch=%d.pt") for epoch in (3, 4)]
+    assert sorted(path.name for path in state.parent.iterdir()) == kept

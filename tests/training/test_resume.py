@@ -1,12 +1,14 @@
 """A run that is killed and goes on ends with the very bits of one that was not."""
 
 import json
+import os
+import threading
 
 import pytest
 import torch
 from training_tools import assert_same
 
-from src.artifacts.io import read_checkpoint, write_json
+from src.artifacts.io import read_checkpoint, write_checkpoint, write_json
 from src.errors import FileError
 from src.training import RunFiles, run_training
 
@@ -196,3 +198,106 @@ def test_damaged_results_are_named(tmp_path, damage):
     write_json(files.results, {**results, **damage})
     with pytest.raises(FileError, match="is damaged"):
         files.read_results()
+
+
+def test_an_epoch_is_one_file_under_all_its_names(make_trainer, tmp_path):
+    files = run(make_trainer(), tmp_path)
+    last = files.checkpoints / "last.pt"
+    assert os.path.samefile(files.epoch(4), last)
+    assert os.path.samefile(files.weights(4), last)
+    best = files.checkpoints / "best.pt"
+    assert os.path.samefile(best, files.epoch(read_checkpoint(best)["epoch"]))
+    assert sorted(path.name for path in files.resume.glob("weights*")) == ["weights_epoch=3.pt", "weights_epoch=4.pt"]
+
+
+def test_without_hard_links_an_epoch_is_copied(make_trainer, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    files = run(make_trainer(), tmp_path)
+    last = files.checkpoints / "last.pt"
+    assert last.read_bytes() == files.epoch(4).read_bytes() == files.weights(4).read_bytes()
+    assert not os.path.samefile(files.weights(4), last)
+
+
+def test_removed_checkpoints_do_not_hinder_a_resume(make_trainer, tmp_path):
+    whole = make_trainer()
+    whole.fit()
+    with pytest.raises(KilledError):
+        run(make_trainer(after_step=kill_at(10)), tmp_path)
+    for path in (tmp_path / "ckpts").glob("*.pt"):
+        path.unlink()
+    resumed = make_trainer()
+    run(resumed, tmp_path, resume=True)
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "of another epoch"])
+def test_weights_that_a_state_does_not_refer_to_are_not_used(make_trainer, tmp_path, caplog, damage):
+    whole = make_trainer()
+    files = run(whole, tmp_path)
+    path, content = files.weights(4), files.weights(4).read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:500] if damage == "truncated" else files.weights(3).read_bytes())
+    again = make_trainer()
+    run(again, tmp_path, resume=True)
+    assert_same(whole, again)
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert str(path) in line
+    assert "using the state before it" in line
+
+
+def test_a_state_of_an_earlier_version_is_continued(make_trainer, tmp_path):
+    whole = make_trainer()
+    whole.fit()
+    with pytest.raises(KilledError):
+        run(make_trainer(after_step=kill_at(10)), tmp_path)  # in the third epoch
+    files = RunFiles(tmp_path / "ckpts", tmp_path / "resume")
+    state = files.read_state(2)
+    del state["weights"]
+    write_checkpoint(files.state(2), {**state, "format": "resume-1"})
+    for path in (*files.resume.glob("weights*"), files.epoch(2)):
+        path.unlink()
+    resumed = make_trainer()
+    run(resumed, tmp_path, resume=True)
+    assert_same(whole, resumed)
+    assert read_checkpoint(files.epoch(2))["epoch"] == 2
+
+
+def test_a_write_that_fails_ends_the_run_after_the_next_epoch(make_trainer, tmp_path, monkeypatch):
+    written = []
+
+    def full(path, state):
+        assert threading.current_thread() is not threading.main_thread()
+        written.append(path)
+        raise FileError(f"{path}: could not be written (No space left on device)")
+
+    monkeypatch.setattr("src.training.run.write_checkpoint", full)
+    trainer = make_trainer()
+    with pytest.raises(FileError, match="No space left"):
+        run(trainer, tmp_path)
+    assert len(written) == 1
+    assert trainer.epoch == 2
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_what_is_written_is_the_epoch_that_was_saved(make_trainer, tmp_path, monkeypatch):
+    """The write of an epoch is held until the next one has trained."""
+    trained = threading.Event()
+
+    def late(path, state):
+        assert trained.wait(60)
+        return write_checkpoint(path, state)
+
+    def after(trainer, epoch, step):
+        if epoch == 2 and step == 8:
+            trained.set()
+
+    monkeypatch.setattr("src.training.run.write_checkpoint", late)
+    files = run(make_trainer(after_step=(after,)), tmp_path / "late")
+    monkeypatch.undo()
+    plain = run(make_trainer(), tmp_path / "plain")
+    one, two = (read_checkpoint(each.epoch(1))["model_state"] for each in (files, plain))
+    assert all(torch.equal(one[name], value) for name, value in two.items())
