@@ -35,6 +35,7 @@ from src.metrics.dynamics import (
     write_end_of_training_scores,
 )
 from src.models import MODELS, build_model
+from src.optimizers import SCHEDULES
 from src.training import (
     DYNAMICS_FILE,
     Dynamics,
@@ -47,7 +48,6 @@ from src.training import (
     find_checkpoint,
     image_facts,
     load_model,
-    missing_epochs,
     model_description,
     read_dynamics,
     run_training,
@@ -223,7 +223,7 @@ class RunContext:
             line = f"{models_folder}: no checkpoint of epoch {listed}, seed {seed} for {experiment}"
             if script is not None:
                 folder = experiment_folder(models_folder, experiment, seed)
-                more = missing_epochs(folder, max(epochs), missing, epochs)
+                more = _missing_epochs(folder, max(epochs), missing, epochs)
                 line += "; make it with: "
                 line += training_command(script, {"dataset": self.data.dataset, **flags, "seed": seed, **more})
             raise FileError(line)
@@ -255,6 +255,32 @@ class RunContext:
                 raise FileError(f"{path}: {name} is not finite; train it again with a lower --learning_rate")
         # per-example gradients and second derivatives are taken in the default memory layout
         return model.to(self.device, self.precision.dtype), state
+
+
+def _missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Collection[int]) -> dict[str, Any]:
+    """The flags with which a training script makes the missing epochs of a run.
+
+    A run that ended too early continues, if its schedule does not depend on its length; one that did not keep the
+    epochs, or cannot continue, is trained from scratch.
+
+    Args:
+        folder: The run's folder.
+        last: The last epoch that is wanted.
+        missing: The epochs that are not there.
+        epochs: All that are wanted.
+    """
+    kept = ",".join(map(str, sorted(epochs)))
+    try:
+        stored = RunFiles(folder, folder).read_results()
+        settings, done = stored.get("settings", {}), len(stored.get("history", []))
+        planned, schedule = int(settings.get("epochs", 0)), SCHEDULES.get(settings.get("lr_sched"))
+    except (FileError, TypeError, ValueError):  # training reports what is wrong
+        planned, schedule, done = 0, None, 0
+    flags = {"epochs": max(last, planned), "save_epochs": kept}
+    if not done:
+        return flags
+    continues = min(missing) > done and schedule is not None and not (last > planned and schedule.depends_on_epochs)
+    return {**flags, "resume" if continues else "overwrite": True}
 
 
 @dataclass

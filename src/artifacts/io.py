@@ -267,18 +267,18 @@ def link(source: Path, target: Path) -> Path:
         ``target``.
 
     Raises:
-        FileError: It was copied, and the disk is full, or the folder cannot be written.
+        FileError: The source is missing; or it was copied, and the disk is full, or the folder cannot be written.
     """
     temporary = _temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, temporary)
         os.replace(temporary, target)
-    except OSError:
-        with source.open("rb") as file:
-            write_with(target, lambda copy: shutil.copyfileobj(file, copy, 2**20))
+    except OSError:  # also where another process took the new name for an abandoned file, and removed it
+        _read(source, "a complete file", lambda file: write_with(target, lambda copy: shutil.copyfileobj(file, copy)))
     finally:
-        temporary.unlink(missing_ok=True)  # it is still there if both were names of one file
+        with suppress(OSError):
+            temporary.unlink()  # where both were names of one file, replacing has left it
     return target
 
 

@@ -15,7 +15,6 @@ _LAZY = {
         "free_epochs",
         "image_facts",
         "load_model",
-        "missing_epochs",
         "model_description",
         "run_training",
         "summary",

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -53,19 +53,8 @@ _FORMAT = "network-1"
 _STATE_FORMAT = "resume-2"
 _INLINE_STATE_FORMAT = "resume-1"  # of earlier versions: the weights are in the state itself
 _KEEP_STATES = 2  # the newest, and one before it in case the newest is damaged
-_KEYS = (
-    "model_state",
-    "model",
-    "dataset",
-    "num_classes",
-    "channels",
-    "image_size",
-    "normalisation",
-    "label_hash",
-    "total",
-    "epoch",
-    "settings",
-)
+_KEYS = ("model_state", "model", "dataset", "num_classes", "channels", "image_size", "normalisation", "label_hash",
+         "total", "epoch", "settings")  # fmt: skip
 _RUN = ("model", "optimizer", "seed", "epoch", "lr_sched", "validation_split")
 
 # Settings of a run that differ from seed to seed, change nothing, or are those of the data.
@@ -481,32 +470,6 @@ def training_command(script: str, flags: Mapping[str, Any]) -> str:
     words = (f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
     command = shlex.join(["python", script, *words])
     return f"{command} (and your other training flags)"
-
-
-def missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Collection[int]) -> dict[str, Any]:
-    """The flags with which a training script makes the missing epochs of a run.
-
-    A run that ended too early continues, if its schedule does not depend on its length; one that did not keep the
-    epochs, or cannot continue, is trained from scratch.
-
-    Args:
-        folder: The run's folder.
-        last: The last epoch that is wanted.
-        missing: The epochs that are not there.
-        epochs: All that are wanted.
-    """
-    kept = ",".join(map(str, sorted(epochs)))
-    try:
-        stored = RunFiles(folder, folder).read_results()
-        settings, done = stored.get("settings", {}), len(stored.get("history", []))
-        planned, schedule = int(settings.get("epochs", 0)), SCHEDULES.get(settings.get("lr_sched"))
-    except (FileError, TypeError, ValueError):  # training reports what is wrong
-        planned, schedule, done = 0, None, 0
-    flags = {"epochs": max(last, planned), "save_epochs": kept}
-    if not done:
-        return flags
-    continues = min(missing) > done and schedule is not None and not (last > planned and schedule.depends_on_epochs)
-    return {**flags, "resume" if continues else "overwrite": True}
 
 
 def image_facts(images: ImageSet) -> dict[str, str]:

@@ -10,8 +10,9 @@ import time
 import pytest
 from support import ROOT, TRAIN, folders, succeed
 
-from src.artifacts.io import require_writable, write_text
+from src.artifacts.io import link, require_writable, write_text
 
+KILLED = 99
 WRITER = """
 import sys, time
 from src.artifacts.io import write_with
@@ -81,3 +82,21 @@ def test_a_run_removes_what_a_killed_one_left_in_its_folders(tmp_path):
     succeed("train_full.py", "--dataset=digits", "--model=small_mlp", "--epochs=1", "--subset=50",
             "--lr_sched=const", *folders(tmp_path, *TRAIN))  # fmt: skip
     assert parts(tmp_path) == []
+
+
+def test_a_link_that_a_kill_left_is_removed_and_its_file_stays(tmp_path):
+    source = write_text(tmp_path / "made" / "weights.pt", "weights")
+    best = write_text(tmp_path / "best.pt", "before")
+    child = os.fork()
+    if not child:
+        os.replace = lambda *_: os._exit(KILLED)
+        link(source, best)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+    (part,) = tmp_path.glob(".*.part")
+    assert os.path.samefile(part, source)
+    assert best.read_text() == "before"
+    folder = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name} moved"))  # that this process has not looked at
+    require_writable(folder)
+    assert parts(folder) == []
+    assert (folder / "made" / "weights.pt").read_text() == "weights"

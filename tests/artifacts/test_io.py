@@ -17,6 +17,7 @@ from refusals import unprivileged
 
 from src.artifacts.io import (
     label_hash,
+    link,
     read_checkpoint,
     read_index_file,
     read_json,
@@ -257,3 +258,30 @@ def test_an_interruption_waits_until_the_file_is_whole(tmp_path):
         write_with(tmp_path / "a.txt", write)
     # the signal is delivered once the content is on the disk; the old name then has nothing or all of it
     assert [path.read_text() for path in tmp_path.iterdir()] in ([], ["first last"])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_keeps_its_content_when_the_first_is_written_again(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:  # as on exFAT
+        monkeypatch.setattr(os, "link", no_links)
+    first, second = write_text(tmp_path / "a", "old"), tmp_path / "folder" / "b"
+    for _ in range(2):
+        assert link(first, second) == second
+        assert os.path.samefile(first, second) == links
+    write_text(first, "new")
+    assert second.read_text() == "old"
+    link(first, second)
+    assert second.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "folder"]
+
+
+def test_a_link_to_nothing_or_into_a_file_is_named(tmp_path):
+    file = write_text(tmp_path / "file", "content")
+    with pytest.raises(FileError, match="missing: there is no such file"):
+        link(tmp_path / "missing", tmp_path / "b")
+    with pytest.raises(FileError, match="file/b: could not be written"):
+        link(file, file / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

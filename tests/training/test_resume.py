@@ -1,8 +1,10 @@
 """A run that is killed and goes on ends with the very bits of one that was not."""
 
+import io
 import json
 import os
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from src.artifacts.io import read_checkpoint, write_checkpoint, write_json
 from src.errors import FileError
 from src.training import RunFiles, run_training
 
+KILLED = 99
 DESCRIPTION = {"format": "network-1", "model": "tiny"}
 RATES = {"sgd": 0.05, "adam": 0.003, "adamw": 0.003, "sam": 0.05, "iblr": 0.05}
 
@@ -301,3 +304,40 @@ def test_what_is_written_is_the_epoch_that_was_saved(make_trainer, tmp_path, mon
     plain = run(make_trainer(), tmp_path / "plain")
     one, two = (read_checkpoint(each.epoch(1))["model_state"] for each in (files, plain))
     assert all(torch.equal(one[name], value) for name, value in two.items())
+
+
+@pytest.mark.parametrize(
+    "killed_in", ["weights of epoch 1", "state of epoch 1", "weights of epoch 3", "state of epoch 3"]
+)
+def test_a_run_that_is_killed_in_the_middle_of_a_file_is_continued(make_trainer, tmp_path, monkeypatch, killed_in):
+    """The process ends within the background thread, when half of a file's bytes are written."""
+    whole = make_trainer()
+    files = run(whole, tmp_path / "whole")
+    child = os.fork()
+    if not child:
+        saved, save = [], torch.save
+
+        def half(state, file):
+            saved.append(f"{'weights' if 'model_state' in state else 'state'} of epoch {state['epoch']}")
+            if saved[-1] == killed_in:
+                assert threading.current_thread() is not threading.main_thread()
+                content = io.BytesIO()
+                save(state, content)
+                file.write(content.getvalue()[: content.tell() // 2])
+                file.flush()
+                os._exit(KILLED)
+            save(state, file)
+
+        monkeypatch.setattr(torch, "save", half)
+        with suppress(BaseException):
+            run(make_trainer(), tmp_path)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+    (part,) = (tmp_path / "resume").glob(".*.part")
+    assert part.stat().st_size
+    again = make_trainer()
+    run(again, tmp_path, resume=True)
+    assert_same(whole, again)
+    assert not list(tmp_path.rglob("*.part"))
+    for name in ("epoch_1.pt", "epoch_3.pt", "best.pt", "last.pt"):
+        assert (tmp_path / "ckpts" / name).read_bytes() == (files.checkpoints / name).read_bytes()
