@@ -3,8 +3,9 @@ r"""Compare selection methods: a grid of runs of train_prune.py, one table, one 
 
 Every cell of the grid (method, fraction, seed) is the run that train_prune.py makes of the same flags, in the same
 folders; what is done is skipped, what was interrupted is continued, and pre-trained models are shared. Writes
-{plots_folder}/pruning/{model}_over_{dataset}/{name}.{csv,json,md,png,pdf} after every cell; resume states of finished
-cells are removed. The same command may run several times at once: no cell is trained twice.
+{plots_folder}/pruning/{model}_over_{dataset}/{name}.{csv,json,md} after every cell and {name}.{png,pdf} once a minute
+and at the end; resume states of finished cells are removed. The same command may run several times at once: no cell
+is trained twice.
 
   python compare_pruning.py --dataset=digits --model=lenet --funcs random forget min_sam-sgd-loss \
       --fractions 0.1 0.5 --seeds 1 2 3 --coreset_epochs=20 --coreset_pretrain_epochs=10 \

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from src.training import RunConfig
 log = logging.getLogger(__name__)
 
 EVERYTHING = 1.0  # the share that keeps all
+_DRAW_EVERY = 60.0  # seconds between two drawings of the figure while the grid runs
 
 Column = tuple[bool, float]  # whether it is a share, and the share or the examples per class
 Cell = tuple[str, float | None, int | None, int]  # method, share, or else examples per class, seed
@@ -120,7 +122,7 @@ class Grid:
     # ------------------------------------------------------------------------------------------------- running
 
     def run(self) -> dict[str, str]:
-        """Train the cells that are not finished, and update the table after each.
+        """Train the cells that are not finished; update the table after each, and the figure once a minute.
 
         Another process may run the same grid: cells that it is training come last. Those that are finished are not
         locked, and may be in a folder that cannot be written.
@@ -130,6 +132,8 @@ class Grid:
         """
         failures: dict[str, str] = {}
         done: set[Cell] = set()
+        # a table that replaces another's is never beside the other's figure
+        drawn = -math.inf if self.run_config.overwrite else time.monotonic()
         with tqdm(total=len(self.runs), unit="cell", disable=None, dynamic_ncols=True, desc="grid") as bar:
             for wait in (False, True):
                 for number, (cell, run) in enumerate(self.runs.items(), 1):
@@ -157,7 +161,10 @@ class Grid:
                             failures[name] = str(error)
                             continue
                         run.files.remove_states()
-                    self.write()
+                    draw = time.monotonic() - drawn > _DRAW_EVERY
+                    self.write(draw=draw)
+                    if draw:
+                        drawn = time.monotonic()
         return failures
 
     # ------------------------------------------------------------------------------------------------- comparing
@@ -213,14 +220,15 @@ class Grid:
             "training_seconds": results["seconds"],
         }
 
-    def write(self) -> list[Path]:
-        """Write table and figure of what is done; nothing while nothing is.
+    def write(self, *, draw: bool = True) -> list[Path]:
+        """Write the table of what is done, by any process, and the figure; nothing while nothing is.
+
+        Args:
+            draw: Whether to draw the figure, which takes many times as long as the table.
 
         Raises:
             FileError: Another grid has written its table there since this one began.
         """
-        from src.coresets.plots import accuracy_figure  # takes matplotlib
-
         with lock(self.stem.with_name(f"{self.stem.name}.lock"), "writing the table", wait=True):
             if not self.run_config.overwrite:
                 self._check_table()
@@ -229,6 +237,10 @@ class Grid:
                 return []
             rows = summarize(records)
             paths = write_table(self.stem, rows, records, self.settings())
+            if not draw:
+                return paths
+            from src.coresets.plots import accuracy_figure  # takes matplotlib
+
             full = next((row for row in rows if (row["share"], row["method"]) == (EVERYTHING, REFERENCE)), None)
             drawn = [row for row in rows if not (self.config.full and row is full)]
             title = f"{self.run_config.model.model} on {self.context.entry.name}"

@@ -3,13 +3,15 @@
 import csv
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from refusals import FILE, FLAG, refuse, spoilt
 from support import TRAIN, Forked, call, folders, succeed, write_blobs
 
-from src.artifacts.io import read_json
+from src.artifacts.io import read_json, save_figure
+from src.coresets.runner import CoresetRun
 
 TRAINING = ("--coreset_epochs=2", "--batch_size=16", "--learning_rate=0.05", "--lr_sched=const",
             "--coreset_pretrain_epochs=2", "--coreset_pretrain_lr=0.05", "--coreset_networks=2")  # fmt: skip
@@ -64,6 +66,40 @@ def test_a_grid_is_filled_once(blobs, tmp_path):
     assert {folder: path.stat().st_mtime_ns for folder, path in results(tmp_path).items()} == before
     more = succeed("compare_pruning.py", *flags(blobs, tmp_path, "--full"), "--fractions", "0.2", "0.5", "0.9")
     assert more.err.count(" of 20: ") == 6  # the cells that are new
+
+
+@pytest.mark.parametrize(
+    ("more", "minutes", "expected"),
+    [
+        ((), 0.0, [0, 1, 2, 3, "figure of 4"]),
+        ((), 0.7, [0, 1, "figure of 2", 2, 3, "figure of 4", "figure of 4"]),
+        (("--overwrite",), 0.0, [0, "figure of 1", 1, 2, 3, "figure of 4"]),  # what is there may be another grid's
+    ],
+)
+def test_the_table_grows_with_each_cell_and_is_drawn_once_a_minute(
+    blobs, tmp_path, monkeypatch, more, minutes, expected
+):
+    """What the table contains at the start of each cell, and at each drawing, where a cell takes so many minutes."""
+    now, seen, train = [0.0], [], CoresetRun.train
+
+    def finished():
+        tables = list(tmp_path.glob("plots/pruning/*/comparison.json"))
+        return sum(cell["finished"] for cell in read_json(tables[0])["cells"]) if tables else 0
+
+    def training(run):
+        seen.append(finished())
+        now[0] += 60.0 * minutes
+        return train(run)
+
+    def drawing(figure, stem):
+        seen.append(f"figure of {finished()}")
+        return save_figure(figure, stem)
+
+    monkeypatch.setattr("src.coresets.grid.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("src.coresets.grid.save_figure", drawing)
+    monkeypatch.setattr(CoresetRun, "train", training)
+    succeed("compare_pruning.py", *flags(blobs, tmp_path), "--funcs", "random", *more)
+    assert seen == expected
 
 
 def test_finished_cells_need_no_lock(blobs, tmp_path):
