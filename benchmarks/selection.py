@@ -1,6 +1,6 @@
 """Choosing examples against the textbook's way of each method.
 
-    python -m benchmarks.selection [last_layer ranked graph_cut gradmatch craig] [--quick]
+    python -m benchmarks.selection [last_layer ranked graph_cut gradmatch craig grid] [--quick]
 
 Both ways start from the same scores, logits and embeddings, and must choose the same, or as well.
 A group of 100,000 examples takes CRAIG minutes: its seconds and the process's peak in MiB, 10,000 chosen, by
@@ -9,10 +9,14 @@ A group of 100,000 examples takes CRAIG minutes: its seconds and the process's p
 """
 
 import heapq
+import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,9 +24,13 @@ from torch import Tensor
 
 from benchmarks.common import Row, in_fresh_process, in_turn, peak, run, seconds
 from src import rng
+from src.artifacts.paths import TRAINING_FOLDERS, Folders
+from src.context import RunContext
+from src.coresets.config import GridConfig, PretrainConfig, SelectionConfig
 from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
 from src.coresets.gradmatch import pursue
 from src.coresets.graph_cut import Similarities, graph_cut_picks, greedy_graph_cut
+from src.coresets.grid import Grid
 from src.coresets.inputs import (
     CandidateGroup,
     LastLayer,
@@ -33,6 +41,10 @@ from src.coresets.inputs import (
     make_groups,
 )
 from src.coresets.ranked import keep_by_rank
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
+from src.models import ModelConfig
+from src.training import RunConfig, TrainingConfig
 
 LAST_LAYER: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor], float], ...] = (
     ("inner products", inner_products, lambda gradients: gradients @ gradients.T, 30.0),
@@ -421,12 +433,37 @@ def craig(quick: bool = False) -> list[Row]:
     return rows
 
 
+def grid(quick: bool = False) -> list[Row]:
+    """A grid of short runs on digits: its figure drawn after every cell, and when that is due."""
+    seeds, epochs = ([1], 1) if quick else ([1, 2], 5)
+    config = GridConfig(funcs=["random", "csl", "forget"], fractions=[0.1, 0.5], seeds=seeds)
+    run_config = RunConfig(
+        ModelConfig("small_mlp"), TrainingConfig(epochs=epochs, learning_rate=0.05, lr_sched="const"), batch_size=64
+    )
+    selections = {name: SelectionConfig(coreset_func=name) for name in config.funcs}
+    pretrain = PretrainConfig(coreset_pretrain_epochs=2)
+    warned, times = logging.root.level, {-1.0: math.inf, 60.0: math.inf}
+    logging.root.setLevel(logging.WARNING)
+    for every in list(times) * (1 if quick else 3):
+        with tempfile.TemporaryDirectory() as name, mock.patch("src.coresets.grid._DRAW_EVERY", every):
+            folders = Folders(**{kind: Path(name, kind) for kind in (*TRAINING_FOLDERS, "plots_folder")})
+            with RunContext(DataConfig("digits"), ComputeConfig(), folders.datasets_folder, seed=1) as context:
+                table = Grid(context, config, selections, pretrain, run_config, folders)
+                start = time.process_time()
+                table.run()
+                table.write()
+                times[every] = min(times[every], time.process_time() - start)
+    logging.root.setLevel(warned)
+    return [Row(f"a grid of {len(table.runs)} runs of {epochs} epochs, small_mlp on digits", *times.values(), "s")]
+
+
 BENCHMARKS = {
     "last_layer": last_layer,
     "ranked": ranked,
     "graph_cut": graph_cut,
     "gradmatch": gradmatch,
     "craig": craig,
+    "grid": grid,
 }
 
 if __name__ == "__main__":
