@@ -1,10 +1,12 @@
 """Reading, training and scoring images against the loops that most people write.
 
-python -m benchmarks.training [batches scoring steps memory ensemble checkpoints] [--quick]
+python -m benchmarks.training [batches scoring steps memory ensemble checkpoints start] [--quick]
 """
 
 import copy
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.common import PlainImages, Row, in_fresh_process, in_turn, peak, random_images, run
 from mpe.retraining import one_epoch
 from mpe.schedules import MemberSchedules, own_schedules
+from src.artifacts.paths import ROOT
 from src.datasets import Batches, load_dataset, lookup
 from src.devices import PRECISIONS, prepare
 from src.metrics.samis import score_pair
@@ -518,6 +521,41 @@ def checkpoints(quick: bool = False) -> list[Row]:
     ]
 
 
+STARTS = {
+    "train_full.py": "--model=lenet --epochs=1",
+    "train_prune.py": "--model=lenet --coreset_func=random --coreset_fraction=0.5 --coreset_epochs=1",
+    "examples/1_loo_iterations.py": "--model=small_mlp --epochs=1 --bs=32",
+}
+
+
+def children_seconds() -> float:
+    """Processor seconds of the processes that have been started and have ended."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
+def start(quick: bool = False) -> list[Row]:
+    """A script from its first line to its last, on 50 images of the digits for one epoch, against ``import torch``.
+
+    The training itself takes a few hundredths of a second; the estimates of 1_loo_iterations.py differentiate with
+    given output gradients, for which torch imports sympy.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        places = [f"--{name}_folder={folder}" for name in ("datasets", "models", "log", "resume_ckpts")]
+        lines = {
+            script: [script, "--dataset=digits", "--subset=50", *flags.split(), *places, "--overwrite"]
+            for script, flags in STARTS.items()
+        }
+        lines["examples/1_loo_iterations.py"].append(f"--pickles_folder={folder}")
+
+        def run_python(*words: str) -> None:
+            subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+
+        ways = [partial(run_python, "-c", "import torch"), *(partial(run_python, *line) for line in lines.values())]
+        plain, *ours = in_turn(ways, 1 if quick else 5, children_seconds)
+    return [Row(f"start of {script}", plain, own, "s", 0.65) for script, own in zip(lines, ours, strict=True)]
+
+
 BENCHMARKS = {
     "batches": batches,
     "scoring": scoring,
@@ -525,6 +563,7 @@ BENCHMARKS = {
     "memory": memory,
     "ensemble": ensemble,
     "checkpoints": checkpoints,
+    "start": start,
 }
 
 if __name__ == "__main__":

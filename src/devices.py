@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
+import inspect
 import logging
 import math
 import os
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.cli import check_options, option
 from src.errors import ArgumentError
@@ -141,6 +144,7 @@ def prepare(device: torch.device, precision: Precision, deterministic: bool) -> 
     """Set the process-wide switches for a run, and log the choice."""
     if device.type == "cpu":
         keep_all_freed_memory()
+    leave_compiler_out()
     torch.backends.cuda.matmul.allow_tf32 = precision.tf32
     torch.backends.cudnn.allow_tf32 = precision.tf32
     torch.backends.cudnn.benchmark = not deterministic
@@ -170,6 +174,27 @@ def keep_all_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)  # no mapping: everything comes from the heap
         libc.mallopt(trim_threshold, -1)  # which never shrinks
         _all_is_kept = True
+
+
+def leave_compiler_out() -> None:
+    """For scripts, whose process is their own: have torch's optimizers not import the compiler.
+
+    ``torch._dynamo`` takes nearly as long to import as the rest of torch. Torch wraps methods of its optimizers so
+    that compiled code leaves them out; the wrappers import the compiler at the first call and then call the method.
+    Scripts compile the model alone (``--compile``), so that the methods themselves do the same.
+    """
+    optimizers = torch.optim
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        setattr(optimizers.Optimizer, name, inspect.unwrap(getattr(optimizers.Optimizer, name)))
+    for kind in (optimizers.SGD, optimizers.Adam):  # AdamW takes Adam's step
+        step = inspect.unwrap(kind.step)
+
+        @functools.wraps(step)
+        def step_without_compiler(self: torch.optim.Optimizer, *args: Any, step: Any = step, **kwargs: Any) -> Any:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                return step(self, *args, **kwargs)
+
+        kind.step = step_without_compiler
 
 
 def keep_freed_blocks() -> float:

@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+import scipy.stats
 from support import PUBLISHED, needs_published
 
 from src.errors import ArgumentError, UserError
@@ -63,6 +64,17 @@ def test_spearman_is_about_ranks():
     rho, p_value = spearman_test(np.array([1, 2, 3, 4]), np.array([1, 3, 2, 4]))
     assert rho == pytest.approx(0.8)
     assert 0 < p_value < 1
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 9])
+def test_spearman_is_scipys(decimals):
+    rng = np.random.default_rng(decimals)
+    for size in (3, 4, 30, 500):
+        a = rng.normal(size=size).round(decimals)
+        a[0], a[1] = np.inf, -9
+        for b in ((a + rng.normal(size=size)).round(decimals), rng.normal(size=size), a, -a):
+            expected = scipy.stats.spearmanr(a, b)
+            assert spearman_test(a, b) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-10)
 
 
 def test_what_cannot_be_ranked_is_nan_and_nan_is_left_out():

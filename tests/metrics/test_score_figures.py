@@ -36,6 +36,9 @@ def test_the_binned_density_is_the_plain_one():
     points, heights = plots.kernel_density(VALUES)
     np.testing.assert_allclose(heights, gaussian_kde(VALUES)(points), rtol=0.01, atol=1e-4)
     assert (points[0], points[-1]) == (VALUES.min(), VALUES.max())
+    points, heights = plots.kernel_density(np.array([0.0, 0.0, 1.0, 2.0, 2.0, 2.0]))
+    centers = np.array([1, 2049, 4095]) / 2048  # of the first, the middle and the last of 2048 bins
+    np.testing.assert_allclose(heights, gaussian_kde(centers, 6**-0.2, weights=[2, 1, 3])(points), rtol=1e-9)
 
 
 def test_a_density_of_equal_scores_is_refused():

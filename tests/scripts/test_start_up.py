@@ -1,4 +1,4 @@
-"""Help and the answers to bad flags need none of the large packages, which take seconds to import."""
+"""Help and the answers to bad flags import no large package, which take seconds; runs import those they need."""
 
 import json
 import subprocess
@@ -175,12 +175,64 @@ def test_flags_that_are_wrong_whatever_the_files_hold_import_no_large_package():
     assert not wrong, "\n".join(wrong)
 
 
-def test_training_imports_no_package_that_it_does_not_need(tmp_path):
-    flags = ["--dataset=digits", "--model=lenet", "--subset=50", "--epochs=1", *folders(tmp_path, *TRAIN)]
-    absent = ["torchvision", "matplotlib", "scipy", "sklearn.base", "pandas"]
-    ((status, out, err),) = answers(["train_full.py", *flags], absent=absent)
-    assert status == 0, err
-    assert "test accuracy" in out
+def test_runs_on_the_digits_import_no_package_that_they_do_not_need(tmp_path):
+    """Torch's compiler alone takes as long to import as torch, and its optimizers ask for it."""
+    data = ["--dataset=digits", "--subset=50"]
+    lenet = [*data, "--model=lenet"]
+    full = ["train_full.py", *lenet, "--epochs=1", "--measure_proxies", *folders(tmp_path, *TRAIN)]
+    selected = [*lenet, "--coreset_func=random", "--coreset_fraction=0.5", "--coreset_epochs=1"]
+    scored = ["--epochs=1", "--protocol=full", *folders(tmp_path, "datasets", "models", "metrics")]
+    estimated = [*data, "--model=small_mlp", "--epochs=1", "--bs=32", *folders(tmp_path, *TRAIN, "pickles")]
+    runs = [
+        *([*full, f"--optimizer={name}"] for name in ("sgd", "sam", "adamw", "iblr")),
+        [*full, "--optimizer=sgd", "--epochs=2", "--resume", "--lr_sched=const"],
+        ["compute_sam_sgd.py", *lenet, *scored],
+        ["train_prune.py", *selected, *folders(tmp_path, *TRAIN)],
+        ["examples/1_loo_iterations.py", *estimated, "--optimizer=adam"],
+    ]
+    absent = [name for name in LARGE if name != "torch"]
+    for run, (status, out, err) in zip(runs, answers(*runs, absent=[*absent, "torch._dynamo"]), strict=True):
+        assert status == 0, f"{run}: {err}"
+        assert out
+
+
+STEPS = """
+import sys, torch
+from src.devices import leave_compiler_out
+
+def trained(kind, **settings):
+    torch.manual_seed(0)
+    model, images = torch.nn.Linear(5, 3), torch.randn(4, 5)
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.01, **settings)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images).square().sum().backward()
+        optimizer.step()
+        loss = optimizer.step(lambda: model(images).sum())
+        assert loss.requires_grad and torch.is_grad_enabled() and model.weight.is_leaf
+    twin = kind(model.parameters(), lr=1.0)
+    twin.load_state_dict(optimizer.state_dict())
+    return [*model.parameters(), *(x for state in twin.state.values() for x in state.values() if x is not None)]
+
+cases = (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), (torch.optim.Adam, {}), (torch.optim.AdamW, {})
+if sys.argv[1] == "torch":
+    expected = [trained(kind, **settings) for kind, settings in cases]
+    assert "torch._dynamo" in sys.modules
+    torch.save(expected, sys.argv[2])
+else:
+    leave_compiler_out()
+    leave_compiler_out()
+    for (kind, settings), expected in zip(cases, torch.load(sys.argv[2]), strict=True):
+        assert all(map(torch.equal, trained(kind, **settings), expected)), kind
+    assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_optimizers_step_as_torch_s_without_the_compiler(tmp_path):
+    for whose in ("torch", "ours"):
+        command = [sys.executable, "-c", STEPS, whose, str(tmp_path / "expected.pt")]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert ran.returncode == 0, ran.stderr
 
 
 PLOTTING = ["mpe.plots", "src.coresets.plots", "src.curvature.plots", "src.metrics.plots"]
