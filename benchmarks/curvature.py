@@ -1,6 +1,6 @@
 """Spectra of Hessians and tangent kernels against the plain ways to them.
 
-python -m benchmarks.curvature [hessian ntk] [--quick]
+python -m benchmarks.curvature [hessian lanczos ntk] [--quick]
 python -c "from benchmarks.curvature import whole; print(whole())"     # resnet18, 100 classes, 50 examples
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from curvlinops import GGNLinearOperator, HessianLinearOperator
+from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
@@ -194,6 +195,72 @@ def hessian(quick: bool = False) -> list[Row]:
     return [*spectrum_rows(quick), *product_rows(quick)]
 
 
+def lanczos(quick: bool = False) -> list[Row]:
+    """60 Lanczos steps without their products: every vector orthogonalized against all before it.
+
+    large_mlp (545,810 parameters) and the Hessian of 128 examples. The plain way keeps the vectors as rows of a
+    matrix and subtracts the components twice at each step. All ways must find the same eigenvalues.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    steps, images = (10, random_images("mnist", 8)) if quick else (60, random_images("mnist", 128))
+    matrix = operator(Hessian, network("large_mlp", images, 0), images)
+    start = rademacher(matrix.size, 0, 0, "lanczos")
+    matrix @ start  # warms up
+    spent = {}
+
+    class Timed:
+        """The operator, and the seconds of its products."""
+
+        size, dtype, device, seconds = matrix.size, matrix.dtype, matrix.device, 0.0
+
+        def __matmul__(self, vector: Tensor) -> Tensor:
+            found = []
+            self.seconds += seconds(lambda: found.append(matrix @ vector), time.process_time)
+            return found[0]
+
+    def plainly(timed: Timed) -> np.ndarray:
+        basis, alphas, betas = torch.zeros(steps + 1, matrix.size), [], []
+        basis[0] = start / start.norm()
+        for step in range(steps):
+            product = timed @ basis[step]
+            alphas.append(float(product @ basis[step]))
+            for _ in range(2):
+                product -= basis[: step + 1].T @ (basis[: step + 1] @ product)
+            betas.append(float(product.norm()))
+            basis[step + 1] = product / betas[-1]
+        values = eigh_tridiagonal(alphas, betas[:-1], eigvals_only=True)
+        return values[np.argsort(-np.abs(values))][:TOP]
+
+    def with_basis(storage: str, timed: Timed) -> np.ndarray:
+        process = Lanczos(timed, start, storage)
+        for _ in range(steps):
+            process.step()
+        return process.ritz(TOP, "magnitude").values
+
+    ways = {"plain": plainly, "full": partial(with_basis, "full"), "half": partial(with_basis, "half")}
+    for _ in range(1 if quick else 5):
+        for name, way in ways.items():
+            timed, found = Timed(), []
+            took = seconds(lambda way=way, timed=timed, found=found: found.append(way(timed)), time.process_time)
+            spent.setdefault(name, []).append((took - timed.seconds, timed.seconds, *found))
+    if any(not np.allclose(run[2], spent["plain"][0][2], rtol=1e-3) for runs in spent.values() for run in runs):
+        raise RuntimeError(f"eigenvalues differ: {spent}")
+    rest, products = ({name: min(run[k] for run in runs) for name, runs in spent.items()} for k in (0, 1))
+    what = f"{steps} Lanczos steps of large_mlp without products"
+    return [
+        Row(f"{what}: a matrix of vectors, twice / ours", rest["plain"], rest["full"], "cpu s"),
+        Row(f"{what}: the same / ours in half precision", rest["plain"], rest["half"], "cpu s"),
+        Row(
+            f"{steps} Lanczos steps of large_mlp: products / the rest of ours",
+            products["full"],
+            rest["full"],
+            "cpu s",
+        ),
+    ]
+
+
 CASES = {"large_mlp": (1, 28, 10, 50, 200.0), "lenet": (1, 28, 10, 50, None), "resnet18": (3, 32, 10, 4, 1.5)}
 QUICK = {"small_mlp": (1, 8, 3, 4, None)}
 IN_A_ROW = {"large_mlp": 10, "lenet": 10}
@@ -326,7 +393,7 @@ def ntk(quick: bool = False) -> list[Row]:
     return rows
 
 
-BENCHMARKS = {"hessian": hessian, "ntk": ntk}
+BENCHMARKS = {"hessian": hessian, "lanczos": lanczos, "ntk": ntk}
 
 if __name__ == "__main__":
     run(BENCHMARKS, __doc__)

@@ -22,7 +22,8 @@ from src.curvature.operators import CurvatureOperator, dot
 from src.models.base import check_tensor
 
 _ROWS = 16  # vectors in a block
-_COLUMNS = 2**20  # numbers of each that are read at a time
+_COLUMNS, _COLUMNS_GPU = 2**16, 2**20  # numbers of each read at a time; those of a block fit a processor's caches
+_TAKEN, _TAKEN_HALF = 0.5, 1e-6  # of a vector's squared length: subtracting more is done twice
 
 
 class Basis:
@@ -72,15 +73,24 @@ class Basis:
         """Inner products with a vector ``(P,)``, float64 ``(k,)`` on its device."""
         found = torch.zeros(self._count, dtype=torch.float64, device=self.device)
         for rows, columns, piece in self._pieces():
-            found[rows] += (piece @ vector[columns]).double()
+            found[rows] += torch.mv(piece, vector[columns])
         return found / self._scale
 
     def orthogonalize_(self, vector: Tensor) -> None:
-        """Subtract the vector's components in the basis, twice ("twice is enough", Kahan and Parlett)."""
+        """Subtract the vector's components in the basis, by classical Gram-Schmidt: two products with the basis.
+
+        Where they are large beside what is left, it happens again, as they are only right up to rounding ("twice is
+        enough", Kahan and Parlett; when it is needed: Daniel, Gragg, Kaufman and Stewart, 1976). A Lanczos step has
+        subtracted the large ones before, so there the second time is rare.
+        """
+        size = dot(vector, vector)
         for _ in range(2):
-            weights = (self.coefficients(vector) / self._scale).to(self.dtype)
+            found = self.coefficients(vector)
+            weights = (found / self._scale).to(self.dtype)
             for rows, columns, piece in self._pieces():
-                vector[columns] -= weights[rows] @ piece
+                vector[columns].addmv_(piece.T, weights[rows], alpha=-1)
+            if float(found.square().sum()) <= (_TAKEN_HALF if self._half else _TAKEN) * size:
+                break
 
     def combine(self, weights: Tensor) -> Tensor:
         """Sums of the vectors, weighted by the columns of ``(k, m)``: ``(m, P)``."""
@@ -92,12 +102,12 @@ class Basis:
 
     def _pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows, columns, and what they contain, in the type and on the device of computing."""
-        for number, block in enumerate(self._blocks):
-            rows = slice(_ROWS * number, min(_ROWS * (number + 1), self._count))
-            for start in range(0, self.size, _COLUMNS):
-                columns = slice(start, min(start + _COLUMNS, self.size))
-                piece = block[: rows.stop - rows.start, columns]
-                yield rows, columns, piece.to(self.device, self.dtype)
+        width = _COLUMNS if self.device.type == "cpu" else _COLUMNS_GPU
+        for start in range(0, self.size, width):
+            columns = slice(start, min(start + width, self.size))
+            for number, block in enumerate(self._blocks):
+                rows = slice(_ROWS * number, min(_ROWS * (number + 1), self._count))
+                yield rows, columns, block[: rows.stop - rows.start, columns].to(self.device, self.dtype)
 
 
 def basis_bytes(vectors: int, size: int, dtype: torch.dtype, storage: str) -> int:
