@@ -40,6 +40,8 @@ DEFAULTS: dict[str, Any] = {
     "precision": "fp32",
     "pretrained": False,
     "rho": 0.05,
+    "selection_subsample": "exact",  # of a run on a selection
+    "subsample": "exact",  # the same of the selection itself, whose record's names begin with "selection_" by chance
     "sync_bn": False,
     "weight_decay": 0.0,
 }

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from src import rng
-from src.coresets.inputs import CandidateGroup, LastLayer, MemoryOptions, Method, Needs, Selection, SelectionInputs
+from src.coresets.inputs import (
+    CandidateGroup,
+    GreedyOptions,
+    LastLayer,
+    Method,
+    Needs,
+    Selection,
+    SelectionInputs,
+    random_parts,
+)
 from src.lazy import torch
 
 _ROUNDING = 1e-14  # of ||g_i||^2 + ||g_j||^2: squared distances below that are noise, hence 0
@@ -37,37 +46,51 @@ class Distances:
     duplicates are at the distance 0 from each other, and each example from itself. Errors are taken in units of the
     group's largest, so that squares of tiny ones do not vanish; choices and weights do not depend on the unit.
 
-    Memory: ``n (C + d)`` float64 numbers.
+    Memory: none beside the layer's own errors and embeddings, in the type they have; those of a tile are converted
+    when it is computed.
 
     Attributes:
-        errors: e over its largest entry, float64 ``(n, C)``.
-        embeddings: h, float64 ``(n, d)``.
-        squares: ``||g_i||^2``, less its rounding, ``(n,)``.
+        errors: e, ``(n, C)``.
+        embeddings: h, ``(n, d)``.
+        squares: ``||g_i||^2``, less its rounding, float64 ``(n,)``.
+        unit: The largest entry of e, float64 ``()``; 1 where all are 0.
     """
 
     errors: torch.Tensor
     embeddings: torch.Tensor
     squares: torch.Tensor
+    unit: torch.Tensor
 
     @classmethod
     def of(cls, layer: LastLayer) -> Distances:
         """The distances among the candidates of a last layer."""
-        errors, embeddings = layer.errors.double(), layer.embeddings.double()
-        largest = errors.abs().max()
-        errors = errors / largest.where(largest > 0, 1.0)
-        norms = (torch.linalg.vector_norm(t, dim=1) for t in (errors, embeddings))
-        squares = next(norms).square() * (1.0 + next(norms).square()) * (1.0 - _ROUNDING)
-        return cls(errors, embeddings, squares)
+        errors, embeddings = layer.errors, layer.embeddings
+        largest = torch.maximum(errors.amax(), -errors.amin()).double()
+        unit = largest.where(largest > 0, 1.0)
+        squares = torch.empty(len(errors), dtype=torch.float64, device=errors.device)
+        for first in range(0, len(errors), WIDTH):
+            part = slice(first, first + WIDTH)
+            norms = (
+                torch.linalg.vector_norm(t, dim=1) for t in (errors[part].double() / unit, embeddings[part].double())
+            )
+            squares[part] = next(norms).square() * (1.0 + next(norms).square()) * (1.0 - _ROUNDING)
+        return cls(errors, embeddings, squares, unit)
 
     def __len__(self) -> int:
         return len(self.squares)
 
     def at(self, positions: slice | np.ndarray) -> Distances:
         """The same of some."""
-        return Distances(self.errors[positions], self.embeddings[positions], self.squares[positions])
+        return Distances(self.errors[positions], self.embeddings[positions], self.squares[positions], self.unit)
+
+    def tile(self, positions: slice | np.ndarray) -> Distances:
+        """The same of few, ready for :meth:`to`: in float64."""
+        part = self.at(positions)
+        errors = part.errors.double() / self.unit
+        return Distances(errors, part.embeddings.double(), part.squares, torch.ones_like(self.unit))
 
     def to(self, others: Distances) -> torch.Tensor:
-        """Distances to others, ``(n, m)``; for tiles: it takes three times the memory of its result."""
+        """Distances of a tile to another, ``(n, m)``; it takes three times the memory of its result."""
         products = (self.errors @ others.errors.T).mul_(-2.0)
         squared = self.squares[:, None] + others.squares
         squared.addcmul_(products, (self.embeddings @ others.embeddings.T).add_(1.0))
@@ -78,7 +101,7 @@ class Distances:
         size = len(self)
         matrix = np.empty((size, size))
         parts = [slice(first, min(first + _TILE, size)) for first in range(0, size, _TILE)]
-        factors = [self.at(part) for part in parts]
+        factors = [self.tile(part) for part in parts]
         for a, rows in enumerate(parts):
             for b in range(a, len(parts)):
                 tile = factors[a].to(factors[b]).cpu().numpy()
@@ -102,13 +125,13 @@ class Distances:
         Returns:
             float64 ``(n,)`` and int64 ``(n,)``.
         """
-        chosen = self.at(picks)
+        chosen = self.tile(picks)
         near, owner = np.empty(len(self)), np.empty(len(self), dtype=np.int64)
         rows = max(ROWS, min(_TILE, _TILE * WIDTH // len(picks)))
         for first in range(0, len(self), rows):
             part = slice(first, first + rows)
             if matrix is None:
-                found = self.at(part).to(chosen)
+                found = self.tile(part).to(chosen)
             else:
                 found = torch.from_numpy(matrix[part][:, picks]).to(self.squares.device)
             least = found.amin(dim=1)
@@ -290,7 +313,7 @@ def greedy_by_sample(
     random, with a probability p in proportion to ``near_i`` over the number of i's pairs, and their savings weigh
     ``1 / p``: estimates of the gains without bias. After up to eight times as many picks, examples are drawn again.
 
-    Time: ``n^2 (C + d)`` for each pass. Memory: the factors, half of them again for drawn examples, 8 bytes a pair,
+    Time: ``n^2 (C + d)`` for each pass. Memory beside the factors: half of them for drawn examples, 8 bytes a pair,
     the sample's matrix, 128 rows of n distances.
 
     Args:
@@ -306,7 +329,7 @@ def greedy_by_sample(
     leaders = min(budget, max(1, len(sample) // _PER_LEADER))
     picks = sample[greedy_on_matrix(distances.at(sample).matrix(), leaders)]
     near = distances.nearest(picks)[0]
-    probes = distances.at(sample[:: max(1, len(sample) // _PROBES)])
+    probes = distances.tile(sample[:: max(1, len(sample) // _PROBES)])
     while len(picks) < budget:
         shares = _shares(near, _near_candidates(distances, probes, near), pairs)
         drawn = np.flatnonzero(generator.random(len(shares)) < shares)
@@ -328,7 +351,7 @@ def _near_candidates(distances: Distances, probes: Distances, near: np.ndarray) 
     counts = np.empty(len(near))
     for first in range(0, len(near), WIDTH):
         part = slice(first, first + WIDTH)
-        counts[part] = (probes.to(distances.at(part)) < limits[part]).sum(dim=0).cpu().numpy()
+        counts[part] = (probes.to(distances.tile(part)) < limits[part]).sum(dim=0).cpu().numpy()
     return (counts + 0.5) * (len(near) / len(probes))
 
 
@@ -371,7 +394,7 @@ def _greedy_on_pairs(
     block = limits.new_empty(ROWS, len(examples))  # one for all: large ones between small lists would fragment memory
     lists: list[tuple[np.ndarray, np.ndarray]] = []
     for first in range(0, len(distances), ROWS):
-        lists += _lists(distances.at(slice(first, first + ROWS)), examples, limits, block)
+        lists += _lists(distances.tile(slice(first, first + ROWS)), examples, limits, block)
 
     def gain(position: int) -> float:
         members, found = lists[position]
@@ -394,14 +417,14 @@ def _lists(
     block = block[: len(candidates)]
     for first in range(0, len(examples), WIDTH):
         part = slice(first, first + WIDTH)
-        block[:, part] = candidates.to(examples.at(part))
+        block[:, part] = candidates.to(examples.tile(part))
     row, member = (block < limits).nonzero(as_tuple=True)
     found = block[row, member].float().cpu().numpy()
     ends = torch.bincount(row, minlength=len(candidates)).cumsum(0).cpu().numpy()[:-1]
     return list(zip(np.split(member.int().cpu().numpy(), ends), np.split(found, ends), strict=True))
 
 
-def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: MemoryOptions) -> Selection:
+def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GreedyOptions) -> Selection:
     """CRAIG (Mirzasoleiman et al., ICML 2020, algorithm 1 with facility location, eq. 14), once after pre-training.
 
     Each group greedily maximizes ``sum_i max_{j in S} s_ij`` with ``s_ij = max d - d_ij + 1e-3``; then every example
@@ -412,14 +435,20 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Me
     Groups whose matrix of distances (float64, ``8 n^2`` bytes) fits ``selection_memory`` are chosen from by the exact
     lazy greedy, one matrix at a time. Larger ones get their first picks by the exact greedy on a random sample, and
     the others by the greedy on all examples (see :func:`greedy_by_sample`).
-    Memory then: the group's factors in float64 (``8 n (C + d)`` bytes) and up to 0.8 GB.
+    Memory then: the group's errors in the logits' type, up to half of the group's factors, and up to 0.8 GB.
+
+    Subsampled, the random parts of a group are chosen from on their own (see :func:`random_parts`): facility location
+    is a sum over the examples. (Random candidates for each pick would save nothing: the distances cost more than the
+    gains, and ``n ln(1 / epsilon)`` gains need all of them.)
 
     Args:
         inputs: One layer with ``embeddings``.
         groups: The groups.
-        options: ``selection_memory`` in MiB.
+        options: ``selection_memory`` in MiB, and ``selection_subsample``.
     """
-    generator = rng.numpy_generator(inputs.seed, 0, "craig")
+    generator, epsilon = rng.numpy_generator(inputs.seed, 0, "craig"), options.epsilon(groups)
+    if epsilon is not None:
+        groups = random_parts(groups, epsilon, rng.numpy_generator(inputs.seed, 0, "craig parts"))
     large = [group for group in groups if not fits(len(group.positions), options.selection_memory)]
     if len(large) < len(groups):
         log.info("craig: exact lazy greedy in %d groups", len(groups) - len(large))
@@ -443,8 +472,8 @@ METHODS = (
         paper="Mirzasoleiman et al. 2020",
         equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = how "
         "many are nearest to j (algorithm 1)",
-        cost="n^2 (C + d)",
+        cost="n^2 (C + d); subsampled: n (C + d)",
         weighted=True,
-        options=MemoryOptions,
+        options=GreedyOptions,
     ),
 )

@@ -11,10 +11,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src.coresets.inputs import CandidateGroup, Method, Needs, Options, Selection, SelectionInputs
+from src import rng
+from src.coresets.inputs import (
+    CandidateGroup,
+    Method,
+    Needs,
+    Options,
+    Selection,
+    SelectionInputs,
+    SubsampleOptions,
+    random_parts,
+)
 from src.lazy import torch
 
 _NOISE = 1e-12  # relative: criteria and distances closer than that are ties
+_AHEAD = 64  # points whose products with all k-center computes at once
+_TINY = 1e-30  # of the largest square: above what float32 loses below its smallest number
 
 
 def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
@@ -81,7 +93,11 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     Distances that differ by no more than rounding count as equal; of equal ones the lower index wins. When all
     distinct points are taken, duplicates (at distance 0) follow by index.
 
-    Memory: the embeddings in float64.
+    The ``n d`` are products in float32 with the 64 farthest points at once, since the next picks are mostly among
+    them. By a bound on rounding, the products tell which examples a pick may be nearest to; only their distances are
+    computed by differences, in float64. So the picks are those of differences alone.
+
+    Memory: the embeddings in float64, once more while they are centered, in float32, and ``64 n`` numbers.
 
     Args:
         embeddings: ``(n, d)``.
@@ -95,30 +111,57 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
     distances = _distances(points, mean)
     noise = _NOISE * (float(torch.linalg.vector_norm(mean)) + distances.mean())
     position = (distances <= distances.min() + noise).argmax()  # numpy promises the first
+    centered = points - mean
+    unit = float(centered.abs().max()) or 1.0  # in which no square overflows, and few underflow
+    centered = centered.div_(unit)
+    if centered.device.type == "cpu":
+        centered = centered.float()
+    lengths = distances / unit
+    squares = np.square(lengths)
+    # what float32 may get wrong in 2 <x, y>, over ||y||: d additions and products, x and y themselves, with a reserve
+    errors = 4.0 * (len(mean) + 8) * 2.0**-24 * lengths
     nearest = np.full(len(points), np.inf)  # distance to the nearest pick; -inf for picks
+    reach = nearest.copy()  # its square in units; 0 for picks
     picks = np.empty(budget, dtype=np.int64)
+    ahead: dict[int, np.ndarray] = {}
     for step in range(budget):
         picks[step] = position
-        np.minimum(nearest, _distances(points, points[position]), out=nearest)
+        if position not in ahead:
+            others = np.argpartition(-nearest, min(_AHEAD, len(points) - 1))[:_AHEAD] if step else []
+            rows = torch.tensor(sorted({int(position), *map(int, others)}), device=centered.device)
+            products = (centered[rows] @ centered.T).mul_(2.0).cpu().numpy()
+            ahead = dict(zip(rows.tolist(), products, strict=True))
+        # above ||x - y||^2 by no more than rounding
+        least = squares - ahead[position]
+        least -= errors * lengths[position]
+        near = np.flatnonzero(least <= reach - (squares[position] - _TINY))
+        rows = torch.from_numpy(near).to(points.device)
+        nearest[near] = np.minimum(nearest[near], _distances(points[rows], points[position]))
         nearest[position] = -np.inf
+        reach[near] = np.square(np.maximum(nearest[near], 0.0) / unit)
         farthest = nearest.max()
         position = (nearest >= farthest - _NOISE * max(farthest, 0.0)).argmax()
     return picks
 
 
-def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
+def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: SubsampleOptions) -> Selection:
     """k-center greedy (Sener and Savarese, ICLR 2018, algorithm 1) on embeddings.
 
     The radius is at most twice the best one's. The paper starts from labeled examples; here, where there are none,
     from the example nearest to the group's mean, which no seed changes.
+
+    Subsampled, the random parts of a group are chosen from on their own (see :func:`random_parts`). (Random
+    candidates for each pick would save nothing: each needs its distances to all picks.)
 
     Memory: the group's embeddings in float64.
 
     Args:
         inputs: One layer with ``embeddings`` ``(n, d)``.
         groups: The groups.
-        options: None is read.
+        options: ``selection_subsample``.
     """
+    if (epsilon := options.epsilon(groups)) is not None:
+        groups = random_parts(groups, epsilon, rng.numpy_generator(inputs.seed, 0, "k-center parts"))
     layer = inputs.layers[0]
     return Selection.of([g.positions[farthest_first(layer.at(g.positions).embeddings, g.budget)] for g in groups])
 
@@ -185,7 +228,8 @@ METHODS = (
         paper="Sener and Savarese 2018",
         equation="greedy for min_S max_i min_{j in S} ||h_i - h_j|| (algorithm 1), from the example nearest "
         "to the mean",
-        cost="n k d",
+        cost="n k d; subsampled: n d",
+        options=SubsampleOptions,
     ),
     Method(
         "moderate",

@@ -15,8 +15,9 @@ from src.cli import number, option
 from src.coresets.gradmatch import first_largest
 from src.coresets.inputs import (
     CandidateGroup,
+    Draws,
+    GreedyOptions,
     LastLayer,
-    MemoryOptions,
     Method,
     Needs,
     Selection,
@@ -37,7 +38,7 @@ _TIMED = 5  # refreshes that the estimate is made from
 
 
 @dataclass(frozen=True)
-class GlisterOptions(MemoryOptions):
+class GlisterOptions(GreedyOptions):
     """Options of GLISTER.
 
     Attributes:
@@ -62,7 +63,12 @@ def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
 
     A refresh costs (n + 2 |V|) C min(d, |V|) multiplications for a group of n and its |V|, a pick n comparisons.
     Memory: n (C + d) numbers of 8 bytes, and n |V| where |V| is below d and those fit in ``selection_memory``.
+
+    Subsampled, a pick is the best of s random examples (see :class:`Draws`) and costs (s + 1) C |V| after n |V| d for
+    all, or, where n |V| numbers do not fit in ``selection_memory``, (s + 2 |V|) C d. The gains of this first-order
+    greedy are not those of one submodular function, so there is no bound.
     """
+    epsilon, generator = options.epsilon(groups), rng.numpy_generator(inputs.seed, 0, "glister candidates")
     layer, labels = inputs.layers[0], np.asarray(inputs.labels)
     held = held_out(labels, inputs.num_classes, inputs.seed)
     picks = []
@@ -72,7 +78,12 @@ def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
         judges = np.flatnonzero(held if group.label is None else held & (labels == group.label))
         if not len(judges):
             judges = np.flatnonzero(held) if held.any() else np.arange(len(labels))
-        chosen = greedy(layer.at(pool), int((~inside).sum()), layer.at(judges), group.budget, options)
+        first, draws = int((~inside).sum()), None
+        if epsilon is not None:
+            draws = [
+                Draws(count, min(group.budget, count), epsilon, generator) for count in (first, len(pool) - first)
+            ]
+        chosen = greedy(layer.at(pool), first, layer.at(judges), group.budget, options, draws)
         picks.append(pool[chosen])
     return Selection.of(picks)
 
@@ -88,7 +99,14 @@ def held_out(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
     return held
 
 
-def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options: GlisterOptions) -> np.ndarray:
+def greedy(
+    pool: LastLayer,
+    first: int,
+    judges: LastLayer,
+    budget: int,
+    options: GlisterOptions,
+    draws: Sequence[Draws] | None = None,
+) -> np.ndarray:
     """Pick from the pool the largest gain again and again (of equals the first).
 
     Args:
@@ -97,19 +115,22 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
         judges: V.
         budget: How many to pick.
         options: Step, refresh and memory.
+        draws: The random candidates of each pick, before and after the candidates are used up; None for all.
 
     Returns:
         Positions in the pool in the order of the picks, int64 ``(budget,)``.
     """
-    validation = Validation(pool, judges, options.glister_eta, options.selection_memory)
+    validation = Validation(pool, judges, options.glister_eta, options.selection_memory, few=draws is not None)
     picks = np.empty(budget, dtype=np.int64)
     started = time.perf_counter()
     for count in range(budget):
         if count % options.glister_refresh == 0:
             fresh = picks[max(count - options.glister_refresh, 0) : count]
-            gains = validation.gains(fresh)
-            slack = _TIE * float(gains.abs().max())
-            gains[picks[:count]] = -math.inf
+            validation.refresh(fresh)
+            if draws is None:
+                gains = validation.gains()
+                slack = _TIE * float(gains.abs().max())
+                gains[picks[:count]] = -math.inf
         if count == _TIMED * options.glister_refresh:
             seconds = (time.perf_counter() - started) * budget / count
             if seconds > _LONG:
@@ -119,9 +140,16 @@ def greedy(pool: LastLayer, first: int, judges: LastLayer, budget: int, options:
                     seconds / 60,
                     budget,
                 )
-        start, stop = (0, first) if count < first else (first, len(gains))
-        pick = start + first_largest(gains[start:stop], slack)
-        gains[pick] = -math.inf
+        start, stop = (0, first) if count < first else (first, len(pool.labels))
+        if draws is None:
+            pick = start + first_largest(gains[start:stop], slack)
+            gains[pick] = -math.inf
+        else:
+            drawn = draws[int(start > 0)].draw()
+            gains = validation.gains(start + drawn)
+            position = drawn[first_largest(gains, _TIE * float(gains.abs().max()))]
+            draws[int(start > 0)].take(position)
+            pick = start + position
         picks[count] = pick
     return picks
 
@@ -138,24 +166,33 @@ class Validation:
         judges: V.
         eta: The step.
         memory: MiB that M may take.
+        few: Whether gains are asked of few at a time: then M is kept where it fits, whatever |V| is.
     """
 
-    def __init__(self, pool: LastLayer, judges: LastLayer, eta: float, memory: int = 2048) -> None:
+    def __init__(self, pool: LastLayer, judges: LastLayer, eta: float, memory: int = 2048, few: bool = False) -> None:
         self.eta, self.count = eta, 0
         self.errors, self.embeddings = pool.errors.double(), pool.embeddings.double()
         self.logits, self.labels = judges.logits.double(), judges.labels
         self.judges = judges.embeddings.double()
         self.effect = torch.zeros_like(self.logits)  # sum_{s in S} M_sv e_s, (|V|, C)
         sizes = len(self.errors), len(self.labels)
-        small = sizes[1] < self.embeddings.shape[1] and 8 * sizes[0] * sizes[1] <= memory * 2**20
+        small = (few or sizes[1] < self.embeddings.shape[1]) and 8 * sizes[0] * sizes[1] <= memory * 2**20
         self.kernel = (self.embeddings @ self.judges.T).add_(1.0) if small else None
 
-    def gains(self, fresh: np.ndarray) -> torch.Tensor:
-        """Count some more picks in, and return ``<g_x, v>`` of the full pool, ``(n,)``."""
+    def refresh(self, fresh: np.ndarray) -> None:
+        """Count some more picks in."""
         errors = self.judged(fresh) / len(self.labels)
         if self.kernel is not None:
-            return (self.kernel @ errors).mul_(self.errors).sum(dim=1)
-        return products_with(*gradient_sum(errors, self.judges), self.errors, self.embeddings)
+            self.mean = (errors,)
+        else:
+            self.mean = gradient_sum(errors, self.judges)  # v itself
+
+    def gains(self, among: np.ndarray | None = None) -> torch.Tensor:
+        """``<g_x, v>`` of the full pool, ``(n,)``, or of some positions."""
+        rows = slice(None) if among is None else torch.from_numpy(among).to(self.labels.device)
+        if self.kernel is not None:
+            return (self.kernel[rows] @ self.mean[0]).mul_(self.errors[rows]).sum(dim=1)
+        return products_with(*self.mean, self.errors[rows], self.embeddings[rows])
 
     def judged(self, fresh: np.ndarray) -> torch.Tensor:
         """Count some more picks in, and return V's errors after the step along all of them, ``(|V|, C)``."""
@@ -179,7 +216,7 @@ METHODS = (
         paper="Killamsetty et al. 2021 (GLISTER)",
         equation="greedy in <g_x, v>, v the mean gradient of 10 % held out, after a step eta along the picks "
         "(alg. 2)",
-        cost="k/r n C min(d, |V|), r picks between two refreshes",
+        cost="k/r n C min(d, |V|), r picks between two refreshes; subsampled: n |V| d + (n + k) C |V|",
         options=GlisterOptions,
     ),
 )

@@ -21,7 +21,7 @@ from src import rng
 from src.cli import number, option
 from src.coresets.inputs import (
     CandidateGroup,
-    MemoryOptions,
+    GreedyOptions,
     Method,
     Needs,
     Selection,
@@ -30,6 +30,7 @@ from src.coresets.inputs import (
     gradient_sum,
     inner_products,
     products_with,
+    random_parts,
 )
 from src.lazy import scipy, torch
 
@@ -44,7 +45,7 @@ _ROUNDS = 100  # of block pivoting; it settles in about ten
 
 
 @dataclass(frozen=True)
-class GradMatchOptions(MemoryOptions):
+class GradMatchOptions(GreedyOptions):
     """Options of GradMatch.
 
     Attributes:
@@ -64,7 +65,14 @@ def gradmatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
 
     Memory: n k + k^2 + n (C + d) numbers of 8 bytes; where the first is more than ``selection_memory``, the residual
     itself (C (d + 1) numbers) replaces it, and a pick costs n C d + k^2.
+
+    Subsampled, each of a group's random parts is matched on its own: the sums of their gradients add up to the
+    group's, and so do their errors at most. (Random candidates for each pick would leave the cost of solving for the
+    weights, k^3; the objective is not submodular, and neither way has a bound.)
     """
+    epsilon = options.epsilon(groups)
+    if epsilon is not None:
+        groups = random_parts(groups, epsilon, rng.numpy_generator(inputs.seed, 0, "gradmatch parts"))
     ridge = options.gradmatch_lambda
     layer, generator = inputs.layers[0], rng.numpy_generator(inputs.seed, 0, "gradmatch fill")
     picks, weights, filled = [], [], 0
@@ -316,7 +324,7 @@ METHODS = (
         Needs(embeddings=True),
         paper="Killamsetty et al. 2021 (GradMatch)",
         equation="orthogonal matching pursuit: min ||sum_S w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
-        cost="n k (C + d) + n k^2",
+        cost="n k (C + d) + n k^2; subsampled: n (C + d)",
         weighted=True,
         options=GradMatchOptions,
     ),

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from src import rng
 from src.coresets.inputs import (
     CandidateGroup,
+    Draws,
+    GreedyOptions,
     LastLayer,
-    MemoryOptions,
     Method,
     Needs,
     Selection,
@@ -109,6 +111,28 @@ def greedy_graph_cut(sums: np.ndarray, column: Callable[[int], np.ndarray], budg
     return picks
 
 
+def stochastic_graph_cut(similarities: Similarities, budget: int, draws: Draws) -> np.ndarray:
+    """The same, with each pick the best of a random subset.
+
+    ``sum_{j in S} s_jx`` is ``(|S| + <g_x, sum_{j in S} g_j>) / 2`` of the normalized gradients g, so a candidate
+    costs C d and no column is needed. Time: ``n C d ln(1 / epsilon)``.
+    """
+    errors, embeddings = similarities.errors, similarities.embeddings
+    halves, noise = _LAMBDA / 2.0 * similarities.sums(), _NOISE * len(similarities)
+    bias, weight = torch.zeros_like(errors[0]), torch.zeros_like(errors[0][:, None] * embeddings[0])
+    picks = np.empty(budget, dtype=np.int64)
+    for step in range(budget):
+        drawn = draws.draw()
+        rows = torch.from_numpy(drawn).to(errors.device)
+        cosines = products_with(bias, weight, errors[rows], embeddings[rows]).cpu().numpy()
+        gains = halves[drawn] - (step + cosines) / 2.0
+        position = picks[step] = drawn[(gains >= gains.max() - noise).argmax()]
+        draws.take(position)
+        bias += errors[position]
+        weight.addr_(errors[position], embeddings[position])
+    return picks
+
+
 def graph_cut_picks(layer: LastLayer, budget: int, memory: int) -> np.ndarray:
     """Picks ``(k,)`` among a layer's candidates, in their order.
 
@@ -124,22 +148,34 @@ def graph_cut_picks(layer: LastLayer, budget: int, memory: int) -> np.ndarray:
     return greedy_graph_cut(similarities.sums(), similarities.column, budget)
 
 
-def graph_cut(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: MemoryOptions) -> Selection:
+def graph_cut(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GreedyOptions) -> Selection:
     """Graph cut (Iyer et al., ALT 2021, generalized graph cut with lambda 1; the form of Guo et al., 2022).
 
     In float64. Memory: ``n (C + d)`` numbers of a group and the n x n matrix of similarities, kept in the main
     memory, where that fits ``selection_memory`` and more than a fifth is chosen; else no n x n array exists. Both
     ways choose the same.
 
+    Subsampled, it is the stochastic greedy. The function is submodular but grows only while a pick's similarities to
+    all sum to more than twice those to the picks, up to about half of a group; beyond, the bound of :class:`Draws`
+    does not hold.
+
     Args:
         inputs: One layer with ``embeddings``.
         groups: The groups.
-        options: ``selection_memory`` in MiB.
+        options: ``selection_memory`` in MiB, and ``selection_subsample``.
     """
-    layer = inputs.layers[0]
-    return Selection.of(
-        [g.positions[graph_cut_picks(layer.at(g.positions), g.budget, options.selection_memory)] for g in groups]
-    )
+    layer, epsilon = inputs.layers[0], options.epsilon(groups)
+    generator = rng.numpy_generator(inputs.seed, 0, "graph cut candidates")
+    picks = []
+    for group in groups:
+        members, budget = layer.at(group.positions), group.budget
+        if epsilon is None:
+            chosen = graph_cut_picks(members, budget, options.selection_memory)
+        else:
+            draws = Draws(len(group.positions), budget, epsilon, generator)
+            chosen = stochastic_graph_cut(Similarities.of(members), budget, draws)
+        picks.append(group.positions[chosen])
+    return Selection.of(picks)
 
 
 METHODS = (
@@ -150,7 +186,7 @@ METHODS = (
         paper="Iyer et al. 2021",
         equation="greedy for sum_{i in V, j in S} s_ij - sum_{i,j in S} s_ij, s = (1 + cos of last-layer "
         "gradients) / 2",
-        cost="n^2 (C + d) + n k; beyond selection_memory: n k (C + d)",
-        options=MemoryOptions,
+        cost="n^2 (C + d) + n k; beyond selection_memory: n k (C + d); subsampled: n C d",
+        options=GreedyOptions,
     ),
 )

@@ -19,7 +19,14 @@ from src.artifacts.store import acting_settings, check_same_data, checked_array,
 from src.context import RunContext, TrainingRun
 from src.coresets.config import PretrainConfig, SelectionConfig
 from src.coresets.infobatch import InfoBatchPlan
-from src.coresets.inputs import CandidateGroup, Selection, SelectionInputs, make_groups
+from src.coresets.inputs import (
+    GREEDY_LIMIT,
+    CandidateGroup,
+    Selection,
+    SelectionInputs,
+    greedy_gains,
+    make_groups,
+)
 from src.coresets.pretraining import PretrainedModel, settings_hash
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES, Proxy
@@ -133,6 +140,8 @@ class CoresetRun:
             **{name: data[name] for name in data if name not in ("image_size", "channels")},
             **asdict(config.options),
         }
+        if "selection_subsample" in facts:  # what "auto" comes to
+            facts["selection_subsample"] = config.options.epsilon(self.groups()) or "exact"
         if config.method.needs.stored:
             facts["scores"] = file_digest(self._proxy.path)
         if self.models:
@@ -224,6 +233,13 @@ class CoresetRun:
         for model in self.models:
             model.train()
         if group.is_main_process:
+            if (epsilon := self.settings.get("selection_subsample", "exact")) != "exact":
+                log.info(
+                    "selection: subsampled with epsilon %g (examples times picks: %.2g; auto is exact up to %.0e)",
+                    epsilon,
+                    greedy_gains(self.groups()),
+                    GREEDY_LIMIT,
+                )
             started = time.perf_counter()
             selection = config.method.select(self._inputs(), self.groups(), config.options)
             seconds = time.perf_counter() - started

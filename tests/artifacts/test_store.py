@@ -58,6 +58,8 @@ def test_defaults_are_those_of_training():
         ({"var_version": "diag"}, {"var_version": "kfac"}, ["var_version (diag there, kfac here)"]),
         ({"selection_dual_beta": False, "selection_dual_c": 3.0}, {"selection_dual_beta": False}, []),
         ({"trace_probes": 0, "trace_tolerance": 0.1}, {"trace_probes": 0}, []),
+        ({}, {"selection_subsample": "exact", "selection_selection_subsample": "exact"}, []),
+        ({}, {"selection_subsample": 0.05}, ["selection_subsample (exact there, 0.05 here)"]),
         ({"training": {"lr": 1}}, {}, []),
         ({"settings": {"a": 1}}, {"settings": {"a": 2}}, ["settings a (1 there, 2 here)"]),
     ],

@@ -8,10 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from src import rng
 from src.coresets import craig
 from src.coresets.craig import Distances, choose, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
-from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs, make_groups
+from src.coresets.inputs import (
+    CandidateGroup,
+    GreedyOptions,
+    LastLayer,
+    SelectionInputs,
+    make_groups,
+    random_parts,
+)
 from src.coresets.registry import find_method
 from src.errors import UserError
 
@@ -55,7 +64,9 @@ def generator(seed=1):
 
 def select(layer, groups, memory=EXACT, seed=1):
     content = SelectionInputs(layer.labels.numpy(), layer.logits.shape[1], seed, layers=[layer])
-    return find_method("craig").select(content, groups, SimpleNamespace(selection_memory=memory))
+    return find_method("craig").select(
+        content, groups, SimpleNamespace(selection_memory=memory, epsilon=lambda groups: None)
+    )
 
 
 def clustered(count, seed=0):
@@ -208,7 +219,28 @@ def test_gradients_that_are_not_finite_are_refused():
     layer = network(6)
     layer.embeddings[3, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        select(layer, [CandidateGroup(np.arange(6), 2)])
+        select(layer, [CandidateGroup(np.arange(5), 2)])
+
+
+class LargestInFloat64(TorchDispatchMode):
+    """Records how many float64 numbers the largest tensor has that an operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+def test_a_large_group_is_never_copied_to_float64():
+    count, classes, size = 5_000, 300, 300
+    layer = network(count, classes, size, dtype=torch.float32)
+    with LargestInFloat64() as found:
+        select(layer, [CandidateGroup(np.arange(count), 90)], memory=1)
+    # blocks of 2,048 rows of logits, and of 128 rows of distances; the factors have 3,000,000 numbers
+    assert 2_048 * classes <= found.numbers < 1_000_000
 
 
 @pytest.mark.parametrize("pairs", [3_000, 30_000, 10**7])  # examples are drawn in two or more rounds; once; all kept
@@ -304,3 +336,23 @@ def test_budgets_are_exact_and_nothing_is_picked_twice(sizes, classes, seed, mem
     assert picks.min() >= 0
     assert picks.max() < count
     assert weights.sum() == count
+
+
+def test_parts_are_chosen_from_on_their_own_and_lose_little():
+    layer = network(900)
+    groups = [CandidateGroup(np.arange(900), 90)]
+    content = SelectionInputs(layer.labels.numpy(), 3, layers=[layer])
+    exact, near = (
+        find_method("craig").select(content, groups, GreedyOptions(selection_subsample=value))
+        for value in ("exact", 0.1)
+    )
+    assert len(near.indices) == 90
+    assert near.weights.sum() == pytest.approx(90)
+    distances = dense(layer)
+    far = [distances[:, picks].min(axis=1).mean() for picks in (exact.indices, near.indices, np.arange(90))]
+    assert far[0] < far[1] < far[0] + 0.3 * (far[2] - far[0])
+    parts = random_parts(groups, 0.1, rng.numpy_generator(1, 0, "craig parts"))
+    assert len(parts) == 2
+    for part in parts:
+        wanted = greedy_by_value(dense(layer.at(part.positions)), 5)  # its first five
+        assert set(part.positions[wanted]) <= set(near.indices)

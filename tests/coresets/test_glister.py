@@ -12,7 +12,7 @@ from torch import nn
 
 from src.coresets import glister
 from src.coresets.glister import GlisterOptions, Validation, greedy, held_out
-from src.coresets.inputs import CandidateGroup, LastLayer, SelectionInputs, make_groups
+from src.coresets.inputs import CandidateGroup, Draws, LastLayer, SelectionInputs, make_groups
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError
 
@@ -82,10 +82,13 @@ def test_refreshed_gradient_is_that_of_a_real_step(memory, blocks):
         layer(head, embeddings, labels, pool), layer(head, embeddings, labels, judges), 0.7, memory
     )
     assert (validation.kernel is not None) == (memory == KERNEL)
-    start = validation.gains(np.array([], dtype=np.int64))
+    validation.refresh(np.array([], dtype=np.int64))
+    start = validation.gains()
     torch.testing.assert_close(start, brute_force(head, embeddings, labels, pool, judges, [], 0.7))
     for block in blocks:
-        gains = validation.gains(np.array(block))
+        validation.refresh(np.array(block))
+    gains = validation.gains()
+    torch.testing.assert_close(validation.gains(np.array([7, 30])), gains[[7, 30]])
     picks = [pick for block in blocks for pick in block]
     wanted = brute_force(head, embeddings, labels, pool, judges, picks, 0.7)
     torch.testing.assert_close(gains, wanted, rtol=1e-10, atol=1e-12)
@@ -117,7 +120,9 @@ def test_the_refresh_matters():
     pool, judges = layer(head, embeddings, labels), layer(head, embeddings, labels, list(range(40, 60)))
     once = greedy(pool, 60, judges, 20, GlisterOptions(glister_eta=5.0, glister_refresh=100))
     assert once.tolist() != greedy(pool, 60, judges, 20, GlisterOptions(glister_eta=5.0)).tolist()
-    gains = Validation(pool, judges, 5.0).gains(np.array([], dtype=np.int64)).numpy()
+    validation = Validation(pool, judges, 5.0)
+    validation.refresh(np.array([], dtype=np.int64))
+    gains = validation.gains().numpy()
     assert once.tolist() == np.argsort(-gains, kind="stable")[:20].tolist()
 
 
@@ -228,3 +233,33 @@ def test_gradients_that_are_not_finite_are_refused():
     embeddings[4] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         select(head, embeddings, labels, [CandidateGroup(np.arange(12), 2)])
+
+
+@pytest.mark.parametrize("memory", [KERNEL, FACTORS])
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_drawing_all_candidates_is_the_exact_greedy(memory, refresh):
+    head, embeddings, labels = problem()
+    pool, judges = layer(head, embeddings, labels, slice(40)), layer(head, embeddings, labels, slice(40, 60))
+    options = SimpleNamespace(glister_eta=5.0, glister_refresh=refresh, selection_memory=memory)
+    draws = [Draws(count, count, 1e-30, np.random.default_rng(0)) for count in (30, 10)]
+    found = greedy(pool, 30, judges, 36, options, draws)
+    assert found.tolist() == greedy(pool, 30, judges, 36, options).tolist()
+
+
+def test_subsampled_picks_lower_the_loss_nearly_as_much():
+    head, embeddings, labels = problem(n=600)
+    groups = make_groups(labels.numpy(), 3, fraction=0.1)
+    judged = held_out(labels.numpy(), 3, 1)
+
+    def loss(picks):
+        after = stepped(head, embeddings, labels, picks, 1.0)
+        return float(F.cross_entropy(after(embeddings[judged]), labels[judged]).detach())
+
+    exact = select(head, embeddings, labels, groups, glister_eta=1.0, selection_subsample="exact")
+    near = select(head, embeddings, labels, groups, glister_eta=1.0, selection_subsample=0.05)
+    assert len(near.indices) == len(exact.indices)
+    assert not judged[near.indices].any()
+    start, lowest, reached = loss([]), loss(exact.indices), loss(near.indices)
+    assert start - reached > 0.8 * (start - lowest)
+    everything = make_groups(labels.numpy(), 3, fraction=1.0)
+    assert len(select(head, embeddings, labels, everything, selection_subsample=0.5).indices) == 600

@@ -8,6 +8,7 @@ import pytest
 import scipy.optimize
 import torch
 
+from src import rng
 from src.coresets import gradmatch
 from src.coresets.gradmatch import GradMatchOptions, first_largest, pivoted, pursue
 from src.coresets.inputs import (
@@ -16,6 +17,7 @@ from src.coresets.inputs import (
     SelectionInputs,
     errors_of,
     make_groups,
+    random_parts,
 )
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError
@@ -65,7 +67,7 @@ def material(logits, labels, embeddings, seed=1):
 
 def select(content, groups, **options):
     return find_method("gradmatch").select(
-        content, groups, SimpleNamespace(**{**asdict(GradMatchOptions()), **options})
+        content, groups, SimpleNamespace(**{**asdict(GradMatchOptions()), "epsilon": lambda groups: None, **options})
     )
 
 
@@ -264,3 +266,14 @@ def test_bad_values_are_refused():
     embeddings[3, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         select(material(logits, labels, embeddings), groups)
+
+
+def test_random_parts_match_their_own_sums():
+    content, groups = material(*problem(n=600)), [CandidateGroup(np.arange(600), 90)]
+    near = find_method("gradmatch").select(content, groups, GradMatchOptions(selection_subsample=0.15))
+    parts = random_parts(groups, 0.15, rng.numpy_generator(1, 0, "gradmatch parts"))
+    assert len(parts) > 2
+    wanted = select(content, parts)
+    assert near.indices.tolist() == wanted.indices.tolist()
+    np.testing.assert_array_equal(near.weights, wanted.weights)
+    assert len(near.indices) == 90

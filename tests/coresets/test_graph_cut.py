@@ -1,11 +1,18 @@
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from src.coresets.graph_cut import Similarities, graph_cut, graph_cut_picks, greedy_graph_cut
-from src.coresets.inputs import LastLayer, SelectionInputs, make_groups
+from src.coresets.graph_cut import (
+    Similarities,
+    graph_cut,
+    graph_cut_picks,
+    greedy_graph_cut,
+    stochastic_graph_cut,
+)
+from src.coresets.inputs import Draws, GreedyOptions, LastLayer, SelectionInputs, make_groups
 
 
 def network(count: int, classes: int = 3, size: int = 4, seed: int = 0, dtype=torch.float64) -> LastLayer:
@@ -119,8 +126,49 @@ def test_groups_are_chosen_in_on_their_own(per_class, memory):
     layer = network(40, 3)
     labels = layer.labels.numpy()
     groups = make_groups(labels, 3, fraction=0.4, per_class=per_class)
-    options = SimpleNamespace(selection_memory=memory)  # no flag accepts 0
+    options = SimpleNamespace(selection_memory=memory, epsilon=lambda groups: None)  # no flag accepts 0
     selection = graph_cut(SelectionInputs(labels, 3, layers=[layer]), groups, options)
     expected = [g.positions[greedy_by_value(dense(layer.at(g.positions)), g.budget)] for g in groups]
     assert selection.indices.tolist() == sorted(np.concatenate(expected).tolist())
     assert not selection.weighted
+
+
+def draws(count: int, budget: int, epsilon: float, seed: int = 0) -> Draws:
+    return Draws(count, budget, epsilon, np.random.default_rng(seed))
+
+
+def test_drawing_all_candidates_is_the_exact_greedy():
+    layer = network(60, 4, 8, seed=3).at(np.tile(np.arange(60), 2))  # with duplicates
+    similarities = Similarities.of(layer)
+    found = stochastic_graph_cut(similarities, 40, draws(120, 40, 1e-20))
+    assert found.tolist() == greedy_graph_cut(similarities.sums(), similarities.column, 40).tolist()
+
+
+def test_the_mean_over_seeds_keeps_the_bound_and_is_near_the_exact_greedy():
+    layer, budget, epsilon = network(10, seed=5), 3, 0.2
+    similarities = dense(layer)
+    best = max(value(similarities, list(chosen)) for chosen in itertools.combinations(range(10), budget))
+    found = [stochastic_graph_cut(Similarities.of(layer), budget, draws(10, budget, epsilon, s)) for s in range(50)]
+    assert np.mean([value(similarities, list(chosen)) for chosen in found]) >= 0.95 * best  # promised: 0.43
+
+    layer = network(400, 5, 8)
+    similarities = dense(layer)
+    exact = value(similarities, greedy_graph_cut(similarities.sum(axis=0), similarities.__getitem__, 40).tolist())
+    at_random = value(similarities, list(range(40)))
+    near = value(similarities, stochastic_graph_cut(Similarities.of(layer), 40, draws(400, 40, 0.05)).tolist())
+    assert at_random < near < exact
+    assert exact - near < 0.1 * (exact - at_random)
+
+
+@pytest.mark.parametrize("budget", [1, 5, 40])
+def test_subsampled_choices_have_the_budget_and_follow_the_seed(budget):
+    layer = network(40)
+    groups = make_groups(layer.labels.numpy(), 3, fraction=budget / 40, per_class=False)
+    chosen = [
+        graph_cut(SelectionInputs(layer.labels.numpy(), 3, seed, layers=[layer]), groups, GreedyOptions(2048, 0.5))
+        for seed in (1, 1, 2)
+    ]
+    assert [len(selection.indices) for selection in chosen] == [budget] * 3
+    assert chosen[0].indices.tolist() == chosen[1].indices.tolist()
+    if budget == 5:
+        assert chosen[0].indices.tolist() != chosen[2].indices.tolist()

@@ -1,11 +1,17 @@
 """What library callers give to the selection methods is checked where it enters, for all methods alike."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from src.coresets import METHODS, CandidateGroup, SelectionInputs, make_groups
 from src.coresets.inputs import (
+    GREEDY_EPSILON,
+    GREEDY_LIMIT,
+    Draws,
+    GreedyOptions,
     LastLayer,
     Options,
     Selection,
@@ -14,6 +20,7 @@ from src.coresets.inputs import (
     gradient_sum,
     inner_products,
     products_with,
+    random_parts,
 )
 from src.errors import UserError
 
@@ -199,3 +206,48 @@ def test_a_selection_is_put_in_the_order_of_the_data_with_its_weights():
     assert not Selection.of([np.array([2, 1])]).weighted
     with pytest.raises(UserError, match="all 0"):
         Selection.of([np.array([2])], [np.zeros(1)]).rescaled()
+
+
+def test_a_choice_is_subsampled_by_itself_above_a_number_of_gains():
+    side = math.isqrt(GREEDY_LIMIT)
+    at, above = CandidateGroup(np.arange(side), side), CandidateGroup(np.arange(side + 1), side)
+    assert [GreedyOptions().epsilon(groups) for groups in ([at], [above], [at, at])] == [None, *[GREEDY_EPSILON] * 2]
+    assert GreedyOptions(selection_subsample="exact").epsilon([above]) is None
+    assert GreedyOptions(selection_subsample=0.3).epsilon([at]) == 0.3
+
+
+@pytest.mark.parametrize("value", ["never", 0, 0.6, -0.1, float("nan")])
+def test_other_values_are_refused(value):
+    with pytest.raises(UserError, match=r"auto, exact, or a number above 0 and at most 0\.5"):
+        GreedyOptions(selection_subsample=value)
+
+
+def test_draws_are_unused_ascending_and_of_the_size_of_the_paper():
+    draws = Draws(100, 20, 0.1, np.random.default_rng(0))
+    assert draws.size == math.ceil(5 * math.log(10))
+    taken, seen = [], set()
+    for _ in range(100):
+        drawn = draws.draw()
+        assert len(drawn) == min(draws.size, 100 - len(taken))
+        assert (np.diff(drawn) > 0).all()
+        assert not set(drawn) & set(taken)
+        seen |= set(drawn)
+        draws.take(drawn[-1])
+        taken.append(drawn[-1])
+    assert seen == set(range(100))
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.2, 0.1])
+@pytest.mark.parametrize("fraction", [0.001, 0.013, 0.3, 1.0])
+def test_parts_split_examples_and_budget(epsilon, fraction):
+    groups = make_groups(np.repeat([0, 1, 2], [997, 40, 3]), 3, fraction=fraction)
+    parts = random_parts(groups, epsilon, np.random.default_rng(0))
+    for group in groups:
+        own = [part for part in parts if part.label == group.label]
+        assert np.array_equal(np.sort(np.concatenate([part.positions for part in own])), group.positions)
+        assert sum(part.budget for part in own) == group.budget
+        sizes, budgets = [len(part.positions) for part in own], [part.budget for part in own]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(budgets) - min(budgets) <= 2
+    if epsilon == 0.2 and fraction == 0.3:
+        assert sum(part.label == 0 for part in parts) == round(997 / (2 * math.log(5) / 0.04))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from src import rng
 from src.coresets.embeddings import farthest_first, k_center
-from src.coresets.inputs import LastLayer, Options, SelectionInputs, make_groups
+from src.coresets.inputs import LastLayer, SelectionInputs, SubsampleOptions, make_groups, random_parts
 
 
 def points(count: int, size: int = 3, seed: int = 0) -> torch.Tensor:
@@ -66,7 +67,47 @@ def test_groups_are_chosen_in_on_their_own(per_class):
     labels[5] = 2  # a group of one
     groups = make_groups(labels, 3, fraction=0.3, per_class=per_class)
     network = LastLayer(torch.zeros(30, 3), torch.from_numpy(labels), x)
-    selection = k_center(SelectionInputs(labels, 3, layers=[network]), groups, Options())
+    selection = k_center(SelectionInputs(labels, 3, layers=[network]), groups, SubsampleOptions())
     expected = [g.positions[farthest_first_by_hand(x.numpy()[g.positions], g.budget)] for g in groups]
     assert selection.indices.tolist() == sorted(np.concatenate(expected).tolist())
     assert not selection.weighted
+
+
+def test_random_parts_are_covered_on_their_own():
+    x, labels = points(600), np.zeros(600, dtype=np.int64)
+    groups = make_groups(labels, 1, fraction=0.1)
+    inputs = SelectionInputs(labels, 1, layers=[LastLayer(torch.zeros(600, 1), torch.from_numpy(labels), x)])
+    near = k_center(inputs, groups, SubsampleOptions(selection_subsample=0.15))
+    parts = random_parts(groups, 0.15, rng.numpy_generator(1, 0, "k-center parts"))
+    assert len(parts) > 2
+    expected = [part.positions[farthest_first_by_hand(x.numpy()[part.positions], part.budget)] for part in parts]
+    assert near.indices.tolist() == sorted(np.concatenate(expected).tolist())
+    exact = k_center(inputs, groups, SubsampleOptions(selection_subsample="exact"))
+    assert radius(x.numpy(), exact.indices) <= radius(x.numpy(), near.indices) < radius(x.numpy(), range(60))
+
+
+def plainly(x: torch.Tensor, budget: int) -> list[int]:
+    """Distances by differences alone, of all points to each pick."""
+    distances = (x - x.mean(dim=0)).norm(dim=1).numpy()
+    picks, nearest = [int(distances.argmin())], np.full(len(x), np.inf)
+    while len(picks) < budget:
+        nearest = np.minimum(nearest, (x - x[picks[-1]]).norm(dim=1).numpy())
+        nearest[picks] = -np.inf
+        picks.append(int((nearest >= nearest.max() * (1 - 1e-12)).argmax()))
+    return picks
+
+
+SCALES = {
+    "plain": (1.0, 0.0),
+    "tiny": (1e-30, 0.0),
+    "huge": (1e100, 0.0),
+    "far from zero": (1e-4, 1e6),
+    "of all scales": (torch.logspace(-40, 0, 700, dtype=torch.float64)[:, None], 0.0),
+}
+
+
+@pytest.mark.parametrize(("scale", "shift"), SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("size", [2, 40])
+def test_products_in_float32_decide_nothing(scale, shift, size):
+    x = points(700, size) * scale + shift
+    assert farthest_first(x, 300).tolist() == plainly(x, 300)

@@ -81,6 +81,8 @@ BAD_FLAGS = {
         *(f"--coreset_func=craig {flag}" for flag in ("--glister_eta=0.1", "--ccs_bins 50", "--no-dual_beta")),
         *("--coreset_func=craig --scores_folder=.", "--coreset_func=craig --rho=0.05"),
         *("--coreset_func=dual --no-dual_beta --dual_c=4", "--coreset_func=craig --selection_memory=0"),
+        *(f"--coreset_func=craig --selection_subsample={value}" for value in ("0", "0.6", "never")),
+        "--coreset_func=herding --selection_subsample=exact",
     ],
     "select_coreset.py": [
         ("--coreset_func=infobatch_dynamic", "train_prune.py"),

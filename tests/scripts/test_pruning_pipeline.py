@@ -290,3 +290,25 @@ def test_selection_files_say_how_they_were_made(place, tmp_path):
     assert settings["coreset_func"] == "el2n"
     assert settings["coreset_networks"] == 2
     assert int(selection["total"]) == N
+
+
+def test_subsampling_is_recorded_and_older_selections_count_as_exact(place, tmp_path):
+    def select(*more):
+        return call("select_coreset.py", *place.flags("graph_cut", *more), f"--out={tmp_path / 's.npz'}",
+                    *folders(tmp_path, *TRAIN))  # fmt: skip
+
+    assert select().status == 0
+    exact = read_npz(tmp_path / "s.npz")
+    settings = json.loads(str(exact["settings"]))
+    assert settings.pop("selection_subsample") == "exact"  # what auto comes to for so few
+    np.savez(tmp_path / "s.npz", **{**exact, "settings": json.dumps(settings)})  # of an older version
+    assert "selection: read from" in select().err
+    assert "read from" in select("--selection_subsample=exact").err
+    refused = select("--selection_subsample=0.5")
+    assert refused.status == 1
+    assert "selection_subsample (exact there, 0.5 here)" in refused.complaint
+    assert "subsampled with epsilon 0.5" in select("--selection_subsample=0.5", "--overwrite").err
+    near = read_npz(tmp_path / "s.npz")
+    assert json.loads(str(near["settings"]))["selection_subsample"] == 0.5
+    assert len(near["indices"]) == len(exact["indices"])
+    assert near["indices"].tolist() != exact["indices"].tolist()
