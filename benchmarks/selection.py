@@ -1,11 +1,14 @@
 """Choosing examples against the textbook's way of each method.
 
-    python -m benchmarks.selection [last_layer ranked graph_cut gradmatch craig grid] [--quick]
+    python -m benchmarks.selection [last_layer ranked graph_cut gradmatch craig grid k_center subsample] [--quick]
 
 Both ways start from the same scores, logits and embeddings, and must choose the same, or as well.
-A group of 100,000 examples takes CRAIG minutes: its seconds and the process's peak in MiB, 10,000 chosen, by
+A group of 100,000 examples takes CRAIG minutes: its seconds and the process's peak in MiB, 10,000 chosen; and the
+growth of the peak at 200,000 examples of 1,000 classes, and the seconds of subsampled choices from 20,000 of 100, by
 
     python -c "from benchmarks.selection import large; print(large())"
+    python -c "from benchmarks.selection import many_classes; print(many_classes())"
+    python -c "from benchmarks.selection import whole_set; print(whole_set())"
 """
 
 import heapq
@@ -28,19 +31,25 @@ from src.artifacts.paths import TRAINING_FOLDERS, Folders
 from src.context import RunContext
 from src.coresets.config import GridConfig, PretrainConfig, SelectionConfig
 from src.coresets.craig import Distances, choose_weighted, greedy_by_sample, greedy_on_matrix, weigh
+from src.coresets.embeddings import farthest_first
+from src.coresets.glister import GlisterOptions, Validation, held_out
 from src.coresets.gradmatch import pursue
 from src.coresets.graph_cut import Similarities, graph_cut_picks, greedy_graph_cut
 from src.coresets.grid import Grid
 from src.coresets.inputs import (
+    GREEDY_EPSILON,
     CandidateGroup,
     LastLayer,
     Selection,
+    SelectionInputs,
     errors_of,
     gradient_norms,
+    gradient_sum,
     inner_products,
     make_groups,
 )
 from src.coresets.ranked import keep_by_rank
+from src.coresets.registry import find_method
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.models import ModelConfig
@@ -457,6 +466,158 @@ def grid(quick: bool = False) -> list[Row]:
     return [Row(f"a grid of {len(table.runs)} runs of {epochs} epochs, small_mlp on digits", *times.values(), "s")]
 
 
+def plain_farthest_first(embeddings: Tensor, budget: int) -> np.ndarray:
+    """All distances to each pick, by differences in float64."""
+    points = embeddings.double()
+
+    def distances(point: Tensor) -> Tensor:
+        return torch.cdist(points, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+
+    picks, nearest = [int(distances(points.mean(dim=0)).argmin())], torch.full((len(points),), math.inf).double()
+    while len(picks) < budget:
+        nearest = torch.minimum(nearest, distances(points[picks[-1]]))
+        nearest[picks] = -math.inf
+        picks.append(int(nearest.argmax()))
+    return np.array(picks)
+
+
+def k_center(quick: bool = False) -> list[Row]:
+    """k-center's choice: all distances to each pick in float64, and ours.
+
+    10 and 30 % of 5,000 examples (embeddings of 512 numbers). Both ways must pick the same.
+
+    Raises:
+        RuntimeError: They pick differently.
+    """
+    count, size, repeats = (300, 16, 1) if quick else (5_000, 512, 2)
+    rows = []
+    for kind, layer in (("random", random_class), ("clustered", clustered_class)):
+        embeddings = layer(count, 10, size).embeddings
+        for percent in (10, 30):
+            found, budget = {}, count * percent // 100
+            times = in_turn(
+                (
+                    lambda: found.update(plain=plain_farthest_first(embeddings, budget)),  # noqa: B023
+                    lambda: found.update(ours=farthest_first(embeddings, budget)),  # noqa: B023
+                ),
+                repeats,
+            )
+            if not np.array_equal(found["plain"], found["ours"]):
+                raise RuntimeError(f"k-center, {kind}: the two ways pick differently")
+            rows.append(Row(f"k-center, {count} x {percent} %, {kind}", *times, "s", 2.0))
+    return rows
+
+
+def graph_cut_value(network: LastLayer, found: Selection) -> float:
+    """The function that graph cut maximizes, without its diagonal."""
+    similarities, picks = Similarities.of(network), found.indices
+    parts = gradient_sum(similarities.errors[picks], similarities.embeddings[picks])
+    among = (len(picks) ** 2 + sum(float(part.square().sum()) for part in parts)) / 2 - len(picks)
+    return float(similarities.sums()[picks].sum() - among)
+
+
+def craig_value(network: LastLayer, found: Selection) -> float:
+    """The mean distance to the nearest pick."""
+    return float(Distances.of(network).nearest(found.indices)[0].mean())
+
+
+def gradmatch_value(network: LastLayer, found: Selection) -> float:
+    """The norm of the mean gradient's error over its own, at the best scale of the weights."""
+    errors, embeddings = network.errors.double(), network.embeddings.double()
+    weights = torch.from_numpy(found.weights)[:, None]
+    parts = gradient_sum(errors[found.indices] * weights, embeddings[found.indices])
+    ours, wanted = (torch.cat([bias, weight.flatten()]) for bias, weight in (parts, gradient_sum(errors, embeddings)))
+    return float(torch.linalg.vector_norm(wanted - ours * (ours @ wanted) / (ours @ ours)) / wanted.norm())
+
+
+def glister_value(network: LastLayer, found: Selection) -> float:
+    """The loss on held-out examples after the step along the picks."""
+    judges = np.flatnonzero(held_out(network.labels.numpy(), network.logits.shape[1], 1))
+    validation = Validation(network, network.at(judges), GlisterOptions().glister_eta)
+    validation.judged(found.indices)
+    logits = validation.logits - validation.eta / validation.count * validation.effect
+    return float(torch.nn.functional.cross_entropy(logits, validation.labels))
+
+
+def k_center_value(network: LastLayer, found: Selection) -> float:
+    """The largest distance to the nearest pick."""
+    points = network.embeddings.double()
+    return float(torch.cdist(points, points[found.indices]).amin(dim=1).max())
+
+
+VALUES: dict[str, Callable[[LastLayer, Selection], float]] = {
+    "graph_cut": graph_cut_value,
+    "craig": craig_value,
+    "gradmatch": gradmatch_value,
+    "glister": glister_value,
+    "k_center": k_center_value,
+}
+
+
+def subsample(quick: bool = False) -> list[Row]:
+    """Greedy choices from all candidates ("plain"), and subsampled as by default above 1e8 gains.
+
+    30 % of one group of 5,000 examples in clusters, 10 classes, embeddings of 512 numbers. Below each method's
+    times are what both reach, and what a random choice reaches: graph cut's function (larger is better); the mean
+    distance to CRAIG's nearest pick, GradMatch's relative error of the gradient, the loss on GLISTER's held-out
+    examples, and k-center's radius (smaller is better). GradMatch, CRAIG and k-center gain more from larger groups,
+    as their parts keep their size.
+    """
+    count, size = (600, 16) if quick else (5_000, 512)
+    network = clustered_class(count, 10, size)
+    labels, rows = network.labels.numpy(), []
+    inputs = SelectionInputs(labels, 10, layers=[network])
+    groups = make_groups(labels, 10, fraction=0.3)
+    random = find_method("random")
+    at_random = random.select(inputs, groups, random.options())
+    for name, value in VALUES.items():
+        method, found, times = find_method(name), {}, {}
+        for way in ("exact", GREEDY_EPSILON):
+            options = method.options(selection_subsample=way)
+            start = time.process_time()
+            found[way] = method.select(inputs, groups, options)
+            times[way] = time.process_time() - start
+        rows.append(Row(f"{name}, {count} x 30 %: exact / subsampled", *times.values(), "s"))
+        exact, near, chance = (value(network, choice) for choice in (*found.values(), at_random))
+        rows.append(Row(f"{name}: what exact / subsampled reaches", exact, near, "objective"))
+        rows.append(Row(f"{name}: what exact / random reaches", exact, chance, "objective"))
+    return rows
+
+
+def whole_set(count: int = 20_000, classes: int = 100, size: int = 512) -> dict[str, float]:
+    """The processor seconds of each subsampled choice of 30 % from all classes at once, on one thread."""
+    torch.set_num_threads(1)
+    network = clustered_class(count, classes, size)
+    inputs = SelectionInputs(network.labels.numpy(), classes, layers=[network])
+    groups, spent = make_groups(inputs.labels, classes, fraction=0.3, per_class=False), {}
+    for method in map(find_method, VALUES):
+        options = method.options(selection_subsample=GREEDY_EPSILON)
+        spent[method.name] = seconds(
+            lambda method=method, options=options: method.select(inputs, groups, options), time.process_time
+        )
+    return spent
+
+
+def many_classes(count: int = 200_000, classes: int = 1_000, size: int = 512, picks: int = 400) -> dict[str, float]:
+    """The growth in MiB of a process's peak by CRAIG's exact choice from all classes at once, on one thread.
+
+    The picks are few, one pass over the distances beyond those of a sample: more take hours, not more memory.
+    """
+    return in_fresh_process(_many_classes, count, classes, size, picks)
+
+
+def _many_classes(count: int, classes: int, size: int, picks: int) -> dict[str, float]:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (count,), generator=draw)
+    embeddings = torch.randn(count, size, generator=draw).relu_()
+    network = LastLayer(torch.randn(count, classes, generator=draw).mul_(3.0), labels, embeddings)
+    inputs = SelectionInputs(labels.numpy(), classes, layers=[network])
+    method, before, start = find_method("craig"), peak(), time.process_time()
+    options = method.options(selection_memory=MEMORY, selection_subsample="exact")
+    method.select(inputs, [CandidateGroup(np.arange(count), picks)], options)
+    return {"seconds": time.process_time() - start, "growth": peak() - before, "before": before}
+
+
 BENCHMARKS = {
     "last_layer": last_layer,
     "ranked": ranked,
@@ -464,6 +625,8 @@ BENCHMARKS = {
     "gradmatch": gradmatch,
     "craig": craig,
     "grid": grid,
+    "k_center": k_center,
+    "subsample": subsample,
 }
 
 if __name__ == "__main__":
