@@ -84,7 +84,9 @@ def build(config: type[Config], args: Namespace, **values: Any) -> Config:
 
 
 def check_options(config: Any) -> None:
-    """Check that each value of a dataclass, or each part of a list, is one that its flag accepts; None always is.
+    """Check that each value of a dataclass, or each part of a list, is one that its flag accepts.
+
+    None always is, and so is what a flag means that may be given without a value.
 
     Raises:
         ArgumentError: One is not.
@@ -92,7 +94,7 @@ def check_options(config: Any) -> None:
     for item in fields(config):
         value, keywords = getattr(config, item.name), item.metadata.get("flag", {}).get("keywords", {})
         for part in value if isinstance(value, list | tuple) else [value]:
-            if part is None:
+            if part is None or ("const" in keywords and part in (item.default, keywords["const"])):
                 continue
             if part not in keywords.get("choices", (part,)):
                 raise ArgumentError(item.name, f"{part}: choose from {', '.join(map(str, keywords['choices']))}")

@@ -63,6 +63,10 @@ PRECISIONS = {
 }
 
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of ``torch.compile`` that use CUDA graphs, whose outputs the next pass overwrites."""
+
+
 def parse_device(text: str) -> str:
     """The value of ``--device``; whether the machine has it turns out when it is used.
 
@@ -82,7 +86,7 @@ class ComputeConfig:
         device: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU, else the CPU.
         precision: A name of ``PRECISIONS``.
         deterministic: Whether only deterministic algorithms are allowed.
-        compile: Whether the model is compiled for training.
+        compile: Whether the model is compiled for training; a name of ``CUDA_GRAPHS`` for that mode.
         distributed_training: Whether the processes of torchrun share each batch.
         sync_bn: Whether BatchNorm's statistics are over the batches of all processes.
 
@@ -99,7 +103,14 @@ class ComputeConfig:
         choices=tuple(PRECISIONS),
     )
     deterministic: bool = option(False, "only deterministic algorithms (slower on GPUs)")
-    compile: bool = option(False, "compile the model with torch.compile")
+    compile: bool | str = option(
+        False,
+        "compile the model with torch.compile; with a mode, GPUs run it as CUDA graphs, and max-autotune also tries "
+        "kernels",
+        nargs="?",
+        const=True,
+        choices=CUDA_GRAPHS,
+    )
     distributed_training: bool = option(False, "share each batch among the processes of torchrun")
     sync_bn: bool = option(
         False,
@@ -222,6 +233,13 @@ def autocast_context(device: torch.device, precision: Precision) -> Iterator[Non
     else:
         with torch.autocast(device.type, dtype=precision.autocast):
             yield
+
+
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor on a device. From the CPU to a GPU it is copied from pinned memory, and nothing waits for the copy."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def available_memory(device: torch.device) -> int | None:

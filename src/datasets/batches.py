@@ -5,13 +5,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src import rng
 from src.datasets import augment
 from src.datasets.registry import Augmentation, DatasetEntry, Normalization
+from src.devices import upload
 
 ORDERS = ("shuffled", "sequential", "fixed")
+
+# Bytes of images, as float32, that are prepared at once: on a GPU so many that launching the operations does not
+# count, on a CPU so few that they stay in its cache. Intermediate results take up to twice as much again.
+PREPARED, PREPARED_ON_CPU = 64 * 2**20, 2 * 2**20
 
 
 class Content:
@@ -58,9 +63,11 @@ class ImageSet:
         decoding: Which rules of ``as_seen`` changed pixels of this data set, such as ``"exif,alpha"``; None
             for none.
         content: What identifies the images of both parts; None where the parts were not loaded together.
+        streamed: Whether images are read from files batch by batch; else they are in memory.
     """
 
     content: Content | None = None
+    streamed = False
 
     def __init__(
         self,
@@ -174,22 +181,18 @@ class _Fields(NamedTuple):
 
 
 class Batch(_Fields):
-    """``(images, labels, indices, weights)``, and ``total_weight``.
+    """``(images, labels, indices, weights)``, and ``shares``.
 
     Attributes:
         images: Normalized ``(b, c, h, w)``.
         labels: int64 ``(b,)``.
         indices: int64 ``(b,)``, original positions.
         weights: ``(b,)``.
-        total_weight: Sum of the weights of the full batch over all ranks, a scalar tensor.
+        shares: ``(b,)``, the weights over their sum in the full batch of all ranks: what each example's loss counts
+            in the batch's mean loss. 0 where all weights are 0.
     """
 
-    _total_weight: Tensor | None = None
-
-    @property
-    def total_weight(self) -> Tensor:
-        """Sum of the weights of the full batch over all ranks."""
-        return self.weights.sum() if self._total_weight is None else self._total_weight
+    shares: Tensor
 
 
 class Batches:
@@ -197,6 +200,10 @@ class Batches:
 
     All random draws of an epoch are made for all original examples at once and indexed by original position, so batch
     size, order, subsets, workers and ranks do not change what happens to an example.
+
+    What belongs to examples (order, labels, indices, weights, shares) is gathered once per epoch, at about 50 bytes
+    per visited example. Images are prepared for several batches at once, up to ``PREPARED`` bytes of them
+    (``PREPARED_ON_CPU`` there), or for one larger batch: a batch itself then costs no operation but views.
 
     Args:
         images: The examples; move their storage to ``device`` before (``images.to(device)``).
@@ -242,6 +249,9 @@ class Batches:
         self.device = torch.device(device)
         self._labels = images.labels.to(self.device)
         self._indices = images.indices.to(self.device)
+        # Positions are needed where images are read, so the order is made there.
+        self._reader = torch.device("cpu") if images.streamed else images.device
+        self._original = images.indices.to(self._reader)
         # As torchvision: statistics in the type of the images, never below float32.
         self._compute = dtype if dtype == torch.float64 else torch.float32
         shape = (len(normalization.mean), 1, 1)
@@ -259,7 +269,12 @@ class Batches:
         return -(-examples // self.batch_size)
 
     def epoch(
-        self, epoch: int = 0, positions: Tensor | None = None, weights: Tensor | None = None
+        self,
+        epoch: int = 0,
+        positions: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        by_size: bool = False,
     ) -> Iterator[Batch]:
         """One pass.
 
@@ -267,39 +282,74 @@ class Batches:
             epoch: Its number: with the seed it decides order and augmentation.
             positions: Which examples to visit (positions in the set); all by default.
             weights: A weight for each example of the set, ``(n,)``; ones by default.
+            by_size: Whether shares are the weights over the number of examples in the full batch.
 
         Yields:
             This rank's share of each batch; it may be empty, so that all ranks take as many steps.
         """
-        count = len(self.images)
+        count, size = len(self.images), self.batch_size
         if weights is not None and len(weights) != count:
             raise ValueError(f"{len(weights)} weights for {count} examples")
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
         weights = torch.ones(count, dtype=kind) if weights is None else torch.as_tensor(weights, dtype=kind)
-        weights = weights.to(self.device)
-        visited = torch.arange(count) if positions is None else torch.as_tensor(positions, dtype=torch.int64).cpu()
-        visited = self._ordered(visited, epoch).to(self.device)
-        batches = visited.split(self.batch_size) if len(visited) else ()
-        shares = [batch[self.rank :: self.world] for batch in batches]
-        plan = _Draws(self.augmentation, self.images, self.seed, epoch, self.device)
-        stream = self.images.stream((share, plan.boxes(self._indices[share])) for share in shares)
-        for batch, share, pixels in zip(batches, shares, stream, strict=True):
-            indices = self._indices[share]
-            result = Batch(self._finish(pixels, plan, indices), self._labels[share], indices, weights[share])
-            result._total_weight = weights[batch].sum()
-            yield result
+        visited = torch.arange(count) if positions is None else torch.as_tensor(positions, dtype=torch.int64)
+        if not len(visited):
+            return
+        visited = self._ordered(upload(visited, self._reader), epoch)
+        steps = self.steps(len(visited))
+        sizes = [min(size, len(visited) - start) for start in range(0, len(visited), size)]  # of full batches
+        parts = [len(range(self.rank, full, self.world)) for full in sizes]  # of this rank's
+
+        def own(rows: Tensor) -> Tensor:
+            """What belongs to this rank's examples, of a row per full batch."""
+            return rows[:, self.rank :: self.world].flatten()[: sum(parts)]
+
+        rows = nn.functional.pad(visited, (0, steps * size - len(visited))).view(steps, size)
+        mine, rows = own(rows), upload(rows, self.device)
+        weights = upload(weights, self.device)[rows]  # (steps, size)
+        weights[-1, sizes[-1] :] = 0.0
+        divisors = weights.sum(1)
+        divisors[-1] = weights[-1, : sizes[-1]].sum()  # zeros at the end could change its rounding
+        if by_size:
+            divisors = torch.full_like(divisors, size)
+            divisors[-1] = sizes[-1]
+        shares = weights * (1.0 / divisors.clamp_min(torch.finfo(kind).tiny))[:, None]
+        indices = self._indices[own(rows)]
+        fields = self._labels[own(rows)], indices, own(weights), own(shares)
+        batches = zip(*(field.split(parts) for field in fields), strict=True)
+
+        ahead = self._batches_ahead()
+        chunks = [parts[first : first + ahead] for first in range(0, steps, ahead)]
+        totals = [sum(chunk) for chunk in chunks]
+        plan = _Draws(self.augmentation, self.images, self.seed, epoch, self.device, self._reader)
+        read = zip(mine.split(totals), self._original[mine].split(totals), strict=True)
+        stream = self.images.stream((chosen, plan.boxes(original)) for chosen, original in read)
+        for pixels, these, chunk in zip(stream, indices.split(totals), chunks, strict=True):
+            images = self._finish(pixels, plan, these)
+            for part, (labels, originals, weight, share) in zip(images.split(chunk), batches, strict=False):
+                batch = Batch(part, labels, originals, weight)
+                batch.shares = share
+                yield batch
+
+    def _batches_ahead(self) -> int:
+        """How many batches' images are prepared at once; files are read ahead one batch at a time."""
+        if self.images.streamed:
+            return 1
+        share, (channels, height, width) = -(-self.batch_size // self.world), self.images.image_shape
+        allowed = PREPARED_ON_CPU if self.device.type == "cpu" else PREPARED
+        return max(1, allowed // (4 * share * channels * height * width))
 
     def visited(self, epoch: int) -> Tensor:
         """Positions of all examples in the order of an epoch, int64 ``(n,)`` on the CPU."""
-        return self._ordered(torch.arange(len(self.images)), epoch)
+        return self._ordered(torch.arange(len(self.images), device=self._reader), epoch).cpu()
 
     def _ordered(self, positions: Tensor, epoch: int) -> Tensor:
         """``positions`` in this epoch's order; sort keys are drawn for all original positions."""
         if self.order == "sequential":
             return positions
         generator = rng.generator(self.seed, 0 if self.order == "fixed" else epoch, "order")
-        keys = torch.randperm(self.images.total, generator=generator)
-        return positions[keys[self.images.indices.cpu()[positions]].argsort(stable=True)]
+        keys = upload(torch.randperm(self.images.total, generator=generator), self._reader)
+        return positions[keys[self._original[positions]].argsort(stable=True)]
 
     def _finish(self, pixels: Tensor, plan: "_Draws", indices: Tensor) -> Tensor:
         """Augment, convert and normalize uint8 ``(b, c, h, w)``."""
@@ -315,10 +365,25 @@ class Batches:
 
 
 class _Draws:
-    """The random draws of one epoch, for all original examples, on the device of the batches."""
+    """The random draws of one epoch, for all original examples, on the device where they are used.
+
+    Args:
+        augmentation: What is done to images.
+        images: The images.
+        seed: Seed of the run.
+        epoch: The epoch.
+        device: Of the batches.
+        reader: Where images are read, and cut to boxes on the way.
+    """
 
     def __init__(
-        self, augmentation: Augmentation, images: ImageSet, seed: int, epoch: int, device: torch.device
+        self,
+        augmentation: Augmentation,
+        images: ImageSet,
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        reader: torch.device,
     ) -> None:
         self.augmentation = augmentation
         total, size = images.total, images.entry.image_size
@@ -327,15 +392,16 @@ class _Draws:
             return rng.generator(seed, epoch, purpose)
 
         if augmentation.random_resized_crop:
-            self._boxes = torch.rand(total, augment.CROP_DRAWS, generator=generator("resized_crop")).to(device)
+            draws = torch.rand(total, augment.CROP_DRAWS, generator=generator("resized_crop"))
+            self._boxes = upload(draws, reader)
         if augmentation.crop_padding:
             span = 2 * augmentation.crop_padding + 1
-            self._offsets = torch.randint(span, (total, 2), generator=generator("crop")).to(device)
+            self._offsets = upload(torch.randint(span, (total, 2), generator=generator("crop")), device)
         if augmentation.flip:
-            self._mirrored = (torch.rand(total, generator=generator("flip")) < 0.5).to(device)
+            self._mirrored = upload(torch.rand(total, generator=generator("flip")) < 0.5, device)
         if augmentation.cutout_holes:
             shape = (total, augmentation.cutout_holes, 2)
-            self._centers = torch.randint(size, shape, generator=generator("cutout")).to(device)
+            self._centers = upload(torch.randint(size, shape, generator=generator("cutout")), device)
 
     def boxes(self, indices: Tensor) -> Tensor | None:
         """Uniform draws for random resized crops, which happen while images are read."""

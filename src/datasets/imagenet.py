@@ -172,6 +172,8 @@ def _as_is(batch: Tensor | np.ndarray) -> Tensor | np.ndarray:
 class StreamedImages(ImageSet):
     """A part whose images stay on the disk and are decoded by worker processes, ahead of their use."""
 
+    streamed = True
+
     def __init__(
         self,
         entry: DatasetEntry,

@@ -40,9 +40,7 @@ class Dynamics:
 
     @torch.no_grad()
     def record(self, logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, losses: torch.Tensor) -> None:
-        """Record a batch: logits ``(b, C)``, labels, original indices and losses ``(b,)``."""
-        if not len(labels):
-            return
+        """Record some examples: logits ``(b, C)``, labels, original indices and losses ``(b,)``."""
         logp = torch.log_softmax(logits.float(), dim=1)
         p = logp.exp()  # (b, C)
         mine = labels[:, None]
@@ -52,12 +50,12 @@ class Dynamics:
         error = p.scatter_add(1, mine, torch.full_like(p_label, -1.0)[:, None])
         before = self._before[indices].float().clamp_min(_SMALLEST)
         divergence = (p * (logp - before.log())).sum(dim=1).clamp_min(0)
-        divergence = divergence.where(self._known[indices], divergence.new_tensor(float("nan")))
+        divergence = divergence.where(self._known[indices], float("nan"))
         correct = (logits.argmax(dim=1) == labels).float()
         columns = [losses.float(), p_label, margin, correct, error.norm(dim=1), divergence]
         self._now[:, indices] = torch.stack(columns)
         self._before[indices] = p.half()
-        self._known[indices] = True
+        self._known.index_fill_(0, indices, True)
 
     def end_epoch(self, epoch: int, group: ProcessGroup) -> np.ndarray:
         """Close an epoch: gather the shares of all processes, keep the row ``(quantities, total)``, return it."""

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from src.datasets import Batches
-from src.devices import PRECISIONS, autocast_context
+from src.devices import CUDA_GRAPHS, PRECISIONS, autocast_context
 from src.errors import ArgumentError, TrainingError
 from src.models.base import eval_mode, load_optimizer, load_weights, trains_on_one
 from src.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, rate
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (b, C), labels (b,) -> losses (b,)
 _NEVER = torch.iinfo(torch.int64).max
 _CHECK_EVERY = 64  # steps between looks at whether the loss is finite: a look waits for the device
+_KEPT = 2**22  # logits that are kept at most, 16 MiB, until what is reported of their steps is computed
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 class EpochPlan(Protocol):
     """Chooses the examples of each epoch again, possibly by the losses that training has seen (dynamic pruning).
 
-    The loop calls ``choose`` before an epoch, ``record`` after each of its steps, ``end_epoch`` after the last.
+    The loop calls ``choose`` before an epoch, ``record`` after every few of its steps, ``end_epoch`` after the last.
     With several processes all hold the same plan, and each records the losses of its share.
     """
 
@@ -66,7 +67,7 @@ class EpochPlan(Protocol):
         ...
 
     def record(self, indices: torch.Tensor, losses: torch.Tensor) -> None:
-        """Take a step's losses ``(b,)``, unweighted and before the step, of original indices ``(b,)``."""
+        """Take the losses ``(b,)`` of some steps, unweighted and before each step, of original indices ``(b,)``."""
         ...
 
     def end_epoch(self, group: ProcessGroup) -> None:
@@ -96,7 +97,7 @@ class Trainer:
         dynamics: Where to record per-example dynamics, or None.
         group: The processes that share each batch.
         sync_batchnorm: Whether BatchNorm normalizes over the batches of all processes.
-        compile_model: Whether to run the model through ``torch.compile``.
+        compile_model: Whether to run the model through ``torch.compile``, or in which of the modes ``CUDA_GRAPHS``.
         after_step: Called as ``f(trainer, epoch, step)`` after each step, steps counted from 1 over the run.
         test_loss_cap: The most that one example may add to the test loss, in nats; default no limit.
 
@@ -118,7 +119,7 @@ class Trainer:
         dynamics: Dynamics | None = None,
         group: ProcessGroup | None = None,
         sync_batchnorm: bool = False,
-        compile_model: bool = False,
+        compile_model: bool | str = False,
         after_step: Sequence[Callable[["Trainer", int, int], None]] = (),
         test_loss_cap: float = math.inf,
     ) -> None:
@@ -129,7 +130,8 @@ class Trainer:
         self.group = group or ProcessGroup()
         self.sync_batchnorm = sync_batchnorm and self.group.world > 1
         self.after_step, self.test_loss_cap = tuple(after_step), test_loss_cap
-        self.forward = torch.compile(model) if compile_model else model
+        self.forward = _compiled(model, compile_model) if compile_model else model
+        self._reuses_outputs = compile_model in CUDA_GRAPHS
         self.precision = PRECISIONS[config.precision]
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(config, model.parameters(), len(train.images))
@@ -198,8 +200,11 @@ class Trainer:
         taken, bar = self.steps, self._bar
         bar.set_description(f"epoch {epoch}/{config.epochs}")
         bar.total = taken + batches.steps(count) + len(batches) * (config.epochs - epoch)  # fewer, if pruned
+        steps, by_size = batches.steps(count), self.plan is not None and self.plan.divide_by_size
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, weight, correct
         bad = torch.full((), _NEVER, device=self.device)  # the first step with a loss that is not finite
+        kept: list[tuple[torch.Tensor, ...]] = []  # what _report takes of the latest steps; never the images
+        first = 1  # the first of these steps
         model.train()
         devices = [self.device] if self.device.type == "cuda" else []
         synchronized = synchronized_batchnorm(model) if self.sync_batchnorm else nullcontext()
@@ -208,41 +213,32 @@ class Trainer:
             # Processes draw differently: the same dropout for all would tie their examples together.
             purpose = "global" if self.group.is_main_process else f"global {self.group.rank}"
             torch.manual_seed(derived_seed(config.seed, epoch, purpose))
-            for step, batch in enumerate(batches.epoch(epoch, positions, weights), start=1):
-                # The divisor is the full batch's, so that the gradients summed over processes are those of its loss.
-                # Weights that are all 0 make a loss of 0, not 0 / 0.
-                divisor = batch.total_weight.clamp_min(torch.finfo(batch.total_weight.dtype).tiny)
-                if self.plan is not None and self.plan.divide_by_size:
-                    size = min(batches.batch_size, count - (step - 1) * batches.batch_size)  # over all processes
-                    divisor = divisor.new_full((), size)
+            for step, batch in enumerate(batches.epoch(epoch, positions, weights, by_size=by_size), start=1):
                 optimizer.zero_grad(set_to_none=True)
                 with closing(OPTIMIZERS[config.optimizer].passes(optimizer, model)) as passes:
                     for number, _ in enumerate(passes):  # two for SAM; what the first computes is recorded
                         if len(batch.labels) or self.sync_batchnorm:
+                            if self._reuses_outputs:
+                                torch.compiler.cudagraph_mark_step_begin()
                             with autocast_context(self.device, self.precision):
                                 logits = self.forward(batch.images)
-                            logits = logits.to(self.precision.dtype)
+                            # the next pass overwrites what a CUDA graph returns
+                            logits = logits.to(self.precision.dtype, copy=self._reuses_outputs)
                             losses = self.loss_fn(logits, batch.labels)
-                            loss = (losses * batch.weights).sum()
-                            (loss / divisor).backward()
-                        else:  # the other processes share this batch: zero gradients, and a part in the exchange
-                            losses, logits = batch.weights.new_zeros(0), batch.weights.new_zeros((0, 1))
-                            loss = losses.sum()
+                            losses.backward(batch.shares)  # the gradient of the loss sum(shares * losses)
+                            if number == 0 and len(batch.labels):
+                                first = first if kept else step
+                                kept.append((*batch[1:], losses.detach(), logits.detach()))
+                        # else the other processes share this batch: zero gradients, and a part in the exchange
                         self._sum_gradients()
-                        if number == 0:
-                            first = loss.detach(), losses.detach(), logits.detach()
                 optimizer.step()
-                loss, losses, logits = first
-                correct = (logits.argmax(1) == batch.labels).sum()
-                seen = torch.stack([loss, batch.weights.sum(), correct]).double()
-                sums += seen
+                # What is reported is computed for many steps at once, except that the first stands alone.
+                full = bool(kept) and len(kept) * kept[0][-1].numel() >= _KEPT
+                if kept and (step in (1, steps) or step % _CHECK_EVERY == 0 or full):
+                    self._report(kept, first, sums, bad)
+                    kept.clear()
                 if step == 1:
-                    untrained = seen
-                bad = torch.minimum(bad, torch.where(loss.isfinite(), _NEVER, step))
-                if self.dynamics is not None:
-                    self.dynamics.record(logits, batch.labels, batch.indices, losses)
-                if self.plan is not None:
-                    self.plan.record(batch.indices, losses)
+                    untrained = sums.clone()
                 for call in self.after_step:
                     call(self, epoch, taken + step)
                 if step % _CHECK_EVERY == 0:
@@ -283,6 +279,28 @@ class Trainer:
         if positions is not None:
             record |= {"examples": count, "steps": batches.steps(count)}
         self.history.append(record)
+
+    def _report(
+        self, kept: Sequence[tuple[torch.Tensor, ...]], first: int, sums: torch.Tensor, bad: torch.Tensor
+    ) -> None:
+        """Add up and record what some steps computed: the same few operations for one step as for many.
+
+        Args:
+            kept: Labels, indices, weights and losses, each ``(b,)``, and logits ``(b, C)`` of each step. All but the
+                last are of one length.
+            first: The number of the first of these steps.
+            sums: Weighted loss, weight and correct predictions, ``(3,)``; added to, in place.
+            bad: The first step with a loss that is not finite; lowered in place.
+        """
+        labels, indices, weights, losses, logits = map(torch.cat, zip(*kept, strict=True))
+        correct = (logits.argmax(1) == labels).sum()
+        sums += torch.stack([(losses.double() * weights).sum(), weights.sum(dtype=torch.float64), correct])
+        step = first + torch.arange(len(losses), device=self.device) // len(kept[0][0])
+        torch.minimum(bad, step.where(~losses.isfinite(), _NEVER).min(), out=bad)
+        if self.dynamics is not None:
+            self.dynamics.record(logits, labels, indices, losses)
+        if self.plan is not None:
+            self.plan.record(indices, losses)
 
     def _sum_gradients(self) -> None:
         """Sum the gradients over the processes."""
@@ -345,6 +363,16 @@ class Trainer:
             self.plan.restore(plan)
 
 
+def _compiled(model: nn.Module, mode: bool | str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A model run through ``torch.compile``, as a function of images ``(b, c, h, w)``.
+
+    Batches are views into larger tensors. Compiled code would take their offset as one more dynamic size, and CUDA
+    graphs would be recorded again for every value of it; a copy has none.
+    """
+    forward = torch.compile(model, mode=None if mode is True else mode)
+    return lambda images: forward(images.clone())
+
+
 def check_history(history: Any) -> list[dict[str, Any]]:
     """A stored history, of which results and decisions are made.
 
@@ -369,7 +397,9 @@ def _mean(sums: torch.Tensor) -> float:
 # --------------------------------------------------------------------------------------------------- evaluation
 
 
-def logits_of(forward: nn.Module, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
+def logits_of(
+    forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, precision: str = "fp32"
+) -> torch.Tensor:
     """The logits ``(b, C)`` of a model in eval mode, in float32 (float64 under fp64), for no gradient.
 
     Args:
@@ -387,7 +417,7 @@ def evaluate(
     batches: Batches,
     *,
     precision: str = "fp32",
-    forward: nn.Module | None = None,
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
     loss_fn: LossFunction = cross_entropy,
     group: ProcessGroup | None = None,
     loss_cap: float = math.inf,

@@ -172,8 +172,10 @@ def test_ranks_share_each_batch(world, batch_size):
         shares = [rank[step] for rank in ranks]
         assert sorted(torch.cat([share.indices for share in shares]).tolist()) == sorted(batch.indices.tolist())
         assert all(share.images.shape[1:] == batch.images.shape[1:] for share in shares)
-        assert all(torch.equal(share.total_weight, batch.total_weight) for share in shares)
-        torch.testing.assert_close(sum(share.weights.sum() for share in shares), batch.total_weight)
+        torch.testing.assert_close(batch.shares, batch.weights / batch.weights.sum())
+        counts = dict(zip(batch.indices.tolist(), batch.shares.tolist(), strict=True))
+        for share in shares:
+            assert share.shares.tolist() == [counts[i] for i in share.indices.tolist()]
         lookup = dict(zip(batch.indices.tolist(), batch.images, strict=True))
         for share in shares:
             assert all(torch.equal(lookup[i], x) for i, x in zip(share.indices.tolist(), share.images, strict=True))
@@ -201,7 +203,13 @@ def test_fields_weights_and_sizes():
     assert torch.cat([batch.indices for batch in seen]).tolist() == [9, 1, 4, 6, 2]
     assert torch.cat([batch.labels for batch in seen]).tolist() == [4, 1, 4, 1, 2]
     assert torch.cat([batch.weights for batch in seen]).tolist() == weights.tolist()
-    assert [float(batch.total_weight) for batch in seen] == [3, 7, 5]
+    assert [batch.shares.tolist() for batch in seen] == [
+        pytest.approx(part) for part in ([1 / 3, 2 / 3], [3 / 7, 4 / 7], [1])
+    ]
+    by_size = list(batches.epoch(1, weights=weights, by_size=True))
+    assert [batch.shares.tolist() for batch in by_size] == [[0.5, 1], [1.5, 2], [5]]
+    none = next(batches.epoch(1, weights=torch.zeros(5)))
+    assert none.shares.tolist() == [0, 0]
     unpacked, labels, _, ones = next(iter(batches))
     assert unpacked.shape == (2, 3, 12, 12)
     assert labels.dtype == torch.int64

@@ -54,6 +54,7 @@ def make_trainer(digits):
         after_step=(),
         group=None,
         sync_batchnorm=False,
+        compile_model=False,
         **settings,
     ):
         config = replace(TrainingConfig(epochs=4, learning_rate=0.05, lr_sched="cosine", seed=7), **settings)
@@ -74,6 +75,7 @@ def make_trainer(digits):
             after_step=after_step,
             group=group,
             sync_batchnorm=sync_batchnorm,
+            compile_model=compile_model,
         )
 
     return make

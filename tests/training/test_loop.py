@@ -121,14 +121,17 @@ def test_dynamics_are_those_of_the_first_pass(make_trainer):
     assert (np.isnan(arrays["loss"][0]) == ~visited).all()
 
 
-def test_a_loss_that_is_not_finite_stops_with_epoch_and_batch(make_trainer):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_batch(make_trainer, rank):
     def spoil(trainer, epoch, step):
         if step == 6:  # the seventh step is batch 3 of epoch 2
             with torch.no_grad():
                 trainer.model.head.bias.fill_(float("nan"))
 
+    trainer = make_trainer(after_step=(spoil,), batch_size=66)  # the last batch has nothing for process 2
+    trainer.train_batches.rank, trainer.train_batches.world = rank, 3
     with pytest.raises(TrainingError, match="not finite in epoch 2, batch 3"):
-        make_trainer(after_step=(spoil,)).fit()
+        trainer.fit()
 
 
 def test_library_code_leaves_the_global_generators_alone(make_trainer):
