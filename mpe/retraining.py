@@ -37,6 +37,7 @@ from src.artifacts.io import (
 from src.artifacts.locks import lock
 from src.artifacts.paths import LOCK_NAME
 from src.artifacts.store import REPLACE, check_identity, check_settings_match, load_result
+from src.devices import upload
 from src.errors import ArgumentError, FileError, TrainingError
 from src.models import MODELS
 from src.models.base import trains_on_one
@@ -47,6 +48,7 @@ from src.training.ensemble import Ensemble, vectorised_is_faster, why_not_vector
 log = logging.getLogger(__name__)
 
 _STATE_FORMAT = "retraining-1"
+_TOGETHER = 64  # steps whose labels are gathered, and whose losses are looked at, at once
 _KEEP_STATES = 2  # the newest, and the one before it in case that one is damaged
 _CHUNK = re.compile(r"networks_(\d+)_(\d+)\.npz")
 _STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
@@ -258,7 +260,8 @@ class Run:
             found = shared_schedules(removed, seeded_permutation(total, self.seeds[0]))
         else:
             found = own_schedules(removed, [self.seeds[number] for number in numbers], total)
-        return found.to(self.images.device)
+        device = next(self.model.parameters()).device
+        return found.to(self.images.device, masks=device if self.vectorised else "cpu")
 
     def train(self, numbers: range, files: RetrainingFiles | None, bar: tqdm) -> Ensemble:
         """Train one chunk, from the newest state of it if there is one."""
@@ -333,17 +336,21 @@ def one_epoch(
     device = ensemble.device
     finite = torch.ones(len(ensemble), dtype=torch.bool, device=device)
     space = None  # one step's images: memory that is had again in each step has to be mapped again
-    for step in range(schedules.steps(batch_size)):
-        batch = schedules.batch(step, batch_size)
-        flat = batch.index.reshape(-1).to(images.device)
-        if space is None:
-            space = images.new_empty((len(flat), *images.shape[1:]))
-        with torch.no_grad():
-            chosen = torch.index_select(images, 0, flat, out=space[: len(flat)])
-        chosen = chosen.to(device).unflatten(0, batch.index.shape)
-        targets = labels.index_select(0, flat.to(labels.device)).to(device).view(batch.index.shape)
-        weights = None if batch.weights is None else batch.weights.to(device)
-        finite &= ensemble.step(chosen, targets, weights, lr, batch.active).isfinite()
+    steps = schedules.steps(batch_size)
+    for first in range(0, steps, _TOGETHER):
+        stop, losses = min(first + _TOGETHER, steps), []
+        chosen = schedules.table[..., first * batch_size : stop * batch_size]  # (m, k) or (k,)
+        targets = upload(labels[chosen.to(labels.device)], device).split(batch_size, dim=-1)
+        for step, target in zip(range(first, stop), targets, strict=True):
+            batch = schedules.batch(step, batch_size)
+            flat = batch.index.reshape(-1).to(images.device)
+            if space is None:
+                space = images.new_empty((len(flat), *images.shape[1:]))
+            with torch.no_grad():
+                inputs = torch.index_select(images, 0, flat, out=space[: len(flat)])
+            inputs = inputs.to(device).unflatten(0, batch.index.shape)
+            losses.append(ensemble.step(inputs, target, batch.weights, lr, batch.active))
+        finite &= torch.stack(losses).isfinite().all(0)
     return finite
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from src import rng
+from src.devices import upload
 
 PASSES_BEFORE = 6
 """Passes over loaders before the first retraining of the papers' scripts, each of which draws one number: training
@@ -24,7 +25,7 @@ class MemberBatch:
 
     Attributes:
         index: Positions in the data, int32 ``(m, b)``, or ``(b,)`` for all members; on the table's device.
-        weights: What they count, boolean ``(m, b)``; None where all count 1.
+        weights: What they count, boolean ``(m, b)``, on the device of the schedules' masks; None where all count 1.
         active: Which members see any, boolean ``(m,)`` on the CPU; None for all.
     """
 
@@ -41,11 +42,13 @@ class MemberSchedules:
         table: Positions, int32 ``(m, L)`` (padded with 0 at the end), or ``(L,)`` for all members.
         counts: How many examples each member trains on, int64 ``(m,)``, on the CPU.
         kept: With a shared table, which of its entries count, boolean ``(m, L)`` on the CPU; None where all do.
+        masks: ``kept``, or else ``counts``, on the device where weights are wanted; None for the CPU.
     """
 
     table: Tensor
     counts: Tensor
     kept: Tensor | None = None
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -55,9 +58,16 @@ class MemberSchedules:
         """Whether all members see the same batches."""
         return self.table.ndim == 1
 
-    def to(self, device: torch.device | str) -> "MemberSchedules":
-        """The same with the table on a device."""
-        return MemberSchedules(self.table.to(device), self.counts, self.kept)
+    def to(self, device: torch.device | str, masks: torch.device | str = "cpu") -> "MemberSchedules":
+        """The same with the table on a device.
+
+        Args:
+            device: Of the table, best that of the images.
+            masks: Where weights are wanted: on the members' device if they are stacked, else on the CPU, where the
+                examples that count are picked.
+        """
+        found = self.counts if self.kept is None else self.kept
+        return MemberSchedules(upload(self.table, device), self.counts, self.kept, upload(found, masks))
 
     def steps(self, batch_size: int) -> int:
         """Batches in an epoch."""
@@ -68,14 +78,20 @@ class MemberSchedules:
         start = step * batch_size
         stop = min(start + batch_size, self.table.shape[-1])
         index = self.table[..., start:stop]
+        # What is asked about weights is asked of arrays on the CPU, so that a GPU is not waited for.
         if self.shared:
-            weights = None if self.kept is None else self.kept[:, start:stop]
+            chosen = None if self.kept is None else self.kept[:, start:stop]
+            if chosen is None or chosen.numpy().all():
+                return MemberBatch(index, None, None)
+            active = chosen.any(1)
+            weights = chosen if self.masks is None else self.masks[:, start:stop]
         else:
-            weights = torch.arange(start, stop) < self.counts.unsqueeze(1)
-        if weights is None or bool(weights.all()):
-            return MemberBatch(index, None, None)
-        active = weights.any(1)
-        return MemberBatch(index, weights, None if bool(active.all()) else active)
+            if stop <= self.counts.numpy().min():
+                return MemberBatch(index, None, None)
+            active = self.counts > start
+            counts = self.counts if self.masks is None else self.masks
+            weights = torch.arange(start, stop, device=counts.device) < counts.unsqueeze(1)
+        return MemberBatch(index, weights, None if active.numpy().all() else active)
 
 
 def shuffle_seeds(

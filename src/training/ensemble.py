@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from src.devices import upload
 from src.models.base import copy_tensor, eval_mode, load_optimizer, load_weights
 from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPerceptron, perceptron_layers
 
@@ -90,7 +91,8 @@ class Ensemble:
         Args:
             images: ``(M, b, ...)``, each member its own, or ``(b, ...)`` for all; ``labels`` tells which.
             labels: int64 ``(M, b)``, or ``(b,)`` for all members.
-            weights: ``(M, b)``, 0 for padding; a member's loss is ``sum(w l) / sum(w)``. None: all 1.
+            weights: ``(M, b)``, 0 for padding; a member's loss is ``sum(w l) / sum(w)``. None: all 1. Best on the
+                members' device if they are vectorised, else on the CPU.
             lr: The learning rate.
             active: Boolean ``(M,)``, best on the CPU; the others are not stepped at all: neither weights nor moments
                 nor counts of steps change. A member whose weights are all 0 must not be active. None: all.
@@ -110,20 +112,24 @@ class Ensemble:
             )
         if weights is not None and tuple(weights.shape) != (self._count, examples):
             raise ValueError(f"weights {tuple(weights.shape)} are not {(self._count, examples)}")
-        rows = None
+        rows = numbers = None  # the active members, on their device and as given
         if active is not None and not bool(active.all()):
-            rows = active.nonzero().squeeze(1).to(self.device)
+            numbers = active.nonzero().squeeze(1)
+            rows = upload(numbers, self.device)
             if not len(rows):
                 return images.new_zeros(self._count)
         labels = labels.expand(self._count, examples)
         if rows is not None:
             images, labels = images if shared else images[rows], labels[rows]
-            weights = weights if weights is None else weights[rows.to(weights.device)]
+            weights = (
+                weights if weights is None else weights[(rows if self.vectorised else numbers).to(weights.device)]
+            )
         shares: Tensor | float = 1.0 / max(examples, 1)
         if weights is not None:
-            weights = weights.to(images)
+            weights = weights.to(self.device if self.vectorised else weights.device, images.dtype)
             shares = weights / weights.sum(1, keepdim=True)
-        losses = self._members.step(StackedBatch(images, labels, shares, shared), lr, rows)
+        batch = StackedBatch(images, labels, shares, shared)
+        losses = self._members.step(batch, lr, rows if self.vectorised else numbers)
         return losses if rows is None else losses.new_zeros(self._count).index_copy_(0, rows, losses)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -257,8 +263,12 @@ class StackedMembers:
     def _sgd(self, parameters: Stack, momentum: Stack, batch: StackedBatch, lr: float, l2: float | Tensor) -> Tensor:
         """``v = momentum v + gradient + l2 w; w = w - lr v``; the gradient goes straight into v."""
         losses = self._network.accumulate(parameters, batch, momentum, self._momentum)
-        for name, value in parameters.items():
-            value.sub_(_add_scaled(momentum[name], value, l2), alpha=lr)
+        velocities, weights = [momentum[name] for name in parameters], list(parameters.values())
+        if isinstance(l2, Tensor):
+            torch._foreach_addcmul_(velocities, weights, [_column(l2, value) for value in weights])
+        elif l2:
+            torch._foreach_add_(velocities, weights, alpha=l2)
+        torch._foreach_add_(weights, velocities, alpha=-lr)
         return losses
 
     def _adam(
@@ -339,7 +349,9 @@ class SequentialMembers:
             labels, shares = batch.labels[position], batch.shares
             if isinstance(shares, Tensor):  # an example that does not count must not enter BatchNorm either
                 counting = shares[position].nonzero().squeeze(1)
-                images, labels, shares = images[counting], labels[counting], shares[position][counting]
+                shares = upload(shares[position][counting], labels.device)
+                counting = upload(counting, labels.device)
+                images, labels = images[counting], labels[counting]
             model, optimizer = self._models[number], self._optimizers[number]
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
