@@ -149,7 +149,7 @@ def plain_greedy(similarities: np.ndarray, budget: int) -> np.ndarray:
 
 def timed(way: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
     """The smallest processor seconds of a way, and what it picks."""
-    picks: list[np.ndarray] = []
+    picks = []
     return min(seconds(lambda: picks.append(way()), time.process_time) for _ in range(repeats)), picks[-1]
 
 
@@ -484,74 +484,46 @@ def plain_farthest_first(embeddings: Tensor, budget: int) -> np.ndarray:
 def k_center(quick: bool = False) -> list[Row]:
     """k-center's choice: all distances to each pick in float64, and ours.
 
-    10 and 30 % of 5,000 examples (embeddings of 512 numbers). Both ways must pick the same.
-
-    Raises:
-        RuntimeError: They pick differently.
+    10 and 30 % of 5,000 examples (embeddings of 512 numbers). RuntimeError where the two ways pick differently.
     """
     count, size, repeats = (300, 16, 1) if quick else (5_000, 512, 2)
     rows = []
     for kind, layer in (("random", random_class), ("clustered", clustered_class)):
         embeddings = layer(count, 10, size).embeddings
         for percent in (10, 30):
-            found, budget = {}, count * percent // 100
-            times = in_turn(
-                (
-                    lambda: found.update(plain=plain_farthest_first(embeddings, budget)),  # noqa: B023
-                    lambda: found.update(ours=farthest_first(embeddings, budget)),  # noqa: B023
-                ),
-                repeats,
-            )
-            if not np.array_equal(found["plain"], found["ours"]):
+            budget = count * percent // 100
+            plain, expected = timed(lambda: plain_farthest_first(embeddings, budget), repeats)  # noqa: B023
+            ours, picks = timed(lambda: farthest_first(embeddings, budget), repeats)  # noqa: B023
+            if not np.array_equal(picks, expected):
                 raise RuntimeError(f"k-center, {kind}: the two ways pick differently")
-            rows.append(Row(f"k-center, {count} x {percent} %, {kind}", *times, "s", 2.0))
+            rows.append(Row(f"k-center, {count} x {percent} %, {kind}", plain, ours, "s", 2.0))
     return rows
 
 
-def graph_cut_value(network: LastLayer, found: Selection) -> float:
-    """The function that graph cut maximizes, without its diagonal."""
-    similarities, picks = Similarities.of(network), found.indices
-    parts = gradient_sum(similarities.errors[picks], similarities.embeddings[picks])
-    among = (len(picks) ** 2 + sum(float(part.square().sum()) for part in parts)) / 2 - len(picks)
-    return float(similarities.sums()[picks].sum() - among)
+SUBSAMPLED = ("graph_cut", "craig", "gradmatch", "glister", "k_center")
 
 
-def craig_value(network: LastLayer, found: Selection) -> float:
-    """The mean distance to the nearest pick."""
-    return float(Distances.of(network).nearest(found.indices)[0].mean())
-
-
-def gradmatch_value(network: LastLayer, found: Selection) -> float:
-    """The norm of the mean gradient's error over its own, at the best scale of the weights."""
-    errors, embeddings = network.errors.double(), network.embeddings.double()
-    weights = torch.from_numpy(found.weights)[:, None]
-    parts = gradient_sum(errors[found.indices] * weights, embeddings[found.indices])
-    ours, wanted = (torch.cat([bias, weight.flatten()]) for bias, weight in (parts, gradient_sum(errors, embeddings)))
-    return float(torch.linalg.vector_norm(wanted - ours * (ours @ wanted) / (ours @ ours)) / wanted.norm())
-
-
-def glister_value(network: LastLayer, found: Selection) -> float:
-    """The loss on held-out examples after the step along the picks."""
-    judges = np.flatnonzero(held_out(network.labels.numpy(), network.logits.shape[1], 1))
-    validation = Validation(network, network.at(judges), GlisterOptions().glister_eta)
-    validation.judged(found.indices)
-    logits = validation.logits - validation.eta / validation.count * validation.effect
-    return float(torch.nn.functional.cross_entropy(logits, validation.labels))
-
-
-def k_center_value(network: LastLayer, found: Selection) -> float:
-    """The largest distance to the nearest pick."""
-    points = network.embeddings.double()
-    return float(torch.cdist(points, points[found.indices]).amin(dim=1).max())
-
-
-VALUES: dict[str, Callable[[LastLayer, Selection], float]] = {
-    "graph_cut": graph_cut_value,
-    "craig": craig_value,
-    "gradmatch": gradmatch_value,
-    "glister": glister_value,
-    "k_center": k_center_value,
-}
+def reached(name: str, network: LastLayer, found: Selection) -> float:
+    """What a choice by a method is worth, in the unit that :func:`subsample` names."""
+    picks, errors, embeddings = found.indices, network.errors.double(), network.embeddings.double()
+    if name == "graph_cut":  # without the function's diagonal
+        similarities = Similarities.of(network)
+        parts = gradient_sum(similarities.errors[picks], similarities.embeddings[picks])
+        among = (len(picks) ** 2 + sum(float(part.square().sum()) for part in parts)) / 2 - len(picks)
+        return float(similarities.sums()[picks].sum() - among)
+    if name == "craig":
+        return float(Distances.of(network).nearest(picks)[0].mean())
+    if name == "gradmatch":  # at the best scale of the weights
+        both = gradient_sum(errors[picks] * torch.from_numpy(found.weights)[:, None], embeddings[picks])
+        ours, wanted = (torch.cat([bias, w.flatten()]) for bias, w in (both, gradient_sum(errors, embeddings)))
+        return float(torch.linalg.vector_norm(wanted - ours * (ours @ wanted) / (ours @ ours)) / wanted.norm())
+    if name == "glister":
+        judges = np.flatnonzero(held_out(network.labels.numpy(), network.logits.shape[1], 1))
+        validation = Validation(network, network.at(judges), GlisterOptions().glister_eta)
+        validation.judged(picks)
+        logits = validation.logits - validation.eta / validation.count * validation.effect
+        return float(torch.nn.functional.cross_entropy(logits, validation.labels))
+    return float(torch.cdist(embeddings, embeddings[picks]).amin(dim=1).max())
 
 
 def subsample(quick: bool = False) -> list[Row]:
@@ -560,8 +532,7 @@ def subsample(quick: bool = False) -> list[Row]:
     30 % of one group of 5,000 examples in clusters, 10 classes, embeddings of 512 numbers. Below each method's
     times are what both reach, and what a random choice reaches: graph cut's function (larger is better); the mean
     distance to CRAIG's nearest pick, GradMatch's relative error of the gradient, the loss on GLISTER's held-out
-    examples, and k-center's radius (smaller is better). GradMatch, CRAIG and k-center gain more from larger groups,
-    as their parts keep their size.
+    examples, and k-center's radius (smaller is better).
     """
     count, size = (600, 16) if quick else (5_000, 512)
     network = clustered_class(count, 10, size)
@@ -570,7 +541,7 @@ def subsample(quick: bool = False) -> list[Row]:
     groups = make_groups(labels, 10, fraction=0.3)
     random = find_method("random")
     at_random = random.select(inputs, groups, random.options())
-    for name, value in VALUES.items():
+    for name in SUBSAMPLED:
         method, found, times = find_method(name), {}, {}
         for way in ("exact", GREEDY_EPSILON):
             options = method.options(selection_subsample=way)
@@ -578,23 +549,21 @@ def subsample(quick: bool = False) -> list[Row]:
             found[way] = method.select(inputs, groups, options)
             times[way] = time.process_time() - start
         rows.append(Row(f"{name}, {count} x 30 %: exact / subsampled", *times.values(), "s"))
-        exact, near, chance = (value(network, choice) for choice in (*found.values(), at_random))
+        exact, near, chance = (reached(name, network, choice) for choice in (*found.values(), at_random))
         rows.append(Row(f"{name}: what exact / subsampled reaches", exact, near, "objective"))
         rows.append(Row(f"{name}: what exact / random reaches", exact, chance, "objective"))
     return rows
 
 
 def whole_set(count: int = 20_000, classes: int = 100, size: int = 512) -> dict[str, float]:
-    """The processor seconds of each subsampled choice of 30 % from all classes at once, on one thread."""
-    torch.set_num_threads(1)
+    """The processor seconds of each subsampled choice of 30 % from all classes at once."""
     network = clustered_class(count, classes, size)
     inputs = SelectionInputs(network.labels.numpy(), classes, layers=[network])
     groups, spent = make_groups(inputs.labels, classes, fraction=0.3, per_class=False), {}
-    for method in map(find_method, VALUES):
-        options = method.options(selection_subsample=GREEDY_EPSILON)
-        spent[method.name] = seconds(
-            lambda method=method, options=options: method.select(inputs, groups, options), time.process_time
-        )
+    for method in map(find_method, SUBSAMPLED):
+        start = time.process_time()
+        method.select(inputs, groups, method.options(selection_subsample=GREEDY_EPSILON))
+        spent[method.name] = time.process_time() - start
     return spent
 
 
@@ -603,10 +572,7 @@ def many_classes(count: int = 200_000, classes: int = 1_000, size: int = 512, pi
 
     The picks are few, one pass over the distances beyond those of a sample: more take hours, not more memory.
     """
-    return in_fresh_process(_many_classes, count, classes, size, picks)
-
-
-def _many_classes(count: int, classes: int, size: int, picks: int) -> dict[str, float]:
+    torch.set_num_threads(1)
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (count,), generator=draw)
     embeddings = torch.randn(count, size, generator=draw).relu_()
