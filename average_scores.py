@@ -17,7 +17,7 @@ from functools import partial
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
 from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
-from src.datasets import DataConfig, load_dataset
+from src.datasets import DataConfig
 from src.errors import FlagError
 from src.metrics import SCORES
 from src.metrics.average import (
@@ -60,7 +60,7 @@ def main() -> None:
     config, windows, data = build(AverageConfig, args), build(Windows, args), build(DataConfig, args)
     modes, dataset = wanted_modes(config), data.dataset
     if ":" in dataset:  # own data are named by their content
-        train, _ = load_dataset(dataset, args.datasets_folder, image_size=data.image_size, channels=data.channels)
+        train, _ = data.load(args.datasets_folder)
         dataset = train.entry.name
 
     origin = {"dataset": dataset, "model": config.model}

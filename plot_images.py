@@ -23,7 +23,7 @@ from tqdm import tqdm
 from src.artifacts.io import label_hash, save_figure
 from src.artifacts.paths import Folders
 from src.cli import DATA_FLAGS, Parser, build, number, print_next, run_script
-from src.datasets import DataConfig, load_dataset, parse_subset
+from src.datasets import DataConfig, parse_subset
 from src.errors import FlagError
 from src.formatting import literal
 from src.metrics import SCORES, Proxy
@@ -65,7 +65,7 @@ def main() -> None:
     args = parse()
     from src.metrics.plots import extremes
 
-    images, _ = load_dataset(args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels)
+    images, _ = build(DataConfig, args).load(args.datasets_folder)
     checks = {"n": images.total, "label_hash": label_hash(images.labels), "data_hash": images.digest}
     dataset = images.entry.name
     proxies = {

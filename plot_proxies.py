@@ -20,7 +20,7 @@ import numpy as np
 from src.artifacts.io import label_hash, save_figure, write_json, write_text
 from src.artifacts.paths import Folders
 from src.cli import Parser, build, restrict, run_script
-from src.datasets import DataConfig, load_dataset
+from src.datasets import DataConfig
 from src.errors import FileError, FlagError
 from src.metrics import SCORES, Proxy, find_score_file
 from src.metrics.compare import against_reference, comparison_table
@@ -102,9 +102,7 @@ def main() -> None:
 def read_labels(args: Namespace) -> tuple[str, np.ndarray | None, dict]:
     """The data set's name in paths and, if it can be loaded, its training labels and what scores must match."""
     try:
-        train, _ = load_dataset(
-            args.dataset, args.datasets_folder, image_size=args.image_size, channels=args.channels
-        )
+        train, _ = build(DataConfig, args).load(args.datasets_folder)
     except FileError as error:
         if ":" in args.dataset:
             raise

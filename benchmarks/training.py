@@ -1,9 +1,10 @@
 """Reading, training and scoring images against the loops that most people write.
 
-python -m benchmarks.training [batches scoring steps memory ensemble checkpoints start] [--quick]
+python -m benchmarks.training [batches scoring steps memory ensemble checkpoints start photos] [--quick]
 """
 
 import copy
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.common import PlainImages, Row, in_fresh_process, in_turn, peak, random_images, run
@@ -24,6 +26,8 @@ from mpe.retraining import one_epoch
 from mpe.schedules import MemberSchedules, own_schedules
 from src.artifacts.paths import ROOT
 from src.datasets import Batches, load_dataset, lookup
+from src.datasets.decoding import as_seen, open_image
+from src.datasets.own import resize
 from src.devices import PRECISIONS, prepare
 from src.metrics.samis import score_pair
 from src.models import MODELS, build_model
@@ -556,6 +560,64 @@ def start(quick: bool = False) -> list[Row]:
     return [Row(f"start of {script}", plain, own, "s", 0.65) for script, own in zip(lines, ours, strict=True)]
 
 
+def photos(quick: bool = False) -> list[Row]:
+    """Starts with a folder of photos: decoded in full, by draft mode, and read from what an earlier start kept.
+
+    JPEG files of 1600x1200 pixels at image size 64, as random waves of all lengths, the longest the strongest. The
+    plain way decodes each in full, one after the other, as scripts did; processor seconds, so that the gain of
+    several threads is in the row of the wall's clock alone.
+    """
+    count, repeats = (4, 1) if quick else (100, 3)
+    with tempfile.TemporaryDirectory() as base:
+        root = Path(base) / "photos"
+        for number in range(count):
+            folder = root / ("test" if number % 4 == 3 else "train") / f"class_{number % 8 // 4}"
+            folder.mkdir(parents=True, exist_ok=True)
+            _photo(number).save(folder / f"{number}.jpg", quality=90)
+        for part in ("train", "test"):  # of a quick run, too few for each class of each part
+            (root / part / "class_1").mkdir(exist_ok=True)
+            _photo(count).save(root / part / "class_1" / "last.jpg", quality=90)
+        files = sorted(root.rglob("*.jpg"))
+
+        def plainly() -> list[Tensor]:
+            decoded = []
+            for path in files:
+                with path.open("rb") as file:
+                    pixels, _ = as_seen(open_image(file)[0], None)
+                decoded.append(resize(torch.from_numpy(pixels)[None], 64))
+            return decoded
+
+        def start(decode: str, cache: str) -> None:
+            load_dataset(f"folder:{root}", base, image_size=64, decode=decode, cache_folder=Path(base) / cache)
+
+        (Path(base) / "none").write_text("")  # nothing can be kept below a file
+        log = logging.getLogger("src.datasets.own")
+        log.disabled = True
+        ways = (plainly, lambda: start("draft", "none"), lambda: start("draft", "kept"))
+        while time.time() < max(path.stat().st_ctime for path in files) + 3:
+            time.sleep(0.1)  # photos that are younger are read again
+        times = [1_000 / len(files) * taken for taken in in_turn(ways, repeats)]
+        walls = [1_000 / len(files) * taken for taken in in_turn(ways[:2], repeats, time.perf_counter)]
+        log.disabled = False
+    unit = "s per 1,000 photos of 1600x1200"
+    return [
+        Row("a start that decodes photos by draft mode", times[0], times[1], unit),
+        Row(f"the same by the wall's clock, {os.cpu_count()} processors", *walls, unit),
+        Row("a later start", times[0], times[2], unit),
+    ]
+
+
+def _photo(seed: int) -> Image.Image:
+    """A photo of random waves."""
+    generator = np.random.default_rng(seed)
+    size = (1200, 1600)
+    frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
+    frequency[0, 0] = 1
+    waves = generator.normal(size=(2, 3, *frequency.shape)) / frequency**1.5
+    image = np.fft.irfft2(waves[0] + 1j * waves[1], size).transpose(1, 2, 0)
+    return Image.fromarray(np.clip(128 + 55 * (image - image.mean()) / image.std(), 0, 255).astype(np.uint8))
+
+
 BENCHMARKS = {
     "batches": batches,
     "scoring": scoring,
@@ -564,6 +626,7 @@ BENCHMARKS = {
     "ensemble": ensemble,
     "checkpoints": checkpoints,
     "start": start,
+    "photos": photos,
 }
 
 if __name__ == "__main__":

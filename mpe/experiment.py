@@ -53,6 +53,8 @@ _FREE = (  # flags that change neither a result nor what it is called
     "resume",
     "overwrite",
     "datasets_folder",
+    "cache_folder",
+    "decode",  # what it changed is recorded as "decoding"
     "models_folder",
     "metrics_folder",
     "log_folder",

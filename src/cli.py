@@ -302,7 +302,7 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
             action.rules = [*getattr(action, "rules", ()), rule]
 
 
-DATA_FLAGS = ("dataset", "image_size", "channels", "subset", "datasets_folder")
+DATA_FLAGS = ("dataset", "image_size", "channels", "decode", "subset", "datasets_folder", "cache_folder")
 """Flags by which scripts that work on the same data find them."""
 
 

@@ -24,7 +24,6 @@ from src.datasets import (
     DatasetEntry,
     ImageSet,
     Normalization,
-    load_dataset,
     parse_subset,
 )
 from src.devices import PRECISIONS, ComputeConfig, prepare, resolve_device
@@ -103,9 +102,7 @@ class RunContext:
             self.group.start(self.device)
         for main_process in (True, False):  # the main process first, so that data are downloaded once
             if self.group.is_main_process == main_process:
-                train, test = load_dataset(
-                    data.dataset, datasets_folder, image_size=data.image_size, channels=data.channels
-                )
+                train, test = data.load(datasets_folder)
             self.group.wait()
         self.full_train, self.test = train.to(self.device), test.to(self.device)
         self.train = self.full_train

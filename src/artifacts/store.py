@@ -148,7 +148,20 @@ def check_settings_match(
         FileError: The settings differ; the message names them.
     """
     if found := diff_settings(stored, wanted, ignore):
+        if "decoding" not in ignore and (decode := other_decode(stored, wanted)):
+            remedy = f"give --decode={decode} for the same images, or {remedy.removeprefix('give ')}"
         raise FileError(f"{path}: was made with different settings: {', '.join(found)}; {remedy}")
+
+
+def other_decode(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The ``--decode`` that a result was made with, where that is what tells it from one of the same photos now.
+
+    Older versions decoded in full, and did not record it.
+    """
+    there, here = ("draft" in (settings.get("decoding") or "").split(",") for settings in (stored, wanted))
+    if there == here or stored.get("dataset") != wanted.get("dataset"):
+        return None
+    return "draft" if there else "full"
 
 
 def load_result(
@@ -264,7 +277,10 @@ def check_same_data(
     for name, what in (("label_hash", "labels"), ("data_hash", "images")):
         known, wanted = stored.get(name), data.get(name)
         if known and wanted and known != wanted:
-            raise FileError(f"{path}: was made for other {what} (hash {known}, this data set has {wanted}); {remedy}")
+            hint = " (of photos: with the same --decode)" if what == "images" else ""
+            raise FileError(
+                f"{path}: was made for other {what} (hash {known}, this data set has {wanted}); {remedy}{hint}"
+            )
 
 
 def checked_array(

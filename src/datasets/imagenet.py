@@ -122,7 +122,7 @@ def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
     try:
         with path.open("rb") as file:
             # As published, and as torchvision does: EXIF orientation is ignored, transparency dropped.
-            image = open_image(file).convert("RGB")
+            image = open_image(file)[0].convert("RGB")
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {error}; extract the archives again") from error
     width, height = image.size
@@ -350,7 +350,7 @@ def _decode(
     images = np.empty((len(files), size, size, entry.channels), dtype=np.uint8)
     for index, (name, _) in enumerate(tqdm(files, desc=f"reading {entry.name}", mininterval=1, disable=None)):
         try:
-            image = open_image(BytesIO(read(name)))
+            image, _ = open_image(BytesIO(read(name)))
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             faults.add(name, f"{error}; get the zip again")
             continue

@@ -1,29 +1,35 @@
 """Own data: arrays of an npz file (the Keras convention), or images in ``train/CLASS/`` and ``test/CLASS/``."""
 
 import hashlib
+import json
 import logging
 import os
 import re
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from src.artifacts.io import read_npz
+from src.artifacts.io import read_npz, write_with
 from src.datasets.batches import ImageSet
-from src.datasets.decoding import Faults, as_seen, is_system_file, open_image
-from src.datasets.registry import Augmentation, DatasetEntry, Normalization
+from src.datasets.decoding import PARTS, Faults, ImageFolder, ahead, as_seen, open_image
+from src.datasets.registry import Augmentation, DataConfig, DatasetEntry, Normalization
 from src.errors import FileError
+from src.formatting import gib
 
-PARTS = ("train", "test")
 CLASS_NAMES = "class_names"  # an optional array
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's "L"
 PROGRESS_FROM = 2000  # files
 ODD_SIZES_LISTED = 3
+RULES = ("exif", "alpha", "draft")  # what may change pixels, in the order of records
+CACHE_FORMAT = 1  # raise it when the same files would be decoded to other pixels
+CACHED_FROM = 4 << 20  # bytes of image files: fewer are decoded in about a second at most
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +84,14 @@ def normalization_of(images: Tensor) -> Normalization:
     return Normalization(tuple(means), tuple(deviations))
 
 
-def _entry(stem: str, digest: str, images: Tensor, num_classes: int) -> DatasetEntry:
+def _name(stem: str, digest: str) -> str:
+    """The name of own data: a file's or folder's, without characters that paths may not have, and 8 digits."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem)}-{digest[:8]}"
+
+
+def _entry(
+    stem: str, digest: str, images: Tensor, num_classes: int, normalization: Normalization | None = None
+) -> DatasetEntry:
     """The entry of own data: named by stem and content; crop (an eighth of the size) and flip as augmentation.
 
     Args:
@@ -86,11 +99,12 @@ def _entry(stem: str, digest: str, images: Tensor, num_classes: int) -> DatasetE
         digest: Hex digest of the content; 8 digits are in the name.
         images: The training images, uint8 ``(n, c, s, s)``.
         num_classes: Number of classes.
+        normalization: That of the images where it is known.
     """
-    normalization = normalization_of(images)
+    normalization = normalization or normalization_of(images)
     size = images.shape[-1]
     return DatasetEntry(
-        name=f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem)}-{digest[:8]}",
+        name=_name(stem, digest),
         num_classes=num_classes,
         channels=images.shape[1],
         image_size=size,
@@ -219,141 +233,208 @@ def load_catalog_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSe
     return _sets(entry, images, labels, names)
 
 
-def load_npz(path: Path, image_size: int | None, channels: int | None) -> tuple[ImageSet, ImageSet]:
+def load_npz(path: Path, config: DataConfig, cache_folder: Path | None = None) -> tuple[ImageSet, ImageSet]:
     """Own data from an npz file.
 
     The data set is named by the file's stem and 8 hex digits of the arrays' content.
 
     Args:
         path: The file.
-        image_size: Resize to this height and width.
-        channels: Convert to gray (1) or color (3).
+        config: To which ``image_size`` and ``channels`` images are converted.
+        cache_folder: Not used: nothing is decoded.
 
     Raises:
         FileError: The file is missing, damaged, or not in the expected form.
     """
     images, labels, names = _read(path)
     num_classes = _count_classes(str(path), *labels)
+    digest = _npz_digest(images, labels)
+    height, width = images[0].shape[2:]
+    if config.image_size is None and height != width:
+        raise FileError(f"{path}: has images of {height}x{width}; make them square, or give --image_size")
+    for index, storage in enumerate(images):
+        if config.channels is not None:
+            storage = convert_channels(storage, config.channels)
+        images[index] = storage if config.image_size is None else resize(storage, config.image_size)
+    return _sets(_entry(path.stem, digest, images[0], num_classes), images, labels, names)
+
+
+def npz_name(path: Path) -> str:
+    """The name of the data set of an npz file.
+
+    Raises:
+        FileError: The file is missing, damaged, or not in the expected form.
+    """
+    images, labels, _ = _read(path)
+    _count_classes(str(path), *labels)
+    return _name(path.stem, _npz_digest(images, labels))
+
+
+def _npz_digest(images: list[Tensor], labels: list[np.ndarray]) -> str:
+    """sha256 of the arrays of both parts, in hex."""
     digest = hashlib.sha256()
     for part, x, y in zip(PARTS, images, labels, strict=True):
         for name, array in ((f"x_{part}{tuple(x.shape)}", x.numpy()), (f"y_{part}", y)):
             digest.update(f"{name}\0{array.nbytes}\0".encode())
             digest.update(memoryview(array).cast("B"))
-    height, width = images[0].shape[2:]
-    if image_size is None and height != width:
-        raise FileError(f"{path}: has images of {height}x{width}; make them square, or set image_size")
-    for index, storage in enumerate(images):
-        if channels is not None:
-            storage = convert_channels(storage, channels)
-        images[index] = storage if image_size is None else resize(storage, image_size)
-    entry = _entry(path.stem, digest.hexdigest(), images[0], num_classes)
-    return _sets(entry, images, labels, names)
+    return digest.hexdigest()
 
 
-class _Listing:
-    """The image files of a folder, by part; what is wrong with them goes into ``faults``.
+@dataclass
+class _Decoded:
+    """The images of a folder, as they are used.
 
-    Args:
-        root: Folder with ``train/`` and ``test/``.
-        faults: Where unusable files and folders are noted.
+    Attributes:
+        images: uint8 ``(n, c, h, w)`` of both parts.
+        content: sha256 of names and contents of the files, in hex.
+        decoding: Which rules changed pixels, as in ``ImageSet``.
+        normalization: That of the training images.
     """
 
-    def __init__(self, root: Path, faults: Faults) -> None:
-        self.root, self.faults = root, faults
-        self.ignored: list[str] = []
-        self.names = self._classes(root / "train")
-        if len(self.names) == 1:
-            raise FileError(f"{root / 'train'}: has only class {self.names[0]}; at least two classes are needed")
-        for name in self._classes(root / "test"):
-            if name not in self.names:
-                faults.add(f"test/{name}", "is a class that train/ lacks; every test class needs training images")
-        self.files: dict[str, list[Path]] = {part: [] for part in PARTS}
-        self.labels: dict[str, list[int]] = {part: [] for part in PARTS}
-        for part in PARTS:
-            for label, name in enumerate(self.names):
-                if part == "train" or (root / part / name).is_dir():
-                    found = self._files(root / part / name)
-                    self.files[part] += found
-                    self.labels[part] += [label] * len(found)
-        if self.ignored:
-            examples = ", ".join(sorted(set(self.ignored))[:3])
-            log.info("%s: ignored %d hidden or system files (%s)", root, len(self.ignored), examples)
+    images: list[Tensor]
+    content: str
+    decoding: str | None
+    normalization: Normalization
 
-    def _visible(self, folder: Path) -> list[Path]:
-        """What a folder contains, sorted by name, without hidden and system files."""
-        found = sorted(folder.iterdir(), key=lambda path: path.name)
-        self.ignored += [path.name for path in found if is_system_file(path.name)]
-        return [path for path in found if not is_system_file(path.name)]
 
-    def _classes(self, folder: Path) -> list[str]:
-        if not folder.is_dir():
-            raise FileError(f"{folder}: there is no such folder; train/ and test/ with a folder per class are needed")
-        names = [path.name for path in self._visible(folder) if path.is_dir()]
-        if not names:
-            raise FileError(f"{folder}: has no class folder; put the images of each class into a folder of its name")
-        return names
+class _Cache:
+    """Decoded images in a file: one for each folder and way of decoding it, replaced when the photos change.
 
-    def _files(self, folder: Path) -> list[Path]:
+    The file has a checksum (it is an npz), and is used only where it was made of the very same files. A cache that
+    cannot be read costs decoding again, one that cannot be written costs itself.
+
+    Args:
+        photos: The photos.
+        config: Size, channels and decoding.
+        folder: Where the file is.
+    """
+
+    def __init__(self, photos: ImageFolder, config: DataConfig, folder: Path) -> None:
+        self.photos = photos
+        self.size, self._stamp = photos.stamp()
+        root = photos.root.resolve()
+        self.rules = {
+            "format": CACHE_FORMAT,
+            "pillow": PIL.__version__,
+            **{name: getattr(config, name) for name in ("image_size", "channels", "decode")},
+        }
+        key = os.fsencode(f"{root}\0{config.image_size}\0{config.channels}\0{config.decode}")
+        self.path = folder / f"{_name(root.name[:80], hashlib.sha256(key).hexdigest())}.npz"
+
+    def read(self) -> _Decoded | None:
+        """The images of the files as they are now; None where the cache does not have them."""
+        if self.size < CACHED_FROM or not os.path.exists(self.path):
+            return None
         try:
-            files = self._visible(folder)
-        except OSError as error:
-            self.faults.add(self.relative(folder), f"cannot be read ({error.strerror})")
-            return []
-        if not files:
-            self.faults.add(self.relative(folder), "has no image; put images in, or remove the class")
-        for path in files:
-            if path.is_dir():
-                self.faults.add(self.relative(path), "is a folder inside a class folder; images are needed there")
-            elif not path.is_file():  # opening a pipe would block
-                self.faults.add(self.relative(path), "is not a regular file; remove or replace it")
-        return [path for path in files if path.is_file()]
+            arrays = read_npz(self.path)
+            header = json.loads(str(arrays["header"]))
+            if header["rules"] != self.rules:
+                raise ValueError(f"made by {header['rules']}, not {self.rules}")
+            images = [torch.from_numpy(arrays[part]) for part in PARTS]
+            for part, storage in zip(PARTS, images, strict=True):
+                shape, last = tuple(storage.shape), images[0].shape[1:]
+                if storage.dtype != torch.uint8 or shape != (len(self.photos.files[part]), *last) or len(last) != 3:
+                    raise ValueError(f"{part} images are {storage.dtype} of shape {shape}")
+            found = _Decoded(images, header["content"], header["decoding"], Normalization(
+                *(tuple(map(float, header[name])) for name in ("mean", "std"))
+            ))  # fmt: skip
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged or foreign file raises nearly anything
+            log.info("%s: is decoded again, as the cache cannot be used (%s)", self.photos.root, error)
+            return None
+        if self._stamp is None or header.get("stamp") != self._stamp:
+            try:
+                content = self.photos.content()
+            except OSError:  # decoding says which files cannot be read
+                content = None
+            if content != found.content:
+                log.info("%s: is decoded again, as its files have changed since it was cached", self.photos.root)
+                return None
+            if self._stamp is not None:
+                self.write(found)
+        log.info("read %d decoded images from %s (%s)", sum(map(len, images)), self.path, self._room(images))
+        return found
 
-    def relative(self, path: Path) -> str:
-        """A file's name below the root."""
-        return path.relative_to(self.root).as_posix()
+    def write(self, decoded: _Decoded) -> None:
+        """Keep decoded images for later starts, where decoding takes long."""
+        if self.size < CACHED_FROM:
+            return
+        header = {
+            "rules": self.rules,
+            "stamp": self._stamp,  # of before the files were read
+            "content": decoded.content,
+            "decoding": decoded.decoding,
+            "mean": decoded.normalization.mean,
+            "std": decoded.normalization.std,
+        }
+        arrays = {part: storage.numpy() for part, storage in zip(PARTS, decoded.images, strict=True)}
+        arrays["header"] = np.array(json.dumps(header))
+        try:
+            write_with(self.path, lambda file: np.savez(file, **arrays), interruptible=True)
+        except FileError as error:
+            log.warning(
+                "decoded images are not kept, so that every start decodes them (give --cache_folder): %s", error
+            )
+            return
+        log.info("kept the decoded images as %s (%s), which later starts read", self.path, self._room(decoded.images))
+
+    @staticmethod
+    def _room(images: list[Tensor]) -> str:
+        return gib(sum(storage.nbytes for storage in images))
 
 
 class _Images:
-    """Images read one after the other into one tensor per part.
+    """Images decoded into one tensor per part.
 
     Gray images among color ones become color.
     """
 
-    def __init__(self, listing: _Listing, image_size: int | None, channels: int | None) -> None:
-        self.listing, self.image_size, self.channels = listing, image_size, channels
+    def __init__(self, photos: ImageFolder, config: DataConfig) -> None:
+        self.photos, self.image_size, self.channels = photos, config.image_size, config.channels
+        self.target = config.image_size if config.decode == "draft" else None
         self.digest = hashlib.sha256()  # of names and contents
-        self.rules: set[str] = set()  # see as_seen
+        self.rules: set[str] = set()  # see RULES
         self.gray = self.color = 0  # how many of each
+        self.reduced = 0  # how many by draft mode
         self.size: tuple[int, int] | None = None  # of the first image
         self.odd_sizes = 0
-        self.parts = [self._read(part, files) for part, files in listing.files.items()]
+        self.parts = [self._read(part, files) for part, files in photos.files.items()]
         if self.odd_sizes > ODD_SIZES_LISTED:  # all have the same remedy, and would hide unreadable files
             more = f"{self.odd_sizes - ODD_SIZES_LISTED} more images"
-            listing.faults.add(more, "differ in size, too; set image_size to resize all")
+            photos.faults.add(more, "differ in size, too; give --image_size to resize all")
 
     def _read(self, part: str, files: list[Path]) -> Tensor | None:
-        faults, storage = self.listing.faults, None
-        bar = tqdm(files, desc=f"reading {part}", disable=True if len(files) < PROGRESS_FROM else None)
-        for number, path in enumerate(bar):
-            name = self.listing.relative(path)
-            try:
-                image = self._decode(name, path.read_bytes())
-            except OSError as error:
-                faults.add(name, f"cannot be read ({error.strerror})")
+        faults, storage = self.photos.faults, None
+        bar = tqdm(
+            ahead(self._decode, files),
+            desc=f"reading {part}",
+            total=len(files),
+            disable=True if len(files) < PROGRESS_FROM else None,
+        )
+        for number, (path, result) in enumerate(zip(files, bar, strict=True)):
+            name = self.photos.relative(path)
+            if isinstance(result, Exception):
+                reason = f"cannot be read ({result.strerror})" if isinstance(result, OSError) else None
+                faults.add(name, reason or f"{result}; remove or replace it")
                 continue
-            except ValueError as error:
-                faults.add(name, f"{error}; remove or replace it")
-                continue
+            content, image, rules = result
+            self.photos.add(self.digest, path, content)
+            self.rules |= rules
+            self.reduced += "draft" in rules
+            self.gray, self.color = self.gray + (len(image) == 1), self.color + (len(image) == 3)
             size = tuple(image.shape[1:])
             if self.size is None:
                 self.size = size
                 if size[0] != size[1]:
-                    faults.add(name, f"is {size[0]}x{size[1]}; square images are needed, or set image_size")
+                    faults.add(name, f"is {size[0]}x{size[1]}; square images are needed, or give --image_size")
             if size != self.size:
                 self.odd_sizes += 1
                 if self.odd_sizes <= ODD_SIZES_LISTED:
                     wanted = f"{self.size[0]}x{self.size[1]}"
-                    faults.add(name, f"is {size[0]}x{size[1]} among images of {wanted}; set image_size to resize all")
+                    faults.add(
+                        name, f"is {size[0]}x{size[1]} among images of {wanted}; give --image_size to resize all"
+                    )
                 continue
             if storage is None:
                 storage = torch.empty((len(files), *image.shape), dtype=torch.uint8)
@@ -362,49 +443,75 @@ class _Images:
             storage[number] = image  # a gray one is repeated in each channel
         return storage
 
-    def _decode(self, name: str, content: bytes) -> Tensor:
-        """uint8 ``(c, h, w)``."""
-        self.digest.update(os.fsencode(f"{name}\0{len(content)}\0"))
-        self.digest.update(content)
-        pixels, rules = as_seen(open_image(BytesIO(content)), self.channels)
-        self.rules |= rules
-        self.gray, self.color = self.gray + (len(pixels) == 1), self.color + (len(pixels) == 3)
+    def _decode(self, path: Path) -> tuple[bytes, Tensor, set[str]] | Exception:
+        """A file's content, its pixels ``(c, h, w)`` and what changed them; or, not raised, why it cannot be used."""
+        try:
+            content = path.read_bytes()
+            image, reduced = open_image(BytesIO(content), self.target)
+            pixels, rules = as_seen(image, self.channels)
+        except (OSError, ValueError) as error:
+            return error
         image = torch.from_numpy(pixels)
-        return image if self.image_size is None else resize(image[None], self.image_size)[0]
+        image = image if self.image_size is None else resize(image[None], self.image_size)[0]
+        return content, image, rules | {"draft"} if reduced else rules
 
 
-def load_folder(root: Path, image_size: int | None, channels: int | None) -> tuple[ImageSet, ImageSet]:
+def folder_name(root: Path) -> str:
+    """The name of the data set of a folder: the folder's, and 8 hex digits of relative paths and file contents.
+
+    Raises:
+        FileError: A folder is missing or empty, or a file cannot be read.
+    """
+    faults = Faults(root)
+    photos = ImageFolder(root, faults)
+    faults.raise_if_any()
+    try:
+        return _name(root.resolve().name, photos.content())
+    except OSError as error:
+        raise FileError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[ImageSet, ImageSet]:
     """Own data from folders; classes sorted by name, images by class and file name.
 
-    The data set is named by the folder's name and 8 hex digits of relative paths and file contents. Images are
-    decoded as a viewer shows them (``as_seen``).
+    The data set is named as ``folder_name`` does. Images are decoded as a viewer shows them (``as_seen``), JPEG
+    files that are much larger than the image size at a reduced size (``open_image``). From ``CACHED_FROM`` bytes of
+    files on, decoded images are kept, and read by later starts instead (``_Cache``).
 
     Args:
         root: Folder with ``train/`` and ``test/``.
-        image_size: Resize to this height and width.
-        channels: Convert to gray (1) or color (3).
+        config: To which ``image_size`` and ``channels`` images are converted, and how they are decoded.
+        cache_folder: Where decoded images are kept.
 
     Raises:
         FileError: A folder is missing or empty, images cannot be read, or differ in size.
     """
-    if not root.is_dir():
-        raise FileError(f"{root}: there is no such folder; one with train/ and test/ is needed")
     faults = Faults(root)
-    listing = _Listing(root, faults)
-    read = _Images(listing, image_size, channels)
-    faults.raise_if_any()
-    images = read.parts
-    if read.gray and read.color:
-        log.info(
-            "%s: %d gray and %d color images: all are converted to color (1 channel makes them gray)",
-            root, read.gray, read.color,
-        )  # fmt: skip
-        images = [convert_channels(part, 3) for part in images]
-    entry = _entry(root.resolve().name, read.digest.hexdigest(), images[0], len(listing.names))
+    photos = ImageFolder(root, faults)
+    cache = None if faults else _Cache(photos, config, cache_folder)
+    decoded = cache.read() if cache else None
+    if decoded is None:
+        read = _Images(photos, config)
+        faults.raise_if_any()
+        images = read.parts
+        if read.gray and read.color:
+            log.info(
+                "%s: %d gray and %d color images: all are converted to color (1 channel makes them gray)",
+                root, read.gray, read.color,
+            )  # fmt: skip
+            images = [convert_channels(part, 3) for part in images]
+        if read.reduced:
+            log.info(
+                "%s: %d of %d photos were decoded at a reduced size (older versions decoded in full: --decode=full)",
+                root, read.reduced, read.gray + read.color,
+            )  # fmt: skip
+        decoding = ",".join(rule for rule in RULES if rule in read.rules) or None
+        decoded = _Decoded(images, read.digest.hexdigest(), decoding, normalization_of(images[0]))
+        cache.write(decoded)
+    entry = _entry(root.resolve().name, decoded.content, decoded.images[0], len(photos.names), decoded.normalization)
     # printable, whatever bytes: those that are not UTF-8 are written as \xff
-    names = [os.fsencode(name).decode("utf-8", errors="backslashreplace") for name in listing.names]
-    decoding = ",".join(rule for rule in ("exif", "alpha") if rule in read.rules) or None
+    names = [os.fsencode(name).decode("utf-8", errors="backslashreplace") for name in photos.names]
     return tuple(
-        ImageSet(entry, part, storage, torch.tensor(listing.labels[part]), names, decoding=decoding)
-        for part, storage in zip(PARTS, images, strict=True)
+        ImageSet(entry, part, storage, torch.tensor(photos.labels[part]), names, decoding=decoded.decoding)
+        for part, storage in zip(PARTS, decoded.images, strict=True)
     )

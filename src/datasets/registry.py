@@ -1,4 +1,4 @@
-"""Every data set: its facts, who loads it, and ``load_dataset``.
+"""Every data set: its facts, who loads it, and how (``DataConfig``).
 
 A new data set is one entry of ``DATASETS`` and, unless torchvision reads it, the function that loads it. Only the
 loaders import torch.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from src.cli import check_options, number, option
 from src.errors import ArgumentError, FileError
@@ -313,10 +313,15 @@ _ENTRIES = (
 DATASETS: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
 
 # Who loads own data, by the word before the colon.
-OWN_SOURCES: dict[str, Callable[[Path, int | None, int | None], tuple[ImageSet, ImageSet]]] = {
+OWN_SOURCES: dict[str, Callable[[Path, DataConfig, Path], tuple[ImageSet, ImageSet]]] = {
     "npz": later("src.datasets.own", "load_npz"),
     "folder": later("src.datasets.own", "load_folder"),
 }
+OWN_NAMES: dict[str, Callable[[Path], str]] = {
+    "npz": later("src.datasets.own", "npz_name"),
+    "folder": later("src.datasets.own", "folder_name"),
+}
+DECODED = "decoded"  # folder of decoded photos, below the folder of data sets
 
 
 def dataset_flag(name: str) -> str:
@@ -355,9 +360,8 @@ def dataset_name(text: str) -> str:
         ArgumentError: It is none of these.
         FileError: Own data are missing, damaged, or not in the expected form.
     """
-    if _own_source(text):
-        # at a small size, on which the name does not depend: images that are not square need one
-        return load_dataset(text, ".", image_size=8)[0].entry.name
+    if own := _own_source(text):
+        return OWN_NAMES[own[0]](Path(own[1]).expanduser())
     if text.lower() in DATASETS:
         return text.lower()
     if not text or text.startswith(".") or ":" in text or Path(text).name != text:
@@ -368,50 +372,6 @@ def dataset_name(text: str) -> str:
     return text
 
 
-def load_dataset(
-    name: str, folder: str | Path, *, image_size: int | None = None, channels: int | None = None
-) -> tuple[ImageSet, ImageSet]:
-    """Load a data set.
-
-    A catalog name is read from ``{folder}/{name}.npz`` if that exists (of any length), else from its source
-    under ``{folder}/{name}/``, which downloads what is missing. ``npz:FILE`` and ``folder:DIR`` are own data.
-
-    Args:
-        name: A catalog name in either case, ``npz:FILE`` or ``folder:DIR``.
-        folder: The folder of data sets.
-        image_size: Own data only: resize to this height and width.
-        channels: Own data only: convert to gray (1) or color (3).
-
-    Returns:
-        The training set and the test set.
-
-    Raises:
-        ArgumentError: The name is unknown, or an argument does not apply to it.
-        FileError: The data are missing, damaged, or not in the expected form.
-    """
-    from src.datasets.batches import Content
-
-    DataConfig(name, image_size, channels)  # raises where an argument is wrong
-    if own := _own_source(name):
-        train, test = OWN_SOURCES[own[0]](Path(own[1]).expanduser(), image_size, channels)
-    else:
-        entry, folder = lookup(name), Path(folder)
-        local = folder / f"{entry.name}.npz"
-        try:
-            if local.exists():
-                from src.datasets.own import load_catalog_npz
-
-                train, test = load_catalog_npz(entry, local)
-            else:
-                train, test = entry.load(entry, folder / entry.name)
-        except OSError as error:
-            raise FileError(
-                f"{folder}: {entry.name} could not be read or made there ({error.strerror or error})"
-            ) from error
-    train.content = test.content = Content(train, test)
-    return train, test
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """A data set, how own images are read, and which training examples are used.
@@ -420,6 +380,9 @@ class DataConfig:
         dataset: A catalog name, ``npz:FILE`` or ``folder:DIR``.
         image_size: Own data only: resize to this height and width.
         channels: Own data only: convert to gray (1) or color (3).
+        decode: Folders of photos only: ``"draft"`` decodes JPEG files that are much larger than ``image_size`` at a
+            reduced size, ``"full"`` as versions before this setting did.
+        cache_folder: Where decoded photos are kept; ``None`` for ``decoded`` in the folder of data sets.
         subset: Only these training examples; see ``parse_subset``.
 
     Raises:
@@ -442,6 +405,18 @@ class DataConfig:
     channels: int | None = option(
         None, "turn own data into gray (1) or color (3) (default: as they are)", int, choices=(1, 3)
     )
+    decode: str = option(
+        "draft",
+        "how large JPEG files of folder:DIR are decoded: 'draft' at a half, a quarter or an eighth of their size, if "
+        "that keeps twice the PIXELS of --image_size; 'full' as older versions did, to go with their results",
+        choices=("draft", "full"),
+    )
+    cache_folder: Path | None = option(
+        None,
+        "folder of the decoded images of folder:DIR, for later starts (default: decoded in the folder of data sets)",
+        Path,
+        metavar="DIR",
+    )
     subset: str | None = option(
         None,
         "use only N training examples (the same share of each class) or those whose indices are in FILE, one per "
@@ -456,6 +431,8 @@ class DataConfig:
                 raise ArgumentError(
                     "dataset", f"{self.dataset}: no path after the colon; npz:FILE or folder:DIR is needed"
                 )
+            if self.decode != "draft" and own[0] != "folder":
+                raise ArgumentError("decode", f"{self.decode}: applies to folder:DIR; {own[0]}:FILE has pixels")
             return
         entry = lookup(self.dataset)
         for argument in ("image_size", "channels"):
@@ -464,3 +441,63 @@ class DataConfig:
                 raise ArgumentError(
                     argument, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
                 )
+        if self.decode != "draft":
+            raise ArgumentError(
+                "decode", f"{self.decode}: applies to folder:DIR; {entry.name} is always read in full"
+            )
+
+    def load(self, folder: str | Path) -> tuple[ImageSet, ImageSet]:
+        """Load the data set (all examples; ``subset`` is not applied).
+
+        A catalog name is read from ``{folder}/{name}.npz`` if that exists (of any length), else from its source
+        under ``{folder}/{name}/``, which downloads what is missing. ``npz:FILE`` and ``folder:DIR`` are own data;
+        what is decoded of a folder is kept in ``cache_folder``.
+
+        Args:
+            folder: The folder of data sets.
+
+        Returns:
+            The training set and the test set.
+
+        Raises:
+            FileError: The data are missing, damaged, or not in the expected form.
+        """
+        from src.datasets.batches import Content
+
+        folder = Path(folder)
+        if own := _own_source(self.dataset):
+            train, test = OWN_SOURCES[own[0]](Path(own[1]).expanduser(), self, self.cache_folder or folder / DECODED)
+        else:
+            entry = lookup(self.dataset)
+            local = folder / f"{entry.name}.npz"
+            try:
+                if local.exists():
+                    from src.datasets.own import load_catalog_npz
+
+                    train, test = load_catalog_npz(entry, local)
+                else:
+                    train, test = entry.load(entry, folder / entry.name)
+            except OSError as error:
+                raise FileError(
+                    f"{folder}: {entry.name} could not be read or made there ({error.strerror or error})"
+                ) from error
+        train.content = test.content = Content(train, test)
+        return train, test
+
+
+def load_dataset(name: str, folder: str | Path, **options: Any) -> tuple[ImageSet, ImageSet]:
+    """Load a data set by name: ``DataConfig(name, **options).load(folder)``.
+
+    Args:
+        name: A catalog name in either case, ``npz:FILE`` or ``folder:DIR``.
+        folder: The folder of data sets.
+        **options: ``image_size``, ``channels``, ``decode`` and ``cache_folder`` of own data; see ``DataConfig``.
+
+    Returns:
+        The training set and the test set.
+
+    Raises:
+        ArgumentError: The name is unknown, or an option does not apply to it.
+        FileError: The data are missing, damaged, or not in the expected form.
+    """
+    return DataConfig(name, **options).load(folder)

@@ -39,7 +39,7 @@ from src.artifacts.paths import (
     resume_name,
     weights_name,
 )
-from src.artifacts.store import check_identity, diff_settings, load_result
+from src.artifacts.store import check_identity, diff_settings, load_result, other_decode
 from src.datasets import ImageSet, Normalization
 from src.errors import ArgumentError, FileError
 from src.models import build_model
@@ -576,5 +576,7 @@ def _check_asked(path: str | Path, state: Mapping[str, Any], asked: Mapping[str,
     names = sorted(line.split(" ")[0] for line in found)
     advice = "give the data that it was trained on, or train it again on these"
     if set(names) <= {"image_size", "channels"}:
-        advice = "give " + " and ".join(f"{name}={said[name]}" for name in names)
+        advice = "give " + " and ".join(f"--{name}={said[name]}" for name in names)
+    elif "decoding" in names and (decode := other_decode(said, asked)):
+        advice = f"give --decode={decode} for the images that it was trained on, or train it again on these"
     raise FileError(f"{path}: was trained on other data: {', '.join(found)}; {advice}")

@@ -1,14 +1,22 @@
+import errno
 import hashlib
+import io
 import os
 import shutil
 import struct
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import FILE, FLAG, refuse
+from support import TRAIN, Forked, call, folders, succeed
 
-from src.datasets import load_dataset
+from src.artifacts import io as files
+from src.artifacts.io import read_json, read_npz, write_json
+from src.datasets import DataConfig, dataset_name, decoding, load_dataset, own
+from src.datasets.decoding import DRAFT_MARGIN, ImageFolder, open_image
 from src.datasets.own import convert_channels, resize
 from src.errors import FileError
 
@@ -390,3 +398,393 @@ def test_names_that_are_not_utf8(tmp_path):
     train, _ = load_dataset(name, ".")
     assert train.class_names == ["bée", "caf\\xe9"]
     assert train.entry.name != before
+
+
+# ---------------------------------------------------------------------------------------------------------- photos
+
+
+def photo(seed, size=(240, 320)):
+    """Random waves of all lengths, the longest the strongest, as in photos; uint8 ``(h, w, 3)``."""
+    generator = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
+    frequency[0, 0] = 1
+    waves = generator.normal(size=(2, 3, *frequency.shape)) / frequency**1.2
+    image = np.fft.irfft2(waves[0] + 1j * waves[1], size).transpose(1, 2, 0)
+    return np.clip(128 + 55 * (image - image.mean()) / image.std(), 0, 255).astype(np.uint8)
+
+
+def write_photos(root, count=4):
+    for part in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(photo([label, number, len(part)]))
+                image.save(root / part / name / f"{number}.jpg", quality=90)
+    return f"folder:{root}"
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder that is large enough to be cached, old enough to be trusted, and not read again in vain."""
+    monkeypatch.setattr(own, "CACHED_FROM", 0)
+    monkeypatch.setattr(decoding, "SETTLED", 0)
+    return write_photos(tmp_path / "photos")
+
+
+def cache_file(base):
+    (path,) = (base / "decoded").iterdir()
+    return path
+
+
+def lines(caplog):
+    found = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return found
+
+
+def same(one, other):
+    return all(
+        torch.equal(pixels(first), pixels(second))
+        and first.entry == second.entry
+        and (first.digest, first.decoding, first.class_names) == (second.digest, second.decoding, second.class_names)
+        and torch.equal(first.labels, second.labels)
+        for first, second in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("target", [7, 15, 16, 29, 30, 31, 60, 61, 120, 300])
+@pytest.mark.parametrize("size", [(240, 320), (321, 243)])
+def test_no_photo_is_reduced_below_twice_what_is_wanted(monkeypatch, target, size):
+    file = io.BytesIO()
+    Image.fromarray(photo(0, size)).save(file, "JPEG")
+    image, reduced = open_image(file, target)
+    assert reduced == (min(size) >= 2 * DRAFT_MARGIN * target)
+    assert min(image.size) == target if reduced else image.size == size[::-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "resize", lambda image, *_, **__: image)
+        file.seek(0)
+        assert not reduced or min(open_image(file, target)[0].size) >= DRAFT_MARGIN * target
+    assert not open_image(file)[1]
+
+
+def rgb(image, path):
+    Image.fromarray(image).save(path, "JPEG", quality=90)
+
+
+def gray(image, path):
+    Image.fromarray(image).convert("L").save(path, "JPEG", quality=90)
+
+
+def cmyk(image, path):
+    Image.fromarray(image).convert("CMYK").save(path, "JPEG", quality=90)
+
+
+def progressive(image, path):
+    Image.fromarray(image).save(path, "JPEG", progressive=True, subsampling=0)
+
+
+def turned(image, path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(image).save(path, "JPEG", exif=exif)
+
+
+def two_in_one(image, path):
+    Image.fromarray(image).save(path, "MPO", save_all=True, append_images=[Image.fromarray(255 - image)])
+
+
+def alpha(image, path):
+    veil = np.linspace(0, 255, image.shape[1]).astype(np.uint8)
+    Image.fromarray(np.dstack([image, np.broadcast_to(veil, image.shape[:2])])).save(path, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("write", "rules"),
+    [(rgb, "draft"), (gray, "draft"), (cmyk, "draft"), (progressive, "draft"), (turned, "exif,draft"),
+     (two_in_one, "draft"), (alpha, "alpha")],
+)  # fmt: skip
+@pytest.mark.parametrize(("channels", "size"), [(None, 37), (1, 59), (3, 20)])
+def test_draft_decoding_is_close_to_full_decoding(tmp_path, write, rules, channels, size):
+    name = write_folder(tmp_path / "pets")
+    for number in range(3):
+        write(photo(number, (241, 327)), tmp_path / "pets" / "train" / "ant" / f"{number}.png")
+    options = {"image_size": size, "channels": channels}
+    draft, full = (load_dataset(name, tmp_path, decode=decode, **options)[0] for decode in ("draft", "full"))
+    assert (draft.decoding, full.decoding) == (rules, rules.replace("draft", "").strip(",") or None)
+    assert draft.entry.name == full.entry.name
+    difference = (pixels(draft).int() - pixels(full).int()).abs().float()
+    assert difference[3:].max() == 0  # small files are decoded as ever
+    if "draft" in rules:
+        assert 0 < difference[:3].mean() < 1.5
+        assert difference[:3].max() < 16
+        assert draft.digest != full.digest
+    else:
+        assert same([draft], [full])
+
+
+def test_turned_tiff_images_are_not_taken_for_reduced_ones(tmp_path):
+    name = write_folder(tmp_path / "pets")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(photo(0)).save(tmp_path / "pets" / "train" / "ant" / "0.png", "TIFF", exif=exif)
+    assert load_dataset(name, tmp_path, image_size=20)[0].decoding is None
+
+
+def test_without_a_size_photos_are_decoded_in_full(tmp_path):
+    name = write_folder(tmp_path / "pets")
+    for path in (tmp_path / "pets").rglob("*.png"):
+        rgb(photo(0, (64, 64)), path)
+    assert load_dataset(name, tmp_path)[0].decoding is None
+    assert load_dataset(name, tmp_path, image_size=64)[0].decoding is None
+
+
+def test_later_starts_read_what_was_decoded(photos, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    first = load_dataset(photos, tmp_path, image_size=20)
+    kept, reduced = cache_file(tmp_path), lines(caplog)
+    assert any("16 of 16 photos were decoded at a reduced size" in line for line in reduced)
+    assert any(str(kept) in line and "19 KiB" in line for line in reduced)
+    written = kept.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(own, "open_image", None)
+        patch.setattr(ImageFolder, "content", None)
+        patch.setattr(own, "normalization_of", None)
+        again = load_dataset(photos, tmp_path, image_size=20)
+    (line,) = lines(caplog)
+    assert line == f"read 16 decoded images from {kept} (19 KiB)"
+    assert same(first, again)
+    assert kept.stat().st_mtime_ns == written.st_mtime_ns
+    for other in ({"image_size": 21}, {"image_size": 20, "channels": 1}, {"image_size": 20, "decode": "full"}):
+        fresh = load_dataset(photos, tmp_path, **other)
+        assert not any(line.startswith("read ") for line in lines(caplog))
+        assert same(fresh, load_dataset(photos, tmp_path, **other))
+        lines(caplog)
+    assert len(list((tmp_path / "decoded").iterdir())) == 4
+    shutil.copytree(tmp_path / "photos", tmp_path / "elsewhere" / "photos")
+    load_dataset(f"folder:{tmp_path / 'elsewhere' / 'photos'}", tmp_path, image_size=20)
+    assert len(list((tmp_path / "decoded").iterdir())) == 5
+
+
+def test_few_small_files_are_not_kept(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "CACHED_FROM", 4 << 20)
+    load_dataset(photos, tmp_path, image_size=20)
+    assert not (tmp_path / "decoded").exists()
+
+
+def _changed(path):
+    """Other content of the same length, with the modification time put back."""
+    times, content = path.stat(), bytearray(path.read_bytes())
+    Image.fromarray(255 - photo(9)).save(path, "JPEG", quality=50)
+    path.write_bytes(path.read_bytes().ljust(len(content), b"\0"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (times.st_size, times.st_mtime_ns, times.st_ino)
+
+
+def _moved_over(path):
+    """The same by another file that takes its name."""
+    other = path.parent.parent.parent.parent / "other"
+    shutil.copy2(path, other)
+    _changed(other)
+    times = path.stat()
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other.replace(path)
+
+
+def _renamed(path):
+    path.rename(path.with_name("9.jpg"))
+
+
+def _exchanged(path):
+    other = path.with_name("1.jpg")
+    path.rename(path.with_name("x"))
+    other.rename(path)
+    path.with_name("x").rename(other)
+
+
+def _removed(path):
+    path.unlink()
+
+
+def _added(path):
+    shutil.copy(path, path.with_name("9.jpg"))
+
+
+@pytest.mark.parametrize("change", [_changed, _moved_over, _renamed, _exchanged, _removed, _added])
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("settled", [True, False])
+def test_changed_photos_are_noticed(photos, tmp_path, monkeypatch, caplog, change, part, settled):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(decoding, "SETTLED", 0 if settled else 10**13)
+    before = load_dataset(photos, tmp_path, image_size=20)
+    time.sleep(0.02)  # more than the resolution of a file's times
+    change(tmp_path / "photos" / part / "cat" / "0.jpg")
+    lines(caplog)
+    after = load_dataset(photos, tmp_path, image_size=20)
+    assert sum("is decoded again" in line for line in lines(caplog)) == 1
+    assert after[0].entry.name != before[0].entry.name
+    assert same(after, load_dataset(photos, tmp_path, image_size=20))
+    shutil.rmtree(tmp_path / "decoded")
+    assert same(after, load_dataset(photos, tmp_path, image_size=20))
+
+
+def test_files_that_were_only_touched_are_read_but_not_decoded(photos, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    before = load_dataset(photos, tmp_path, image_size=20)
+    for path in (tmp_path / "photos").rglob("*.jpg"):
+        path.touch()
+    monkeypatch.setattr(own, "open_image", None)
+    lines(caplog)
+    assert same(before, load_dataset(photos, tmp_path, image_size=20))
+    assert "kept" in lines(caplog)[0]
+    monkeypatch.setattr(ImageFolder, "content", None)
+    assert same(before, load_dataset(photos, tmp_path, image_size=20))
+
+
+def test_photos_that_changed_just_now_are_read_again(photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(decoding, "SETTLED", 10**13)
+    before = load_dataset(photos, tmp_path, image_size=20)
+    counted, content = [], ImageFolder.content
+    monkeypatch.setattr(ImageFolder, "content", lambda folder: counted.append(1) or content(folder))
+    assert same(before, load_dataset(photos, tmp_path, image_size=20))
+    assert counted == [1]
+
+
+def _flip(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "junk": lambda path: path.write_bytes(b"junk" * 1000),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a pixel": lambda path: path.write_bytes(_flip(path.read_bytes(), path.stat().st_size // 2)),
+    "foreign": lambda path: files.write_npz(path, x_train=np.zeros(3)),
+    "no header": lambda path: files.write_npz(path, **(read_npz(path) | {"header": np.array("[]")})),
+    "header of lists": lambda path: files.write_npz(path, **(read_npz(path) | {"header": np.array("[" * 10**5)})),
+    "too few": lambda path: files.write_npz(path, **(read_npz(path) | {"train": read_npz(path)["train"][1:]})),
+    "floats": lambda path: files.write_npz(path, **(read_npz(path) | {"test": read_npz(path)["test"] / 2})),
+    "folder": lambda path: path.unlink() or path.mkdir(),
+    "link to nothing": lambda path: path.unlink() or path.symlink_to("nothing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_decoded_again(photos, tmp_path, caplog, damage):
+    caplog.set_level("INFO")
+    before = load_dataset(photos, tmp_path, image_size=20)
+    path = cache_file(tmp_path)
+    DAMAGES[damage](path)
+    lines(caplog)
+    assert same(before, load_dataset(photos, tmp_path, image_size=20))
+    said = [line for line in lines(caplog) if "cache cannot be used" in line]
+    assert len(said) == (damage != "link to nothing")
+    assert not any("\n" in line for line in said)
+    if damage != "folder":
+        assert same(before, load_dataset(photos, tmp_path, image_size=20))
+        assert "read 16 decoded images" in lines(caplog)[-1]
+
+
+def test_another_pillow_decodes_again(photos, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    before = load_dataset(photos, tmp_path, image_size=20)
+    monkeypatch.setattr(own.PIL, "__version__", "99")
+    lines(caplog)
+    assert same(before, load_dataset(photos, tmp_path, image_size=20))
+    assert sum("is decoded again" in line for line in lines(caplog)) == 1
+
+
+def test_a_place_that_cannot_be_written_costs_the_cache_alone(photos, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "file").write_text("")
+    found = load_dataset(photos, tmp_path / "file", image_size=20)
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "cache_folder" in warned
+    assert "not kept" in warned
+    caplog.clear()
+    elsewhere = load_dataset(photos, tmp_path / "file", image_size=20, cache_folder=tmp_path / "decoded")
+    assert same(found, elsewhere)
+    cache_file(tmp_path).unlink()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert same(found, load_dataset(photos, tmp_path, image_size=20))
+    assert "No space left" in " ".join(lines(caplog))
+    assert not list((tmp_path / "decoded").iterdir())
+
+
+def test_broken_photos_are_listed_although_there_is_a_cache(photos, tmp_path):
+    load_dataset(photos, tmp_path, image_size=20)
+    for number in range(2):
+        (tmp_path / "photos" / "test" / "dog" / f"{number}.jpg").write_bytes(b"junk")
+    with pytest.raises(FileError, match=r"dog/0.jpg.*dog/1.jpg"):
+        load_dataset(photos, tmp_path, image_size=20)
+    truncated = tmp_path / "photos" / "test" / "dog" / "2.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:-3000])
+    with pytest.raises(FileError, match=r"dog/2.jpg: cannot be read as an image"):
+        load_dataset(photos, tmp_path, image_size=20)
+
+
+def test_the_name_needs_no_decoding(photos, tmp_path, monkeypatch):
+    name = load_dataset(photos, tmp_path, image_size=20)[0].entry.name
+    monkeypatch.setattr(own, "open_image", None)
+    assert dataset_name(photos) == name
+    arrays = write_npz(tmp_path / "oblong.npz", x=(8, 6, 3))
+    assert dataset_name(arrays) == load_dataset(arrays, ".", image_size=9)[0].entry.name
+
+
+def test_decode_belongs_to_folders(tmp_path):
+    for data in ("digits", "imagenet", f"npz:{tmp_path}/a.npz"):
+        refuse("train_full.py", f"--dataset={data}", "--decode=full", status=FLAG, says="--decode full: applies to")
+    refuse("train_full.py", "--dataset=folder:x", "--decode=fast", status=FLAG, says="--decode")
+    assert DataConfig("folder:x", decode="full").decode == "full"
+
+
+def test_scripts_share_a_cache_and_do_not_mix_decodings(photos, tmp_path):
+    """Two that start at once, one that comes later; results of draft decoding, of full decoding, and older ones."""
+    data = (f"--dataset={photos}", "--image_size=20", "--model=small_mlp", "--epochs=1", "--lr_sched=const")
+    where = folders(tmp_path, *TRAIN)
+    started = [Forked("train_full.py", *data, f"--optimizer={name}", *where) for name in ("sgd", "sam")]
+    for process in started:
+        result = process.result()
+        assert result.status == 0, result.err
+    cache_file(tmp_path / "datasets")
+    done = succeed("compute_sam_sgd.py", *data[:4], *folders(tmp_path, "datasets", "models", "metrics"))
+    assert "read 16 decoded images" in done.err
+    assert "decoded at a reduced size" not in done.err
+    full = (*data, "--decode=full")
+    records = list(tmp_path.rglob("results.json"))
+    assert all(read_json(path)["settings"]["decoding"] == "draft" for path in records)
+    refuse(
+        "train_full.py", *full, *where, status=FILE, says=(r"decoding \(draft there, None here\)", "--decode=draft")
+    )
+    refuse("compute_sam_sgd.py", *full[:4], "--decode=full", "--overwrite",
+           *folders(tmp_path, "datasets", "models", "metrics"), status=FILE, says="give --decode=draft")  # fmt: skip
+    older = folders(tmp_path / "older", *TRAIN)
+    for name in ("sgd", "sam"):
+        succeed("train_full.py", *full, f"--optimizer={name}", *older)
+    for path in (tmp_path / "older").rglob("results.json"):
+        record = read_json(path)
+        assert "decoding" not in record["settings"]
+        del record["settings"]["images"]  # as of versions that did not know their images
+        write_json(path, record)
+    assert call("train_full.py", *full, *older).status == 0
+    refuse(
+        "train_full.py", *data, *older, status=FILE, says=(r"decoding \(None there, draft here\)", "--decode=full")
+    )
+    mixed = (*data[:3], "--epochs=1", *folders(tmp_path / "older", "datasets", "models"))
+    metrics = f"--metrics_folder={tmp_path / 'mixed'}"
+    succeed("compute_sam_sgd.py", *mixed, "--decode=full", metrics)
+    for name in ("sgd", "sam"):
+        succeed("train_full.py", *data, f"--optimizer={name}", "--seed=2", *older)
+    succeed("compute_sam_sgd.py", *mixed, "--seed=2", metrics)
+    refuse("average_scores.py", *data[:3], "--seeds", 1, 2, f"--datasets_folder={tmp_path}", metrics, status=FILE,
+           says="decoding")  # fmt: skip
+    succeed("average_scores.py", *data[:3], "--seeds=1", f"--datasets_folder={tmp_path}", metrics)
+    shown = ("--modes=samis_loss", *folders(tmp_path, "datasets", "plots"), f"--scores_folder={tmp_path / 'mixed'}")
+    refuse("plot_images.py", *data[:2], *shown, status=FILE, says=r"made for other images .*with the same --decode")
+    succeed("plot_images.py", *data[:2], "--decode=full", *shown)

@@ -316,9 +316,9 @@ def test_sizes_that_an_argument_mends(tmp_path):
             (tmp_path / "oblong" / part / name).mkdir(parents=True)
             save(tmp_path / "oblong" / part / name / "0.png", images[0])
     for dataset in (f"folder:{tmp_path / 'oblong'}", f"npz:{tmp_path / 'oblong.npz'}"):
-        with pytest.raises(UserError, match=r" image_size$"):
+        with pytest.raises(UserError, match=r" --image_size$"):
             load_dataset(dataset, ".")
-        refuse("train_full.py", *training(dataset, tmp_path), status=FILE, says="image_size$")
+        refuse("train_full.py", *training(dataset, tmp_path), status=FILE, says="--image_size$")
 
 
 @pytest.mark.parametrize(
