@@ -24,6 +24,7 @@ NORMAL = Normalization((0.5,) * 3, (0.2,) * 3)
 SIZE, BATCH = 8, 2
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 MARKS = {"_record_function_enter_new", "_record_function_exit", "lift_fresh", "is_same_size"}
+COPIES = {"_to_copy", "copy_"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
 
 
@@ -43,7 +44,8 @@ class Operations(TorchDispatchMode):
         if name in WAITS:
             self.waits.append(name)
         self.launched[name] += 1
-        tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        touched = (found, args) if name in COPIES else found  # a copy from the CPU's pageable memory waits, too
+        tensors = [leaf for leaf in tree_leaves(touched) if isinstance(leaf, torch.Tensor)]
         if any(tensor.device.type == "cpu" for tensor in tensors):
             self.on_cpu.append(name)
         return found
