@@ -105,7 +105,9 @@ def main() -> None:
             except FileError:  # running it says what is damaged
                 finished = False
             if not finished:
-                drop = () if optimizer == args.optimizer else ("rho", "adaptive", "delta", "hess_init")
+                drop = (
+                    () if optimizer == args.optimizer else ("rho", "adaptive", "delta", "hess_init", "iblr_backend")
+                )
                 print_next("train_split.py", drop=drop, optimizer=optimizer, samis_validation_split_index="all")
                 return
     if set(optimizers) == {"sgd", "sam"}:

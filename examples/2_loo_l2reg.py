@@ -65,7 +65,7 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "mnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "large_mlp"})
-    parser.add(ExperimentConfig, "experiment", skip=("delta", "hess_init"), defaults=DEFAULTS)
+    parser.add(ExperimentConfig, "experiment", skip=("delta", "hess_init", "iblr_backend"), defaults=DEFAULTS)
     parser.add(DeltasConfig, "L2 parameters")
     parser.add(RetrainingConfig, "training side by side", only=("ensemble_size", "ensemble"))
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)

@@ -53,7 +53,7 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "mnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "large_mlp"})
-    parser.add(ExperimentConfig, "experiment", skip=("hess_init",), defaults=DEFAULTS)
+    parser.add(ExperimentConfig, "experiment", skip=("hess_init", "iblr_backend"), defaults=DEFAULTS)
     parser.add(RetrainingConfig, "retraining")
     add = parser.add_argument_group("examples left out").add_argument
     add("--n_retrain", type=number(int, 0), default=1000, help="random examples to leave out, one each")

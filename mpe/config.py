@@ -6,6 +6,7 @@ from pathlib import Path
 from src.artifacts.paths import PICKLE_PLOTS, PICKLES
 from src.cli import SEED, file_name, number, option
 from src.errors import ArgumentError
+from src.optimizers import IBLR_BACKENDS
 
 CLASS_COVARIANCES = ("diag", "full", "woodbury")
 """How the classes of an example vary together: see ``mpe.estimates.estimate``."""
@@ -85,6 +86,14 @@ class ExperimentConfig:
         0.1,
         "initial Hessian of iblr",
         _POSITIVE,
+        title="iBLR",
+        acts=(lambda args: getattr(args, "optimizer", "iblr") == "iblr", "without --optimizer=iblr"),
+    )
+    iblr_backend: str = option(
+        IBLR_BACKENDS[0],
+        "who computes its steps: this project, or the package ivon-opt; they agree to rounding, and each continues "
+        "the runs of the other",
+        choices=IBLR_BACKENDS,
         title="iBLR",
         acts=(lambda args: getattr(args, "optimizer", "iblr") == "iblr", "without --optimizer=iblr"),
     )

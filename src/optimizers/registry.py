@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from src.training.config import TrainingConfig
 
+IBLR_BACKENDS = ("own", "ivon-opt")
 DEFAULT_DELTA = 1.0  # prior precision of iBLR where neither delta nor a weight decay is given
 
 
@@ -27,10 +28,12 @@ def _one_pass(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
 
 def _sam_passes(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
     """SAM: one pass at the weights, one at the top of the climb; BatchNorm's statistics follow the first alone."""
-    from src.optimizers.sam import frozen_batchnorm
+    from src.optimizers.sam import batchnorm_layers, frozen_batchnorm
 
     yield
-    with optimizer.climbed(), frozen_batchnorm(model):
+    if optimizer.batchnorm is None:  # looked up once: an optimizer belongs to one model
+        optimizer.batchnorm = batchnorm_layers(model)
+    with optimizer.climbed(), frozen_batchnorm(optimizer.batchnorm):
         yield
 
 
@@ -57,10 +60,51 @@ class OptimizerEntry:
     needs_sampling: bool = False
 
 
-def _sgd(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: int) -> Optimizer:
+def torch_optimizer(name: str, parameters: Iterable[nn.Parameter], **settings: Any) -> Optimizer:
+    """SGD, Adam or AdamW, its whole step fused into one kernel where torch has it.
+
+    Its states say nothing of that, and states of any other are continued fused. Their tensors are laid out in memory
+    as the parameters are: a fused kernel on a CPU goes through the memory of all of them at once.
+
+    Args:
+        name: ``sgd``, ``adam`` or ``adamw``.
+        parameters: The parameters, on their final device and in their final layout.
+        settings: Those of torch's optimizer.
+    """
     import torch
 
-    return torch.optim.SGD(
+    parameters = list(parameters)
+    exact = (torch.float32, torch.float64)  # torch 2.13's fused SGD takes wrong steps in bfloat16 on a CPU
+    fused = all(p.device.type in ("cpu", "cuda") and p.dtype in exact for p in parameters)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    optimizer = kind(parameters, fused=fused or None, **settings)
+    if fused:
+        optimizer.register_state_dict_post_hook(_forget_fused)
+        optimizer.register_load_state_dict_pre_hook(_set_fused)
+        optimizer.register_load_state_dict_post_hook(_match_layouts)
+    return optimizer
+
+
+def _forget_fused(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    for group in state["param_groups"]:
+        group["fused"] = None
+
+
+def _set_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    groups = [{**group, "foreach": None, "fused": True} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def _match_layouts(optimizer: Optimizer) -> None:
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if name != "step" and value is not None and value.stride() != parameter.stride():
+                values[name] = parameter.detach().to(value.dtype, copy=True).copy_(value)
+
+
+def _sgd(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: int) -> Optimizer:
+    return torch_optimizer(
+        "sgd",
         parameters,
         lr=config.learning_rate,
         momentum=config.momentum,
@@ -70,16 +114,8 @@ def _sgd(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: i
 
 
 def _adam(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: int) -> Optimizer:
-    import torch
-
-    return torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
-def _adamw(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: int) -> Optimizer:
-    import torch
-
-    # the weight decay as given: torch's own default is 0.01
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    """Adam or AdamW; the weight decay as given: AdamW's own default is 0.01."""
+    return torch_optimizer(config.optimizer, parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _sam(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: int) -> Optimizer:
@@ -89,20 +125,21 @@ def _sam(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: i
 
 
 def _iblr(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: int) -> Optimizer:
-    from src.optimizers.iblr import IBLR
+    from src.optimizers.iblr import IBLR, IvonOpt
 
     delta = config.delta
     if delta is None:
         delta = config.weight_decay * num_examples or DEFAULT_DELTA
-    return IBLR(parameters, config.learning_rate, num_examples, delta, config.hess_init)
+    kind = IBLR if config.iblr_backend == "own" else IvonOpt
+    return kind(parameters, config.learning_rate, num_examples, delta, config.hess_init)
 
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sgd": OptimizerEntry(_sgd, ("momentum", "nesterov")),
     "adam": OptimizerEntry(_adam),
-    "adamw": OptimizerEntry(_adamw),
+    "adamw": OptimizerEntry(_adam),
     "sam": OptimizerEntry(_sam, ("momentum", "rho", "adaptive"), _sam_passes),
-    "iblr": OptimizerEntry(_iblr, ("delta", "hess_init"), _sampled_pass, needs_sampling=True),
+    "iblr": OptimizerEntry(_iblr, ("delta", "hess_init", "iblr_backend"), _sampled_pass, needs_sampling=True),
 }
 
 
@@ -116,7 +153,7 @@ def build_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], 
         num_examples: The number of training examples.
 
     Raises:
-        UserError: iblr's package is missing.
+        UserError: The package of iblr's backend is missing.
     """
     return OPTIMIZERS[config.optimizer].build(list(parameters), config, num_examples)
 

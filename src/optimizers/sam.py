@@ -10,29 +10,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 
-@contextmanager
-def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Keep running statistics as they are while the block runs; what the layers compute stays the same.
+def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
+    """The layers of a model (1d to 3d, synchronized, lazy) that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
-    A layer in training mode still normalizes by the statistics of its batch, one in evaluation mode by the running
-    ones. With tracking off a layer writes none of its buffers, so its momentum needs no change (setting it to 0 would
-    still count the batch, and be wrong for ``momentum=None``, the cumulative average). Contexts may be nested, and an
-    exception leaves the layers as they were.
+
+@contextmanager
+def frozen_batchnorm(model: nn.Module | list[_BatchNorm]) -> Iterator[None]:
+    """Keep running statistics as they are: what the block makes of them is undone at its end.
+
+    What the layers compute stays the same: one in training mode normalizes by the statistics of its batch, one in
+    evaluation mode by the running ones, which it does not change. No flag of a layer changes, on which compiled code
+    would depend. Contexts may be nested, and an exception leaves the layers as they were.
 
     Args:
-        model: Any module; all its BatchNorm layers (1d to 3d, synchronized, lazy) are held.
+        model: Any module, or what `batchnorm_layers` found in it.
 
     Yields:
         Nothing.
     """
-    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = batchnorm_layers(model) if isinstance(model, nn.Module) else model
+    held: dict[torch.dtype, list[Tensor]] = {}  # by type, since only tensors of one type are copied all at once
+    for layer in layers:
+        for buffer in layer.buffers(recurse=False) if layer.training else ():
+            held.setdefault(buffer.dtype, []).append(buffer)
+    saved = {dtype: [torch.empty_like(buffer) for buffer in buffers] for dtype, buffers in held.items()}
+    for dtype, buffers in held.items():
+        torch._foreach_copy_(saved[dtype], buffers)
     try:
-        for layer in tracking:
-            layer.track_running_stats = False
         yield
     finally:
-        for layer in tracking:
-            layer.track_running_stats = True
+        for dtype, buffers in held.items():
+            torch._foreach_copy_(buffers, saved[dtype])
 
 
 BaseOptimizer = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
@@ -78,6 +87,7 @@ class SAM(Optimizer):
         self.base = base if isinstance(base, Optimizer) else base(params)
         self.rho = rho
         self.adaptive = adaptive
+        self.batchnorm: list[_BatchNorm] | None = None  # of the model, once they were looked up
         self._moved: list[nn.Parameter] = []
         self._saved: tuple[Tensor, ...] | None = None  # the weights at w while the model is at w + e
         self._share_base()

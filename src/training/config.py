@@ -12,7 +12,7 @@ from src.cli import SEED, check_options, number, option
 from src.datasets import DATASETS
 from src.errors import ArgumentError
 from src.models import ModelConfig
-from src.optimizers import OPTIMIZERS, SCHEDULES
+from src.optimizers import IBLR_BACKENDS, OPTIMIZERS, SCHEDULES
 
 
 def _acts(setting: str) -> tuple:
@@ -37,6 +37,8 @@ class TrainingConfig:
         adaptive: Whether SAM is adaptive.
         delta: Prior precision of iBLR.
         hess_init: Initial Hessian of iBLR.
+        iblr_backend: Who computes iBLR's steps, a name of ``IBLR_BACKENDS``. They agree to rounding, so that it does
+            not determine a result, as little as the device does.
         momentum: Momentum of SGD (also SAM's base optimizer).
         nesterov: Whether SGD's momentum is Nesterov's.
         precision: A name of ``PRECISIONS``.
@@ -75,6 +77,13 @@ class TrainingConfig:
     hess_init: float = option(
         0.1, "initial Hessian of iBLR", number(float, 0, open_low=True), acts=_acts("hess_init")
     )
+    iblr_backend: str = option(
+        IBLR_BACKENDS[0],
+        "who computes the steps of iBLR: this project, or the package ivon-opt; they agree to rounding, and each "
+        "continues the runs of the other",
+        choices=IBLR_BACKENDS,
+        acts=_acts("iblr_backend"),
+    )
     seed: int = option(1, "seed of initial weights, order and augmentation", SEED)
     precision: str = "fp32"
     nesterov: bool = False
@@ -101,8 +110,9 @@ class TrainingConfig:
             raise ArgumentError("nesterov", ": needs a momentum above 0; give one, or leave it out")
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings that act, as plain values; ``nesterov`` only where it is on."""
+        """The settings that determine the result, as plain values; ``nesterov`` only where it is on."""
         settings = acting_settings(asdict(self))
+        del settings["iblr_backend"]
         if not self.nesterov:
             del settings["nesterov"]
         return settings

@@ -268,6 +268,8 @@ class _Run:
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
+        if trainer.config.optimizer == "iblr":
+            self._machine["iblr_backend"] = trainer.config.iblr_backend
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from src.errors import UserError
-from src.optimizers import IBLR, build_optimizer
+from src.models.base import load_optimizer
+from src.optimizers import IBLR, IvonOpt, build_optimizer
 from src.training import TrainingConfig
 
 N = 100
+both_ways = pytest.mark.parametrize("kind", [IBLR, IvonOpt])
 
 
 def network(dtype=torch.float64, seed=0):
@@ -28,8 +30,8 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def iblr(model, **options):
-    return IBLR(model.parameters(), lr=0.2, num_examples=N, delta=2.0, hess_init=0.1, **options)
+def iblr(model, kind=IBLR, **options):
+    return kind(model.parameters(), lr=0.2, num_examples=N, delta=2.0, hess_init=0.1, **options)
 
 
 def train(model, optimizer, first, last, dtype=torch.float64):
@@ -55,10 +57,11 @@ def reference_step(m, h, momentum, t, gradient_at, lr, h0, w, n, b1=0.9, b2=0.99
     return m, h_new, momentum
 
 
+@both_ways
 @pytest.mark.parametrize("beta2", [0.99999, 0.9])
-def test_against_the_five_line_form(beta2):
+def test_against_the_five_line_form(beta2, kind):
     model, twin = network(), network()
-    optimizer = iblr(model, beta2=beta2)
+    optimizer = iblr(model, kind, beta2=beta2)
 
     def gradient_at(flat):
         nn.utils.vector_to_parameters(flat, twin.parameters())
@@ -84,10 +87,11 @@ def test_against_the_five_line_form(beta2):
     assert not torch.allclose(h, torch.full_like(h, 0.1), rtol=1e-6, atol=0)
 
 
-def test_golden_scalar(monkeypatch):
+@both_ways
+def test_golden_scalar(monkeypatch, kind):
     """The published step: standard normal draw 1, gradient 0.5."""
     parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = IBLR([parameter], lr=0.2, num_examples=100, delta=1.0, hess_init=0.1)
+    optimizer = kind([parameter], lr=0.2, num_examples=100, delta=1.0, hess_init=0.1)
     monkeypatch.setattr(torch, "randn", lambda *shape, **options: torch.ones(*shape, dtype=torch.float64))
     with optimizer.sampled_params():
         assert parameter.item() == pytest.approx(1.3015113446, abs=1e-10)
@@ -98,9 +102,10 @@ def test_golden_scalar(monkeypatch):
     assert optimizer.posterior_variance()[0].item() == pytest.approx(0.0908962132, abs=1e-10)
 
 
-def test_resume_in_fresh_objects_is_exact():
+@both_ways
+def test_resume_in_fresh_objects_is_exact(kind):
     model = network(torch.float32)
-    optimizer = iblr(model, beta2=0.99)
+    optimizer = iblr(model, kind, beta2=0.99)
     train(model, optimizer, 1, 3, torch.float32)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -110,25 +115,25 @@ def test_resume_in_fresh_objects_is_exact():
     saved = torch.load(file, weights_only=True)
     torch.rand(5)  # the state of the global generator must not matter
     resumed = network(torch.float32, seed=9)
-    other = iblr(resumed, beta2=0.99)
+    other = iblr(resumed, kind, beta2=0.99)
     resumed.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
-    assert other.inner.current_step == 6
+    assert other.state_dict()["current_step"] == 6
     train(resumed, other, 4, 6, torch.float32)
     assert torch.equal(weights(resumed), weights(model))
     for key in ("hess", "momentum"):
         assert torch.equal(other.param_groups[0][key], optimizer.param_groups[0][key])
 
 
-def test_loading_moves_the_state_to_the_parameters():
+@both_ways
+def test_loading_moves_the_state_to_the_parameters(kind):
     model = network()
-    optimizer = iblr(model)
+    optimizer = iblr(model, kind)
     train(model, optimizer, 1, 1)
     state = optimizer.state_dict()
-    other = iblr(network(torch.float32))
+    other = iblr(network(torch.float32), kind)
     other.load_state_dict(state)
     group = other.param_groups[0]
-    assert group is other.inner.param_groups[0]
     assert group["hess"].dtype == group["momentum"].dtype == torch.float32
     assert all(v.dtype == torch.float32 for v in other.posterior_variance())
 
@@ -149,12 +154,13 @@ def test_loading_on_a_gpu():
     assert torch.isfinite(weights(moved)).all()
 
 
-def test_a_loaded_state_is_not_shared():
+@both_ways
+def test_a_loaded_state_is_not_shared(kind):
     model = network()
-    optimizer = iblr(model, beta2=0.9)
+    optimizer = iblr(model, kind, beta2=0.9)
     train(model, optimizer, 1, 1)
     twin = network()
-    other = iblr(twin, beta2=0.9)
+    other = iblr(twin, kind, beta2=0.9)
     other.load_state_dict(optimizer.state_dict())
     before = optimizer.param_groups[0]["hess"].clone()
     train(twin, other, 2, 2)
@@ -164,9 +170,10 @@ def test_a_loaded_state_is_not_shared():
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("train_pass", [True, False])
-def test_an_exception_restores_the_mean_and_training_goes_on(error, train_pass):
+@both_ways
+def test_an_exception_restores_the_mean_and_training_goes_on(error, train_pass, kind):
     model, twin = network(), network()
-    optimizer, undisturbed = iblr(model), iblr(twin)
+    optimizer, undisturbed = iblr(model, kind), iblr(twin, kind)
     mean = weights(model)
 
     def broken_pass():
@@ -183,9 +190,10 @@ def test_an_exception_restores_the_mean_and_training_goes_on(error, train_pass):
     assert torch.equal(weights(model), weights(twin))
 
 
-def test_outside_the_context_the_parameters_are_the_mean():
+@both_ways
+def test_outside_the_context_the_parameters_are_the_mean(kind):
     model = network(torch.float32)
-    optimizer = iblr(model)
+    optimizer = iblr(model, kind)
     mean = weights(model)
     with optimizer.sampled_params(train=False):
         sample = weights(model)
@@ -194,12 +202,13 @@ def test_outside_the_context_the_parameters_are_the_mean():
     assert 0.5 < deviation.std() < 1.5
 
 
-def test_frozen_parameters_are_left_alone_and_unused_ones_count_as_zero():
+@both_ways
+def test_frozen_parameters_are_left_alone_and_unused_ones_count_as_zero(kind):
     model = network()
     model[0].weight.requires_grad_(False)
     unused = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     frozen, start = model[0].weight.clone(), weights(model)
-    optimizer = IBLR([*model.parameters(), unused], lr=0.1, num_examples=N, delta=1.0)
+    optimizer = kind([*model.parameters(), unused], lr=0.1, num_examples=N, delta=1.0)
     train(model, optimizer, 1, 2)
     assert torch.equal(model[0].weight, frozen)
     assert torch.equal(unused, torch.zeros(3, dtype=torch.float64))
@@ -208,18 +217,20 @@ def test_frozen_parameters_are_left_alone_and_unused_ones_count_as_zero():
     assert shapes == [(5,), (3, 5), (3,), (3,)]
 
 
-def test_the_rate_of_the_group_is_the_rate_of_the_step():
+@both_ways
+def test_the_rate_of_the_group_is_the_rate_of_the_step(kind):
     model = network()
-    optimizer = iblr(model)
+    optimizer = iblr(model, kind)
     mean = weights(model)
     optimizer.param_groups[0]["lr"] = 0.0
     train(model, optimizer, 1, 1)
     assert torch.equal(weights(model), mean)
 
 
-def test_misuse_is_refused():
+@both_ways
+def test_misuse_is_refused(kind):
     model = network()
-    optimizer = iblr(model)
+    optimizer = iblr(model, kind)
     with pytest.raises(RuntimeError, match="sampled_params before"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="closure"):
@@ -229,23 +240,98 @@ def test_misuse_is_refused():
             optimizer.state_dict()
         with pytest.raises(RuntimeError, match="nested"), optimizer.sampled_params():
             pass
+    with optimizer.sampled_params():
+        loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        optimizer.state_dict()
     with pytest.raises(ValueError, match="the model has \\[43\\]"):
         optimizer.load_state_dict(iblr(nn.Linear(2, 2)).state_dict())
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_only_the_packages_own_step_needs_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ivon", None)
-    with pytest.raises(UserError, match="ivon-opt"):
-        iblr(network())
+    model = network()
+    train(model, iblr(model), 1, 1)
+    with pytest.raises(UserError, match="pip install ivon-opt"):
+        iblr(model, IvonOpt)
+
+
+def convolutional(dtype):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 6, 2), nn.Tanh(), nn.Conv2d(6, 4, (1, 3), stride=2), nn.Flatten(), nn.LazyLinear(3)
+        model = nn.Sequential(*layers)
+        model(torch.zeros(1, 1, 4, 6))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_200_steps_are_those_of_the_package(dtype, layout):
+    images = torch.randn(20, 16, 1, 4, 6, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    found = []
+    for kind in (IBLR, IvonOpt):
+        model = convolutional(dtype).to(memory_format=layout)
+        optimizer = iblr(model, kind, beta2=0.999)
+        optimizer.param_groups[0]["lr"] = 0.1
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            for step in range(200):
+                with optimizer.sampled_params():
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(model(images[step % 20]), torch.arange(16) % 3).backward()
+                optimizer.step()
+        group = optimizer.param_groups[0]
+        found.append((weights(model), group["hess"], group["momentum"]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+    assert not torch.allclose(found[0][1], torch.tensor(0.1, dtype=dtype), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("first", [IBLR, IvonOpt])
+def test_either_way_continues_from_the_state_of_the_other(first):
+    second = IvonOpt if first is IBLR else IBLR
+    model, twin = network(), network()
+    optimizer, undisturbed = iblr(model, first, beta2=0.9), iblr(twin, second, beta2=0.9)
+    train(model, optimizer, 1, 3)
+    train(twin, undisturbed, 1, 6)
+    other = iblr(model, second, beta2=0.9)
+    load_optimizer(other, optimizer.state_dict())
+    train(model, other, 4, 6)
+    torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=1e-12)
+    assert other.state_dict().keys() == optimizer.state_dict().keys()
+    assert other.state_dict()["current_step"] == 12
+
+
+@both_ways
+def test_several_passes_are_averaged(kind):
+    """The same noise twice is one pass; gradients g and 3 g at it are one of 2 g."""
+    stepped = []
+    for factors in ((2.0,), (1.0, 3.0)):
+        model = network()
+        optimizer = iblr(model, kind)
+        for factor in factors:
+            with torch.random.fork_rng():
+                torch.manual_seed(5)
+                with optimizer.sampled_params():
+                    optimizer.zero_grad(set_to_none=False)
+                    (factor * loss_of(model)).backward()
+        optimizer.zero_grad(set_to_none=False)  # what was collected is not the gradients' own memory
+        optimizer.step()
+        stepped.append(torch.cat([weights(model), optimizer.param_groups[0]["hess"]]))
+    torch.testing.assert_close(*stepped, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(
     ("options", "delta"),
     [({"weight_decay": 0.02}, 2.0), ({"delta": 60.0}, 60.0), ({}, 1.0)],
 )
-def test_prior_precision_of_the_builder(options, delta):
+@pytest.mark.parametrize(("backend", "kind"), [(None, IBLR), ("own", IBLR), ("ivon-opt", IvonOpt)])
+def test_prior_precision_of_the_builder(options, delta, backend, kind):
+    options = options if backend is None else {**options, "iblr_backend": backend}
     config = TrainingConfig(epochs=1, learning_rate=0.1, optimizer="iblr", **options)
     optimizer = build_optimizer(config, network().parameters(), N)
+    assert type(optimizer) is kind
     group = optimizer.param_groups[0]
     assert group["weight_decay"] == pytest.approx(delta / N)
     assert (group["ess"], group["beta1"], group["beta2"]) == (N, 0.9, 0.99999)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from src.errors import ArgumentError
-from src.optimizers import OPTIMIZERS, build_optimizer
+from src.models.base import load_optimizer
+from src.optimizers import OPTIMIZERS, build_optimizer, torch_optimizer
 from src.training import TrainingConfig
 
 
@@ -54,6 +55,72 @@ def test_state_round_trip_and_rate(name):
     other.load_state_dict(state)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert other.param_groups[0]["lr"] == 0.1
+
+
+KINDS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SETTINGS = {"sgd": {"momentum": 0.9, "nesterov": True}, "adam": {}, "adamw": {}}
+TOLERANCES = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 0.0}  # bfloat16 is not fused
+
+
+def weights_to_train(dtype, layout):
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((4, 3, 2, 2), (5,), (3, 4))
+    values = [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
+    values[0] = values[0].to(memory_format=layout)
+    return [nn.Parameter(value) for value in values]
+
+
+def take_steps(optimizer, parameters, steps):
+    for step in steps:
+        draw = torch.Generator().manual_seed(step)
+        for p in parameters:
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=draw))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", KINDS)
+def test_fused_steps_are_those_of_torch(name, dtype):
+    """Step by step; then from a state that an unfused run in another memory layout has left."""
+    settings = {"lr": 0.1, "weight_decay": 0.1, **SETTINGS[name]}
+    plain = weights_to_train(dtype, torch.contiguous_format)
+    layout = torch.contiguous_format if dtype == torch.bfloat16 else torch.channels_last
+    ours = weights_to_train(dtype, layout)
+    expected, optimizer = KINDS[name](plain, **settings), torch_optimizer(name, ours, **settings)
+    assert optimizer.param_groups[0]["fused"] is (True if dtype != torch.bfloat16 else None)
+    take_steps(expected, plain, range(5))
+    take_steps(optimizer, ours, range(5))
+    close = {"rtol": 0, "atol": TOLERANCES[dtype]}
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), **close)
+    with torch.no_grad():
+        for p, q in zip(ours, plain, strict=True):
+            p.copy_(q)
+    continued = torch_optimizer(name, ours, **settings)
+    load_optimizer(continued, copy.deepcopy(expected.state_dict()))
+    assert continued.param_groups[0]["fused"] == optimizer.param_groups[0]["fused"]
+    take_steps(expected, plain, range(5, 10))
+    take_steps(continued, ours, range(5, 10))
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), **close)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "sam"])
+def test_states_are_those_of_unfused_optimizers(name):
+    """Older versions, which know no fused steps, continue from them."""
+    model = nn.Linear(3, 2)
+    plain = KINDS[name if name in KINDS else "sgd"](model.parameters(), lr=0.1)
+    optimizer = build_optimizer(TrainingConfig(epochs=1, optimizer=name), model.parameters(), 10)
+    state = optimizer.state_dict()
+    state = state["base"] if name == "sam" else state
+    assert state["param_groups"][0].keys() == plain.state_dict()["param_groups"][0].keys()
+    assert state["param_groups"][0]["fused"] is None
+    assert optimizer.param_groups[0]["fused"]
+
+
+def test_a_device_without_fused_steps_goes_without():
+    parameters = [nn.Parameter(torch.zeros(3, device="meta"))]
+    assert not torch_optimizer("adam", parameters, lr=0.1).param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.optimizers import SAM, build_optimizer, frozen_batchnorm
+from src.optimizers import OPTIMIZERS, SAM, build_optimizer, frozen_batchnorm
 from src.training import TrainingConfig
 
 
@@ -332,8 +332,36 @@ def test_frozen_batchnorm_leaves_the_layers_as_they_were(momentum):
         assert torch.equal(model.get_buffer(name), buffer)
 
 
-def test_the_synchronised_kind_is_held_too():
-    layer = nn.SyncBatchNorm(3)
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, nn.LazyBatchNorm2d, nn.BatchNorm3d])
+def test_every_kind_is_held(kind):
+    layer = kind() if kind is nn.LazyBatchNorm2d else kind(3)
+    if kind is nn.LazyBatchNorm2d:
+        layer(torch.ones(2, 3, 1, 1))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    assert len(before) == 3
     with frozen_batchnorm(nn.Sequential(layer)):
-        assert not layer.track_running_stats
-    assert layer.track_running_stats
+        for buffer in layer.buffers():
+            buffer.add_(1)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+def test_the_second_pass_runs_the_compiled_code_of_the_first():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).train()
+    forward = torch.compile(model, backend=count)
+    entry = OPTIMIZERS["sam"]
+    optimizer = build_optimizer(TrainingConfig(epochs=1, learning_rate=0.1, optimizer="sam"), model.parameters(), 4)
+    images = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        optimizer.zero_grad()
+        for _ in entry.passes(optimizer, model):
+            forward(images).square().sum().backward()
+        optimizer.step()
+    assert len(graphs) == 1
+    assert model[1].num_batches_tracked == 3

@@ -57,6 +57,23 @@ def test_resumed_run_is_bit_identical(make_trainer, tmp_path, optimizer):
     assert json.loads(files.results.read_text())["finished"]
 
 
+@pytest.mark.parametrize(("first", "then"), [("ivon-opt", "own"), ("own", "ivon-opt")])
+def test_a_run_of_one_iblr_backend_is_continued_by_the_other(make_trainer, tmp_path, first, then):
+    """As one of an older version, which had ivon-opt alone: the settings of a result do not name the backend."""
+    settings = {"optimizer": "iblr", "learning_rate": RATES["iblr"]}
+    whole = make_trainer(**settings)
+    run(whole, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        run(make_trainer(after_step=kill_at(10), iblr_backend=first, **settings), tmp_path / "killed")
+    resumed = make_trainer(iblr_backend=then, **settings)
+    files = run(resumed, tmp_path / "killed", resume=True)
+    for ours, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    results = json.loads(files.results.read_text())
+    assert "iblr_backend" not in results["settings"]
+    assert results["machine"]["iblr_backend"] == then
+
+
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "row"])
 def test_a_damaged_state_is_named_and_the_one_before_is_used(make_trainer, tmp_path, caplog, damage):
     whole = make_trainer()
