@@ -37,6 +37,7 @@ from src.artifacts.io import (
 from src.artifacts.locks import lock
 from src.artifacts.paths import LOCK_NAME
 from src.artifacts.store import REPLACE, check_identity, check_settings_match, load_result
+from src.datasets import empty_images
 from src.devices import upload
 from src.errors import ArgumentError, FileError, TrainingError
 from src.models import MODELS
@@ -345,7 +346,7 @@ def one_epoch(
             batch = schedules.batch(step, batch_size)
             flat = batch.index.reshape(-1).to(images.device)
             if space is None:
-                space = images.new_empty((len(flat), *images.shape[1:]))
+                space = empty_images(images, len(flat))
             with torch.no_grad():
                 inputs = torch.index_select(images, 0, flat, out=space[: len(flat)])
             inputs = inputs.to(device).unflatten(0, batch.index.shape)

@@ -14,7 +14,7 @@ from src.datasets.registry import (
 from src.datasets.splits import make_splits, parse_subset, validation_indices
 from src.lazy import lazy_names
 
-__getattr__ = lazy_names(__name__, batches=["Batch", "Batches", "ImageSet"])
+__getattr__ = lazy_names(__name__, batches=["Batch", "Batches", "ImageSet", "empty_images"])
 
 __all__ = [
     "DATASETS",
@@ -27,6 +27,7 @@ __all__ = [
     "Normalization",
     "dataset_flag",
     "dataset_name",
+    "empty_images",
     "load_dataset",
     "lookup",
     "make_splits",

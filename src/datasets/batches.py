@@ -173,6 +173,12 @@ class ImageSet:
         return other
 
 
+def empty_images(like: Tensor, count: int) -> Tensor:
+    """Space for ``count`` images of the shape, type, device and memory layout of ``like``, ``(b, ...)``."""
+    layout = torch.contiguous_format if like.is_contiguous() else torch.channels_last
+    return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 class _Fields(NamedTuple):
     images: Tensor
     labels: Tensor

@@ -139,7 +139,8 @@ class _Fit(PerExampleEngine):
 
     def _add_diagonal(self, name: str, diagonal: Tensor) -> None:
         if name not in self.diagonals:
-            self.diagonals[name] = torch.zeros_like(self._parameters[name], dtype=torch.float64)
+            plain = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
+            self.diagonals[name] = torch.zeros_like(self._parameters[name], **plain)
         self.diagonals[name] += diagonal.view_as(self.diagonals[name])
 
 

@@ -74,7 +74,7 @@ class Posterior:
                 None if basis is None else bases.setdefault(id(basis), basis.to(p))
                 for basis in (block.outputs, block.inputs)
             )
-            fitted[name] = Rotated(block.variances.to(p), outputs, inputs)
+            fitted[name] = Rotated(block.variances.to(p).contiguous(), outputs, inputs)  # whatever p's layout
         return fitted
 
 

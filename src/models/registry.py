@@ -86,7 +86,7 @@ _add(
     initialization="default",
     note="ViT-B/16 on the native image; can start pre-trained",
 )
-_add("lenet", "small", note="LeNet-5: three convolutions, tanh, average pooling")
+_add("lenet", "small", channels_last=True, note="LeNet-5: three convolutions, tanh, average pooling")
 _add("mlp", "small", note="perceptron 128-128, ReLU")
 _add("small_mlp", "small", note="perceptron 32-16, tanh")
 _add("large_mlp", "small", note="perceptron 500-300, tanh")

@@ -7,6 +7,7 @@ from jacobian_networks import NETWORKS, images_and_labels, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mpe.posterior import laplace_posterior
 from src.jacobians import OutputVariances, Posterior, variances
 from src.jacobians.capture import suits_channels_last
 from src.models import build_model
@@ -120,3 +121,19 @@ def test_single_precision():
 )
 def test_which_networks_go_channels_last(name, suited):
     assert suits_channels_last(build_model(name, 10, 3, 32, seed=0)) is suited
+
+
+@pytest.mark.parametrize("name", ["cnn_deepobs", "lenet", "resnet20_frn"])
+@pytest.mark.parametrize("structure", ["diag", "kfac"])
+def test_models_whose_weights_are_channels_last(name, structure):
+    """The layout of weights and images changes neither a curvature nor a variance."""
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net = build_model(name, 3, 3, 32, seed=0).double().eval().to(memory_format=layout)
+        inputs = images.to(memory_format=layout)
+        posterior = laplace_posterior(net, [inputs], 1.0, structure=structure)
+        with OutputVariances(net, posterior) as engine:
+            found.append(engine(inputs))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)

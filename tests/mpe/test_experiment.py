@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from mpe.config import ExperimentConfig
 from mpe.experiment import Experiment, Result
+from mpe.posterior import laplace_posterior
 from src.artifacts.io import read_pickle, write_pickle
+from src.artifacts.paths import Folders
+from src.datasets import DataConfig
+from src.devices import ComputeConfig
 from src.errors import FileError
+from src.jacobians import OutputVariances
 
 
 def test_prepared_images_are_held_once():
@@ -92,3 +98,38 @@ def test_a_damaged_file_is_refused_or_replaced(path):
     with pytest.raises(FileError, match=r"t_iter\.pkl"):
         result(path, resume=True)
     assert result(path, resume=True, overwrite=True).stored == {}
+
+
+@pytest.mark.parametrize(("name", "last"), [("cnn_deepobs", True), ("lenet", True), ("resnet20_frn", False)])
+def test_model_and_images_have_the_layout_that_trains_faster(name, last, tmp_path):
+    flags = dict.fromkeys(("datasets_folder", "models_folder", "log_folder", "resume_ckpts_folder"), tmp_path)
+    config = ExperimentConfig(model=name, epochs=1, bs=32, pickles_folder=tmp_path)
+    draw = np.random.default_rng(0)
+    arrays = {
+        key: value
+        for part, count in (("train", 40), ("test", 20))
+        for key, value in (
+            (f"x_{part}", draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
+            (f"y_{part}", np.arange(count) % 10),
+        )
+    }
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    data = DataConfig(dataset="cifar10")
+    experiment = Experiment(config, data, ComputeConfig(device="cpu"), Folders(**flags), "iter", {})
+    images = experiment.prepared(experiment.train)
+    batch = next(iter(experiment.batches(experiment.train, len(images)))).images
+    assert torch.equal(images, batch)
+    weight = next(p for p in experiment.model.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1)
+    for value in (weight, images, batch):
+        assert value.is_contiguous(memory_format=torch.channels_last) is last
+        assert value.is_contiguous() is not last
+    before = weight.clone()
+    experiment.train_base()
+    assert weight.is_contiguous(memory_format=torch.channels_last) is last
+    assert not torch.equal(weight, before)
+    posterior = laplace_posterior(experiment.model, [batch], 1.0, structure="diag")
+    with OutputVariances(experiment.model, posterior) as engine:
+        variances = engine(batch)[1]
+    found = experiment.laplace(1.0, "diag")
+    np.testing.assert_allclose(found.variances, variances, rtol=1e-4)
+    assert weight.is_contiguous(memory_format=torch.channels_last) is last  # its optimizer's tensors are laid out so

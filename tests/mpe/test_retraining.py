@@ -12,6 +12,7 @@ from torch import nn
 from mpe.retraining import RetrainSettings, retrain
 from mpe.schedules import replay_generator
 from src.errors import TrainingError
+from src.models import build_model
 
 
 def plainly(orders, settings=SETTINGS, deltas=None):
@@ -118,3 +119,25 @@ def test_images_may_be_in_a_cut_out_layout():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="optimizer 'sam' is not one of"):
         run(RetrainSettings(**{**vars(SETTINGS), "optimizer": "sam"}))
+
+
+def test_the_layout_of_images_and_model_changes_nothing_but_roundings():
+    model = build_model("cnn_deepobs", 3, 3, 32, seed=0).double()
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(12, 3, 32, 32, generator=draw, dtype=torch.float64), torch.arange(12) % 3
+    settings = RetrainSettings(epochs=2, batch_size=5, learning_rate=0.05, lr_min=0.0, delta=1.0)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        rows = retrain(
+            model.to(memory_format=layout),
+            images.to(memory_format=layout),
+            labels,
+            [[0], [3, 7]],
+            settings,
+            measure=lambda ensemble, numbers: {
+                "logits": ensemble.logits(images).transpose(0, 1).numpy()[: len(numbers)]
+            },
+            vectorised=False,
+        )
+        found.append(rows["logits"])
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-11)
