@@ -1,6 +1,6 @@
 """Reading, training and scoring images against the loops that most people write.
 
-python -m benchmarks.training [batches scoring steps memory ensemble checkpoints start photos] [--quick]
+python -m benchmarks.training [batches scoring steps optimizers memory ensemble checkpoints start photos] [--quick]
 """
 
 import copy
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from src.datasets.own import resize
 from src.devices import PRECISIONS, prepare
 from src.metrics.samis import score_pair
 from src.models import MODELS, build_model
+from src.optimizers import IvonOpt, build_optimizer
 from src.training import Dynamics, RunFiles, Trainer, TrainingConfig, run_training
 from src.training.ensemble import Ensemble, vectorised_is_faster
 
@@ -387,24 +389,28 @@ class EnsembleCase:
 
 
 ENSEMBLES = (
-    EnsembleCase("small_mlp", 32, 32, 20, 4.0),
+    EnsembleCase("small_mlp", 32, 32, 20, 3.0),
     EnsembleCase("small_mlp", 32, 256, 5, 1.5),
     EnsembleCase("small_mlp", 32, 1024, 3),
     EnsembleCase("mlp", 32, 256, 2),
+    EnsembleCase("mlp", 32, 1024, 1),
     EnsembleCase("large_mlp", 32, 32, 2),
     EnsembleCase("large_mlp", 32, 256, 1),
+    EnsembleCase("large_mlp", 16, 512, 1),
+    EnsembleCase("large_mlp", 8, 1024, 1),
     EnsembleCase("lenet", 8, 32, 1),
     EnsembleCase("lenet", 8, 256, 1),
     EnsembleCase("cnn_deepobs", 2, 32, 1, channels=3, size=32),
 )
-QUICK = (EnsembleCase("small_mlp", 3, 4, 2, 4.0, size=8), EnsembleCase("lenet", 2, 3, 1))
+QUICK = (EnsembleCase("small_mlp", 3, 4, 2, size=8), EnsembleCase("lenet", 2, 3, 1))
 
 
 def one_after_another(
     models: list[nn.Module], images: Tensor, labels: Tensor, orders: MemberSchedules, batch: int
 ) -> Callable[[], None]:
     """The plain way: an epoch of each network in turn."""
-    optimizers = [torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=L2) for model in models]
+    settings = {"lr": LR, "momentum": 0.9, "weight_decay": L2, "fused": True}
+    optimizers = [torch.optim.SGD(model.parameters(), **settings) for model in models]
 
     def epoch() -> None:
         for model, optimizer, order in zip(models, optimizers, orders.table, strict=True):
@@ -427,11 +433,12 @@ def compare_weights(name: str, models: list[nn.Module], ensemble: Ensemble) -> N
 
 
 def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
-    """Time one network both ways, in milliseconds per step and network.
+    """Time one network both ways, in milliseconds per step and network, with the allocator set as the scripts set it.
 
     Raises:
         RuntimeError: The two ways disagree.
     """
+    prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     total = case.batch * case.steps
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(total, case.channels, case.size, case.size, generator=draw)
@@ -457,17 +464,79 @@ def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
 def ensemble(quick: bool = False) -> list[Row]:
     """Retraining many copies of a network at once, without and with the loop over them.
 
-    The plain way trains one network after another: gather a batch, forward, backward, ``torch.optim.SGD`` with
-    momentum 0.9 and weight decay. Ours takes one step of all of them. Both see the same batches of noise images, a
+    The plain way trains one network after another: gather a batch, forward, backward, torch's fused SGD with momentum
+    0.9 and weight decay. Ours takes one step of all of them. Both see the same batches of noise images, a
     permutation of its own for each network, and end with the same weights, which is checked. The rows bear out
     ``src.training.ensemble.vectorised_is_faster``: on one thread of a CPU perceptrons, whose gradients are written by
-    hand, gain at short steps, while convolutions lose, as ``vmap`` turns them into grouped ones. Each row says what
-    the rule chooses.
+    hand, gain, the more the shorter a step is, while convolutions lose, as ``vmap`` turns them into grouped ones.
+    Each row says what the rule chooses, and runs in a process of its own, because the allocator's setting cannot be
+    undone.
 
     Raises:
         RuntimeError: The two ways disagree.
     """
-    return [ensemble_row(case, 1 if quick else 3) for case in (QUICK if quick else ENSEMBLES)]
+    row = ensemble_row if quick else partial(in_fresh_process, ensemble_row)
+    return [row(case, 1 if quick else 3) for case in (QUICK if quick else ENSEMBLES)]
+
+
+def step_seconds(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
+) -> tuple[float, float]:
+    """Processor seconds of a whole training step, and of the optimizer's part of it."""
+    sampled = getattr(optimizer, "sampled_params", nullcontext)
+    begin = time.process_time()
+    with sampled():
+        sampling = time.process_time() - begin
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        end = time.process_time()
+    optimizer.step()
+    return time.process_time() - begin, time.process_time() - end + sampling
+
+
+def optimizer_rows(name: str, images: tuple[int, int], batch: int, repeats: int) -> list[Row]:
+    """One model's rows; each optimizer trains a copy of it, and of each time the least counts."""
+    prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
+    base = build_model(name, 10, *images, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    ready = torch.randn(batch, images[0], images[1], images[1], generator=draw), torch.arange(batch) % 10
+    plain = {
+        "sgd": partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM),
+        "adam": partial(torch.optim.Adam, lr=LR),
+        "adamw": partial(torch.optim.AdamW, lr=LR, weight_decay=0.0),
+        "iblr": partial(IvonOpt, lr=LR, num_examples=60_000, delta=10.0),
+    }
+    rows = []
+    for kind, build in plain.items():
+        models = [copy.deepcopy(base) for _ in range(2)]
+        config = TrainingConfig(epochs=1, learning_rate=LR, optimizer=kind)
+        optimizers = build(models[0].parameters()), build_optimizer(config, models[1].parameters(), 60_000)
+        pairs = list(zip(models, optimizers, strict=True))
+        times = [[step_seconds(*pair, ready) for pair in pairs] for _ in range(repeats + 1)][1:]
+        for what, part in (("training step", 0), ("optimizer alone", 1)):
+            theirs, ours = (1_000 * min(turn[way][part] for turn in times) for way in (0, 1))
+            target = 1.3 if (name, kind, part) == ("large_mlp", "iblr", 1) else None
+            way = "ivon-opt, own" if kind == "iblr" else "torch's default, fused"
+            rows.append(Row(f"{name} at batch {batch}, {kind}, {what}: {way}", theirs, ours, "ms per step", target))
+    return rows
+
+
+def optimizers(quick: bool = False) -> list[Row]:
+    """Training steps, and the part of them that the optimizer takes, by other implementations and by ours.
+
+    SGD, Adam and AdamW as torch's default makes them and as ours are, fused; iBLR by the package ivon-opt and by our
+    own step, both with the drawing of the noise.
+    """
+    cases = [
+        ("small_mlp", (1, 28), 32),
+        ("large_mlp", (1, 28), 256),
+        ("lenet", (1, 28), 256),
+        ("resnet8", (3, 32), 128),
+    ]
+    if quick:
+        return optimizer_rows("small_mlp", (1, 8), 4, 1)
+    rows = [in_fresh_process(optimizer_rows, *case, 30) for case in cases]
+    return [row for found in rows for row in found]
 
 
 def written(work: Callable[[], object]) -> int:
@@ -622,6 +691,7 @@ BENCHMARKS = {
     "batches": batches,
     "scoring": scoring,
     "steps": steps,
+    "optimizers": optimizers,
     "memory": memory,
     "ensemble": ensemble,
     "checkpoints": checkpoints,

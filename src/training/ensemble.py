@@ -12,9 +12,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from src.devices import upload
 from src.models.base import copy_tensor, eval_mode, load_optimizer, load_weights
+from src.optimizers import torch_optimizer
 from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPerceptron, perceptron_layers
 
-LONG_STEP = 20_000_000  # parameters times examples of a step; beyond, a CPU does not gain for certain
+LONG_STEP = 200_000_000  # parameters times examples of a step; beyond, a CPU hardly gains
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam and AdamW, torch's defaults
 ENSEMBLE_OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -187,15 +188,15 @@ def why_not_vectorised(model: nn.Module) -> str | None:
 
 
 def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_size: int) -> bool:
-    """Whether to vectorise: on a GPU every model that can be, on a CPU perceptrons at small steps.
+    """Whether to vectorise: on a GPU every model that can be, on a CPU perceptrons, but for the longest steps.
 
-    On one thread of a CPU, ``benchmarks/training.py`` measures: perceptrons, whose gradients are written by
-    hand, gain while a step is short beside what it takes to call it (small_mlp 4.6 times at batch 32, twice at 256;
-    large_mlp 1.6 times at 32). Where parameters times batch exceed ``LONG_STEP`` the gain is not certain any more
-    (small_mlp at 1024 and large_mlp at 256: 0.8 to 1.1 from run to run; mlp at 256: 1.2 to 1.5). Convolutions under
-    ``vmap`` become grouped ones, which gain nothing and lose at large batches. On a GPU nothing was measured: the
-    launch of a small model's kernels is expected to take longer than the kernels, so that M members in one launch
-    cost little more than one; convolutions may be the exception there, too.
+    On one thread of a CPU, ``python -m benchmarks.training ensemble`` measures, from run to run: perceptrons, whose
+    gradients are written by hand, gain the more the shorter a step is (small_mlp 2.7 to 4.6 times at batch 32, 1.2
+    to 1.5 at 1024; large_mlp 1.1 to 1.5 times at 32, 0.99 to 1.24 at 256). Where parameters times batch exceed
+    ``LONG_STEP`` hardly anything is left (large_mlp at 512 and 1024: 0.99 to 1.12). Convolutions under ``vmap``
+    become grouped ones, which gain nothing and lose at large batches. On a GPU nothing was measured: the launch of a
+    small model's kernels is expected to take longer than the kernels, so that M members in one launch cost little
+    more than one; convolutions may be the exception there, too.
 
     Args:
         model: The model.
@@ -334,10 +335,9 @@ class SequentialMembers:
 
     def __init__(self, model: nn.Module, count: int, l2: Tensor, optimizer: str, momentum: float) -> None:
         self._models = [copy.deepcopy(model).train() for _ in range(count)]
-        kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         more = {"momentum": momentum} if optimizer == "sgd" else {}
         self._optimizers = [
-            kinds[optimizer](member.parameters(), lr=0.0, weight_decay=decay, **more)
+            torch_optimizer(optimizer, member.parameters(), lr=0.0, weight_decay=decay, **more)
             for member, decay in zip(self._models, l2.tolist(), strict=True)
         ]
 
