@@ -20,7 +20,7 @@ from benchmarks.common import Row, in_fresh_process, table
 from src.artifacts.io import write_json
 from src.artifacts.paths import ROOT
 
-MODULES = ("training", "selection", "jacobians", "curvature")
+MODULES = ("training", "files", "selection", "jacobians", "curvature")
 
 
 def benchmarks_of(module: str) -> dict:

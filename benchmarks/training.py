@@ -1,39 +1,30 @@
 """Reading, training and scoring images against the loops that most people write.
 
-python -m benchmarks.training [batches scoring steps optimizers memory ensemble checkpoints start photos] [--quick]
+python -m benchmarks.training [batches scoring steps optimizers ensemble] [--quick]
 """
 
 import copy
-import logging
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.common import PlainImages, Row, in_fresh_process, in_turn, peak, random_images, run
+from benchmarks.common import PlainImages, Row, in_fresh_process, in_turn, random_images, run
 from mpe.retraining import one_epoch
 from mpe.schedules import MemberSchedules, own_schedules
-from src.artifacts.paths import ROOT
-from src.datasets import Batches, load_dataset, lookup
-from src.datasets.decoding import as_seen, open_image
-from src.datasets.own import resize
+from src.datasets import Batches, lookup
 from src.devices import PRECISIONS, prepare
 from src.metrics.samis import score_pair
 from src.models import MODELS, build_model
 from src.optimizers import IvonOpt, build_optimizer
-from src.training import Dynamics, RunFiles, Trainer, TrainingConfig, run_training
+from src.training import Dynamics, Trainer, TrainingConfig
 from src.training.ensemble import Ensemble, vectorised_is_faster
 
 
@@ -291,77 +282,6 @@ def steps(quick: bool = False) -> list[Row]:
     ]
 
 
-def write_images(folder: Path, count: int) -> Path:
-    """An npz file of ``count`` colour images of noise."""
-    rng = np.random.default_rng(0)
-    path = folder / f"noise_{count}.npz"
-    np.savez(
-        path,
-        x_train=rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
-        y_train=np.arange(count) % 10,
-        x_test=np.zeros((10, 32, 32, 3), np.uint8),
-        y_test=np.arange(10),
-    )
-    return path
-
-
-def growth(way: Callable[[Path], None], paths: Sequence[Path]) -> float:
-    """By how much the peak grows from the first file to the second, in MiB."""
-    peaks = []
-    for path in paths:
-        way(path)
-        peaks.append(peak())
-    return max(peaks[1] - peaks[0], 0.1)
-
-
-def our_run(path: Path) -> None:
-    """A run of ours."""
-    prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
-    train, test = load_dataset(f"npz:{path}", path.parent)
-    normal = train.entry.normalizations["samis"]
-    trainer = Trainer(
-        build_model("mlp", 10, 3, 32, seed=0),
-        Batches(train, 128, normalization=normal, order="shuffled", augmentation=train.entry.augmentation),
-        Batches(test, 128, normalization=normal),
-        TrainingConfig(epochs=1),
-    )
-    trainer.fit()
-
-
-def plain_run(path: Path) -> None:
-    """A loop over a TensorDataset of normalised images."""
-    with np.load(path) as file:
-        images = torch.from_numpy(file["x_train"]).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.25)
-        labels = torch.from_numpy(file["y_train"])
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 128, shuffle=True)
-    model = build_model("mlp", 10, 3, 32, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for batch, target in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(batch), target).backward()
-        optimizer.step()
-
-
-def memory(quick: bool = False) -> list[Row]:
-    """How much memory a training run needs for its images, and how many bytes they are themselves.
-
-    A process reads one batch of images from an npz file and trains an epoch on it, then does the same with many: by
-    how much the peak of its resident memory grows is what the images cost. Ours should need one copy as uint8 (ratio
-    4 to a copy in float32); the plain way keeps normalised float32 images in a TensorDataset.
-    """
-    count = 2_000 if quick else 40_000
-    measured = growth if quick else partial(in_fresh_process, growth)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [write_images(Path(folder), n) for n in (128, count)]
-        extra = {way: measured(way, paths) for way in (plain_run, our_run)}
-    copy = (count - 128) * 3 * 32**2 / 2**20
-    name = f"memory of {count:,} CIFAR-sized images"
-    return [
-        Row(f"{name}: float32 copy", extra[plain_run], extra[our_run], "MiB at the peak", 3.5),
-        Row(f"{name}: their bytes as uint8", copy, extra[our_run], "MiB at the peak", 0.8),
-    ]
-
-
 LR, L2 = 1e-3, 1e-3
 
 
@@ -539,164 +459,12 @@ def optimizers(quick: bool = False) -> list[Row]:
     return [row for found in rows for row in found]
 
 
-def written(work: Callable[[], object]) -> int:
-    """How many bytes this process hands to files meanwhile, in all its threads."""
-
-    def now() -> int:
-        return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
-
-    before = now()
-    work()
-    return now() - before
-
-
-def checkpoints(quick: bool = False) -> list[Row]:
-    """What an epoch's files cost training: bytes written, and wall seconds that its loop waits.
-
-    The plain way is ``torch.save`` of the resume state, the epoch's checkpoint and the best one, in the loop, which
-    does not even wait for the disk. Ours is ``run_training``: the loop's seconds without those of the epochs
-    themselves, which its background thread may slow down; a last row has the whole time.
-    """
-    name, epochs, count = ("resnet8", 2, 8) if quick else ("resnet18", 4, 64)
-    images = random_images("cifar10", count)
-    normal = {"normalization": images.entry.normalizations["samis"]}
-    measured: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
-    for ours in (False, True) * (1 if quick else 3):
-        trainer = Trainer(
-            build_model(name, 10, 3, 32, seed=0),
-            Batches(images, count // 2, order="shuffled", **normal),
-            Batches(images.subset(torch.arange(2)), 2, **normal),
-            TrainingConfig(epochs=epochs),
-        )
-        with tempfile.TemporaryDirectory() as folder:
-
-            def plain(trainer: Trainer = trainer, folder: str = folder) -> None:
-                for epoch in trainer.epochs():
-                    trainer.train_epoch(epoch)
-                    model = {"model_state": trainer.model.state_dict()}
-                    for file, state in ((epoch, trainer.state()), (f"epoch_{epoch}", model), ("best", model)):
-                        torch.save(state, Path(folder, f"{file}.pt"))
-
-            def own(trainer: Trainer = trainer, folder: str = folder) -> None:
-                run_training(trainer, RunFiles(Path(folder, "a"), Path(folder, "b")), {}, {})
-
-            start = time.perf_counter()
-            size = written(own if ours else plain)
-            total = time.perf_counter() - start
-        waits = total - sum(record["seconds"] for record in trainer.history)
-        measured[ours].append((size / 1e6 / epochs, waits / epochs, total / epochs))
-    theirs, mine = (np.min(measured[ours], axis=0) for ours in (False, True))
-    names = ("written", "waiting for files", "in all")
-    units = ("MB per epoch", "s per epoch (wall)", "s per epoch (wall)")
-    return [
-        Row(f"checkpoints, {name}: {what}", *both, unit)
-        for what, both, unit in zip(names, zip(theirs, mine, strict=True), units, strict=True)
-    ]
-
-
-STARTS = {
-    "train_full.py": "--model=lenet --epochs=1",
-    "train_prune.py": "--model=lenet --coreset_func=random --coreset_fraction=0.5 --coreset_epochs=1",
-    "examples/1_loo_iterations.py": "--model=small_mlp --epochs=1 --bs=32",
-}
-
-
-def children_seconds() -> float:
-    """Processor seconds of the processes that have been started and have ended."""
-    spent = os.times()
-    return spent.children_user + spent.children_system
-
-
-def start(quick: bool = False) -> list[Row]:
-    """A script from its first line to its last, on 50 images of the digits for one epoch, against ``import torch``.
-
-    The training itself takes a few hundredths of a second; the estimates of 1_loo_iterations.py differentiate with
-    given output gradients, for which torch imports sympy.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        places = [f"--{name}_folder={folder}" for name in ("datasets", "models", "log", "resume_ckpts")]
-        lines = {
-            script: [script, "--dataset=digits", "--subset=50", *flags.split(), *places, "--overwrite"]
-            for script, flags in STARTS.items()
-        }
-        lines["examples/1_loo_iterations.py"].append(f"--pickles_folder={folder}")
-
-        def run_python(*words: str) -> None:
-            subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-
-        ways = [partial(run_python, "-c", "import torch"), *(partial(run_python, *line) for line in lines.values())]
-        plain, *ours = in_turn(ways, 1 if quick else 5, children_seconds)
-    return [Row(f"start of {script}", plain, own, "s", 0.65) for script, own in zip(lines, ours, strict=True)]
-
-
-def photos(quick: bool = False) -> list[Row]:
-    """Starts with a folder of photos: decoded in full, by draft mode, and read from what an earlier start kept.
-
-    JPEG files of 1600x1200 pixels at image size 64, as random waves of all lengths, the longest the strongest. The
-    plain way decodes each in full, one after the other, as scripts did; processor seconds, so that the gain of
-    several threads is in the row of the wall's clock alone.
-    """
-    count, repeats = (4, 1) if quick else (100, 3)
-    with tempfile.TemporaryDirectory() as base:
-        root = Path(base) / "photos"
-        for number in range(count):
-            folder = root / ("test" if number % 4 == 3 else "train") / f"class_{number % 8 // 4}"
-            folder.mkdir(parents=True, exist_ok=True)
-            _photo(number).save(folder / f"{number}.jpg", quality=90)
-        for part in ("train", "test"):  # of a quick run, too few for each class of each part
-            (root / part / "class_1").mkdir(exist_ok=True)
-            _photo(count).save(root / part / "class_1" / "last.jpg", quality=90)
-        files = sorted(root.rglob("*.jpg"))
-
-        def plainly() -> list[Tensor]:
-            decoded = []
-            for path in files:
-                with path.open("rb") as file:
-                    pixels, _ = as_seen(open_image(file)[0], None)
-                decoded.append(resize(torch.from_numpy(pixels)[None], 64))
-            return decoded
-
-        def start(decode: str, cache: str) -> None:
-            load_dataset(f"folder:{root}", base, image_size=64, decode=decode, cache_folder=Path(base) / cache)
-
-        (Path(base) / "none").write_text("")  # nothing can be kept below a file
-        log = logging.getLogger("src.datasets.own")
-        log.disabled = True
-        ways = (plainly, lambda: start("draft", "none"), lambda: start("draft", "kept"))
-        while time.time() < max(path.stat().st_ctime for path in files) + 3:
-            time.sleep(0.1)  # photos that are younger are read again
-        times = [1_000 / len(files) * taken for taken in in_turn(ways, repeats)]
-        walls = [1_000 / len(files) * taken for taken in in_turn(ways[:2], repeats, time.perf_counter)]
-        log.disabled = False
-    unit = "s per 1,000 photos of 1600x1200"
-    return [
-        Row("a start that decodes photos by draft mode", times[0], times[1], unit),
-        Row(f"the same by the wall's clock, {os.cpu_count()} processors", *walls, unit),
-        Row("a later start", times[0], times[2], unit),
-    ]
-
-
-def _photo(seed: int) -> Image.Image:
-    """A photo of random waves."""
-    generator = np.random.default_rng(seed)
-    size = (1200, 1600)
-    frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
-    frequency[0, 0] = 1
-    waves = generator.normal(size=(2, 3, *frequency.shape)) / frequency**1.5
-    image = np.fft.irfft2(waves[0] + 1j * waves[1], size).transpose(1, 2, 0)
-    return Image.fromarray(np.clip(128 + 55 * (image - image.mean()) / image.std(), 0, 255).astype(np.uint8))
-
-
 BENCHMARKS = {
     "batches": batches,
     "scoring": scoring,
     "steps": steps,
     "optimizers": optimizers,
-    "memory": memory,
     "ensemble": ensemble,
-    "checkpoints": checkpoints,
-    "start": start,
-    "photos": photos,
 }
 
 if __name__ == "__main__":
