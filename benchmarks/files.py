@@ -1,6 +1,6 @@
 """Files, start-up and memory: what users wait for beside arithmetic.
 
-python -m benchmarks.files [memory checkpoints start photos] [--quick]
+python -m benchmarks.files [memory checkpoints start photos figures] [--quick]
 """
 
 import logging
@@ -16,15 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.common import Row, in_fresh_process, in_turn, peak, random_images, run
+from src.artifacts.io import save_figure
 from src.artifacts.paths import ROOT
 from src.datasets import Batches, load_dataset
 from src.datasets.decoding import as_seen, open_image
 from src.datasets.own import resize
 from src.devices import PRECISIONS, prepare
+from src.metrics.plots import image_grid
 from src.models import build_model
 from src.training import RunFiles, Trainer, TrainingConfig, run_training
 
@@ -248,7 +251,45 @@ def _photo(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(128 + 55 * (image - image.mean()) / image.std(), 0, 255).astype(np.uint8))
 
 
-BENCHMARKS = {"memory": memory, "checkpoints": checkpoints, "start": start, "photos": photos}
+def figures(quick: bool = False) -> list[Row]:
+    """Three rows of five images with their scores, as PNG and PDF, against axes for each image."""
+    rows = []
+    for size in (8,) if quick else (32, 224):
+        draw = np.random.default_rng(0)
+        small = draw.integers(0, 256, (15, 12, 12, 3), dtype=np.uint8)
+        images = np.stack([np.asarray(Image.fromarray(image).resize((size, size), 3)) for image in small])
+        scores, symbols = [f"{score:.3g}" for score in draw.random(15)], ["$S(x_i)$", "$F(x_i)$", "$M(x_i)$"]
+
+        def plain(folder: str, images: np.ndarray = images, scores: list = scores, symbols: list = symbols) -> None:
+            figure = Figure(figsize=(7.4, 4.9), layout="constrained")
+            grid = figure.subplots(3, 5)
+            for axes, image, score in zip(grid.flat, images, scores, strict=True):
+                axes.imshow(image)
+                axes.set(xticks=[], yticks=[], xlabel=score)
+            for axes, symbol in zip(grid[:, 0], symbols, strict=True):
+                axes.set_ylabel(symbol, rotation=0)
+            figure.suptitle("lowest 5")
+            for kind in ("png", "pdf"):
+                figure.savefig(Path(folder, f"plain.{kind}"), dpi=200)
+
+        def own(folder: str, images: np.ndarray = images, scores: list = scores, symbols: list = symbols) -> None:
+            parts = np.split(images.transpose(0, 3, 1, 2), 3)
+            captions = [scores[5 * k : 5 * k + 5] for k in range(3)]
+            save_figure(image_grid(parts, captions, symbols, "lowest 5"), Path(folder, "own"))
+
+        with tempfile.TemporaryDirectory() as folder:
+            times = in_turn([partial(plain, folder), partial(own, folder)], 1 if quick else 5)
+        rows.append(Row(f"a figure of 15 images of {size}x{size}, PNG and PDF", *times, "s"))
+    return rows
+
+
+BENCHMARKS = {
+    "memory": memory,
+    "checkpoints": checkpoints,
+    "start": start,
+    "photos": photos,
+    "figures": figures,
+}
 
 if __name__ == "__main__":
     run(BENCHMARKS, __doc__)
