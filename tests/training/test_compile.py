@@ -28,7 +28,7 @@ def test_compiled_training_writes_plain_checkpoints(tmp_path):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "iblr"])
+@pytest.mark.parametrize("optimizer", ["sgd", "sam", "iblr"])
 @pytest.mark.parametrize("mode", [True, *CUDA_GRAPHS])
 def test_a_model_is_compiled_for_batch_sizes_alone(make_trainer, monkeypatch, mode, optimizer):
     """For full batches, for any others, and for evaluation; CUDA graphs are recorded again for each dynamic size."""

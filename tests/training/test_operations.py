@@ -76,12 +76,12 @@ def make(model, steps, *, device="cpu", dynamics=False, plan=False, weighted=Fal
 @pytest.mark.parametrize(
     ("model", "settings", "ceiling"),
     [
-        ("resnet8", {}, 82),
-        ("resnet8", {"dynamics": True, "weighted": True}, 83),
+        ("resnet8", {}, 80),
+        ("resnet8", {"dynamics": True, "weighted": True}, 81),
         ("resnet8", {"optimizer": "sam"}, 200),  # 13 of them keep BatchNorm's statistics
-        ("large_mlp", {}, 23),
-        ("large_mlp", {"optimizer": "adam"}, 40),
-        ("large_mlp", {"optimizer": "iblr"}, 59),
+        ("large_mlp", {}, 21),
+        ("large_mlp", {"optimizer": "adam"}, 22),
+        ("large_mlp", {"optimizer": "iblr"}, 39),
     ],
 )
 def test_operations_of_a_step(model, settings, ceiling, monkeypatch):
@@ -89,8 +89,6 @@ def test_operations_of_a_step(model, settings, ceiling, monkeypatch):
     monkeypatch.setattr("src.datasets.batches.PREPARED_ON_CPU", 64 * BATCH * 3 * SIZE**2 * 4)
     counts = []
     trainer = make(model, 66, after_step=[lambda *_: counts.append(mode.launched.total())], **settings)
-    for group in trainer.optimizer.param_groups:  # as torch chooses on a GPU
-        group["foreach"] = not group.get("fused")
     with Operations() as mode:
         trainer.fit()
     assert (counts[64] - counts[0]) / 64 <= ceiling
