@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 r"""Compare selection methods: a grid of runs of train_prune.py, one table, one figure.
 
-Every cell of the grid (method, fraction, seed) is the run that train_prune.py makes of the same flags, in the same
-folders; what is done is skipped, what was interrupted is continued, and pre-trained models are shared. Writes
+Each cell of the grid (method, fraction, seed) is the run that train_prune.py makes with the same flags, in the same
+folders. Finished runs are skipped, interrupted runs continue, and pre-trained models are shared. Writes
 {plots_folder}/pruning/{model}_over_{dataset}/{name}.{csv,json,md} after every cell and {name}.{png,pdf} once a minute
-and at the end; resume states of finished cells are removed. The same command may run several times at once: no cell
-is trained twice.
+and at the end. Resume states of finished cells are removed. The same command may run in several processes at once; no
+cell is trained twice.
 
   python compare_pruning.py --dataset=digits --model=lenet --funcs random forget min_sam-sgd-loss \
       --fractions 0.1 0.5 --seeds 1 2 3 --coreset_epochs=20 --coreset_pretrain_epochs=10 \
@@ -29,7 +29,7 @@ SHARES = ("coreset_fraction", "shots", "shots_up_to")
 
 
 def main() -> None:
-    """Parse, run what is missing, draw, print."""
+    """Parse flags, run missing cells, draw, print."""
     parser = Parser(__doc__)
     parser.add(GridConfig, "grid", required=("funcs", "share"))
     parser.add(DataConfig, "data")
@@ -62,7 +62,7 @@ def main() -> None:
         print(path)
     if failures:
         cell, reason = next(iter(failures.items()))
-        raise TrainingError(f"{len(failures)} of {len(table.runs)} cells failed; the first is {cell}: {reason}")
+        raise TrainingError(f"{len(failures)} of {len(table.runs)} cells failed; first failure: {cell}: {reason}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Choose a part of the training set, without training on it.
+r"""Select a subset of the training set, without training on it.
 
-Reads what the method needs as train_prune.py does, and pre-trains the same models where they are not on disk. Writes
-an npz file: indices (int64, original), weights (float64), label_hash, total, settings (json), seconds; by default to
-where train_prune.py of the same flags looks for it.
+Reads the same inputs as train_prune.py and pre-trains the same models unless they are on disk. Writes an npz file
+with indices (int64, original), weights (float64), label_hash, total, settings (json) and seconds. By default it is
+written where train_prune.py looks for it when run with the same flags.
 
   python select_coreset.py --dataset=digits --model=lenet --coreset_func=craig --coreset_fraction=0.3 \
       --coreset_pretrain_epochs=10 --coreset_pretrain_lr=0.05 --out=craig.npz
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add(TrainingConfig, "run", only=("seed",))
     parser.add(RunConfig, "run", only=(*AUGMENTATION, "overwrite"))
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: train_prune.py's)")
+    output.add_argument("--out", type=Path, metavar="FILE", help="output file (default: train_prune.py's path)")
     parser.add(ComputeConfig, "computing", skip=("distributed_training", "sync_bn"))
     parser.add(Folders, "folders", only=TRAINING_FOLDERS)
     args = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
     config = build(RunConfig, args, model=build(ModelConfig, args), training=build(TrainingConfig, args))
     if selection.method.dynamic:
         raise ArgumentError(
-            "coreset_func", f"{args.coreset_func}: chooses again in each epoch of training; use train_prune.py"
+            "coreset_func", f"{args.coreset_func}: selects again in each training epoch; use train_prune.py"
         )
     from src.context import RunContext
     from src.coresets.runner import CoresetRun
@@ -53,7 +53,9 @@ def main() -> None:
     with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
         run = CoresetRun(context, selection, pretrain, config, folders, args.out)
         chosen, seconds = run.select()
-    print(f"{len(chosen.indices)} of {len(context.train)} examples by {args.coreset_func} in {seconds:.2f} s")
+    print(
+        f"{len(chosen.indices)} of {len(context.train)} examples selected by {args.coreset_func} in {seconds:.2f} s"
+    )
     labels = context.train.labels.cpu().numpy()[chosen.indices]
     counts = np.bincount(labels, minlength=context.entry.num_classes)
     print(f"per class: {counts.min()} to {counts.max()}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-r"""Choose a part of the training set, and train a fresh model on it.
+r"""Select a subset of the training set and train a new model on it.
 
-Reads the data set under --datasets_folder; methods called min_* read a stored score, in --scores_folder and
---metrics_folder where one is given, else in metrics/ or among those that ship with the project; others pre-train
-models, which are kept under {models_folder}/pretrain/ and shared by all methods of the same settings. Writes
-selection.npz (indices, weights), checkpoints and results.json (test accuracy per epoch) to
+Reads the data set under --datasets_folder. Methods named min_* read a stored score from --scores_folder or
+--metrics_folder if given, otherwise from metrics/ or from the scores that ship with the project. Other methods
+pre-train models, which are stored under {models_folder}/pretrain/ and shared by all methods with the same settings.
+Writes selection.npz (indices, weights), checkpoints and results.json (test accuracy per epoch) to
 {models_folder}/{coreset_func}_static_coreset_{coreset_mode}_{coreset_fraction}_{model}_over_{dataset}/seed_{seed}/.
-With --selection FILE it trains on the examples listed in that file.
+With --selection FILE, it trains on the examples listed in that file.
 
   python train_prune.py --dataset=digits --model=lenet --coreset_func=min_sam-sgd-loss --coreset_fraction=0.5 \
       --coreset_epochs=20 --batch_size=64 --learning_rate=0.1 --lr_sched=const
@@ -61,7 +61,7 @@ def main() -> None:
         print_next("compute_hessian_eigen.py", keep, exp=run.experiment, epochs=args.coreset_epochs)
         return
 
-    # a random choice shows whether the method is worth its cost
+    # suggest a comparison with random selection, which shows whether the method is worth its cost
     share = {name: [getattr(args, name)] for name in ("shots", "shots_up_to") if getattr(args, name) is not None}
     print_next(
         "compare_pruning.py",

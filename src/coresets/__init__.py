@@ -1,4 +1,4 @@
-"""Choosing training examples: a method is one entry beside its code, listed in ``registry.METHODS``."""
+"""Coreset selection. Each method is one ``Method`` entry next to its code; ``registry.METHODS`` collects them."""
 
 from src.coresets.inputs import CandidateGroup, LastLayer, Method, Needs, Selection, SelectionInputs, make_groups
 from src.coresets.registry import METHODS, find_method, method_table

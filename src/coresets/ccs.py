@@ -1,4 +1,4 @@
-"""CCS: a choice that covers all difficulties but the hardest (Zheng et al., ICLR 2023)."""
+"""CCS: select examples of every difficulty except the hardest (Zheng et al., ICLR 2023)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from src.errors import FileError
 
 log = logging.getLogger(__name__)
 
-_ROUNDING = 1e-9  # 0.3 * 10 is a hair below 3; three examples are cut off
+_ROUNDING = 1e-9  # 0.3 * 10 is slightly below 3 in floating point; cut off three examples
 
-# share pruned -> share of hardest examples cut off
+# fraction pruned -> fraction of hardest examples cut off
 CUTOFFS = ((0.3, 0.0), (0.5, 0.0), (0.7, 0.1), (0.8, 0.1), (0.9, 0.3))
 
 
@@ -27,52 +27,55 @@ class CCSOptions(Options):
     """Options of CCS.
 
     Attributes:
-        ccs_cutoff: Share of hardest examples to leave out, in [0, 1); None for the paper's, by pruning rate.
-        ccs_bins: Strata.
+        ccs_cutoff: Fraction of hardest examples to drop, in [0, 1); None for the paper's, by pruning rate.
+        ccs_bins: Number of strata.
     """
 
     ccs_cutoff: float | None = option(
         None,
-        "ccs: share of hardest examples to leave out (default: the paper's, by fraction)",
+        "ccs: fraction of hardest examples to drop (default: the paper's value for the pruning rate)",
         number(float, 0, 1, open_high=True),
     )
-    ccs_bins: int = option(50, "ccs: strata", number(int, 1))
+    ccs_bins: int = option(50, "ccs: number of strata", number(int, 1))
 
 
 def finite_scores(inputs: SelectionInputs, what: str) -> np.ndarray:
-    """The inputs' scores, float64 ``(n,)``.
+    """Return the inputs' scores, float64 ``(n,)``, after checking that all are finite.
 
     Raises:
-        FileError: A candidate has no score, or an infinite one.
+        FileError: A candidate has no score or an infinite score.
     """
     scores = checked_scores(inputs, what)
     infinite = np.flatnonzero(np.isinf(scores))
     if len(infinite):
         raise FileError(
-            f"{what}: {len(infinite)} of the {len(scores)} scores are infinite (the first is of example "
-            f"{inputs.name(infinite[0])}); pre-train with a smaller rate, so that the logits stay finite"
+            f"{what}: {len(infinite)} of {len(scores)} scores are infinite (the first is for example "
+            f"{inputs.name(infinite[0])}); lower the pre-training learning rate to keep the logits finite"
         )
     return scores
 
 
 def published_cutoff(pruned: float) -> float:
-    """The share of hardest examples to cut off, linear between the published rates, constant beyond them.
+    """The fraction of hardest examples to cut off: linear between the published rates, constant beyond them.
 
-    ``CUTOFFS`` is the row for CIFAR-10 and AUM of the paper's appendix (the rates were found there by grid search),
-    recalled from memory; the interpolation is ours. For CIFAR-100 the paper cuts more: 10, 20, 20, 40 and 50 % at
-    the same shares pruned (from memory too).
+    ``CUTOFFS`` is the row for CIFAR-10 and AUM in the paper's appendix, where the values come from a grid search. It
+    is recalled from memory; the interpolation is ours. For CIFAR-100 the paper cuts more: 10, 20, 20, 40 and 50 % at
+    the same pruning rates (also from memory).
 
     Args:
-        pruned: Share of the examples that is not kept, in [0, 1).
+        pruned: Fraction of the examples that is not kept, in [0, 1).
     """
     shares, cutoffs = zip(*CUTOFFS, strict=True)
     return float(np.interp(pruned, shares, cutoffs))
 
 
 def strata(scores: np.ndarray, bins: int) -> np.ndarray:
-    """The stratum of each score, int64 ``(m,)``, of ``bins`` of equal width between the lowest and the highest score.
+    """Assign each score to one of ``bins`` strata of equal width between the lowest and highest score.
 
-    The highest score belongs to the last stratum; equal scores all to the first.
+    The highest score belongs to the last stratum. If all scores are equal, all belong to the first.
+
+    Returns:
+        Stratum indices, int64 ``(m,)``.
     """
     low, width = scores.min(), np.ptp(scores)
     if width == 0:
@@ -81,14 +84,17 @@ def strata(scores: np.ndarray, bins: int) -> np.ndarray:
 
 
 def stratum_budgets(sizes: np.ndarray, budget: int) -> np.ndarray:
-    """How many to take of each stratum (algorithm 1): shares are equal, and what small strata lack goes to others.
+    """Split the budget evenly over the strata (algorithm 1); what small strata cannot supply goes to the others.
 
-    The smallest stratum comes first (of equals the easiest) and gives ``min(size, floor(rest / strata left))``.
-    So the last one can always give the rest, and the budget is met.
+    The smallest stratum comes first (the easiest, if sizes are equal) and supplies ``min(size, floor(remaining
+    budget / remaining strata))``. The last stratum can therefore always supply the rest, and the budget is met.
 
     Args:
         sizes: ``(b,)``, each at least 1.
         budget: At most the sum of the sizes.
+
+    Returns:
+        Number to take from each stratum, int64 ``(b,)``.
     """
     takes = np.zeros(len(sizes), dtype=np.int64)
     for done, stratum in enumerate(np.argsort(sizes, kind="stable")):
@@ -100,7 +106,7 @@ def stratum_budgets(sizes: np.ndarray, budget: int) -> np.ndarray:
 def _choose(
     positions: np.ndarray, scores: np.ndarray, budget: int, bins: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """``budget`` of the positions, stratified by score."""
+    """Draw ``budget`` of the positions, stratified by score."""
     stratum = strata(scores, bins)
     order = np.argsort(stratum, kind="stable")
     sizes = np.bincount(stratum)
@@ -114,19 +120,19 @@ def _choose(
 def ccs(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: CCSOptions) -> Selection:
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, algorithm 1), with AUM as difficulty.
 
-    From the paper: the share beta of hardest examples (those of the lowest AUM) is cut off; the range of the scores
-    that remain is split into strata of equal width; strata give equal shares of the budget, drawn uniformly, the
-    smallest first, and what it lacks is shared by the rest. One group of all is the published form.
+    From the paper: the fraction beta of hardest examples (lowest AUM) is cut off. The range of the remaining scores
+    is split into strata of equal width. Each stratum supplies an equal part of the budget, drawn uniformly, smallest
+    stratum first; the others make up for what a small stratum lacks. The published form uses a single group.
 
-    Our reading: with a group per class, each class has its own cut, strata and budget. Empty strata take no part
-    (in the paper they come first and give nothing, which is the same). Of equal scores at the cut the lower index
-    stays. Where beta leaves fewer than the budget, only what is not needed is cut off. Without ``ccs_cutoff``, beta
-    is :func:`published_cutoff` of the share pruned in the group.
+    Our interpretation: with one group per class, each class has its own cut, strata and budget. Empty strata are
+    skipped (in the paper they come first and supply nothing, which is equivalent). Ties at the cut keep the lower
+    index. If beta leaves fewer examples than the budget, fewer are cut off to meet it. If ``ccs_cutoff`` is None,
+    beta is :func:`published_cutoff` at the group's pruning rate.
 
     Args:
         inputs: ``scores`` ``(n,)``, the negated AUM: HIGH is hard.
-        groups: The groups.
-        options: Cutoff and strata.
+        groups: The groups of candidates.
+        options: Cutoff and number of strata.
 
     Raises:
         FileError: A candidate has no finite score.
@@ -144,7 +150,7 @@ def ccs(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: CCSO
         picks.append(_choose(kept, scores[kept], group.budget, options.ccs_bins, generator))
     if capped:
         log.info(
-            "ccs: the cutoff leaves fewer examples than the budget in %d of %d groups; fewer are cut off there",
+            "ccs: the cutoff leaves fewer examples than the budget in %d of %d groups; cutting off fewer there",
             capped,
             len(groups),
         )
@@ -157,7 +163,7 @@ METHODS = (
         ccs,
         Needs(reduced="aum"),
         paper="Zheng et al. 2023",
-        equation="hardest beta n left out, then equal random shares of strata of equal width in AUM (algorithm 1)",
+        equation="drop the beta n hardest, then draw equally from AUM strata of equal width (algorithm 1)",
         cost="n log n",
         options=CCSOptions,
     ),

@@ -1,9 +1,9 @@
-"""CRAIG: weighted examples whose gradients represent all (Mirzasoleiman et al., ICML 2020).
+"""CRAIG: weighted examples whose gradients represent the training set (Mirzasoleiman et al., ICML 2020).
 
-The choice is greedy facility location on last-layer gradients: every example near to a chosen one. CRAIG's
-similarities are ``s_ij = max d - d_ij + 1e-3`` with the best similarity 0 before the first pick. So the first pick
-has the smallest sum of distances, and from then on the constant cancels: the gain of x is ``sum_i max(0, near_i -
-d_ix)`` with ``near_i`` the distance of i to its nearest pick. Nothing here needs ``max d``.
+Selection is greedy facility location on last-layer gradients: every example should be close to a pick. CRAIG's
+similarities are ``s_ij = max d - d_ij + 1e-3``, and the best similarity is 0 before the first pick. The first pick
+therefore minimizes the sum of distances. After it the constant cancels: the gain of x is
+``sum_i max(0, near_i - d_ix)``, with ``near_i`` the distance of i to its nearest pick. ``max d`` is never needed.
 """
 
 from __future__ import annotations
@@ -28,32 +28,31 @@ from src.coresets.inputs import (
 )
 from src.lazy import torch
 
-_ROUNDING = 1e-14  # of ||g_i||^2 + ||g_j||^2: squared distances below that are noise, hence 0
-_TIE = 1e-9  # relative: gains closer than that are equal
-NOTHING = 1e-12  # of the sum of distances to the nearest pick: smaller gains are rounding
-_TILE = 256  # sides of the tiles of distances that are computed at once: they stay in a processor's cache
-WIDTH = 2048  # of tiles that are narrow
-ROWS = 128  # rows of distances to all that exist at once when columns are recomputed
-_CACHED = 2**16  # numbers of a matrix that one step of a sum takes, likewise
+_ROUNDING = 1e-14  # relative to ||g_i||^2 + ||g_j||^2; smaller squared distances are rounding noise and become 0
+_TIE = 1e-9  # relative; gains closer than this are equal
+NOTHING = 1e-12  # relative to the sum of distances to the nearest pick; smaller gains are rounding noise
+_TILE = 256  # side of a tile of distances, chosen to fit the CPU cache
+WIDTH = 2048  # width of tiles with few rows
+ROWS = 128  # rows of distances to all examples in memory at once when columns are recomputed
+_CACHED = 2**16  # matrix entries per step of a sum, also chosen to fit the CPU cache
 
 
 @dataclass(frozen=True)
 class Distances:
-    """``d_ij = ||g_i - g_j||`` of last-layer gradients ``g = [e, e (x) h]``, as factors.
+    """Distances ``d_ij = ||g_i - g_j||`` of last-layer gradients ``g = [e, e (x) h]``, as factors.
 
     ``d_ij^2 = ||g_i||^2 + ||g_j||^2 - 2 <e_i, e_j> (1 + <h_i, h_j>)``. The products are in float64: in float32 this
-    difference would lose distances below ``1e-3 ||g||``. What is below float64's own rounding, ``1e-7 ||g||``, is 0:
-    duplicates are at the distance 0 from each other, and each example from itself. Errors are taken in units of the
-    group's largest, so that squares of tiny ones do not vanish; choices and weights do not depend on the unit.
+    difference would lose distances below ``1e-3 ||g||``. Distances below the rounding of float64, ``1e-7 ||g||``, are
+    set to 0, so duplicates are at distance 0 from each other and each example from itself. Errors are divided by the
+    group's largest error to keep squares of tiny errors from underflowing; picks and weights do not depend on it.
 
-    Memory: none beside the layer's own errors and embeddings, in the type they have; those of a tile are converted
-    when it is computed.
+    Memory: only the layer's own errors and embeddings, in their dtype. A tile is converted when it is computed.
 
     Attributes:
         errors: e, ``(n, C)``.
         embeddings: h, ``(n, d)``.
         squares: ``||g_i||^2``, less its rounding, float64 ``(n,)``.
-        unit: The largest entry of e, float64 ``()``; 1 where all are 0.
+        unit: The largest absolute entry of e, float64 ``()``; 1 if all are 0.
     """
 
     errors: torch.Tensor
@@ -63,7 +62,7 @@ class Distances:
 
     @classmethod
     def of(cls, layer: LastLayer) -> Distances:
-        """The distances among the candidates of a last layer."""
+        """Build the distances between the candidates of a last layer."""
         errors, embeddings = layer.errors, layer.embeddings
         largest = torch.maximum(errors.amax(), -errors.amin()).double()
         unit = largest.where(largest > 0, 1.0)
@@ -80,24 +79,24 @@ class Distances:
         return len(self.squares)
 
     def at(self, positions: slice | np.ndarray) -> Distances:
-        """The same of some."""
+        """The factors of a subset of the examples."""
         return Distances(self.errors[positions], self.embeddings[positions], self.squares[positions], self.unit)
 
     def tile(self, positions: slice | np.ndarray) -> Distances:
-        """The same of few, ready for :meth:`to`: in float64."""
+        """The factors of a few examples in float64, ready for :meth:`to`."""
         part = self.at(positions)
         errors = part.errors.double() / self.unit
         return Distances(errors, part.embeddings.double(), part.squares, torch.ones_like(self.unit))
 
     def to(self, others: Distances) -> torch.Tensor:
-        """Distances of a tile to another, ``(n, m)``; it takes three times the memory of its result."""
+        """Distances ``(n, m)`` from this tile to another; peak memory is three times the result."""
         products = (self.errors @ others.errors.T).mul_(-2.0)
         squared = self.squares[:, None] + others.squares
         squared.addcmul_(products, (self.embeddings @ others.embeddings.T).add_(1.0))
         return squared.clamp_(min=0.0).sqrt_()
 
     def matrix(self) -> np.ndarray:
-        """All of them, ``(n, n)``, in main memory; half is computed, the other half mirrored."""
+        """All distances, ``(n, n)``, in main memory; half is computed, the other half mirrored."""
         size = len(self)
         matrix = np.empty((size, size))
         parts = [slice(first, min(first + _TILE, size)) for first in range(0, size, _TILE)]
@@ -113,17 +112,17 @@ class Distances:
         return matrix
 
     def nearest(self, picks: np.ndarray, matrix: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of each example, the distance to its nearest pick and that pick's position in ``picks``.
+        """For each example, find the distance to its nearest pick and the pick's index in ``picks``.
 
-        Of equally near ones the first in ``picks`` counts, where distances that differ by rounding are equal.
-        Time: ``n k (C + d)``, with the matrix ``n k``. Memory: a few MB, or ``4 k`` numbers for each of 128 rows.
+        Ties go to the first in ``picks``; distances that differ only by rounding are ties. Time: ``n k (C + d)``, or
+        ``n k`` with the matrix. Memory: a few MB, or ``4 k`` numbers for each of 128 rows.
 
         Args:
             picks: Positions ``(k,)``.
-            matrix: All distances, where they are known.
+            matrix: All distances, if already computed.
 
         Returns:
-            float64 ``(n,)`` and int64 ``(n,)``.
+            Distances, float64 ``(n,)``, and indices into ``picks``, int64 ``(n,)``.
         """
         chosen = self.tile(picks)
         near, owner = np.empty(len(self)), np.empty(len(self), dtype=np.int64)
@@ -138,31 +137,31 @@ class Distances:
             near[part] = least.cpu().numpy()
             noise = _ROUNDING * (self.squares[part, None] + chosen.squares)
             tied = found.square_() <= noise.add_(least.square()[:, None])
-            owner[part] = tied.cpu().numpy().argmax(axis=1)  # numpy promises the first
+            owner[part] = tied.cpu().numpy().argmax(axis=1)  # numpy's argmax returns the first match
         return near, owner
 
 
 def lazy_greedy(
     bounds: np.ndarray, gain: Callable[[int], float], take: Callable[[int], None], budget: int, nothing: float
 ) -> list[int]:
-    """Lazy greedy (Minoux, 1978): gains only fall, so a gain that tops all older ones is the largest.
+    """Lazy greedy (Minoux, 1978): gains only decrease, so a fresh gain above all stale ones is the largest.
 
-    Gains that differ by 1e-9 relative count as equal; of equal ones the lower position wins.
+    Gains within 1e-9 relative count as equal; ties go to the lower position.
 
     Args:
-        bounds: Gains ``(n,)`` before the first pick, or bounds from above; -inf for what is taken.
-        gain: The present gain of a position.
-        take: Called for each pick with a gain.
-        budget: How many to pick.
-        nothing: Gains up to this are none: the choice ends there.
+        bounds: Gains ``(n,)`` before the first pick, or upper bounds; -inf for positions already picked.
+        gain: Returns the current gain of a position.
+        take: Called with each pick that has a gain.
+        budget: Number of picks.
+        nothing: Gains up to this value count as zero; selection stops there.
 
     Returns:
-        Positions in the order of the picks.
+        Positions in selection order.
     """
     free = np.flatnonzero(bounds > -np.inf)
     heap = list(zip((-bounds[free]).tolist(), free.tolist(), strict=True))
     heapq.heapify(heap)
-    fresh = np.full(len(bounds), -1).tolist()  # the number of picks when a position's gain was computed
+    fresh = np.full(len(bounds), -1).tolist()  # the number of picks at which a position's gain was last computed
     picks: list[int] = []
     while heap and len(picks) < budget:
         value, position = heap[0]
@@ -183,7 +182,7 @@ def lazy_greedy(
 
 
 def _lowest_of_equals(heap: list[tuple[float, int]], value: float) -> tuple[float, int]:
-    """Take from the heap the entry of lowest position among those whose gain or bound equals the top one."""
+    """Pop the entry with the lowest position among those whose gain or bound ties with the top one."""
     equals = [heapq.heappop(heap)]
     while heap and heap[0][0] <= value * (1.0 - _TIE):
         equals.append(heapq.heappop(heap))
@@ -195,18 +194,18 @@ def _lowest_of_equals(heap: list[tuple[float, int]], value: float) -> tuple[floa
 
 
 def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
-    """The exact greedy picks on a dense matrix of distances.
+    """Run exact greedy selection on a dense distance matrix.
 
-    The gain of x is ``sum_i near_i - sum_i min(near_i, d_ix)``, two passes over a row. When no gain is left,
-    the budget is filled by position. Time: n^2, and n for each gain that is evaluated again (for a tenth of the
-    examples, one to five times n gains on random and on clustered gradients).
+    The gain of x is ``sum_i near_i - sum_i min(near_i, d_ix)``, two passes over a row. When no gain is left, the
+    budget is filled with the examples farthest from the picks. Time: n^2, plus n per re-evaluated gain (when picking
+    a tenth of the examples, one to five times n gains on random and on clustered gradients).
 
     Args:
-        matrix: ``(n, n)``, symmetric with zeros on the diagonal, of C order.
+        matrix: ``(n, n)``, symmetric with a zero diagonal, C-contiguous.
         budget: k, at most n.
 
     Returns:
-        Positions ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in selection order.
     """
     sums = matrix.sum(axis=1)
     first = int((sums <= sums.min() * (1.0 + _TIE)).argmax())
@@ -233,7 +232,7 @@ def greedy_on_matrix(matrix: np.ndarray, budget: int) -> np.ndarray:
 
 
 def filled(picks: np.ndarray, near: np.ndarray, budget: int) -> np.ndarray:
-    """The picks and, up to the budget, the examples farthest from them (of equal ones the lower position)."""
+    """Fill the picks up to the budget with the examples farthest from them (ties go to the lower position)."""
     far = near.copy()
     far[picks] = -np.inf
     return np.concatenate([picks, np.argsort(-far, kind="stable")[: budget - len(picks)]])
@@ -241,16 +240,16 @@ def filled(picks: np.ndarray, near: np.ndarray, budget: int) -> np.ndarray:
 
 log = logging.getLogger(__name__)
 
-_SAMPLE = 5_000  # of a large group: its matrix takes 200 MB
+_SAMPLE = 5_000  # maximum sample size for a large group; its matrix takes 200 MB
 _LEAST_SAMPLE = 1_000
-_PAIRS = 2**25  # at most, of a large group: 256 MiB
+_PAIRS = 2**25  # maximum number of pairs for a large group: 256 MiB
 _LEAST_PAIRS = 2**20
-_PER_LEADER = 16  # examples of a sample for each pick by it
-_PROBES = 256  # candidates by which the number of near pairs is estimated
+_PER_LEADER = 16  # sampled examples per pick from the sample
+_PROBES = 256  # candidates used to estimate the number of near pairs
 
 
 def fits(count: int, memory: int) -> bool:
-    """Whether a group's matrix of float64 distances fits ``memory`` MiB."""
+    """Whether a group's float64 distance matrix fits in ``memory`` MiB."""
     return 8 * count**2 <= memory * 2**20
 
 
@@ -261,14 +260,14 @@ def choose(
     generator: np.random.Generator,
     matrix: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Picks ``(k,)`` of a group, in their order.
+    """Pick ``(k,)`` examples of a group, in selection order.
 
     Args:
-        distances: Of the group.
+        distances: The group's distances.
         budget: k.
-        memory: MiB that pairwise distances may take.
-        generator: Draws the sample, and examples, of a large group.
-        matrix: All distances, where they are known.
+        memory: Memory limit of pairwise distances in MiB.
+        generator: Draws the sample and the examples of a large group.
+        matrix: All distances, if already computed.
     """
     size = len(distances)
     if budget == size:
@@ -287,7 +286,7 @@ def choose(
 def choose_weighted(
     distances: Distances, budget: int, memory: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A group's picks ``(k,)``, ascending, and of each how many examples have it as their nearest pick."""
+    """Return a group's picks ``(k,)``, ascending, and the number of examples nearest to each."""
     size = len(distances)
     matrix = distances.matrix() if budget < size and fits(size, memory) else None
     picks = np.sort(choose(distances, budget, memory, generator, matrix))
@@ -295,36 +294,36 @@ def choose_weighted(
 
 
 def weigh(distances: Distances, picks: np.ndarray, matrix: np.ndarray | None = None) -> np.ndarray:
-    """Of each of the picks, given in ascending order, how many examples have it as their nearest."""
+    """Count, for each pick in ascending order, the examples whose nearest pick it is."""
     return np.bincount(distances.nearest(picks, matrix)[1], minlength=len(picks)).astype(np.float64)
 
 
 def greedy_by_sample(
     distances: Distances, budget: int, sample: np.ndarray, pairs: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Greedy picks for groups whose matrix of distances is too large.
+    """Greedy selection for groups whose distance matrix does not fit in memory.
 
-    The first picks, one for 16 of a sample, are those of the exact greedy on the sample. After them an example i is
-    nearer to few candidates x than to its pick, and only pairs with ``d_ix < near_i`` can ever add to a gain. One
-    pass over all distances keeps those pairs, and the greedy algorithm continues with them, over all
-    candidates: given the first picks it is exact (distances rounded to float32).
+    The first picks, one per 16 sampled examples, come from exact greedy on the sample. After them, only few
+    candidates x are nearer to an example i than its pick, and only pairs with ``d_ix < near_i`` can contribute to a
+    gain. One pass over all distances collects those pairs, and greedy selection continues on them, over all
+    candidates. Given the first picks, it is exact (with distances rounded to float32).
 
-    Where the pairs are still too many (a crowd of small gradients is a crowd of near pairs), examples are drawn at
-    random, with a probability p in proportion to ``near_i`` over the number of i's pairs, and their savings weigh
-    ``1 / p``: estimates of the gains without bias. After up to eight times as many picks, examples are drawn again.
+    If there are still too many pairs (many small gradients make many near pairs), examples are sampled with a
+    probability p proportional to ``near_i`` over the number of i's pairs, and their savings are weighted by
+    ``1 / p``. The estimated gains are unbiased. Examples are resampled after at most eight times as many picks.
 
-    Time: ``n^2 (C + d)`` for each pass. Memory beside the factors: half of them for drawn examples, 8 bytes a pair,
-    the sample's matrix, 128 rows of n distances.
+    Time: ``n^2 (C + d)`` per pass. Memory in addition to the factors: up to half of them for the sampled examples, 8
+    bytes per pair, the sample's matrix, and 128 rows of n distances.
 
     Args:
-        distances: Of the group, n.
+        distances: The distances of a group of n.
         budget: k, at most n.
         sample: Positions ``(m,)``, ascending.
-        pairs: About how many pairs may be kept.
-        generator: Draws the examples.
+        pairs: Approximate maximum number of pairs.
+        generator: Samples the examples.
 
     Returns:
-        Positions ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in selection order.
     """
     leaders = min(budget, max(1, len(sample) // _PER_LEADER))
     picks = sample[greedy_on_matrix(distances.at(sample).matrix(), leaders)]
@@ -335,7 +334,7 @@ def greedy_by_sample(
         drawn = np.flatnonzero(generator.random(len(shares)) < shares)
         complete = len(drawn) == len(distances)
         goal = budget if complete else min(budget, max(2 * len(picks), min(8 * len(picks), len(drawn) // 4)))
-        log.info("craig: picks from %d to %d of %d on %d examples", len(picks), goal, budget, len(drawn))
+        log.info("craig: picks %d to %d of %d, using %d examples", len(picks), goal, budget, len(drawn))
         found = _greedy_on_pairs(distances, drawn, near, shares, picks, goal - len(picks))
         if len(found):
             np.minimum(near, distances.nearest(found)[0], out=near)
@@ -346,7 +345,7 @@ def greedy_by_sample(
 
 
 def _near_candidates(distances: Distances, probes: Distances, near: np.ndarray) -> np.ndarray:
-    """About how many candidates x have ``d_ix < near_i``, for each i; half a probe more, so never 0."""
+    """Estimate, for each i, how many candidates x have ``d_ix < near_i``; half a probe is added to avoid 0."""
     limits = torch.from_numpy(near).to(distances.squares.device)
     counts = np.empty(len(near))
     for first in range(0, len(near), WIDTH):
@@ -356,14 +355,14 @@ def _near_candidates(distances: Distances, probes: Distances, near: np.ndarray) 
 
 
 def _shares(near: np.ndarray, counts: np.ndarray, pairs: int) -> np.ndarray:
-    """Probabilities ``min(1, c near_i / counts_i)`` of examples that keep the expected number of pairs; 1 if all fit.
+    """Sampling probabilities ``min(1, c near_i / counts_i)`` that keep the expected number of pairs; 1 if all fit.
 
-    The half probe is left out where only the total matters.
+    The check that all pairs fit leaves out the extra half probe.
     """
     if (counts - counts.min()).sum() <= pairs or not near.any():
         return np.ones(len(near))
     rates = near / counts
-    low, high = -60.0, 60.0  # of log c, in units of the largest rate
+    low, high = -60.0, 60.0  # bounds of log c, in units of the largest rate
     rates /= rates.max()
     for _ in range(60):
         middle = (low + high) / 2.0
@@ -380,9 +379,9 @@ def _greedy_on_pairs(
     taken: np.ndarray,
     budget: int,
 ) -> np.ndarray:
-    """The greedy after the picks ``taken``, for the examples ``drawn`` by their ``shares``.
+    """Continue greedy selection after the picks ``taken``, on examples ``drawn`` with probabilities ``shares``.
 
-    Where most are drawn, the others stay with savings of none, which saves a copy of the factors.
+    If most examples are drawn, the others stay with zero savings, which avoids a copy of the factors.
     """
     if 2 * len(drawn) > len(distances):
         inside = np.bincount(drawn, minlength=len(distances)) > 0
@@ -391,7 +390,7 @@ def _greedy_on_pairs(
     else:
         examples, near, weights = distances.at(drawn), near[drawn], 1.0 / shares[drawn]
     limits = torch.from_numpy(near.copy()).to(distances.squares.device)
-    block = limits.new_empty(ROWS, len(examples))  # one for all: large ones between small lists would fragment memory
+    block = limits.new_empty(ROWS, len(examples))  # reused: many large blocks would fragment memory
     lists: list[tuple[np.ndarray, np.ndarray]] = []
     for first in range(0, len(distances), ROWS):
         lists += _lists(distances.tile(slice(first, first + ROWS)), examples, limits, block)
@@ -413,7 +412,7 @@ def _greedy_on_pairs(
 def _lists(
     candidates: Distances, examples: Distances, limits: torch.Tensor, block: torch.Tensor
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each candidate, the examples it is nearer to than their limits, and how near; ``block`` is written over."""
+    """For each candidate, list the examples within their limits and the distances; overwrites ``block``."""
     block = block[: len(candidates)]
     for first in range(0, len(examples), WIDTH):
         part = slice(first, first + WIDTH)
@@ -425,25 +424,26 @@ def _lists(
 
 
 def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GreedyOptions) -> Selection:
-    """CRAIG (Mirzasoleiman et al., ICML 2020, algorithm 1 with facility location, eq. 14), once after pre-training.
+    """CRAIG (Mirzasoleiman et al., ICML 2020, algorithm 1 with facility location, eq. 14), run after pre-training.
 
-    Each group greedily maximizes ``sum_i max_{j in S} s_ij`` with ``s_ij = max d - d_ij + 1e-3``; then every example
-    is assigned to its most similar pick (ties to the lower index), and a pick's weight is the number assigned. A pick
-    is nearest to itself, so its weight is at least 1 unless it duplicates the gradient of a lower pick: then it is 0.
-    The weights of a group sum to its size, and are scaled to mean 1 over all picks at the end.
+    Each group greedily maximizes ``sum_i max_{j in S} s_ij`` with ``s_ij = max d - d_ij + 1e-3``. Then every example
+    is assigned to its most similar pick (ties go to the lower index), and a pick's weight is the number of examples
+    assigned to it. A pick is nearest to itself, so its weight is at least 1, unless it duplicates the gradient of a
+    lower pick; then its weight is 0. The weights of a group sum to its size. At the end, all weights are scaled to
+    mean 1.
 
-    Groups whose matrix of distances (float64, ``8 n^2`` bytes) fits ``selection_memory`` are chosen from by the exact
-    lazy greedy, one matrix at a time. Larger ones get their first picks by the exact greedy on a random sample, and
-    the others by the greedy on all examples (see :func:`greedy_by_sample`).
-    Memory then: the group's errors in the logits' type, up to half of the group's factors, and up to 0.8 GB.
+    If a group's distance matrix (float64, ``8 n^2`` bytes) fits in ``selection_memory``, exact lazy greedy is used,
+    one matrix at a time. A larger group gets its first picks from exact greedy on a random sample, and the others
+    from greedy over all examples (see :func:`greedy_by_sample`). It then uses memory for the group's errors in the
+    logits' dtype, up to half of the group's factors, and up to 0.8 GB.
 
-    Subsampled, the random parts of a group are chosen from on their own (see :func:`random_parts`): facility location
-    is a sum over the examples. (Random candidates for each pick would save nothing: the distances cost more than the
-    gains, and ``n ln(1 / epsilon)`` gains need all of them.)
+    With subsampling, each random part of a group is selected from independently (see :func:`random_parts`): facility
+    location is a sum over examples. Random candidates for each pick would not save time: the distances cost more than
+    the gains, and ``n ln(1 / epsilon)`` gains need all of them.
 
     Args:
         inputs: One layer with ``embeddings``.
-        groups: The groups.
+        groups: The groups of candidates.
         options: ``selection_memory`` in MiB, and ``selection_subsample``.
     """
     generator, epsilon = rng.numpy_generator(inputs.seed, 0, "craig"), options.epsilon(groups)
@@ -451,9 +451,9 @@ def craig(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Gr
         groups = random_parts(groups, epsilon, rng.numpy_generator(inputs.seed, 0, "craig parts"))
     large = [group for group in groups if not fits(len(group.positions), options.selection_memory)]
     if len(large) < len(groups):
-        log.info("craig: exact lazy greedy in %d groups", len(groups) - len(large))
+        log.info("craig: using exact lazy greedy in %d groups", len(groups) - len(large))
     if large:
-        log.info("craig: greedy from a sample's picks in %d groups that exceed --selection_memory", len(large))
+        log.info("craig: using sampled greedy in %d groups that exceed --selection_memory", len(large))
     layer = inputs.layers[0]
     chosen, weights = [], []
     for group in groups:
@@ -470,8 +470,8 @@ METHODS = (
         craig,
         Needs(embeddings=True),
         paper="Mirzasoleiman et al. 2020",
-        equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = how "
-        "many are nearest to j (algorithm 1)",
+        equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = number of "
+        "examples nearest to j (algorithm 1)",
         cost="n^2 (C + d); subsampled: n (C + d)",
         weighted=True,
         options=GreedyOptions,

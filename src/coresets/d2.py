@@ -1,4 +1,4 @@
-"""D2: difficult and diverse examples by messages over a graph of neighbors (Maharana et al., ICLR 2024)."""
+"""D2: select difficult and diverse examples by message passing on a neighbor graph (Maharana et al., ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from src.coresets.inputs import CandidateGroup, MemoryOptions, Method, Needs, Se
 from src.lazy import torch
 
 _FORWARD_DECAY = 1.0  # gamma_f
-_ROWS = 256  # of distances at once, at most: more is not faster
-_NOISE = 1e-12  # of the largest squared norm: squared distances closer than that are ties
+_ROWS = 256  # maximum rows of distances computed at once; more is not faster
+_NOISE = 1e-12  # relative to the largest squared norm; squared distances closer than this are ties
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class D2Options(MemoryOptions):
     """Options of D2.
 
     Attributes:
-        d2_neighbors: k of the graph.
-        d2_gamma: Decay of reverse messages.
+        d2_neighbors: Number of neighbors k in the graph.
+        d2_gamma: Decay gamma_r of the reverse messages.
     """
 
-    d2_neighbors: int = option(5, "d2: neighbors in its graph", number(int, 0))
-    d2_gamma: float = option(1.0, "d2: decay of its reverse messages", number(float, 0))
+    d2_neighbors: int = option(5, "d2: nearest neighbors in the graph", number(int, 0))
+    d2_gamma: float = option(1.0, "d2: decay of the reverse messages", number(float, 0))
 
 
 @dataclass(frozen=True)
 class Graph:
-    """An undirected graph over m examples, each edge in both directions, sorted by start, then end.
+    """An undirected graph over m examples; each edge appears in both directions, sorted by start, then end.
 
     Attributes:
-        starts: ``(m + 1,)``: the edges of example i are ``starts[i]`` to ``starts[i + 1]``.
+        starts: ``(m + 1,)``: the edges of example i have indices ``starts[i]`` to ``starts[i + 1]``.
         ends: int64 ``(e,)``.
         squares: Squared distances ``(e,)``, scaled to mean 1.
     """
@@ -47,23 +47,23 @@ class Graph:
 
 
 def nearest_neighbors(embeddings: torch.Tensor, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest others of each example, of equally near ones those of the lowest index.
+    """Find the k nearest neighbors of each example; ties go to the lower index.
 
-    Exhaustive, in float64, in blocks of rows. Distances that differ by no more than rounding count as equal.
+    The search is exhaustive, in float64, in blocks of rows. Distances that differ only by rounding count as equal.
 
     Args:
         embeddings: ``(m, d)``.
         k: From 1 to m - 1.
-        memory: MiB that a block may take (one row is the least).
+        memory: Memory limit of a block in MiB (a block has at least one row).
 
     Returns:
-        Their positions, int64 ``(m, k)``, ascending, and their squared distances, float64 ``(m, k)``.
+        The neighbors' positions, int64 ``(m, k)``, ascending, and their squared distances, float64 ``(m, k)``.
     """
     points = embeddings.double()
     points = points - points.mean(dim=0)  # less cancellation in |a|^2 + |b|^2 - 2ab
     norms = torch.einsum("md,md->m", points, points)
     step = norms.max() * _NOISE
-    row = 8 * (3 * len(points) + 2 * k * points.shape[1])  # bytes: distances and differences with temporaries
+    row = 8 * (3 * len(points) + 2 * k * points.shape[1])  # bytes: distances, differences and temporaries
     rows = int(np.clip(memory * 2**20 // row, 1, _ROWS))
     positions, squares = [], []
     for first in range(0, len(points), rows):
@@ -82,7 +82,7 @@ def nearest_neighbors(embeddings: torch.Tensor, k: int, memory: int) -> tuple[np
 
 
 def _lowest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Columns of the k lowest values of each row ``(b, m)``, ascending; of ties the first columns (k < m)."""
+    """Columns of the k lowest values in each row of ``(b, m)``, ascending; ties go to the first columns (k < m)."""
     bound, beyond = values.topk(k + 1, dim=1, largest=False, sorted=True).values[:, k - 1 :].split(1, dim=1)
     chosen = values <= bound
     crowded = (bound == beyond).nonzero()[:, 0]
@@ -95,12 +95,12 @@ def _lowest(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def neighbor_graph(embeddings: torch.Tensor, k: int, memory: int) -> Graph:
-    """The graph that joins two examples where either is among the other's k nearest.
+    """Build the graph that joins two examples if either is among the other's k nearest neighbors.
 
     Args:
         embeddings: ``(m, d)``.
-        k: Neighbors; all others where there are fewer.
-        memory: MiB of a block of distances.
+        k: Number of neighbors; capped at m - 1.
+        memory: Memory limit of a block of distances in MiB.
     """
     size = len(embeddings)
     k = min(k, size - 1)
@@ -126,18 +126,18 @@ def forward_messages(difficulty: np.ndarray, graph: Graph) -> np.ndarray:
 
 
 def greedy_picks(values: np.ndarray, graph: Graph, gamma: float, budget: int) -> np.ndarray:
-    """Takes the highest value ``budget`` times; each pick u sends ``-exp(-gamma d_uv^2) x_u`` to its neighbors v.
+    """Take the highest value ``budget`` times; each pick u sends ``-exp(-gamma d_uv^2) x_u`` to its neighbors v.
 
-    A heap holds a new entry for each change of a value; entries that no longer tell the value are passed over.
+    The heap gets a new entry whenever a value changes; outdated entries are skipped.
 
     Args:
         values: x, ``(m,)``.
-        graph: The graph.
+        graph: The neighbor graph.
         gamma: gamma_r.
         budget: From 1 to m.
 
     Returns:
-        Positions in the order of choice; of equal values the lower position comes first.
+        Positions in selection order; ties go to the lower position.
     """
     x, starts, ends = values.tolist(), graph.starts.tolist(), graph.ends.tolist()
     weights = np.exp(-gamma * graph.squares).tolist()
@@ -159,7 +159,7 @@ def greedy_picks(values: np.ndarray, graph: Graph, gamma: float, budget: int) ->
 
 
 def scaled_difficulty(scores: np.ndarray) -> np.ndarray:
-    """Scores moved and scaled to [0, 1]; 1 where all are equal."""
+    """Scale scores linearly to [0, 1]; return ones if all scores are equal."""
     width = np.ptp(scores)
     return (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
 
@@ -167,23 +167,23 @@ def scaled_difficulty(scores: np.ndarray) -> np.ndarray:
 def d2(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: D2Options) -> Selection:
     """D2 pruning (Maharana et al., ICLR 2024): message passing for diversity and difficulty.
 
-    From the paper: examples are nodes of an undirected graph of k nearest neighbors in embedding space, with
-    difficulty as feature x; a forward pass adds to each node its neighbors' features times
-    ``exp(-gamma_f d^2)`` (gamma_f = 1); then the highest node is taken again and again, and takes
-    ``exp(-gamma_r d^2)`` times its feature from its neighbors' (gamma_r = ``d2_gamma``).
+    From the paper: examples are nodes of an undirected k-nearest-neighbor graph in embedding space, with difficulty
+    as the node feature x. A forward pass adds to each node its neighbors' features times ``exp(-gamma_f d^2)``
+    (gamma_f = 1). Then the node with the highest feature is picked repeatedly, and each pick subtracts
+    ``exp(-gamma_r d^2)`` times its feature from its neighbors' features (gamma_r = ``d2_gamma``).
 
-    Our reading: the difficulty is the negated AUM, moved and scaled to [0, 1] in each group (messages add up only
-    if they are not negative); two examples are joined where either is among the other's k nearest; squared
-    distances are divided by their mean over the group's edges, so that the embeddings' scale does not matter; all
-    groups are chosen apart, with the graph of their own members. A feature may fall below 0 by the subtractions;
-    then it is sent unchanged, as in the paper's formula. ``d2_neighbors`` 0 leaves the highest difficulty.
+    Our interpretation: the difficulty is the negated AUM, scaled to [0, 1] in each group (messages only accumulate if
+    features are nonnegative). Two examples are joined if either is among the other's k nearest. Squared distances are
+    divided by their mean over the group's edges, which removes the scale of the embeddings. Each group is selected
+    from independently, with a graph of its own members. Subtractions can make a feature negative; it is then sent
+    unchanged, as in the paper's formula. With ``d2_neighbors`` 0, D2 keeps the most difficult examples.
 
     Memory: the group's embeddings in float64, and blocks of at most 256 rows of distances, within
     ``selection_memory``. Time: the distances of all pairs, then O((m + e) log(m + e)) for e edges.
 
     Args:
         inputs: ``scores`` ``(n,)``, the negated AUM, HIGH is hard; one layer with ``embeddings`` ``(n, d)``.
-        groups: The groups.
+        groups: The groups of candidates.
         options: Neighbors, decay and memory.
 
     Raises:
@@ -206,7 +206,7 @@ METHODS = (
         d2,
         Needs(reduced="aum", embeddings=True),
         paper="Maharana et al. 2024",
-        equation="highest x_u + sum_v exp(-d_uv^2) x_v; each pick u takes exp(-gamma d_uv^2) x_u from its "
+        equation="highest x_u + sum_v exp(-d_uv^2) x_v; each pick u subtracts exp(-gamma d_uv^2) x_u from its "
         "neighbors v",
         cost="n^2 d + k n log n",
         options=D2Options,

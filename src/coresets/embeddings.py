@@ -1,8 +1,7 @@
-"""Methods that look at embeddings alone: herding, k-center, and Moderate.
+"""Methods that use only embeddings: herding, k-center, and Moderate.
 
-Herding follows the mean of all (Welling, ICML 2009); k-center leaves no example far from a chosen one (Sener and
-Savarese, ICLR 2018); Moderate takes those neither near to nor far from the center of their class (Xia et al., ICLR
-2023).
+Herding matches the mean of all examples (Welling, ICML 2009). k-center leaves no example far from a pick (Sener and
+Savarese, ICLR 2018). Moderate keeps examples at a medium distance from their class center (Xia et al., ICLR 2023).
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from src.coresets.inputs import (
 )
 from src.lazy import torch
 
-_NOISE = 1e-12  # relative: criteria and distances closer than that are ties
-_AHEAD = 64  # points whose products with all k-center computes at once
-_TINY = 1e-30  # of the largest square: above what float32 loses below its smallest number
+_NOISE = 1e-12  # relative: criteria and distances closer than this are ties
+_AHEAD = 64  # points whose products with all others k-center computes at once
+_TINY = 1e-30  # relative to the largest square; covers what float32 loses to underflow
 
 
 def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
-    """Pick, again and again, the example that brings the mean of the picks nearest to the mean of all.
+    """Repeatedly pick the example that brings the mean of the picks nearest to the mean of all examples.
 
     With centered ``c_i = h_i - mu`` and their sum A over the picks,
     ``(|S| + 1)^2 ||mu - mean of S and i||^2 = ||A||^2 + 2 <A, c_i> + ||c_i||^2``, so a pick costs ``n d``. Criteria
-    that differ by no more than rounding count as equal; of equal ones the lower index wins.
+    that differ only by rounding count as equal; ties go to the lower index.
 
     Memory: the embeddings in float64, centered.
 
@@ -43,7 +42,7 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
         budget: k, at most n.
 
     Returns:
-        Positions ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in selection order.
     """
     points = embeddings.double()
     mean = points.mean(dim=0)
@@ -57,7 +56,7 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
         criteria = squares + 2.0 * (points @ total).cpu().numpy()
         best = criteria.argmin()
         noise = _NOISE * lengths[best] * (lengths[best] + 2.0 * float(torch.linalg.vector_norm(total)) + size)
-        position = picks[step] = (criteria <= criteria[best] + noise).argmax()  # numpy promises the first
+        position = picks[step] = (criteria <= criteria[best] + noise).argmax()  # argmax returns the first match
         total += points[position]
         squares[position] = np.inf
     return picks
@@ -66,62 +65,62 @@ def follow_mean(embeddings: torch.Tensor, budget: int) -> np.ndarray:
 def herding(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
     """Herding on embeddings, in the form of Rebuffi et al. (CVPR 2017, algorithm 4).
 
-    Of the two forms in use, this one takes the example that brings the mean of the picks nearest to the group's
-    mean mu. Welling's takes ``argmax_i <w, h_i>`` with ``w += mu - h_i`` after each pick; they agree where all
-    embeddings have one norm (Chen et al., 2010), else Welling's prefers long ones. No example is taken twice.
+    Of the two common forms, this one picks the example that brings the mean of the picks nearest to the group's
+    mean mu. Welling's form picks ``argmax_i <w, h_i>`` and updates ``w += mu - h_i``. The two agree if all embeddings
+    have the same norm (Chen et al., 2010); otherwise Welling's favors long ones. No example is picked twice.
 
     Memory: the group's embeddings in float64.
 
     Args:
         inputs: One layer with ``embeddings`` ``(n, d)``.
-        groups: The groups.
-        options: None is read.
+        groups: The groups of candidates.
+        options: Unused.
     """
     layer = inputs.layers[0]
     return Selection.of([g.positions[follow_mean(layer.at(g.positions).embeddings, g.budget)] for g in groups])
 
 
 def _distances(points: torch.Tensor, point: torch.Tensor) -> np.ndarray:
-    """``||h_i - x||``, ``(n,)``, by differences: exactly 0 for duplicates, and without an ``(n, d)`` temporary."""
+    """``||h_i - x||``, ``(n,)``, from differences: exactly 0 for duplicates, and no ``(n, d)`` temporary."""
     return torch.cdist(points, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0].cpu().numpy()
 
 
 def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
-    """Farthest-first traversal: each pick is the example farthest from those picked before.
+    """Farthest-first traversal: each pick is the example farthest from all earlier picks.
 
-    The first is the one nearest to the mean. Distances to the nearest pick are kept, so a pick costs ``n d``.
-    Distances that differ by no more than rounding count as equal; of equal ones the lower index wins. When all
-    distinct points are taken, duplicates (at distance 0) follow by index.
+    The first pick is the example nearest to the mean. Distances to the nearest pick are stored, so a pick costs
+    ``n d``. Distances that differ only by rounding count as equal; ties go to the lower index. Once all distinct
+    points are picked, duplicates (at distance 0) follow by index.
 
-    The ``n d`` are products in float32 with the 64 farthest points at once, since the next picks are mostly among
-    them. By a bound on rounding, the products tell which examples a pick may be nearest to; only their distances are
-    computed by differences, in float64. So the picks are those of differences alone.
+    The ``n d`` term is a float32 product with the 64 farthest points at once, because the next picks are mostly among
+    them. A rounding bound on the products tells which examples a pick may be nearest to; only their distances are
+    computed from differences, in float64. The picks are therefore identical to those from differences alone.
 
-    Memory: the embeddings in float64, once more while they are centered, in float32, and ``64 n`` numbers.
+    Memory: the embeddings in float64, a second copy during centering, a float32 copy, and ``64 n`` numbers.
 
     Args:
         embeddings: ``(n, d)``.
         budget: k, at most n.
 
     Returns:
-        Positions ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in selection order.
     """
     points = embeddings.double()
     mean = points.mean(dim=0)
     distances = _distances(points, mean)
     noise = _NOISE * (float(torch.linalg.vector_norm(mean)) + distances.mean())
-    position = (distances <= distances.min() + noise).argmax()  # numpy promises the first
+    position = (distances <= distances.min() + noise).argmax()  # argmax returns the first match
     centered = points - mean
-    unit = float(centered.abs().max()) or 1.0  # in which no square overflows, and few underflow
+    unit = float(centered.abs().max()) or 1.0  # in this unit no square overflows, and few underflow
     centered = centered.div_(unit)
     if centered.device.type == "cpu":
         centered = centered.float()
     lengths = distances / unit
     squares = np.square(lengths)
-    # what float32 may get wrong in 2 <x, y>, over ||y||: d additions and products, x and y themselves, with a reserve
+    # bound on the float32 error of 2 <x, y>, over ||y||: d additions and products, rounding of x and y, and a margin
     errors = 4.0 * (len(mean) + 8) * 2.0**-24 * lengths
     nearest = np.full(len(points), np.inf)  # distance to the nearest pick; -inf for picks
-    reach = nearest.copy()  # its square in units; 0 for picks
+    reach = nearest.copy()  # squared distance to the nearest pick, in `unit`; 0 for picks
     picks = np.empty(budget, dtype=np.int64)
     ahead: dict[int, np.ndarray] = {}
     for step in range(budget):
@@ -131,7 +130,7 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
             rows = torch.tensor(sorted({int(position), *map(int, others)}), device=centered.device)
             products = (centered[rows] @ centered.T).mul_(2.0).cpu().numpy()
             ahead = dict(zip(rows.tolist(), products, strict=True))
-        # above ||x - y||^2 by no more than rounding
+        # a lower bound of ||x - y||^2, up to rounding
         least = squares - ahead[position]
         least -= errors * lengths[position]
         near = np.flatnonzero(least <= reach - (squares[position] - _TINY))
@@ -147,17 +146,17 @@ def farthest_first(embeddings: torch.Tensor, budget: int) -> np.ndarray:
 def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: SubsampleOptions) -> Selection:
     """k-center greedy (Sener and Savarese, ICLR 2018, algorithm 1) on embeddings.
 
-    The radius is at most twice the best one's. The paper starts from labeled examples; here, where there are none,
-    from the example nearest to the group's mean, which no seed changes.
+    The radius is at most twice the optimum. The paper starts from labeled examples. Here there are none, so the first
+    pick is the example nearest to the group's mean, which does not depend on the seed.
 
-    Subsampled, the random parts of a group are chosen from on their own (see :func:`random_parts`). (Random
-    candidates for each pick would save nothing: each needs its distances to all picks.)
+    With subsampling, each random part of a group is selected from independently (see :func:`random_parts`). Random
+    candidates for each pick would not save time: each candidate needs its distances to all picks.
 
     Memory: the group's embeddings in float64.
 
     Args:
         inputs: One layer with ``embeddings`` ``(n, d)``.
-        groups: The groups.
+        groups: The groups of candidates.
         options: ``selection_subsample``.
     """
     if (epsilon := options.epsilon(groups)) is not None:
@@ -167,10 +166,10 @@ def k_center(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options:
 
 
 def center_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray:
-    """``||h_i - mean of h over the examples of label y_i||``, float64 ``(n,)``.
+    """Distances to the class mean: ``||h_i - mean of h over the examples with label y_i||``, float64 ``(n,)``.
 
-    Class by class, so that beside the embeddings only one class is held in float64, and so that no atomic sums make
-    the result depend on the order of a GPU's threads.
+    One class is processed at a time: only that class is copied to float64, and there are no atomic sums whose result
+    would depend on the order of GPU threads.
 
     Args:
         embeddings: h, ``(n, d)``.
@@ -186,27 +185,27 @@ def center_distances(embeddings: torch.Tensor, labels: np.ndarray) -> np.ndarray
 
 
 def nearest_to_median(values: np.ndarray, budget: int) -> np.ndarray:
-    """Positions of the ``budget`` values closest to their median (of an even number: the mean of the middle two).
+    """Positions of the ``budget`` values closest to their median (for an even count, the mean of the middle two).
 
-    Of equally close values the lower position wins.
+    Ties go to the lower position.
     """
     return np.argsort(np.abs(values - np.median(values)), kind="stable")[:budget]
 
 
 def moderate(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """Moderate coreset (Xia et al., ICLR 2023): distances to the class center closest to their median.
+    """Moderate coreset (Xia et al., ICLR 2023): keep distances to the class center that are closest to their median.
 
     From the paper: an example's score is the Euclidean distance of its embedding to the mean embedding of its
-    class; the examples with scores close to the median of the scores are kept.
+    class; the examples with scores close to the median score are kept.
 
-    Our reading: close is by the value ``|d_i - median d|``, not by equal ranks below and above (the two differ where
-    distances are skewed), and the median is the group's. One group of all takes one median for all classes; the
-    centers always are those of all candidates of a label.
+    Our interpretation: closeness is ``|d_i - median d|``, not equal rank ranges below and above the median (the two
+    differ for skewed distances). The median is that of the group, so a single group has one median for all classes.
+    The center of a class is always the mean over all candidates with that label.
 
     Args:
         inputs: One layer with ``embeddings`` ``(n, d)``.
-        groups: The groups.
-        options: None is read.
+        groups: The groups of candidates.
+        options: Unused.
     """
     distances = center_distances(inputs.layers[0].embeddings, np.asarray(inputs.labels))
     return Selection.of([g.positions[nearest_to_median(distances[g.positions], g.budget)] for g in groups])

@@ -1,4 +1,4 @@
-"""GLISTER: the examples whose gradient steps most lower the loss on held-out data (Killamsetty et al., AAAI 2021)."""
+"""GLISTER: examples whose gradient steps most reduce the loss on held-out data (Killamsetty et al., AAAI 2021)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from src.lazy import torch
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT = 0.1  # of each class
-_TIE = 1e-12  # of the largest gain: differences below are rounding, and the index decides
-_LONG = 60.0  # seconds of a group above which the log advises how to shorten it
-_TIMED = 5  # refreshes that the estimate is made from
+_HELD_OUT = 0.1  # fraction of each class
+_TIE = 1e-12  # relative to the largest gain; smaller differences are rounding, and ties go to the lower index
+_LONG = 60.0  # seconds per group above which the log suggests how to speed it up
+_TIMED = 5  # number of refreshes used to estimate the time
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,30 @@ class GlisterOptions(GreedyOptions):
     """Options of GLISTER.
 
     Attributes:
-        glister_eta: Step of the one-step model.
-        glister_refresh: Picks between two refreshes of the validation gradient.
+        glister_eta: Step size eta of the one-step model.
+        glister_refresh: Picks between refreshes of the validation gradient.
     """
 
-    glister_eta: float = option(0.1, "glister: its step", number(float, 0, open_low=True))
-    glister_refresh: int = option(
-        1, "glister: picks between two refreshes of the validation gradient", number(int, 1)
-    )
+    glister_eta: float = option(0.1, "glister: step size", number(float, 0, open_low=True))
+    glister_refresh: int = option(1, "glister: picks between refreshes of the validation gradient", number(int, 1))
 
 
 def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GlisterOptions) -> Selection:
     """GLISTER on last-layer gradients, group by group (Killamsetty et al. 2021, GreedyDSS, algorithm 2).
 
     A seeded tenth of each class is held out as V. To first order, training on x lowers the loss on V by ``<g_x, v>``,
-    v the mean gradient of V where the last layer has taken a step of ``glister_eta`` along the mean gradient of the
-    picks; v is brought up to date every ``glister_refresh`` picks (1 is exact). A class is judged by its own held-out
-    examples, or by all of V where it has none (a single example); where no class has two, the candidates serve as V.
-    Budgets count the full group: once its candidates are used up, its held-out examples follow in the same way.
+    with v the mean gradient of V after the last layer takes a step of ``glister_eta`` along the mean gradient of the
+    picks. v is refreshed every ``glister_refresh`` picks (1 is exact). A class is scored on its own held-out
+    examples, or on all of V if it has none (a class of one example). If no class has two examples, the candidates
+    serve as V. Budgets count the full group: once a group's candidates run out, its held-out examples are picked in
+    the same way.
 
-    A refresh costs (n + 2 |V|) C min(d, |V|) multiplications for a group of n and its |V|, a pick n comparisons.
-    Memory: n (C + d) numbers of 8 bytes, and n |V| where |V| is below d and those fit in ``selection_memory``.
+    A refresh costs (n + 2 |V|) C min(d, |V|) multiplications for a group of n and its |V|; a pick, n comparisons.
+    Memory: n (C + d) numbers of 8 bytes, plus n |V| if |V| is below d and they fit in ``selection_memory``.
 
-    Subsampled, a pick is the best of s random examples (see :class:`Draws`) and costs (s + 1) C |V| after n |V| d for
-    all, or, where n |V| numbers do not fit in ``selection_memory``, (s + 2 |V|) C d. The gains of this first-order
-    greedy are not those of one submodular function, so there is no bound.
+    With subsampling, a pick is the best of s random examples (see :class:`Draws`). It costs (s + 1) C |V| after
+    n |V| d once, or (s + 2 |V|) C d if n |V| numbers do not fit in ``selection_memory``. The gains of this
+    first-order greedy are not those of a single submodular function, so there is no approximation bound.
     """
     epsilon, generator = options.epsilon(groups), rng.numpy_generator(inputs.seed, 0, "glister candidates")
     layer, labels = inputs.layers[0], np.asarray(inputs.labels)
@@ -89,7 +88,7 @@ def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
 
 
 def held_out(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
-    """Which candidates are held out, bool ``(n,)``: a tenth of each class, at least 1 where it has 2 or more."""
+    """Choose which candidates to hold out, bool ``(n,)``: a tenth of each class, at least 1 if it has 2 or more."""
     generator = rng.numpy_generator(seed, 0, "glister hold-out")
     held = np.zeros(len(labels), dtype=bool)
     for label in range(num_classes):
@@ -107,18 +106,18 @@ def greedy(
     options: GlisterOptions,
     draws: Sequence[Draws] | None = None,
 ) -> np.ndarray:
-    """Pick from the pool the largest gain again and again (of equals the first).
+    """Repeatedly pick the largest gain from the pool (ties go to the first).
 
     Args:
         pool: Members of the group, candidates before held-out examples.
-        first: How many of them are candidates; the others are picked only when these are used up.
+        first: Number of candidates in the pool; held-out examples are picked only after these run out.
         judges: V.
-        budget: How many to pick.
-        options: Step, refresh and memory.
-        draws: The random candidates of each pick, before and after the candidates are used up; None for all.
+        budget: Number of picks.
+        options: Step size, refresh interval and memory.
+        draws: Random candidates for each pick, before and after the candidates run out; None for all examples.
 
     Returns:
-        Positions in the pool in the order of the picks, int64 ``(budget,)``.
+        Positions in the pool in selection order, int64 ``(budget,)``.
     """
     validation = Validation(pool, judges, options.glister_eta, options.selection_memory, few=draws is not None)
     picks = np.empty(budget, dtype=np.int64)
@@ -135,8 +134,8 @@ def greedy(
             seconds = (time.perf_counter() - started) * budget / count
             if seconds > _LONG:
                 log.info(
-                    "glister: about %.0f minutes for %d picks; a larger --glister_refresh (picks between two updates "
-                    "of the validation gradient) divides that",
+                    "glister: about %.0f minutes for %d picks; raise --glister_refresh (picks between refreshes of "
+                    "the validation gradient) to divide this time",
                     seconds / 60,
                     budget,
                 )
@@ -157,16 +156,17 @@ def greedy(
 class Validation:
     """The mean gradient v of V after a step along the picks, and the gains of a pool's examples.
 
-    With M the matrix of ``1 + <h_x, h_v>``, ``(n, |V|)``, the logits of V after the step are
-    ``z_v - eta / |S| sum_{s in S} M_sv e_s`` and the gains ``<e_x, sum_v M_xv e_v'> / |V|``. M is kept where |V| is
-    below d and it fits; else both go through the C x d matrices ``sum_s e_s h_s^T`` and ``sum_v e_v' h_v^T``.
+    With M the ``(n, |V|)`` matrix of ``1 + <h_x, h_v>``, the logits of V after the step are
+    ``z_v - eta / |S| sum_{s in S} M_sv e_s``, and the gains are ``<e_x, sum_v M_xv e_v'> / |V|``. M is stored if |V|
+    is below d and M fits in memory; otherwise both use the C x d matrices ``sum_s e_s h_s^T`` and
+    ``sum_v e_v' h_v^T``.
 
     Args:
-        pool: What is picked from.
+        pool: The examples to pick from.
         judges: V.
-        eta: The step.
-        memory: MiB that M may take.
-        few: Whether gains are asked of few at a time: then M is kept where it fits, whatever |V| is.
+        eta: Step size.
+        memory: Memory limit of M in MiB.
+        few: Whether each call computes few gains. If so, M is stored whenever it fits, for any |V|.
     """
 
     def __init__(self, pool: LastLayer, judges: LastLayer, eta: float, memory: int = 2048, few: bool = False) -> None:
@@ -180,7 +180,7 @@ class Validation:
         self.kernel = (self.embeddings @ self.judges.T).add_(1.0) if small else None
 
     def refresh(self, fresh: np.ndarray) -> None:
-        """Count some more picks in."""
+        """Add new picks and recompute v."""
         errors = self.judged(fresh) / len(self.labels)
         if self.kernel is not None:
             self.mean = (errors,)
@@ -188,14 +188,14 @@ class Validation:
             self.mean = gradient_sum(errors, self.judges)  # v itself
 
     def gains(self, among: np.ndarray | None = None) -> torch.Tensor:
-        """``<g_x, v>`` of the full pool, ``(n,)``, or of some positions."""
+        """``<g_x, v>`` for the full pool, ``(n,)``, or for the given positions."""
         rows = slice(None) if among is None else torch.from_numpy(among).to(self.labels.device)
         if self.kernel is not None:
             return (self.kernel[rows] @ self.mean[0]).mul_(self.errors[rows]).sum(dim=1)
         return products_with(*self.mean, self.errors[rows], self.embeddings[rows])
 
     def judged(self, fresh: np.ndarray) -> torch.Tensor:
-        """Count some more picks in, and return V's errors after the step along all of them, ``(|V|, C)``."""
+        """Add new picks and return V's errors after the step along all of them, ``(|V|, C)``."""
         if len(fresh):
             chosen = torch.from_numpy(fresh).to(self.labels.device)
             errors = self.errors[chosen]
@@ -214,9 +214,9 @@ METHODS = (
         glister,
         Needs(embeddings=True),
         paper="Killamsetty et al. 2021 (GLISTER)",
-        equation="greedy in <g_x, v>, v the mean gradient of 10 % held out, after a step eta along the picks "
+        equation="greedy in <g_x, v>, v the mean gradient of a held-out 10 % after a step eta along the picks "
         "(alg. 2)",
-        cost="k/r n C min(d, |V|), r picks between two refreshes; subsampled: n |V| d + (n + k) C |V|",
+        cost="k/r n C min(d, |V|), r picks between refreshes; subsampled: n |V| d + (n + k) C |V|",
         options=GlisterOptions,
     ),
 )

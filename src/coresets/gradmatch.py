@@ -1,10 +1,10 @@
-"""GradMatch: few weighted examples whose gradients add up to the gradient of all (Killamsetty et al., ICML 2021).
+"""GradMatch: a few weighted examples whose gradients sum to the full gradient (Killamsetty et al., ICML 2021).
 
-Orthogonal matching pursuit on last-layer gradients that are never written down. With A the gradients as columns and
-G = A^T A, everything the pursuit needs follows from columns of G and from A^T b: the Cholesky factor L of
-A_S^T A_S + lambda I grows by one row per pick, and with ``Q = A^T A_S L^-T`` that row is a row of Q, the next column
-of Q is ``(G_j - Q l) / pivot``, and the correlations A^T r fall by a multiple of it. A pick costs one column of G and
-one product with Q.
+Orthogonal matching pursuit on last-layer gradients that are never materialized. Let A be the matrix with the
+gradients as columns and G = A^T A. The pursuit needs only columns of G and A^T b. The Cholesky factor L of
+A_S^T A_S + lambda I grows by one row per pick. With ``Q = A^T A_S L^-T``, that row is a row of Q, the next column
+of Q is ``(G_j - Q l) / pivot``, and the correlations A^T r decrease by a multiple of it. A pick costs one column of
+G and one product with Q.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from src.lazy import scipy, torch
 
 log = logging.getLogger(__name__)
 
-_CLOSE = 1e-4  # residual over target at which the pursuit stops
-_TIE = 1e-12  # of the largest correlation at the start: differences below are rounding, and the index decides
-_DEPENDENT = 1e-11  # pivot over squared norm below which a gradient lies in the span of the picks
-_NOTHING = 1e-14  # target over the sum of all norms below which it is rounding
-_SLACK = 1e-10  # of the largest product: slopes down to minus this count as not negative
-_ROUNDS = 100  # of block pivoting; it settles in about ten
+_CLOSE = 1e-4  # ratio of residual to target at which the pursuit stops
+_TIE = 1e-12  # relative to the largest initial correlation; smaller differences are rounding, and the index decides
+_DEPENDENT = 1e-11  # ratio of pivot to squared norm below which a gradient lies in the span of the picks
+_NOTHING = 1e-14  # ratio of the target to the sum of all norms below which the target is rounding noise
+_SLACK = 1e-10  # relative to the largest product; slopes down to minus this count as nonnegative
+_ROUNDS = 100  # limit for block pivoting, which typically takes about ten
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,27 @@ class GradMatchOptions(GreedyOptions):
     """Options of GradMatch.
 
     Attributes:
-        gradmatch_lambda: Ridge.
+        gradmatch_lambda: Ridge penalty lambda.
     """
 
-    gradmatch_lambda: float = option(1.0, "gradmatch: its ridge", number(float, 0))
+    gradmatch_lambda: float = option(1.0, "gradmatch: ridge penalty", number(float, 0))
 
 
 def gradmatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GradMatchOptions) -> Selection:
     """GradMatch with weights, group by group (Killamsetty et al. 2021, algorithms 1 and 2; fill as in CORDS).
 
     The target of a group is the *sum* of its last-layer gradients. The mean would give the same picks and weights
-    that differ by the factor n alone (ridge and non-negative least squares are homogeneous in the target); with the
-    sum, large classes keep their weight against small ones. Picks that the final non-negative solve gives weight 0
-    stay, to fill the budget; what an early stop leaves of it is drawn from the unused examples, with weight 1.
+    that differ only by the factor n (ridge and nonnegative least squares are homogeneous in the target). With the
+    sum, large classes keep their weight relative to small ones. Picks with weight 0 in the final nonnegative solve
+    stay in the selection to fill the budget. If the pursuit stops early, the rest of the budget is drawn from the
+    unused examples, with weight 1.
 
-    Memory: n k + k^2 + n (C + d) numbers of 8 bytes; where the first is more than ``selection_memory``, the residual
-    itself (C (d + 1) numbers) replaces it, and a pick costs n C d + k^2.
+    Memory: n k + k^2 + n (C + d) numbers of 8 bytes. If the first term exceeds ``selection_memory``, it is replaced
+    by the residual itself (C (d + 1) numbers), and a pick costs n C d + k^2.
 
-    Subsampled, each of a group's random parts is matched on its own: the sums of their gradients add up to the
-    group's, and so do their errors at most. (Random candidates for each pick would leave the cost of solving for the
-    weights, k^3; the objective is not submodular, and neither way has a bound.)
+    With subsampling, each random part of a group is matched independently: the parts' gradient sums add up to the
+    group's, and their errors add up at most. Random candidates for each pick would still leave the cost k^3 of
+    solving for the weights. The objective is not submodular, so neither approach has an approximation bound.
     """
     epsilon = options.epsilon(groups)
     if epsilon is not None:
@@ -90,7 +91,7 @@ def gradmatch(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options
         picks.append(group.positions[chosen])
         weights.append(values)
     if filled:
-        log.info("gradmatch: fewer examples match the gradient; %d of the budget are drawn at random", filled)
+        log.info("gradmatch: the gradients match before the budget is spent; drawing %d examples at random", filled)
     return Selection.of(picks, weights).rescaled()
 
 
@@ -99,18 +100,18 @@ def pursue(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Orthogonal matching pursuit for the sum of all gradients.
 
-    Each pick is the unused example of the largest <g_j, r> (of equals the first), r = b - A_S x with
-    ``(A_S^T A_S + lambda I) x = A_S^T b``; it ends at the budget, or where ||r|| < 1e-4 ||b||.
+    Each pick is the unused example with the largest <g_j, r> (ties go to the first), with r = b - A_S x and
+    ``(A_S^T A_S + lambda I) x = A_S^T b``. The pursuit stops at the budget, or when ||r|| < 1e-4 ||b||.
 
     Args:
         errors: float64 ``(n, C)``.
         embeddings: float64 ``(n, d)``.
-        budget: Most picks.
+        budget: Maximum number of picks.
         ridge: lambda.
-        memory: MiB that ``(k, n)`` numbers may take; above, correlations come from the residual itself.
+        memory: Memory limit of ``(k, n)`` numbers in MiB; above it, correlations are computed from the residual.
 
     Returns:
-        The picks in their order, int64 ``(m,)`` with m <= budget, and their weights >= 0, float64 ``(m,)``.
+        Picks in selection order, int64 ``(m,)`` with m <= budget, and their weights >= 0, float64 ``(m,)``.
     """
     stored = 8 * budget * len(errors) <= memory * 2**20
     state = (_Stored if stored else _Recomputed)(errors, embeddings, budget, ridge)
@@ -124,7 +125,7 @@ def pursue(
 
 
 def first_largest(values: torch.Tensor, slack: float = 0.0) -> int:
-    """The first index whose value is within ``slack`` of the largest (``argmax`` promises no order of equals)."""
+    """Return the first index whose value is within ``slack`` of the largest (torch's argmax may return any tie)."""
     if values.device.type == "cpu":
         array = values.numpy()
         return int(np.argmax(array >= array.max() - slack))
@@ -133,13 +134,13 @@ def first_largest(values: torch.Tensor, slack: float = 0.0) -> int:
 
 
 class _Factor:
-    """L with ``L L^T = A_S^T A_S + lambda I`` and ``y = L^-1 A_S^T b``, over the picks that are independent.
+    """L with ``L L^T = A_S^T A_S + lambda I`` and ``y = L^-1 A_S^T b``, over the linearly independent picks.
 
     Attributes:
-        size: How many those are, m.
-        members: Numbers of those picks, in the order of all picks.
-        lower: L in its first m rows and columns, ``(k, k)``; on the host, as each pick needs single numbers of it.
-        image: y in its first m positions, ``(k,)``.
+        size: The number m of independent picks.
+        members: Indices of the independent picks among all picks.
+        lower: L in its first m rows and columns, ``(k, k)``; on the CPU, because each pick needs single entries.
+        image: y in its first m entries, ``(k,)``.
         explained: ||y||^2.
     """
 
@@ -149,13 +150,13 @@ class _Factor:
         self.lower, self.image = np.zeros((budget, budget)), np.zeros(budget)
 
     def append(self, number: int, row: np.ndarray, squared_norm: float, product: float) -> tuple[float, float] | None:
-        """Add a pick, and return its pivot and its entry of y; None where its gradient is in the span of the others.
+        """Add a pick; return its pivot and its entry of y, or None if its gradient is in the span of the others.
 
         Args:
-            number: Its position among all picks.
+            number: Its index among all picks.
             row: ``L^-1 A_S^T g``, ``(m,)``.
             squared_norm: ||g||^2.
-            product: <g, r>, which is ``<g, b> - row^T y``.
+            product: <g, r>, which equals ``<g, b> - row^T y``.
         """
         m, full = self.size, squared_norm + self.ridge
         pivot = full - float(row @ row)
@@ -172,7 +173,7 @@ class _Factor:
         return pivot, entry
 
     def forward(self, columns: np.ndarray) -> np.ndarray:
-        """``L^-1 columns``, of shape ``(m,)`` or ``(m, p)``."""
+        """``L^-1 columns``, with columns of shape ``(m,)`` or ``(m, p)``."""
         lower = self.lower[: self.size, : self.size]
         return scipy.linalg.solve_triangular(lower, columns, lower=True, check_finite=False)
 
@@ -182,10 +183,10 @@ class _Factor:
         return scipy.linalg.solve_triangular(lower, image, lower=True, trans="T", check_finite=False)
 
     def close(self, target: float) -> bool:
-        """Whether the residual is below 1e-4 of the target, whose squared norm is given.
+        """Whether the residual is below 1e-4 of the target, given the target's squared norm.
 
-        ``||r||^2 = ||b||^2 - ||y||^2 - lambda ||x||^2``. As <r, b> = ||b||^2 - ||y||^2 is at most ||r|| ||b||, x is
-        needed only where that product is small.
+        ``||r||^2 = ||b||^2 - ||y||^2 - lambda ||x||^2``. Because <r, b> = ||b||^2 - ||y||^2 is at most ||r|| ||b||,
+        x is needed only if that product is small.
         """
         if target - self.explained >= _CLOSE * target:
             return False
@@ -194,7 +195,7 @@ class _Factor:
 
 
 class _State:
-    """The pursuit after some picks; ``correlations`` ``(n,)`` are A^T r, minus infinity at the picks."""
+    """The state of the pursuit; ``correlations`` ``(n,)`` are A^T r, with -inf at the picks."""
 
     def __init__(self, errors: torch.Tensor, embeddings: torch.Tensor, budget: int, ridge: float) -> None:
         self.errors, self.embeddings = errors, embeddings
@@ -206,7 +207,7 @@ class _State:
         self.picks: list[int] = []
 
     def add(self, pick: int, row: np.ndarray) -> tuple[float, float] | None:
-        """Bring a pick into the factor."""
+        """Add a pick to the factor."""
         product = float(self.correlations[pick])
         self.correlations[pick] = -math.inf
         self.picks.append(pick)
@@ -214,7 +215,7 @@ class _State:
 
 
 class _Stored(_State):
-    """With the columns of Q kept: a pick costs a column of G and a product with Q, n (C + d + k)."""
+    """Stores the columns of Q: a pick costs a column of G and a product with Q, n (C + d + k)."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -223,20 +224,20 @@ class _Stored(_State):
     def take(self, pick: int) -> None:
         """Add a pick and update the correlations."""
         m = self.factor.size
-        row = self.columns[:m, pick].clone()  # of Q: L^-1 A_S^T g without a solve
+        row = self.columns[:m, pick].clone()  # a row of Q: L^-1 A_S^T g without a solve
         added = self.add(pick, row.cpu().numpy())
         if added is None:
             return
         pivot, entry = added
         column = torch.mv(self.errors, self.errors[pick])
-        column.addcmul_(column.clone(), torch.mv(self.embeddings, self.embeddings[pick]))  # of G
+        column.addcmul_(column.clone(), torch.mv(self.embeddings, self.embeddings[pick]))  # a column of G
         new = self.columns[m]
         torch.addmv(column, self.columns[:m].T, row, beta=1 / pivot, alpha=-1 / pivot, out=new)
         self.correlations.sub_(new, alpha=entry)
 
 
 class _Recomputed(_State):
-    """With the residual itself, C (d + 1) numbers: nothing of size n k is kept, a pick costs (n + k) C d + k^2."""
+    """Stores the residual, C (d + 1) numbers, and nothing of size n k: a pick costs (n + k) C d + k^2."""
 
     def take(self, pick: int) -> None:
         """Add a pick and update the correlations."""
@@ -255,11 +256,11 @@ class _Recomputed(_State):
 
 
 def _nonnegative_weights(state: _State) -> np.ndarray:
-    """The minimizer of ||A_S w - b||^2 + lambda ||w||^2 over w >= 0, ``(m,)`` in the order of the picks.
+    """The minimizer of ||A_S w - b||^2 + lambda ||w||^2 over w >= 0, ``(m,)`` in selection order.
 
-    Where the last x of the pursuit has no negative entry, it is the minimizer. Else block pivoting starts from its
-    positive entries, most of which stay; the general solver on L^T w = y, the same problem, steps in where pivoting
-    does not settle, or where picks are dependent (no ridge, more picks than dimensions).
+    If the pursuit's last x has no negative entry, it is the minimizer. Otherwise, block pivoting starts from its
+    positive entries, most of which stay positive. The general solver, applied to the equivalent problem L^T w = y, is
+    the fallback if pivoting does not converge, or if picks are dependent (no ridge, more picks than dimensions).
     """
     factor, count = state.factor, len(state.picks)
     weights = np.zeros(count)
@@ -273,25 +274,25 @@ def _nonnegative_weights(state: _State) -> np.ndarray:
         found = pivoted(ridged, factor.lower[:count, :count] @ factor.image[:count], weights > 0)
         if found is not None:
             return found
-    columns = factor.forward(gram[factor.members])  # a dependent gradient in the coordinates of the others
+    columns = factor.forward(gram[factor.members])  # dependent gradients in the basis of the independent ones
     columns[:, factor.members] = factor.lower[: factor.size, : factor.size].T
     return scipy.optimize.nnls(columns, factor.image[: factor.size], maxiter=30 * count)[0]
 
 
 def pivoted(gram: np.ndarray, product: np.ndarray, positive: np.ndarray) -> np.ndarray | None:
-    """The minimizer of ``w^T M w / 2 - q^T w`` over w >= 0 by block principal pivoting (Portugal et al. 1994).
+    """Minimize ``w^T M w / 2 - q^T w`` over w >= 0 by block principal pivoting (Portugal et al. 1994).
 
-    Each round solves for the entries held positive and moves every entry of the wrong sign to the other side; where
-    that stops making progress, the last of them alone, which ends. It is exact: what it returns meets the optimality
-    conditions.
+    Each round solves for the entries in the positive set and moves every entry with the wrong sign to the other set.
+    If that stops making progress, only the last such entry is moved, which guarantees termination. The method is
+    exact: the result satisfies the optimality conditions.
 
     Args:
         gram: M, positive definite, ``(m, m)``.
         product: q, ``(m,)``.
-        positive: Entries to start from, bool ``(m,)``.
+        positive: Initial positive set, bool ``(m,)``.
 
     Returns:
-        w, ``(m,)``; None where it does not settle, or M is numerically singular.
+        w, ``(m,)``; None if it does not converge or M is numerically singular.
     """
     positive, slack = positive.copy(), _SLACK * np.abs(product).max()
     fewest, chances = len(product) + 1, 3

@@ -1,4 +1,4 @@
-"""Graph cut: examples similar to all but unlike each other (Iyer et al., ALT 2021)."""
+"""Graph cut: examples that are similar to all others but not to each other (Iyer et al., ALT 2021)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from src.coresets.inputs import (
 from src.lazy import torch
 
 _LAMBDA = 1.0
-_NOISE = 1e-12  # per candidate: gains are sums over all; closer than that they are ties
-_ROWS = 1024  # of the dense matrix at once
-_DENSE_SHARE = 0.2  # of candidates chosen; below, single columns cost less than the matrix
+_NOISE = 1e-12  # per candidate: gains are sums over all candidates, and closer gains are ties
+_ROWS = 1024  # rows of the dense matrix computed at once
+_DENSE_SHARE = 0.2  # fraction of candidates picked, below which single columns cost less than the matrix
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """``s_ij = (1 + cos(g_i, g_j)) / 2`` of last-layer gradients, as factors.
+    """Similarities ``s_ij = (1 + cos(g_i, g_j)) / 2`` of last-layer gradients, as factors.
 
-    With errors scaled by gradient norms, ``cos(g_i, g_j) = <e_i, e_j> (1 + <h_i, h_j>)``. A gradient of zero has
-    the cosine 0, so s = 0.5, with all others and with itself.
+    With errors divided by gradient norms, ``cos(g_i, g_j) = <e_i, e_j> (1 + <h_i, h_j>)``. A zero gradient has cosine
+    0, and so s = 0.5, with all examples including itself.
 
     Memory: ``n (C + d)`` float64 numbers.
 
     Attributes:
-        errors: ``e_i / ||g_i||``, float64 ``(n, C)``; zeros where the gradient is zero.
+        errors: ``e_i / ||g_i||``, float64 ``(n, C)``; zeros for a zero gradient.
         embeddings: h, float64 ``(n, d)``.
     """
 
@@ -48,10 +48,10 @@ class Similarities:
 
     @classmethod
     def of(cls, layer: LastLayer) -> Similarities:
-        """The similarities of a layer's candidates."""
+        """Build the similarities between a layer's candidates."""
         errors, embeddings = layer.errors.double(), layer.embeddings.double()
         largest = errors.abs().amax(dim=1, keepdim=True)
-        errors = errors / largest.where(largest > 0, 1.0)  # squares of tiny errors would vanish
+        errors = errors / largest.where(largest > 0, 1.0)  # squares of tiny errors would underflow
         norms = torch.linalg.vector_norm(errors, dim=1) * (1.0 + embeddings.square().sum(dim=1)).sqrt()
         return cls(errors / norms.where(norms > 0, 1.0)[:, None], embeddings)
 
@@ -59,13 +59,13 @@ class Similarities:
         return len(self.errors)
 
     def sums(self) -> np.ndarray:
-        """``sum_i s_ij`` over all candidates i, ``(n,)``: a product with the sum of the normalized gradients."""
+        """``sum_i s_ij`` over all candidates i, ``(n,)``, from one product with the sum of normalized gradients."""
         bias, weight = gradient_sum(self.errors, self.embeddings)
         cosines = products_with(bias, weight, self.errors, self.embeddings)
         return ((len(self) + cosines) / 2.0).cpu().numpy()
 
     def column(self, position: int) -> np.ndarray:
-        """``s_ij`` of one j, ``(n,)``, in time n (C + d)."""
+        """``s_ij`` for one j, ``(n,)``, in time n (C + d)."""
         cosines = inner_products(
             self.errors,
             self.embeddings,
@@ -75,7 +75,7 @@ class Similarities:
         return cosines[:, 0].add_(1.0).div_(2.0).cpu().numpy()
 
     def matrix(self) -> np.ndarray:
-        """All of them, ``(n, n)``."""
+        """All similarities, ``(n, n)``."""
         matrix = np.empty((len(self), len(self)))
         for first in range(0, len(self), _ROWS):
             rows = slice(first, first + _ROWS)
@@ -85,36 +85,36 @@ class Similarities:
 
 
 def greedy_graph_cut(sums: np.ndarray, column: Callable[[int], np.ndarray], budget: int) -> np.ndarray:
-    """Greedy maximization of ``lambda sum_{i in V, j in S} s_ij - sum_{i, j in S} s_ij``.
+    """Greedily maximize ``lambda sum_{i in V, j in S} s_ij - sum_{i, j in S} s_ij``.
 
     The gain of x is ``lambda sum_i s_ix - 2 sum_{j in S} s_jx`` (without the self term ``s_xx``, as in the published
-    code); gains are kept and lowered by one column per pick. They only fall, and picks go on when they are
-    negative. Gains that differ by no more than rounding count as equal; of equal ones the lower index wins.
+    code). Gains are stored, and each pick subtracts one column. They only decrease, and picking continues when they
+    are negative. Gains that differ only by rounding count as equal; ties go to the lower index.
 
     Time: ``k n`` and k columns. Memory: a few times n.
 
     Args:
         sums: ``sum_i s_ij``, float64 ``(n,)``.
-        column: Gives ``s_ij`` ``(n,)`` of a position j.
+        column: Returns ``s_ij`` ``(n,)`` for a position j.
         budget: k, at most n.
 
     Returns:
-        Positions ``(k,)`` in the order of the picks.
+        Positions ``(k,)`` in selection order.
     """
     halves = _LAMBDA / 2.0 * sums  # half the gain
     noise = _NOISE * len(sums)
     picks = np.empty(budget, dtype=np.int64)
     for step in range(budget):
-        position = picks[step] = (halves >= halves.max() - noise).argmax()  # numpy promises the first
+        position = picks[step] = (halves >= halves.max() - noise).argmax()  # numpy's argmax returns the first match
         halves -= column(position)
         halves[position] = -np.inf
     return picks
 
 
 def stochastic_graph_cut(similarities: Similarities, budget: int, draws: Draws) -> np.ndarray:
-    """The same, with each pick the best of a random subset.
+    """Like :func:`greedy_graph_cut`, but each pick is the best of a random subset.
 
-    ``sum_{j in S} s_jx`` is ``(|S| + <g_x, sum_{j in S} g_j>) / 2`` of the normalized gradients g, so a candidate
+    ``sum_{j in S} s_jx`` equals ``(|S| + <g_x, sum_{j in S} g_j>) / 2`` for normalized gradients g, so a candidate
     costs C d and no column is needed. Time: ``n C d ln(1 / epsilon)``.
     """
     errors, embeddings = similarities.errors, similarities.embeddings
@@ -134,12 +134,12 @@ def stochastic_graph_cut(similarities: Similarities, budget: int, draws: Draws) 
 
 
 def graph_cut_picks(layer: LastLayer, budget: int, memory: int) -> np.ndarray:
-    """Picks ``(k,)`` among a layer's candidates, in their order.
+    """Pick ``(k,)`` of a layer's candidates, in selection order.
 
     Args:
         layer: The candidates.
         budget: k.
-        memory: MiB that the dense matrix may take; without it, columns are computed from the factors.
+        memory: Memory limit of the dense matrix in MiB; above it, columns are computed from the factors.
     """
     similarities = Similarities.of(layer)
     size = len(similarities)
@@ -151,17 +151,17 @@ def graph_cut_picks(layer: LastLayer, budget: int, memory: int) -> np.ndarray:
 def graph_cut(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GreedyOptions) -> Selection:
     """Graph cut (Iyer et al., ALT 2021, generalized graph cut with lambda 1; the form of Guo et al., 2022).
 
-    In float64. Memory: ``n (C + d)`` numbers of a group and the n x n matrix of similarities, kept in the main
-    memory, where that fits ``selection_memory`` and more than a fifth is chosen; else no n x n array exists. Both
-    ways choose the same.
+    Computed in float64. Memory: ``n (C + d)`` numbers per group, and the n x n similarity matrix in main memory if it
+    fits in ``selection_memory`` and more than a fifth of the group is picked; otherwise no n x n array exists. Both
+    ways give the same picks.
 
-    Subsampled, it is the stochastic greedy. The function is submodular but grows only while a pick's similarities to
-    all sum to more than twice those to the picks, up to about half of a group; beyond, the bound of :class:`Draws`
-    does not hold.
+    With subsampling, this is stochastic greedy. The function is submodular, but it increases only while a pick's
+    similarities to all examples sum to more than twice those to the picks, up to about half of a group. Beyond that,
+    the bound of :class:`Draws` does not hold.
 
     Args:
         inputs: One layer with ``embeddings``.
-        groups: The groups.
+        groups: The groups of candidates.
         options: ``selection_memory`` in MiB, and ``selection_subsample``.
     """
     layer, epsilon = inputs.layers[0], options.epsilon(groups)

@@ -1,4 +1,4 @@
-"""A grid of pruning runs, methods x shares x seeds, and the table that compares them: csv, json and Markdown."""
+"""A grid of pruning runs (methods x fractions x seeds) and the table that compares them: csv, json and Markdown."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from src.training import RunConfig
 
 log = logging.getLogger(__name__)
 
-EVERYTHING = 1.0  # the share that keeps all
-_DRAW_EVERY = 60.0  # seconds between two drawings of the figure while the grid runs
+EVERYTHING = 1.0  # the fraction that keeps all examples
+_DRAW_EVERY = 60.0  # seconds between updates of the figure while the grid runs
 
-Column = tuple[bool, float]  # whether it is a share, and the share or the examples per class
-Cell = tuple[str, float | None, int | None, int]  # method, share, or else examples per class, seed
+Column = tuple[bool, float]  # whether it is a fraction, and the fraction or the examples per class
+Cell = tuple[str, float | None, int | None, int]  # method, fraction or None, examples per class or None, seed
 
 
 def _describe(method: str, share: float | None, shots: int | None, seed: int) -> str:
@@ -40,15 +40,15 @@ def _describe(method: str, share: float | None, shots: int | None, seed: int) ->
 
 
 class Grid:
-    """All cells, the runs that fill them, and the files that compare them.
+    """All cells of the grid, the runs that fill them, and the files that compare them.
 
     Args:
         context: Device and data.
-        config: Methods, shares and seeds.
-        selections: For each method, its selection at any share.
-        pretrain: Settings of pre-training.
-        run: The downstream run, of any seed.
-        folders: Where files go.
+        config: Methods, fractions and seeds.
+        selections: The selection config of each method, at any fraction.
+        pretrain: Pre-training settings.
+        run: The downstream run, with any seed.
+        folders: Output folders.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Grid:
         self._finished: dict[Cell, dict[str, Any]] = {}
 
     def _runs(self) -> Iterator[tuple[Cell, CoresetRun]]:
-        """Seed by seed, so that an unfinished grid compares all methods on the seeds that it has."""
+        """Yield cells seed by seed, so that an unfinished grid compares all methods on the same seeds."""
         config = self.config
         shares = [
             *({"coreset_fraction": share} for share in config.fractions),
@@ -86,11 +86,11 @@ class Grid:
                 yield cell, CoresetRun(self.context, selection, self.pretrain, run, self.folders)
 
     def check(self) -> None:
-        """Check before the first run for what would stop a later one.
+        """Check for errors that would stop a later run, before starting the first one.
 
         Raises:
-            ArgumentError: A share does not fit the data, or a method.
-            FileError: A stored score is missing, or runs or a table with different settings are already there.
+            ArgumentError: A fraction does not fit the data or the method.
+            FileError: A stored score is missing, or a run or table with different settings already exists.
         """
         for cell, run in self.runs.items():
             if cell[-1] == self.config.seeds[0]:
@@ -101,7 +101,7 @@ class Grid:
             self._check_table()
 
     def _check_table(self) -> None:
-        """Refuse to replace another table: one with different settings, or with cells that this grid lacks."""
+        """Refuse to replace a different table: one with other settings, or with cells that this grid lacks."""
 
         def read(path: Path) -> tuple[set[Cell], dict[str, Any]]:
             content = read_json(path)
@@ -109,7 +109,7 @@ class Grid:
                 cells = {(c["method"], c["share"], c["shots"], c["seed"]) for c in content.get("cells", ())}
                 return cells, dict(content.get("settings", {}))
             except (TypeError, KeyError, ValueError, AttributeError) as error:
-                raise FileError(f"{path}: is damaged, or not a table of this script") from error
+                raise FileError(f"{path}: is damaged or was not written by this script") from error
 
         path, elsewhere = self.stem.with_name(f"{self.stem.name}.json"), "choose another --name"
         pretrains = any(self.selections[func].method.needs.pretraining for func in self.config.funcs)
@@ -122,17 +122,17 @@ class Grid:
     # ------------------------------------------------------------------------------------------------- running
 
     def run(self) -> dict[str, str]:
-        """Train the cells that are not finished; update the table after each, and the figure once a minute.
+        """Train the unfinished cells; update the table after each one and the figure once a minute.
 
-        Another process may run the same grid: cells that it is training come last. Those that are finished are not
-        locked, and may be in a folder that cannot be written.
+        Another process may run the same grid, so cells that it is training come last. Finished cells are not locked,
+        because they may be in a read-only folder.
 
         Returns:
-            The cells that failed, with the reason.
+            The failed cells, with the reason for each.
         """
         failures: dict[str, str] = {}
         done: set[Cell] = set()
-        # a table that replaces another's is never beside the other's figure
+        # never leave the new table next to the figure of the table it replaced
         drawn = -math.inf if self.run_config.overwrite else time.monotonic()
         with tqdm(total=len(self.runs), unit="cell", disable=None, dynamic_ncols=True, desc="grid") as bar:
             for wait in (False, True):
@@ -151,7 +151,7 @@ class Grid:
                             continue
                         done.add(cell)
                         bar.update()
-                        if run.is_done():  # by another process, since the look above
+                        if run.is_done():  # another process finished it since the first check
                             continue
                         log.info("cell %d of %d: %s", number, len(self.runs), name)
                         try:
@@ -170,7 +170,7 @@ class Grid:
     # ------------------------------------------------------------------------------------------------- comparing
 
     def settings(self) -> dict[str, Any]:
-        """What all cells share."""
+        """The settings that all cells share."""
         selections = [self.selections[func] for func in self.config.funcs]
         run = TrainingRun(self.context, self.run_config, self.folders, "", self.context.train)
         facts = {
@@ -186,11 +186,11 @@ class Grid:
         return facts
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per cell, of what its files contain; those of finished cells are read once.
+        """Read one record per cell from its files; files of finished cells are read once.
 
-        A record has ``method``, ``share`` or else ``shots``, ``seed``, ``finished`` and, where it is: ``accuracy``
-        after the last epoch and the ``best`` one, in [0, 1], ``epoch`` (how many), ``examples`` (on average per
-        epoch), ``selection_seconds`` (None if unknown) and ``training_seconds``.
+        A record has ``method``, ``share`` or else ``shots``, ``seed`` and ``finished``. If finished, it also has:
+        ``accuracy`` after the last epoch and the ``best`` accuracy, in [0, 1], ``epoch`` (number of epochs),
+        ``examples`` (average per epoch), ``selection_seconds`` (None if unknown) and ``training_seconds``.
         """
         for cell, run in self.runs.items():
             if cell not in self._finished and (record := self._read(run)) is not None:
@@ -201,7 +201,7 @@ class Grid:
         return [{**dict(zip(names, cell, strict=True)), **self._finished.get(cell, nothing)} for cell in self.runs]
 
     def _read(self, run: CoresetRun) -> dict[str, Any] | None:
-        """What a finished run's files contain; None where it is not finished, or they cannot be read."""
+        """Read the record of a finished run; None if it is unfinished or its files cannot be read."""
         try:
             if not run.is_done():
                 return None
@@ -221,13 +221,13 @@ class Grid:
         }
 
     def write(self, *, draw: bool = True) -> list[Path]:
-        """Write the table of what is done, by any process, and the figure; nothing while nothing is.
+        """Write the table of all finished cells, from any process, and the figure; nothing if no cell is finished.
 
         Args:
             draw: Whether to draw the figure, which takes many times as long as the table.
 
         Raises:
-            FileError: Another grid has written its table there since this one began.
+            FileError: Another grid has written its table there since this one started.
         """
         with lock(self.stem.with_name(f"{self.stem.name}.lock"), "writing the table", wait=True):
             if not self.run_config.overwrite:
@@ -239,7 +239,7 @@ class Grid:
             paths = write_table(self.stem, rows, records, self.settings())
             if not draw:
                 return paths
-            from src.coresets.plots import accuracy_figure  # takes matplotlib
+            from src.coresets.plots import accuracy_figure  # imports matplotlib
 
             full = next((row for row in rows if (row["share"], row["method"]) == (EVERYTHING, REFERENCE)), None)
             drawn = [row for row in rows if not (self.config.full and row is full)]
@@ -255,21 +255,22 @@ class Grid:
 
 
 class Row(TypedDict):
-    """A method at one share, over the seeds whose cells are finished.
+    """One method at one fraction, summarized over the seeds whose cells are finished.
 
     Attributes:
         method: Value of ``--coreset_func``.
-        share: As of the records.
-        shots: As of the records.
+        share: As in the records.
+        shots: As in the records.
         mean: Mean of the last test accuracies, in [0, 1]; None without a finished cell.
         std: Their standard deviation over seeds (n - 1 in the denominator); None for fewer than two.
-        seeds: How many cells are finished.
-        of_seeds: How many seeds the grid has.
+        seeds: Number of finished cells.
+        of_seeds: Number of seeds in the grid.
         best: Mean of the best test accuracies.
-        over_random_points: Mean less that of ``random`` at the same share, in percentage points; None without both.
+        over_random_points: Mean minus that of ``random`` at the same fraction, in percentage points; None if either
+            is missing.
         examples: Mean number of training examples.
-        selection_seconds: Mean time of choosing, where known.
-        training_seconds: Mean time of training.
+        selection_seconds: Mean selection time, where known.
+        training_seconds: Mean training time.
     """
 
     method: str
@@ -287,14 +288,14 @@ class Row(TypedDict):
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Means and spreads over seeds of each method and share.
+    """Compute the mean and standard deviation over seeds for each method and fraction.
 
     Args:
-        records: One per cell, see :meth:`Grid.records`; those that are not finished are left out of all means.
+        records: One per cell; see :meth:`Grid.records`. Unfinished cells are left out of all means.
 
     Returns:
-        One row per method and share that has a cell: methods in the order in which they first appear, examples per
-        class before shares, each ascending.
+        One row per method and fraction that has a cell. Methods are in order of first appearance; examples per class
+        come before fractions, each ascending.
     """
     cells: dict[tuple[str, Column], list[Mapping[str, Any]]] = {}
     for record in records:
@@ -329,22 +330,22 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what is known; None if nothing is."""
+    """The mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def _column(row: Mapping[str, Any]) -> Column:
-    """The column of a row or record; columns sort with examples per class first, so that everything comes last."""
+    """The column of a row or record. Examples per class sort first, which puts the full training set last."""
     return (True, row["share"]) if row["shots"] is None else (False, row["shots"])
 
 
 def markdown(rows: Sequence[Row], title: str = "") -> str:
-    """The table as Markdown: methods by shares, accuracies in percent, the best mean of each share in bold.
+    """Format the table as Markdown: methods by fractions, accuracies in percent, each column's best mean in bold.
 
     Args:
-        rows: Of :func:`summarize`.
-        title: What was trained on what, the caption's beginning.
+        rows: Rows from :func:`summarize`.
+        title: Model and data set, for the start of the caption.
     """
     methods = dict.fromkeys(row["method"] for row in rows)
     columns = sorted({_column(row) for row in rows})
@@ -356,7 +357,7 @@ def markdown(rows: Sequence[Row], title: str = "") -> str:
         lines[0].append(share if is_share else f"{value} per class")
         found = [of.get((method, column)) for method in methods]
         means = [row["mean"] for row in found if row is not None and row["mean"] is not None]
-        best = max(means) if len(means) > 1 else None  # alone, nothing is best
+        best = max(means) if len(means) > 1 else None  # a single entry is not marked as best
         for line, row in zip(lines[1:], found, strict=True):
             line.append(_entry(row, best))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -380,17 +381,17 @@ def _entry(row: Row | None, best: float | None) -> str:
 
 
 def _caption(rows: Sequence[Row], title: str = "") -> str:
-    """The line above the table: what the numbers are, over how many seeds, and with which spread."""
+    """The caption above the table: what the numbers are, the number of seeds, and the spread."""
     seeds = max((row["of_seeds"] for row in rows), default=0)
     spread = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
     shots = any(row["shots"] is not None for row in rows)
-    columns = "examples kept of each class" if shots else "share of the examples kept"
-    marks = ["bold: the best mean of a column"]
+    columns = "examples kept per class" if shots else "fraction of examples kept"
+    marks = ["bold: best mean in the column"]
     cells = len({row["method"] for row in rows}) * len({_column(row) for row in rows})
     if cells > sum(row["mean"] is not None for row in rows):
-        marks.append("-: none finished")
+        marks.append("-: no finished run")
     marks += [
-        f"{name} visits that share of each epoch's low-loss examples, and all others"
+        f"{name} trains on that fraction of each epoch's low-loss examples and on all others"
         for name in dict.fromkeys(row["method"] for row in rows)
         if name in METHODS and METHODS[name].dynamic
     ]
@@ -406,10 +407,10 @@ def write_table(
     In the csv file, accuracies are in [0, 1], and unknown values are empty.
 
     Args:
-        stem: Folder and name; the folder is made.
-        rows: Of :func:`summarize`.
+        stem: Folder and file name without a suffix; the folder is created.
+        rows: Rows from :func:`summarize`.
         records: The cells that they summarize.
-        settings: What all cells share; the caption has ``model`` and ``dataset``.
+        settings: The settings that all cells share; the caption uses ``model`` and ``dataset``.
 
     Returns:
         The three paths.

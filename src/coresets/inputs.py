@@ -1,4 +1,4 @@
-"""The contract of a selection method: what it reads and returns, and what its entry in the registry states."""
+"""The interface of a selection method: its inputs, its output, and its registry entry."""
 
 from __future__ import annotations
 
@@ -18,39 +18,41 @@ from src.lazy import torch
 
 
 def _refuse_not_finite(name: str, finite: np.ndarray | torch.Tensor) -> None:
-    """Stop at the first example with a NaN or an infinity, given which examples ``(n,)`` have none.
+    """Refuse NaN and infinite values, given one flag per example ``(n,)`` that is True if all its values are finite.
 
     Raises:
-        UserError: There is one.
+        UserError: An example has a non-finite value.
     """
     if not bool(finite.all()):
         first = int(np.flatnonzero(~np.asarray(finite.tolist()))[0])
-        raise UserError(f"{name}: those of example {first} are not finite; every value must be a finite number")
+        raise UserError(f"{name}: the values of example {first} are not finite; every value must be a finite number")
 
 
 def _refuse_other_lengths(count: int, arrays: Mapping[str, tuple[int, ...]]) -> None:
-    """Stop at an array of another number of examples than ``count``, given each one's name and shape.
+    """Refuse an array whose number of examples differs from ``count``, given the shape of each array by name.
 
     Raises:
-        UserError: There is one.
+        UserError: An array has a different length.
     """
     for name, shape in arrays.items():
         if len(shape) == 0 or shape[0] != count:
-            raise UserError(f"{name}: has the shape {tuple(shape)}, but there are {count} labels, one per example")
+            raise UserError(
+                f"{name}: has shape {tuple(shape)}, but there are {count} labels; give one row per example"
+            )
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen examples.
+    """The selected examples.
 
     Attributes:
-        indices: int64 ``(k,)``, ascending, each once: positions among the candidates while methods compute,
+        indices: int64 ``(k,)``, ascending, without duplicates: positions among the candidates during selection,
             original indices in files.
-        weights: float64 ``(k,)``, the sample weights of training; all 1, or with mean 1 where a method weights
-            (InfoBatch: with a sum of n). Training divides by their sum.
+        weights: float64 ``(k,)``, the sample weights for training; all 1, or with mean 1 if the method assigns
+            weights (InfoBatch: with sum n). Training divides by their sum.
 
     Raises:
-        UserError: An index is negative or there twice, or a weight is missing, negative or not finite.
+        UserError: An index is negative or repeated, or a weight is missing, negative or not finite.
     """
 
     indices: np.ndarray
@@ -58,20 +60,20 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.weights.shape != self.indices.shape:
-            raise UserError(f"weights: there are {self.weights.size} for {self.indices.size} indices; give one each")
+            raise UserError(f"weights: got {self.weights.size} for {self.indices.size} indices; give one per index")
         ordered = np.sort(self.indices)  # cheaper than np.unique
         if (ordered[:1] < 0).any() or (ordered[1:] == ordered[:-1]).any():
-            raise UserError("indices: one is negative or there twice; choose an example by its position, once")
+            raise UserError("indices: an index is negative or repeated; give each position at most once")
         if not (np.isfinite(self.weights) & (self.weights >= 0)).all():
-            raise UserError("weights: one is not a finite number of at least 0")
+            raise UserError("weights: a weight is not finite or is negative; give finite numbers of at least 0")
 
     @classmethod
     def of(cls, picks: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None) -> Selection:
-        """Put the picks of all groups together, in the order of the data set.
+        """Merge the picks of all groups, in data set order.
 
         Args:
             picks: One array of positions per group, each in any order.
-            weights: Weights of the same shapes; default 1.
+            weights: Weights of the same shapes; 1 by default.
         """
         indices = np.concatenate([np.asarray(part, dtype=np.int64) for part in picks])
         values = np.ones(len(indices)) if weights is None else np.concatenate(weights).astype(np.float64)
@@ -80,11 +82,11 @@ class Selection:
 
     @property
     def weighted(self) -> bool:
-        """Whether the weights differ from 1."""
+        """Whether any weight differs from 1."""
         return bool((self.weights != 1).any())
 
     def rescaled(self) -> Selection:
-        """The same selection with weights of mean 1.
+        """Return the same selection with weights scaled to mean 1.
 
         Raises:
             UserError: All weights are 0.
@@ -97,15 +99,15 @@ class Selection:
 
 @dataclass(frozen=True)
 class CandidateGroup:
-    """Candidates among which a method chooses at once: a class, or all of them.
+    """Candidates that a method selects from together: one class, or all examples.
 
     Attributes:
         positions: int64 ``(m,)``, ascending.
-        budget: How many to choose, from 1 to m.
-        label: The class; None for the group of all.
+        budget: Number to select, from 1 to m.
+        label: The class; None for the group of all examples.
 
     Raises:
-        UserError: The budget is not from 1 to m, or the positions are not ascending from 0 on, each once.
+        UserError: The budget is not from 1 to m, or the positions are negative, unsorted or repeated.
     """
 
     positions: np.ndarray
@@ -116,22 +118,22 @@ class CandidateGroup:
         which = "the group" if self.label is None else f"class {self.label}"
         count = len(self.positions)
         if not 1 <= self.budget <= count:
-            raise UserError(f"budget {self.budget}: {which} has {count} examples; choose 1 to {count} of them")
+            raise UserError(f"budget {self.budget}: {which} has {count} examples; choose 1 to {count}")
         if self.positions[0] < 0 or (np.diff(self.positions) <= 0).any():
-            raise UserError(f"positions of {which}: must be ascending from 0 on, each once")
+            raise UserError(f"positions of {which}: must be nonnegative and ascending, without duplicates")
 
 
 @dataclass(frozen=True)
 class LastLayer:
-    """What a pre-trained model's last layer receives and returns for each candidate, un-augmented, in eval mode.
+    """The inputs and outputs of a pre-trained model's last layer for each candidate, un-augmented, in eval mode.
 
     The gradient of an example's cross-entropy in the last layer's bias and weights is ``[e, e (x) h]``.
 
     Attributes:
         logits: ``(n, C)``.
         labels: int64 ``(n,)``.
-        embeddings: h, ``(n, d)``; None where the method needs none.
-        gradient_norms: ``(n,)``, norms of the gradients in all parameters; None where the method needs none.
+        embeddings: h, ``(n, d)``; None if the method does not need them.
+        gradient_norms: ``(n,)``, norms of the gradients in all parameters; None if the method does not need them.
 
     Raises:
         UserError: A value is not finite, a label is outside 0 to C - 1, or the arrays differ in length.
@@ -152,7 +154,7 @@ class LastLayer:
 
     @cached_property
     def errors(self) -> torch.Tensor:
-        """``softmax(z) - onehot(y)``, ``(n, C)``, in the logits' type."""
+        """``softmax(z) - onehot(y)``, ``(n, C)``, in the logits' dtype."""
         return errors_of(self.logits, self.labels)
 
     @cached_property
@@ -161,7 +163,7 @@ class LastLayer:
         return torch.nn.functional.cross_entropy(self.logits.double(), self.labels, reduction="none")
 
     def at(self, positions: np.ndarray) -> LastLayer:
-        """The same of some candidates; of all in their order itself, without a copy."""
+        """The last layer of a subset of the candidates; all of them, in order, are returned without a copy."""
         if np.array_equal(positions, np.arange(len(self.labels))):
             return self
         chosen = torch.from_numpy(np.ascontiguousarray(positions)).to(self.labels.device)
@@ -170,26 +172,26 @@ class LastLayer:
 
 
 def _refuse_other_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Stop at the first label that is no class.
+    """Refuse a label that is not a class index.
 
     Raises:
-        UserError: There is one.
+        UserError: A label is not a class index.
     """
     bad = np.flatnonzero(~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))))
     if len(bad):
-        raise UserError(f"labels: {labels[bad[0]]}, of example {bad[0]}, is not one of 0 to {num_classes - 1}")
+        raise UserError(f"labels: label {labels[bad[0]]} of example {bad[0]} is not from 0 to {num_classes - 1}")
 
 
 def errors_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``softmax(z) - onehot(y)``, ``(n, C)``; the softmax is taken in float64, so that small errors keep digits.
+    """Compute ``softmax(z) - onehot(y)``, ``(n, C)``; the softmax is in float64 to keep digits of small errors.
 
-    Beside the result, 2048 rows in float64 take memory.
+    Memory in addition to the result: 2048 rows in float64.
     """
     result = torch.empty_like(logits)
     for first in range(0, len(logits), 2048):
         part = slice(first, first + 2048)
         errors, right = torch.softmax(logits[part].double(), dim=1), labels[part, None]
-        # 1 - p as the sum of the others: exact where p rounds to 1
+        # compute 1 - p as the sum of the other probabilities: exact even if p rounds to 1
         errors.scatter_(1, right, 0.0)
         errors.scatter_(1, right, -errors.sum(dim=1, keepdim=True))
         result[part] = errors
@@ -198,20 +200,20 @@ def errors_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SelectionInputs:
-    """Everything that a selection may depend on; what a method's entry does not ask for is absent.
+    """Everything that a selection may depend on; inputs that the method's entry does not request are absent.
 
     Attributes:
-        labels: int64 ``(n,)`` of the candidates.
+        labels: int64 ``(n,)``, labels of the candidates.
         num_classes: C.
-        seed: Seed of what a method draws.
-        scores: ``(n,)``, the stored score, or the reduction of the dynamics that the entry names.
+        seed: Seed of the method's random draws.
+        scores: ``(n,)``, the stored score, or the score computed from the training dynamics.
         dynamics: Recorded arrays ``(epochs, n)`` by name.
-        layers: The pre-trained models' last layers.
-        names: Original indices of the candidates, ``(n,)``, for messages; default the positions.
+        layers: The last layers of the pre-trained models.
+        names: Original indices of the candidates, ``(n,)``, for messages; the positions by default.
 
     Raises:
-        UserError: The arrays differ in length, a label is outside 0 to C - 1 or not that of a layer, or dynamics are
-            infinite or NaN in every epoch. (Scores may be infinite, and the methods refuse those that are NaN.)
+        UserError: The arrays differ in length, a label is outside 0 to C - 1 or differs from a layer's label, or
+            dynamics are infinite, or NaN in every epoch. (Scores may be infinite; methods refuse NaN scores.)
     """
 
     labels: np.ndarray
@@ -230,28 +232,28 @@ class SelectionInputs:
         _refuse_other_lengths(len(self.labels), shapes)
         _refuse_other_labels(np.asarray(self.labels), self.num_classes)
         for name, values in self.dynamics.items():
-            unvisited = np.isnan(values)  # in some epochs, not in all
+            unvisited = np.isnan(values)  # allowed in some epochs, but not in all
             finite = (unvisited | np.isfinite(values)).all(axis=0) & ~unvisited.all(axis=0)
             _refuse_not_finite(f"dynamics {name}", finite)
         for index, layer in enumerate(self.layers):
             others = np.flatnonzero(layer.labels.cpu().numpy() != self.labels)
             if len(others):
-                raise UserError(f"model {index}: the label of example {others[0]} differs from labels")
+                raise UserError(f"model {index}: its label of example {others[0]} differs from labels")
 
     def name(self, position: int) -> int:
-        """An example's original index."""
+        """The original index of an example."""
         return int(position if self.names is None else self.names[position])
 
 
-# Last-layer gradients without materializing them: the gradient of an example's cross-entropy in the bias and weights
-# of the last layer is g = [e, e (x) h] with the error e = softmax(z) - onehot(y) and the embedding h: C (d + 1)
-# numbers, of which C + d matter.
+# Last-layer gradients without materializing them. The gradient of an example's cross-entropy in the bias and weights
+# of the last layer is g = [e, e (x) h], with the error e = softmax(z) - onehot(y) and the embedding h. It has
+# C (d + 1) entries, but only C + d numbers are needed.
 
 
 def gradient_norms(errors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     """``||g_i|| = ||e_i|| sqrt(1 + ||h_i||^2)``, float64 ``(n,)``, from errors ``(n, C)`` and embeddings ``(n, d)``.
 
-    The squares are summed in float64, where those of small errors do not vanish.
+    The squares are summed in float64 to avoid underflow of small errors.
     """
     error, embedding = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (errors, embeddings))
     return error * (1.0 + embedding.square()).sqrt()
@@ -263,12 +265,12 @@ def inner_products(
     other_errors: torch.Tensor | None = None,
     other_embeddings: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``<g_i, g_j> = <e_i, e_j> (1 + <h_i, h_j>)``, ``(n, m)``, in the inputs' type.
+    """``<g_i, g_j> = <e_i, e_j> (1 + <h_i, h_j>)``, ``(n, m)``, in the inputs' dtype.
 
     Args:
         errors: ``(n, C)``.
         embeddings: ``(n, d)``.
-        other_errors: ``(m, C)``; default the same examples.
+        other_errors: ``(m, C)``; the same examples by default.
         other_embeddings: ``(m, d)``.
     """
     other_errors = errors if other_errors is None else other_errors
@@ -277,7 +279,7 @@ def inner_products(
 
 
 def gradient_sum(errors: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``sum_i g_i`` as bias part ``(C,)`` and weight part ``(C, d)``."""
+    """``sum_i g_i``, as the bias part ``(C,)`` and the weight part ``(C, d)``."""
     return errors.sum(dim=0), errors.T @ embeddings
 
 
@@ -290,15 +292,15 @@ def products_with(
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method must be given beside the labels.
+    """What a method needs in addition to the labels.
 
     Attributes:
-        stored: Name of a stored score (a mode of ``Proxy``); None if it reads none.
-        reduced: Name of a score that is reduced from the dynamics of pre-training.
-        dynamics: Names of the recorded arrays that it reads itself.
+        stored: Name of a stored score (a mode of ``Proxy``), if any.
+        reduced: Name of a score computed from the dynamics of pre-training, if any.
+        dynamics: Names of the recorded arrays that the method reads directly.
         logits: Whether it reads the pre-trained model's logits.
-        embeddings: Whether it reads its embeddings too.
-        ensemble: Whether it reads several independently initialized models in place of one.
+        embeddings: Whether it also reads the embeddings.
+        ensemble: Whether it reads several independently initialized models instead of one.
     """
 
     stored: str | None = None
@@ -327,10 +329,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Options:
-    """What a method takes beside its inputs; this one nothing.
+    """Options of a method; the base class has none.
 
     Raises:
-        ArgumentError: A value is not one that the flag of this name accepts.
+        ArgumentError: A value would not be accepted by the flag of the same name.
     """
 
     def __post_init__(self) -> None:
@@ -339,33 +341,33 @@ class Options:
 
 @dataclass(frozen=True)
 class MemoryOptions(Options):
-    """What a method takes that compares all pairs.
+    """Options of methods that compare all pairs.
 
     Attributes:
-        selection_memory: MiB that pairwise similarities may take; above, they are computed in blocks.
+        selection_memory: Memory limit of pairwise similarities in MiB; above it, they are computed in blocks.
     """
 
     selection_memory: int = option(
         2048,
-        "memory for pairwise similarities; larger ones are computed in blocks",
+        "memory limit of pairwise similarities; above it, they are computed in blocks",
         number(int, 1),
         metavar="MIB",
     )
 
 
 GREEDY_LIMIT = 10**8
-"""Gains of all groups together above which a greedy choice is subsampled by default.
+"""Number of gains, summed over all groups, above which greedy selection is subsampled by default.
 
-A constant, so that a selection depends on its settings, never on the machine. 50,000 examples in 10 classes have
-2.5e7 at a share of 0.1, chosen class by class."""
-GREEDY_EPSILON = 0.05  # what is used above
+This is a constant, so a selection depends on its settings and never on the machine. 50,000 examples in 10 classes
+have 2.5e7 gains at a fraction of 0.1, selected per class."""
+GREEDY_EPSILON = 0.05  # used above the limit
 
 
 def subsample(text: str) -> str | float:
-    """The value of ``--selection_subsample``.
+    """Parse the value of ``--selection_subsample``.
 
     Raises:
-        argparse.ArgumentTypeError: It is none.
+        argparse.ArgumentTypeError: The text is not a valid value.
     """
     try:
         return text if text in ("auto", "exact") else number(float, 0, 0.5, open_low=True)(text)
@@ -377,24 +379,24 @@ def subsample(text: str) -> str | float:
 
 @dataclass(frozen=True)
 class SubsampleOptions(Options):
-    """What a method takes that picks greedily, one example after another.
+    """Options of methods that pick greedily, one example at a time.
 
     Attributes:
-        selection_subsample: ``"exact"``: every pick is the best of all; a number epsilon: of a random subset;
-            ``"auto"``: exact for up to ``GREEDY_LIMIT`` gains, else ``GREEDY_EPSILON``.
+        selection_subsample: ``"exact"``: each pick is the best of all examples. A number epsilon: the best of a
+            random subset. ``"auto"``: exact up to ``GREEDY_LIMIT`` gains, otherwise ``GREEDY_EPSILON``.
     """
 
     selection_subsample: str | float = option(
         "auto",
-        "what a greedy pick is chosen from: all (exact), or random subsets, larger for a smaller EPSILON in "
-        f"(0, 0.5]; auto: {GREEDY_EPSILON} where examples times picks, summed over the groups, exceed "
-        f"{GREEDY_LIMIT:,}, else exact",
+        "candidates for each greedy pick: all (exact), or random subsets, larger for a smaller EPSILON in "
+        f"(0, 0.5]; auto: {GREEDY_EPSILON} if examples times picks, summed over the groups, exceed "
+        f"{GREEDY_LIMIT:,}, otherwise exact",
         subsample,
         metavar="auto|exact|EPSILON",
     )
 
     def epsilon(self, groups: Sequence[CandidateGroup]) -> float | None:
-        """Epsilon of a choice in these groups; None where it is exact."""
+        """The epsilon of a selection from these groups; None if it is exact."""
         if self.selection_subsample == "auto":
             return GREEDY_EPSILON if greedy_gains(groups) > GREEDY_LIMIT else None
         return None if self.selection_subsample == "exact" else self.selection_subsample
@@ -402,26 +404,26 @@ class SubsampleOptions(Options):
 
 @dataclass(frozen=True)
 class GreedyOptions(SubsampleOptions, MemoryOptions):
-    """What a method takes that picks greedily and compares all pairs."""
+    """Options of methods that pick greedily and compare all pairs."""
 
 
 def greedy_gains(groups: Sequence[CandidateGroup]) -> int:
-    """How many gains the plain greedy evaluates: n for each of k picks, summed over the groups."""
+    """The number of gains that plain greedy evaluates: n for each of k picks, summed over the groups."""
     return sum(len(group.positions) * group.budget for group in groups)
 
 
 class Draws:
-    """The random candidates of each pick of the stochastic greedy (Mirzasoleiman et al. 2015, "Lazier than lazy").
+    """The random candidates for each pick of stochastic greedy (Mirzasoleiman et al. 2015, "Lazier than lazy").
 
-    Each pick is the best of ``(n / k) ln(1 / epsilon)`` unused examples drawn at random, so that k picks evaluate
-    ``n ln(1 / epsilon)`` gains in place of ``n k``. For monotone submodular functions the value is at least
-    ``1 - 1/e - epsilon`` of the best in expectation (theorem 1), where the exact greedy has ``1 - 1/e``.
+    Each pick is the best of ``(n / k) ln(1 / epsilon)`` unused examples drawn at random, so k picks evaluate
+    ``n ln(1 / epsilon)`` gains instead of ``n k``. For monotone submodular functions, the expected value is at least
+    ``1 - 1/e - epsilon`` of the optimum (theorem 1); exact greedy guarantees ``1 - 1/e``.
 
     Args:
         count: n.
         budget: k.
         epsilon: In (0, 1).
-        generator: Draws them.
+        generator: Random generator of the draws.
     """
 
     def __init__(self, count: int, budget: int, epsilon: float, generator: np.random.Generator) -> None:
@@ -430,14 +432,14 @@ class Draws:
         self._generator = generator
 
     def draw(self) -> np.ndarray:
-        """Unused positions, ascending; all of them where there are no more than a subset."""
+        """Draw unused positions, ascending; returns all of them if no more than a subset are left."""
         if self._left <= self.size:
             return np.sort(self._unused[: self._left])
         chosen = self._generator.choice(self._left, self.size, replace=False, shuffle=False)
         return np.sort(self._unused[chosen])
 
     def take(self, position: int) -> None:
-        """Use a position."""
+        """Mark a position as used."""
         self._left -= 1
         place, last = self._place[position], self._unused[self._left]
         self._unused[place], self._place[last] = last, place
@@ -446,16 +448,16 @@ class Draws:
 def random_parts(
     groups: Sequence[CandidateGroup], epsilon: float, generator: np.random.Generator
 ) -> list[CandidateGroup]:
-    """Split each group into random parts of about ``2 ln(1 / epsilon) / epsilon^2`` examples, with their shares.
+    """Split each group into random parts of about ``2 ln(1 / epsilon) / epsilon^2`` examples and divide its budget.
 
-    For objectives that are sums over the examples, of which a random part's estimates the mean to epsilon (GreeDi;
-    Mirzasoleiman et al., JMLR 2016, on decomposable functions; here every part picks its share, and that is the
-    answer). The cost grows with n, where the greedy's grows with n^2 or n^3 at a fixed share.
+    For objectives that are sums over examples: a random part estimates the mean to within epsilon (GreeDi;
+    Mirzasoleiman et al., JMLR 2016, on decomposable functions). Here, each part's picks are part of the final
+    selection. The cost grows with n; at a fixed fraction, that of greedy selection grows with n^2 or n^3.
 
     Args:
-        groups: The groups.
+        groups: The groups of candidates.
         epsilon: In (0, 1).
-        generator: Draws the parts.
+        generator: Random generator of the split.
     """
     size = 2.0 * math.log(1.0 / epsilon) / epsilon**2
     parts = []
@@ -474,26 +476,26 @@ def random_parts(
 
 @dataclass(frozen=True)
 class WindowOptions(Options):
-    """What a method takes whose score looks at windows of epochs.
+    """Options of methods whose score is computed over windows of epochs.
 
     Attributes:
-        score_window: Epochs of a window.
+        score_window: Window length in epochs.
     """
 
-    score_window: int = option(10, "dual, tdds: epochs of a window", number(int, 2))
+    score_window: int = option(10, "dual, tdds: window length in epochs", number(int, 2))
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose examples.
+    """A selection method.
 
     Attributes:
         name: The value of ``--coreset_func``.
-        select: The choice; None for a method that chooses again in each epoch of training.
-        needs: What it must be given.
-        paper: Who proposed it.
-        equation: What the code implements, in a line.
-        cost: Its cost for n candidates of a group, k picks, C classes, embeddings of size d, after its needs.
+        select: The selection function; None for a method that selects again in each training epoch.
+        needs: Its required inputs.
+        paper: Citation.
+        equation: What the code implements, in one line.
+        cost: Cost after its needs are met, for n candidates in a group, k picks, C classes, embeddings of size d.
         options: The dataclass of its options.
         weighted: Whether its weights may differ from 1.
     """
@@ -509,7 +511,7 @@ class Method:
 
     @property
     def dynamic(self) -> bool:
-        """Whether it chooses again in each epoch of training."""
+        """Whether it selects again in each training epoch."""
         return self.select is None
 
     @property
@@ -519,11 +521,11 @@ class Method:
 
 
 def class_budgets(sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """``ceil(fraction * n_c)`` of each class, free of rounding noise; 0 for empty classes.
+    """``ceil(fraction * n_c)`` for each class, robust to rounding errors; 0 for empty classes.
 
     Args:
         sizes: ``(C,)``.
-        fraction: Share to keep, in (0, 1].
+        fraction: Fraction to keep, in (0, 1].
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     wanted = np.ceil(fraction * sizes - ROUNDING).astype(np.int64)
@@ -540,19 +542,19 @@ def make_groups(
     per_class: bool = True,
     class_names: Sequence[str] = (),
 ) -> list[CandidateGroup]:
-    """The groups that a selection is made in.
+    """Split the candidates into the groups to select from.
 
     Args:
-        labels: int64 ``(n,)`` of the candidates.
+        labels: int64 ``(n,)``, labels of the candidates.
         num_classes: C.
-        fraction: Share to keep, in (0, 1].
-        shots: Examples per class, in place of a fraction.
-        shots_up_to: The same, but all of a smaller class are kept.
-        per_class: A group per class that has candidates; else one group of all.
+        fraction: Fraction to keep, in (0, 1].
+        shots: Examples per class, instead of a fraction.
+        shots_up_to: The same, but a class with fewer examples is kept in full.
+        per_class: Whether to form one group per class that has candidates, instead of a single group.
         class_names: Names of the classes, for messages.
 
     Returns:
-        Groups in the order of the labels.
+        Groups in label order.
 
     Raises:
         ArgumentError: The fraction or the shots do not fit the candidates.
@@ -569,7 +571,7 @@ def make_groups(
         if not budget:
             raise ArgumentError(
                 "fraction",
-                f"{fraction:g}: keeps none of {len(labels)} examples; give a larger one",
+                f"{fraction:g}: keeps none of {len(labels)} examples; use a larger fraction",
             )
         return [CandidateGroup(np.arange(len(labels)), budget)]
     else:
@@ -586,13 +588,13 @@ def _check_shots(
     if count < 1:
         raise ArgumentError(name, f"{count}: must be at least 1")
     if not per_class:
-        raise ArgumentError(name, ": counts examples per class; leave per_class on")
+        raise ArgumentError(name, ": counts examples per class; leave per_class enabled")
     present = np.flatnonzero(sizes)
     smallest = present[sizes[present].argmin()]
     if shots is not None and shots > sizes[smallest]:
         which = f"{class_names[smallest]!r}" if len(class_names) else smallest
         raise ArgumentError(
             "shots",
-            f"{shots}: class {which} has only {sizes[smallest]} examples; give at most that many, or "
-            f"shots_up_to={shots}, which keeps all of a smaller class",
+            f"{shots}: class {which} has only {sizes[smallest]} examples; use at most that many, or "
+            f"shots_up_to={shots}, which keeps smaller classes in full",
         )

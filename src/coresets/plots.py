@@ -1,6 +1,6 @@
-"""The figure that compares selection methods: accuracy against what is kept.
+"""The figure that compares selection methods: accuracy against the amount of data kept.
 
-Built on matplotlib's object interface: no global state, no window, no back end to choose.
+Uses matplotlib's object-oriented interface: no global state, no window, and no backend to choose.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,21 +17,21 @@ from src.coresets.registry import REFERENCE
 from src.errors import ArgumentError
 from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
-# Paul Tol's "muted" scheme, told apart with any color vision; pale ones last
+# Paul Tol's "muted" color-blind-safe scheme, pale colors last
 _COLORS = ("#332288", "#CC6677", "#44AA99", "#882255", "#999933", "#117733", "#AA4499", "#88CCEE", "#DDCC77")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
 _BLACK = "black"
-_DASH_DOT = (0, (3, 1, 1, 1))  # short, so that the piece beside a name shows it
-_TEXT = 13  # points, of the names beside the lines
-_GAP = 1.22 * _TEXT  # points between their middles
-_WIDTH, _HEIGHT = 7.0, 4.8  # inches: printed in a column, half as large, the smallest text has 6.5 points
-_KEY = (1.03, 1.075, 1.12)  # begin, marker and end of the piece of a line before its name, in widths of the axes
-_CROWDED = 0.12  # least distance of two ticks, in widths of the axes
+_DASH_DOT = (0, (3, 1, 1, 1))  # short enough to be visible in the legend
+_TEXT = 13  # font size of the labels next to the lines, in points
+_GAP = 1.22 * _TEXT  # points between label centers
+_WIDTH, _HEIGHT = 7.0, 4.8  # inches; in a column at half the size, the smallest text is 6.5 points
+_KEY = (1.03, 1.075, 1.12)  # start, marker and end of a label's line sample, in widths of the axes
+_CROWDED = 0.12  # minimum distance between ticks, in widths of the axes
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name beside the axes: at what accuracy its line ends, and how the line is drawn."""
+    """A label next to the axes: its text, the accuracy at the line's end, and the line's style."""
 
     text: str
     end: float
@@ -41,23 +41,23 @@ class _Name:
 def accuracy_figure(
     rows: Sequence[Mapping[str, Any]], *, title: str, full: float | None = None, full_std: float | None = None
 ) -> Figure:
-    """Test accuracy against the share kept, or the examples kept of each class: a line per method.
+    """Plot test accuracy against the fraction of examples kept, or against the examples kept per class.
 
-    Bands (bars, where a line is one point) are one standard deviation over seeds to either side; one seed has none.
-    The names stand beside the lines' right ends, from the highest accuracy there to the lowest.
+    Each method is one line. Bands (error bars, if a line has one point) show one standard deviation over seeds in
+    each direction; a single seed has none. Labels are next to the right ends of the lines, sorted by accuracy.
 
     Args:
-        rows: Of :func:`src.coresets.grid.summarize`; those without a finished cell are left out.
-        title: What was trained on what.
-        full: Mean accuracy of training on everything, in [0, 1], for a dotted line.
+        rows: Rows from :func:`src.coresets.grid.summarize`; those without a finished cell are left out.
+        title: Model and data set.
+        full: Mean accuracy of training on the full training set, in [0, 1], drawn as a dotted line.
         full_std: Its standard deviation.
 
     Raises:
-        ArgumentError: Some rows keep shares, and others examples per class.
+        ArgumentError: Some rows use fractions and others use examples per class.
     """
     shots = {row["shots"] is not None for row in rows}
     if len(shots) > 1:
-        raise ArgumentError("rows", ": shares and examples per class have no common axis; draw them in two figures")
+        raise ArgumentError("rows", ": fractions and examples per class need separate axes; draw two figures")
     key = "shots" if True in shots else "share"
     methods = list(dict.fromkeys(row["method"] for row in rows))
     styles = line_styles(methods)
@@ -73,7 +73,7 @@ def accuracy_figure(
             if own:
                 names.append(_line(axes, sorted(own, key=lambda row: row[key]), key, method, styles[method]))
         axes.set_ylabel("test accuracy (%)")
-        axes.set_xlabel("examples per class" if key == "shots" else "share of examples kept")
+        axes.set_xlabel("examples per class" if key == "shots" else "fraction of examples kept")
         _ticks(axes, sorted({row[key] for row in rows}))
         if full is not None:
             style = {"color": "0.25", "linestyle": ":"}
@@ -87,9 +87,9 @@ def accuracy_figure(
 
 
 def line_styles(methods: Sequence[str]) -> dict[str, dict]:
-    """How each method's line is drawn: ``random`` black and dashed, the others by color and marker.
+    """Assign line styles: ``random`` is black and dashed; the other methods differ in color and marker.
 
-    From the tenth on, colors come again, with other markers, hollow, and dash-dotted lines.
+    From the tenth method on, colors repeat with other markers, hollow, and dash-dotted lines.
     """
     styles = {REFERENCE: {"color": _BLACK, "marker": "o", "markersize": 5, "linestyle": "--", "zorder": 4}}
     for place, method in enumerate(m for m in methods if m != REFERENCE):
@@ -107,14 +107,14 @@ def line_styles(methods: Sequence[str]) -> dict[str, dict]:
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, method: str, style: dict) -> _Name:
-    """A method's line, markers and band."""
+    """Draw a method's line, markers and band."""
     x = np.array([row[key] for row in rows], dtype=float)
     mean = 100 * np.array([row["mean"] for row in rows])
     std = 100 * np.array([np.nan if row["std"] is None else row["std"] for row in rows])
     axes.plot(x, mean, label=method, lw=2, **style)
     if np.isnan(std).all():
         return _Name(method, mean[-1], style)
-    if len(x) == 1:  # a band would have no width
+    if len(x) == 1:  # a band at a single point would have no width
         axes.errorbar(x, mean, std, color=style["color"], fmt="none", capsize=4, label=f"_{method}")
     else:
         axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.16, lw=0, label=f"_{method}")
@@ -122,7 +122,7 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, method: str, 
 
 
 def _ticks(axes: Axes, values: Sequence[float]) -> None:
-    """A tick at each value; on a logarithmic axis where the values would else stand on each other."""
+    """Set a tick at each value; use a logarithmic axis if the labels would otherwise overlap."""
     texts = [f"{value:g}" for value in values]
     if len(values) > 1:
         linear, logarithmic = (np.diff(v).min() / np.ptp(v) for v in (values, np.log(values)))
@@ -136,8 +136,8 @@ def _ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _names(figure: Figure, axes: Axes, names: Sequence[_Name]) -> None:
-    """Write each name beside its line's end, moved up and down as little as keeps them apart."""
-    figure.draw_without_rendering()  # settles limits and heights
+    """Write each label next to the end of its line, shifted vertically as little as possible to avoid overlap."""
+    figure.draw_without_rendering()  # fixes the limits and heights
     low, high = axes.get_ylim()
     gap = _GAP / (axes.get_window_extent().height / figure.dpi * 72)
     names = sorted(names, key=lambda name: name.end)
@@ -160,7 +160,7 @@ def spread(heights: Sequence[float], gap: float) -> np.ndarray:
 
     Args:
         heights: Ascending, ``(n,)``.
-        gap: Least distance of neighbors; made smaller where n of them do not fit.
+        gap: Minimum distance between neighbors; reduced if n labels do not fit.
     """
     count = len(heights)
     if count < 2:

@@ -1,4 +1,4 @@
-"""Pre-trained models of the selection methods: trained once, kept under a hash of all that determines them."""
+"""Pre-trained models for selection methods, trained once and stored under a hash of their settings."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from src.training import DYNAMICS_FILE, RunConfig, TrainingConfig, read_dynamics
 
 log = logging.getLogger(__name__)
 
-# Settings without an effect that names of folders of pre-trained models contain all the same, and the images, which
-# they do not: models of older versions are found. Images are compared when a run's settings are.
+# Pre-trained models made by older versions are still found: the key includes settings that have no effect, and
+# excludes the images. Images are compared when a run's settings are.
 _IN_KEY = {name: DEFAULTS[name] for name in ("rho", "adaptive", "hess_init", "lr_min")} | {"delta": None}
 
-_SEED_STEP = 5  # between the seeds of independently initialized models
+_SEED_STEP = 5  # seed difference between independently initialized models
 _WEIGHT_DECAY = 5e-4
-_LARGEST_FILE = 2**31  # bytes; larger features are computed again by each run that needs them
+_LARGEST_FILE = 2**31  # bytes; larger features are not stored, and each run recomputes them
 
 
 class PretrainedModel:
@@ -42,14 +42,14 @@ class PretrainedModel:
 
     Args:
         context: Device and data.
-        pretrain: Its settings.
-        run: The downstream run, whose model, seed, precision and augmentation it follows.
-        folders: Where files go.
-        number: Which of the independently initialized models, from 0: its seed is ``seed + 5 number``.
+        pretrain: Pre-training settings.
+        run: The downstream run, which determines the model, seed, precision and augmentation.
+        folders: Output folders.
+        number: Index of the independently initialized model, from 0; its seed is ``seed + 5 number``.
 
     Attributes:
-        settings: Everything that determines it, but its seed.
-        key: The hash of these.
+        settings: Everything that determines the model, except its seed.
+        key: The hash of the settings.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class PretrainedModel:
             cutout_holes=run.cutout_holes,
             cutout_length=run.cutout_length,
             resume=True,
-            overwrite=True,  # with these settings only, by the hash in its path: what is damaged is trained again
+            overwrite=True,  # the path contains a hash of the settings, so only a damaged run is retrained
             save_epochs="last",
             measure_proxies=True,
         )
         self._run = TrainingRun(context, config, folders, "", context.train, final_scores=False)
         facts = {**_IN_KEY, **self._run.settings}
         facts = {name: value for name, value in facts.items() if name not in ("seed", "images")}
-        if context.group.world > 1 and not context.compute.sync_bn:  # BatchNorm then normalizes smaller batches
+        if context.group.world > 1 and not context.compute.sync_bn:  # BatchNorm then sees smaller batches
             facts["processes"] = context.group.world
         self.settings, self.key = facts, settings_hash(facts)
         self._run.experiment = self._experiment(self.key)
@@ -87,7 +87,7 @@ class PretrainedModel:
         return pretrain_experiment(self._run.context.entry.name, self._run.config.model.model, key)
 
     def settings_of(self, key: str) -> dict[str, Any]:
-        """The settings that a key is the hash of; empty where their model is not on disk."""
+        """The settings with this hash; empty if their model is not on disk."""
         if key == self.key:
             return self.settings
         try:
@@ -101,15 +101,15 @@ class PretrainedModel:
         return self._run.files.checkpoints / "last.pt"
 
     def train(self) -> None:
-        """Train the model, or continue, unless it is on disk. All processes of the group must call."""
+        """Train the model, or resume its training, unless it is on disk. All processes of the group must call it."""
         run, group = self._run, self._run.context.group
         alone = lock(run.files.checkpoints / LOCK_NAME, "pre-training this model", wait=True)
         with alone if group.is_main_process else nullcontext():
-            group.wait()  # for the lock
+            group.wait()  # until the main process has the lock
             if self._checkpoint.exists() and run.is_done():
-                log.info("pre-training: %s, seed %d, is on disk", run.experiment, run.config.training.seed)
+                log.info("pre-training: found %s, seed %d, on disk", run.experiment, run.config.training.seed)
             else:
-                group.wait()  # nobody starts before everybody has seen that there is something to do
+                group.wait()  # no process may start before all have seen that there is no finished model
                 for name in ("logits", "embeddings", "gradient_norms"):
                     self._file(name).unlink(missing_ok=True)
                 try:
@@ -125,13 +125,13 @@ class PretrainedModel:
             group.wait()
 
     def dynamics(self) -> dict[str, np.ndarray]:
-        """The arrays recorded in pre-training, ``(epochs, n)`` in the order of the training examples."""
+        """The arrays recorded during pre-training, ``(epochs, n)``, in the order of the training examples."""
         arrays = read_dynamics(self._run.dynamics_folder / DYNAMICS_FILE)
         positions = self._run.train.indices.cpu().numpy()
         return {name: values[:, positions] for name, values in arrays.items() if getattr(values, "ndim", 0) == 2}
 
     def last_layer(self, *, embeddings: bool = False, gradient_norms: bool = False) -> LastLayer:
-        """The model's last layer on the un-augmented training examples, from disk where it was stored before.
+        """Return the model's last layer on the un-augmented training examples, from disk if it was stored earlier.
 
         Raises:
             TrainingError: A value is not finite.
@@ -145,8 +145,8 @@ class PretrainedModel:
         for name, values in found.items():
             if not values.isfinite().all():
                 raise TrainingError(
-                    f"the pre-trained model's {name.replace('_', ' ')} are not finite; a smaller "
-                    f"--coreset_pretrain_lr may help (it is {self._run.config.training.learning_rate:g})"
+                    f"the pre-trained model's {name.replace('_', ' ')} are not finite; try a smaller "
+                    f"--coreset_pretrain_lr than {self._run.config.training.learning_rate:g}"
                 )
         device = self._run.context.device
         return LastLayer(
@@ -180,10 +180,10 @@ class PretrainedModel:
                 self._checkpoint, seed=training.seed, epoch=training.epochs, model=model, optimizer="sgd"
             )[0]
         except FileError as error:
-            raise FileError(f"{error}; delete it, and it is trained again") from error
+            raise FileError(f"{error}; delete it to retrain the model") from error
 
     def _forward(self, embeddings: bool) -> dict[str, torch.Tensor]:
-        """Logits ``(n, C)`` and embeddings ``(n, d)``, in one pass."""
+        """Compute logits ``(n, C)`` and embeddings ``(n, d)`` in one pass."""
         model, context = self._model(), self._run.context
         dtype = context.precision.dtype
         logits, features = [], []
@@ -199,11 +199,11 @@ class PretrainedModel:
         found = {"logits": torch.cat(logits)}
         if embeddings:
             found["embeddings"] = torch.cat(features)
-        # copies: tensors of inference mode cannot be used outside it
+        # clone: inference-mode tensors cannot be used outside inference mode
         return {name: self._store(name, values.clone()) for name, values in found.items()}
 
     def _gradient_norms(self) -> torch.Tensor:
-        """Norms of each example's gradient in all parameters, ``(n,)``."""
+        """Compute the norm of each example's gradient in all parameters, ``(n,)``."""
 
         def losses(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
@@ -217,5 +217,5 @@ class PretrainedModel:
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """16 hex digits that stand for settings."""
+    """Hash settings to 16 hex digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Choosing by rank: stored scores, and the published criteria that keep the highest scores."""
+"""Selection by rank: stored scores, and published criteria that keep the highest scores."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from src.metrics import SCORES
 
 log = logging.getLogger(__name__)
 
-_MANY_TIES = 0.01  # of a selection: where more of it is decided by index alone, a warning is logged
+_MANY_TIES = 0.01  # fraction of a selection; log a warning if ties decide more of it
 
 
 def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highest: bool, what: str) -> Selection:
-    """Of each group, the examples of the highest or the lowest scores.
+    """Keep the examples with the highest or lowest scores in each group.
 
-    Candidates are ordered by (score, position); the lowest are the head of that order, the highest its tail.
+    Candidates are sorted by (score, position); the lowest scores are the head of that order, the highest its tail.
 
     Args:
-        scores: ``(n,)``, without NaN (infinity is a score like any other).
-        groups: The groups; together they hold each position at most once.
-        highest: Which end to keep.
-        what: The score's name, for the notice about ties.
+        scores: ``(n,)``, without NaN (infinite scores are allowed).
+        groups: The groups of candidates, which must be disjoint.
+        highest: Whether to keep the highest scores.
+        what: Name of the score, for the warning about ties.
     """
     group_of = np.full(len(scores), len(groups), dtype=np.int16 if len(groups) < 2**15 - 1 else np.int64)
     for number, group in enumerate(groups):
@@ -58,7 +58,7 @@ def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highes
     chosen = sum(map(len, picks))
     if decided > _MANY_TIES * chosen:
         log.warning(
-            "%s: %d of the %d chosen examples share the score at the cut with others left out; their index decided",
+            "%s: %d of the %d selected examples tie at the cutoff score with excluded examples; ties go by index",
             what,
             decided,
             chosen,
@@ -67,7 +67,7 @@ def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highes
 
 
 def checked_scores(inputs: SelectionInputs, what: str) -> np.ndarray:
-    """The inputs' scores.
+    """Return the inputs' scores, float64 ``(n,)``, after checking that none is missing.
 
     Raises:
         FileError: A candidate has no score.
@@ -76,8 +76,8 @@ def checked_scores(inputs: SelectionInputs, what: str) -> np.ndarray:
     missing = np.flatnonzero(np.isnan(scores))
     if len(missing):
         raise FileError(
-            f"{what}: has no score of {len(missing)} of the {len(scores)} candidates "
-            f"(the first is example {inputs.name(missing[0])}); score all of them, or choose them with --subset"
+            f"{what}: no score for {len(missing)} of {len(scores)} candidates "
+            f"(the first is example {inputs.name(missing[0])}); score all of them, or restrict them with --subset"
         )
     return scores
 
@@ -98,25 +98,27 @@ class GraNdOptions(Options):
     """Options of GraNd.
 
     Attributes:
-        grand_gradient: The gradient in the ``"last"`` layer, or in all parameters (``"full"``).
+        grand_gradient: Gradient in the ``"last"`` layer or in all parameters (``"full"``).
     """
 
-    grand_gradient: str = option("last", "grand: gradient of what", choices=("last", "full"))
+    grand_gradient: str = option(
+        "last", "grand: gradient in the last layer or in all parameters (full)", choices=("last", "full")
+    )
 
 
 def stored(mode: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: StoredOptions) -> Selection:
-    """A stored score: its highest (``coreset_mode`` large) or lowest (few_shot)."""
+    """Keep the highest (``coreset_mode`` large) or lowest (few_shot) values of a stored score."""
     scores = checked_scores(inputs, f"the stored score {mode}")
     return keep_by_rank(scores, groups, highest=options.coreset_mode == "large", what=mode)
 
 
 def reduced(name: str, inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Any) -> Selection:
-    """A score reduced from the dynamics: its highest."""
+    """Keep the highest values of a score computed from the training dynamics."""
     return keep_by_rank(checked_scores(inputs, name), groups, highest=True, what=name)
 
 
 def forget(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """Forgetting: the most events, and before them what was never learned (Toneva et al. 2019, section 2)."""
+    """Forgetting: keep never-learned examples, then those with most events (Toneva et al. 2019, section 2)."""
     learned = (inputs.dynamics["correct"] == 1).any(axis=0)
     scores = checked_scores(inputs, "forget")
     return keep_by_rank(np.where(learned, scores, np.inf), groups, highest=True, what="forget")
@@ -127,13 +129,13 @@ def _mean_over_models(columns: Sequence[torch.Tensor]) -> np.ndarray:
 
 
 def el2n_selection(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """EL2N: the largest error norms, averaged over independent initializations."""
+    """EL2N: keep the largest error norms, averaged over independently initialized models."""
     scores = _mean_over_models([layer.errors.double().norm(dim=1) for layer in inputs.layers])
     return keep_by_rank(scores, groups, highest=True, what="el2n")
 
 
 def grand(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: GraNdOptions) -> Selection:
-    """GraNd: the largest gradient norms, averaged over independent initializations."""
+    """GraNd: keep the largest gradient norms, averaged over independently initialized models."""
     if options.grand_gradient == "full":
         columns = [layer.gradient_norms for layer in inputs.layers]
     else:
@@ -142,12 +144,12 @@ def grand(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Gr
 
 
 def random_choice(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: Options) -> Selection:
-    """Of each group ``budget`` positions, drawn uniformly without replacement."""
+    """Draw ``budget`` positions from each group, uniformly without replacement."""
     generator = rng.numpy_generator(inputs.seed, 0, "coreset")
     return Selection.of([generator.choice(group.positions, group.budget, replace=False) for group in groups])
 
 
-_STORED = {"samis_loss": "min_sam-sgd-loss", "samis_prob": "min_sam-sgd-prob"}  # as the SAMIS paper's scripts say
+_STORED = {"samis_loss": "min_sam-sgd-loss", "samis_prob": "min_sam-sgd-prob"}  # names in the SAMIS paper's scripts
 
 METHODS = (
     Method("random", random_choice, Needs(), "baseline", "uniform, without replacement", "n"),
@@ -157,7 +159,7 @@ METHODS = (
             partial(stored, score.name),
             Needs(stored=score.name),
             paper=score.paper,
-            equation="large keeps the highest scores, few_shot the lowest",
+            equation="large: highest scores; few_shot: lowest scores",
             cost="n log n",
             options=StoredOptions,
         )
@@ -168,7 +170,7 @@ METHODS = (
         forget,
         Needs(reduced="forg", dynamics=("correct",)),
         paper="Toneva et al. 2019",
-        equation="most changes from right to wrong between visits (section 2); never learned on top",
+        equation="never learned first, then most changes from correct to wrong between visits (section 2)",
         cost="n log n",
     ),
     Method(
@@ -176,7 +178,7 @@ METHODS = (
         partial(reduced, "csl"),
         Needs(reduced="csl"),
         paper="Ravikumar et al. 2025",
-        equation="highest sum over epochs of the loss",
+        equation="highest loss summed over epochs",
         cost="n log n",
     ),
     Method(
@@ -192,7 +194,7 @@ METHODS = (
         partial(reduced, "tdds"),
         Needs(reduced="tdds"),
         paper="Zhang et al. 2024",
-        equation="highest variation of KL(p_t || p_{t-1}) over windows, late windows weighing most",
+        equation="highest variation of KL(p_t || p_{t-1}) over windows, with later windows weighted more",
         cost="n log n",
         options=WindowOptions,
     ),
@@ -209,7 +211,7 @@ METHODS = (
         grand,
         Needs(embeddings=True, ensemble=True),
         paper="Paul et al. 2021",
-        equation="highest mean over R models of ||e|| sqrt(1 + ||h||^2) (definition 2.1; full: of all parameters)",
+        equation="highest mean over R models of ||e|| sqrt(1 + ||h||^2) (definition 2.1; full: in all parameters)",
         cost="n (C + d) R; full: R backward passes",
         options=GraNdOptions,
     ),

@@ -1,6 +1,7 @@
-"""The selection methods by name: what every module of this package lists in its ``METHODS``.
+"""The selection methods by name: a registry of every ``METHODS`` tuple in this package.
 
-A method is its code, a dataclass of its options, and its entry, in one module. Importing it imports no torch.
+Each method lives in one module: its code, a dataclass of its options, and its entry. Importing it does not import
+torch.
 """
 
 from importlib import import_module
@@ -10,14 +11,14 @@ from pkgutil import iter_modules
 from src.coresets.inputs import Method
 from src.errors import ArgumentError
 
-# the modules of this package that are no method
+# modules of this package that are not methods
 _SHARED = {"config", "grid", "inputs", "plots", "pretraining", "registry", "runner"}
 
-REFERENCE = "random"  # what the others are compared with; at fraction 1 it is training on everything
+REFERENCE = "random"  # the baseline for comparisons; at fraction 1 it trains on the full training set
 
 
 def _collect() -> dict[str, Method]:
-    """All methods: those that rank first, the others by name."""
+    """Collect all methods: first those that rank examples by score, then the others by name."""
     names = {module.name for module in iter_modules([str(Path(__file__).parent)])} - _SHARED
     ranked, *others = (import_module(f"src.coresets.{name}") for name in ("ranked", *sorted(names - {"ranked"})))
     methods = [*ranked.METHODS, *sorted((m for other in others for m in other.METHODS), key=lambda m: m.name)]
@@ -28,10 +29,10 @@ METHODS = _collect()
 
 
 def find_method(name: str) -> Method:
-    """The method of a name.
+    """Return the method with this name.
 
     Raises:
-        ArgumentError: There is none.
+        ArgumentError: No such method exists.
     """
     if name not in METHODS:
         raise ArgumentError("method", f"{name}: unknown; choose from {', '.join(METHODS)}")
@@ -39,7 +40,7 @@ def find_method(name: str) -> Method:
 
 
 def method_table() -> str:
-    """The registry as a Markdown table; methods that differ only in the stored score share a row."""
+    """Format the registry as a Markdown table; methods that differ only in their stored score share a row."""
     rows = ["| `--coreset_func` | paper | what it keeps | needs | cost | options |", "|---|---|---|---|---|---|"]
     stored = [method for method in METHODS.values() if method.needs.stored]
     for entry in METHODS.values():
@@ -48,7 +49,7 @@ def method_table() -> str:
             continue
         if entry in stored:
             names = ", ".join(f"`{method.name}`" for method in stored)
-            needs, paper = "a stored score", "SAMIS, and each score's"
+            needs, paper = "a stored score", "SAMIS and the paper of each score"
         options = ", ".join(f"`--{name}`" for name in entry.option_names)
         cells = (names, paper, entry.equation, needs, entry.cost, options)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

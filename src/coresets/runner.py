@@ -1,4 +1,4 @@
-"""From settings to a selection, which is stored, and to the training on it."""
+"""Makes and stores a selection from its settings, and trains on it."""
 
 from __future__ import annotations
 
@@ -36,43 +36,43 @@ from src.training import RunConfig, RunFiles
 
 log = logging.getLogger(__name__)
 
-_LARGEST = 1e30  # of a weight: training computes in float32
-_SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # the run's own settings have them
+_LARGEST = 1e30  # maximum weight; training computes in float32
+_SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # already in the run's own settings
 
 
 def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str, Any], float]:
-    """Read a selection file: ``indices``, and ``weights`` and more where the file has them.
+    """Read a selection file: ``indices``, and if present ``weights`` and metadata.
 
     Returns:
-        The selection in positions among the training examples in use, its settings (empty if unknown), and the
-        seconds it took (NaN if unknown).
+        The selection as positions among the training examples in use, its settings (empty if unknown), and the
+        selection time in seconds (NaN if unknown).
 
     Raises:
-        FileError: The file is missing or damaged, or does not fit the data.
+        FileError: The file is missing or damaged, or does not match the data.
     """
     arrays, full = read_npz(path), context.full_train
     stored = {name: str(arrays[name]) for name in ("label_hash", "data_hash") if name in arrays}
     check_same_data(
-        path, stored, "make it with --dataset of this run", label_hash=context.label_hash, data_hash=full.digest
+        path, stored, "make it with this run's --dataset", label_hash=context.label_hash, data_hash=full.digest
     )
-    remedy = "make it with select_coreset.py (of a mask, take numpy's flatnonzero)"
+    remedy = "make it with select_coreset.py (convert a mask with numpy's flatnonzero)"
     indices = checked_array(path, arrays, "indices", kinds="iu", remedy=remedy)
     if indices.min() < 0 or indices.max() >= full.total:
-        raise FileError(f"{path}: has indices outside 0 to {full.total - 1}, the training set's; make it again")
+        raise FileError(f"{path}: has indices outside the training set's 0 to {full.total - 1}; make the file again")
     if len(np.unique(indices)) < len(indices):
-        raise FileError(f"{path}: has an index twice; give each once")
+        raise FileError(f"{path}: has duplicate indices; list each index once")
     arrays = {"weights": np.ones(len(indices)), "seconds": np.array(np.nan), **arrays}
     weights = checked_array(path, arrays, "weights", kinds="fiu", length=len(indices))
     if (weights < 0).any() or not 0 < weights.max() <= _LARGEST:
         raise FileError(
-            f"{path}: array 'weights' is not of numbers from 0 to {_LARGEST:g}, some above 0; make it again"
+            f"{path}: weights must be from 0 to {_LARGEST:g} with at least one above 0; make the file again"
         )
     seconds = checked_array(path, arrays, "seconds", ndim=0, kinds="fiu", finite=False)
     order, names = np.argsort(indices), context.train.indices.cpu().numpy()
     outside = indices[order][~np.isin(indices[order], names)]
     if len(outside):
         raise FileError(
-            f"{path}: has example {outside[0]}, which --subset leaves out; give the subset it was made with"
+            f"{path}: has example {outside[0]}, which is not in --subset; use the subset it was made with"
         )
     positions = np.searchsorted(names, indices[order]).astype(np.int64)
     settings = parse_settings(path, arrays["settings"]) if "settings" in arrays else {}
@@ -81,15 +81,15 @@ def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str
 
 @dataclass
 class CoresetRun:
-    """One selection, made or read from a file, and a new model's training on it.
+    """One selection, newly made or read from a file, and the training of a new model on it.
 
     Attributes:
         context: Device, data and processes.
-        config: The method and how much it keeps, or the file.
-        pretrain: Settings of pre-training.
+        config: The method and the amount to keep, or the selection file.
+        pretrain: Pre-training settings.
         run: The downstream run; a selection depends on its model, seed, precision and augmentation.
-        folders: Where files go.
-        out: Where the selection is stored, where that is not the folder of the run on it.
+        folders: Output folders.
+        out: Where to store the selection, if not in the run's folder.
     """
 
     context: RunContext
@@ -101,7 +101,7 @@ class CoresetRun:
 
     @cached_property
     def experiment(self) -> str:
-        """The run's name in paths."""
+        """The run's experiment name in paths."""
         config, name, share = self.config, self.config.coreset_func, self.config.share
         if config.selection is not None:
             name = f"selection_{file_digest(config.selection)[:8]}"
@@ -110,14 +110,14 @@ class CoresetRun:
 
     @cached_property
     def path(self) -> Path:
-        """Where the selection is stored."""
+        """Path of the selection file."""
         if self.config.selection is not None:
             return self.config.selection
         return self.out or selection_path(self.folders.models_folder, self.experiment, self.run.training.seed)
 
     @cached_property
     def models(self) -> list[PretrainedModel]:
-        """The pre-trained models that the method looks at, not trained yet."""
+        """The pre-trained models that the method needs, not yet trained."""
         needs = self.config.method.needs
         count = self.pretrain.coreset_networks if needs.ensemble else int(needs.pretraining)
         return [PretrainedModel(self.context, self.pretrain, self.run, self.folders, n) for n in range(count)]
@@ -140,7 +140,7 @@ class CoresetRun:
             **{name: data[name] for name in data if name not in ("image_size", "channels")},
             **asdict(config.options),
         }
-        if "selection_subsample" in facts:  # what "auto" comes to
+        if "selection_subsample" in facts:  # store what "auto" resolves to
             facts["selection_subsample"] = config.options.epsilon(self.groups()) or "exact"
         if config.method.needs.stored:
             facts["scores"] = file_digest(self._proxy.path)
@@ -150,11 +150,11 @@ class CoresetRun:
         return acting_settings(facts)
 
     def check(self) -> None:
-        """Check, before anything is computed, for what would stop the run later.
+        """Check for errors that would stop the run later, before computing anything.
 
         Raises:
-            ArgumentError: The share does not fit the data, or pre-training is too short for the method.
-            FileError: The stored score, or the selection's file, is missing or does not fit the data.
+            ArgumentError: The fraction does not fit the data, or pre-training is too short for the method.
+            FileError: The stored score or the selection file is missing or does not match the data.
         """
         config = self.config
         if config.selection is not None:
@@ -168,20 +168,18 @@ class CoresetRun:
         if epochs < fewest:
             raise ArgumentError(
                 "coreset_pretrain_epochs",
-                f"{epochs}: too few for {config.coreset_func}, which compares epochs; give at least {fewest}",
+                f"{epochs}: too few for {config.coreset_func}, which compares epochs; use at least {fewest}",
             )
         if config.coreset_mode == "few_shot" and "coreset_mode" not in config.method.option_names:
             log.warning(
-                "--coreset_mode few_shot: changes nothing for %s, which keeps what its paper keeps",
+                "--coreset_mode few_shot: has no effect on %s, which follows its paper",
                 config.coreset_func,
             )
         if self.dynamic and not config.per_class:
-            log.warning(
-                "--per_class: changes nothing for %s, which looks at all examples at once", config.coreset_func
-            )
+            log.warning("--per_class: has no effect on %s, which compares all examples together", config.coreset_func)
 
     def groups(self) -> list[CandidateGroup]:
-        """The groups of candidates, and how many to choose in each."""
+        """The groups of candidates and their budgets."""
         config, train = self.config, self.context.train
         return make_groups(
             train.labels.cpu().numpy(),
@@ -194,32 +192,32 @@ class CoresetRun:
         )
 
     def stored(self, *, overwrite: bool = False) -> tuple[Selection, float] | None:
-        """The selection on disk and its seconds, if it was made with the same settings; None if there is none.
+        """Return the stored selection and its time in seconds, if it has the same settings; None if there is none.
 
         Args:
-            overwrite: Whether a file with different settings, or a damaged one, counts as none.
+            overwrite: Whether to treat a file with different settings, or a damaged one, as missing.
 
         Raises:
-            FileError: There is one with different settings, or a damaged one.
+            FileError: The file has different settings or is damaged.
         """
         wanted = dict(self.settings)
 
         def read(path: Path) -> tuple[tuple[Selection, float], dict[str, Any]]:
             selection, settings, seconds = read_selection(path, self.context)
             if self.models and (pretraining := self.models[0].settings_of(str(settings.get("pretraining")))):
-                # a message names what differs, rather than hashes
+                # compare settings instead of hashes, so that the message names what differs
                 settings["pretraining"], wanted["pretraining"] = pretraining, self.models[0].settings
             return (selection, seconds), settings
 
         return load_result(self.path, wanted, read, overwrite=overwrite)
 
     def select(self) -> tuple[Selection, float]:
-        """The selection: that of the file, the stored one with the same settings, or a new one, which is stored.
+        """Return the selection: the given file, a stored one with the same settings, or a new one, which is stored.
 
-        All processes of the group must call.
+        All processes of the group must call it.
 
         Returns:
-            The selection in positions among the training examples in use, and the seconds that it took.
+            The selection as positions among the training examples in use, and the selection time in seconds.
         """
         self.check()
         config, group = self.config, self.context.group
@@ -228,14 +226,14 @@ class CoresetRun:
         found = self.stored(overwrite=self.run.overwrite)
         group.wait()
         if found is not None:
-            log.info("selection: read from %s", self.path)
+            log.info("selection: loaded from %s", self.path)
             return found
         for model in self.models:
             model.train()
         if group.is_main_process:
             if (epsilon := self.settings.get("selection_subsample", "exact")) != "exact":
                 log.info(
-                    "selection: subsampled with epsilon %g (examples times picks: %.2g; auto is exact up to %.0e)",
+                    "selection: subsampling with epsilon %g (examples times picks: %.2g; auto is exact up to %.0e)",
                     epsilon,
                     greedy_gains(self.groups()),
                     GREEDY_LIMIT,
@@ -254,7 +252,7 @@ class CoresetRun:
                 seconds=seconds,
             )
             log.info(
-                "selection: %d of %d examples by %s in %.2f s",
+                "selection: kept %d of %d examples with %s in %.2f s",
                 len(selection.indices),
                 len(self.context.train),
                 config.coreset_func,
@@ -264,7 +262,7 @@ class CoresetRun:
         return self.stored()
 
     def _inputs(self) -> SelectionInputs:
-        """What the method reads."""
+        """Collect the inputs that the method needs."""
         context, config, needs = self.context, self.config, self.config.method.needs
         scores, dynamics, layers = None, {}, []
         if needs.stored:
@@ -292,7 +290,7 @@ class CoresetRun:
 
     @cached_property
     def _proxy(self) -> Proxy:
-        """The stored score, of this very data set."""
+        """The stored score for exactly this data set."""
         name, full = self.config.method.needs.stored, self.context.full_train
         return Proxy(
             name,
@@ -305,13 +303,13 @@ class CoresetRun:
         )
 
     def _stored_scores(self) -> np.ndarray:
-        """The stored score of each training example in use."""
+        """The stored scores of the training examples in use."""
         proxy = self._proxy
         scores = proxy.scores[self.context.train.indices.cpu().numpy()]
         if np.isnan(scores).any():
             raise FileError(
-                f"{proxy.path}: scores {len(proxy.indices)} of {len(proxy)} examples, not all to choose from; "
-                "make scores of all, or give the same --subset as they were made with"
+                f"{proxy.path}: has scores for {len(proxy.indices)} of {len(proxy)} examples, which do not cover all "
+                "candidates; score all examples, or use the --subset they were made with"
             )
         return scores
 
@@ -319,7 +317,7 @@ class CoresetRun:
 
     @property
     def dynamic(self) -> bool:
-        """Whether training chooses again in each epoch."""
+        """Whether training selects again in each epoch."""
         return self.config.selection is None and self.config.method.dynamic
 
     @property
@@ -329,14 +327,14 @@ class CoresetRun:
 
     @property
     def lock(self) -> Path:
-        """The lock file of the process that works on the run."""
+        """Path of the run's lock file."""
         return self.files.checkpoints / LOCK_NAME
 
     def check_stored(self) -> None:
-        """Refuse, before anything is trained, to replace a run or a selection of different settings.
+        """Refuse, before any training, to replace a run or a selection with different settings.
 
         Raises:
-            FileError: There is one; the message names the settings that differ.
+            FileError: Such a run or selection exists; the message names the settings that differ.
         """
         if not self.dynamic:
             self.stored()
@@ -350,7 +348,7 @@ class CoresetRun:
             )
 
     def train(self) -> list[dict[str, Any]]:
-        """Select, and train on the selection; returns the history, one record per epoch."""
+        """Select, then train on the selection; return the history, one record per epoch."""
         if self.dynamic:
             self.check()
             plan = InfoBatchPlan(
@@ -367,22 +365,22 @@ class CoresetRun:
         return self._training(selection).fit(weights=weights)
 
     def is_done(self) -> bool:
-        """Whether the run has finished, with these very settings and the selection that they give."""
+        """Whether the run has finished with exactly these settings and the resulting selection."""
         if self.dynamic:
             return self._training().is_done()
         try:
             found = self.stored()
-        except FileError:  # making it reports what is wrong
+        except FileError:  # train() reports the error
             return False
         return found is not None and self._training(found[0]).is_done()
 
     def selection_seconds(self) -> float:
-        """The seconds that the stored selection took; NaN where there is none."""
+        """The time in seconds of the stored selection; NaN if there is none."""
         found = None if self.dynamic else self.stored()
         return float("nan") if found is None else found[1]
 
     def _training(self, selection: Selection | None = None) -> TrainingRun:
-        """The run on a selection; without one, of the settings that are known before it is made."""
+        """The training run on a selection; without one, with the settings that are known before selecting."""
         train = self.context.train
         if self.dynamic:
             more = {

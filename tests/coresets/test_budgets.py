@@ -79,10 +79,10 @@ def test_shots_up_to_keep_all_of_a_smaller_class():
         ({"fraction": math.nan}, "fraction nan: must be above 0"),
         ({"fraction": 0.01, "per_class": False}, "fraction 0.01: keeps none of 5 examples"),
         ({"shots": 0}, "shots 0: must be at least 1"),
-        ({"shots": 3}, "shots 3: class 0 has only 2 examples; give at most that many"),
-        ({"shots": 1, "per_class": False}, "shots: counts examples per class; leave per_class on"),
+        ({"shots": 3}, "shots 3: class 0 has only 2 examples; use at most that many"),
+        ({"shots": 1, "per_class": False}, "shots: counts examples per class; leave per_class enabled"),
         ({"shots_up_to": 0}, "shots_up_to 0: must be at least 1"),
-        ({"shots_up_to": 1, "per_class": False}, "shots_up_to: counts examples per class; leave per_class on"),
+        ({"shots_up_to": 1, "per_class": False}, "shots_up_to: counts examples per class; leave per_class enabled"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings_, message):

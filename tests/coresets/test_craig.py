@@ -310,7 +310,7 @@ def test_it_says_which_way_it_goes_and_repeats_itself(monkeypatch, caplog):
     groups = [CandidateGroup(np.arange(300), 60, 0), CandidateGroup(np.arange(300, 400), 20, 1)]
     with caplog.at_level(logging.INFO):
         first = select(layer, groups, memory=LARGE)
-        assert "sample's picks in 2 groups" in caplog.text
+        assert "sampled greedy in 2 groups" in caplog.text
         assert "exact" not in caplog.text
         select(layer, groups, memory=EXACT)
         assert "exact lazy greedy in 2 groups" in caplog.text

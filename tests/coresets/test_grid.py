@@ -64,7 +64,7 @@ def test_one_seed_has_no_spread():
     text = markdown(rows)
     assert "**62.5**" in text
     assert "±" not in text
-    assert text.startswith("Test accuracy in percent after the last epoch, one seed; columns: share of the")
+    assert text.startswith("Test accuracy in percent after the last epoch, one seed; columns: fraction of")
 
 
 def test_unfinished_cells_are_left_out_and_counted():
@@ -83,7 +83,7 @@ def test_unfinished_cells_are_left_out_and_counted():
     lines = markdown([random, craig, half], "lenet on digits").splitlines()
     assert lines[0] == (
         "lenet on digits: test accuracy in percent after the last epoch, mean ± standard deviation over 3 seeds; "
-        "columns: share of the examples kept; bold: the best mean of a column; -: none finished."
+        "columns: fraction of examples kept; bold: best mean in the column; -: no finished run."
     )
     assert [[entry.strip() for entry in line.split("|")[1:-1]] for line in lines[4:]] == [
         ["random", "62.5 ± 17.7 (2 of 3 seeds)", "-"],  # alone in its column: nothing is best
@@ -117,7 +117,7 @@ def test_examples_per_class_and_the_whole_set():
         "10 per class",
         "all",
     ]
-    assert "columns: examples kept of each class" in markdown(rows)
+    assert "columns: examples kept per class" in markdown(rows)
 
 
 def test_the_files_read_back(tmp_path, records):

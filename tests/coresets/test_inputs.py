@@ -49,7 +49,7 @@ def spoilt(shape, row, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_embeddings_that_are_not_finite_name_the_first_example(name, value):
     method = METHODS[name]
-    with pytest.raises(UserError, match="embeddings: those of example 7 are not finite"):
+    with pytest.raises(UserError, match="embeddings: the values of example 7 are not finite"):
         method.select(
             SelectionInputs(
                 LABELS, 2, scores=np.arange(40.0), layers=[layer(embeddings=spoilt((40, 3), (7, 1), value))]
@@ -60,7 +60,7 @@ def test_embeddings_that_are_not_finite_name_the_first_example(name, value):
 
 
 def test_infobatch_does_not_choose_nothing_where_a_logit_is_nan():
-    with pytest.raises(UserError, match="logits: those of example 39"):
+    with pytest.raises(UserError, match="logits: the values of example 39"):
         METHODS["infobatch"].select(
             SelectionInputs(LABELS, 2, layers=[layer(logits=spoilt((40, 2), 39, float("nan")))]),
             GROUPS,
@@ -71,22 +71,22 @@ def test_infobatch_does_not_choose_nothing_where_a_logit_is_nan():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: layer(embeddings=torch.zeros(39, 3)), r"embeddings: has the shape \(39, 3\), but there are 40"),
-        (lambda: layer(logits=torch.zeros(41, 2)), "logits: has the shape"),
-        (lambda: layer(gradient_norms=spoilt(40, 3, float("nan"))), "gradient_norms: those of example 3"),
-        (lambda: layer(labels=torch.full((40,), 2)), "labels: 2, of example 0, is not one of 0 to 1"),
-        (lambda: SelectionInputs(LABELS, 2, scores=np.zeros(39)), "scores: has the shape"),
-        (lambda: SelectionInputs(LABELS, 1), "labels: 1, of example 1, is not one of 0 to 0"),
-        (lambda: SelectionInputs(LABELS - 1, 2), "labels: -1, of example 0"),
+        (lambda: layer(embeddings=torch.zeros(39, 3)), r"embeddings: has shape \(39, 3\), but there are 40"),
+        (lambda: layer(logits=torch.zeros(41, 2)), "logits: has shape"),
+        (lambda: layer(gradient_norms=spoilt(40, 3, float("nan"))), "gradient_norms: the values of example 3"),
+        (lambda: layer(labels=torch.full((40,), 2)), "labels: label 2 of example 0 is not from 0 to 1"),
+        (lambda: SelectionInputs(LABELS, 2, scores=np.zeros(39)), "scores: has shape"),
+        (lambda: SelectionInputs(LABELS, 1), "labels: label 1 of example 1 is not from 0 to 0"),
+        (lambda: SelectionInputs(LABELS - 1, 2), "labels: label -1 of example 0"),
         (
             lambda: SelectionInputs(LABELS, 2, layers=[layer(), layer(labels=torch.from_numpy(1 - LABELS))]),
             "model 1: .* 0",
         ),
-        (lambda: SelectionInputs(LABELS[:39], 2, layers=[layer()]), "model 0: has the shape"),
-        (lambda: SelectionInputs(LABELS, 2, dynamics={"p": np.zeros((3, 39))}), "dynamics p: has the shape"),
+        (lambda: SelectionInputs(LABELS[:39], 2, layers=[layer()]), "model 0: has shape"),
+        (lambda: SelectionInputs(LABELS, 2, dynamics={"p": np.zeros((3, 39))}), "dynamics p: has shape"),
         (
             lambda: SelectionInputs(LABELS, 2, dynamics={"p": np.full((3, 40), np.nan)}),
-            "dynamics p: those of example 0",
+            "dynamics p: the values of example 0",
         ),
         (lambda: CandidateGroup(np.arange(5), 6), "budget 6: the group has 5 examples; choose 1 to 5"),
         (lambda: CandidateGroup(np.arange(5), 6, 3), "budget 6: class 3 has 5"),
@@ -94,12 +94,18 @@ def test_infobatch_does_not_choose_nothing_where_a_logit_is_nan():
         (lambda: CandidateGroup(np.arange(0), 0), "budget 0"),
         (lambda: CandidateGroup(np.array([1, 1, 2]), 2), "ascending"),
         (lambda: CandidateGroup(np.array([-1, 1]), 1), "ascending"),
-        (lambda: Selection(np.array([3, 5, 3]), np.ones(3)), "indices: one is negative or there twice"),
-        (lambda: Selection(np.array([-3, 5]), np.ones(2)), "indices: one is negative or there twice"),
-        (lambda: Selection(np.array([3, 5]), np.array([1, -1.0])), "weights: one is not"),
-        (lambda: Selection(np.array([3, 5]), np.array([np.nan, 1])), "weights: one is not"),
-        (lambda: Selection(np.array([3, 5]), np.array([np.inf, 1])), "weights: one is not"),
-        (lambda: Selection(np.array([3, 5]), np.ones(3)), "weights: there are 3 for 2 indices"),
+        (lambda: Selection(np.array([3, 5, 3]), np.ones(3)), "indices: an index is negative or repeated"),
+        (lambda: Selection(np.array([-3, 5]), np.ones(2)), "indices: an index is negative or repeated"),
+        (lambda: Selection(np.array([3, 5]), np.array([1, -1.0])), "weights: a weight is not finite or is negative"),
+        (
+            lambda: Selection(np.array([3, 5]), np.array([np.nan, 1])),
+            "weights: a weight is not finite or is negative",
+        ),
+        (
+            lambda: Selection(np.array([3, 5]), np.array([np.inf, 1])),
+            "weights: a weight is not finite or is negative",
+        ),
+        (lambda: Selection(np.array([3, 5]), np.ones(3)), "weights: got 3 for 2 indices"),
     ],
 )
 def test_what_does_not_fit_is_one_line(make, says):

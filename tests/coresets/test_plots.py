@@ -60,7 +60,7 @@ def test_lines_bands_ticks_and_names():
     assert lines["all examples"].get_linestyle() == ":"
     np.testing.assert_allclose(lines["all examples"].get_ydata(), 95)
     np.testing.assert_allclose(axes.get_xticks(), [0.1, 0.3, 0.9])
-    assert (axes.get_title(), axes.get_xlabel()) == ("lenet on digits", "share of examples kept")
+    assert (axes.get_title(), axes.get_xlabel()) == ("lenet on digits", "fraction of examples kept")
     ends = {name: line.get_ydata()[-1] for name, line in lines.items()}
     assert names_of(figure) == sorted(ends, key=lambda name: -ends[name])
 
@@ -105,7 +105,7 @@ def test_one_share_has_bars():
 
 def test_shares_and_shots_do_not_mix():
     rows = summarize(grid(["random"], [0.1]) + grid(["craig"], [5], shots=True))
-    with pytest.raises(ArgumentError, match="no common axis"):
+    with pytest.raises(ArgumentError, match="separate axes"):
         accuracy_figure(rows, title="t")
 
 

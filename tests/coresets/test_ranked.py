@@ -75,7 +75,7 @@ def test_a_notice_counts_what_ties_decide(caplog, scores, budget, highest, decid
         assert not caplog.records
     else:
         (record,) = caplog.records
-        assert record.getMessage().startswith(f"min_forg: {decided} of the {budget} chosen")
+        assert record.getMessage().startswith(f"min_forg: {decided} of the {budget} selected")
 
 
 def test_few_ties_need_no_notice(caplog):
@@ -87,7 +87,7 @@ def test_few_ties_need_no_notice(caplog):
 
 def test_a_missing_score_is_refused_by_the_original_index():
     material = SelectionInputs(np.zeros(3), 1, scores=np.array([1.0, np.nan, np.inf]), names=np.array([10, 77, 80]))
-    with pytest.raises(FileError, match=r"min_mem: .* 1 of the 3 .*example 77"):
+    with pytest.raises(FileError, match=r"min_mem: .* 1 of 3 .*example 77"):
         ranked.checked_scores(material, "min_mem")
 
 

@@ -45,7 +45,7 @@ def test_a_method_is_one_file(tmp_path):
     script = [sys.executable, str(tmp_path / "train_prune.py")]
     shown = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
     assert "examples to skip" in shown
-    assert re.search(r"how to choose: [^:]*\bfirst\b", shown)
+    assert re.search(r"selection method: [^:]*\bfirst\b", shown)
     refused = subprocess.run([*script, "--coreset_func=random", "--skipped=1"], capture_output=True, text=True)
     assert (refused.returncode, "without first" in refused.stderr) == (2, True)
 

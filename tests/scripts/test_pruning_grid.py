@@ -170,12 +170,20 @@ def test_damaged_tables_and_results_are_named(blobs, tmp_path):
         with spoilt(path, json.dumps({**content, **changes}).encode()):
             refuse("compare_pruning.py", *table, status=FILE, says=(r"results\.json: is damaged", says))
     path = comparison(tmp_path, "json")
-    for damaged, says in (([1], "not a table"), ({"settings": 3}, "not a table")):
+    for damaged, says in (
+        ([1], "was not written by this script"),
+        ({"settings": 3}, "was not written by this script"),
+    ):
         with spoilt(path, json.dumps(damaged).encode()):
             refuse("compare_pruning.py", *table, status=FILE, says=(r"comparison\.json: ", says, "--overwrite"))
     for cells in (5, [5], [{}], [{"method": [], "share": 0.5, "shots": None, "seed": 1}]):
         with spoilt(path, json.dumps({**read_json(path), "cells": cells}).encode()):
-            refuse("compare_pruning.py", *table, status=FILE, says=("is damaged, or not a table", "--overwrite"))
+            refuse(
+                "compare_pruning.py",
+                *table,
+                status=FILE,
+                says=("is damaged or was not written by this script", "--overwrite"),
+            )
 
 
 def test_a_grid_of_shots(blobs, tmp_path):

@@ -87,9 +87,9 @@ def test_every_method_selects_and_trains(place, func):
 def test_over_all_classes_at_once_and_few_shot(place, func):
     flags = place.flags(func, "--coreset_fraction=0.25", "--per_class=0", "--coreset_mode=few_shot")
     result = succeed("select_coreset.py", *flags, *folders(place.base, *TRAIN))
-    assert f"of {N} examples by {func}" in result.out
+    assert f"of {N} examples selected by {func}" in result.out
     assert len(chosen(place, func, 0.25, mode="few_shot")["indices"]) == 23  # 22.5, rounded half up
-    assert ("changes nothing" in result.err) == ("coreset_mode" not in METHODS[func].option_names)
+    assert ("has no effect" in result.err) == ("coreset_mode" not in METHODS[func].option_names)
 
 
 def test_modes_keep_opposite_ends(place):
@@ -264,7 +264,7 @@ def test_resume_goes_on_with_the_same_selection(place, tmp_path):
     resume = tmp_path / "resume_ckpts" / place.folder("infobatch", 0.6).parent.name / "seed_1"
     (resume / "epoch=2.pth.tar").unlink()
     result = succeed("train_prune.py", *flags, "--resume")
-    assert "selection: read from" in result.err
+    assert "selection: loaded from" in result.err
     assert "continuing after epoch 1" in result.err
     again = read_checkpoint(place.folder("infobatch", 0.6, base=tmp_path) / "last.pt")["model_state"]
     assert all(torch.equal(whole[key], again[key]) for key in whole)
@@ -302,12 +302,12 @@ def test_subsampling_is_recorded_and_older_selections_count_as_exact(place, tmp_
     settings = json.loads(str(exact["settings"]))
     assert settings.pop("selection_subsample") == "exact"  # what auto comes to for so few
     np.savez(tmp_path / "s.npz", **{**exact, "settings": json.dumps(settings)})  # of an older version
-    assert "selection: read from" in select().err
-    assert "read from" in select("--selection_subsample=exact").err
+    assert "selection: loaded from" in select().err
+    assert "loaded from" in select("--selection_subsample=exact").err
     refused = select("--selection_subsample=0.5")
     assert refused.status == 1
     assert "selection_subsample (exact there, 0.5 here)" in refused.complaint
-    assert "subsampled with epsilon 0.5" in select("--selection_subsample=0.5", "--overwrite").err
+    assert "subsampling with epsilon 0.5" in select("--selection_subsample=0.5", "--overwrite").err
     near = read_npz(tmp_path / "s.npz")
     assert json.loads(str(near["settings"]))["selection_subsample"] == 0.5
     assert len(near["indices"]) == len(exact["indices"])
