@@ -1,4 +1,4 @@
-"""Per-example scores: making, averaging, comparing and reading them."""
+"""Per-example scores: computing, averaging, comparing, and reading them."""
 
 from src.metrics.proxy import Memorization, Proxy, find_score_file
 from src.metrics.registry import SCORES, get_score, scores_from

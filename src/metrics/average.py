@@ -1,4 +1,4 @@
-"""Averaging per-seed scores: the mean over seeds in the published format, refusing what does not belong together."""
+"""Average per-seed scores into the published format. Seeds that differ in settings or data are refused."""
 
 import glob
 import logging
@@ -25,14 +25,21 @@ from src.optimizers import OPTIMIZERS, SCHEDULES
 
 log = logging.getLogger(__name__)
 
-_AGAIN = "score the seed again"
-_ONE_KIND = "average seeds of one kind"
+_AGAIN = "score this seed again"
+_ONE_KIND = "average only seeds made with the same settings"
 
 PAIR_MODES, RUN_MODES = scores_from("pair"), scores_from("dynamics", "end")
 
 
 def wanted_modes(choice: Any) -> Sequence[str]:
-    """The scores to average, of an ``AverageConfig`` or of its flags: those asked for, or all of the run or pair."""
+    """The scores to average.
+
+    Args:
+        choice: An ``AverageConfig``, or the parsed flags.
+
+    Returns:
+        The requested scores. By default, all scores of a run if a flag selects a run, otherwise all scores of a pair.
+    """
     of_run = any(value is not None for value in (choice.optimizer, choice.lr_sched, choice.exp))
     return choice.modes or (RUN_MODES if of_run else PAIR_MODES)
 
@@ -41,49 +48,53 @@ def _of_run(args: Any) -> bool:
     return bool(set(wanted_modes(args)) & set(RUN_MODES))
 
 
-_CHOOSES_RUN = (_of_run, f"on {', '.join(PAIR_MODES)}: it chooses a training run")
-_UNNAMED = (lambda args: args.exp is None, "beside --exp, which names the run")
+_CHOOSES_RUN = (_of_run, f"on {', '.join(PAIR_MODES)}, because it selects a training run")
+_UNNAMED = (lambda args: args.exp is None, "with --exp, which names the run")
 
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """Which per-seed scores are averaged.
+    """Which per-seed scores to average.
 
     Attributes:
-        model: The name of the model.
+        model: The model's name.
         seeds: The seeds.
-        modes: The scores; None for all of the run that the next three choose, or else of the pair.
-        optimizer: Only runs of this optimizer.
-        lr_sched: Only runs of this schedule.
+        modes: The scores. None for all scores of the run if one of the next three fields is set, otherwise all
+            scores of the pair.
+        optimizer: Restrict the search to runs with this optimizer.
+        lr_sched: Restrict the search to runs with this learning rate schedule.
         exp: The name of the run.
-        overwrite: Whether scores that were averaged otherwise are replaced.
+        overwrite: Whether to replace scores that were averaged with different settings.
 
     Raises:
-        ArgumentError: A seed is named twice, or a value is out of its range.
+        ArgumentError: A seed is repeated, or a value is out of range.
     """
 
     model: str
     seeds: Sequence[int] = option((), "the seeds to average", SEED, nargs="+")
     modes: Sequence[str] | None = option(
         None,
-        f"of a pair of models: {', '.join(PAIR_MODES)} (the default); of a training run: {', '.join(RUN_MODES)} "
-        "(the default where a flag below chooses a run)",
+        f"scores to average; from a pair of models: {', '.join(PAIR_MODES)} (the default); from a training run: "
+        f"{', '.join(RUN_MODES)} (the default if a flag below selects a run)",
         choices=PAIR_MODES + RUN_MODES,
         nargs="+",
         metavar="MODE",
     )
     optimizer: str | None = option(
         None,
-        "only runs of this optimizer (default: any)",
+        "search only runs with this optimizer (default: any)",
         choices=tuple(OPTIMIZERS),
         acts=(_CHOOSES_RUN, _UNNAMED),
     )
     lr_sched: str | None = option(
-        None, "only runs of this schedule (default: any)", choices=tuple(SCHEDULES), acts=(_CHOOSES_RUN, _UNNAMED)
+        None,
+        "search only runs with this learning rate schedule (default: any)",
+        choices=tuple(SCHEDULES),
+        acts=(_CHOOSES_RUN, _UNNAMED),
     )
     exp: str | None = option(
         None,
-        "the run's name, its folder under --metrics_folder (default: the only one there is)",
+        "name of the run, which is also its folder under --metrics_folder (default: the only run found)",
         metavar="NAME",
         acts=_CHOOSES_RUN,
     )
@@ -92,21 +103,24 @@ class AverageConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if len(set(self.seeds)) < len(self.seeds):
-            raise ArgumentError("seeds", f"{' '.join(map(str, self.seeds))}: names a seed twice; name each once")
+            raise ArgumentError(
+                "seeds", f"{' '.join(map(str, self.seeds))}: contains a duplicate; list each seed once"
+            )
 
 
 @dataclass(frozen=True)
 class SeedScores:
     """The raw scores of one seed.
 
-    Where a file of the papers' code does not say how they were made, ``facts`` holds empty ``settings`` alone.
+    Files written by the papers' code do not record how the scores were made. For these, ``facts`` has only an empty
+    ``settings``.
 
     Attributes:
         seed: The seed.
         values: float64 ``(total,)``, oriented so that HIGH means atypical.
-        scored: bool ``(total,)``: which examples this seed scores (NaN in ``values`` elsewhere).
-        facts: What all seeds of an average must share: epoch, protocol, label hash, settings.
-        source: The file the scores come from.
+        scored: bool ``(total,)``: which examples this seed scores; ``values`` is NaN for all others.
+        facts: What must be identical across the seeds of an average: epoch, protocol, label hash, settings.
+        source: The file that the scores were read from.
     """
 
     seed: int
@@ -117,7 +131,7 @@ class SeedScores:
 
     @property
     def recorded(self) -> bool:
-        """Whether the file says how the scores were made."""
+        """Whether the file records how the scores were made."""
         return "label_hash" in self.facts
 
 
@@ -127,10 +141,10 @@ class SeedScores:
 def read_pair_seed(
     modes: Sequence[str], metrics_folder: str | Path, dataset: str, model: str, seed: int
 ) -> dict[str, SeedScores]:
-    """One seed of the scores that a pair of models gives.
+    """Read one seed of the scores that compare a pair of models.
 
     Raises:
-        FileError: The seed was not scored yet, or its files are damaged.
+        FileError: The seed has not been scored yet, or its files are damaged.
     """
     wanted: dict[str, list[Score]] = {}
     for mode in modes:
@@ -141,8 +155,8 @@ def read_pair_seed(
         path = samis_path(metrics_folder, dataset, model, seed, which)
         if not path.exists():
             raise FileError(
-                f"{path}: seed {seed} is not scored yet; run compute_sam_sgd.py --dataset {dataset_flag(dataset)} "
-                f"--model {model} --seed {seed} --epochs EPOCH"
+                f"{path}: seed {seed} has not been scored yet; run compute_sam_sgd.py "
+                f"--dataset {dataset_flag(dataset)} --model {model} --seed {seed} --epochs EPOCH"
             )
         content = samis.read_seed(path)
         scored = np.zeros(len(content["arr_0"]), dtype=bool)
@@ -155,9 +169,9 @@ def read_pair_seed(
             for score in scores:
                 if not score.seed_file:
                     raise FileError(
-                        f"{path}: contains no losses, so there is no {score.name}; leave it out of the modes"
+                        f"{path}: has no losses, which {score.name} needs; remove {score.name} from --modes"
                     )
-            log.warning("%s: does not say how it was made (epoch, protocol, labels, settings)", path)
+            log.warning("%s: does not record how it was made (epoch, protocol, labels, settings)", path)
             facts = {"settings": {}}
         for score in scores:
             values = content["arr_0"] if score.seed_file else score.compute(*(content[name] for name in score.reads))
@@ -168,15 +182,17 @@ def read_pair_seed(
 def read_run_seed(
     modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int, windows: Windows = PAPERS_WINDOWS
 ) -> dict[str, SeedScores]:
-    """One seed of the modes that a training run with ``--measure_proxies`` gives.
+    """Read one seed of the scores that a training run with ``--measure_proxies`` records.
 
     Raises:
-        FileError: The run has no dynamics of this seed, or its files are damaged.
+        FileError: The run has no recorded dynamics for this seed, or its files are damaged.
     """
     folder = dynamics_folder(metrics_folder, experiment, seed)
     path = folder / training.DYNAMICS_FILE
     if not path.exists():
-        raise FileError(f"{path}: no dynamics of seed {seed}; train it with --measure_proxies --seed {seed}")
+        raise FileError(
+            f"{path}: no recorded dynamics for seed {seed}; train it with --measure_proxies --seed {seed}"
+        )
     run = training.read_dynamics(path)
     check_identity(path, run["settings"], _AGAIN, seed=seed)
     _check_run(path, run["settings"], experiment)
@@ -191,7 +207,7 @@ def read_run_seed(
         else:
             source = folder / score.seed_file
             if not source.exists():
-                raise FileError(f"{source}: is missing; train seed {seed} with --measure_proxies to its end")
+                raise FileError(f"{source}: is missing; finish training seed {seed} with --measure_proxies")
             _check_digest(source)
             values, scored = _end_scores(source, len(visited))
         result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **score.settings(windows)}), source)
@@ -199,7 +215,7 @@ def read_run_seed(
 
 
 def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of an end-of-training file by index, and which examples it scores."""
+    """Read an end-of-training file: the scores by index, and a mask of the scored examples."""
     content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(key, int | np.integer) for key in content):
         raise FileError(f"{path}: is not a dict index -> score; train again with --measure_proxies")
@@ -210,36 +226,37 @@ def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         values[keys] = np.fromiter(content.values(), np.float64, len(content))
     except (TypeError, ValueError) as error:
-        raise FileError(f"{path}: its scores are not all numbers; train again with --measure_proxies") from error
+        raise FileError(f"{path}: some scores are not numbers; train again with --measure_proxies") from error
     scored[keys] = True
     return values, scored
 
 
 def _check_run(path: Path, settings: Mapping[str, Any], experiment: str) -> None:
-    """Stop if a run's recorded dynamics are of another run than their folder is named after."""
+    """Refuse recorded dynamics that belong to a different run than the one their folder is named after."""
     run = [settings.get(name) for name in ("model", "dataset", "optimizer", "lr_sched")]
     if not experiment.startswith(("standard_", "split_")) or None in run:
         return
     split = settings.get("validation_split")
     name = standard_experiment(*run) if split is None else split_experiment(*run, split)
     if name != experiment:
-        raise FileError(f"{path}: is of the run {name}; it was copied or renamed; train {experiment} again")
+        raise FileError(f"{path}: belongs to run {name}; it was copied or renamed; train {experiment} again")
 
 
 def _check_digest(path: Path) -> None:
-    """Stop if an end-of-training file is not the one that its run wrote, where the run recorded its digest."""
+    """Refuse an end-of-training file whose digest differs from the one its run recorded, if it recorded one."""
     record = path.with_name(RECORD_FILE)
     if not record.exists():
         return
     digests = read_json(record)
     if not isinstance(digests, dict) or digests.get(path.name) != file_digest(path):
         raise FileError(
-            f"{path}: is not what the run wrote (its digest is not the one in {RECORD_FILE}); train the seed again"
+            f"{path}: was changed after the run wrote it (its digest differs from {RECORD_FILE}); "
+            "train this seed again"
         )
 
 
 def _without_seed(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with settings flattened, but for the one thing that seeds differ in."""
+    """The facts without the seed, the only setting in which seeds differ."""
     settings = facts.get("settings", {})
     return {
         **{name: value for name, value in facts.items() if name != "settings"},
@@ -251,17 +268,17 @@ def _without_seed(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[str, Any]]:
-    """The mean over seeds, scaled as the published files are.
+    """Average a score over seeds and scale it like the published files.
 
     Args:
-        mode: A name of ``SCORES``.
-        seeds: The seeds' scores.
+        mode: A key of ``SCORES``.
+        seeds: The scores of each seed.
 
     Returns:
-        float64 ``(total,)`` (NaN where nothing was scored), and how it was made.
+        float64 ``(total,)`` (NaN for examples without a score), and the record of how it was made.
 
     Raises:
-        FileError: The seeds differ in epoch, protocol, data, settings or scored examples, or a score is not finite.
+        FileError: The seeds differ in epoch, protocol, data, settings, or scored examples, or a score is not finite.
     """
     score = get_score(mode)
     flat = [(s.source, {**s.facts["settings"], **s.facts, "settings": None}) for s in seeds if s.recorded]
@@ -269,18 +286,23 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
     for seed in seeds[1:]:
         if not np.array_equal(seed.scored, seeds[0].scored):
             here, there = len(seed.scored), len(seeds[0].scored)
-            found = "it scores other examples" if here == there else f"examples ({there} there, {here} here)"
+            found = "it scores different examples" if here == there else f"examples ({there} there, {here} here)"
             raise FileError(f"{seed.source}: cannot be averaged with {seeds[0].source}: {found}; {_ONE_KIND}")
     unrecorded = [seed.seed for seed in seeds if not seed.recorded]
     if 0 < len(unrecorded) < len(seeds):
-        log.warning("%s: seeds %s do not say how they were made; they are averaged with those that do",
-                    mode, ", ".join(map(str, unrecorded)))  # fmt: skip
-    first = max(seeds, key=lambda seed: len(seed.facts["settings"]))  # the one that says most
+        log.warning(
+            "%s: seeds %s do not record how they were made; they are averaged with those that do",
+            mode,
+            ", ".join(map(str, unrecorded)),
+        )
+    first = max(seeds, key=lambda seed: len(seed.facts["settings"]))  # the most complete record
     for seed in seeds:
         wrong = seed.scored & ~np.isfinite(seed.values)
         if score.missing is None and wrong.any():
             example = np.flatnonzero(wrong)[0]
-            raise FileError(f"{seed.source}: example {example} has no finite {mode} score; train or score it again")
+            raise FileError(
+                f"{seed.source}: the {mode} score of example {example} is not finite; train or score it again"
+            )
     epochs = first.facts["epoch"] if score.share_of_epochs else 1
     raw = np.mean([seed.values / epochs for seed in seeds], axis=0)
     if score.missing is not None:
@@ -306,19 +328,19 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
 
 
 def find_run(metrics_folder: str | Path, dataset: str, config: AverageConfig) -> str:
-    """The one training run with recorded dynamics that is meant.
+    """Find the training run with recorded dynamics that the configuration selects.
 
     Args:
-        metrics_folder: Where dynamics are kept.
+        metrics_folder: The folder of recorded dynamics.
         dataset: The data set's name in paths.
-        config: Which run.
+        config: Which run to find.
 
     Returns:
         The run's name.
 
     Raises:
-        FileError: There is no such run.
-        ArgumentError: There are several; they are listed.
+        FileError: No run matches.
+        ArgumentError: Several runs match; the message lists them.
     """
     model, experiment = config.model, config.exp
     folder = Path(metrics_folder)
@@ -334,10 +356,10 @@ def find_run(metrics_folder: str | Path, dataset: str, config: AverageConfig) ->
     if found:
         raise ArgumentError(
             "exp",
-            f": {len(found)} runs in {folder} match; choose one, or give --optimizer and --lr_sched: "
+            f": {len(found)} runs in {folder} match; choose one, or narrow them with --optimizer and --lr_sched: "
             f"{', '.join(found)}",
         )
     raise FileError(
-        f"{folder}: no recorded dynamics of {' or '.join(patterns)}; "
-        f"make them with train_full.py --dataset {dataset_flag(dataset)} --model {model} --measure_proxies"
+        f"{folder}: no recorded dynamics for {' or '.join(patterns)}; "
+        f"record them with train_full.py --dataset {dataset_flag(dataset)} --model {model} --measure_proxies"
     )

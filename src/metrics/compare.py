@@ -1,4 +1,4 @@
-"""How well two scores agree. Pairs in which either score is NaN are left out everywhere."""
+"""Measure how well two scores agree. Every function skips examples for which either score is NaN."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from src.errors import ArgumentError, UserError
 
 
 class Overlap(NamedTuple):
-    """How many examples two rankings share in their lower and upper halves, and the halves' sizes."""
+    """Number of examples that two rankings share in their lower and upper halves, and the sizes of the halves."""
 
     lower: int
     upper: int
@@ -20,18 +20,18 @@ class Overlap(NamedTuple):
 
 
 def _pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both scores where neither is NaN, and the mask of those examples."""
+    """Both scores restricted to examples for which neither is NaN, and the mask of those examples."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise UserError(
-            f"scores of {a.shape} and {b.shape} examples cannot be compared: they are not of one data set"
+            f"scores of shapes {a.shape} and {b.shape} cannot be compared: they belong to different data sets"
         )
     both = ~(np.isnan(a) | np.isnan(b))
     return a[both], b[both], both
 
 
 def spearman_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Spearman's rank correlation and its p-value; NaN where a score does not vary.
+    """Spearman's rank correlation and its p-value; NaN if a score is constant.
 
     Args:
         a: ``(n,)``.
@@ -40,16 +40,16 @@ def spearman_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     rho = spearman(a, b)
     if np.isnan(rho):
         return rho, rho
-    from scipy.special import stdtr  # as scipy.stats.spearmanr does, but that takes a second to import
+    from scipy.special import stdtr  # the same formula as scipy.stats.spearmanr, which takes a second to import
 
     freedom = len(_pairs(a, b)[0]) - 2
-    with np.errstate(divide="ignore"):  # at a correlation of 1 or -1
+    with np.errstate(divide="ignore"):  # if the correlation is 1 or -1
         t = rho * np.sqrt(np.divide(freedom, (rho + 1) * (1 - rho)))
     return rho, float(2 * stdtr(freedom, -abs(t)))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two scores ``(n,)``; NaN where one does not vary."""
+    """Spearman's rank correlation of two scores ``(n,)``; NaN if one is constant."""
     a, b, _ = _pairs(a, b)
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
@@ -61,7 +61,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def spearman_within_class(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over classes of Spearman's correlation within a class (classes that do not vary are left out).
+    """Mean over classes of Spearman's correlation within each class, skipping classes with a constant score.
 
     Args:
         a: ``(n,)``.
@@ -76,9 +76,9 @@ def spearman_within_class(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> f
 
 
 def half_overlaps(a: np.ndarray, b: np.ndarray) -> Overlap:
-    """How many examples both rankings put into their lower, and into their upper, half.
+    """Count the examples that both rankings place in their lower half, and in their upper half.
 
-    The lower half is the first floor(n/2) of a stable sort (ties by index).
+    The lower half is the first floor(n/2) examples of a stable sort (ties broken by index).
     """
     a, b, _ = _pairs(a, b)
     half = len(a) // 2
@@ -89,15 +89,15 @@ def half_overlaps(a: np.ndarray, b: np.ndarray) -> Overlap:
 
 
 def top_overlap(a: np.ndarray, b: np.ndarray, fraction: float = 0.1) -> float:
-    """The share of the ``fraction`` highest examples of ``a`` that are also among those of ``b``.
+    """Fraction of the top ``fraction`` of examples by ``a`` that are also in the top ``fraction`` by ``b``.
 
-    The highest are the last of a stable sort. 1 is full agreement, ``fraction`` is chance.
+    The top examples are the last ones of a stable sort. 1 is full agreement; ``fraction`` is the chance level.
 
     Raises:
         ArgumentError: ``fraction`` is not in (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ArgumentError("fraction", f"{fraction}: must be a share in (0, 1]")
+        raise ArgumentError("fraction", f"{fraction}: must be in (0, 1]")
     a, b, _ = _pairs(a, b)
     k = max(1, round(fraction * len(a)))
     top_a, top_b = np.argsort(a, kind="stable")[-k:], np.argsort(b, kind="stable")[-k:]
@@ -107,11 +107,11 @@ def top_overlap(a: np.ndarray, b: np.ndarray, fraction: float = 0.1) -> float:
 def against_reference(
     scores: np.ndarray, reference: np.ndarray, labels: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Everything that is reported about a score beside a yardstick such as memorization.
+    """Compute every agreement measure between a score and a reference such as memorization.
 
     Returns:
-        ``spearman``, ``p_value``, ``lower_half`` and ``upper_half`` (shared examples) with their sizes,
-        ``top_tenth`` (shared share), and ``spearman_within_class`` where labels are given.
+        ``spearman``, ``p_value``, ``lower_half`` and ``upper_half`` (numbers of shared examples) with their sizes,
+        ``top_tenth`` (fraction shared), and ``spearman_within_class`` if labels are given.
     """
     rho, p_value = spearman_test(scores, reference)
     halves = half_overlaps(scores, reference)
@@ -130,10 +130,10 @@ def against_reference(
 
 
 def comparison_table(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """The csv text of comparisons: one line per score and reference.
+    """Format comparisons as csv text, one line per score and reference.
 
     Args:
-        table: Score to reference to the numbers of :func:`against_reference`.
+        table: Maps a score, then a reference, to the result of :func:`against_reference`.
     """
     text = io.StringIO()
     first = next(iter(next(iter(table.values())).values()))

@@ -1,8 +1,8 @@
-"""Scores of one training run: reductions of the recorded dynamics, and the run's per-seed score files.
+"""Scores computed from one training run's recorded dynamics, and the run's per-seed score files.
 
 Every reduction takes an array ``(epochs, total)`` with NaN where an example was not visited in an epoch, and returns
-float64 ``(total,)``, NaN where an example was never visited. HIGH means atypical except for :func:`aum`, which is
-stored negated. A window longer than the run shrinks to the epochs there are.
+float64 ``(total,)`` with NaN for examples that were never visited. High means atypical, except for :func:`aum`, which
+is stored negated. A window longer than the run is shortened to the length of the run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WINDOW = 10  # epochs; J of DUAL, Dyn-Unc and TDDS, and the early epochs of EL2N
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over axis 0 of what is not NaN; NaN where nothing is."""
+    """Mean over axis 0, ignoring NaN; NaN if all values are NaN."""
     seen = ~np.isnan(values)
     count = seen.sum(axis=0)
     total = np.where(seen, values, 0.0).sum(axis=0, dtype=np.float64)
@@ -41,7 +41,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _std(values: np.ndarray) -> np.ndarray:
-    """Unbiased deviation over axis 0 of what is not NaN; NaN where fewer than two values are."""
+    """Unbiased standard deviation over axis 0, ignoring NaN; NaN if fewer than two values remain."""
     seen = ~np.isnan(values)
     count = seen.sum(axis=0)
     spread = np.where(seen, (values - _mean(values)) ** 2, 0.0).sum(axis=0)
@@ -55,7 +55,7 @@ def _windows(values: np.ndarray, wanted: int) -> list[np.ndarray]:
 
 
 def _mean_over(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean of arrays ``(total,)`` that come one by one, NaN left out."""
+    """Running mean of a sequence of arrays ``(total,)``, ignoring NaN."""
     total, count = 0.0, 0
     for part in parts:
         seen = ~np.isnan(part)
@@ -64,16 +64,16 @@ def _mean_over(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _last_seen(correct: np.ndarray) -> np.ndarray:
-    """Each example's most recent value at every epoch: what was not visited repeats what came before."""
+    """Each example's most recent value at every epoch: an epoch without a visit repeats the previous value."""
     steps = np.arange(len(correct))[:, None]
     latest = np.maximum.accumulate(np.where(np.isnan(correct), 0, steps), axis=0)
     return np.take_along_axis(correct, latest, axis=0)
 
 
 def forgetting_events(correct: np.ndarray) -> np.ndarray:
-    """Forgetting events: how often an example goes from right to wrong between consecutive visits.
+    """Forgetting events: how often an example changes from correct to incorrect between consecutive visits.
 
-    Toneva et al., ICLR 2019. A never-learned example gets 0 here, as in the published SAMIS files.
+    Toneva et al., ICLR 2019. An example that is never learned scores 0, as in the published SAMIS files.
 
     Args:
         correct: ``(epochs, total)`` of 0, 1, NaN.
@@ -84,10 +84,10 @@ def forgetting_events(correct: np.ndarray) -> np.ndarray:
 
 
 def epochs_to_learn(correct: np.ndarray) -> np.ndarray:
-    """Epochs to learn: the first epoch (from 1) from which an example stays right to the end.
+    """Epochs to learn: the first epoch (counting from 1) after which an example stays correct.
 
-    1 if it was never wrong, the last wrong epoch + 1 otherwise, NaN if it is wrong at its last visit (or was never
-    visited).
+    The score is 1 if the example was never misclassified, NaN if it was misclassified at its last visit or never
+    visited, and otherwise 1 + the last epoch in which it was misclassified.
 
     Args:
         correct: ``(epochs, total)`` of 0, 1, NaN.
@@ -100,7 +100,7 @@ def epochs_to_learn(correct: np.ndarray) -> np.ndarray:
 def csl(loss: np.ndarray) -> np.ndarray:
     """Cumulative sample loss: the sum of an example's losses over training (Ravikumar et al., ICML 2025).
 
-    An epoch without a visit counts with the example's mean loss, so that examples visited less often compare.
+    An epoch without a visit counts as the example's mean loss, which keeps rarely visited examples comparable.
     """
     return _mean(loss) * len(loss)
 
@@ -108,7 +108,7 @@ def csl(loss: np.ndarray) -> np.ndarray:
 def aum(margin: np.ndarray) -> np.ndarray:
     """Area under the margin: the mean over epochs of ``z_y - max_{c != y} z_c`` (Pleiss et al., NeurIPS 2020, eq. 1).
 
-    LOW means atypical; it is stored negated.
+    Low means atypical; the score is stored negated.
     """
     return _mean(margin)
 
@@ -116,49 +116,49 @@ def aum(margin: np.ndarray) -> np.ndarray:
 def dual(probability: np.ndarray, window: int = WINDOW) -> np.ndarray:
     """DUAL: the mean over sliding windows of ``(1 - mean p_y) * std(p_y)`` (Cho et al., ICML 2025).
 
-    The deviation is the unbiased one; windows hold J = 10 epochs.
+    The standard deviation is unbiased. A window has J = 10 epochs by default.
     """
     return _mean_over((1.0 - _mean(w)) * _std(w) for w in _windows(probability, window))
 
 
 def dyn_unc(probability: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Dynamic uncertainty: the mean over sliding windows of the deviation of ``p_y`` (He et al., CVPR-W 2024).
+    """Dynamic uncertainty: the mean over sliding windows of ``std(p_y)`` (He et al., CVPR-W 2024).
 
-    Windows hold J = 10 epochs.
+    The standard deviation is unbiased. A window has J = 10 epochs by default.
     """
     return _mean_over(_std(w) for w in _windows(probability, window))
 
 
 def el2n(error_norm: np.ndarray, el2n_epochs: Sequence[int] = (1, WINDOW)) -> np.ndarray:
-    """EL2N: the mean of ``||softmax(z) - onehot(y)||_2`` over some early epochs.
+    """EL2N: the mean of ``||softmax(z) - onehot(y)||_2`` over early epochs.
 
     Paul et al., NeurIPS 2021, definition 2.4.
 
     Args:
         error_norm: ``(epochs, total)``.
-        el2n_epochs: The first and the last epoch (from 1, both included); a last one beyond the run means its last.
+        el2n_epochs: The first and last epoch, counting from 1 and inclusive. A last epoch beyond the end of the run
+            means the run's last epoch.
 
     Raises:
-        ArgumentError: There is no such epoch.
+        ArgumentError: The run does not have these epochs.
     """
     first, last = el2n_epochs
     if not 1 <= first <= min(last, len(error_norm)):
-        raise ArgumentError("el2n_epochs", f"{first} {last}: is no window of a run of {len(error_norm)} epochs")
+        raise ArgumentError("el2n_epochs", f"{first} {last}: is outside the run, which has {len(error_norm)} epochs")
     return _mean(error_norm[first - 1 : last])
 
 
 def tdds(divergence: np.ndarray, window: int = WINDOW, decay: float = 0.9) -> np.ndarray:
-    """TDDS: the variation of an example's information gain, late windows weighing most (Zhang et al., CVPR 2024).
+    """TDDS: the variation of an example's information gain, weighted toward late windows (Zhang et al., CVPR 2024).
 
-    With ``d_t = KL(p_t || p_{t-1})``, each window of J epochs gives ``R_t = sum_j (d_j - mean d)^2``, and the
+    With ``d_t = KL(p_t || p_{t-1})``, each window of J epochs contributes ``R_t = sum_j (d_j - mean d)^2``, and the
     score is ``sum_t decay (1 - decay)^(T - t) R_t``.
 
     Args:
-        divergence: ``(epochs, total)``; the first epoch has none.
-        window: J.
-        decay: The weight of the newest window.
+        divergence: ``(epochs, total)``; the first epoch is ignored, since it has no predecessor.
+        window: J, in epochs.
+        decay: The weight of the most recent window.
     """
-    # The first epoch has nothing to diverge from.
     parts = []
     for part in _windows(divergence[1:], window):
         spread = (part - _mean(part)) ** 2
@@ -260,19 +260,23 @@ _WINDOWED = ", ".join(score.name for score in REDUCTIONS if "window" in score.op
 
 @dataclass(frozen=True)
 class Windows:
-    """Which epochs the windowed scores look at.
+    """The epochs that the windowed scores use.
 
     Attributes:
-        window: J, the epochs in a window.
-        el2n_epochs: First and last epoch of EL2N, from 1.
+        window: J, the number of epochs in a window.
+        el2n_epochs: The first and last epoch of EL2N, counting from 1.
 
     Raises:
         ArgumentError: A window has fewer than two epochs, or an epoch is below 1.
     """
 
-    window: int = option(WINDOW, f"epochs in a window of {_WINDOWED}", number(int, 2))
+    window: int = option(WINDOW, f"number of epochs in a window of {_WINDOWED}", number(int, 2))
     el2n_epochs: Sequence[int] = option(
-        [1, WINDOW], "the epochs that el2n averages over", number(int, 1), nargs=2, metavar=("FIRST", "LAST")
+        [1, WINDOW],
+        "first and last epoch that el2n averages over",
+        number(int, 1),
+        nargs=2,
+        metavar=("FIRST", "LAST"),
     )
 
     def __post_init__(self) -> None:
@@ -281,22 +285,22 @@ class Windows:
 
 PAPERS_WINDOWS = Windows()
 
-# ------------------------------------------------------------------------------------------- the files of one run
+# ---------------------------------------------------------------------------------------------- files of one run
 
 SEED_FILES = {score.name: score.seed_file for score in (*COUNTS, *flatness.END_SCORES)}
 HISTORY_FILES = ("forgettability_history.pkl", "epochs_to_learn_history.pkl")
-RECORD_FILE = "end_of_training.json"  # the sha256 of each score file; folders of older versions lack it
+RECORD_FILE = "end_of_training.json"  # the sha256 of each score file; absent in folders written by older versions
 NOT_VISITED = 255
 _RUN_FILES = (*SEED_FILES.values(), *HISTORY_FILES)
 
 
 def has_end_of_training_scores(folder: str | Path) -> bool:
-    """Whether a run's folder of dynamics holds every file of ``write_end_of_training_scores``."""
+    """Whether a run's dynamics folder contains every file of ``write_end_of_training_scores``."""
     return all((Path(folder) / name).exists() for name in _RUN_FILES)
 
 
 def remove_end_of_training_scores(folder: str | Path) -> None:
-    """Remove what an earlier run left in a folder of dynamics."""
+    """Remove the score files that an earlier run left in a dynamics folder."""
     for name in (RECORD_FILE, *_RUN_FILES):
         (Path(folder) / name).unlink(missing_ok=True)
 
@@ -304,30 +308,31 @@ def remove_end_of_training_scores(folder: str | Path) -> None:
 def write_end_of_training_scores(
     folder: str | Path, model: nn.Module, batches: Batches, dynamics: Mapping[str, np.ndarray]
 ) -> list[Path]:
-    """Measure the trained model, and write the scores of the run that the published formats have.
+    """Score the trained model and write the run's per-seed files in the published formats.
 
-    Scores are dicts original index -> float, raw (not divided by epochs, not scaled), of the examples that were
-    visited; an example that was never learned has NaN epochs to learn. Both histories are the correctness that the
-    two scores are made of: uint8 ``(epochs, total)``, 255 where an example was not visited.
+    A score file is a dict original index -> float of the visited examples. Its values are raw: not divided by the
+    number of epochs, not scaled. Epochs to learn is NaN for an example that was never learned. Both history files
+    contain the per-epoch correctness from which the counts are computed: uint8 ``(epochs, total)``, 255 where an
+    example was not visited.
 
     Args:
-        folder: The run's folder of dynamics.
+        folder: The run's dynamics folder.
         model: The trained model.
-        batches: The training examples in order, un-augmented, on the model's device.
-        dynamics: The recorded arrays ``(epochs, total)``; ``correct`` is used.
+        batches: The training examples in order, without augmentation, on the model's device.
+        dynamics: The recorded arrays ``(epochs, total)``; only ``correct`` is used.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     folder, correct = Path(folder), dynamics["correct"]
     visited = np.flatnonzero(~np.isnan(correct).all(axis=0))
     scores = {score.name: score.from_dynamics(dynamics) for score in COUNTS}
-    for score in reversed(flatness.END_SCORES):  # the order in which earlier versions recorded them
+    for score in reversed(flatness.END_SCORES):  # the order in which earlier versions listed them in the record
         values = score.compute(model, batches, total=correct.shape[1], progress=True)
         wrong = visited[~np.isfinite(values[visited])]
         if len(wrong):
             log.warning(
-                "the %s of %d examples is not finite (indices %s); average_scores.py will refuse it",
+                "%s is not finite for %d examples (indices %s); average_scores.py will refuse this seed",
                 score.title,
                 len(wrong),
                 ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else ""),
@@ -338,6 +343,8 @@ def write_end_of_training_scores(
         for name, values in scores.items()
     ]
     digests = {path.name: file_digest(path) for path in written}
-    written.append(write_json(folder / RECORD_FILE, digests))  # before the files that complete the folder
+    written.append(
+        write_json(folder / RECORD_FILE, digests)
+    )  # before the history files, whose presence marks the folder as complete
     history = np.where(np.isnan(correct), NOT_VISITED, correct).astype(np.uint8)
     return written + [write_pickle(folder / name, history) for name in HISTORY_FILES]

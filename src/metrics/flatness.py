@@ -1,11 +1,11 @@
-"""Flatness scores of a trained model, one pass over a data set: epsilon-flatness and input curvature.
+"""Flatness scores of a trained model, each in one pass over a data set: epsilon-flatness and input curvature.
 
-Epsilon-flatness (``eps``): how far adaptive SAM would move the weights for one example alone. ``e = rho * w^2 * g /
-(|| |w| * g || + 1e-12)`` for the gradient g of the example's loss (Kwon et al., "ASAM", ICML 2021, eq. for the
-perturbation with T_w = |w|); the score is ``||e||_2`` over all parameters, that is ``rho * sqrt(sum w^4 g^2) /
-(sqrt(sum w^2 g^2) + 1e-12)``. Both sums come from the same per-example gradients.
+Epsilon-flatness (``eps``): how far adaptive SAM would perturb the weights for a single example. The perturbation is
+``e = rho * w^2 * g / (|| |w| * g || + 1e-12)`` for the gradient g of the example's loss (Kwon et al., "ASAM", ICML
+2021, eq. for the perturbation with T_w = |w|). The score is ``||e||_2`` over all parameters, or ``rho * sqrt(sum w^4
+g^2) / (sqrt(sum w^2 g^2) + 1e-12)``. Both sums use the same per-example gradients.
 
-Input curvature (``flat``): how much the loss's gradient at an image changes along its own sign. CURE
+Input curvature (``flat``): how much the gradient of the loss with respect to an image changes along its sign. CURE
 (Moosavi-Dezfooli et al., "Robustness via curvature regularization, and vice versa", CVPR 2019) in the form of
 SLo-Curve (Garg and Roy, "Samples with low loss curvature improve data efficiency", CVPR 2023): ``s = sign(grad_x
 l)``, ``z = (s + 1e-7) / (||s|| + 1e-7)``, ``gamma = || grad_x l(x + h z) - grad_x l(x) ||_2``.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each example, in float64 so that the error of a confident output is not rounded away.
+    """Per-example cross-entropy in float64, which keeps the loss of a confident prediction from rounding to zero.
 
     Args:
         outputs: (b, c) logits.
@@ -44,29 +44,29 @@ def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
 def scores_by_index(
     batches: Iterable[Batch], score: Callable[[Batch], Tensor], total: int | None, title: str, progress: bool
 ) -> np.ndarray:
-    """Score every batch and put the values at the examples' original positions.
+    """Score every batch and store the values by original index.
 
     Args:
-        batches: un-augmented batches.
-        score: batch -> (b,) values.
-        total: length of the result; None: ``batches.images.total``.
+        batches: batches without augmentation.
+        score: maps a batch to (b,) values.
+        total: length of the result; None for ``batches.images.total``.
         title: the progress bar's label.
-        progress: whether to show one.
+        progress: whether to show a progress bar.
 
     Returns:
-        (total,) float64, NaN where no batch came by.
+        (total,) float64, NaN for examples in no batch.
     """
     length = batches.images.total if total is None else total
     scores = np.full(length, np.nan)
     for batch in tqdm(batches, desc=title, leave=False, disable=None if progress else True):
-        if not len(batch.labels):  # a rank without a share
+        if not len(batch.labels):  # a rank without examples
             continue
         scores[batch.indices.cpu().numpy()] = score(batch).to("cpu", torch.float64).numpy()
     return scores
 
 
 FLOOR = 1e-12
-"""What SAM adds to the gradient's norm."""
+"""The constant that SAM adds to the gradient norm."""
 
 
 def epsilon_flatness(
@@ -81,19 +81,19 @@ def epsilon_flatness(
     """Epsilon-flatness of every example, in eval mode, over the parameters that require a gradient.
 
     Args:
-        model: the trained model; left in the modes it was in, without gradients.
-        batches: un-augmented batches on the model's device.
+        model: the trained model; its train/eval modes are restored and no gradients are stored.
+        batches: batches without augmentation, on the model's device.
         rho: radius of the perturbation.
-        total: length of the result; None: the size of the full training set, ``batches.images.total``.
-        memory_mb: how many MB of per-example gradients may be alive at a time.
+        total: length of the result; None for the size of the full training set, ``batches.images.total``.
+        memory_mb: upper limit on the per-example gradients in memory at a time, in MB.
         progress: whether to show a progress bar.
 
     Returns:
-        (total,) float64 by original index, NaN where not visited. An example without gradient scores 0.
+        (total,) float64 by original index, NaN for examples in no batch. An example with zero gradient scores 0.
 
     Raises:
-        ValueError: no parameter requires a gradient, a BatchNorm has no fixed statistics, or the model mixes the
-            examples of a batch.
+        ValueError: no parameter requires a gradient, a BatchNorm layer has no running statistics, or the model mixes
+            the examples of a batch.
     """
     from src.jacobians import SquaredNorms
 
@@ -116,20 +116,20 @@ def _fourth_power(name: str, w: Tensor) -> Tensor:
 
 
 def _error_norms(outputs: Tensor, labels: Tensor) -> Tensor:
-    """``|| softmax(z) - onehot(y) ||_2``, the norm of the loss's gradient at the logits; (b,) float64."""
+    """Norm of the loss's gradient with respect to the logits, ``|| softmax(z) - onehot(y) ||_2``; (b,) float64."""
     onehot = labels.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=outputs.device)
     return torch.linalg.vector_norm(outputs.detach().double().softmax(-1) - onehot.double(), dim=-1)
 
 
 def _unit_losses(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Losses divided by their error's norm, so that squares of tiny gradients stay above float32's floor."""
+    """Losses divided by their error norms, which keeps the squares of tiny gradients from underflowing in float32."""
     return example_losses(outputs, labels) / _error_norms(outputs, labels).clamp_min(1e-300)
 
 
 OFFSET = 1e-7
-"""Added to signs and to their norm."""
+"""Added to the signs and to their norm."""
 TRIED = 8
-"""Examples on which it is tried whether the model keeps examples apart."""
+"""Number of examples used to check that the model processes examples independently."""
 
 
 def input_curvature(
@@ -143,17 +143,17 @@ def input_curvature(
     """Input curvature of every example, in eval mode.
 
     Args:
-        model: the trained model; left in the modes it was in, without gradients.
-        batches: un-augmented batches on the model's device.
-        h: length of the step, in units of the normalised pixels.
-        total: length of the result; None: the size of the full training set, ``batches.images.total``.
+        model: the trained model; its train/eval modes are restored and no gradients are stored.
+        batches: batches without augmentation, on the model's device.
+        h: step length, in units of normalized pixels.
+        total: length of the result; None for the size of the full training set, ``batches.images.total``.
         progress: whether to show a progress bar.
 
     Returns:
-        (total,) float64 by original index, NaN where not visited.
+        (total,) float64 by original index, NaN for examples in no batch.
 
     Raises:
-        ValueError: a BatchNorm has no fixed statistics, or the model mixes the examples of a batch.
+        ValueError: a BatchNorm layer has no running statistics, or the model mixes the examples of a batch.
     """
     from src.jacobians import refuse_batch_statistics
     from src.models.base import eval_mode
@@ -178,20 +178,20 @@ def input_curvature(
 
 
 def input_gradients(model: nn.Module, images: Tensor, labels: Tensor, check: bool = False) -> Tensor:
-    """Gradient of each example's loss at its image; no gradient of a parameter is computed.
+    """Gradient of each example's loss with respect to its image; parameter gradients are not computed.
 
     Args:
         model: the model, in eval mode.
         images: (b, c, h, w).
         labels: (b,).
-        check: whether to make sure, with two more backward passes, that the examples are independent.
+        check: whether to check, with two extra backward passes, that the model processes examples independently.
 
     Returns:
         (b, c, h, w).
     """
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         leaf = images.detach().requires_grad_()
-        # a copy: a model may open with an in-place operation, which a leaf does not allow
+        # clone: a model may start with an in-place operation, which autograd forbids on a leaf
         losses = example_losses(model(leaf.clone()), labels)
         if check:
             from src.jacobians import refuse_mixing
@@ -202,7 +202,7 @@ def input_gradients(model: nn.Module, images: Tensor, labels: Tensor, check: boo
 
 
 def _norms(values: Tensor) -> Tensor:
-    """(b, 1, 1, 1) norms over all axes but the first."""
+    """Norms (b, 1, 1, 1) over all axes except the first."""
     axes = tuple(range(1, values.ndim))
     return torch.linalg.vector_norm(values, dim=axes, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""Stored scores: ``Proxy`` reads those of a data set, ``Memorization`` one npz file; published files are fetched.
+"""Read stored scores: ``Proxy`` by name and data set, ``Memorization`` from one npz file. Fetch published files.
 
 >>> Proxy("samis_loss", "digits").get_sorted_indices()[-5:]  # the five most atypical examples
 """
@@ -31,17 +31,17 @@ log = logging.getLogger(__name__)
 
 _RECIPES = {
     "pair": (
-        "make it with compute_sam_sgd.py and average_scores.py "
+        "create it with compute_sam_sgd.py and average_scores.py "
         "--dataset {dataset} --model MODEL --seeds SEEDS --modes {mode}"
     ),
     "dynamics": (
-        "make it with train_full.py --measure_proxies and average_scores.py "
+        "create it with train_full.py --measure_proxies and average_scores.py "
         "--dataset {dataset} --model MODEL --seeds SEEDS --modes {mode}"
     ),
-    "mpe": "make it with the scripts in examples/",
+    "mpe": "create it with the scripts in examples/",
     "download": (
-        "store estimates of your own there (an npz file with an array tr_mem); Feldman and Zhang's, of cifar100 and "
-        "imagenet, are at https://pluskid.github.io/influence-memorization/"
+        "store your own estimates there (an npz file with an array tr_mem); Feldman and Zhang's estimates for "
+        "cifar100 and imagenet are at https://pluskid.github.io/influence-memorization/"
     ),
 }
 _RECIPES["end"] = _RECIPES["dynamics"]
@@ -50,38 +50,38 @@ SearchFolders = str | Path | Iterable[str | Path] | None
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:
-    """``(x - min) / (max - min)`` over what is not NaN; all zeros where nothing varies.
+    """Min-max scaling ``(x - min) / (max - min)``, ignoring NaN; all zeros if the scores are constant.
 
     Args:
         scores: ``(n,)``, at least one of them not NaN.
     """
     low, high = np.nanmin(scores), np.nanmax(scores)
-    if high / 2 - low / 2 > np.finfo(np.float64).max / 2:  # the range itself would not be finite
+    if high / 2 - low / 2 > np.finfo(np.float64).max / 2:  # high - low would overflow
         scores, low, high = scores / 2, low / 2, high / 2
     return (scores - low) / (high - low) if high > low else scores - low
 
 
 def shares(scores: np.ndarray) -> np.ndarray:
-    """``x / sum x`` over what is not NaN, which may be all zeros.
+    """Each score's fraction of the sum, ``x / sum x``, ignoring NaN. Scores may be all zeros.
 
     Args:
         scores: ``(n,)``.
     """
     largest = np.nanmax(np.abs(scores), initial=0.0)
-    if largest > np.finfo(np.float64).max / max(len(scores), 1):  # the sum might not be finite
+    if largest > np.finfo(np.float64).max / max(len(scores), 1):  # the sum could overflow
         scores = scores / largest
     return scores / (np.nansum(scores) or 1.0)
 
 
 class StoredScores:
-    """Scores by index, with the methods that the field's scripts expect.
+    """Scores by index, with the interface of the papers' ``Proxy`` and ``Memorization`` classes.
 
     Attributes:
-        scores: float64 ``(n,)`` by original index; NaN where an example is not scored.
-        indices: int64, the scored indices, ascending.
+        scores: float64 ``(n,)`` by original index; NaN for examples without a score.
+        indices: int64, the scored indices in ascending order.
         path: The file that was read.
-        label: The mode's symbol, for figures.
-        title: The mode and the data set in words, for figures.
+        label: The score's symbol, for figures.
+        title: The names of the score and the data set, for figures.
     """
 
     def __init__(self, scores: np.ndarray, path: str | Path, label: str, title: str, plots: str | Path) -> None:
@@ -91,53 +91,53 @@ class StoredScores:
         self.label = label
         self.title = title
         self._plots = Path(plots)
-        # NaN sorts last, and a stable sort breaks ties by index.
+        # NaN sorts last. A stable sort breaks ties by index.
         self._order = np.argsort(scores, kind="stable")[: len(self.indices)]
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def get(self, idx: Any) -> Any:
-        """The score of an index, or the scores of any numpy index (a slice, a list, a mask)."""
+        """Return the score at an index, or the scores at any numpy index (a slice, a list, a mask)."""
         return self.scores[idx]
 
     def full_list(self) -> list[float]:
-        """All scores by index, as a Python list."""
+        """Return all scores by index, as a Python list."""
         return self.scores.tolist()
 
     def get_dict_form(self, sort: bool = True) -> dict[int, float]:
-        """Index to score, of the scored examples.
+        """Return a dict index -> score of the scored examples.
 
         Args:
-            sort: Ascending by score, ties by index; otherwise in the order of the indices.
+            sort: Whether to order the dict by ascending score (ties broken by index) instead of by index.
         """
         order = self._order if sort else self.indices
         return dict(zip(order.tolist(), self.scores[order].tolist(), strict=True))
 
     def get_sorted_indices(self, idx: Any = None) -> Any:
-        """The scored indices, ascending by score (ties by index).
+        """Return the scored indices in ascending order of score (ties broken by index).
 
         Args:
-            idx: None for all of them; otherwise the element, or elements, at these positions of that order.
+            idx: Positions in the sorted order to return; None for all.
         """
         return self._order.copy() if idx is None else self._order[idx]
 
     def check(
         self, n: int | None = None, label_hash: str | None = None, data_hash: str | None = None
     ) -> "StoredScores":
-        """Stop if these scores are not of a data set of ``n`` examples with these labels and images.
+        """Check that these scores belong to a data set with ``n`` examples and these labels and images.
 
         Returns:
-            Itself, so that the check can be chained.
+            self, for chaining.
 
         Raises:
-            FileError: The length, or a hash where it is known, differs.
+            FileError: The length differs, or a recorded hash differs.
         """
         store.check_score_data(self.path, self.scores, n, label_hash, data_hash)
         return self
 
     def _chosen(self, idx: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and scores to plot."""
+        """The indices and scores to plot."""
         indices = self.indices if idx is None else np.atleast_1d(np.arange(len(self))[idx])
         indices = indices[~np.isnan(self.scores[indices])]
         return indices, self.scores[indices]
@@ -146,34 +146,34 @@ class StoredScores:
         return Path(folder or self._plots) / (f"all_{name}" if idx is None else name)
 
     def plot_scores_hist(self, idx: Any = None, folder: str | Path | None = None) -> list[Path]:
-        """Draw a histogram of 50 bins into ``all_scores_hist`` (``scores_hist`` of a subset), PNG and PDF.
+        """Plot a histogram with 50 bins as PNG and PDF, named ``all_scores_hist`` (``scores_hist`` for a subset).
 
         Args:
-            idx: The indices to draw; None for all.
-            folder: Where to; default the plots folder, ``proxies/{dataset}/{mode}``.
+            idx: The indices to plot; None for all.
+            folder: The output folder; by default ``proxies/{dataset}/{mode}`` in the plots folder.
 
         Returns:
-            The files.
+            The paths of the two files.
         """
-        from src.metrics import plots  # matplotlib takes a second to import, and most users never draw
+        from src.metrics import plots  # imported here because matplotlib takes a second to import
 
         figure = plots.histogram(self._chosen(idx)[1], self.label, self.title)
         return save_figure(figure, self._stem(folder, idx, "scores_hist"))
 
     def plot_scores_kde(self, idx: Any = None, folder: str | Path | None = None) -> list[Path]:
-        """Draw a filled kernel density estimate into ``all_scores_distribution`` (``scores_distribution``)."""
+        """Plot a filled kernel density estimate as ``all_scores_distribution`` (``scores_distribution``)."""
         from src.metrics import plots
 
         figure = plots.density(self._chosen(idx)[1], self.label, self.title)
         return save_figure(figure, self._stem(folder, idx, "scores_distribution"))
 
     def plot_prob_dist(self, idx: Any = None, plot: str = "scatter", folder: str | Path | None = None) -> list[Path]:
-        """Draw each example's share of the sum against its index into ``all_prob_dist`` (``prob_dist``).
+        """Plot each example's fraction of the total score against its index as ``all_prob_dist`` (``prob_dist``).
 
         Args:
-            idx: The indices to draw; None for all. Shares are of the sum over all examples.
+            idx: The indices to plot; None for all. Fractions are always relative to the sum over all examples.
             plot: ``"scatter"`` or ``"line"``.
-            folder: Where to.
+            folder: The output folder.
         """
         from src.metrics import plots
 
@@ -184,90 +184,92 @@ class StoredScores:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Where stored scores are searched.
+    """Where to search for stored scores.
 
     Attributes:
-        scores_folder: Folders, or MODE=FOLDER for one score; see :func:`score_folders`.
+        scores_folder: Folders, or MODE=FOLDER for a single score; see :func:`score_folders`.
     """
 
     scores_folder: list[str] = option(
         [],
-        "read score files from this folder, or those of one score from it; may be given several times "
-        "(default: --metrics_folder where it is given, else metrics/, then src/metrics/)",
+        "folder to read score files from, for all scores or only for score MODE; repeatable "
+        "(default: --metrics_folder if given, otherwise metrics/, then src/metrics/)",
         action="append",
         metavar="DIR|MODE=DIR",
     )
 
 
 def score_folders(given: Sequence[str], mode: str, metrics_folder: Path | None = None) -> list[Path] | None:
-    """The folders in which a score's files are searched, first to last.
+    """The folders to search for a score's files, in search order.
 
-    Folders given for this score come before those for all. Where there are any, no other folder is searched: scores
-    that happen to exist elsewhere are not the ones that were asked for.
+    Folders given for this score come before folders given for all scores. If any folder is given, the default folders
+    are not searched: scores found there are not the ones the user asked for.
 
     Args:
-        given: Folders, or ``MODE=FOLDER`` for one score.
+        given: Folders, or ``MODE=FOLDER`` for a single score.
         mode: The score.
-        metrics_folder: The last to be searched, unless it is the default of ``Folders``.
+        metrics_folder: Searched last, unless it is the default of ``Folders``.
 
     Returns:
-        The folders; None where none was given, so that the default ones are searched.
+        The folders; None if none was given, which means the default folders.
 
     Raises:
         ArgumentError: A given folder does not exist, or its score is unknown.
     """
     general, own = [], []
     for text in given:
-        if Path(text).is_dir():  # "=" may be part of its name
+        if Path(text).is_dir():  # a folder name may contain "="
             general.append(Path(text))
             continue
         name, separator, folder = text.partition("=")
         if separator and name not in SCORES:
             raise ArgumentError(
                 "scores_folder",
-                f"{text}: there is no such folder, nor a score {name!r}; choose from {', '.join(SCORES)}",
+                f"{text}: no such folder, and no score named {name!r}; choose from {', '.join(SCORES)}",
             )
         path = Path(folder if separator else text)
         if not path.is_dir():
-            raise ArgumentError("scores_folder", f"{text}: there is no folder {path}")
+            raise ArgumentError("scores_folder", f"{text}: folder {path} does not exist")
         if name == mode:
             own.append(path)
     chosen = [*own, *general]
-    if metrics_folder is not None and metrics_folder is not Folders.metrics_folder:  # given, even if it is the same
+    if (
+        metrics_folder is not None and metrics_folder is not Folders.metrics_folder
+    ):  # `is not`: a given folder counts even if it equals the default
         chosen.append(metrics_folder)
     return chosen or None
 
 
 def recipe(score: Score, dataset: str) -> str:
-    """The command (or address) that a score file of this kind comes from, for this data set."""
+    """Say how to get a score file for this data set: the command that creates it, or where to download it."""
     own = _RECIPES[score.source].format(mode=score.name, dataset=dataset_flag(dataset))
     if dataset not in published_datasets(score.name):
         return own
-    return f"get the published ones with fetch_scores.py --dataset {dataset} --modes {score.name}, or {own}"
+    return f"download the published scores with fetch_scores.py --dataset {dataset} --modes {score.name}, or {own}"
 
 
 class Proxy(StoredScores):
-    """The averaged scores of one mode of one data set. HIGH means atypical.
+    """The averaged scores of one mode for one data set. High means atypical.
 
     Args:
-        mode: A name of ``SCORES``.
-        dataset: What scripts take as ``--dataset``, or the name in file names, of which the part before the digits
-            of its content is enough where one file fits.
-        normalize: Scale to [0, 1].
-        folder: A metrics folder, or several to search in this order; no other is searched then. By default
-            ``metrics/``, then the packaged scores.
-        n: Refuse a file that does not score a part of ``n`` examples.
-        label_hash: Refuse a file that is known to be of other labels.
-        data_hash: Refuse a file that is known to be of other images (``ImageSet.digest``).
+        mode: A key of ``SCORES``.
+        dataset: The value of ``--dataset``, or the data set's name in file names. For the user's own data, the hash
+            at the end of that name may be omitted if only one file matches.
+        normalize: Whether to scale the scores to [0, 1].
+        folder: A metrics folder, or several in search order; only these are searched. By default ``metrics/``, then
+            the packaged scores.
+        n: The expected number of examples; a file for a different number is refused.
+        label_hash: The expected label hash; a file recorded for different labels is refused.
+        data_hash: The expected image hash (``ImageSet.digest``); a file recorded for different images is refused.
 
     Attributes:
         mode: The mode's name.
         dataset: The data set's name in file names.
-        record: How the file was made, from the json beside it.
+        record: How the file was made, from the json file next to it.
 
     Raises:
-        ArgumentError: There is no such mode.
-        FileError: No such file (the message says how to get one), or it is damaged, incomplete or foreign.
+        ArgumentError: The mode does not exist.
+        FileError: The file is missing (the message says how to get it), damaged, incomplete, or for other data.
     """
 
     def __init__(
@@ -283,8 +285,8 @@ class Proxy(StoredScores):
     ) -> None:
         kind = get_score(mode)
         path, dataset = _find(mode, dataset, folder)
-        log.info("%s of %s: read from %s", mode, dataset, path)
-        # shares are what the papers' class gives; the scaling below undoes them
+        log.info("%s scores of %s: read from %s", mode, dataset, path)
+        # As in the papers' class, unnormalized memorization is a fraction of the sum; min-max scaling cancels this.
         raw = shares(store.read_memorization(path)) if mode == "mem" else store.read_scores(path)
         plots = paths.ROOT / "plots" / "proxies" / dataset / mode
         super().__init__(min_max(raw) if normalize else raw, path, kind.symbol, f"{kind.title}, {dataset}", plots)
@@ -292,55 +294,55 @@ class Proxy(StoredScores):
         self.dataset = dataset
         self.record = store.read_record(path)
         if self.record.get("mode", mode) != mode:
-            raise FileError(f"{path}: has the scores {self.record['mode']}, not {mode}; it was copied or renamed")
+            raise FileError(f"{path}: contains {self.record['mode']} scores, not {mode}; it was copied or renamed")
         self.check(n, label_hash, data_hash)
 
 
 class Memorization(StoredScores):
-    """Raw memorization scores of one npz file, with :meth:`get_prob` and :meth:`full_prob`.
+    """Raw memorization scores from one npz file, with :meth:`get_prob` and :meth:`full_prob`.
 
     Args:
-        file: The npz file with ``tr_mem``.
+        file: The npz file with an array ``tr_mem``.
 
     Raises:
-        FileError: The file is missing, damaged, or holds no ``tr_mem``.
+        FileError: The file is missing, damaged, or has no ``tr_mem``.
     """
 
     def __init__(self, file: str | Path) -> None:
         kind = get_score("mem")
         dataset = Path(file).name.split("_infl_matrix")[0]
         if not Path(file).exists():
-            raise FileError(f"{file}: there is no such memorization file; {recipe(kind, dataset)}")
+            raise FileError(f"{file}: memorization file not found; {recipe(kind, dataset)}")
         plots = paths.ROOT / "plots" / "proxies" / dataset / "mem"
         super().__init__(store.read_memorization(file), file, kind.symbol, f"{kind.title}, {dataset}", plots)
         self._prob = shares(self.scores)
 
     def get_prob(self, idx: Any) -> Any:
-        """The share of the sum of an index, or of any numpy index."""
+        """Return the fraction of the total score at an index, or at any numpy index."""
         return self._prob[idx]
 
     def full_prob(self) -> list[float]:
-        """All shares of the sum by index, as a Python list."""
+        """Return each example's fraction of the total score by index, as a Python list."""
         return self._prob.tolist()
 
 
 def find_score_file(mode: str, dataset: str, folder: SearchFolders = None) -> Path:
-    """The file that :class:`Proxy` reads.
+    """Find the file that :class:`Proxy` reads.
 
     Args:
-        mode: A name of ``SCORES``.
+        mode: A key of ``SCORES``.
         dataset: See :class:`Proxy`.
         folder: See :class:`Proxy`.
 
     Raises:
-        FileError: There is none, or several data sets have such a name; the message says where was looked and how to
-            get one.
+        FileError: No file matches (the message lists the searched folders and says how to get one), or several data
+            sets match the name.
     """
     return _find(mode, dataset, folder)[0]
 
 
 def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
-    """The score file, and the data set's name in it."""
+    """The score file, and the data set's name in its file name."""
     score, dataset = get_score(mode), dataset_name(dataset)
     given = [] if folder is None else [folder] if isinstance(folder, str | Path) else folder
     folders = [Path(place) for place in given] or [paths.ROOT / "metrics", paths.PACKAGED_SCORES]
@@ -352,8 +354,8 @@ def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
         full = _own_data(score, place, dataset)
         if len(full) > 1:
             raise FileError(
-                f"{place}: has {score.title} scores of {len(full)} data sets called {dataset}; "
-                f"choose one of {', '.join(full)}"
+                f"{place}: has {score.title} scores of {len(full)} data sets named {dataset}; "
+                f"choose from {', '.join(full)}"
             )
         if full:
             return score.path(place, full[0]), full[0]
@@ -361,23 +363,23 @@ def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
 
 
 def _own_data(score: Score, folder: Path, stem: str) -> list[str]:
-    """The names, a stem and eight digits of the content, of the user's data sets of this stem that have scores."""
+    """The user's data sets with scores whose name is this stem followed by eight hex digits of a content hash."""
     pattern = score.path(folder, glob.escape(f"{stem}-") + 8 * "[0-9a-f]")
     start = score.path(folder, "|").name.index("|")
     return sorted(path.name[start : start + len(stem) + 9] for path in pattern.parent.glob(pattern.name))
 
 
 def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
-    """What to do about scores that are in none of the folders."""
+    """The error for scores that are in none of the folders, with instructions for getting them."""
     there = [other.name for other in SCORES.values() if any(other.path(place, dataset).exists() for place in folders)]
     looked = ", ".join(map(str, folders))
     message = f"{score.path('', dataset).name}: no {score.title} scores of {dataset} in {looked} "
-    message += f"(sub-folder {score.folder}); {recipe(score, dataset)}"
-    message += f"; there are those called {', '.join(there)}" if there else ""
+    message += f"(subfolder {score.folder}); {recipe(score, dataset)}"
+    message += f"; scores found for this data set: {', '.join(there)}" if there else ""
     shipped = paths.PACKAGED_SCORES
     if shipped not in folders and score.path(shipped, dataset).exists():
         folder = os.path.relpath(shipped)
-        message += f"; those that ship with the project are in {folder} (--scores_folder={folder})"
+        message += f"; the scores shipped with the project are in {folder} (--scores_folder={folder})"
     return FileError(message)
 
 
@@ -385,14 +387,14 @@ COMMIT = "61b2ed3fbb1b25a4f1deeed0b415a0d3bfe4f942"
 BASE_URL = f"https://raw.githubusercontent.com/AndAgio/SAMIS/{COMMIT}/src/metrics"
 TABLE = Path(__file__).with_name("published_scores.tsv")
 CHUNK = 1 << 18  # bytes
-_TIMEOUT = 60  # seconds without an answer
+_TIMEOUT = 60  # seconds without a response
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    r"""One published file. Size and sha256 are None where only its git blob id is known.
+    r"""One published file. Size and sha256 are None if only its git blob id is known.
 
-    A git blob id is the sha1 of ``blob SIZE\0`` and the content.
+    A git blob id is the sha1 of ``blob SIZE\0`` followed by the content.
     """
 
     mode: str
@@ -402,11 +404,11 @@ class PublishedFile:
     blob: str
 
     def path(self, folder: str | Path) -> Path:
-        """Where the file belongs in a metrics folder."""
+        """The file's path in a metrics folder."""
         return SCORES[self.mode].path(folder, self.dataset)
 
     def is_content_of(self, file: BinaryIO) -> bool:
-        """Whether an open file holds exactly this one."""
+        """Whether an open file is identical to this published file."""
         size = file.seek(0, os.SEEK_END)
         if self.size is not None and size != self.size:
             return False
@@ -421,7 +423,7 @@ class PublishedFile:
 
 @cache
 def published_table() -> tuple[PublishedFile, ...]:
-    """Every published file, from ``published_scores.tsv`` beside this module (``-`` where unknown)."""
+    """Every published file, from ``published_scores.tsv`` next to this module (``-`` marks unknown values)."""
     rows = csv.DictReader(TABLE.read_text().splitlines(), delimiter="\t")
     return tuple(
         PublishedFile(
@@ -436,12 +438,12 @@ def published_table() -> tuple[PublishedFile, ...]:
 
 
 def published_datasets(mode: str | None = None) -> list[str]:
-    """The data sets of which this score was published, or, without one, any."""
+    """The data sets with published scores of this mode, or of any mode if None."""
     return list(dict.fromkeys(file.dataset for file in published_table() if mode in (None, file.mode)))
 
 
 def published_summary() -> str:
-    """What was published for which data set, in one line."""
+    """One line that lists the published scores per data set."""
     return "; ".join(
         f"{dataset}: {', '.join(file.mode for file in published_table() if file.dataset == dataset)}"
         for dataset in published_datasets()
@@ -453,37 +455,37 @@ def published_files(dataset: str, modes: Iterable[str] | None = None) -> list[Pu
 
     Args:
         dataset: ``cifar10``, ``cifar100`` or ``svhn``.
-        modes: Which modes; None for all that were published.
+        modes: The modes; None for all published ones.
 
     Raises:
-        ArgumentError: Nothing was published for the data set, or for one of the modes.
+        ArgumentError: No scores were published for the data set, or for one of the modes.
     """
     there = {file.mode: file for file in published_table() if file.dataset == dataset.lower()}
     if not there:
-        raise ArgumentError("dataset", f"{dataset}: no scores of it were published; there are {published_summary()}")
+        raise ArgumentError("dataset", f"{dataset}: has no published scores; available: {published_summary()}")
     missing = [mode for mode in modes or () if mode not in there]
     if missing:
         raise ArgumentError(
-            "modes", f"{' '.join(missing)}: not published for {dataset}; there are {published_summary()}"
+            "modes", f"{' '.join(missing)}: not published for {dataset}; available: {published_summary()}"
         )
     return [there[mode] for mode in modes] if modes else list(there.values())
 
 
 def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, overwrite: bool = False) -> bool:
-    """Bring one published file into a metrics folder, verified by size and hash.
+    """Download one published file into a metrics folder and verify its size and hash.
 
     Args:
-        file: Which one.
+        file: The published file.
         folder: The metrics folder.
-        base_url: Where the folders of the published scores stand.
-        overwrite: Replace a file of other content.
+        base_url: The URL that contains the folders of the published scores.
+        overwrite: Whether to replace an existing file with different content.
 
     Returns:
-        Whether it was downloaded; False if the right file was there already.
+        Whether the file was downloaded; False if an identical file already exists.
 
     Raises:
-        FileError: It could not be downloaded, or is not the published one (nothing is written then); or there is a
-            file of other content.
+        FileError: The download failed or does not match the published file (nothing is written), or a file with
+            different content exists.
     """
     path = file.path(folder)
     if path.exists():
@@ -491,12 +493,12 @@ def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, ove
             if file.is_content_of(there):
                 return False
         if not overwrite:
-            raise FileError(f"{path}: has different scores than the published file; {REPLACE}")
+            raise FileError(f"{path}: differs from the published file; {REPLACE}")
     url = f"{base_url.rstrip('/')}/{path.relative_to(folder).as_posix()}"
 
     def write(target: BinaryIO) -> None:
         _download(file, url, target)
-        # A record of the scores that are replaced must not be taken for one of these.
+        # The record of the replaced scores does not describe the published ones.
         record_path(path).unlink(missing_ok=True)
 
     write_with(path, write)
@@ -504,20 +506,22 @@ def fetch(file: PublishedFile, folder: str | Path, base_url: str = BASE_URL, ove
 
 
 def _download(file: PublishedFile, url: str, target: BinaryIO) -> None:
-    """Stream a url into an open file and verify what came."""
+    """Stream a URL into an open file and verify the content."""
     for chunk in _chunks(url, file.size):
         target.write(chunk)
     target.flush()
-    # The target is open for writing only; a second file object reads what was written.
+    # The target is open for writing only, so a second file object reads the content back.
     with os.fdopen(os.dup(target.fileno()), "rb") as written:
         right = file.is_content_of(written)
     if not right:
-        raise FileError(f"{url}: is not the published file (size or hash differ); nothing was written, try again")
+        raise FileError(
+            f"{url}: does not match the published file (size or hash differs); nothing was written; try again"
+        )
 
 
 def _chunks(url: str, size: int | None) -> Iterator[bytes]:
-    """The content of a url, piece by piece, with a progress bar. What the network does wrong is one line."""
-    import http.client  # three modules that only a download needs
+    """Yield the content of a URL in chunks, with a progress bar. Network errors become a ``FileError``."""
+    import http.client  # imported here because only downloads need these three modules
     import urllib.error
     import urllib.request
 
@@ -530,7 +534,7 @@ def _chunks(url: str, size: int | None) -> Iterator[bytes]:
                     bar.update(len(chunk))
                     yield chunk
     except urllib.error.HTTPError as error:
-        raise FileError(f"{url}: the server answers {error.code} {error.reason}; check the address") from error
+        raise FileError(f"{url}: the server responded with {error.code} {error.reason}; check the URL") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise FileError(f"{url}: could not be downloaded ({reason}); check the connection or the address") from error
+        raise FileError(f"{url}: download failed ({reason}); check the connection and the URL") from error

@@ -1,4 +1,4 @@
-"""Every kind of score by name, in the order in which flags, figures and tables list them."""
+"""Registry of all scores by name, in the order in which flags, figures, and tables list them."""
 
 from src.errors import ArgumentError
 from src.metrics import dynamics, flatness, samis
@@ -39,16 +39,16 @@ SCORES: dict[str, Score] = {
 
 
 def get_score(name: str) -> Score:
-    """The score of a name.
+    """Look up a score by name.
 
     Raises:
-        ArgumentError: There is no such score.
+        ArgumentError: The score does not exist.
     """
     if name not in SCORES:
-        raise ArgumentError("mode", f"{name!r}: there is no such score; choose from {', '.join(SCORES)}")
+        raise ArgumentError("mode", f"{name!r}: unknown score; choose from {', '.join(SCORES)}")
     return SCORES[name]
 
 
 def scores_from(*sources: str) -> tuple[str, ...]:
-    """The names of the scores whose per-seed values come from ``sources``, in the registry's order."""
+    """The names of the scores whose ``source`` is one of ``sources``, in registry order."""
     return tuple(score.name for score in SCORES.values() if score.source in sources)

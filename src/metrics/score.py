@@ -1,7 +1,7 @@
-"""What the project knows about one kind of score.
+"""The description of one score.
 
-The entry of a score is beside the code that computes it: in ``dynamics.py``, ``flatness.py`` or ``samis.py``. The
-registry collects the entries of these modules, and flags, messages, tables and tests enumerate the registry.
+Each score is declared next to the code that computes it: in ``dynamics.py``, ``flatness.py``, or ``samis.py``. The
+registry collects these declarations. Flags, messages, tables, and tests enumerate the registry.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,30 +16,30 @@ from src.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Score:
-    r"""One kind of score. Every stored score is oriented so that HIGH means atypical.
+    r"""One score. Every stored score is oriented so that high means atypical.
 
     Attributes:
-        name: What flags and file names call it.
-        symbol: What figures call it (matplotlib's math text).
-        title: Its name in words.
+        name: The name in flags and file names.
+        symbol: The symbol in figures (matplotlib math text).
+        title: The full name.
         source: Where the values of one seed come from: ``"pair"`` (an SGD and a SAM model), ``"dynamics"`` (recorded
-            during training), ``"end"`` (the trained model), ``"mpe"`` or ``"download"``.
-        folder: The sub-folder of a metrics folder that its averaged files are in.
+            during training), ``"end"`` (the trained model), ``"mpe"``, or ``"download"``.
+        folder: The subfolder of a metrics folder with the averaged files.
         cost: What must be trained or measured for one seed.
-        paper: Who proposed it.
-        compute: The function. It takes: of a pair and of dynamics, the arrays ``reads``, and ``options`` by name; of
-            the trained model, the model and batches, as ``flatness.epsilon_flatness`` does. None where the values
-            are made elsewhere.
+        paper: The paper that proposed the score.
+        compute: The function that computes the score; None if the values are computed elsewhere. For ``"pair"`` and
+            ``"dynamics"``, it takes the arrays ``reads`` and the keyword arguments ``options``. For ``"end"``, it
+            takes the model and batches, like ``flatness.epsilon_flatness``.
         reads: The names of the arrays that ``compute`` takes.
         options: The fields of ``dynamics.Windows`` that ``compute`` takes.
-        fewest_epochs: The shortest training that it can be computed from.
-        negated: Whether the stored score is minus the published quantity, to turn HIGH into atypical.
-        share_of_epochs: Whether averaged files have shares of the epochs, as the published ones do. All others are
-            min-max scaled.
-        missing: What an example that a seed has no value for counts as; None where every seed must have one.
-        seed_file: Of a pair: the X of its per-seed file ``nn_X_diff_score.npz``. Of a run: its per-seed file. None
-            where it is computed from what other per-seed files contain.
-        file: The name of its averaged file.
+        fewest_epochs: The minimum number of recorded epochs.
+        negated: Whether the stored score is the negative of the published quantity, so that high means atypical.
+        share_of_epochs: Whether averaged files contain fractions of the number of epochs, like the published files.
+            All other scores are min-max scaled.
+        missing: The value for an example without a score in some seed; None if every seed must have a score.
+        seed_file: For ``"pair"``, the X of the per-seed file ``nn_X_diff_score.npz``; for a run, the per-seed file
+            name. None if the score is computed from other per-seed files.
+        file: The name of the averaged file.
     """
 
     name: str
@@ -60,18 +60,18 @@ class Score:
     file: str = "{name}_{dataset}.pkl"
 
     def path(self, metrics_folder: str | Path, dataset: str) -> Path:
-        """The averaged file of a data set in a metrics folder."""
+        """The path of a data set's averaged file in a metrics folder."""
         return Path(metrics_folder) / self.folder / self.file.format(name=self.name, dataset=dataset)
 
     def from_dynamics(self, run: Mapping[str, np.ndarray], windows: Any = None) -> np.ndarray:
-        """Reduce the recorded dynamics of a run.
+        """Compute the score from a run's recorded dynamics.
 
         Args:
             run: The recorded arrays ``(epochs, total)``.
             windows: A ``dynamics.Windows``; None for the papers' windows.
 
         Returns:
-            float64 ``(total,)``, HIGH is atypical, NaN where an example was never visited.
+            float64 ``(total,)``; high means atypical, NaN for examples that were never visited.
 
         Raises:
             ArgumentError: The run is too short.
@@ -80,12 +80,12 @@ class Score:
         if len(arrays[0]) < self.fewest_epochs:
             raise ArgumentError(
                 "modes",
-                f"{self.name}: needs at least {self.fewest_epochs} recorded epochs, there are {len(arrays[0])}; "
-                "leave it out, or train longer",
+                f"{self.name}: needs at least {self.fewest_epochs} recorded epochs, the run has {len(arrays[0])}; "
+                "leave this score out, or train longer",
             )
         values = self.compute(*arrays, **self.settings(windows))
         return -values if self.negated else values
 
     def settings(self, windows: Any = None) -> dict[str, Any]:
-        """Which of the windows determine the score, by name."""
+        """The fields of ``windows`` that affect the score, by name."""
         return {} if windows is None else {name: getattr(windows, name) for name in self.options}

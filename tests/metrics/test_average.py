@@ -59,9 +59,9 @@ def test_other_lengths_other_examples_and_nan_are_refused():
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2])])
     with pytest.raises(FileError, match="subset"):  # the setting that is the reason, where one is recorded
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2], {**FACTS, "subset": 2})])
-    with pytest.raises(FileError, match="scores other examples"):
+    with pytest.raises(FileError, match="scores different examples"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2, np.nan], scored=[True, True, False])])
-    with pytest.raises(FileError, match=r"seed_2.npz: example 1 has no finite csl score"):
+    with pytest.raises(FileError, match=r"seed_2.npz: the csl score of example 1 is not finite"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, np.nan, 3])])
 
 
@@ -111,7 +111,9 @@ def test_a_file_of_the_papers_code_is_read_once_and_has_no_mean_loss(tmp_path, c
 
 def test_a_seed_that_is_not_scored_is_named_with_its_command(tmp_path):
     write_pair(tmp_path, 1)
-    with pytest.raises(FileError, match=r"seed 7 is not scored yet; run compute_sam_sgd.py .*--model mlp --seed 7"):
+    with pytest.raises(
+        FileError, match=r"seed 7 has not been scored yet; run compute_sam_sgd.py .*--model mlp --seed 7"
+    ):
         read_pair_seed(("samis_loss",), tmp_path, "toy", "mlp", 7)
 
 
@@ -165,7 +167,7 @@ def test_damaged_end_of_training_files_are_named(tmp_path):
         write_pickle(path, content)
         with pytest.raises(FileError, match=r"epsilon_flat_train.pkl: .*--measure_proxies"):
             read_run_seed(("eps",), tmp_path, "run", 1)
-    with pytest.raises(FileError, match="no dynamics of seed 9"):
+    with pytest.raises(FileError, match="no recorded dynamics for seed 9"):
         read_run_seed(("eps",), tmp_path, "run", 9)
 
 
@@ -183,7 +185,7 @@ def test_the_run_is_found_or_the_matches_are_listed(tmp_path):
     assert find_run(tmp_path, "toy", AverageConfig("mlp", lr_sched="step")) == split
     assert find_run(tmp_path, "toy", AverageConfig("mlp", exp=sgd)) == sgd
     for wanted in ({"dataset": "other"}, {"optimizer": "adam"}, {"exp": "nothing"}):
-        with pytest.raises(FileError, match=r"no recorded dynamics of .*--measure_proxies"):
+        with pytest.raises(FileError, match=r"no recorded dynamics for .*--measure_proxies"):
             find_run(tmp_path, wanted.pop("dataset", "toy"), AverageConfig("mlp", **wanted))
 
 

@@ -82,7 +82,7 @@ def test_what_cannot_be_ranked_is_nan_and_nan_is_left_out():
     assert np.isnan(spearman(x, np.ones(4)))
     holes = np.array([1.0, np.nan, 3.0, 4.0])
     assert spearman(holes, np.array([1.0, -99.0, 3.0, 4.0])) == pytest.approx(1.0)
-    with pytest.raises(UserError, match="not of one data set"):
+    with pytest.raises(UserError, match="different data sets"):
         spearman(x, x[:3])
 
 

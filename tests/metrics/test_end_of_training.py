@@ -74,5 +74,5 @@ def test_scores_that_are_not_finite_are_named(written, tmp_path, monkeypatch, ca
     measured = tuple(replace(s, compute=lambda *_, name=s.name, **__: found[name]) for s in flatness.END_SCORES)
     monkeypatch.setattr(flatness, "END_SCORES", measured)
     write_end_of_training_scores(tmp_path, model, None, {"correct": correct})
-    assert "input curvature of 2 examples is not finite (indices 8, 41)" in caplog.text
+    assert "input curvature is not finite for 2 examples (indices 8, 41)" in caplog.text
     assert len(caplog.records) == 1

@@ -119,7 +119,7 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
         Proxy("mem", "cifar100", folder=tmp_path)
     store(tmp_path, "etl", "svhn")
     with pytest.raises(
-        FileError, match=r"estimates of your own .*pluskid.github.io.*; there are those called etl"
+        FileError, match=r"your own estimates .*pluskid.github.io.*; scores found for this data set: etl"
     ) as caught:
         Proxy("mem", "svhn", folder=tmp_path)
     assert "fetch_scores" not in str(caught.value)

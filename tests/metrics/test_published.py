@@ -66,10 +66,10 @@ def test_a_file_that_is_not_the_published_one_is_not_written(server, tmp_path):
     target = tmp_path / "metrics"
     for file, wrong in zip(FILES, (CONTENT[:-1] + b"!", MEM + b"!"), strict=True):
         file.path(root).write_bytes(wrong)
-        with pytest.raises(FileError, match=r"is not the published file .*nothing was written"):
+        with pytest.raises(FileError, match=r"does not match the published file .*nothing was written"):
             fetch(file, target, url)
         file.path(root).write_bytes(wrong[: len(wrong) // 2])
-        with pytest.raises(FileError, match="is not the published file"):
+        with pytest.raises(FileError, match="does not match the published file"):
             fetch(file, target, url)
     assert everything(target) == []
 
@@ -77,10 +77,10 @@ def test_a_file_that_is_not_the_published_one_is_not_written(server, tmp_path):
 def test_a_missing_file_and_an_absent_server_are_one_line_each(server, tmp_path):
     root, url = server
     FILES[0].path(root).unlink()
-    with pytest.raises(FileError, match=r"eps_cifar10.pkl: the server answers 404 .*the address"):
+    with pytest.raises(FileError, match=r"eps_cifar10.pkl: the server responded with 404 .*the URL"):
         fetch(FILES[0], tmp_path / "metrics", url)
     for address in ("http://127.0.0.1:9", "nonsense"):
-        with pytest.raises(FileError, match=r"could not be downloaded .*the address") as caught:
+        with pytest.raises(FileError, match=r"download failed .*the URL") as caught:
             fetch(FILES[0], tmp_path / "metrics", address)
         assert "\n" not in str(caught.value)
     assert everything(tmp_path / "metrics") == []
@@ -92,7 +92,7 @@ def test_other_scores_are_not_replaced_without_being_asked(server, tmp_path):
     own.parent.mkdir(parents=True)
     own.write_bytes(b"computed for a week")
     own.with_suffix(".json").write_text("{}")
-    with pytest.raises(FileError, match="different scores"):
+    with pytest.raises(FileError, match="differs from the published file"):
         fetch(FILES[0], tmp_path / "metrics", url)
     assert own.read_bytes() == b"computed for a week"
     fetch(FILES[0], tmp_path / "metrics", url, overwrite=True)

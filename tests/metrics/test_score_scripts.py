@@ -123,11 +123,11 @@ def test_average_scores_answers_bad_flags_in_one_line(toy, tmp_path):
     _, dataset, _ = toy
     place = folders(tmp_path, "datasets", "metrics")
     for flags, status, named in (
-        (("--seeds", 1, 1), 2, "names a seed twice"),
+        (("--seeds", 1, 1), 2, "contains a duplicate"),
         (("--seeds", "-1"), 2, "--seeds"),
         (("--seeds", 1, "--modes", "mem"), 2, "--modes"),
         (("--seeds", 1, "--modes", "csl"), 1, "no recorded dynamics"),
-        (("--seeds", 3), 1, "seed 3 is not scored yet"),
+        (("--seeds", 3), 1, "seed 3 has not been scored yet"),
     ):
         refused = call("average_scores.py", dataset, "--model=mlp", *flags, *place)
         assert (refused.status, named in refused.complaint) == (status, True), refused.err

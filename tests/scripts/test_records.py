@@ -333,7 +333,7 @@ def test_seeds_of_the_papers_code_are_averaged(base):
             np.savez(folder / f"nn_{which}_diff_score.npz", values[seed, which])
     modes = ("--modes", "samis_loss", "samis_prob")
     done = succeed("average_scores.py", *averaging(base, *modes))
-    assert "does not say how it was made" in done.err
+    assert "does not record how it was made" in done.err
     from src.metrics import Proxy
 
     mean = (values[1, "prob"].astype(np.float64) + values[2, "prob"]) / 2
