@@ -1,7 +1,7 @@
-"""SAMIS scores: how differently an SGD-trained and a SAM-trained copy of one model see an example.
+"""SAMIS scores: how much an SGD-trained and a SAM-trained model of one architecture disagree about an example.
 
-For logits ``z`` of example i: ``p = softmax(z)`` and ``l = -log p_y``. Logits stay float32 as the model makes them;
-softmax and logarithm are taken in float64, so that saturated examples do not tie.
+For logits ``z`` of example i, ``p = softmax(z)`` and ``l = -log p_y``. The model computes logits in float32. Softmax
+and logarithm are computed in float64, which avoids ties among saturated examples.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def samis_loss(loss_sgd: Tensor, loss_sam: Tensor) -> Tensor:
         loss_sam: ``(b,)`` of the SAM-trained model.
 
     Returns:
-        ``(b,)``, of the losses' type.
+        ``(b,)``, with the dtype of the losses.
     """
     return (loss_sgd - loss_sam).abs()
 
@@ -88,7 +88,7 @@ def samis_prob(logits_sgd: Tensor, logits_sam: Tensor) -> Tensor:
 
 
 def mean_loss(loss_sgd: np.ndarray, loss_sam: np.ndarray) -> np.ndarray:
-    """The mean loss of both models, which the SAMIS scores are compared with."""
+    """The mean loss of both models, a baseline for the SAMIS scores."""
     return (loss_sgd + loss_sam) / 2
 
 
@@ -125,11 +125,11 @@ PAIR_SCORES = (
 
 STORED = {score.name: score for score in PAIR_SCORES if score.seed_file}
 FIELDS = ("loss_sgd", "loss_sam", *STORED, "correct_sgd", "correct_sam")
-"""What is computed of each example: both models' losses, the scores with a file of their own, and correctness."""
+"""The values computed for each example: both models' losses, the scores with their own files, and correctness."""
 
 
 def score_batch(logits_sgd: Tensor, logits_sam: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Everything that is stored about one batch, so that logits can be thrown away at once.
+    """Compute every stored value for one batch, so that its logits can be discarded.
 
     Args:
         logits_sgd: ``(b, C)`` of the SGD-trained model.
@@ -160,7 +160,7 @@ PAIR = ("sgd", "sam")
 _MAY_DIFFER = ("optimizer", "rho", "adaptive", "measure_proxies")
 _OF_A_SPLIT = ("validation_split", "held_out", "examples", "measure_proxies")
 
-# Settings that seeds and splits of one kind differ in, or that the scores' own facts say.
+# Settings that differ between seeds or splits, or that the scores record elsewhere.
 _NOT_OF_THE_KIND = (
     *_OF_A_SPLIT, "seed", "optimizer", "dataset", "model", "labels", "images", "decoding", "lr_sched", "subset",
 )  # fmt: skip
@@ -168,35 +168,35 @@ _NOT_OF_THE_KIND = (
 
 @dataclass(frozen=True)
 class SamisConfig:
-    """Which pairs of models are compared, and how.
+    """Which pairs of models to compare, and how.
 
     Attributes:
         model: The name of the architecture.
         seed: The seed of both models.
         epochs: The epoch of both checkpoints.
-        protocol: ``"split"``, ``"full"``, or ``"auto"``: the splits if all twenty checkpoints of one schedule exist,
-            else the runs on the full training set.
-        lr_sched: The schedule in the runs' names, or None for the only one there is.
-        batch_size: How many examples are scored at a time.
-        overwrite: Whether scores that were made with different settings are replaced.
+        protocol: ``"split"``, ``"full"``, or ``"auto"``. ``"auto"`` uses the splits if all twenty checkpoints of one
+            schedule exist, otherwise the runs on the full training set.
+        lr_sched: The learning rate schedule in the runs' names; None if only one exists.
+        batch_size: Number of examples per batch.
+        overwrite: Whether to replace scores that were made with different settings.
 
     Raises:
-        ArgumentError: A value is out of its range.
+        ArgumentError: A value is out of range.
     """
 
     model: str
     seed: int = option(1, "seed of both models", SEED)
-    epochs: int = option(160, "epoch whose checkpoints are compared", number(int, 1))
+    epochs: int = option(160, "epoch of the checkpoints to compare", number(int, 1))
     protocol: str = option(
         "auto",
-        "split: ten validation splits, out of sample; full: one pair trained on everything, in sample; "
-        "auto: split if all its checkpoints exist, else full",
+        "split: ten validation splits, scored out of sample; full: one pair trained on the full training set, scored "
+        "in sample; auto: split if all its checkpoints exist, otherwise full",
         choices=("auto", "split", "full"),
     )
     lr_sched: str | None = option(
-        None, "schedule in the runs' names (default: the only one there is)", choices=tuple(SCHEDULES)
+        None, "learning rate schedule in the runs' names (default: the only one found)", choices=tuple(SCHEDULES)
     )
-    batch_size: int = option(512, "examples scored at a time", number(int, 1))
+    batch_size: int = option(512, "examples per batch", number(int, 1))
     overwrite: bool = option(False, "replace scores that were made with different settings")
 
     def __post_init__(self) -> None:
@@ -205,7 +205,7 @@ class SamisConfig:
 
 @dataclass(frozen=True)
 class Pair:
-    """The checkpoints of one pair, the split that both left out (None: they saw everything), their schedule."""
+    """The checkpoints of one pair, their held-out split (None if trained on everything), and their schedule."""
 
     sgd: Path
     sam: Path
@@ -215,12 +215,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class SamisRun:
-    """The SAMIS scores of one seed of a data set: its pairs of models, and its files.
+    """The SAMIS scores of one seed: the pairs of models and the score files.
 
     Attributes:
-        context: Device, precision and data.
-        config: Which models.
-        folders: Where checkpoints, splits and scores are.
+        context: Device, precision, and data.
+        config: Which models to compare.
+        folders: The folders of checkpoints, splits, and scores.
     """
 
     context: RunContext
@@ -228,26 +228,26 @@ class SamisRun:
     folders: Folders
 
     def experiment(self, optimizer: str, lr_sched: str, split: int | None) -> str:
-        """The name of a training run; ``split`` None is the run on the full training set."""
+        """The name of a training run; ``split`` is None for the run on the full training set."""
         names = (self.config.model, self.context.entry.name, optimizer, lr_sched)
         return standard_experiment(*names) if split is None else split_experiment(*names, split)
 
     def schedules(self, split: int | None) -> list[str]:
-        """The schedules for which there are runs of either optimizer."""
+        """The learning rate schedules for which a run with either optimizer exists."""
         if self.config.lr_sched is not None:
             return [self.config.lr_sched]
         folder, patterns = self.folders.models_folder, [self.experiment(optimizer, "*", split) for optimizer in PAIR]
         return sorted({name for p in patterns for name in training.find_schedules(folder, p, self.config.seed)})
 
     def find_pairs(self) -> tuple[str, list[Pair]]:
-        """Find the pairs of models of the protocol.
+        """Find the pairs of models that the protocol compares.
 
         Returns:
-            The protocol found, and its ten pairs or its one.
+            The protocol, and its ten pairs (split) or single pair (full).
 
         Raises:
-            FileError: Checkpoints are missing; the message says which, and the command that makes the first.
-            ArgumentError: Several schedules fit.
+            FileError: Checkpoints are missing; the message lists them and gives the command that creates the first.
+            ArgumentError: Runs with several schedules match.
         """
         config, folder = self.config, self.folders.models_folder
         kinds = {"split": SPLITS, "full": (None,)}
@@ -269,10 +269,10 @@ class SamisRun:
                     missing[kind] = absent
             if len(complete) > 1:
                 names = ", ".join(pairs[0].lr_sched for pairs in complete)
-                raise ArgumentError("lr_sched", f": runs of {len(complete)} schedules fit; choose one of {names}")
+                raise ArgumentError("lr_sched", f": runs with {len(complete)} schedules match; choose from {names}")
             if complete:
                 return kind, complete[0]
-        # Speak of the protocol that lacks the smaller share of its runs.
+        # Report the protocol that is closest to complete.
         kind = min(missing, key=lambda name: (len(missing[name]) / (2 * len(kinds[name])), name))
         optimizer, lr_sched, split = missing[kind][0]
         names = [self.experiment(*run) for run in missing[kind]]
@@ -289,14 +289,14 @@ class SamisRun:
         command = training.training_command("train_full.py" if split is None else "train_split.py", flags)
         raise FileError(
             f"{folder}: no checkpoint of epoch {config.epochs}, seed {config.seed} for {shown} (protocol {kind}); "
-            f"make the first with: {command}"
+            f"create the first with: {command}"
         )
 
     def settings(self, protocol: str, pairs: Sequence[Pair]) -> dict[str, Any]:
-        """Everything that determines the scores.
+        """All settings that determine the scores.
 
         Raises:
-            FileError: A checkpoint is damaged, or the models of one optimizer were not all trained alike.
+            FileError: A checkpoint is damaged, or models with the same optimizer have different training settings.
         """
         config, context = self.config, self.context
         return {
@@ -312,17 +312,18 @@ class SamisRun:
         }
 
     def load_pair(self, pair: Pair, held_out: np.ndarray | None) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-        """Load both models and check that they are those that were asked for, and belong to the data.
+        """Load both models and check that they are the requested ones and match the data.
 
         Args:
             pair: The checkpoints.
-            held_out: The original indices of the pair's split; None where it has none.
+            held_out: The original indices of the pair's held-out split; None without a split.
 
         Returns:
-            The SGD-trained and the SAM-trained model, and the SGD checkpoint's description.
+            The SGD-trained model, the SAM-trained model, and the state of the SGD checkpoint.
 
         Raises:
-            FileError: A checkpoint is damaged, of other data, of another run or epoch, or the two do not match.
+            FileError: A checkpoint is damaged or belongs to other data, another run, or another epoch, or the two
+                checkpoints do not match.
         """
         asked = {
             **training.data_facts(self.context.full_train),
@@ -338,24 +339,24 @@ class SamisRun:
         for path, state in ((pair.sgd, first), (pair.sam, second)):
             if state["settings"].get("subset") != self.context.data_settings["subset"]:
                 dataset = self.context.entry.name
-                raise FileError(f"{path}: was trained on another subset of {dataset}; give the same --subset")
+                raise FileError(f"{path}: was trained on a different subset of {dataset}; give the same --subset")
         if first["normalisation"] != second["normalisation"]:
             raise FileError(
-                f"{pair.sam}: was trained with another normalization than {pair.sgd}; train one of them again"
+                f"{pair.sam}: was trained with a different normalization than {pair.sgd}; train one of them again"
             )
         ignore = (*_MAY_DIFFER, *training.free_epochs(pair.lr_sched))
         if differing := diff_settings(first["settings"], second["settings"], ignore=ignore):
-            log.warning("the two models differ in more than the optimizer: %s", ", ".join(differing))
+            log.warning("the two models differ in settings besides the optimizer: %s", ", ".join(differing))
         return sgd, sam, first
 
     def score(self, pair: Pair) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Score the examples that belong to a pair: those of its split, or all.
+        """Score the examples of a pair: its held-out split, or the full training set.
 
         Returns:
             The original indices ``(n,)`` of the examples, and ``FIELDS``, each ``(n,)``.
 
         Raises:
-            FileError: See :meth:`load_pair`; or a model gives losses that are not finite.
+            FileError: A checkpoint is refused (see :meth:`load_pair`), or a model's losses are not finite.
         """
         context, config = self.context, self.config
         images, held_out = context.train, None
@@ -382,28 +383,26 @@ class SamisRun:
         indices, fields = score_pair(*models, batches, precision=context.compute.precision)
         for optimizer, path in (("sgd", pair.sgd), ("sam", pair.sam)):
             if not np.isfinite(fields[f"loss_{optimizer}"]).all():
-                raise FileError(
-                    f"{path}: gives losses that are not finite; train it again with a lower --learning_rate"
-                )
+                raise FileError(f"{path}: its losses are not finite; train it again with a lower --learning_rate")
         return indices, fields
 
     def check_files(self, settings: Mapping[str, Any]) -> None:
-        """Refuse to replace scores that were made with different settings, unless ``config.overwrite``.
+        """Refuse to replace scores that were made with different settings, unless ``config.overwrite`` is set.
 
         Raises:
-            FileError: There are such scores.
+            FileError: Such scores exist.
         """
         wanted = {**settings, "labels": self.context.label_hash}
         for score in STORED.values():
             load_seed(self.path(score), wanted, overwrite=self.config.overwrite)
 
     def path(self, score: Score) -> Path:
-        """The seed's file of a score."""
+        """The path of the seed's file for a score."""
         config, name = self.config, self.context.entry.name
         return samis_path(self.folders.metrics_folder, name, config.model, config.seed, score.seed_file)
 
     def scored_seeds(self, settings: Mapping[str, Any]) -> list[int]:
-        """The seeds that are scored with these settings."""
+        """The seeds that were scored with these settings."""
         loss = self.path(STORED["samis_loss"])
         files = {folder.name: folder / loss.name for folder in loss.parents[1].iterdir()}
         return sorted(
@@ -414,14 +413,14 @@ class SamisRun:
 
 
 def training_settings(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """How the models of all pairs were trained, but for what differs from seed to seed and split to split.
+    """The training settings of all pairs, without those that differ between seeds and splits.
 
     Returns:
-        The SAM-trained models' settings as ``training_{name}``, and as ``training_sgd_{name}`` those of the
-        SGD-trained models that are others, where the optimizers do not ask for it.
+        The settings of the SAM-trained models as ``training_{name}``. The settings of the SGD-trained models that
+        differ, although the choice of optimizer does not require it, as ``training_sgd_{name}``.
 
     Raises:
-        FileError: A checkpoint is damaged, or the models of one optimizer were not all trained alike.
+        FileError: A checkpoint is damaged, or models with the same optimizer have different training settings.
     """
     free = training.free_epochs(pairs[0].lr_sched)
     sgd, sam = (_common_settings(pairs, optimizer, free) for optimizer in PAIR)
@@ -435,28 +434,28 @@ def training_settings(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _common_settings(pairs: Sequence[Pair], optimizer: str, free: Sequence[str]) -> dict[str, Any]:
-    """The settings of the models of one optimizer, which must be the same but for what makes a split."""
+    """The training settings shared by all models with one optimizer; they may differ only in the split."""
     every = [(getattr(pair, optimizer), _settings(getattr(pair, optimizer))) for pair in pairs]
     remedy = "train all splits of an optimizer with the same settings"
-    check_consistent(every, (*_OF_A_SPLIT, *free), what="was not trained as", remedy=remedy)
+    check_consistent(every, (*_OF_A_SPLIT, *free), what="was trained differently from", remedy=remedy)
     return every[0][1]
 
 
 def _settings(path: Path) -> dict[str, Any]:
     settings = read_checkpoint(path).get("settings")
-    return settings if isinstance(settings, dict) else {}  # load_pair says what is wrong
+    return settings if isinstance(settings, dict) else {}  # load_pair reports the error
 
 
 def score_pair(
     sgd: nn.Module, sam: nn.Module, batches: Batches, *, precision: str = "fp32"
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Score every example of a set with one pair, both models on the same batch, keeping no logits.
+    """Score every example with one pair of models, both on the same batch. Logits are not kept.
 
     Args:
         sgd: The SGD-trained model.
         sam: The SAM-trained model.
-        batches: Un-augmented batches on the models' device.
-        precision: A name of ``PRECISIONS``.
+        batches: Batches without augmentation, on the models' device.
+        precision: A key of ``PRECISIONS``.
 
     Returns:
         The original indices ``(n,)`` of the scored examples, and ``FIELDS``, each ``(n,)``.
@@ -475,7 +474,7 @@ def score_pair(
 
 # ------------------------------------------------------------------------------------------------ files of one seed
 
-_MAKE_AGAIN = "make it again with compute_sam_sgd.py"
+_MAKE_AGAIN = "recreate it with compute_sam_sgd.py"
 
 
 def save_seed(
@@ -485,21 +484,22 @@ def save_seed(
     label_hash: str,
     data_hash: str | None = None,
 ) -> list[Path]:
-    """Store the SAMIS scores of one seed, not normalized, as the npz files that averaging reads.
+    """Save the unnormalized SAMIS scores of one seed as the npz files that averaging reads.
 
     Args:
-        metrics_folder: Where scores are kept.
-        scores: ``FIELDS`` but for correctness, each float64 ``(total,)``, NaN where an example was not scored. Each
-            score is stored as ``arr_0`` of its own file, beside the losses.
-        settings: Everything that determines the scores, see :meth:`SamisRun.settings`; averaging refuses to mix them.
+        metrics_folder: The folder of scores.
+        scores: ``FIELDS`` without correctness, each float64 ``(total,)``, NaN for examples that were not scored. Each
+            score is stored as ``arr_0`` in its own file, together with the losses.
+        settings: All settings that determine the scores, see :meth:`SamisRun.settings`. Scores with different
+            settings are not averaged.
         label_hash: ``artifacts.label_hash`` of the labels of the full training set.
-        data_hash: ``ImageSet.digest``, where it is known.
+        data_hash: ``ImageSet.digest``, if known.
 
     Returns:
         The paths of the files.
 
     Raises:
-        FileError: A score of a scored example is not finite, or nothing was scored; nothing is written then.
+        FileError: A score is not finite, or no example was scored. Nothing is written in either case.
     """
     run = (settings["dataset"], settings["model"], settings["seed"])
     paths = {name: samis_path(metrics_folder, *run, score.seed_file) for name, score in STORED.items()}
@@ -507,8 +507,8 @@ def save_seed(
     indices = np.flatnonzero(~np.isnan(columns).all(axis=0))
     if not len(indices) or not np.isfinite(columns[:, indices]).all():
         raise FileError(
-            f"{paths['samis_loss'].parent}: not written, a model gives losses that are not finite; "
-            "train it with a lower rate"
+            f"{paths['samis_loss'].parent}: not written, because a model's losses are not finite; "
+            "train it with a lower --learning_rate"
         )
     known = {} if data_hash is None else {"data_hash": data_hash}
     return [
@@ -531,16 +531,16 @@ def save_seed(
 
 
 def read_seed(path: str | Path) -> dict[str, Any]:
-    """Read one file of :func:`save_seed`, or one of the papers' code, which has ``arr_0`` alone.
+    """Read a file written by :func:`save_seed`, or by the papers' code, which stores only ``arr_0``.
 
     Returns:
-        ``arr_0``, ``loss_sgd``, ``loss_sam`` as float64 ``(total,)``, ``indices`` of the scored examples, the dict
-        ``settings``, and as plain values ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash`` and
-        ``score`` (``"loss"`` or ``"prob"``), the last two None if unknown. Of a file of the papers' code: ``arr_0``,
-        ``indices``, and None as ``settings``.
+        ``arr_0``, ``loss_sgd``, and ``loss_sam`` as float64 ``(total,)``; the ``indices`` of the scored examples; the
+        dict ``settings``; and the plain values ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash``, and
+        ``score`` (``"loss"`` or ``"prob"``), the last two None if unknown. For a file of the papers' code, only
+        ``arr_0``, ``indices``, and ``settings``, which is None.
 
     Raises:
-        FileError: The file is missing, damaged, incomplete, or a score is not finite.
+        FileError: The file is missing, damaged, or incomplete, or a score is not finite.
     """
     content: dict[str, Any] = read_npz(path)
     alone = set(content) == {"arr_0"}
@@ -570,7 +570,7 @@ def read_seed(path: str | Path) -> dict[str, Any]:
 def load_seed(
     path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False, ignore: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """What :func:`read_seed` reads, if it was made with these settings, ``labels`` among them (``load_result``)."""
+    """Read a file with :func:`read_seed` if its settings, including ``labels``, match (see ``load_result``)."""
 
     def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         content = read_seed(path)

@@ -1,4 +1,4 @@
-"""Models: one builder, one contract (``features``, ``head``, ``forward``), one registry."""
+"""Models: one builder, one interface (``features``, ``head``, ``forward``), and one registry."""
 
 from src.lazy import lazy_names
 from src.models.registry import MODELS, ModelConfig, ModelEntry, build_model, require_weights

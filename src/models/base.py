@@ -1,12 +1,11 @@
-"""What models share: their contract, evaluation mode, stored tensors, layers and initial weights.
+"""Code shared by all models: the interface, evaluation mode, loading of stored tensors, layers, and initialization.
 
-Stored tensors: ``copy_`` and ``load_state_dict`` silently broadcast, cast integers and drop imaginary parts. A tensor
-that was read from a file must therefore have the shape and the kind of number of the one that it replaces.
+Stored tensors: ``copy_`` and ``load_state_dict`` silently broadcast, cast integers, and drop imaginary parts.
+Therefore, a tensor read from a file must have the shape and the kind of dtype of the tensor that it replaces.
 
-SAME padding is TensorFlow's, for models whose published results were made with it. Along an axis of ``size``
-positions a layer of this kernel and stride has ``ceil(size / stride)`` outputs. What their windows need beyond the
-axis is filled with zeros, half of it (rounded down) before and the rest after. PyTorch's own padding is the same on
-both sides, so it cannot express this wherever that number is odd.
+SAME padding follows TensorFlow, for models whose published results use it. Along an axis with ``size`` positions, the
+output has ``ceil(size / stride)`` positions. If the windows extend beyond the axis by p positions, p // 2 zeros are
+added before the axis and the rest after it. PyTorch pads both sides equally, so it cannot express an odd p.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,18 +16,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# From this size on, vgg19 and inception are torchvision's ImageNet models.
+# At this image size and above, vgg19 and inception are torchvision's ImageNet models.
 IMAGENET_SIZE = 224
 
 
 class Network(nn.Module):
-    """A body that embeds images and a last linear layer that classifies them.
+    """A model with a body that embeds images and a final linear layer that classifies them.
 
-    Because ``head`` is the last layer and ``features`` its input, the gradient of a loss with respect to the last
-    layer needs no hooks: with embedding ``h`` and error ``e`` it is ``[e (x) h, e]``.
+    Because ``head`` is the last layer and ``features`` returns its input, the gradient of a loss with respect to the
+    last layer needs no hooks: for embedding ``h`` and error ``e``, it is ``[e (x) h, e]``.
 
-    No operation in a body works in place, and no module is called twice in one pass, so that hooks may keep the
-    output of any module.
+    No operation in a body is in-place, and no module is called twice in one forward pass. Hooks can therefore keep
+    the output of any module.
 
     Attributes:
         body: Maps images ``(n, c, h, w)`` to embeddings ``(n, d)``.
@@ -52,16 +51,16 @@ class Network(nn.Module):
         return self.body(images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits ``(n, num_classes)`` of images ``(n, c, h, w)``."""
+        """Compute the logits ``(n, num_classes)`` of images ``(n, c, h, w)``."""
         return self.head(self.features(images))
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode; on leaving, restore the mode of each.
+    """Put every module in evaluation mode and restore each module's mode on exit.
 
     Args:
-        model: The model. Modules that were already in evaluation mode (frozen BatchNorm) stay in it.
+        model: The model. Modules that are already in evaluation mode (frozen BatchNorm) stay in it on exit.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -73,9 +72,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def trains_on_one(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    """Whether a model can be trained on a single image, which BatchNorm of single values per channel cannot.
+    """Whether a model can be trained on a single image, which BatchNorm on 1x1 feature maps cannot.
 
-    Buffers, modes and random states are left unchanged.
+    Buffers, modes, and random states are unchanged.
 
     Args:
         model: The model.
@@ -96,10 +95,10 @@ def trains_on_one(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
 
 
 def check_tensor(name: str, own: torch.Tensor, stored: Any) -> None:
-    """Check that a stored value can replace a tensor; precisions may differ.
+    """Check that a stored value can replace a tensor. Precision may differ.
 
     Raises:
-        ValueError: It is not a dense tensor, or its shape or kind of number (real, complex, integer) differs.
+        ValueError: The value is not a dense tensor, or its shape or kind of dtype (real, complex, integer) differs.
     """
     if not isinstance(stored, torch.Tensor) or stored.layout != torch.strided or stored.is_meta:
         raise ValueError(f"{name} is not a dense tensor")
@@ -110,7 +109,7 @@ def check_tensor(name: str, own: torch.Tensor, stored: Any) -> None:
 
 
 def copy_tensor(name: str, own: torch.Tensor, stored: Any) -> None:
-    """Fill a tensor with a stored value.
+    """Copy a stored value into a tensor.
 
     Raises:
         ValueError: See ``check_tensor``.
@@ -120,11 +119,11 @@ def copy_tensor(name: str, own: torch.Tensor, stored: Any) -> None:
 
 
 def load_weights(module: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Fill a module with a stored state dict.
+    """Load a stored state dict into a module.
 
     Raises:
-        ValueError: A value cannot replace the module's.
-        RuntimeError: A value is missing or unknown.
+        ValueError: A stored value cannot replace the module's tensor.
+        RuntimeError: A key is missing or unexpected.
     """
     for name, own in module.state_dict().items():
         if name in stored:
@@ -133,10 +132,10 @@ def load_weights(module: nn.Module, stored: Mapping[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """Fill an optimizer with a stored state of the same form.
+    """Load a stored state dict of the same structure into an optimizer.
 
     Raises:
-        ValueError: A value cannot replace the optimizer's. Other exceptions mean that the state has another form.
+        ValueError: A stored value cannot replace the optimizer's. Other exceptions mean that the structure differs.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _check_optimizer(optimizer.state_dict(), stored, parameters)
@@ -144,19 +143,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) 
 
 
 def _check_optimizer(own: Mapping[str, Any], stored: Mapping[str, Any], parameters: list[torch.Tensor]) -> None:
-    if "param_groups" not in own:  # SAM's and iBLR's, around the state of another optimizer
+    if "param_groups" not in own:  # SAM and iBLR wrap the state of another optimizer
         for name, value in own.items():
             if isinstance(value, dict):
                 _check_optimizer(value, stored[name], parameters)
             elif type(stored[name]) is not type(value):
-                raise ValueError(f"{name} is not like {value}")
+                raise ValueError(f"{name} does not have the type of {value}")
         return
     for mine, theirs in zip(own["param_groups"], stored["param_groups"], strict=True):
         for name, value in mine.items():
-            other = theirs.get(name, value)  # older versions of torch have fewer settings
+            other = theirs.get(name, value)  # older versions of torch store fewer settings
             if isinstance(value, torch.Tensor):
                 check_tensor(name, value, other)
-            elif type(value) in (int, float):  # rates and weight decays change during training
+            elif type(value) in (int, float):  # learning rate and weight decay change during training
                 if type(other) not in (int, float):
                     raise ValueError(f"{name} is not a number")
             elif _plain(other) != _plain(value):
@@ -168,24 +167,24 @@ def _check_optimizer(own: Mapping[str, Any], stored: Mapping[str, Any], paramete
 
 
 def _plain(value: Any) -> Any:
-    """A tuple as a list, which some states contain in its place."""
+    """Convert a tuple to a list, since some states contain a list in place of a tuple."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def stem_padding(in_channels: int) -> int:
-    """Padding of a first 3x3 convolution: 3 for one channel, which turns 28x28 into 32x32, else 1."""
+    """Padding of the first 3x3 convolution: 3 for one channel, which turns 28x28 into 32x32; otherwise 1."""
     return 3 if in_channels == 1 else 1
 
 
 def center_pad(image_size: int, target: int) -> nn.Module:
-    """A layer that pads square images with zeros to ``target`` pixels, the odd row and column last."""
+    """A layer that zero-pads square images to ``target`` pixels, with any odd row and column at the end."""
     missing = max(target - image_size, 0)
     before, after = missing // 2, missing - missing // 2
     return nn.ZeroPad2d((before, after, before, after)) if missing else nn.Identity()
 
 
 def make_out_of_place(network: nn.Module) -> nn.Module:
-    """Switch off ``inplace`` in every layer that has it, so that hooks see outputs that nobody overwrites."""
+    """Set ``inplace`` to False in every layer that has it, so that no output is overwritten before a hook uses it."""
     for module in network.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
@@ -193,9 +192,9 @@ def make_out_of_place(network: nn.Module) -> nn.Module:
 
 
 def kaiming_fan_out_(network: nn.Module) -> nn.Module:
-    """Draw the weights of all convolutions from Kaiming's normal (fan out, ReLU) and zero their biases.
+    """Initialize all convolutions with Kaiming normal weights (fan-out, ReLU) and zero biases.
 
-    Source: He et al. 2015, "Delving deep into rectifiers"; torchvision's choice for ResNet.
+    Source: He et al. 2015, "Delving deep into rectifiers"; torchvision uses it for ResNet.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -211,7 +210,7 @@ class ConvUnit(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        **options: Further arguments of ``nn.Conv2d``.
+        **options: Additional arguments of ``nn.Conv2d``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
@@ -225,7 +224,7 @@ class ConvUnit(nn.Module):
 
 
 class Branches(nn.ModuleList):
-    """Modules that all read the same input; their outputs are concatenated over channels, in order."""
+    """Modules applied to the same input, with their outputs concatenated over channels in order."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(n, c, h, w)`` to the concatenated outputs ``(n, sum of channels, h', w')``."""
@@ -233,27 +232,27 @@ class Branches(nn.ModuleList):
 
 
 def same(in_channels: int, out_channels: int, height: int, width: int | None = None) -> ConvUnit:
-    """A unit of stride 1 that keeps the size of its input; the kernel is square unless ``width`` is given."""
+    """A stride-1 unit that preserves the input size; the kernel is square unless ``width`` is given."""
     kernel = (height, height if width is None else width)
     padding = (kernel[0] // 2, kernel[1] // 2)
     return ConvUnit(in_channels, out_channels, kernel_size=kernel, padding=padding)
 
 
 def halve(in_channels: int, out_channels: int) -> ConvUnit:
-    """A 3x3 unit of stride 2 without padding."""
+    """A 3x3 unit with stride 2 and no padding."""
     return ConvUnit(in_channels, out_channels, kernel_size=3, stride=2)
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis.
+    """Number of zeros to add before and after an axis for SAME padding.
 
     Args:
-        size: Positions along the axis.
+        size: Number of positions along the axis.
         kernel: Width of the layer's window.
         stride: Step between windows.
 
     Returns:
-        How many zeros before the first position, and how many after the last.
+        The number of zeros before the first position, and the number after the last.
     """
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + kernel - size, 0)
@@ -261,7 +260,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class SamePad(nn.Module):
-    """Pads with zeros ahead of a layer that has this kernel and stride and no padding of its own.
+    """SAME zero padding for a layer that has this kernel and stride and no padding itself.
 
     Args:
         kernel: Height and width of the layer's window.
@@ -274,36 +273,36 @@ class SamePad(nn.Module):
         self.stride = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pad ``(n, c, h, w)``; the layer then gives ``ceil(h / stride)`` x ``ceil(w / stride)`` outputs."""
+        """Pad ``(n, c, h, w)``; the next layer then has ``ceil(h / stride)`` x ``ceil(w / stride)`` outputs."""
         top, bottom = same_padding(x.shape[-2], self.kernel, self.stride)
         left, right = same_padding(x.shape[-1], self.kernel, self.stride)
         return F.pad(x, (left, right, top, bottom))
 
 
 def same_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    """A convolution with bias under SAME padding: one layer where PyTorch's own padding can do it, else two."""
-    # An odd kernel of stride 1 needs (kernel - 1) / 2 on either side at every size; one of 1x1 needs nothing.
+    """A convolution with bias and SAME padding: one layer if PyTorch's padding can express it, otherwise two."""
+    # An odd kernel with stride 1 needs (kernel - 1) / 2 zeros on each side for every size; a 1x1 kernel needs none.
     if kernel % 2 and (stride == 1 or kernel == 1):
         return [nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)]
     return [SamePad(kernel, stride), nn.Conv2d(in_channels, out_channels, kernel, stride)]
 
 
 def same_max_pool() -> list[nn.Module]:
-    """Maximum over 3x3 windows of stride 2 under SAME padding; the zeros take part, which is harmless after ReLU."""
+    """3x3 max-pooling with stride 2 and SAME padding. Padding with zeros is harmless after ReLU."""
     return [SamePad(3, 2), nn.MaxPool2d(3, 2)]
 
 
 class FilterResponseNorm(nn.Module):
-    """Divides each map by its root mean square, then scales, shifts and thresholds it.
+    """Filter response normalization: divide each map by its root mean square, then scale, shift, and threshold it.
 
-    With ``x`` the map of one example and channel: ``max(gamma * x / sqrt(mean(x^2) + eps) + beta, tau)``, the mean
-    over positions. Examples do not meet, so training and evaluation are the same. Where both sides of the maximum
-    are equal, each takes half of the gradient.
+    For the map ``x`` of one example and channel: ``max(gamma * x / sqrt(mean(x^2) + eps) + beta, tau)``, with the
+    mean over positions. Examples do not interact, so training and evaluation are identical. If both arguments of the
+    maximum are equal, each receives half of the gradient.
 
     Attributes:
-        tau: Threshold ``(1, channels, 1, 1)``, from 0.
-        beta: Shift ``(1, channels, 1, 1)``, from 0.
-        gamma: Scale ``(1, channels, 1, 1)``, from 1.
+        tau: Threshold ``(1, channels, 1, 1)``, initially 0.
+        beta: Shift ``(1, channels, 1, 1)``, initially 0.
+        gamma: Scale ``(1, channels, 1, 1)``, initially 1.
         eps: 1e-6, not learned.
     """
 

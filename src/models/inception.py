@@ -1,12 +1,12 @@
-"""Inception networks: Inception-v3, and the small Inception of the memorization studies.
+"""Inception models: Inception-v3, and the small Inception of the memorization studies.
 
 Sources: Szegedy et al. 2016, "Rethinking the Inception architecture for computer vision"; Feldman and Zhang 2020,
 "What neural networks memorize and why"; Zhang et al. 2017, "Understanding deep learning requires rethinking
 generalization".
 
-From 224x224 on, inception is torchvision's. For small images it starts with strides of 1 and has no auxiliary head;
-unlike torchvision's it has a 3x3 convolution in the pooling branch of block A, 7x1 before 1x7 in block C, average
-pooling in block D, and PyTorch's defaults for normalization.
+For images of 224x224 and above, inception is torchvision's Inception-v3. For smaller images, the stem has stride 1
+and there is no auxiliary head. Unlike torchvision's, the small-image model has a 3x3 convolution in the pooling
+branch of block A, 7x1 before 1x7 in block C, average pooling in block D, and PyTorch's defaults for normalization.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ def _average() -> nn.AvgPool2d:
 
 
 def block_a(c: int, pooled: int) -> Branches:
-    """Same size; 224 + ``pooled`` channels."""
+    """Preserves the size; outputs 224 + ``pooled`` channels."""
     return Branches(
         [
             same(c, 64, 1),
@@ -35,12 +35,12 @@ def block_a(c: int, pooled: int) -> Branches:
 
 
 def block_b(c: int) -> Branches:
-    """Halves the size; ``c`` + 480 channels."""
+    """Halves the size; outputs ``c`` + 480 channels."""
     return Branches([halve(c, 384), Seq(same(c, 64, 1), same(64, 96, 3), halve(96, 96)), nn.MaxPool2d(3, 2)])
 
 
 def block_c(c: int, inner: int) -> Branches:
-    """Same size, 768 channels; factorised 7x7 convolutions of ``inner`` channels."""
+    """Preserves the size; outputs 768 channels. Factorized 7x7 convolutions have ``inner`` channels."""
     return Branches(
         [
             same(c, 192, 1),
@@ -58,7 +58,7 @@ def block_c(c: int, inner: int) -> Branches:
 
 
 def block_d(c: int) -> Branches:
-    """Halves the size; ``c`` + 512 channels."""
+    """Halves the size; outputs ``c`` + 512 channels."""
     return Branches(
         [
             Seq(same(c, 192, 1), halve(192, 320)),
@@ -69,7 +69,7 @@ def block_d(c: int) -> Branches:
 
 
 def block_e(c: int) -> Branches:
-    """Same size, 2048 channels."""
+    """Preserves the size; outputs 2048 channels."""
     return Branches(
         [
             same(c, 320, 1),
@@ -81,7 +81,7 @@ def block_e(c: int) -> Branches:
 
 
 def _build_small_inception_v3(num_classes: int, in_channels: int) -> Network:
-    """Maps of 30, 14 and 6 pixels from 32x32 images; the embedding is averaged over positions, dropout 0.5."""
+    """Inception-v3 for small images: 30x30, 14x14, and 6x6 maps from 32x32 images, average pooling, dropout 0.5."""
     body = Seq(
         ConvUnit(in_channels, 32, kernel_size=3, padding=stem_padding(in_channels)),
         same(32, 32, 3),
@@ -101,10 +101,10 @@ def _build_small_inception_v3(num_classes: int, in_channels: int) -> Network:
 
 
 class ImageNetInception(Network):
-    """torchvision's Inception-v3, its auxiliary head kept aside.
+    """torchvision's Inception-v3 with an unused auxiliary head.
 
     ``forward`` returns one tensor, so the auxiliary head is never called. Its weights stay in the state dict, frozen,
-    so that the network's parameters are those of the published one.
+    so that the parameters match those of the published model.
     """
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
@@ -123,17 +123,18 @@ class ImageNetInception(Network):
 
 
 def inception(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """Inception-v3: the small-image network, or, from 224x224 on, torchvision's with a frozen auxiliary head.
+    """Inception-v3: the small-image version, or, for 224x224 and above, torchvision's with a frozen auxiliary head.
 
-    Blocks B and D halve without padding, so the maps before them need 7 pixels, and the stem takes 2: images of three
-    channels need 9 pixels, those of one channel (which the stem pads by 3) need 5.
+    Blocks B and D halve the size without padding, so block B needs maps of at least 7 pixels, and the stem removes 2
+    pixels. Images with three channels therefore need 9 pixels, and images with one channel, which the stem pads by 3,
+    need 5.
     """
     if image_size >= IMAGENET_SIZE:
         return ImageNetInception(num_classes, in_channels)
     return _build_small_inception_v3(num_classes, in_channels)
 
 
-# Channels of the 1x1 and the 3x3 branch of each block, by stage; then the channels of the convolution that halves.
+# Per stage: the channels of the 1x1 and 3x3 branch of each block, and the channels of the downsampling convolution.
 STAGES = (
     (((32, 32), (32, 48)), 160),
     (((112, 48), (96, 64), (80, 80), (48, 96)), 240),
@@ -142,10 +143,10 @@ STAGES = (
 
 
 def small_inception(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """A 3x3 unit of 96 channels, three stages of two-branch blocks, maximum over positions, one linear layer.
+    """A 3x3 unit with 96 channels, three stages of two-branch blocks, global max-pooling, and one linear layer.
 
-    Every convolution has no bias and is followed by BN and ReLU. Between stages a 3x3 convolution of stride 2 and
-    padding 1 halves the maps. The same network for every image size.
+    Convolutions have no bias and are followed by BN and ReLU. Between stages, a 3x3 convolution with stride 2 and
+    padding 1 halves the maps. The architecture is the same for every image size.
     """
     body = nn.Sequential(same(in_channels, 96, 3))
     channels = 96

@@ -1,9 +1,10 @@
 """MobileNetV3, small and large.
 
-Source: Howard et al. 2019, "Searching for MobileNetV3". The tables of blocks are torchvision's. Changes: batch
-normalization keeps PyTorch's defaults (eps 1e-5, momentum 0.1); in expanded blocks squeeze-and-excitation comes
-before the second activation; the stem pads 3 for one channel; nothing happens in place. The strides are those for
-ImageNet, so that 32x32 images shrink to 1x1 before the head: batch normalization then needs two images in training.
+Source: Howard et al. 2019, "Searching for MobileNetV3". The block configurations are torchvision's. Changes: batch
+normalization uses PyTorch's defaults (eps 1e-5, momentum 0.1); in expanded blocks, squeeze-and-excitation comes
+before the second activation; the stem has padding 3 for one channel; no operation is in-place. The strides are the
+ImageNet ones, so 32x32 images shrink to 1x1 before the head, and batch normalization then needs at least two images
+in training.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ class InvertedResidual(nn.Module):
     """Expansion (1x1), depthwise convolution, squeeze-and-excitation, projection (1x1), and a shortcut.
 
     Args:
-        config: One row of the architecture's table.
-        norm_layer: Makes a normalization layer for a number of channels.
+        config: torchvision's configuration of the block.
+        norm_layer: Builds a normalization layer for a number of channels.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ def _network(factory: Callable[..., torchvision.models.MobileNetV3], num_classes
 
 
 def mobile_small(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """MobileNetV3-small: 11 blocks, 576 channels, a hidden layer of 1024; the same network for every image size."""
+    """MobileNetV3-small: 11 blocks, 576 channels, 1024 hidden units; the same architecture for every image size."""
     return _network(torchvision.models.mobilenet_v3_small, num_classes, in_channels)
 
 
 def mobile_large(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """MobileNetV3-large: 15 blocks, 960 channels, a hidden layer of 1280; the same network for every image size."""
+    """MobileNetV3-large: 15 blocks, 960 channels, 1280 hidden units; the same architecture for every image size."""
     return _network(torchvision.models.mobilenet_v3_large, num_classes, in_channels)

@@ -1,7 +1,7 @@
-"""The registry of models and their one builder. Only the builders import torch.
+"""The model registry and the function that builds models. Only the builders import torch.
 
-A new model is a function ``(num_classes, in_channels, image_size) -> Network`` in the file of its family, and one
-entry here.
+To add a model, write a function ``(num_classes, in_channels, image_size) -> Network`` in the file of its family, and
+add one entry here.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class ModelEntry:
 
     Attributes:
         name: The value of ``--model``.
-        build: ``(num_classes, in_channels, image_size) -> Network``, drawing from torch's global generator.
-        note: One line for users.
-        channels_last: Whether float32 training on a CPU measured faster with channels-last memory.
-        smallest: The smallest image size, by number of channels, that the architecture takes.
-        pretrain: Fills a built model with pre-trained weights; None where there are none.
-        initialization: What runs record of the starting weights, where an earlier version of this project drew them
-            differently, so that results from before and after are not mixed; None where they never changed.
+        build: ``(num_classes, in_channels, image_size) -> Network``; draws weights from torch's global generator.
+        note: A one-line description for users.
+        channels_last: Whether float32 training on a CPU was measured to be faster with channels-last memory.
+        smallest: Maps the number of channels to the smallest image size that the architecture accepts.
+        pretrain: Loads pretrained weights into a built model; None if there are none.
+        initialization: The initialization that runs record, if an earlier version of this project initialized the
+            model differently, so that results of both versions are not mixed; None if it never changed.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ModelEntry:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the settings of a run contain about the model, besides its name."""
+        """The model's entries in a run's settings, besides its name."""
         return {} if self.initialization is None else {"initialization": self.initialization}
 
 
@@ -53,11 +53,11 @@ MODELS: dict[str, ModelEntry] = {}
 
 
 def _add(name: str, file: str, **facts: Any) -> None:
-    """Add the model that function ``name`` of ``file`` builds; the facts are those of ``ModelEntry``."""
+    """Register the model built by function ``name`` in ``file``; ``facts`` are the fields of ``ModelEntry``."""
     MODELS[name] = ModelEntry(name, later(f"src.models.{file}", name), **facts)
 
 
-# The order here is the order in which names are listed to users: the papers' large models first.
+# Help texts list the models in this order: the papers' large models first.
 _add("resnet18", "resnet", channels_last=True, initialization="default", note="ResNet-18 with the CIFAR stem")
 _add("resnet50", "resnet", channels_last=True, initialization="default", note="ResNet-50 with the CIFAR stem")
 _add("resnet20", "resnet", channels_last=True, note="CIFAR's ResNet-20, widths 16-32-64")
@@ -68,14 +68,14 @@ _add(
     "inception",
     channels_last=True,
     smallest=lambda in_channels: 5 if in_channels == 1 else 9,
-    note="Inception-v3 for small images; from 224x224 on torchvision's",
+    note="Inception-v3 for small images; torchvision's for 224x224 and larger",
 )
 _add(
     "vgg19",
     "vgg",
     channels_last=True,
     initialization="default",
-    note="VGG-19 with batch normalization; from 224x224 on with the ImageNet head",
+    note="VGG-19 with batch normalization; with the ImageNet head for 224x224 and larger",
 )
 _add("mobile_small", "mobilenet", channels_last=True, note="MobileNetV3, small")
 _add("mobile_large", "mobilenet", channels_last=True, note="MobileNetV3, large")
@@ -84,7 +84,7 @@ _add(
     "vit",
     pretrain=later("src.models.vit", "load_pretrained"),
     initialization="default",
-    note="ViT-B/16 on the native image; can start pre-trained",
+    note="ViT-B/16 at the native image size; optionally pretrained",
 )
 _add("lenet", "small", channels_last=True, note="LeNet-5: three convolutions, tanh, average pooling")
 _add("mlp", "small", note="perceptron 128-128, ReLU")
@@ -95,44 +95,44 @@ _add(
     "cnn_deepobs",
     "small",
     channels_last=True,
-    note="DeepOBS's model of three convolutions and three linear layers",
+    note="the DeepOBS model with three convolutions and three linear layers",
 )
 _add(
     "resnet20_frn",
     "resnet",
-    smallest=lambda in_channels: 5,  # the last maps are then 2x2: FRN leaves only the sign of a single position
+    smallest=lambda in_channels: 5,  # for 2x2 final maps; on 1x1 maps, FRN keeps only the sign
     note="ResNet-20 with filter response normalization in place of batch normalization",
 )
 
 
 def require_weights(name: str) -> None:
-    """Check that a model has pre-trained weights.
+    """Check that a model has pretrained weights.
 
     Raises:
         ArgumentError: It has none.
     """
     if MODELS[name].pretrain is None:
         able = ", ".join(other.name for other in MODELS.values() if other.pretrain)
-        raise ArgumentError("pretrained", f": there are no weights for {name}; only for {able}")
+        raise ArgumentError("pretrained", f": {name} has no pretrained weights; use {able}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and what it starts from.
+    """The model and its initial weights.
 
     Attributes:
-        model: A name of ``MODELS``.
-        pretrained: False; True for torchvision's ImageNet weights, which are downloaded; or the path of a file that
-            contains such a state dict.
+        model: A key of ``MODELS``.
+        pretrained: False for random weights; True to download torchvision's ImageNet weights; or the path of a file
+            with such a state dict.
 
     Raises:
-        ArgumentError: There is no such model, or there are no pre-trained weights for it.
+        ArgumentError: The model does not exist, or has no pretrained weights.
     """
 
     model: str = option("resnet50", f"one of {', '.join(MODELS)}", choices=tuple(MODELS), metavar="NAME")
     pretrained: bool | str = option(
         False,
-        "start vit from ImageNet weights, as the SAMIS paper does: torchvision's, downloaded, or those of FILE",
+        "initialize vit with ImageNet weights, as in the SAMIS paper: downloaded from torchvision, or read from FILE",
         nargs="?",
         const=True,
         metavar="FILE",
@@ -144,7 +144,7 @@ class ModelConfig:
             require_weights(self.model)
 
     def as_dict(self) -> dict[str, Any]:
-        """What determines the starting weights, beside their seed, as plain values."""
+        """The settings that determine the initial weights, except the seed, as plain values."""
         given = isinstance(self.pretrained, str)
         return {
             "model": self.model,
@@ -161,26 +161,27 @@ def build_model(
     seed: int,
     pretrained: bool | str | Path = False,
 ) -> Network:
-    """Build a model on the CPU with weights that depend on the arguments alone.
+    """Build a model on the CPU with weights that depend only on the arguments.
 
-    The global generators are left as they were. Under ``with torch.device("meta")`` the model is built there, with
-    shapes and no weights.
+    The global generators are unchanged. Under ``with torch.device("meta")``, the model is built on the meta device,
+    with shapes but no weights.
 
     Args:
-        name: A name of ``MODELS``.
+        name: A key of ``MODELS``.
         num_classes: Number of logits.
         in_channels: Channels of the images.
         image_size: Height and width of the images.
         seed: Seed of the initial weights.
-        pretrained: False; True for torchvision's ImageNet weights, which are downloaded; or the path of a file that
-            contains such a state dict.
+        pretrained: False for random weights; True to download torchvision's ImageNet weights; or the path of a file
+            with such a state dict.
 
     Returns:
         A float32 ``Network`` in training mode.
 
     Raises:
-        ArgumentError: The name is unknown, the sizes do not suit the architecture, or it has no pre-trained weights.
-        FileError: The pre-trained weights cannot be had or do not fit.
+        ArgumentError: The name is unknown, the architecture does not support the sizes, or the model has no
+            pretrained weights.
+        FileError: The pretrained weights cannot be downloaded or read, or do not fit the model.
     """
     import torch
 
@@ -194,12 +195,12 @@ def build_model(
     if image_size < smallest:
         raise ArgumentError(
             "model",
-            f"{name}: needs images of at least {smallest}x{smallest} pixels for {in_channels} channels, and these "
+            f"{name}: needs images of at least {smallest}x{smallest} pixels with {in_channels} channels, but these "
             f"are {image_size}x{image_size}; choose an image_size of {smallest} or more, or another model",
         )
     if pretrained:
         require_weights(name)
-    # Only the CPU's generator is forked and seeded: every draw below is the CPU's.
+    # Forking and seeding the CPU generator is enough: all draws below are on the CPU.
     device = "meta" if torch.empty(0).device.type == "meta" else "cpu"
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)

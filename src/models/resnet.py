@@ -1,17 +1,17 @@
-"""Residual networks: with the CIFAR stem, wide ones, and with filter response normalization.
+"""Residual networks: ResNets with the CIFAR stem, wide ResNets, and ResNets with filter response normalization.
 
 Sources: He et al. 2016, "Deep residual learning for image recognition"; Zagoruyko and Komodakis 2016, "Wide residual
 networks"; Singh and Krishnan 2020, "Filter response normalization layer: eliminating batch dependence in the training
 of deep neural networks".
 
-resnet18, resnet50, resnet20 and resnet8: a shortcut is the identity, or, where the stride is not 1 or the widths
-differ, a 1x1 convolution followed by batch normalization (the first paper's option B, also in the narrow models).
-Convolutions have no bias. resnet18 and resnet50 start from PyTorch's default weights, as in the SAMIS experiments;
-the narrow ones from Kaiming's normal (fan out). Parameter names in the blocks are torchvision's.
+resnet18, resnet50, resnet20, and resnet8: a shortcut is the identity, or a 1x1 convolution followed by batch
+normalization if the stride is not 1 or the widths differ (option B of the first paper, also for the narrow models).
+Convolutions have no bias. resnet18 and resnet50 use PyTorch's default initialization, as in the SAMIS experiments;
+resnet20 and resnet8 use Kaiming normal initialization (fan-out). Parameter names in the blocks match torchvision's.
 
-resnet20_frn, of the Memory-Perturbation Equation's experiments, differs from resnet20 in more than the normalization:
-convolutions have biases, SAME padding (at stride 2 an even map gets its zeros at the bottom and the right only) and
-PyTorch's initial weights. No operation mixes examples.
+resnet20_frn, the model of the Memory-Perturbation Equation experiments, differs from resnet20 in more than the
+normalization: convolutions have biases, SAME padding (for stride 2, an even map is padded only at the bottom and
+right), and PyTorch's default initialization. No operation mixes examples.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from src.models.base import FilterResponseNorm, Network, kaiming_fan_out_, same_
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the stride is the first one's."""
+    """Two 3x3 convolutions and a shortcut; the first convolution has the stride."""
 
     expansion = 1
 
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride is the 3x3 one's."""
+    """1x1, 3x3, and 1x1 convolutions and a shortcut; the 3x3 convolution has the stride."""
 
     expansion = 4
 
@@ -69,12 +69,12 @@ class Bottleneck(nn.Module):
 
 
 class ResNetBody(nn.Module):
-    """Stem (3x3, stride 1, no max-pool), stages of blocks, average over positions.
+    """Stem (3x3, stride 1, no max-pooling), stages of blocks, and average pooling over all positions.
 
     Args:
         block: ``BasicBlock`` or ``Bottleneck``.
-        depths: Blocks of each stage. The first block of every stage but the first has stride 2.
-        widths: Width of each stage; the stem has the first.
+        depths: Number of blocks per stage. The first block of every stage except the first has stride 2.
+        widths: Width of each stage; the stem has the first width.
         in_channels: Channels of the images.
     """
 
@@ -116,12 +116,12 @@ def _with_head(body: ResNetBody, num_classes: int) -> Network:
 
 
 def resnet18(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """ResNet-18: basic blocks 2-2-2-2, widths 64 to 512; the same for every image size."""
+    """ResNet-18: basic blocks 2-2-2-2, widths 64 to 512; the same architecture for every image size."""
     return _with_head(ResNetBody(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels), num_classes)
 
 
 def resnet50(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """ResNet-50: bottlenecks 3-4-6-3, widths 64 to 512 times 4; the same for every image size."""
+    """ResNet-50: bottleneck blocks 3-4-6-3, widths 64 to 512, times 4; the same architecture for every image size."""
     return _with_head(ResNetBody(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), in_channels), num_classes)
 
 
@@ -136,10 +136,10 @@ def resnet8(num_classes: int, in_channels: int, image_size: int) -> Network:
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block: BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, plus a shortcut, no dropout.
+    """Pre-activation block: BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, plus a shortcut, without dropout.
 
-    Where the widths differ, the shortcut is a 1x1 convolution without normalization, and it too starts from the
-    activated input; else it is the raw input.
+    If the widths differ, the shortcut is a 1x1 convolution of the activated input, without normalization. Otherwise,
+    it is the raw input.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
@@ -159,12 +159,12 @@ class WideBlock(nn.Module):
 
 
 class WideResNetBody(nn.Module):
-    """Stem of 16 channels, three groups of blocks with strides 1, 2, 2, BN-ReLU, average over positions.
+    """Stem with 16 channels, three groups of blocks with strides 1, 2, 2, BN-ReLU, and global average pooling.
 
     Args:
-        depth: Number of layers, 6 k + 4 for k blocks in a group.
-        widen: Factor by which the widths 16, 32, 64 grow.
-        in_channels: Channels of the images; the stem pads 3 for one channel.
+        depth: Number of layers, 6 k + 4 for k blocks per group.
+        widen: Factor that multiplies the widths 16, 32, 64.
+        in_channels: Channels of the images; the stem has padding 3 for one channel.
     """
 
     def __init__(self, depth: int, widen: int, in_channels: int) -> None:
@@ -184,12 +184,12 @@ class WideResNetBody(nn.Module):
         """Embed images ``(n, c, h, w)`` as ``(n, out_features)``."""
         x = self.blocks(self.conv1(images))
         x = F.relu(self.bn(x))
-        # 8x8 maps from 32x32 images, as in the paper; the average adapts to any other size.
+        # 32x32 images give 8x8 maps, as in the paper; adaptive pooling handles any other size.
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 def build_wideresnet(num_classes: int, in_channels: int, depth: int = 28, widen: int = 10) -> Network:
-    """A wide residual network of any depth and width; the head's bias starts at 0."""
+    """Build a wide residual network of any depth and width; the head's bias is initialized to 0."""
     body = WideResNetBody(depth, widen, in_channels)
     head = nn.Linear(body.out_features, num_classes)
     nn.init.zeros_(head.bias)
@@ -197,24 +197,24 @@ def build_wideresnet(num_classes: int, in_channels: int, depth: int = 28, widen:
 
 
 def wideresnet(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """WRN-28-10: four blocks in each group, widths 160, 320, 640; the same network for every image size."""
+    """WRN-28-10: four blocks per group, widths 160, 320, 640; the same architecture for every image size."""
     return build_wideresnet(num_classes, in_channels)
 
 
 def frn_unit(in_channels: int, width: int, kernel: int, stride: int, *, activate: bool) -> nn.Sequential:
-    """SAME convolution with bias, filter response normalization and, if ``activate``, ReLU."""
+    """SAME convolution with bias, filter response normalization, and ReLU if ``activate`` is set."""
     norm = [FilterResponseNorm(width)]
     return nn.Sequential(*same_conv(in_channels, width, kernel, stride), *norm, *([nn.ReLU()] if activate else []))
 
 
 class FRNBlock(nn.Module):
-    """Two 3x3 units and a shortcut; ReLU after the first unit and after the sum.
+    """Two 3x3 units and a shortcut, with ReLU after the first unit and after the sum.
 
     Args:
         in_channels: Channels of the input.
         width: Channels of the output.
-        stride: Stride of the first unit and of the shortcut, which is a 1x1 unit where the shape changes, else the
-            identity.
+        stride: Stride of the first unit and of the shortcut. The shortcut is a 1x1 unit if the shape changes,
+            otherwise the identity.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
@@ -231,13 +231,13 @@ class FRNBlock(nn.Module):
 
 
 def build_resnet_frn(num_classes: int, in_channels: int, depths: Sequence[int], widths: Sequence[int]) -> Network:
-    """A network of any depth and width.
+    """Build a ResNet with filter response normalization, of any depth and width.
 
     Args:
         num_classes: Number of logits.
         in_channels: Channels of the images.
-        depths: Blocks of each stack. The first block of every stack but the first has stride 2.
-        widths: Width of each stack; the stem has the first.
+        depths: Number of blocks per stack. The first block of every stack except the first has stride 2.
+        widths: Width of each stack; the stem has the first width.
     """
     body = nn.Sequential(frn_unit(in_channels, widths[0], 3, 1, activate=True))
     channels = widths[0]
@@ -255,7 +255,7 @@ def build_resnet_frn(num_classes: int, in_channels: int, depths: Sequence[int], 
 def resnet20_frn(num_classes: int, in_channels: int, image_size: int) -> Network:
     """ResNet-20 with FRN: blocks 3-3-3, widths 16-32-64.
 
-    The same network for every image size: the average over positions takes 8x8 maps at 32x32 and whatever is left
-    at another size. Images need 5 pixels.
+    The architecture is the same for every image size: global average pooling takes 8x8 maps for 32x32 images, and
+    maps of other sizes otherwise. Images must have at least 5x5 pixels.
     """
     return build_resnet_frn(num_classes, in_channels, (3, 3, 3), (16, 32, 64))

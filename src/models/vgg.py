@@ -1,7 +1,7 @@
 """VGG-19 with batch normalization.
 
-Source: Simonyan and Zisserman 2015, "Very deep convolutional networks"; the layers are torchvision's. They start from
-PyTorch's default weights, as in the SAMIS experiments.
+Source: Simonyan and Zisserman 2015, "Very deep convolutional networks". The layers are torchvision's, with PyTorch's
+default initialization, as in the SAMIS experiments.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ LAYOUT = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] *
 
 
 def _fitting(layout: Sequence[int | str], size: int) -> list[int | str]:
-    """The layout without the max-pools ("M") that would meet 1x1 maps, for images of ``size`` pixels."""
+    """The layout without the max-pooling layers ("M") that would get 1x1 maps, for images of ``size`` pixels."""
     kept: list[int | str] = []
     for entry in layout:
         if entry == "M" and size < 2:
@@ -34,10 +34,11 @@ def _convolutions(layout: Sequence[int | str], in_channels: int, padding: int, i
 def build_small_vgg(
     num_classes: int, in_channels: int, image_size: int, layout: Sequence[int | str] = LAYOUT
 ) -> Network:
-    """VGG for small images: convolutions 3x3 with bias, BN, ReLU; max-pools of 2; one linear layer.
+    """VGG for small images: 3x3 convolutions with bias, BN, and ReLU; 2x2 max-pooling; one linear layer.
 
-    The first convolution pads 3 for one channel, so that 28x28 becomes 32x32. Max-pools that would meet 1x1 maps
-    are left out (as in 8x8 images), and larger maps (64x64 images) are averaged over positions.
+    The first convolution has padding 3 for one channel, which turns 28x28 into 32x32. Max-pooling layers that would
+    get 1x1 maps are omitted (for example, for 8x8 images). Larger final maps (64x64 images) are averaged over
+    positions.
     """
     layers = _convolutions(layout, in_channels, stem_padding(in_channels), image_size)
     head = nn.Linear(layout[-2] if layout[-1] == "M" else layout[-1], num_classes)
@@ -45,7 +46,7 @@ def build_small_vgg(
 
 
 def _build_imagenet_vgg(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """Torchvision's VGG-19-BN: averages to 7x7, then 4096-4096-C with dropout 0.5."""
+    """Torchvision's VGG-19-BN: average pooling to 7x7, then 4096-4096-C with dropout 0.5."""
     body = torchvision.models.VGG(_convolutions(LAYOUT, in_channels, 1, image_size), num_classes, init_weights=False)
     head = body.classifier[-1]
     body.classifier[-1] = nn.Identity()
@@ -53,6 +54,6 @@ def _build_imagenet_vgg(num_classes: int, in_channels: int, image_size: int) -> 
 
 
 def vgg19(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """VGG-19-BN: one linear layer after the convolutions, or, from 224x224 on, torchvision's 4096-4096 head."""
+    """VGG-19-BN: one linear layer after the convolutions, or torchvision's 4096-4096 head at 224x224 and above."""
     build = _build_imagenet_vgg if image_size >= IMAGENET_SIZE else build_small_vgg
     return build(num_classes, in_channels, image_size)

@@ -1,13 +1,13 @@
-"""The vision transformer ViT-B/16, optionally with pre-trained weights.
+"""The vision transformer ViT-B/16, optionally with pretrained weights.
 
 Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words". The layers are torchvision's. Changes:
 
-- patches of 16 on the native image, no resizing. As in any convolution of stride 16, only full patches are seen
-  (of 28x28 images the top left 16x16); images under 16 pixels are padded with zeros to 16;
-- dropout 0.1 on the attention weights, the attention's output projection and the MLP's output; none after the
-  position sum or inside the MLP;
-- linear layers, the three attention projections each by itself, start from Xavier's uniform, biases from N(0, 1e-6);
-  the convolution of the patches starts from PyTorch's default.
+- Patches are 16x16 pixels of the native image, which is not resized. As with any convolution of stride 16, only full
+  patches are used (the top-left 16x16 pixels of a 28x28 image). Images smaller than 16 pixels are zero-padded to 16.
+- Dropout 0.1 acts on the attention weights, the output projection of the attention, and the output of the MLP. There
+  is none after adding the position embeddings or inside the MLP.
+- Linear layers, and each of the three attention projections separately, have Xavier uniform weights and normal biases
+  with standard deviation 1e-6. The patch convolution has PyTorch's default initialization.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ PRETRAINED_CLASSES = 1000
 
 
 class ViT(Network):
-    """A vision transformer whose head reads the normalized class token.
+    """A vision transformer whose head takes the normalized class token.
 
     Args:
         num_classes: Number of logits.
@@ -34,10 +34,10 @@ class ViT(Network):
         image_size: Height and width of the images.
         patch: Height and width of a patch.
         layers: Number of encoder blocks.
-        heads: Attention heads of a block.
-        width: Width of the tokens.
-        mlp_width: Width of a block's hidden layer.
-        dropout: Rate of dropout; the module's docstring lists where it acts.
+        heads: Attention heads per block.
+        width: Token width.
+        mlp_width: Width of the MLP's hidden layer.
+        dropout: Dropout rate; the module docstring lists where it acts.
     """
 
     def __init__(
@@ -72,24 +72,24 @@ class ViT(Network):
         self.side, self.pad = side, center_pad(image_size, patch)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """The normalized class token ``(n, width)`` of images ``(n, c, h, w)``."""
+        """Compute the normalized class token ``(n, width)`` of images ``(n, c, h, w)``."""
         return self.body(self.pad(images)[..., : self.side, : self.side])  # full patches only
 
 
 def resize_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Resize a square grid of position embeddings bilinearly; the class token's stays as it is.
+    """Resize a square grid of position embeddings bilinearly, keeping the class token's embedding unchanged.
 
     The corners of both grids coincide.
 
     Args:
         positions: ``(1, 1 + g * g, d)``, the class token first.
-        length: The wanted length, 1 + a square.
+        length: The target length, 1 + a square.
 
     Returns:
         ``(1, length, d)``.
 
     Raises:
-        ValueError: They are not floating-point numbers of such a shape.
+        ValueError: ``positions`` is not a floating-point tensor with three axes.
     """
     if not isinstance(positions, torch.Tensor) or positions.ndim != 3 or not positions.is_floating_point():
         raise ValueError("its position embedding is not a (1, tokens, width) tensor of floating-point numbers")
@@ -103,18 +103,18 @@ def resize_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def load_pretrained(network: ViT, source: bool | str | Path) -> None:
-    """Fill a vision transformer with weights in torchvision's names.
+    """Load weights with torchvision's names into a vision transformer.
 
-    Positions are resized to the model's grid, the patch convolution is taken for three channels only, and the
-    head for 1000 classes only; else the head starts at zero.
+    Position embeddings are resized to the model's grid. The patch convolution is loaded only for three channels, and
+    the head only for 1000 classes; otherwise the head is initialized to zero.
 
     Args:
-        network: The model to fill.
-        source: True for torchvision's ``IMAGENET1K_V1`` weights (training from scratch on ImageNet-1k), which are
-            downloaded; or the path of a state dict.
+        network: The model to load the weights into.
+        source: True to download torchvision's ``IMAGENET1K_V1`` weights (trained from scratch on ImageNet-1k), or the
+            path of a state dict.
 
     Raises:
-        FileError: The weights cannot be downloaded or read, or are those of another architecture.
+        FileError: The weights cannot be downloaded or read, or belong to another architecture.
     """
     state = dict(_download() if source is True else read_checkpoint(source))
     where = "torchvision's vit_b_16 weights" if source is True else str(source)
@@ -133,7 +133,7 @@ def load_pretrained(network: ViT, source: bool | str | Path) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise FileError(
-            f"{where} is not a state dict of torchvision's vit_b_16 ({reason}); give such a file"
+            f"{where} is not a state dict of torchvision's vit_b_16 ({reason}); choose another file"
         ) from error
 
 
@@ -142,11 +142,11 @@ def _download() -> dict[str, torch.Tensor]:
         return torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise FileError(
-            f"torchvision's vit_b_16 weights could not be downloaded ({error}); give --pretrained=FILE, a local "
-            "state dict"
+            f"torchvision's vit_b_16 weights could not be downloaded ({error}); give a local state dict with "
+            "--pretrained=FILE"
         ) from error
 
 
 def vit(num_classes: int, in_channels: int, image_size: int) -> Network:
-    """ViT-B/16: 12 blocks, 12 heads, width 768, MLP 3072, learned positions, head on the normalized class token."""
+    """ViT-B/16: 12 blocks, 12 heads, width 768, MLP width 3072, learned position embeddings, class-token head."""
     return ViT(num_classes, in_channels, image_size)

@@ -104,7 +104,7 @@ def test_a_file_of_the_papers_code_is_read_once_and_has_no_mean_loss(tmp_path, c
     found = read_pair_seed(("samis_loss",), tmp_path, "toy", "mlp", 1)
     assert found["samis_loss"].values.tolist() == list(range(6))
     assert len(caplog.records) == 1
-    with pytest.raises(FileError, match="no mean_loss"):
+    with pytest.raises(FileError, match="which mean_loss needs"):
         read_pair_seed(("samis_loss", "mean_loss"), tmp_path, "toy", "mlp", 1)
     assert len(caplog.records) == 1  # no warning of a file that is refused
 

@@ -96,7 +96,7 @@ def test_data_sets_by_any_of_their_names(tmp_path):
             assert (proxy.path, proxy.dataset) == (path, name)
     store(tmp_path, dataset="photos-00000000")
     assert Proxy("samis_loss", "photos", folder=tmp_path).dataset == name
-    with pytest.raises(FileError, match=rf"2 data sets called photos; choose one of photos-00000000, {name}"):
+    with pytest.raises(FileError, match=rf"2 data sets named photos; choose from photos-00000000, {name}"):
         Proxy("forg", "photos", folder=tmp_path)
     store(tmp_path, dataset="svhn-00000000")
     with pytest.raises(FileError, match="no forgetting events scores of svhn"):
@@ -113,7 +113,7 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
         FileError, match=r"train_full.py --measure_proxies and average_scores.py --dataset svhn .*csl"
     ):
         Proxy("csl", "svhn", folder=tmp_path)
-    with pytest.raises(FileError, match=r"fetch_scores.py --dataset svhn --modes forg, or make it with train_full"):
+    with pytest.raises(FileError, match=r"fetch_scores.py --dataset svhn --modes forg, or create it with train_full"):
         Proxy("forg", "svhn", folder=tmp_path)
     with pytest.raises(FileError, match=r"fetch_scores.py --dataset cifar100 --modes mem"):
         Proxy("mem", "cifar100", folder=tmp_path)
@@ -131,7 +131,7 @@ def test_every_mode_has_a_place_a_symbol_and_a_recipe():
     assert len({score.symbol for score in SCORES.values()}) == len(SCORES)
     for score in SCORES.values():
         assert score.symbol.startswith("$")
-        assert recipe(score, "toy").startswith(("make it", "store"))
+        assert recipe(score, "toy").startswith(("create it", "store"))
     assert SCORES["forg"].path("m", "toy") == Path("m/forgettability/forg_toy.pkl")
     assert SCORES["mem"].path("m", "toy") == Path("m/memorization/toy_infl_matrix.npz")
 

@@ -157,7 +157,7 @@ def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_p
 def test_fetch_scores_answers_in_one_line(tmp_path):
     refused = call("fetch_scores.py", "--dataset=cifar10", "--base_url=http://127.0.0.1:9", f"--folder={tmp_path}")
     assert refused.status == 1
-    assert "could not be downloaded" in refused.complaint
+    assert "download failed" in refused.complaint
     refused = call("fetch_scores.py", "--dataset=digits", f"--folder={tmp_path}")
     assert (refused.status, "--dataset" in refused.complaint) == (2, True)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -140,7 +140,7 @@ def test_a_subset_keeps_original_indices_to_the_end(blobs, tmp_path):
     refused = call("compute_sam_sgd.py", f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1",
                    *folders(tmp_path, "datasets", "models", "metrics"))  # fmt: skip
     assert refused.status == 1
-    assert "was trained on another subset" in refused.complaint
+    assert "was trained on a different subset" in refused.complaint
     succeed("compute_sam_sgd.py", f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1", subset,
             *folders(tmp_path, "datasets", "models", "metrics"))  # fmt: skip
     succeed("average_scores.py", f"--dataset=npz:{blobs}", "--model=mlp", "--seeds", 1,
