@@ -21,8 +21,8 @@ def test_the_table_is_the_registry():
     )
 
 
-def test_every_method_is_named_in_the_readme():
-    text = (ROOT / "README.md").read_text()
+def test_every_method_is_named_on_the_page_of_pruning():
+    text = (ROOT / "docs" / "pruning.md").read_text()
     assert [name for name in METHODS if not name.startswith("min_") and f"`{name}`" not in text] == []
     assert [name for name in PAPERS if name not in METHODS] == []
 

@@ -50,9 +50,9 @@ def test_help_explains_every_flag(script, monkeypatch):
 
 
 def commands():
-    """Every command of the README and of the scripts' help texts: script and flags."""
+    """Every command of the README, of docs/ and of the scripts' help texts: script and flags."""
     examples = [ROOT / "examples" / "README.md", *(ROOT / "examples").glob("*.py")]
-    paths = (ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *examples)
+    paths = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / name for name in SCRIPTS), *examples)
     texts = [path.read_text() for path in paths if path.exists()]
     text = re.sub(r"\\\n\s*", "", "\n".join(texts))
     text = text.replace("$optimizer", "sgd").replace("$seed", "1")  # the variables of loops

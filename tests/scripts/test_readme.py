@@ -1,4 +1,4 @@
-"""The README's commands run as written, but on a short cifar100.npz, for one epoch, with a small network."""
+"""The commands of the README and of docs/ run as written, but on few images, for one epoch, with a small model."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ import pytest
 from support import ROOT, folders, succeed
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 SMALL = "--model=resnet8"  # resnet50 differs in nothing but size
 SHORT = {
     "train_split.py": ["--epochs=1", "--save_epochs=last", SMALL],
@@ -18,8 +19,13 @@ SHORT = {
 }
 
 
-def section(title):
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(title, page=README):
+    return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def snippet(text):
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return code
 
 
 def commands(text):
@@ -51,8 +57,6 @@ def test_the_papers_commands(folder):
             "compute": ("datasets", "models", "metrics"), "average": ("datasets", "metrics"),
             "plot": ("datasets", "metrics", "plots")}  # fmt: skip
     for script, *flags in found[3:]:
-        if script == "average_scores.py":
-            flags = flags[:-2]  # one of the three seeds was trained here
         more = ["--modes", "samis_loss", "--classes", "apple"] if script == "plot_images.py" else []
         succeed(script, *flags, *SHORT.get(script, []), *folders(folder, *need[script.split("_")[0]]), *more)
     assert (folder / "plots" / "images" / "cifar100" / "lowest_samis_loss_5" / "apple.png").exists()
@@ -85,7 +89,7 @@ def test_a_command_of_the_split_protocol(folder):
 
 def test_the_pruning_commands(folder, tmp_path):
     """The paper's, then selection alone and training on its file, then a grid."""
-    found = commands(section("Pruning and few-shot summarization"))
+    found = commands(PAGES["pruning"])
     assert [command[0].split("_")[0] for command in found] == [
         "train", "train", "fetch", "train", "select", "train", "compare", "compare"
     ]  # fmt: skip
@@ -110,7 +114,7 @@ def test_the_pruning_commands(folder, tmp_path):
 
 def test_the_geometry_commands(tmp_path):
     """Training, spectra and kernels of few examples, and both figures."""
-    found = commands(section("Loss geometry").split("\n### ")[0])
+    found = commands(PAGES["geometry"].split("\n## ")[0])
     assert [command[0] for command in found] == [
         "train_full.py", "train_full.py", "compute_hessian_eigen.py", "compute_hessian_eigen.py", "plot_hessian.py",
         "compute_ntk.py", "plot_ntk.py"
@@ -127,17 +131,22 @@ def test_the_geometry_commands(tmp_path):
 
 
 def test_the_python_example():
-    (code,) = re.findall(r"```python\n(.*?)```", section("Score files"), re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(snippet(PAGES["scores"]), names)
     assert len(names["proxy"].get_sorted_indices()[-10:]) == 10
 
 
+def test_the_readme_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(snippet(README), names := {})
+    listed = capsys.readouterr().out
+    assert all(str(index) in listed for index in names["found"].most_sensitive(10))
+
+
 def test_the_library_example(tmp_path, monkeypatch):
-    code = re.findall(r"```python\n(.*?)```", section("The Memory-Perturbation Equation"), re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code, names)
+    exec(snippet(PAGES["mpe"]), names)
     scores = names["found"].scores
     assert len(scores) == 1438
     assert scores[names["found"].most_sensitive(10)].min() >= scores[names["found"].least_sensitive(10)].max()
@@ -147,8 +156,19 @@ def test_the_library_example(tmp_path, monkeypatch):
     assert "overview_mpe_5.png" in drawn.out
 
 
-def test_every_file_that_the_readme_names_exists():
-    for name in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"`([a-z_]+\.py)`", README):
-        assert (ROOT / name).exists() or (ROOT / "src" / name).exists(), name
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_every_file_that_a_page_names_exists(path):
+    text = path.read_text()
+    for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text):
+        target = path.parent / name if name else path
+        assert target.exists(), name
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor[1:] in [
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings
+        ]
+    for name in re.findall(r"`([a-z_]+\.py)`", text):
+        assert any((ROOT / folder / name).exists() for folder in ("", "src", "examples", "src/metrics")), name
+
+
+def test_every_page_is_one_click_from_the_readme():
+    assert [name for name in PAGES if f"](docs/{name}.md)" not in README] == []
