@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 r"""Measure the curvature of a trained model's loss: top Hessian eigenvalues, spectral density, trace.
 
-Reads a checkpoint of train_full.py under --models_folder (any other run's by --exp, any file by --checkpoint). The
-loss is the mean cross-entropy over the training or test part, un-augmented. Writes
+Reads a checkpoint of train_full.py under --models_folder (with --exp: of any other run; with --checkpoint: any file).
+The loss is the mean cross-entropy over the training or test set, un-augmented. Writes
 {hessian_folder}/{eigen_split}_{high_low_spec or all}_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_{bn or
 nobn}/{seed}/epoch_{epochs}/pyhessian_eigen_{eigen_mode}.pkl (eigenvals, trace, density_eigen, density_weight) and a
-json beside it: settings, residuals, standard errors, costs. plot_hessian.py draws and tabulates them. --resume
-continues an interrupted measurement; power iteration (--eigen_mode=power_iter) alone starts from scratch then.
+json record next to it: settings, residuals, standard errors, costs. plot_hessian.py plots and tabulates the results.
+--resume continues an interrupted measurement; only power iteration (--eigen_mode=power_iter) starts over.
 
   python compute_hessian_eigen.py --dataset=digits --model=lenet --optimizer=sgd --seed=1 --epochs=20
   python compute_hessian_eigen.py --dataset=cifar10 --model=resnet18 --optimizer=sam --seed=1234 --epochs=160 \
@@ -47,7 +47,7 @@ log = logging.getLogger("compute_hessian_eigen")
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse and check the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(CheckpointConfig, "model")
@@ -93,9 +93,9 @@ def main() -> None:
     if args.deactivate_bn:
         if norm == "bn":
             raise ArgumentError(
-                "deactivate_bn", ": the model has BatchNorm, and bn or nobn follows from that; leave it out"
+                "deactivate_bn", ": this model has BatchNorm, and the model determines bn or nobn; omit this flag"
             )
-        log.info("--deactivate_bn: the model has no BatchNorm, so that nobn follows from it without this flag")
+        log.info("--deactivate_bn: has no effect; the model has no BatchNorm, so results are named nobn anyway")
     path = hessian_path(
         folders.hessian_folder,
         config.eigen_split,
@@ -110,8 +110,8 @@ def main() -> None:
     if record is None:
         report(measure_spectrum(operator, config, path, settings, {"checkpoint": str(trained.path)}))
     else:
-        print("done already with these settings; --overwrite measures again")
-        SpectrumState(path.with_suffix(".state"), settings).clear()  # of a measurement that ended just before
+        print("already measured with these settings; use --overwrite to measure again")
+        SpectrumState(path.with_suffix(".state"), settings).clear()  # left if a run ended right after its result
         try:
             report(record)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def examples(config: SpectrumConfig, context: RunContext, args: Namespace) -> ImageSet:
-    """The examples over which the loss is taken."""
+    """The examples over which the loss is averaged."""
     if config.eigen_split == "test":
         return context.test
     if config.high_low_spec is None:
@@ -157,7 +157,7 @@ def examples(config: SpectrumConfig, context: RunContext, args: Namespace) -> Im
 def result_settings(
     config: SpectrumConfig, context: RunContext, trained: TrainedModel, images: ImageSet
 ) -> dict[str, Any]:
-    """All that the result depends on."""
+    """All settings that the result depends on."""
     from src.training import image_facts, training_facts
 
     return {
@@ -179,21 +179,21 @@ def result_settings(
 
 
 def warn_of_other_examples(trained: TrainedModel, settings: dict[str, Any]) -> None:
-    """Warn where the loss is not over the examples trained on: a subset, a split, a coreset."""
+    """Warn if the loss is not over the training examples of the model: a subset, a split or a coreset."""
     if settings["eigen_split"] != "train" or settings["high_low_spec"] is not None:
         return
     stored = trained.state["settings"]
     count = stored.get("examples", settings["examples"])
     if stored.get("subset") != settings["subset"] or count != settings["examples"]:
         log.warning(
-            "%s: was trained on %s examples; the loss is measured on other ones, or on a part of them: %d "
+            "%s: was trained on %s examples, but the loss is over %d, which may be other examples or a subset "
             "(see --subset)",
             trained.path, count, settings["examples"],
         )  # fmt: skip
 
 
 def report(record: dict) -> None:
-    """Print eigenvalues with their residuals, and the trace."""
+    """Print the eigenvalues with their residuals, and the trace."""
     print(f"loss {record['loss']:.6g}, gradient norm {record['gradient_norm']:.4g}, {record['products']} products")
     for number, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
         print(f"eigenvalue {number}: {value:.6g} (residual at most {residual:.1e})")
@@ -202,7 +202,7 @@ def report(record: dict) -> None:
         log.warning("not all eigenvalues are within the tolerance; raise %s", more)
     if record["smallest_node"] < -abs(record["eigenvalues"][-1]) and record["settings"]["order"] == "largest":
         log.warning(
-            "an eigenvalue of %.4g is larger in magnitude than some of these; --eigen_order=magnitude counts it in",
+            "an eigenvalue of %.4g is larger in magnitude than some of these; --eigen_order=magnitude includes it",
             record["smallest_node"],
         )
     if record["trace"] is not None:
@@ -214,7 +214,9 @@ def report(record: dict) -> None:
             log.warning("the trace's standard error is above --trace_tolerance; raise --trace_probes")
     else:
         starts = record["settings"]["probes"]
-        print(f"trace by the density's quadrature: {record['trace_quadrature']:.6g} (rough, {starts} random vectors)")
+        print(
+            f"trace from the density's quadrature: {record['trace_quadrature']:.6g} (rough; {starts} start vectors)"
+        )
 
 
 if __name__ == "__main__":

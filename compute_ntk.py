@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-r"""Neural tangent kernels of groups of examples ordered by a score, and how fast they turn from epoch t to t + 1.
+r"""Compute neural tangent kernels of groups of examples ordered by a score, and how fast they change per epoch.
 
-Reads checkpoints of epochs t and t + 1 that train_full.py wrote under --models_folder, and the score's file. Writes
-under {ntk_folder}/{dataset}/{model}_with_{optimizer}_sched_{lr_sched}/{metric}/epoch_{e}/seed_{s}/ the kernels
-l_index_{rank}/m_{m}/k.pkl (float32 arrays, sample by sample, class by class) and the velocities vs.pkl (rank of the
-group's first example -> velocity), each with a json beside it. What is there already is not computed again, so an
-interrupted run continues where it was. plot_ntk.py draws the velocities.
+Reads the checkpoints of epochs t and t + 1 that train_full.py wrote under --models_folder, and the score's file.
+Writes to {ntk_folder}/{dataset}/{model}_with_{optimizer}_sched_{lr_sched}/{metric}/epoch_{e}/seed_{s}/ the kernels
+l_index_{rank}/m_{m}/k.pkl (float32 arrays, example by example, class by class) and the velocities vs.pkl (rank of the
+group's first example -> velocity), each with a json record. Stored results are reused; to continue an interrupted
+run, repeat the command. plot_ntk.py plots the velocities.
 
   python compute_ntk.py --dataset=digits --model=lenet --ntk_chosen_metric=samis_loss --m_samples=20 \
       --ntk_velocity_epoch 1 5 --seeds 1
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse and check the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "resnet18"})
@@ -49,7 +49,7 @@ def parse() -> Namespace:
 
 
 def main() -> None:
-    """Parse, find the models, log what it takes, compute, save, print."""
+    """Parse, find the models, log the expected cost, compute, save, print."""
     args = parse()
     config, folders = build(NtkConfig, args), build(Folders, args)
     data, compute = build(DataConfig, args), build(ComputeConfig, args)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def ranking(args: Namespace, context: RunContext) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the scored examples, from the lowest score to the highest (ties by index), and all scores."""
+    """The indices of the scored examples from lowest to highest score (ties by index), and all scores."""
     train = context.full_train
     proxy = Proxy(
         args.ntk_chosen_metric,
@@ -86,14 +86,14 @@ def ranking(args: Namespace, context: RunContext) -> tuple[np.ndarray, np.ndarra
 
 
 def report(found: dict[int, np.ndarray], lowers: list[int]) -> None:
-    """Print the velocities of the first and the last group, and whether they grow with the score."""
+    """Print the velocities of the first and last group, and whether velocity increases with the score."""
     for epoch, values in found.items():  # (seeds, groups)
         line = f"epoch {epoch}: velocity {values[:, 0].mean():.4g} at rank {lowers[0]}"
         if len(lowers) > 1:
             line += f", {values[:, -1].mean():.4g} at rank {lowers[-1]}"
         if len(lowers) > 2:
-            line += f", Spearman of the mean and the rank {spearman(np.arange(len(lowers)), values.mean(0)):.2f}"
-        print(f"{line}" + (f" (mean of {len(values)} seeds)" if len(values) > 1 else ""))
+            line += f", Spearman of mean velocity and rank {spearman(np.arange(len(lowers)), values.mean(0)):.2f}"
+        print(f"{line}" + (f" (mean over {len(values)} seeds)" if len(values) > 1 else ""))
 
 
 if __name__ == "__main__":

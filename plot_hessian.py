@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Draw the spectral densities of several trained models' Hessians, and tabulate how flat their minima are.
+r"""Plot the spectral densities of several trained models' Hessians, and tabulate how flat their minima are.
 
-Reads the spectra that compute_hessian_eigen.py wrote under --hessian_folder, or --files. Seeds of one optimizer (and
-one part of the examples) are averaged. Writes, as PNG and PDF, {plots_folder}/hessian/{dataset}/{name}, and beside it
-the table (means and standard deviations over seeds) as csv and md, and the files that it is made of as json.
+Reads the spectra that compute_hessian_eigen.py wrote under --hessian_folder, or --files. Averages the seeds of each
+optimizer and subset of examples. Writes {plots_folder}/hessian/{dataset}/{name} as PNG and PDF, the table (means and
+standard deviations over seeds) as csv and md, and the list of source files as json.
 
   python plot_hessian.py --dataset=digits --model=lenet --optimizers sgd sam --epochs=20
   python plot_hessian.py --dataset=cifar10 --model=resnet18 --optimizers sgd --epochs=160 --seeds 1 2 3 \
@@ -31,22 +31,22 @@ from src.models import ModelConfig
 
 OF_RUNS = ("--model", "--optimizers", "--lr_sched", "--seeds", "--epochs", "--eigen_split", "--high_low_specs",
            "--operator", "--eigen_mode")  # fmt: skip
-"""The flags that choose spectra, which --files does as well."""
+"""The flags that choose spectra; they do not combine with --files."""
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse and check the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", skip=("subset",))
     parser.add(ModelConfig, "model", only=("model",))
     parser.add(SpectrumQuery, "spectra")
     group = parser.add_argument_group("figure")
     group.add_argument(
-        "--files", type=Path, nargs="+", metavar="FILE", help="draw these spectra, one by one (default: by the flags)"
+        "--files", type=Path, nargs="+", metavar="FILE", help="plot these spectra, one panel each (default: by flags)"
     )
-    group.add_argument("--labels", nargs="+", metavar="TEXT", help="what the figure calls them (default: their runs)")
+    group.add_argument("--labels", nargs="+", metavar="TEXT", help="names in the figure (default: the runs' names)")
     group.add_argument(
-        "--name", type=file_name, help="name of figure and table (default: what was chosen; spectra with --files)"
+        "--name", type=file_name, help="name of figure and table (default: from the flags; with --files: spectra)"
     )
     parser.add(Folders, "folders", only=("datasets_folder", "hessian_folder", "plots_folder"))
     restrict(parser, {OF_RUNS: (lambda args: not args.files, "with --files")})
@@ -54,11 +54,11 @@ def parse() -> Namespace:
 
 
 def main() -> None:
-    """Parse, read, draw, tabulate."""
+    """Parse, read, plot, tabulate."""
     args = parse()
-    build(DataConfig, args)  # checks them
+    build(DataConfig, args)  # checks the data flags
     if args.labels is not None and len(args.labels) != (wanted := len(args.files or ())):
-        raise ArgumentError("labels", f": {len(args.labels)} for {wanted} --files; give one for each")
+        raise ArgumentError("labels", f": got {len(args.labels)} for {wanted} --files; give one per file")
     from src.curvature.plots import spectrum_figure
 
     dataset, groups, usual, where = given(args) if args.files else found(args)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def given(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
-    """Of ``--files``: the data set, the spectra, each on its own, the figure's usual name, how its title begins."""
+    """For ``--files``: the data set, one group per spectrum, the figure's default name, and its title's prefix."""
     spectra = [StoredSpectrum.read(path) for path in args.files]
     labels = args.labels or [" ".join(path.parts[-4:-1]) if len(path.parts) > 3 else path.stem for path in args.files]
     names = {spectrum.settings.get("dataset", "unknown") for spectrum in spectra}
@@ -99,7 +99,7 @@ def given(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
 
 
 def found(args: Namespace) -> tuple[str, list[SpectrumGroup], str, str]:
-    """The same of the flags, with one group per optimizer and part of the examples."""
+    """The same for the flags, with one group per optimizer and subset of examples."""
     name = dataset_name(args.dataset)
     data = {key: getattr(args, key) for key in ("dataset", "image_size", "channels")}
     query = build(SpectrumQuery, args, folder=args.hessian_folder, dataset_name=name, data=data)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Draw how fast neural tangent kernels turn, against the scores of their examples: one line per epoch.
+r"""Plot the velocity of neural tangent kernels against the scores of their examples: one line per epoch.
 
-Reads the velocities that compute_ntk.py wrote under --ntk_folder. Lines are means over seeds, bands one standard
-deviation to either side. Writes, as PNG and PDF, {plots_folder}/ntk/{dataset}/velocity_{run}_{metrics}, and prints
-Spearman's correlation of the velocity with the rank.
+Reads the velocities that compute_ntk.py wrote under --ntk_folder. Lines are means over seeds; bands show one standard
+deviation in each direction. Writes {plots_folder}/ntk/{dataset}/velocity_{run}_{metrics} as PNG and PDF, and prints
+Spearman's correlation between velocity and rank.
 
   python plot_ntk.py --dataset=digits --model=lenet --metrics samis_loss
   python plot_ntk.py --dataset=cifar10 --model=resnet8 --metrics samis_loss forg --log
@@ -26,7 +26,7 @@ from src.models import ModelConfig
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse and check the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", skip=("subset",))
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "resnet18"})
@@ -39,19 +39,19 @@ def parse() -> Namespace:
         choices=tuple(SCORES),
         default=["mem"],
         metavar="MODE",
-        help=f"the scores that order the examples, one panel each, of {', '.join(SCORES)}",
+        help=f"scores that order the examples, one panel each: {', '.join(SCORES)}",
     )
-    add("--epochs", type=number(int, 1), nargs="+", help="only these epochs (default: all there are)")
-    add("--seeds", type=SEED, nargs="+", help="only these seeds (default: all there are)")
-    add("--log", action="store_true", help="a logarithmic axis of velocities")
+    add("--epochs", type=number(int, 1), nargs="+", help="epochs to plot (default: all found)")
+    add("--seeds", type=SEED, nargs="+", help="seeds to average (default: all found)")
+    add("--log", action="store_true", help="use a logarithmic velocity axis")
     parser.add(Folders, "folders", only=("datasets_folder", "ntk_folder", "plots_folder"))
     return parser.parse_args()
 
 
 def main() -> None:
-    """Parse, read, draw, print."""
+    """Parse, read, plot, print."""
     args = parse()
-    build(DataConfig, args)  # checks them
+    build(DataConfig, args)  # checks the data flags
     from src.curvature.plots import velocity_figure
 
     name = dataset_name(args.dataset)
@@ -69,30 +69,30 @@ def main() -> None:
 
 
 def schedule(args: Namespace, dataset: str) -> str:
-    """The schedule asked for, or the only one there is."""
+    """The requested schedule, or the only one found."""
     if args.lr_sched is not None:
         return args.lr_sched
     before = ntk_run(args.model, args.optimizer, "")
     found = sorted(folder.name.removeprefix(before) for folder in (args.ntk_folder / dataset).glob(f"{before}*"))
     if not found:
         raise FileError(
-            f"{args.ntk_folder / dataset}: has no kernels of {args.model} by {args.optimizer}; "
+            f"{args.ntk_folder / dataset}: has no kernels for {args.model} trained with {args.optimizer}; "
             "make them with compute_ntk.py"
         )
     if len(found) > 1:
-        raise ArgumentError("lr_sched", f": runs of {len(found)} schedules fit; choose one of {', '.join(found)}")
+        raise ArgumentError("lr_sched", f": found runs with {len(found)} schedules; choose one of {', '.join(found)}")
     return found[0]
 
 
 def report(metric: str, several: list[Velocities]) -> None:
-    """Print whether the velocity grows with the score."""
+    """Print whether the velocity increases with the score."""
     for velocities in several:
         ranks = np.arange(len(velocities.lowers))
         per_seed = [spearman(ranks, values) for values in velocities.values]
         mean = velocities.values.mean(0)
-        seeds = f" (of single seeds {min(per_seed):.2f} to {max(per_seed):.2f})" if len(per_seed) > 1 else ""
+        seeds = f" (single seeds: {min(per_seed):.2f} to {max(per_seed):.2f})" if len(per_seed) > 1 else ""
         print(
-            f"{metric}, epoch {velocities.epoch}: Spearman of the mean velocity and the rank "
+            f"{metric}, epoch {velocities.epoch}: Spearman of mean velocity and rank "
             f"{spearman(ranks, mean):.2f}{seeds}, lowest group {mean[0]:.4g}, highest {mean[-1]:.4g}"
         )
 

@@ -1,1 +1,1 @@
-"""The geometry of the loss: spectra of Hessians, neural tangent kernels."""
+"""Geometry of the loss: Hessian spectra and neural tangent kernels."""

@@ -1,10 +1,10 @@
-"""The Lanczos process: an orthonormal basis in which a large symmetric matrix is tridiagonal, one product a step.
+"""The Lanczos process: builds an orthonormal basis in which a large symmetric matrix is tridiagonal.
 
-With a stored basis (as computed, in half precision, or in main memory beside a GPU) every new vector is
-orthogonalized against all of them, so that each eigenvalue is found once. Without one, only two vectors are kept;
-rounding then makes copies of converged eigenvalues appear, which `Lanczos.ritz` recognizes and which do not change a
-quadrature of the spectrum. The trace is estimated with the same random vectors (Hutchinson), with the eigenvectors
-found taken out exactly.
+Each step costs one matrix-vector product. With a stored basis (full precision, half precision, or in CPU memory),
+every new vector is orthogonalized against all earlier ones, and each eigenvalue is found once. Without a stored
+basis, only two vectors are kept. Rounding then creates copies of converged eigenvalues; `Lanczos.ritz` removes them,
+and they do not change a quadrature of the spectrum. The trace is estimated with random vectors (Hutchinson); the part
+spanned by known eigenvectors is computed exactly.
 """
 
 from collections.abc import Iterator
@@ -21,23 +21,23 @@ from src.curvature.config import EIGEN_ORDERS
 from src.curvature.operators import CurvatureOperator, dot
 from src.models.base import check_tensor
 
-_ROWS = 16  # vectors in a block
-_COLUMNS, _COLUMNS_GPU = 2**16, 2**20  # numbers of each read at a time; those of a block fit a processor's caches
-_TAKEN, _TAKEN_HALF = 0.5, 1e-6  # of a vector's squared length: subtracting more is done twice
+_ROWS = 16  # vectors per block
+_COLUMNS, _COLUMNS_GPU = 2**16, 2**20  # entries of each vector read at once; on a CPU, chosen to fit a block in cache
+_TAKEN, _TAKEN_HALF = 0.5, 1e-6  # fraction of the squared norm; if more is subtracted, orthogonalize twice
 
 
 class Basis:
     """Orthonormal vectors of length P, stored in blocks of rows.
 
-    Rounding to half precision hardly matters to orthogonality: coefficients of a vector that is nearly orthogonal
-    already are tiny, and so is what the rounded vectors add to it; eigenvalues stay right to about 1e-5. Numbers are
-    stored times the root of P, near 1, where float16 is finest.
+    Half precision hardly affects orthogonality: a vector that is already nearly orthogonal has tiny coefficients, so
+    the rounded vectors add only tiny errors. Eigenvalues stay accurate to about 1e-5. Entries are multiplied by the
+    square root of P before storage, which brings them near 1, where float16 is most accurate.
 
     Args:
         size: P.
-        dtype: The type of the vectors.
-        device: Where they come from.
-        storage: A name of ``config.STORAGES`` but ``"none"``.
+        dtype: Dtype of the vectors.
+        device: Device of the vectors.
+        storage: A name in ``config.STORAGES``, except ``"none"``.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, storage: str = "full") -> None:
@@ -65,7 +65,7 @@ class Basis:
             self._count += 1
 
     def stored(self, start: int) -> Tensor:
-        """The vectors from number ``start`` on, as they are stored, on the CPU, ``(r, P)``."""
+        """The vectors from index ``start`` on, as stored, on the CPU, ``(r, P)``."""
         rows = [self._blocks[i // _ROWS][i % _ROWS].cpu() for i in range(start, self._count)]
         return torch.stack(rows) if rows else torch.empty(0, self.size, dtype=self.dtype)
 
@@ -77,11 +77,11 @@ class Basis:
         return found / self._scale
 
     def orthogonalize_(self, vector: Tensor) -> None:
-        """Subtract the vector's components in the basis, by classical Gram-Schmidt: two products with the basis.
+        """Subtract the vector's components in the basis, in place, by classical Gram-Schmidt: two basis products.
 
-        Where they are large beside what is left, it happens again, as they are only right up to rounding ("twice is
-        enough", Kahan and Parlett; when it is needed: Daniel, Gragg, Kaufman and Stewart, 1976). A Lanczos step has
-        subtracted the large ones before, so there the second time is rare.
+        If the components are large compared with the remainder, this is repeated, because they are accurate only up
+        to rounding ("twice is enough", Kahan and Parlett; criterion: Daniel, Gragg, Kaufman and Stewart, 1976). A
+        Lanczos step subtracts the large components first, so it rarely needs the second pass.
         """
         size = dot(vector, vector)
         for _ in range(2):
@@ -93,7 +93,7 @@ class Basis:
                 break
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Sums of the vectors, weighted by the columns of ``(k, m)``: ``(m, P)``."""
+        """Linear combinations of the vectors, with weights in the columns of ``(k, m)``: ``(m, P)``."""
         total = torch.zeros(weights.shape[1], self.size, dtype=self.dtype, device=self.device)
         weights = (weights.to(self.device) / self._scale).to(self.dtype)
         for rows, columns, piece in self._pieces():
@@ -101,7 +101,7 @@ class Basis:
         return total
 
     def _pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns, and what they contain, in the type and on the device of computing."""
+        """Yield row slice, column slice and the block's contents, in the compute dtype and on the compute device."""
         width = _COLUMNS if self.device.type == "cpu" else _COLUMNS_GPU
         for start in range(0, self.size, width):
             columns = slice(start, min(start + width, self.size))
@@ -111,14 +111,14 @@ class Basis:
 
 
 def basis_bytes(vectors: int, size: int, dtype: torch.dtype, storage: str) -> int:
-    """What so many vectors of length ``size`` take."""
+    """Memory of this many vectors of length ``size``, in bytes."""
     if storage == "none":
         return 0
     return -(-vectors // _ROWS) * _ROWS * size * (2 if storage == "half" else dtype.itemsize)
 
 
 class Tridiagonal(NamedTuple):
-    """T after k steps: its diagonal ``alphas`` (k,), and ``betas`` (k,) beside it, whose last one leads out of T."""
+    """T after k steps: diagonal ``alphas`` (k,) and off-diagonal ``betas`` (k,); the last beta leads out of T."""
 
     alphas: np.ndarray
     betas: np.ndarray
@@ -126,12 +126,12 @@ class Tridiagonal(NamedTuple):
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenvalues, in the order that was asked for.
+    """Approximate eigenvalues, in the requested order.
 
     Attributes:
         values: ``(m,)``.
         residuals: Norms ``|H x - value x|`` of their unit vectors x, ``(m,)``.
-        weights: Columns ``(k, m)``: how each x is combined from the Lanczos vectors.
+        weights: ``(k, m)``; each column has the coefficients of one x in the Lanczos vectors.
     """
 
     values: np.ndarray
@@ -139,7 +139,7 @@ class Ritz:
     weights: np.ndarray
 
     def relative_residuals(self) -> np.ndarray:
-        """Residuals over the absolute eigenvalues; infinite where only the eigenvalue is zero."""
+        """Residuals divided by absolute eigenvalues; infinite if only the eigenvalue is zero."""
         size = np.abs(self.values)
         return np.divide(self.residuals, size, out=np.where(self.residuals > 0, np.inf, 0.0), where=size > 0)
 
@@ -149,15 +149,16 @@ class Ritz:
 
 
 def _without_ghosts(matrix: Tridiagonal, values: np.ndarray, residuals: np.ndarray, unit: float) -> np.ndarray:
-    """Positions of the genuine ones among the ascending eigenvalues of T; of copies the most accurate.
+    """Indices of the genuine eigenvalues of T (ascending); of several copies, the most accurate one is kept.
 
-    Cullum and Willoughby's test ("Lanczos algorithms for large symmetric eigenvalue computations", 1985): a single
-    eigenvalue of T that T without its first row and column has too is spurious; of several that agree one is kept.
+    Uses Cullum and Willoughby's test ("Lanczos algorithms for large symmetric eigenvalue computations", 1985): a
+    simple eigenvalue of T is spurious if it is also an eigenvalue of T without its first row and column. Of several
+    equal eigenvalues, one is kept.
 
     Args:
         matrix: T.
-        values: Its eigenvalues (k,).
-        residuals: Theirs.
+        values: Eigenvalues of T, (k,).
+        residuals: Their residuals, (k,).
         unit: The rounding unit of the arithmetic.
     """
     k = len(values)
@@ -175,38 +176,38 @@ def _without_ghosts(matrix: Tridiagonal, values: np.ndarray, residuals: np.ndarr
 
 
 def quadrature(matrix: Tridiagonal) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss quadrature of the spectrum as the start vector sees it (Golub and Meurant; Ubaru, Chen and Saad 2017).
+    """Gauss quadrature of the spectrum for the start vector (Golub and Meurant; Ubaru, Chen and Saad 2017).
 
-    ``sum_j weights_j f(nodes_j)`` equals ``v^T f(H) v`` for every polynomial f of a degree below 2k, v being the
-    unit start vector; its mean over random v is ``trace f(H) / P``.
+    ``sum_j weights_j f(nodes_j)`` equals ``v^T f(H) v`` for every polynomial f of degree below 2k, where v is the
+    unit start vector. Its mean over random v is ``trace f(H) / P``.
 
     Args:
         matrix: T.
 
     Returns:
-        Nodes (k,) ascending and weights (k,), non-negative and of sum 1.
+        Nodes (k,), ascending, and weights (k,), nonnegative with sum 1.
     """
     nodes, vectors = eigh_tridiagonal(matrix.alphas, matrix.betas[:-1])
     weights = vectors[0] ** 2
     return nodes, weights / weights.sum()
 
 
-_NOISE = 100  # rounding units, relative to the matrix: a remainder below it is noise, the space is exhausted
+_NOISE = 100  # rounding units, relative to the matrix; a smaller remainder is noise, and the space is exhausted
 
 
 class Lanczos:
-    """One run of the process.
+    """One run of the Lanczos process.
 
     Args:
         operator: The matrix.
-        start: The first vector ``(P,)``, of any length.
-        storage: How the basis is stored, a name of ``config.STORAGES``.
-        seed: Seed of the vectors with which an exhausted run goes on.
+        start: The first vector ``(P,)``, of any norm.
+        storage: How to store the basis, a name in ``config.STORAGES``.
+        seed: Seed of the restart vectors after the Krylov space is exhausted.
 
     Attributes:
-        alphas: The diagonal of T, a number per step.
-        betas: The numbers beside it; the last one leads out of T.
-        exhausted: Whether the basis spans an invariant space and there is no other vector to go on with.
+        alphas: The diagonal of T, one entry per step.
+        betas: The off-diagonal of T; the last entry leads out of T.
+        exhausted: Whether the basis spans an invariant subspace and no further vector is available.
     """
 
     def __init__(self, operator: CurvatureOperator, start: Tensor, storage: str = "full", seed: int = 0) -> None:
@@ -226,11 +227,11 @@ class Lanczos:
 
     @property
     def matrix(self) -> Tridiagonal:
-        """T after the steps done."""
+        """T after the steps so far."""
         return Tridiagonal(np.array(self.alphas), np.array(self.betas))
 
     def step(self) -> None:
-        """One product, one more row of T.
+        """Compute one product and one more row of T.
 
         Raises:
             MeasurementError: The product is not finite.
@@ -242,7 +243,7 @@ class Lanczos:
         size = dot(product, product) ** 0.5
         if self._previous is not None:
             product.sub_(self._previous, alpha=self.betas[-1])
-        alpha = dot(product, self._current)  # after that subtraction: Paige's order, the most stable one
+        alpha = dot(product, self._current)  # after the subtraction: Paige's order, the most stable one
         product.sub_(self._current, alpha=alpha)
         if self.basis is not None:
             self.basis.orthogonalize_(product)
@@ -259,7 +260,7 @@ class Lanczos:
             self.basis.append(self._current)
 
     def _restart(self) -> None:
-        """Start again in what the basis does not span, or end."""
+        """Restart with a random vector orthogonal to the basis, or mark the run as exhausted."""
         self._previous = None
         if self.basis is None or len(self.basis) == self.operator.size:
             self.exhausted = True
@@ -271,13 +272,13 @@ class Lanczos:
         self._current /= dot(self._current, self._current) ** 0.5
 
     def ritz(self, count: int, order: str = "largest") -> Ritz:
-        """The first eigenvalues of T and their residuals ``beta_k |s_k|`` (s_k: last components of T's eigenvectors).
+        """The top eigenvalues of T with residuals ``beta_k |s_k|`` (s_k: last entries of T's eigenvectors).
 
-        Without re-orthogonalization, copies of eigenvalues and values that only rounding made are left out.
+        Without re-orthogonalization, copies of eigenvalues and spurious values due to rounding are removed.
 
         Args:
-            count: How many are wanted; there may be fewer.
-            order: A name of ``EIGEN_ORDERS``.
+            count: Maximum number of eigenvalues; there may be fewer.
+            order: A name in ``EIGEN_ORDERS``.
         """
         matrix, unit = self.matrix, torch.finfo(self.operator.dtype).eps
         values, vectors = eigh_tridiagonal(matrix.alphas, matrix.betas[:-1])
@@ -286,18 +287,18 @@ class Lanczos:
         if self.basis is None:
             keep = _without_ghosts(matrix, values, residuals, unit)
         keep = keep[np.argsort(EIGEN_ORDERS[order](values[keep]), kind="stable")][:count]
-        floor = unit * max(map(abs, self.alphas))  # products are no more accurate than this
+        floor = unit * max(map(abs, self.alphas))  # products are not more accurate than this
         return Ritz(values[keep], np.maximum(residuals[keep], floor), vectors[:, keep])
 
     def vectors(self, found: Ritz) -> Tensor:
-        """The unit vectors ``(m, P)`` of Ritz values; only where the basis is stored."""
+        """The unit vectors ``(m, P)`` of Ritz values; requires a stored basis."""
         weights = torch.zeros(len(self.basis), found.weights.shape[1], dtype=torch.float64)
-        weights[: len(found.weights)] = torch.from_numpy(found.weights)  # the newest vector is not in T yet
+        weights[: len(found.weights)] = torch.from_numpy(found.weights)  # T does not include the newest vector yet
         vectors = self.basis.combine(weights)
-        return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))  # in place: they are large
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))  # in-place: they are large
 
     def state(self) -> dict[str, Any]:
-        """What a run is continued from, beside the vectors of its basis."""
+        """The state to resume from, except the vectors of the basis."""
         return {
             "alphas": list(self.alphas),
             "betas": list(self.betas),
@@ -307,7 +308,7 @@ class Lanczos:
         }
 
     def load(self, state: dict[str, Any], rows: Tensor | None) -> None:
-        """Continue from a state; ``rows`` are the stored vectors of its basis."""
+        """Restore a state; ``rows`` are the stored vectors of its basis."""
         self.alphas, self.betas = ([float(value) for value in state[name]] for name in ("alphas", "betas"))
         self.exhausted = bool(state["exhausted"])
         device = self.operator.device
@@ -318,7 +319,7 @@ class Lanczos:
         self._previous = None if state["previous"] is None else state["previous"].to(device)
         if self.basis is not None:
             if rows.shape[1:] != (self.basis.size,):
-                raise ValueError("its vectors have another length")
+                raise ValueError("the stored vectors have a different length")
             self.basis = Basis(self.basis.size, self.basis.dtype, device, self.basis.storage)
             self.basis.append_stored(rows)
 
@@ -330,22 +331,21 @@ def rademacher(size: int, seed: int, number: int, purpose: str) -> Tensor:
 
 
 LEAST_PROBES = 10
-"""A standard error of fewer is not worth stopping for."""
+"""Minimum number of probes before stopping; a standard error from fewer is unreliable."""
 
 
 @dataclass
 class TraceEstimate:
-    """Hutchinson's estimate: ``v^T H v`` averages to the trace over vectors v of random signs.
+    """Hutchinson's estimate: the mean of ``v^T H v`` over random sign vectors v is the trace.
 
-    Its variance is twice the sum of the squared off-diagonal entries, which the few largest eigenvalues dominate.
-    Where Ritz vectors V near their eigenvectors are known, ``V^T v`` gives what they add to each probe, without
-    another product: the remainder ``u^T H u``, ``u = v - V V^T v``, plus the Ritz values' sum has the same mean and
-    varies far less
-    (the idea of Hutch++, Meyer et al. 2021, with vectors that are there already).
+    Its variance is twice the sum of the squared off-diagonal entries, dominated by the few largest eigenvalues. If
+    approximate eigenvectors (Ritz vectors) V are known, ``V^T v`` gives their contribution to each probe without
+    another product. The remainder ``u^T H u`` with ``u = v - V V^T v``, plus the sum of the Ritz values, has the same
+    mean and far less variance (the idea of Hutch++, Meyer et al. 2021, applied to vectors already available).
 
     Attributes:
-        samples: ``v^T H v`` of each probe.
-        deflated: The same with the known part taken exactly; empty where no vectors are known.
+        samples: ``v^T H v`` for each probe.
+        deflated: The same with the known part computed exactly; empty if no vectors are known.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -353,7 +353,7 @@ class TraceEstimate:
 
     @property
     def best(self) -> list[float]:
-        """The samples that vary less."""
+        """The samples with the lower variance."""
         return self.deflated or self.samples
 
     def is_done(self, probes: int, tolerance: float) -> bool:
@@ -367,7 +367,7 @@ class TraceEstimate:
 
 
 def mean_and_error(samples: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; NaN where there are too few samples."""
+    """Mean and standard error of the mean; NaN if there are too few samples."""
     count = len(samples)
     mean = float(np.mean(samples)) if count else float("nan")
     return mean, float(np.std(samples, ddof=1) / count**0.5) if count > 1 else float("nan")
@@ -376,12 +376,12 @@ def mean_and_error(samples: list[float]) -> tuple[float, float]:
 def add_probe(
     estimate: TraceEstimate, operator: CurvatureOperator, seed: int, known: tuple[np.ndarray, Tensor] | None = None
 ) -> None:
-    """Add the next probe's sample: one product.
+    """Add the sample of the next probe, at the cost of one product.
 
     Args:
-        estimate: Changed in place.
+        estimate: Modified in place.
         operator: The matrix.
-        seed: Seed of all probes; each has a generator of its own.
+        seed: Seed of all probes; each probe has its own generator.
         known: Ritz values ``(m,)`` and their orthonormal vectors ``(m, P)``, converged or not.
 
     Raises:

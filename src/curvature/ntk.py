@@ -1,7 +1,7 @@
-"""Empirical neural tangent kernels of groups of examples, and how fast they turn during training.
+"""Empirical neural tangent kernels of groups of examples, and how fast they change during training.
 
-Row ``i C + c`` of the Jacobian ``Psi_t`` is the gradient of logit c of example i with respect to all parameters, at
-epoch t; the kernel is ``K_t = Psi_t Psi_t^T``, and its velocity ``1 - <K_t, K_t+1> / (|K_t| |K_t+1|)``.
+Row ``i C + c`` of the Jacobian ``Psi_t`` is the gradient of logit c of example i with respect to all parameters at
+epoch t. The kernel is ``K_t = Psi_t Psi_t^T``, and its velocity is ``1 - <K_t, K_t+1> / (|K_t| |K_t+1|)``.
 
 Source: Fort et al. 2020, "Deep learning versus kernel learning", Eq. 5; Paul et al. 2021 for groups of examples.
 """
@@ -43,14 +43,14 @@ NTK_CLASSES: dict[str, Quantities] = {
     "sum_logits": lambda outputs, _: outputs.sum(1),
     "true_label": lambda outputs, labels: outputs.gather(1, labels[:, None])[:, 0],
 }
-"""What is differentiated: all logits (exact), or one number per example, C times as cheap in time, C^2 in memory."""
+"""What is differentiated: all logits (exact), or one value per example (1/C of the time, 1/C^2 of the memory)."""
 
 VELOCITY_EPOCHS: Mapping[str, tuple[int, ...]] = {
     "cifar10": (1, 5, 10, 20, 50),
     "cifar100": (10, 40, 70, 100, 150),
     "svhn": (1, 5, 10, 20),
 }
-"""The paper's epochs; other data sets take those of svhn."""
+"""The paper's epochs; other data sets use those of svhn."""
 
 _LOWER_INDICES = {
     "cifar100": (
@@ -59,19 +59,19 @@ _LOWER_INDICES = {
 }  # fmt: skip
 
 GROUPS = 20
-"""Groups of a data set for which the paper names none."""
+"""Number of groups for data sets without ranks from the paper."""
 
 
 def lower_indices(dataset: str, n: int, size: int) -> list[int]:
-    """Where the groups of ``size`` examples start in the order of the scores, by default.
+    """Default start ranks of the groups of ``size`` examples, in score order.
 
-    The paper's ranks where it names some and ``n`` examples have them; else every ``n // 20``-th from 0. Groups that
-    would not be full are left out.
+    The paper's ranks if it has some for this data set and there are enough examples; otherwise every ``n // 20``-th
+    rank from 0. Groups that would not be full are left out.
 
     Args:
         dataset: The data set's name.
-        n: Scored examples.
-        size: m, examples of a group.
+        n: Number of scored examples.
+        size: m, examples per group.
     """
     named = _LOWER_INDICES.get(dataset, ())
     ranks = named if named and named[-1] < n else range(0, n, max(n // GROUPS, 1))
@@ -88,19 +88,19 @@ def ntk_kernel(
     seed: int = 0,
     memory_mb: float = 2048.0,
 ) -> np.ndarray:
-    """The kernel of some examples; the matrix Psi is never formed.
+    """Compute the kernel of some examples without forming the matrix Psi.
 
     Args:
-        model: The model, evaluated in eval mode and left as it was; all trainable parameters count.
-        images: (m, ...) inputs as the model saw them in training, un-augmented.
+        model: The model, evaluated in eval mode and restored afterwards; all trainable parameters count.
+        images: (m, ...) inputs, preprocessed as in training, un-augmented.
         labels: (m,).
-        classes: A name of ``NTK_CLASSES``.
-        projection_dim: Numbers to which each row of Psi is reduced by a random sketch; None for the exact kernel.
+        classes: A name in ``NTK_CLASSES``.
+        projection_dim: Size of a random sketch of each row of Psi; None for the exact kernel.
         seed: Seed of the sketch.
-        memory_mb: MiB that what is kept of the examples may take.
+        memory_mb: Memory limit for intermediate values of the examples, in MiB.
 
     Returns:
-        float32 (m C, m C) for all classes, else (m, m).
+        float32 (m C, m C) for all classes, otherwise (m, m).
 
     Raises:
         ValueError: The model mixes the examples of a batch (see ``gram_matrix``), or its outputs are not (b, C).
@@ -115,19 +115,19 @@ def ntk_kernel(
 
 
 def velocity(first: np.ndarray, second: np.ndarray) -> float:
-    """``1 - <K, K'>_F / (|K|_F |K'|_F)``: 0 where the kernel only grew or shrank, at most 1 for kernels.
+    """``1 - <K, K'>_F / (|K|_F |K'|_F)``: 0 if the kernels differ only in scale, at most 1 for kernels.
 
     Args:
         first: K, (N, N).
         second: K', (N, N).
 
     Raises:
-        ValueError: The shapes differ, a kernel is not finite, or all of it is zero.
+        ValueError: The shapes differ, or a kernel is zero or not finite.
     """
     if first.shape != second.shape:
         raise ValueError(f"kernels of shapes {first.shape} and {second.shape} cannot be compared")
     sums = np.zeros(3)
-    for rows, others in zip(first, second, strict=True):  # row by row: no copy of a large kernel in float64
+    for rows, others in zip(first, second, strict=True):  # row by row, to avoid a float64 copy of a large kernel
         a, b = rows.astype(np.float64), others.astype(np.float64)
         sums += a @ b, a @ a, b @ b
     if not np.isfinite(sums).all() or sums[1] <= 0 or sums[2] <= 0:
@@ -141,40 +141,40 @@ def relative_error(exact: np.ndarray, found: np.ndarray) -> float:
 
 
 def check_groups(lowers: Sequence[int], size: int, n: int) -> None:
-    """Refuse groups that are not full.
+    """Refuse incomplete groups.
 
     Args:
         lowers: Ranks of their first examples.
-        size: m, examples of a group.
-        n: Scored examples.
+        size: m, examples per group.
+        n: Number of scored examples.
 
     Raises:
-        ArgumentError: A group is not full.
+        ArgumentError: A group is incomplete.
     """
     if size > n:
-        raise ArgumentError("m_samples", f"{size}: is more than the {n} examples that are scored; give at most {n}")
+        raise ArgumentError("m_samples", f"{size}: exceeds the {n} scored examples; use at most {n}")
     beyond = [lower for lower in lowers if lower + size > n]
     if beyond:
         raise ArgumentError(
             "lower_index",
-            f"{beyond[0]}: no {size} of {n} scored examples begin there; give ranks of at most {n - size}, or a "
-            "smaller --m_samples",
+            f"{beyond[0]}: a group of {size} examples from this rank exceeds the {n} scored examples; use ranks "
+            f"up to {n - size}, or a smaller --m_samples",
         )
 
 
-_TRIED = 4  # examples of the larger of two trials
+_TRIED = 4  # examples in the larger of two trials
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one kernel takes.
+    """The estimated cost of one kernel.
 
     Attributes:
         rows: Rows of the kernel.
-        kernel_bytes: The kernel, and the other epoch's.
-        kept_bytes: What is kept of the examples meanwhile.
-        psi_bytes: The matrix Psi, which is not formed.
-        seconds: Time, extrapolated.
+        kernel_bytes: Memory of the kernel and of the other epoch's kernel.
+        kept_bytes: Memory of intermediate values of the examples.
+        psi_bytes: Size of the matrix Psi, which is never formed.
+        seconds: Extrapolated time.
     """
 
     rows: int
@@ -185,12 +185,12 @@ class Forecast:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory above that of the model and the data."""
+        """Memory in addition to the model and the data."""
         return self.kernel_bytes + self.kept_bytes
 
 
 def kernel_bytes(rows: int) -> int:
-    """Memory of two kernels of so many rows, in float32."""
+    """Memory of two float32 kernels with this many rows."""
     return rows * rows * (4 + 4)
 
 
@@ -204,14 +204,14 @@ def forecast(
     projection_dim: int | None,
     memory_mb: float,
 ) -> Forecast:
-    """Try the kernel of one example and of a few, and extrapolate.
+    """Time the kernel of one example and of a few, and extrapolate.
 
     Args:
         model: The model.
         images: (n, ...) some examples.
         labels: (n,).
-        size: m, examples of the kernel that is meant.
-        classes: A name of ``NTK_CLASSES``.
+        size: m, examples of the planned kernel.
+        classes: A name in ``NTK_CLASSES``.
         projection_dim: See ``ntk_kernel``.
         memory_mb: See ``ntk_kernel``.
     """
@@ -221,7 +221,7 @@ def forecast(
         return make_plan(model, like, NTK_CLASSES[classes], labels[:1].expand(n), memory_mb)
 
     def multiplications(n: int) -> float:
-        if projection_dim is not None:  # no pairs
+        if projection_dim is not None:  # a sketch does not compare pairs
             return float(n)
         meant = plan(n)
         return sum(sum(work(meant, band, n)) for band in meant.bands)
@@ -234,14 +234,14 @@ def forecast(
         return time.perf_counter() - started
 
     few = min(_TRIED, size, len(images))
-    trial(1)  # the first call pays for what is set up once
+    trial(1)  # warm up: the first call includes one-time setup
     times, works = (trial(1), trial(few)), (multiplications(1), multiplications(few))
     per_work = max(times[1] - times[0], 0.0) / (works[1] - works[0]) if few > 1 else times[0] / works[0]
     at_start = max(times[0] - per_work * works[0], 0.0)
     chosen = plan(size)
     q, element = chosen.quantities, chosen.dtype.itemsize
     numbers = [chosen.numbers(shape) for shape in chosen.shapes.values()]
-    kept = min(size * sum(numbers), max(chosen.limit, 2 * max(numbers))) * element  # two examples at the least
+    kept = min(size * sum(numbers), max(chosen.limit, 2 * max(numbers))) * element  # at least two examples
     if projection_dim is not None:
         kept = size * q * projection_dim * element
     return Forecast(
@@ -255,18 +255,18 @@ def forecast(
 
 # ---------------------------------------------------------------------------------- kernels and velocities of runs
 
-_KEPT_BYTES = 2**31  # of checkpoints, which are kept in memory from their first reading on
+_KEPT_BYTES = 2**31  # total size of checkpoints kept in memory after the first read
 
 
 class KernelVelocities:
-    """Kernels and velocities of the groups of several runs, read from their files or computed, and stored.
+    """Kernels and velocities of the groups of several runs, loaded from files or computed and stored.
 
     Args:
-        config: Which ones.
+        config: Which kernels to compute.
         context: Device, precision and data.
         models_folder: The folder of checkpoints.
         folder: The folder of kernels.
-        ranked: Indices in the order of their scores.
+        ranked: Indices in score order.
         scores: All scores by index.
 
     Attributes:
@@ -275,7 +275,7 @@ class KernelVelocities:
         seeds: The seeds.
 
     Raises:
-        ArgumentError: A group is not full, or several schedules fit.
+        ArgumentError: A group is incomplete, or several schedules match.
         FileError: A checkpoint is missing, or the runs were trained with different settings.
     """
 
@@ -318,12 +318,12 @@ class KernelVelocities:
         require_writable(folder)
         self._load = lru_cache(maxsize=2)(
             self._load_model
-        )  # a velocity takes two models, and the next one shares one
+        )  # a velocity needs two models, and shares one with the next velocity
         self._announced = False
         self._sketch_error: float | None = None
 
     def _read_checkpoints(self) -> None:
-        """Read every checkpoint once: its digest, how it was trained, and its weights as far as memory goes."""
+        """Read every checkpoint once: its digest, its training settings, and its weights up to a memory limit."""
         self._digests, self._states, facts, kept = {}, {}, [], 0
         for key, path in self.paths.items():
             state = read_checkpoint(path)
@@ -334,12 +334,14 @@ class KernelVelocities:
             if kept <= _KEPT_BYTES:
                 self._states[key] = state
         check_consistent(
-            facts, what="was not trained as", remedy="train all seeds with the same settings, or choose others"
+            facts,
+            what="was trained with different settings than",
+            remedy="train all seeds with the same settings, or choose others",
         )
         self.training = facts[0][1]
 
     def compute(self) -> dict[int, np.ndarray]:
-        """The velocities of all groups by epoch, ``(seeds, groups)``, written one by one as they come."""
+        """Compute the velocities of all groups by epoch, ``(seeds, groups)``; each is stored once computed."""
         found: dict[int, list[list[float]]] = {epoch: [] for epoch in self.epochs}
         total = len(self.seeds) * len(self.epochs) * len(self.lowers)
         with tqdm(total=total, unit="velocity", disable=None) as bar:
@@ -349,11 +351,11 @@ class KernelVelocities:
         return {epoch: np.array(values) for epoch, values in found.items()}
 
     def folder(self, seed: int, epoch: int) -> Path:
-        """The folder of a seed's kernels and velocities of an epoch."""
+        """The folder of one seed's kernels and velocities at an epoch."""
         return ntk_folder(*self._where, epoch, seed)
 
     def _velocities(self, seed: int, epoch: int, bar: tqdm) -> list[float]:
-        """The velocities of all groups between an epoch and the next."""
+        """The velocities of all groups between an epoch and the next one."""
         path = velocity_path(self.folder(seed, epoch))
         settings = {
             **self.common,
@@ -371,7 +373,7 @@ class KernelVelocities:
                 try:
                     found = velocity(*kernels)
                 except ValueError as error:
-                    raise FileError(f"{self.paths[seed, epoch]}: {error}; train it again") from error
+                    raise FileError(f"{self.paths[seed, epoch]}: {error}; retrain the model") from error
                 chosen = self.scores[self._group(lower)]
                 group = {
                     "velocity": found,
@@ -382,7 +384,7 @@ class KernelVelocities:
                 }
                 groups = add_groups(path, settings, {str(lower): group}, overwrite)
             bar.update()
-        if not path.exists():  # an interruption came between it and its json
+        if not path.exists():  # an earlier run was interrupted after writing the json record
             add_groups(path, settings, {}, overwrite)
         return [groups[str(lower)]["velocity"] for lower in self.lowers]
 
@@ -391,7 +393,7 @@ class KernelVelocities:
         return self.ranked[lower : lower + self.config.m_samples]
 
     def _kernel(self, seed: int, epoch: int, lower: int) -> np.ndarray:
-        """A group's kernel, from its file or computed, and stored unless it is not to be kept."""
+        """Load or compute a group's kernel; a computed one is stored if kernels are kept."""
         indices, source = self._group(lower), self.paths[seed, epoch]
         path = kernel_path(self.folder(seed, epoch), lower, self.config.m_samples)
         settings = {**self.common, "indices": label_hash(indices), "checkpoint": self._digests[seed, epoch]}
@@ -405,7 +407,7 @@ class KernelVelocities:
         started = time.perf_counter()
         kernel = self._compute(model, batch.images, batch.labels)
         if not np.isfinite(kernel).all():
-            raise FileError(f"{source}: its kernel is not finite; train it again with a lower --learning_rate")
+            raise FileError(f"{source}: its kernel is not finite; retrain the model with a lower --learning_rate")
         if self.config.keep_kernels:
             facts = {"seconds": time.perf_counter() - started, "example_indices": indices.tolist()}
             write_recorded(path, kernel, {"settings": settings, **facts})
@@ -416,7 +418,7 @@ class KernelVelocities:
         return self.context.entry.num_classes if self.config.ntk_classes == "all" else 1
 
     def _compute(self, model: nn.Module, images: Tensor, labels: Tensor, *, exact: bool = False) -> np.ndarray:
-        """The kernel of some examples as it is asked for, or ``exact``."""
+        """Compute the kernel as configured, or the exact one."""
         config = self.config
         return ntk_kernel(
             model,
@@ -429,25 +431,25 @@ class KernelVelocities:
         )
 
     def _load_model(self, seed: int, epoch: int) -> tuple[nn.Module, dict[str, Any]]:
-        """A model and its description."""
+        """Load a model and its checkpoint's metadata."""
         path, state = self.paths[seed, epoch], self._states.pop((seed, epoch), None)
         model, state = self.context.load_model(path, state, **self._expected, seed=seed, epoch=epoch)
         trained_on = state["settings"].get("subset")
         if trained_on is not None and trained_on != self.common["subset"]:
-            raise FileError(f"{path}: was trained on a subset of the data; give the same --subset")
+            raise FileError(f"{path}: was trained on a subset of the data; use the same --subset")
         return model, state
 
     def _announce(self, path: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Log what a kernel takes, and how large a sketch's error is; refuse what does not fit.
+        """Log the cost of a kernel and the error of a sketch; refuse a kernel that does not fit in memory.
 
         Args:
             path: The model's checkpoint, for messages.
-            model: The model on which it is tried.
+            model: The model used for the estimate.
             images: A group's images.
             labels: Their labels.
 
         Raises:
-            ArgumentError: The kernel does not fit the memory; the message names cheaper options.
+            ArgumentError: The kernel does not fit in memory; the message names cheaper options.
         """
         config, self._announced = self.config, True
         free = available_memory(self.context.device)
@@ -458,7 +460,7 @@ class KernelVelocities:
             cheaper = f"--ntk_classes=true_label or sum_logits ({gib(kernel_bytes(size))}), or "
             raise ArgumentError(
                 "m_samples",
-                f"{size}: a kernel of {size * per_example} rows takes {gib(least)}, and {gib(free)} are free; give "
+                f"{size}: a kernel with {size * per_example} rows takes {gib(least)}, but {gib(free)} are free; use "
                 f"{cheaper if per_example > 1 else ''}--m_samples={max(fits // 2, 1)}",
             )
         try:
@@ -467,47 +469,47 @@ class KernelVelocities:
         except ValueError as error:
             raise FileError(f"{path}: {error}") from error
         log.info(
-            "a kernel of %d examples has %d rows and takes about %s and %s (Psi, which is not formed: %s)",
+            "a kernel of %d examples has %d rows and takes about %s and %s (Psi, never formed, would take %s)",
             size, told.rows, gib(told.peak_bytes), duration(told.seconds), gib(told.psi_bytes),
         )  # fmt: skip
         if config.keep_kernels:
             on_disk = 4 * told.rows**2
             every = len(self.paths) * len(self.lowers) * on_disk
-            log.info("kernels take %s on the disk, each %s", gib(every), gib(on_disk))
+            log.info("kernels take %s on disk, %s each", gib(every), gib(on_disk))
         if free is not None and told.peak_bytes > free:
             log.warning(
-                "%s are free: give a smaller --memory_mb, --m_samples, or --ntk_classes=true_label", gib(free)
+                "only %s are free; use a smaller --memory_mb or --m_samples, or --ntk_classes=true_label", gib(free)
             )
         if config.projection_dim is not None:
             few = slice(0, SKETCH_CHECKED)
             exact = self._compute(model, images[few], labels[few], exact=True)
             self._sketch_error = relative_error(exact, self._compute(model, images[few], labels[few]))
             log.info(
-                "a sketch of %d numbers is off by %.2g of the kernel's norm (measured on %d examples)",
+                "sketch of size %d: relative error %.2g of the kernel's norm (measured on %d examples)",
                 config.projection_dim, self._sketch_error, len(images[few]),
             )  # fmt: skip
 
 
 def read_kernel(path: Path, rows: int) -> np.ndarray:
-    """A stored kernel of so many rows, float32.
+    """Read a stored float32 kernel with this many rows.
 
     Raises:
-        FileError: It is damaged, of another shape, or not finite.
+        FileError: It is damaged, not finite, or has a different shape.
     """
-    remedy = "remove it, and run the script again"
+    remedy = "remove it and run the script again"
     found = checked_array(path, {"kernel": read_pickle(path)}, "kernel", 2, kinds="f", length=rows, remedy=remedy)
     if found.shape != (rows, rows):
-        raise FileError(f"{path}: is not a kernel of {rows} rows; {remedy}")
+        raise FileError(f"{path}: is not a kernel with {rows} rows; {remedy}")
     return found
 
 
 def stored_groups(path: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The groups whose velocities are stored under these settings, by rank; it may be empty.
+    """The groups with velocities stored under these settings, by rank; may be empty.
 
-    The json counts, as an interruption may leave it without the pickle, which is made of it.
+    The json record is authoritative: the pickle is made from it, and an interruption may leave only the json.
 
     Raises:
-        FileError: Velocities of different settings are there, or damaged ones, and must not be replaced.
+        FileError: The stored velocities are damaged or have different settings, and may not be replaced.
     """
 
     def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -521,7 +523,7 @@ def stored_groups(path: Path, settings: Mapping[str, Any], overwrite: bool) -> d
         except (AttributeError, TypeError, LookupError):
             right = False
         if not right:
-            raise FileError(f"{record_path(path)}: has no velocities")
+            raise FileError(f"{record_path(path)}: does not contain valid velocities")
         return groups, record.get("settings")
 
     return load_result(path if path.exists() else record_path(path), settings, read, overwrite=overwrite) or {}
@@ -530,10 +532,10 @@ def stored_groups(path: Path, settings: Mapping[str, Any], overwrite: bool) -> d
 def add_groups(
     path: Path, settings: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], overwrite: bool
 ) -> dict[str, Any]:
-    """Add groups to the stored velocities of these settings; processes that add other groups wait for each other.
+    """Add groups to the stored velocities of these settings; a lock serializes processes that add other groups.
 
     Returns:
-        All stored groups, as ``stored_groups`` does.
+        All stored groups, in the form of ``stored_groups``.
     """
     with lock(path.with_suffix(".lock"), "writing velocities", wait=True):
         stored = {**stored_groups(path, settings, overwrite), **groups}

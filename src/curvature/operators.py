@@ -1,18 +1,18 @@
-"""Products of a loss's curvature matrix with vectors: the Hessian, and the generalized Gauss-Newton matrix (GGN).
+"""Products of a loss's curvature matrix with vectors: the Hessian and the generalized Gauss-Newton matrix (GGN).
 
-The loss is the mean cross-entropy of a trained model over a set of examples; the matrices, ``(P, P)`` over all
-trainable parameters, are never formed. A product is exact (no finite differences) and comes from one pass over the
-set: tangents ``J v`` are pushed forward through the model beside its outputs ``z``, then one backward pass pulls
-back what each matrix needs (Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Schraudolph 2002, "Fast
+The loss is the mean cross-entropy of a trained model over a set of examples. The matrices, ``(P, P)`` over all
+trainable parameters, are never formed. A product is exact (no finite differences) and takes one pass over the set:
+tangents ``J v`` are pushed forward through the model along with its outputs ``z``, then one backward pass pulls back
+what each matrix needs (Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Schraudolph 2002, "Fast
 curvature matrix-vector products for second-order gradient descent"):
 
     GGN v      =  J^T (L J v)                                L = (diag p - p p^T) / n,   p = softmax(z)
     Hessian v  =  J^T (L J v)  +  d<e, J v> / d parameters   e = (p - onehot(y)) / n, held fixed
 
-On a CPU thread this takes 0.7 to 0.8 of the time of a gradient's gradient, and 0.6 to 0.8 of that of curvlinops'
-operators (benchmarks/curvature.py), which are the oracle of the tests instead. Graphs of a batch kept between
-products would save nothing on convolutions: the second backward pass alone takes longer. No graph outlives a batch,
-and nothing is left behind after a product.
+On one CPU thread, this takes 0.7 to 0.8 times as long as differentiating the gradient, and 0.6 to 0.8 times as long
+as curvlinops' operators (benchmarks/curvature.py), which serve as the reference in the tests. Keeping a batch's
+graphs between products would not save time on convolutions: the second backward pass alone takes longer. No graph
+outlives its batch, and a product leaves no state behind.
 """
 
 import logging
@@ -38,29 +38,29 @@ from src.models.base import eval_mode
 
 log = logging.getLogger(__name__)
 
-_TRIED = 8  # examples
-_TOLERANCE = 1e-3  # of the norm: rounding is far below, a wrong derivative far above
-_PIECE = 2**20  # numbers at a time that are turned into float64
+_TRIED = 8  # number of examples
+_TOLERANCE = 1e-3  # relative to the norm; rounding errors are far smaller, and wrong derivatives far larger
+_PIECE = 2**20  # entries converted to float64 at once
 
 
 class CurvatureOperator(ABC):
-    """A symmetric matrix ``(P, P)`` known by its products.
+    """A symmetric matrix ``(P, P)``, available through its products with vectors.
 
-    The model is run in eval mode and left as it was: modes, buffers, gradients and hooks.
+    The model runs in eval mode, and its modes, buffers, gradients and hooks are restored.
 
     Args:
-        model: The model; its parameters that require a gradient are what is differentiated by.
-        batches: Un-augmented batches on its device, the same ones each time they are iterated.
-        examples: Their number over all batches, n.
+        model: The model; derivatives are with respect to its parameters that require a gradient.
+        batches: Un-augmented batches on the model's device, identical in each iteration.
+        examples: Total number n of examples in the batches.
 
     Attributes:
-        size: P, the number of trainable parameters; shared ones count once.
-        dtype: The type of vectors.
-        device: Where they lie.
-        products: How many products have been computed.
+        size: P, the number of trainable parameters; shared parameters count once.
+        dtype: Dtype of vectors.
+        device: Device of vectors.
+        products: Number of products computed so far.
 
     Raises:
-        ValueError: No parameter requires a gradient, or a BatchNorm keeps no running statistics.
+        ValueError: No parameter requires a gradient, or a BatchNorm layer has no running statistics.
     """
 
     name = ""
@@ -78,10 +78,10 @@ class CurvatureOperator(ABC):
         self.products = 0
 
     def __matmul__(self, vector: Tensor) -> Tensor:
-        """The product with a vector ``(P,)``.
+        """Multiply by a vector ``(P,)``.
 
         Raises:
-            MeasurementError: It is not finite.
+            MeasurementError: The product is not finite.
         """
         tangents = self.unflatten(vector)
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -92,20 +92,20 @@ class CurvatureOperator(ABC):
         self.products += 1
         if not total.isfinite().all():
             raise MeasurementError(
-                f"a product with the {self.name} is not finite; --precision=fp64 may help, else train the model "
-                "again with a lower --learning_rate"
+                f"the product with the {self.name} is not finite; try --precision=fp64, or retrain the model with a "
+                "lower --learning_rate"
             )
         return total
 
     @abstractmethod
     def _product(self, batch: Batch, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """One batch's share of a product, per parameter."""
+        """One batch's contribution to a product, per parameter."""
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """The mean loss over the set, and its gradient ``(P,)``.
+        """Compute the mean loss over the set and its gradient ``(P,)``.
 
         Raises:
-            MeasurementError: One of them is not finite.
+            MeasurementError: The loss or the gradient is not finite.
         """
         loss, gradient = 0.0, torch.zeros(self.size, dtype=self.dtype, device=self.device)
         with eval_mode(self.model), _differentiable_forward(self.device):
@@ -119,24 +119,24 @@ class CurvatureOperator(ABC):
         for what, value in (("loss", torch.tensor(loss)), ("gradient of the loss", gradient)):
             if not value.isfinite().all():
                 raise MeasurementError(
-                    f"the {what} is not finite; the model has diverged, train it again with a lower --learning_rate"
+                    f"the {what} is not finite; the model has diverged, so retrain it with a lower --learning_rate"
                 )
         return loss, gradient
 
     def flatten(self, parts: Sequence[Tensor]) -> Tensor:
-        """One vector ``(P,)`` from a tensor per parameter."""
+        """Concatenate one tensor per parameter into a vector ``(P,)``."""
         return torch.cat([part.reshape(-1) for part in parts])
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """A tensor per parameter from one vector ``(P,)``."""
+        """Split a vector ``(P,)`` into one tensor per parameter."""
         pieces = vector.to(self.dtype).split([p.numel() for p in self.parameters])
         return [piece.reshape(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def _push_forward(self, images: Tensor, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Outputs ``z`` and ``J v``, each ``(b, C)`` and with its graph.
+        """Compute outputs ``z`` and ``J v``, each ``(b, C)`` with its graph.
 
-        The level of dual numbers is left before anything is pulled back: a backward pass within it would carry
-        tangents along, and take twice as long.
+        The dual level ends before anything is pulled back: a backward pass inside it would propagate tangents too,
+        and take twice as long.
         """
         with forward_ad.dual_level():
             named = zip(self.names, self.parameters, tangents, strict=True)
@@ -145,7 +145,7 @@ class CurvatureOperator(ABC):
         return outputs, torch.zeros_like(outputs) if pushed is None else pushed
 
     def _pull_back(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Gradients by each parameter of the inner product of outputs and cotangents."""
+        """Gradients of the inner product of outputs and cotangents, per parameter."""
         pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         if not pairs:
             return [torch.zeros_like(p) for p in self.parameters]
@@ -153,7 +153,7 @@ class CurvatureOperator(ABC):
         return torch.autograd.grad(chosen, self.parameters, weights, materialize_grads=True)
 
     def _loss_curvature(self, outputs: Tensor, pushed: Tensor) -> Tensor:
-        """``L J v`` in float64, ``(b, C)``: what confident outputs add would be rounded away in float32."""
+        """``L J v`` in float64, ``(b, C)``; in float32, the contributions of confident outputs would round to 0."""
         p, pushed = outputs.detach().double().softmax(dim=1), pushed.detach().double()
         weighted = p * pushed
         return (weighted - p * weighted.sum(dim=1, keepdim=True)) / self.examples
@@ -172,9 +172,10 @@ class GGN(CurvatureOperator):
 class Hessian(CurvatureOperator):
     """The Hessian of the mean cross-entropy.
 
-    Not every operation's tangent can be differentiated: softmax's raises, and layer norm's gives a wrong gradient
-    without a word (torch 2.13). So the first product tries both ways on a few examples, takes the gradient of the
-    gradient throughout where they do not agree, and stops where that is not symmetric (weight norm's is wrong too).
+    Not every operation's tangent can be differentiated: softmax raises an error, and layer norm silently gives a
+    wrong gradient (torch 2.13). The first product therefore tries both methods on a few examples. If they disagree,
+    all products differentiate the gradient instead. If that result is not symmetric, the product fails (weight norm
+    is wrong both ways).
     """
 
     name = "hessian"
@@ -209,12 +210,12 @@ class Hessian(CurvatureOperator):
         except RuntimeError as error:
             agree, reason = False, str(error).split("\n")[0][:100]
         if not agree:
-            log.info("products with the Hessian: gradients of gradients (%s)", reason)
+            log.info("Hessian products: differentiating the gradient instead of tangents (%s)", reason)
             ab, ba = dot(vectors[1], expected), dot(vectors[0], other)
             if abs(ab - ba) > _TOLERANCE * dot(vectors[1], vectors[1]) ** 0.5 * dot(expected, expected) ** 0.5:
                 raise MeasurementError(
-                    "torch differentiates an operation of this model wrongly: its Hessian is not symmetric; "
-                    "choose the GGN, or another model"
+                    "torch differentiates an operation of this model incorrectly: its Hessian is not symmetric; "
+                    "use --operator=ggn or another model"
                 )
         return agree
 
@@ -223,7 +224,7 @@ OPERATORS: dict[str, type[CurvatureOperator]] = {operator.name: operator for ope
 
 
 class _PlainFormulas(TorchFunctionMode):
-    """Writes out the functions whose derivative torch cannot differentiate."""
+    """Replaces functions whose derivative torch cannot differentiate by explicit formulas."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.hardsigmoid:
@@ -235,14 +236,14 @@ class _PlainFormulas(TorchFunctionMode):
 
 @contextmanager
 def _differentiable_forward(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast off, and attention by formulas: its fused kernels have no derivatives of derivatives."""
+    """Enable gradients, disable autocast, and avoid fused attention kernels, which lack second derivatives."""
     plain = sdpa_kernel(SDPBackend.MATH), _PlainFormulas()
     with torch.enable_grad(), torch.autocast(device.type, enabled=False), plain[0], plain[1]:
         yield
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """The inner product of two vectors, summed in float64 piece by piece."""
+    """The inner product of two vectors, summed in float64 in chunks."""
     return sum((x.double() @ y.double()).item() for x, y in zip(a.split(_PIECE), b.split(_PIECE), strict=True))
 
 
@@ -250,7 +251,7 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 
 class _Loader:
-    """Batches as pairs, and a call at the end of each pass, which is one product."""
+    """Yields batches as pairs and calls ``done`` at the end of each pass, which is one product."""
 
     def __init__(self, batches: Iterable[Batch], done: Callable[[], None]) -> None:
         self.batches, self.done = batches, done
@@ -273,15 +274,15 @@ def power_iteration(
 ) -> tuple[np.ndarray, Tensor]:
     """The Hessian's eigenvalues of largest magnitude, by power iteration with deflation (the pyhessian package).
 
-    Kept for comparison with the SAMIS paper, which uses it: it takes many times the products of a Lanczos run, and
-    stops when an eigenvalue changes little from one iteration to the next, which is weaker evidence than a residual.
+    Included for comparison with the SAMIS paper, which uses it. It takes many times as many products as a Lanczos run
+    and stops once an eigenvalue changes little between iterations, which is weaker evidence than a residual.
 
     Args:
         operator: The Hessian; its products are counted.
-        top_n: How many.
-        iterations: Most iterations for each.
-        tolerance: Relative change of an eigenvalue between two iterations at which it is taken.
-        seed: Of the start vectors.
+        top_n: Number of eigenvalues.
+        iterations: Maximum iterations per eigenvalue.
+        tolerance: Relative change between two iterations at which an eigenvalue is accepted.
+        seed: Seed of the start vectors.
         done: Called after each product.
 
     Returns:
@@ -295,7 +296,7 @@ def power_iteration(
 
     model, device = operator.model, operator.device
     on_gpu = device.type == "cuda"
-    own_generators = torch.random.fork_rng(devices=[device] if on_gpu else [])  # the package draws from global ones
+    own_generators = torch.random.fork_rng(devices=[device] if on_gpu else [])  # pyhessian uses the global generators
     with eval_mode(model), _isolated(operator), own_generators, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
         torch.manual_seed(rng.derived_seed(seed, 0, "power iteration"))
@@ -306,7 +307,7 @@ def power_iteration(
         rows = []
         for vector in vectors:
             parts = {id(p): part.detach() for p, part in zip(package.params, vector, strict=True)}
-            # zero for parameters that the package was not shown
+            # zero for parameters that were hidden from pyhessian
             rows.append(operator.flatten([parts.get(id(p), torch.zeros_like(p)) for p in operator.parameters]))
     order = np.argsort(-np.abs(values), kind="stable")
     return np.array(values, dtype=np.float64)[order], torch.stack(rows)[torch.from_numpy(order)]
@@ -318,7 +319,7 @@ def _mean_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def _isolated(operator: CurvatureOperator) -> Iterator[None]:
-    """Gradients put aside (the package adds to them), and parameters that nothing uses hidden (it stops at them)."""
+    """Set gradients aside (pyhessian adds to them) and hide unused parameters (pyhessian fails on them)."""
     gradients = [p.grad for p in operator.model.parameters()]
     hidden: list[nn.Parameter] = []
     try:
@@ -335,10 +336,10 @@ def _isolated(operator: CurvatureOperator) -> Iterator[None]:
         for parameter in hidden:
             parameter.requires_grad_(True)
         for parameter, gradient in zip(operator.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient  # the package's gradients keep their graphs alive: this frees them
+            parameter.grad = gradient  # pyhessian's gradients keep their graphs alive; this frees them
 
 
 def true_residuals(operator: CurvatureOperator, values: np.ndarray, vectors: Tensor) -> np.ndarray:
-    """Norms ``|H x - value x|`` of unit vectors ``(m, P)``, at one product each."""
+    """Norms ``|H x - value x|`` for unit vectors ``(m, P)``, at the cost of one product each."""
     pairs = zip(values, vectors, strict=True)
     return np.array([torch.linalg.vector_norm((operator @ x) - value * x).item() for value, x in pairs])

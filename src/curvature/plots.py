@@ -1,6 +1,6 @@
 """Figures of loss geometry: spectral densities with the largest eigenvalues, and velocities of tangent kernels.
 
-A density is the sum of narrow Gaussians at the nodes of Gauss quadrature, with its weights (Ghorbani et al. 2019).
+A density is a sum of narrow Gaussians at the nodes of a Gauss quadrature, with its weights (Ghorbani et al. 2019).
 """
 
 import itertools
@@ -15,15 +15,15 @@ from src.curvature.results import SpectrumGroup, Velocities
 from src.formatting import FIGURE_GRID, FIGURE_STYLE
 
 _FLOOR = 1e-7
-"""Added to densities, so that their logarithm ends somewhere."""
+"""Added to densities to bound their logarithm from below."""
 _COLORS = ("#c0392b", "#1f4e79", "#2e8b57", "#b8860b", "#6a4c93", "#444444")
 
-_LEAST_POINTS = 10_000  # of a grid
-_VARIANCE = 1e-5  # of the Gaussian at each node, where the spectrum's range is below 1; else times the range
+_LEAST_POINTS = 10_000  # minimum grid size
+_VARIANCE = 1e-5  # variance of the Gaussian at each node, times the spectrum's range if that exceeds 1
 MOST_POINTS = 1_000_000
-"""Most points of a grid, however narrow a Gaussian and however wide the range."""
-_PER_WIDTH = 4  # points of the grid per standard deviation, so that no node falls between two
-_LEAST_WIDTH = 2  # steps of the grid to which narrower Gaussians are widened, for the same reason
+"""Maximum grid size, for any Gaussian width and spectrum range."""
+_PER_WIDTH = 4  # grid points per standard deviation, so that no node is missed between two points
+_LEAST_WIDTH = 2  # minimum standard deviation in grid steps, for the same reason
 
 
 def width(low: float, high: float) -> float:
@@ -32,13 +32,13 @@ def width(low: float, high: float) -> float:
 
 
 def grid(low: float, high: float, narrow: float, wide: float | None = None) -> np.ndarray:
-    """Points over spectra and their Gaussians' tails.
+    """Evenly spaced points that cover the spectra and their Gaussians' tails.
 
     Args:
         low: The smallest eigenvalue.
-        high: The largest.
-        narrow: The smallest standard deviation of a Gaussian, which determines how close points must be.
-        wide: The largest, which determines how far they must reach; default the same.
+        high: The largest eigenvalue.
+        narrow: The smallest standard deviation of a Gaussian, which determines the spacing.
+        wide: The largest standard deviation, which determines the margin; ``narrow`` by default.
     """
     margin = max(0.01, 6 * (wide or narrow))
     low, high = low - margin, high + margin
@@ -54,20 +54,20 @@ def extent(nodes: Sequence[Sequence[float]]) -> tuple[float, float]:
 def spectral_density(
     nodes: Sequence[Sequence[float]], weights: Sequence[Sequence[float]], points: np.ndarray, sigma: float
 ) -> np.ndarray:
-    """The mean over quadratures of Gaussians at their nodes, scaled to an area of 1.
+    """Average over quadratures of Gaussians at their nodes, normalized to area 1.
 
     Args:
-        nodes: Per quadrature (one per start vector) its nodes.
+        nodes: The nodes of each quadrature (one per start vector).
         weights: Their weights.
-        points: Where the density is wanted, evenly spaced, ``(g,)``.
-        sigma: Standard deviation of each Gaussian; at least two steps between points are taken.
+        points: Evenly spaced points at which to evaluate the density, ``(g,)``.
+        sigma: Standard deviation of each Gaussian; at least two grid steps.
 
     Returns:
         ``(g,)``.
     """
     sigma = max(sigma, _LEAST_WIDTH * (points[1] - points[0]))
     total = np.zeros(len(points))
-    reach = 9 * sigma  # beyond it a Gaussian is below what is drawn
+    reach = 9 * sigma  # beyond this, a Gaussian is too small to be visible
     for run_nodes, run_weights in zip(nodes, weights, strict=True):
         for node, weight in zip(run_nodes, run_weights, strict=True):
             part = slice(*np.searchsorted(points, [node - reach, node + reach]))
@@ -77,10 +77,10 @@ def spectral_density(
 
 
 def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
-    """Densities on a logarithmic axis, each kind of run in a panel of its own under the same axes.
+    """Plot densities on a logarithmic axis, one panel per kind of run, with shared axes.
 
     Args:
-        groups: One per panel; the mean over its seeds is filled, a dashed line marks each seed's largest eigenvalue.
+        groups: One per panel. The mean over its seeds is filled; dashed lines mark each seed's largest eigenvalue.
         title: What was measured.
     """
     spectra = [spectrum for group in groups for spectrum in group.spectra]
@@ -123,12 +123,12 @@ def spectrum_figure(groups: Sequence[SpectrumGroup], title: str) -> Figure:
 
 
 def _with_spread(values: np.ndarray) -> str:
-    """Mean and, of several, standard deviation."""
+    """Format the mean and, for several values, the standard deviation."""
     return f"{values.mean():.3g}" + (f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else "")
 
 
 def _thin(points: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without the points in the middle of level stretches, which a PDF does not need."""
+    """Drop interior points of flat segments, which a PDF does not need."""
     level = np.zeros(len(points), dtype=bool)
     level[1:-1] = (heights[1:-1] == heights[:-2]) & (heights[1:-1] == heights[2:])
     return points[~level], heights[~level]
@@ -140,12 +140,12 @@ _MARKERS = "osD^vP*X"
 def velocity_figure(
     panels: Sequence[tuple[str, Sequence[Velocities]]], title: str, *, logarithmic: bool = False
 ) -> Figure:
-    """Velocity against the position of a group in the order of a score.
+    """Plot velocity against the position of a group in score order.
 
     Args:
-        panels: For each score its symbol and its velocities, one per epoch.
-        title: What was trained, and on which data.
-        logarithmic: Whether the velocities' axis is logarithmic, which tells late epochs apart.
+        panels: For each score, its symbol and its velocities, one per epoch.
+        title: Model and data set.
+        logarithmic: Whether to use a logarithmic velocity axis, which separates late epochs.
     """
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(1.5 + 5.8 * len(panels), 5.6), layout="constrained")
@@ -164,7 +164,7 @@ def velocity_figure(
                     axes.fill_between(velocities.positions, low, mean + spread, color=color, alpha=0.2, lw=0)
             axes.grid(axis="y", **FIGURE_GRID)
             unit = "percentile" if all(v.in_percent for v in several) else "rank"
-            axes.set_xlabel(f"examples in the order of {symbol} ({unit})")
+            axes.set_xlabel(f"examples ordered by {symbol} ({unit})")
             if logarithmic:
                 axes.set_yscale("log")
             else:

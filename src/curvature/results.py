@@ -1,7 +1,8 @@
-"""Stored spectra and kernel velocities: reading them, checking that they belong together, tables of them.
+"""Stored spectra and kernel velocities: reading them, checking that they belong together, and making tables.
 
-A spectrum is the pickle of the papers' plotting code with a json record beside it; velocities are a dict from the
-rank of a group's first example to its velocity, with a json record beside it. Neither needs torch.
+A spectrum is a pickle in the format of the papers' plotting code, with a json record next to it. Velocities are a
+dict from the rank of a group's first example to its velocity, also with a json record. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from src.errors import ArgumentError, FileError
 log = logging.getLogger(__name__)
 
 NEAR_ZERO = 0.01
-"""Directions whose eigenvalue is below this share of the largest count as flat."""
+"""Directions whose absolute eigenvalue is below this fraction of the largest count as flat."""
 
 MEASURES = {
     "largest": "largest eigenvalue",
     "last": "last of the top eigenvalues",
     "trace": "trace",
     "effective": "trace / largest",
-    "flat": "share of flat directions",
-    "negative": "share of negative directions",
+    "flat": "fraction of flat directions",
+    "negative": "fraction of negative directions",
     "loss": "loss",
 }
 """The columns of the table."""
 
 _MEASURED = ("dataset", "labels", "model", "experiment", "epoch", "eigen_split", "high_low_spec", "operator",
              "subset", "examples", "images", "decoding", "training")  # fmt: skip
-"""The settings that identify what was measured: averages over seeds are of one such thing."""
+"""The settings that identify what was measured; averages over seeds require them to be equal."""
 _OF_A_RUN = {"experiment", "seed", "checkpoint", "high_low_spec", "training"}
 _OF_EXAMPLES = {"examples", "example_hash"}
 
@@ -53,15 +54,15 @@ _OF_EXAMPLES = {"examples", "example_hash"}
 
 @dataclass(frozen=True)
 class StoredSpectrum:
-    """One model's spectrum, as it was stored.
+    """One model's stored spectrum.
 
     Attributes:
         path: Its pickle.
         eigenvalues: Top eigenvalues.
-        nodes: Of the density, a list per probe.
-        weights: Theirs.
-        traces: ``v^T H v`` of each probe of the trace.
-        record: The json beside it; empty where there is none.
+        nodes: Nodes of the density, one list per probe.
+        weights: Their weights.
+        traces: ``v^T H v`` for each probe of the trace.
+        record: The json record next to the pickle; empty if there is none.
     """
 
     path: Path
@@ -73,7 +74,7 @@ class StoredSpectrum:
 
     @classmethod
     def read(cls, path: str | Path) -> StoredSpectrum:
-        """Read a spectrum, and its record if there is one.
+        """Read a spectrum, and its record if it has one.
 
         Raises:
             FileError: It is missing or damaged.
@@ -85,31 +86,31 @@ class StoredSpectrum:
                 [_finite_numbers(run) for run in found[f"density_{key}"]] for key in ("eigen", "weight")
             )
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise FileError(f"{path}: is no spectrum (a list is missing, or is not finite); make it again") from error
+            raise FileError(f"{path}: is not a spectrum (a list is missing or not finite); make it again") from error
         if not values or not nodes or not all(nodes) or list(map(len, nodes)) != list(map(len, weights)):
-            raise FileError(f"{path}: is no spectrum (empty or uneven); make it again")
+            raise FileError(f"{path}: is not a spectrum (lists are empty or uneven); make it again")
         return cls(path, values, nodes, weights, traces, _read_spectrum_record(path))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it depends on, by its record; empty where there is none."""
+        """The settings in its record; empty if there is none."""
         return self.record.get("settings", {})
 
     @property
     def trace(self) -> float:
-        """The best estimate there is: the record's, else the probes' mean, else the quadrature's, else NaN."""
+        """The best available estimate: from the record, else the probes' mean, else the quadrature, else NaN."""
         stored = self.record.get("trace")
         if stored is None:
             stored = np.mean(self.traces) if self.traces else self.record.get("trace_quadrature")
         return float("nan" if stored is None else stored)
 
     def share(self, low: float, high: float) -> float:
-        """Share of the eigenvalues in ``[low, high)``, by the quadratures."""
+        """Fraction of the eigenvalues in ``[low, high)``, from the quadratures."""
         runs = zip(self.nodes, self.weights, strict=True)
         return float(np.mean([sum(w for n, w in zip(*run, strict=True) if low <= n < high) for run in runs]))
 
     def measures(self) -> dict[str, float]:
-        """A number for each of ``MEASURES``; NaN where it is not known."""
+        """A value for each of ``MEASURES``; NaN if unknown."""
         largest = self.eigenvalues[0]
         near = NEAR_ZERO * abs(largest)
         return {
@@ -124,7 +125,7 @@ class StoredSpectrum:
 
 
 def _finite_numbers(values: Any) -> list[float]:
-    """A list of finite real numbers, from one that may hold complex ones (of the papers' code)."""
+    """Convert a list that may have complex numbers (from the papers' code) to finite real numbers."""
     numbers = [float(value.real) for value in values]
     if not all(map(math.isfinite, numbers)):
         raise ValueError("not finite")
@@ -137,7 +138,7 @@ def _read_spectrum_record(path: Path) -> dict[str, Any]:
     known = {"operator": OPERATOR_NAMES, "eigen_split": EIGEN_SPLITS}
     right = all(settings.get(name, words[0]) in words for name, words in known.items())
     if not right or not isinstance(settings.get("examples", 0), int):
-        raise FileError(f"{record_path(path)}: its settings are not those of a spectrum; make it again")
+        raise FileError(f"{record_path(path)}: its settings are not a spectrum's; make it again")
     for name, kinds in (("loss", int | float), ("trace", int | float | None), ("trace_quadrature", int | float)):
         if name in record and not isinstance(record[name], kinds):
             raise FileError(f"{record_path(path)}: its {name} is not a number; make it again")
@@ -146,13 +147,13 @@ def _read_spectrum_record(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SpectrumGroup:
-    """Spectra that are drawn as one: the seeds of one kind of run."""
+    """Spectra drawn together: the seeds of one kind of run."""
 
     label: str
     spectra: list[StoredSpectrum]
 
     def summary(self) -> dict[str, tuple[float, float]]:
-        """Mean and standard deviation over the seeds of each measure; the deviation of one seed is NaN."""
+        """Mean and standard deviation of each measure over the seeds; the deviation for one seed is NaN."""
         rows = [spectrum.measures() for spectrum in self.spectra]
         found = {}
         for name in MEASURES:
@@ -162,11 +163,11 @@ class SpectrumGroup:
 
 
 def find_spectra(query: SpectrumQuery) -> tuple[list[SpectrumGroup], str]:
-    """The groups of a query, and their one epoch.
+    """Return the groups of a query and their common epoch.
 
     Raises:
-        ArgumentError: Several epochs or schedules fit.
-        FileError: A spectrum is missing (the message has the command that makes it), is not what its path names, or
+        ArgumentError: Several epochs or schedules match.
+        FileError: A spectrum is missing (the message has the command that makes it), does not match its path, or
             does not belong with the others.
     """
     specs = list(dict.fromkeys(query.high_low_specs))
@@ -178,20 +179,20 @@ def find_spectra(query: SpectrumQuery) -> tuple[list[SpectrumGroup], str]:
     epochs = {group.label: _epoch(group.spectra[0].path) for group in groups}
     if len(set(epochs.values())) > 1:
         found = ", ".join(f"{epoch} ({label})" for label, epoch in epochs.items())
-        raise ArgumentError("epochs", f": the spectra are of different epochs: {found}; choose one")
+        raise ArgumentError("epochs", f": the spectra are from different epochs: {found}; choose one")
     recorded = [spectrum for group in groups for spectrum in group.spectra if spectrum.settings]
     for spec in specs:
         alike = [one for one in recorded if (one.settings.get("high_low_spec") or "all") == spec]
         check_consistent(
             ((one.path, {"examples": one.settings.get("examples")}) for one in alike),
-            what="was measured on another number of examples than",
-            remedy="measure both with the same --subset, or name them as --files",
+            what="was measured on a different number of examples than",
+            remedy="measure both with the same --subset, or list them with --files",
         )
     return groups, next(iter(epochs.values()))
 
 
 def _find_seeds(query: SpectrumQuery, optimizer: str, spec: str) -> list[StoredSpectrum]:
-    """The spectra of one optimizer and one part of the examples."""
+    """The spectra of one optimizer and one subset of the examples."""
     experiment = standard_experiment(query.model, query.dataset_name, optimizer, query.lr_sched or "*")
     mode = eigen_name(query.eigen_mode, query.operator)
     which = f"epoch_{query.epochs or '*'}"
@@ -203,7 +204,9 @@ def _find_seeds(query: SpectrumQuery, optimizer: str, spec: str) -> list[StoredS
     schedules = {path.parents[2].name.rsplit("_sched_", 1)[1].rsplit("_", 1)[0] for path in paths}
     for name, values in (("lr_sched", schedules), ("epochs", set(map(_epoch, paths)))):
         if len(values) > 1:
-            raise ArgumentError(name, f": spectra of {len(values)} fit; choose one of {', '.join(sorted(values))}")
+            raise ArgumentError(
+                name, f": found spectra for {len(values)} values; choose one of {', '.join(sorted(values))}"
+            )
     missing = sorted(set(seeds) - {seed for seed, _ in found})
     if missing or not paths:
         seed = missing[0] if missing else 1
@@ -225,7 +228,7 @@ def _find_seeds(query: SpectrumQuery, optimizer: str, spec: str) -> list[StoredS
     names = (*_MEASURED, "example_hash") if spec == "all" else _MEASURED
     check_consistent(
         ((one.path, {name: one.settings.get(name) for name in names}) for one in recorded),
-        what="is not of the same kind as",
+        what="measures something different from",
         remedy=f"{REMAKE_OVER}, or choose --seeds",
     )
     return spectra
@@ -254,12 +257,12 @@ def _command(query: SpectrumQuery, optimizer: str, spec: str, seed: int) -> str:
 
 
 def warn_of_differences(groups: Sequence[SpectrumGroup]) -> None:
-    """Log which settings of training or measurement are not the same in all spectra."""
+    """Log which training or measurement settings differ between the spectra."""
     every = [spectrum.settings for group in groups for spectrum in group.spectra if spectrum.settings]
     every = [{**one, "lr_sched": str(one.get("experiment")).partition("_sched_")[2]} for one in every]
     specs = sorted({str(one.get("high_low_spec")) for one in every})
     for name in sorted(set().union(*every) - _OF_A_RUN):
-        for spec in specs if name in _OF_EXAMPLES else [None]:  # examples differ where they are meant to
+        for spec in specs if name in _OF_EXAMPLES else [None]:  # specs use different examples by design
             alike = [one for one in every if spec in (None, str(one.get("high_low_spec")))]
             values = {str(one.get(name)) for one in alike}
             if len(values) > 1:
@@ -267,7 +270,7 @@ def warn_of_differences(groups: Sequence[SpectrumGroup]) -> None:
 
 
 def markdown_table(groups: Sequence[SpectrumGroup]) -> str:
-    """Means and standard deviations over seeds, one line per group."""
+    """Format means and standard deviations over seeds as Markdown, one line per group."""
     lines = [["run", "seeds", *MEASURES.values()]]
     for group in groups:
         cells = [
@@ -281,7 +284,7 @@ def markdown_table(groups: Sequence[SpectrumGroup]) -> str:
 
 
 def csv_table(groups: Sequence[SpectrumGroup]) -> str:
-    """The same as csv, with the mean and the deviation in columns of their own; what is unknown is empty."""
+    """The same as csv, with mean and deviation in separate columns; unknown values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "seeds", *(f"{name}{end}" for name in MEASURES for end in ("", "_sd"))])
@@ -303,7 +306,7 @@ class Velocities:
         epoch: t.
         seeds: The seeds.
         lowers: Ranks of the groups' first examples, (g,).
-        positions: Positions of the groups in the order of the scores, in percent, (g,); else their ranks.
+        positions: Positions of the groups in score order, in percent, (g,); or their ranks.
         values: (seeds, g).
         in_percent: Whether ``positions`` are percentiles.
     """
@@ -319,15 +322,15 @@ class Velocities:
 def read_velocities(
     folder: Path, epochs: Sequence[int] | None = None, seeds: Sequence[int] | None = None
 ) -> list[Velocities]:
-    """The stored velocities of one run and score.
+    """Read the stored velocities of one run and score.
 
     Args:
         folder: ``{ntk_folder}/{dataset}/{run}/{metric}``.
-        epochs: Which epochs; None for all there are.
-        seeds: Which seeds; None for all that an epoch has.
+        epochs: The epochs to read; None for all epochs found.
+        seeds: The seeds to read; None for all seeds of an epoch.
 
     Raises:
-        FileError: There are none, one is missing, or they are of different settings or groups.
+        FileError: There are none, one is missing, or their settings or groups differ.
     """
     stored: dict[int, dict[int, Path]] = {}
     for path in folder.glob("epoch_*/seed_*/vs.pkl"):
@@ -348,15 +351,17 @@ def read_velocities(
             settings = dict(read_record(path).get("settings", {}))
             checkpoints = json.dumps(settings.pop("checkpoints", str(path)))
             if (source := sources.setdefault(checkpoints, path)) != path:
-                raise FileError(f"{path}: was computed from the checkpoints of {source}; it was copied or renamed")
+                raise FileError(
+                    f"{path}: was computed from the same checkpoints as {source}; one is a copy; remove it"
+                )
             records.append((path, settings))
         found.append(_read_epoch(epoch, paths))
-    check_consistent(records, what="was computed with other settings than")
+    check_consistent(records, what="was computed with different settings than")
     return found
 
 
 def _read_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
-    """The velocities of several seeds, which must have the same groups."""
+    """Read the velocities of several seeds, which must have the same groups."""
     rows, first, lowers = [], next(iter(paths.values())), []
     for path in paths.values():
         content = read_pickle(path)
@@ -367,11 +372,11 @@ def _read_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
         rows.append(checked_array(path, ordered, "velocities", kinds="iuf", remedy=REMAKE_OVER))
         lowers = lowers or own
         if own != lowers:
-            raise FileError(f"{path}: has other groups than {first}; compute both with the same --lower_index")
+            raise FileError(f"{path}: has different groups than {first}; compute both with the same --lower_index")
     groups = read_record(first).get("groups", {})
     try:
         percentiles = _finite_numbers([groups[str(lower)]["percentile"] for lower in lowers])
         positions, in_percent = np.array(percentiles), True
-    except (LookupError, TypeError, ValueError, AttributeError):  # of other programs
+    except (LookupError, TypeError, ValueError, AttributeError):  # written by other programs
         positions, in_percent = np.array(lowers, dtype=np.float64), False
     return Velocities(epoch, tuple(paths), np.array(lowers), positions, np.array(rows, dtype=np.float64), in_percent)

@@ -1,8 +1,8 @@
-"""One measurement of a loss's curvature: of which model and examples; eigenvalues, density, trace; resumable.
+"""One measurement of a loss's curvature: model, examples, eigenvalues, density and trace, with resume.
 
-A single Lanczos run gives eigenvalues and density; it continues past the density's steps only where eigenvalues have
-not converged. Further probes of the density are runs of their own. The trace comes last, as the eigenvectors found
-make it cheaper. The state of an interrupted measurement is in a folder beside the result.
+A single Lanczos run gives eigenvalues and density; it continues past the density's steps only if eigenvalues have not
+converged. Additional probes of the density are separate runs. The trace comes last, because the eigenvectors found
+reduce its cost. The state of an interrupted measurement is in a folder next to the result.
 """
 
 import logging
@@ -55,26 +55,26 @@ _NAMES = {
     "train_full.py": re.compile(f"standard_{_RUN}"),
     "train_split.py": re.compile(rf"split_{_RUN}_val_split_(?P<samis_validation_split_index>\d+)"),
 }
-"""The scripts whose runs' names contain the flags that define them."""
+"""Scripts whose run names contain the flags that define them."""
 _MAKERS = {
-    "_static_coreset_": "runs of this name are made by train_prune.py",
-    "pretrain/": "runs of this name are made by train_prune.py and select_coreset.py",
-    "mpe/": "runs of this name are made by the scripts in examples/",
+    "_static_coreset_": "runs with this name are made by train_prune.py",
+    "pretrain/": "runs with this name are made by train_prune.py and select_coreset.py",
+    "mpe/": "runs with this name are made by the scripts in examples/",
 }
 
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
-_DAMAGED = "its state is damaged, or incomplete; remove it, or leave --resume out"
+_DAMAGED = "its state is damaged or incomplete; remove it, or run without --resume"
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The model that is measured.
+    """The model to measure.
 
     Attributes:
         path: Its checkpoint.
-        experiment: Its run.
+        experiment: Its run's name.
         seed: The run's seed.
-        which: The folder of the result below the run's: the epoch, or digits of the checkpoint's digest.
+        which: Name of the result's subfolder: the epoch, or digits of the checkpoint's digest.
         digest: The checkpoint's digest.
         model: The model, in eval mode.
         state: The checkpoint without its weights.
@@ -95,16 +95,16 @@ class TrainedModel:
 
 
 def find_model(config: CheckpointConfig, models_folder: Path, context: RunContext) -> TrainedModel:
-    """Find and load the model that is asked for.
+    """Find and load the requested model.
 
     Args:
-        config: Which one.
+        config: Which model.
         models_folder: The folder of checkpoints.
-        context: Where the model is loaded: device, precision and data.
+        context: Device, precision and data.
 
     Raises:
-        ArgumentError: Several schedules fit.
-        FileError: There is no such checkpoint (the message has the command that makes it), or it does not fit.
+        ArgumentError: Several schedules match.
+        FileError: The checkpoint does not exist (the message has the command that makes it) or does not match.
     """
     if config.checkpoint is not None:
         model, state = context.load_model(config.checkpoint, model=config.model)
@@ -131,7 +131,7 @@ def find_model(config: CheckpointConfig, models_folder: Path, context: RunContex
 
 
 def _find_named(config: CheckpointConfig, models_folder: Path, context: RunContext) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of a run that is given by its name, and the settings that follow from the name."""
+    """Find the checkpoint of a run by the run's name, and the settings that follow from the name."""
     for script, pattern in _NAMES.items():
         if match := pattern.fullmatch(config.exp):
             flags = match.groupdict()
@@ -145,62 +145,64 @@ def _find_named(config: CheckpointConfig, models_folder: Path, context: RunConte
         makers = (maker for sign, maker in _MAKERS.items() if sign in config.exp)
         raise FileError(
             f"{models_folder}: no checkpoint of epoch {config.epochs}, seed {config.seed} for {config.exp}; "
-            + next(makers, "look for its name there")
+            + next(makers, "check the run's name in this folder")
         )
     return path, {}
 
 
 def select_by_score(images: ImageSet, scores: np.ndarray, side: str, fraction: float) -> ImageSet:
-    """The examples with the lowest or the highest scores; ties are broken by position.
+    """Select the examples with the lowest or highest scores; ties are broken by position.
 
     Args:
         images: n examples.
-        scores: By original index.
+        scores: Scores by original index.
         side: ``"low"`` or ``"high"``.
-        fraction: Share of n to take, rounded half up.
+        fraction: Fraction of n to take, rounded half up.
 
     Raises:
-        ArgumentError: That is none.
+        ArgumentError: The fraction selects no examples.
         FileError: An example has no score.
     """
     own = scores[images.indices.cpu().numpy()]
     if missing := int(np.isnan(own).sum()):
         raise FileError(
-            f"--high_low_spec: {missing} of the {len(own)} examples have no score; score them, or leave them out "
-            "with --subset"
+            f"--high_low_spec: {missing} of {len(own)} examples have no score; score them, or exclude them with "
+            "--subset"
         )
     count = rounded_share(len(own), fraction)
     if not count:
-        raise ArgumentError("high_low_spec", f": {fraction:g} of {len(own)} examples is none; give a larger fraction")
+        raise ArgumentError(
+            "high_low_spec", f": {fraction:g} of {len(own)} examples selects none; use a larger fraction"
+        )
     order = np.argsort(own, kind="stable")
     return images.subset(torch.from_numpy(np.sort(order[:count] if side == "low" else order[-count:])))
 
 
 class SpectrumState:
-    """A folder with the newest state; each vector of a Lanczos basis is written once.
+    """A folder with the latest state; each vector of a Lanczos basis is written once.
 
     Args:
-        folder: Where.
-        settings: What the measurement's numbers depend on.
+        folder: The folder.
+        settings: The settings that determine the measurement's numbers.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = Path(folder), settings
         self._progress = self.folder / "progress.pt"
-        self._rows: list[list[int]] = []  # run, first vector and end of each file
+        self._rows: list[list[int]] = []  # run, first vector and end index of each file
 
     def _rows_file(self, run: int, start: int) -> Path:
         return self.folder / f"rows_{run}_{start}.pt"
 
     def prepare(self, resume: bool, overwrite: bool) -> None:
-        """Keep an earlier state if it is to be resumed from; else remove it, also if it is damaged.
+        """Keep an earlier state to resume from; otherwise remove it, even if it is damaged.
 
         Args:
-            resume: Whether it is to be resumed from.
-            overwrite: Whether one of different settings, or a damaged one to be resumed from, may be removed.
+            resume: Whether to resume from the state.
+            overwrite: Whether to remove a state with different settings, or a damaged one to resume from.
 
         Raises:
-            FileError: There is such a state, and it may not be removed.
+            FileError: Such a state exists and may not be removed.
         """
 
         def read(path: Path) -> tuple[bool, dict[str, Any]]:
@@ -211,23 +213,23 @@ class SpectrumState:
             except FileError:
                 if resume:
                     raise
-                return False, self.settings  # a fresh start needs nothing of it
+                return False, self.settings  # a fresh start does not use the state
             return True, settings
 
         files = [path for path in sorted(self.folder.glob("*.pt")) if not path.name.startswith(("rows_", "vectors"))]
         fits = [load_result(path, self.settings, read, overwrite=overwrite) is not None for path in files]
         if files and all(fits) and not resume:
-            log.info("%s: an interrupted measurement is dropped (--resume would continue it)", self.folder)
+            log.info("%s: discarding an interrupted measurement; --resume would continue it", self.folder)
         if not resume or not all(fits):
             self.clear()
 
     def save(self, state: dict[str, Any], run: int, basis: Basis | None) -> None:
-        """Write a state, atomically: vectors first, then what refers to them.
+        """Write a state atomically: first the vectors, then the file that refers to them.
 
         Args:
             state: Tensors and plain values.
-            run: Number of the Lanczos run.
-            basis: Its basis; None where there is none.
+            run: Index of the Lanczos run.
+            basis: Its basis, if any.
 
         Raises:
             FileError: It cannot be written.
@@ -244,7 +246,7 @@ class SpectrumState:
         self._rows = kept
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state, with ``rows`` the vectors of its basis (or None); None where there is no state.
+        """Load the latest state, with ``rows`` the vectors of its basis (or None); None if there is no state.
 
         Raises:
             FileError: A file is damaged.
@@ -260,11 +262,11 @@ class SpectrumState:
             raise FileError(f"{self.folder}: {_DAMAGED}") from error
 
     def keep(self, name: str, values: dict[str, Any]) -> None:
-        """Write what a finished part of the measurement found."""
+        """Write the results of a finished part of the measurement."""
         write_checkpoint(self.folder / f"{name}.pt", {**values, "settings": self.settings})
 
     def kept(self, name: str) -> dict[str, Any] | None:
-        """What ``keep`` wrote; None where there is nothing."""
+        """Load what ``keep`` wrote; None if it does not exist."""
         path = self.folder / f"{name}.pt"
         return read_checkpoint(path) if path.exists() else None
 
@@ -275,19 +277,19 @@ class SpectrumState:
 
 
 DEFLATED = 20
-"""Ritz vectors that the trace takes exactly: the more, the fewer probes it needs, at P numbers each."""
-_SAVE_SECONDS = 60.0  # a state is also written where a few products take longer than this
+"""Number of Ritz vectors treated exactly in the trace; more vectors need fewer probes, but each has P entries."""
+_SAVE_SECONDS = 60.0  # also save the state after this time, if products are slow
 
 
 @dataclass
 class Spectrum:
-    """What was measured.
+    """The results of a measurement.
 
     Attributes:
-        eigenvalues: Top eigenvalues, ``(m,)``; fewer than asked for where the matrix has fewer.
+        eigenvalues: Top eigenvalues, ``(m,)``; fewer than requested if the matrix has fewer.
         residuals: Norms ``|H x - value x|``, ``(m,)``.
-        nodes: Of the density, a list per probe.
-        weights: Theirs.
+        nodes: Nodes of the density, one list per probe.
+        weights: Their weights.
         steps: Lanczos steps of the run that found the eigenvalues.
         trace: Probes of the trace.
         size: P.
@@ -302,17 +304,17 @@ class Spectrum:
     size: int = 0
 
     def quadrature_trace(self) -> float:
-        """The trace that the density's quadratures give: Hutchinson's estimate from their start vectors."""
+        """The trace from the density's quadratures: Hutchinson's estimate with their start vectors."""
         return self.size * float(np.mean([np.dot(n, w) for n, w in zip(self.nodes, self.weights, strict=True)]))
 
 
 class SpectrumRun:
-    """A measurement.
+    """A measurement in progress.
 
     Args:
         operator: The matrix.
         config: What to measure.
-        state: Where to keep what a later process continues from; None for nowhere.
+        state: Where to save the state for a later process; None to save nothing.
     """
 
     def __init__(
@@ -327,7 +329,7 @@ class SpectrumRun:
         self._saved = (operator.products, time.monotonic())
 
     def resume(self) -> bool:
-        """Continue from the stored state; False if there is none.
+        """Restore the stored state; return False if there is none.
 
         Raises:
             FileError: It is damaged.
@@ -351,7 +353,7 @@ class SpectrumRun:
                 known = self.state.kept("vectors")
                 values = np.array(known["values"], dtype=np.float64)
                 if known["vectors"].shape != (len(values), self.operator.size):
-                    raise ValueError("its vectors have another shape")
+                    raise ValueError("the stored vectors have a different shape")
                 self._known = values, known["vectors"].to(self.operator.device)
                 self._known_stored = True
             self.operator.products, self.seconds = int(stored["products"]), float(stored["seconds"])
@@ -360,10 +362,10 @@ class SpectrumRun:
         return True
 
     def run(self, progress: bool = False) -> Spectrum:
-        """Measure, or continue.
+        """Run or continue the measurement.
 
         Args:
-            progress: Whether to show a bar with the remaining time.
+            progress: Whether to show a progress bar with the remaining time.
 
         Raises:
             MeasurementError: A product is not finite.
@@ -395,7 +397,7 @@ class SpectrumRun:
         return Lanczos(operator, start.to(operator.device, operator.dtype), config.basis, config.probe_seed)
 
     def _lanczos(self, bar: tqdm, done: Callable[[], None]) -> None:
-        """One run: the first one finds eigenvalues as well."""
+        """Run Lanczos once; the first run also finds the eigenvalues."""
         config, result, first = self.config, self.result, not self.result.nodes
         process = self._process = self._process or self._start()
         wanted = min(config.top_n, self.operator.size)
@@ -430,7 +432,7 @@ class SpectrumRun:
         products, moment = self._saved
         if self.operator.products - products < self.config.save_every and time.monotonic() - moment < _SAVE_SECONDS:
             return
-        if self._known is not None and not self._known_stored:  # once: they are large, and stay as they are
+        if self._known is not None and not self._known_stored:  # write once: they are large and do not change
             values, vectors = self._known
             self.state.keep("vectors", {"values": values.tolist(), "vectors": vectors.cpu()})
             self._known_stored = True
@@ -455,7 +457,7 @@ class SpectrumRun:
 
 
 def describe(spectrum: Spectrum, config: SpectrumConfig) -> dict[str, Any]:
-    """What the record contains of a spectrum; NaN, which json does not know, as None."""
+    """The record's entries for a spectrum; NaN becomes None, because json has no NaN."""
     found = Ritz(spectrum.eigenvalues, spectrum.residuals, None)
     trace, trace_error = _finite(mean_and_error(spectrum.trace.best))
     return {
@@ -492,16 +494,16 @@ def measure_spectrum(
     Args:
         operator: The matrix.
         config: What to measure.
-        path: The result: a pickle in the form of the papers' plotting code, with a json record beside it.
-        settings: What the numbers depend on.
-        facts: What the record contains besides.
+        path: The result: a pickle in the format of the papers' plotting code, with a json record next to it.
+        settings: The settings that determine the numbers.
+        facts: Additional entries of the record.
 
     Returns:
         The record: settings, eigenvalues, residuals, standard errors, costs.
 
     Raises:
-        MeasurementError: Something is not finite.
-        FileError: A file cannot be written, the state does not fit, or another process is measuring this.
+        MeasurementError: A value is not finite.
+        FileError: A file cannot be written, the state does not match, or another process is measuring this.
     """
     require_writable(path.parent)
     with lock(path.with_suffix(".lock"), "measuring this spectrum"):
@@ -518,7 +520,7 @@ def measure_spectrum(
             state.clear()
             run, resumed = SpectrumRun(operator, config, state), False
         if resumed:
-            log.info("going on after %d products", operator.products)
+            log.info("resuming after %d products", operator.products)
         loss, gradient = operator.loss_and_gradient()
         norm = torch.linalg.vector_norm(gradient).item()
         log.info("loss %.6g over %d examples, gradient norm %.4g", loss, operator.examples, norm)
@@ -551,27 +553,27 @@ def measure_spectrum(
 
 
 def _announce(operator: CurvatureOperator, config: SpectrumConfig) -> None:
-    """Log what memory the vectors take: usually, and at most."""
+    """Log the usual and the maximum memory of the vectors."""
     counts = [min(steps, operator.size) + 1 for steps in (config.lanczos_steps, config.most_steps)]
     usual, most = (basis_bytes(count, operator.size, operator.dtype, config.basis) for count in counts)
     ritz = 0
     if config.basis != "none" and config.trace_probes:
         ritz = min(DEFLATED, operator.size) * operator.size * operator.dtype.itemsize
     log.info(
-        "%d parameters; the Lanczos basis takes %s (%d vectors), up to %s (%d) if eigenvalues converge slowly, "
-        "and the trace's vectors %s",
+        "%d parameters; the Lanczos basis takes %s (%d vectors), up to %s (%d) if eigenvalues converge slowly; "
+        "the trace's vectors take %s",
         operator.size, gib(usual), counts[0], gib(most), counts[1], gib(ritz),
     )  # fmt: skip
     where = torch.device("cpu") if config.basis == "host" else operator.device
     need = most + (ritz if where == operator.device else 0)
     free = available_memory(where)
     if free is not None and need > free:
-        less = "" if config.basis == "half" else "--basis=half takes half of it, "
-        log.warning("only %s are free: %s--basis=none nothing, a lower --max_steps less", gib(free), less)
+        less = "" if config.basis == "half" else "--basis=half (half the memory), "
+        log.warning("only %s are free; use %s--basis=none (no memory) or a lower --max_steps", gib(free), less)
 
 
 def _power(operator: CurvatureOperator, config: SpectrumConfig, state: SpectrumState) -> dict[str, Any]:
-    """Power iteration's eigenvalues, from an earlier start or now."""
+    """Power iteration's eigenvalues, loaded from an earlier start or computed now."""
     kept = state.kept("power")
     if kept is None:
         began = time.monotonic()

@@ -144,7 +144,7 @@ def test_a_state_without_its_vectors_and_vectors_written_once(tmp_path):
     SpectrumRun(matrix, CONFIG, state).run()
     assert written == ["vectors"]
     (state.folder / "vectors.pt").unlink()
-    with pytest.raises(FileError, match="incomplete; remove it, or leave --resume out"):
+    with pytest.raises(FileError, match="incomplete; remove it, or run without --resume"):
         SpectrumRun(matrix, CONFIG, SpectrumState(state.folder, {"a": 1})).resume()
 
 
@@ -275,7 +275,7 @@ def test_files(tmp_path):
                 {**stored, "eigenvals": []}, {**stored, "eigenvals": [float("nan")]}, {**stored, "trace": None},
                 {**stored, "trace": [float("inf")]}, {**stored, "density_eigen": 1.0}):  # fmt: skip
         path.write_bytes(pickle.dumps(bad))
-        with pytest.raises(FileError, match="is no spectrum"):
+        with pytest.raises(FileError, match="is not a spectrum"):
             StoredSpectrum.read(path)
 
 
@@ -294,5 +294,5 @@ def test_examples_by_score():
     assert chosen("high", 1.0) == [1, 2, 3, 4, 5]
     with pytest.raises(ArgumentError, match="none"):
         chosen("high", 0.05)
-    with pytest.raises(FileError, match="1 of the 6 examples have no score"):
+    with pytest.raises(FileError, match="1 of 6 examples have no score"):
         select_by_score(whole, scores, "low", 0.5)

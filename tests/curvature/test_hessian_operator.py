@@ -190,7 +190,7 @@ def test_nothing_is_left_behind_after_50_products(name, kind):
 def test_what_is_not_finite_is_said():
     net, (images, labels) = small_network(), images_and_labels()
     operator = Hessian(net, batches(images, labels, 4), 6)
-    with pytest.raises(MeasurementError, match=r"a product with the hessian is not finite; .*learning_rate"):
+    with pytest.raises(MeasurementError, match=r"the product with the hessian is not finite; .*learning_rate"):
         operator @ torch.full((operator.size,), float("inf"), dtype=torch.float64)
     net[0].weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"the loss is not finite; .*learning_rate"):

@@ -161,7 +161,7 @@ def test_velocities_that_are_replaced(tmp_path):
         stored_groups(path, NEW, False)
     for bad in (float("nan"), float("inf"), "fast", None, True, [0.5], [0.1, 0.2]):
         path.with_suffix(".json").write_text(json.dumps({"settings": NEW, "groups": group(bad)}))
-        with pytest.raises(FileError, match=r"has no velocities.*--overwrite"):
+        with pytest.raises(FileError, match=r"does not contain valid velocities.*--overwrite"):
             stored_groups(path, NEW, False)
         assert stored_groups(path, NEW, True) == {}
 

@@ -118,7 +118,7 @@ def test_files(world, data_flags, spectra, tmp_path):
         (("--high_low_specs", "forg:low:0.3"), FILE, ("forg:low:0.3", "--high_low_spec=forg:low:0.3")),
         (("--high_low_specs", "forg"), FLAG, ("'forg' is not metric:low|high:fraction",)),
         (("--operator=ggn",), FILE, ("no spectrum",)),
-        (("--labels", "a"), FLAG, ("--labels: 1 for 0 --files",)),
+        (("--labels", "a"), FLAG, ("--labels: got 1 for 0 --files",)),
         (("--files", "/none.pkl"), FLAG, ("--model: has no effect with --files",)),
         (("--name=a/b",), FLAG, ("--name: 'a/b' is no name of a file",)),
     ],
@@ -151,7 +151,11 @@ def test_seeds_are_averaged_over_one_kind_of_run(flags, changed):
         (path,) = folder.glob("train_all_*_with_sgd_*/2/epoch_3/*.json")
         whole = path.read_text()
         change("sgd", 2, **{name: value})
-        says = (r"/2/epoch_3/.*: is not of the same kind as .*/1/epoch_3/", rf"{name} \(.*{value} here", "--seeds")
+        says = (
+            r"/2/epoch_3/.*: measures something different from .*/1/epoch_3/",
+            rf"{name} \(.*{value} here",
+            "--seeds",
+        )
         refuse(SCRIPT, *flags, status=FILE, says=says)
         path.write_text(whole)
 
@@ -201,7 +205,7 @@ def test_bad_files_and_several_epochs(world, data_flags, spectra, tmp_path):
     for path in (folder / "epoch_3").iterdir():
         (folder / "epoch_4" / path.name).write_bytes(path.read_bytes())
     try:
-        refuse(SCRIPT, *flags, status=FLAG, says=("--epochs: spectra of 2 fit; choose one of 3, 4",))
+        refuse(SCRIPT, *flags, status=FLAG, says=("--epochs: found spectra for 2 values; choose one of 3, 4",))
     finally:
         for path in (folder / "epoch_4").iterdir():
             path.unlink()

@@ -46,7 +46,7 @@ def test_a_checkpoint_of_train_full(world, flags, tmp_path):
         assert str(path) in result.out
         assert "eigenvalue 5: " in result.out
         assert re.search(r"the Lanczos basis takes \d+ [KM]iB \(9 vectors\), up to \d+ [KM]iB \(301\)", result.err)
-        assert "other ones" not in result.err
+        assert "but the loss is over" not in result.err
         stored = pickle.loads(path.read_bytes())
         assert [len(stored[k]) for k in ("eigenvals", "trace", "density_eigen", "density_weight")] == [5, 3, 1, 1]
         record = read_json(path.with_suffix(".json"))
@@ -105,12 +105,12 @@ def test_parts_of_the_data(world, flags, tmp_path):
     assert low["settings"]["examples"] == high["settings"]["examples"] == 18
     assert low["loss"] != high["loss"]
     result = succeed(SCRIPT, *flags, "--subset=30")
-    assert "was trained on 60 examples; the loss is measured on other ones, or on a part of them: 30" in result.err
+    assert "was trained on 60 examples, but the loss is over 30," in result.err
     state = read_checkpoint(world.checkpoint)
     split = packed({**state, "settings": {**state["settings"], "examples": 54}})
     with spoilt(world.checkpoint, split):  # as train_split.py and train_prune.py leave it
         result = succeed(SCRIPT, *flags, f"--hessian_folder={tmp_path / 'split'}")
-    assert "was trained on 54 examples; the loss is measured on other ones, or on a part of them: 60" in result.err
+    assert "was trained on 54 examples, but the loss is over 60," in result.err
     says = (r"lanczos\.pkl: was made with different settings", r"examples \(30 there, 60 here\)", "--overwrite")
     refuse(SCRIPT, *flags, status=FILE, keep=tmp_path, says=says)
     succeed(SCRIPT, *flags, "--overwrite")
@@ -131,7 +131,7 @@ def test_what_is_there_is_left(world, flags, tmp_path):
     path = folder_of(world, tmp_path) / "pyhessian_eigen_lanczos.pkl"
     moment = path.stat().st_mtime_ns
     again = succeed(SCRIPT, *flags)
-    assert "done already" in again.out
+    assert "already measured" in again.out
     assert path.stat().st_mtime_ns == moment
     assert first.out.splitlines()[:6] == again.out.splitlines()[1:7]
     for flag, says in (("--top_n=3", r"top_n \(5 there, 3 here\)"), ("--precision=fp64", "precision"),
@@ -278,7 +278,7 @@ def test_interrupted_and_resumed_gives_the_same_bits(world, whole, tmp_path, sig
     process = Forked(SCRIPT, *flags)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "going on after" in err
+    assert "resuming after" in err
     (later,) = (tmp_path / "stopped").rglob("*.pkl")
     assert whole.read_bytes() == later.read_bytes()
     records = [read_json(path.with_suffix(".json")) for path in (whole, later)]

@@ -278,7 +278,7 @@ def test_scores_of_a_subset_serve_that_subset_alone(place, tmp_path):
     flags = place.flags("min_csl", "--coreset_fraction=0.5", f"--scores_folder={tmp_path / 'metrics'}")
     refused = call("select_coreset.py", *flags, *folders(tmp_path, *TRAIN))
     assert refused.status == 1
-    assert "scores 60 of 90 examples" in refused.complaint
+    assert "has scores for 60 of 90 examples" in refused.complaint
     succeed("select_coreset.py", *flags, f"--subset={tmp_path / 'subset.txt'}", *folders(tmp_path, *TRAIN))
     assert chosen(place, "min_csl", 0.5, base=tmp_path)["indices"].tolist() == list(range(30, 60))
 
