@@ -1,8 +1,8 @@
-"""Locks against two processes that write to one folder, on one machine or a shared file system.
+"""Locks that keep two processes from writing to one folder, on one machine or a shared file system.
 
-A lock is a kernel lock on a file beside the results. The kernel frees it when its process ends, however it ends, so
-no lock outlives its process; on NFS the lock manager does the same. The file contains ``host pid`` of whoever locked
-it last, for messages alone.
+A lock is a kernel lock on a file next to the results. The kernel releases it when the process ends, even if it is
+killed, so no lock outlives its process. On NFS, the lock manager does the same. The file contains ``host pid`` of the
+process that locked it last, only for messages.
 """
 
 import errno
@@ -19,37 +19,38 @@ from src.errors import FileError
 
 log = logging.getLogger(__name__)
 
-_POLL = 0.25  # seconds between two tries: short beside any training, long beside a file server's answer
+_POLL = 0.25  # seconds between attempts: much shorter than training, much longer than a file server's response time
 _NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class NoLocksError(FileError):
-    """A file system has no locks."""
+    """The file system does not support locks."""
 
 
 @contextmanager
 def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
-    """Lock a file, or learn at once that another process holds it.
+    """Try to lock a file without waiting.
 
-    Locks belong to processes: a process that holds one may take it again (also from another thread), and holds it
-    until the last of these contexts ends. A forked child is another process.
+    Locks belong to processes. A process that holds a lock can acquire it again (also from another thread), and holds
+    it until the last of these contexts ends. A forked child is a separate process.
 
     Args:
-        path: The lock file; its folder is made. It stays, as removing it would let two processes hold one lock: one
-            that opened the file before the removal locks a file without a name, the next makes a new file.
-        wait: Wait for the other process instead.
+        path: The lock file; its folder is created. The file is never removed, since removal would let two processes
+            hold the lock: a process that opened the file earlier would lock the deleted file, and the next process
+            would create a new file.
+        wait: Whether to wait for another process that holds the lock.
 
     Yields:
-        Whether this process now holds it.
+        Whether this process now holds the lock.
 
     Raises:
-        FileError: The file cannot be written, or its file system has no locks.
+        FileError: The file cannot be written, or its file system does not support locks.
     """
     file_lock = FileLock(
         path,
-        is_singleton=True,  # of this process, so that it counts its holders
+        is_singleton=True,  # one object per process, which counts its holders
         thread_local=False,
-        fallback_to_soft=False,  # that is a file's mere existence, which outlives a killed process
+        fallback_to_soft=False,  # a soft lock is the existence of a file, which outlives a killed process
         preserve_lock_file=True,
         poll_interval=_POLL,
         on_acquired=_sign,
@@ -58,17 +59,15 @@ def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         file_lock.acquire(blocking=wait)
-    except Timeout:  # also an OSError, so it comes first
+    except Timeout:  # a subclass of OSError, so it comes first
         mine = False
     except OSError as error:
         if error.errno in _NO_LOCK_ERRORS:
             raise NoLocksError(
-                f"{path}: cannot be locked, its file system has no locks ({error.strerror}); "
-                "choose a folder on a local disk, or one whose file system is mounted with locks"
+                f"{path}: cannot be locked, because its file system does not support locks ({error.strerror}); "
+                "choose a folder on a local disk or on a file system mounted with locks"
             ) from error
-        raise FileError(
-            f"{path}: cannot be locked ({error.strerror}); choose a folder that can be written"
-        ) from error
+        raise FileError(f"{path}: cannot be locked ({error.strerror}); choose a writable folder") from error
     try:
         yield mine
     finally:
@@ -78,19 +77,20 @@ def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def lock(path: str | Path, doing: str, *, wait: bool = False) -> Iterator[None]:
-    """Do what one process alone may do at a time; stop where another process is doing it, or wait for it.
+    """Allow only one process at a time to run the body. If another process is running it, stop or wait.
 
-    Whoever had to wait must look again at what is on disk: the work may be done by then. A file system without locks
-    costs work that nobody waits for this protection, and a warning; processes that share work need the locks.
+    After waiting, check the disk again: the other process may have finished the work. If the file system does not
+    support locks, the body runs unprotected after a warning, unless ``wait`` is set: processes that share work need
+    the locks.
 
     Args:
-        path: The lock file, as of :func:`try_lock`.
+        path: The lock file, see :func:`try_lock`.
         doing: What the other process is doing, for messages, such as ``"training this run"``.
-        wait: Wait for the other process, after one line in the log.
+        wait: Whether to wait for the other process, after logging one line.
 
     Raises:
-        FileError: Another process holds the lock, and ``wait`` is off; the file cannot be written; or its file system
-            has no locks, and ``wait`` is on.
+        FileError: Another process holds the lock and ``wait`` is False; the file cannot be written; or its file
+            system does not support locks and ``wait`` is True.
     """
     with ExitStack() as held:
         try:
@@ -109,7 +109,7 @@ def lock(path: str | Path, doing: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def _holder(path: str | Path) -> str:
-    """Who locked the file last, as ``host NAME, process ID``, for messages: it may have ended since."""
+    """The process that locked the file last, as ``host NAME, process ID``, for messages. It may have ended since."""
     with suppress(OSError):
         words = Path(path).read_text(errors="replace").split("\n")[0].split()
         if len(words) == 2:
@@ -120,6 +120,6 @@ def _holder(path: str | Path) -> str:
 def _sign(descriptor: int) -> None:
     """Write ``host pid`` into the locked file."""
     line = f"{socket.gethostname()} {os.getpid()}\n".encode()
-    with suppress(OSError):  # a full disk may cost the name, not the lock
-        os.pwrite(descriptor, line, 0)  # first the new line, then the rest away: readers take the first line
+    with suppress(OSError):  # on a full disk, the name is lost but not the lock
+        os.pwrite(descriptor, line, 0)  # write before truncating, since readers use only the first line
         os.ftruncate(descriptor, len(line))

@@ -1,8 +1,8 @@
-"""Pickles of plain values, read by an interpreter of our own.
+"""A custom interpreter that reads pickles of plain values.
 
-``pickle.load`` runs what a file names, and restricting the names is not enough: numpy's own array and dtype accept
-a state that points anywhere in memory. Here the few instructions that plain values need are carried out on the
-stack, nothing is imported or called by name, and arrays are copied out of the file's bytes.
+``pickle.load`` runs any code that a file names, and restricting the names is not enough: numpy's array and dtype
+accept a state that points anywhere in memory. This module executes only the few opcodes that plain values need.
+Nothing is imported or called by name, and arrays are copied out of the file's bytes.
 """
 
 import io
@@ -16,45 +16,45 @@ from typing import Any
 import numpy as np
 
 _DEPTH = 100  # nested containers
-_BITS = 64  # of a number: longer ones become no float and cannot be printed
-_KEYS = {str, int, float, bool, type(None), bytes}  # no tuples: the hash of deeply nested ones overflows the C stack
+_BITS = 64  # maximum size of an integer: longer ones may not convert to float or print
+_KEYS = {str, int, float, bool, type(None), bytes}  # no tuples: hashing deeply nested ones overflows the C stack
 _LEAVES = {*_KEYS, complex}
 
 
 class PlainPickleError(ValueError):
-    """A pickle is damaged, or holds more than plain values."""
+    """A pickle is damaged or contains more than plain values."""
 
 
 @dataclass
 class _Name:
-    """A global that a pickle may name: what a call of it makes, if it may be called."""
+    """A global that a pickle may name, and the function to run when the pickle calls it, if calls are allowed."""
 
     call: Callable[..., Any] | None = None
 
 
 @dataclass
 class _DType:
-    """A dtype of numbers; the byte order is set by a later instruction."""
+    """A numeric dtype; a later opcode sets the byte order."""
 
     kind: str
     size: str
     order: str = "="
 
     def build(self, state: Any) -> None:
-        """Take the state ``(version, byte order, None, None, None, -1, -1, flags)``."""
+        """Apply the state ``(version, byte order, None, None, None, -1, -1, flags)``."""
         if type(state) is not tuple or not 5 <= len(state) <= 9 or any(part is not None for part in state[2:5]):
-            raise PlainPickleError("it holds an array of more than numbers")
+            raise PlainPickleError("it contains an array of something other than numbers")
         if state[1] not in ("<", ">", "=", "|"):
-            raise PlainPickleError("an array has no byte order")
+            raise PlainPickleError("an array has no valid byte order")
         self.order = state[1]
 
     def array(self, data: Any, shape: Any = None, order: str = "C") -> np.ndarray:
-        """A copy of the numbers in ``data``, in this machine's byte order."""
-        if type(data) is str:  # bytes of Python 2
+        """Copy the numbers in ``data`` into an array in this machine's byte order."""
+        if type(data) is str:  # bytes written by Python 2
             data = data.encode("latin-1")
         if type(data) not in (bytes, bytearray) or order not in ("C", "F"):
-            raise PlainPickleError("an array has no data")
-        if self.kind == "b":  # a byte other than 0 and 1 is no truth value
+            raise PlainPickleError("an array has no valid data")
+        if self.kind == "b":  # bytes other than 0 and 1 are not valid booleans
             values = np.frombuffer(data, np.uint8) != 0
         else:
             values = np.frombuffer(data, np.dtype(f"{self.order}{self.kind}{self.size}"))
@@ -62,7 +62,7 @@ class _DType:
         if shape is None:
             return values
         if type(shape) is not tuple or any(type(length) is not int or length < 0 for length in shape):
-            raise PlainPickleError("an array has no shape")
+            raise PlainPickleError("an array has no valid shape")
         if math.prod(shape) != len(values):
             raise PlainPickleError(f"an array of shape {shape} has {len(values)} values")
         return values.reshape(shape, order=order)
@@ -70,28 +70,28 @@ class _DType:
 
 @dataclass
 class _Array:
-    """An array whose content is set by a later instruction."""
+    """An array whose content is set by a later opcode."""
 
     values: np.ndarray | None = None
 
     def build(self, state: Any) -> None:
-        """Take the state ``(version, shape, dtype, is Fortran order, data)``."""
+        """Apply the state ``(version, shape, dtype, is Fortran order, data)``."""
         if type(state) is not tuple or len(state) not in (4, 5):
-            raise PlainPickleError("an array has no content")
+            raise PlainPickleError("an array has no valid content")
         shape, dtype, fortran, data = state[-4:]
         self.values = _dtype(dtype).array(data, shape, "F" if fortran else "C")
 
 
 @dataclass
 class _Namespace:
-    """The arguments of an older file: they are read as a dict."""
+    """An argparse Namespace from an older file; it is read as a dict."""
 
     values: dict[Any, Any] = field(default_factory=dict)
 
     def build(self, state: Any) -> None:
-        """Take the attributes."""
+        """Apply the attributes."""
         if type(state) is not dict or not all(type(name) is str for name in state):
-            raise PlainPickleError("a Namespace has other attributes than plain values by name")
+            raise PlainPickleError("a Namespace has attributes that are not plain values by name")
         self.values = state
 
 
@@ -104,7 +104,7 @@ def _dtype(value: Any) -> _DType:
 def _make_dtype(name: Any, *flags: Any) -> _DType:
     found = re.fullmatch(r"([biufc])(\d{1,2})", name, re.ASCII) if type(name) is str else None
     if found is None:
-        raise PlainPickleError(f"it holds an array of {name!r:.40}, not of numbers")
+        raise PlainPickleError(f"it contains an array of {name!r:.40}, not of numbers")
     return _DType(found[1], found[2])
 
 
@@ -113,7 +113,7 @@ def _make_array(kind: Any, shape: Any, code: Any) -> _Array:
 
 
 def _make_array_at_once(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-    if order == "K":  # the axes in the order in which they are stored
+    if order == "K":  # axes in storage order
         if type(axes) is not tuple or any(type(axis) is not int for axis in axes):
             raise PlainPickleError("an array has no order of axes")
         return _Array(_dtype(dtype).array(data, shape).transpose(axes))
@@ -130,19 +130,19 @@ def _make_namespace(kind: Any = None, base: Any = None, state: Any = None) -> _N
 
 
 def _make_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
-    """How protocols 0 to 2 write bytes."""
+    """Decode bytes as written by protocols 0 to 2."""
     if type(text) is not str or encoding != "latin1":
-        raise PlainPickleError("it holds encoded text")
+        raise PlainPickleError("it contains encoded text")
     return text.encode("latin-1")
 
 
 def _make_complex(real: Any, imaginary: Any) -> complex:
     if type(real) is not float or type(imaginary) is not float:
-        raise PlainPickleError("a complex number has other parts than two numbers")
+        raise PlainPickleError("the parts of a complex number are not two floats")
     return complex(real, imaginary)
 
 
-# Under the module names of both major versions of Python and of numpy (``_global`` maps the older to the newer).
+# Current module names; ``_global`` maps the names of Python 2 and numpy 1 to these.
 _NAMES = {
     ("numpy", "dtype"): _Name(_make_dtype),
     ("numpy", "ndarray"): _Name(),
@@ -161,7 +161,7 @@ _PLACES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 def _global(module: Any, name: Any) -> _Name:
     if type(module) is not str or type(name) is not str:
-        raise PlainPickleError("it names something by no name")
+        raise PlainPickleError("it refers to a global whose name is not text")
     place = _PLACES.get(module, re.sub(r"^numpy\.core\.", "numpy._core.", module))
     if (place, name) not in _NAMES:
         raise PlainPickleError(f"it names {module}.{name}, which is not plain data")
@@ -170,7 +170,7 @@ def _global(module: Any, name: Any) -> _Name:
 
 _CODES = {code.code.encode("latin-1"): code for code in pickletools.opcodes}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_VALUES = {  # instructions that push their argument
+_VALUES = {  # opcodes that push their argument
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
@@ -180,36 +180,36 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def load_plain(data: bytes) -> Any:
-    """The value of a pickle, of any protocol: dicts, lists, tuples, numbers, text, bytes, numpy arrays and scalars.
+    """Read a pickle of any protocol: dicts, lists, tuples, numbers, text, bytes, numpy arrays and scalars.
 
     A Namespace is read as a dict.
 
     Raises:
-        PlainPickleError: The pickle holds anything else.
-        ValueError: It is damaged; other exceptions of this kind are possible (``TypeError``, ``IndexError``).
+        PlainPickleError: The pickle contains anything else.
+        ValueError: The pickle is damaged. Other exceptions are possible (``TypeError``, ``IndexError``).
     """
     budget = 10 * len(data) + 10**5
     return _Plain(budget).of(_run(io.BytesIO(data), budget), 0)
 
 
 def _run(file: io.BytesIO, budget: int) -> Any:
-    """Carry out the instructions; the result may hold arrays and Namespaces that are still to be unwrapped.
+    """Execute the opcodes. The result may contain arrays and Namespaces that are not unwrapped yet.
 
-    ``budget`` is how many bytes calls may make: arguments that are used again and again are small in the file.
+    ``budget`` limits the bytes that calls may create, since a small file can reuse an argument many times.
     """
     stack: list[Any] = []
-    below: list[list[Any]] = []  # what lies below each mark
+    below: list[list[Any]] = []  # the stack below each mark
     memo: dict[int, Any] = {}
     while True:
         code = _CODES.get(file.read(1))
         if code is None:
-            raise PlainPickleError("truncated, or no pickle")
+            raise PlainPickleError("truncated, or not a pickle")
         name = code.name
         argument = None if code.arg is None else code.arg.reader(file)
         if name in _VALUES:
             stack.append(argument)
             if name in _LONG and argument.bit_length() > _BITS:
-                raise PlainPickleError("it holds a number of more than 64 bits")
+                raise PlainPickleError("it contains a number of more than 64 bits")
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[argument])
         elif name == "MEMOIZE":
@@ -219,7 +219,7 @@ def _run(file: io.BytesIO, budget: int) -> Any:
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             if type(function) is not _Name or function.call is None or type(arguments) is not tuple:
-                raise PlainPickleError("it calls what is not plain data")
+                raise PlainPickleError("it calls a function that does not create plain data")
             stack.append(function.call(*arguments))
             budget -= _size(stack[-1])
         elif name in _TUPLES:
@@ -260,7 +260,7 @@ def _run(file: io.BytesIO, budget: int) -> Any:
         elif name == "NEWOBJ":
             arguments, kind = stack.pop(), stack.pop()
             if kind is not _NAMES["argparse", "Namespace"] or arguments != ():
-                raise PlainPickleError("it holds an object that is not plain data")
+                raise PlainPickleError("it contains an object that is not plain data")
             stack.append(_Namespace())
         elif name == "STOP":
             return stack.pop()
@@ -269,18 +269,18 @@ def _run(file: io.BytesIO, budget: int) -> Any:
         elif name == "DUP":
             stack.append(stack[-1])
         elif name not in ("PROTO", "FRAME"):
-            raise PlainPickleError(f"the instruction {name} makes what is not plain data")
+            raise PlainPickleError(f"the opcode {name} creates something other than plain data")
         if budget < 0:
-            raise PlainPickleError("it makes much more data than it contains")
+            raise PlainPickleError("it expands to much more data than it contains")
 
 
 def _size(value: Any) -> int:
-    """Bytes of the data of an array, a numpy scalar or bytes."""
+    """Size in bytes of an array, a numpy scalar, or bytes."""
     return len(value) if type(value) is bytes else getattr(getattr(value, "values", value), "nbytes", 0)
 
 
 def _change(name: str, target: Any, items: list[Any]) -> None:
-    """Put items into a list or dict, or a state into an array, dtype or Namespace."""
+    """Add items to a list or dict, or apply a state to an array, dtype, or Namespace."""
     if name == "BUILD" and type(target) in (_Array, _DType, _Namespace):
         target.build(items[0])
     elif name in ("APPEND", "APPENDS") and type(target) is list:
@@ -288,29 +288,29 @@ def _change(name: str, target: Any, items: list[Any]) -> None:
     elif name in ("SETITEM", "SETITEMS") and type(target) is dict and len(items) % 2 == 0:
         keys = items[::2]
         if not all(type(key) in _KEYS or isinstance(key, np.generic) for key in keys):
-            raise PlainPickleError("a dict has other keys than numbers and text")
+            raise PlainPickleError("a dict has keys other than numbers and text")
         target.update(zip(keys, items[1::2], strict=True))
     else:
-        raise PlainPickleError(f"the instruction {name} changes what is not plain data")
+        raise PlainPickleError(f"the opcode {name} changes something other than plain data")
 
 
 @dataclass
 class _Plain:
-    """Unwraps a value, and lets nothing but plain values through.
+    """Unwraps a value and refuses anything but plain values.
 
     Attributes:
-        budget: Values that may still follow. A list of lists that are the same object is small in the file and may
-            be of any size when it is walked through.
+        budget: The number of values that may still follow. Nested lists that repeat one object are small in the file
+            but can have any size when traversed.
     """
 
     budget: int
 
     def of(self, value: Any, depth: int) -> Any:
-        """The plain value."""
+        """Return the plain value."""
         kind = type(value)
         self.budget -= 1
         if self.budget < 0 or depth > _DEPTH:
-            raise PlainPickleError("it refers to itself, or is nested without end")
+            raise PlainPickleError("it refers to itself or is nested too deeply")
         if kind in _LEAVES:
             if kind is str or kind is bytes:
                 self.budget -= len(value) // 8
@@ -327,4 +327,4 @@ class _Plain:
             return value.values
         if isinstance(value, np.generic):
             return value
-        raise PlainPickleError("it holds what is not plain data")
+        raise PlainPickleError("it contains something other than plain data")

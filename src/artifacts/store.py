@@ -1,8 +1,8 @@
-"""Results on disk: one policy for settings, overwriting, damage, resuming, and results that belong together.
+"""Results on disk: one policy for settings, overwriting, damaged files, resuming, and combining results.
 
-A result is a path, the settings that determine it, and its content. :func:`load_result` decides, before anything is
-computed, what happens to the result that is already there: it is used again, refused, or replaced. Every refusal is
-one :class:`FileError` that names the file, what differs, and what to do.
+A result consists of a path, the settings that determine it, and its content. Before anything is computed,
+:func:`load_result` decides whether an existing result is reused, refused, or replaced. Every refusal is a
+:class:`FileError` that names the file, what differs, and what to do.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from src.artifacts.io import file_digest, json_bytes, read_json, read_npz, read_
 from src.artifacts.io import label_hash as hash_labels
 from src.errors import FileError
 
-ELSEWHERE = "choose other folders"
+ELSEWHERE = "choose different folders"
 REPLACE = f"give --overwrite to replace it, or {ELSEWHERE}"
-REMAKE = "make it again"
+REMAKE = "recreate it"
 REMAKE_OVER = f"{REMAKE} with --overwrite"
 
-# What a setting counts as where a record lacks it: its default, or, where its meaning has changed since (as that of
-# the starting weights), what it was before records had it. All others count as None.
+# The value of a setting that a record lacks: its default or, if the default has changed since (as for the initial
+# weights), the value before records contained the setting. All other settings default to None.
 DEFAULTS: dict[str, Any] = {
     "adaptive": False,
     "cutout_holes": 0,
@@ -40,16 +40,17 @@ DEFAULTS: dict[str, Any] = {
     "precision": "fp32",
     "pretrained": False,
     "rho": 0.05,
-    "selection_subsample": "exact",  # of a run on a selection
-    "subsample": "exact",  # the same of the selection itself, whose record's names begin with "selection_" by chance
+    "selection_subsample": "exact",  # in the record of a run on a selection
+    "subsample": "exact",  # in the record of the selection itself, whose names happen to start with "selection_"
     "sync_bn": False,
     "weight_decay": 0.0,
 }
 
-# Facts that older records do not know: absent, they match anything.
+# Facts that older records lack. An absent fact matches anything.
 _UNKNOWN_IF_ABSENT = {"data_hash", "held_out", "images", "training", "training_epochs"}
 
-# Settings that act only beside others: they never enter a record otherwise, and do not count in older ones.
+# Settings that take effect only in combination with others. Otherwise they are not recorded, and are ignored in older
+# records.
 _ACTS = {
     "adaptive": lambda beside: beside.get("optimizer", "sam") == "sam",
     "rho": lambda beside: beside.get("optimizer", "sam") == "sam",
@@ -62,9 +63,9 @@ _ACTS = {
     "var_version": lambda beside: not beside.get("optim_var"),
 }
 
-# Settings of one thing inside the record of another: what their names begin with, and what is known of them.
+# Settings of one object inside the record of another: the prefix of their names, and settings implied by the prefix.
 _PREFIXES: dict[str, dict[str, Any]] = {
-    "training_": {"optimizer": "sam"},  # of a pair of models: those of the SAM-trained one
+    "training_": {"optimizer": "sam"},  # for a pair of models, the settings of the SAM-trained model
     "selection_": {},
     "pretraining ": {},
 }
@@ -74,12 +75,12 @@ _PREFIXES: dict[str, dict[str, Any]] = {
 
 
 def acting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that have an effect beside the others: what a record holds of them."""
+    """The settings that take effect given the others. Only these are recorded."""
     return {name: value for name, value in settings.items() if _acts(name, settings)}
 
 
 def setting_value(settings: Mapping[str, Any], name: str) -> Any:
-    """What a setting counts as: its value, or its default where a record lacks it or where it has no effect."""
+    """The effective value of a setting: its default if the record lacks it or it has no effect."""
     value = settings.get(name) if _acts(name, settings) else None
     return DEFAULTS.get(_split(name)[1]) if value is None else value
 
@@ -98,11 +99,11 @@ def _acts(name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def diff_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-    """Name the settings that differ, as ``name (stored value there, wanted value here)``.
+    """List the settings that differ, as ``name (stored value vs. wanted value)``.
 
-    Values are compared as json, so a tuple equals the list that it is read back as; dictionaries are compared entry
-    by entry. A setting that a side lacks, or that has no effect beside its others, counts as its default, so that
-    adding a setting does not orphan earlier results; facts that earlier records could not know match anything.
+    Values are compared as json, so a tuple equals the list that it is read back as. Dictionaries are compared entry
+    by entry. A setting that is missing or has no effect counts as its default, so adding a setting does not
+    invalidate earlier results. Facts that earlier records could not contain match anything.
     """
     skip = set(ignore)
     lines = []
@@ -113,22 +114,22 @@ def diff_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], ignore: 
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             lines += [f"{name} {line}" for line in diff_settings(there, here)]
         elif json.dumps(there, sort_keys=True, default=str) != json.dumps(here, sort_keys=True, default=str):
-            lines.append(f"{name} ({there} there, {here} here)")
+            lines.append(f"{name} ({there} vs. {here})")
     return lines
 
 
 def parse_settings(path: str | Path, text: Any) -> dict[str, Any]:
-    """The settings that a result carries as json text.
+    """Parse the settings that a result contains as json text.
 
     Raises:
-        FileError: The text is no json object; ``path`` is named.
+        FileError: The text is not a json object; the message names ``path``.
     """
     try:
         settings = json.loads(str(text))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
-        raise FileError(f"{path}: is damaged, its settings cannot be read; {REMAKE}")
+        raise FileError(f"{path}: is damaged: its settings cannot be read; {REMAKE}")
     return settings
 
 
@@ -173,25 +174,25 @@ def load_result(
     ignore: Iterable[str] = (),
     elsewhere: str = ELSEWHERE,
 ) -> Any | None:
-    """Load the result that is already at a path, if it was made with the same settings.
+    """Load an existing result if it was made with the same settings.
 
-    Call it before computing. Its content is there to be used again, or resumed from; with None the caller starts
-    from scratch and may replace whatever is there.
+    Call this before computing. The caller can reuse the returned content or resume from it. If the function returns
+    None, the caller starts from scratch and may replace any existing file.
 
     Args:
         path: The result's file.
-        settings: Everything that determines the result that is wanted.
-        read: Reads the file: its content, and the settings it was made with (None where it does not record them).
-            Default: :func:`read_recorded`, the json beside the file.
-        overwrite: Whether a damaged result, or one of different or unknown settings, may be replaced.
-        ignore: Settings that may differ, such as the number of epochs of a run that is made longer.
-        elsewhere: What a message advises in place of overwriting.
+        settings: All settings that determine the requested result.
+        read: Reads the file and returns its content and its settings (None if they are not recorded). Defaults to
+            :func:`read_recorded`, which reads the json file next to the result.
+        overwrite: Whether to replace a result that is damaged or has different or unknown settings.
+        ignore: Settings that may differ, such as the number of epochs when a run is extended.
+        elsewhere: The alternative to overwriting that the message suggests.
 
     Returns:
-        The content; None where there is no file, or one that may be replaced.
+        The content; None if the file does not exist or may be replaced.
 
     Raises:
-        FileError: The result is damaged, or was made with different or unknown settings, and ``overwrite`` is off.
+        FileError: The result is damaged or has different or unknown settings, and ``overwrite`` is False.
     """
     path, remedy = Path(path), REPLACE.replace(ELSEWHERE, elsewhere)
     if not path.exists():
@@ -216,21 +217,21 @@ def check_consistent(
     files: Iterable[tuple[str | Path, Mapping[str, Any]]],
     ignore: Iterable[str] = (),
     *,
-    what: str = "does not belong with",
-    remedy: str = "make all with the same settings",
+    what: str = "cannot be combined with",
+    remedy: str = "create all of them with the same settings",
 ) -> None:
     """Refuse to combine files that were made with different settings.
 
-    Each is compared with each, since a fact that one of them does not record matches anything.
+    All pairs are compared, since a fact that one file does not record matches anything.
 
     Args:
-        files: Their paths and settings.
+        files: The paths and settings.
         ignore: Settings that may differ, such as the seed.
-        what: How the message puts it, between the two paths.
-        remedy: What the message advises.
+        what: The verb phrase between the two paths in the message.
+        remedy: The remedy in the message.
 
     Raises:
-        FileError: Two files differ; the message names both, and the settings.
+        FileError: Two files differ; the message names both files and the settings that differ.
     """
     distinct: dict[str, tuple[str | Path, Mapping[str, Any]]] = {}
     for path, settings in files:
@@ -241,46 +242,46 @@ def check_consistent(
 
 
 def check_identity(path: str | Path, stored: Mapping[str, Any], remedy: str = REMAKE, **expected: Any) -> None:
-    """Refuse a file that was copied or renamed: one that records another seed, epoch, ... than its path names.
+    """Refuse a copied or renamed file, whose recorded seed, epoch, or other fact differs from its path.
 
     Args:
         path: The file.
-        stored: What it records; of ``expected``, only what is recorded is compared.
-        remedy: What the message advises.
-        **expected: What its path names.
+        stored: The facts that the file records. Facts in ``expected`` that are not recorded are not compared.
+        remedy: The remedy in the message.
+        **expected: The facts that the path implies.
 
     Raises:
-        FileError: They differ.
+        FileError: The facts differ.
     """
     expected = {name: value for name, value in expected.items() if name in stored}
     if found := diff_settings({name: stored[name] for name in expected}, expected):
-        raise FileError(f"{path}: is not what its name says: {', '.join(found)}; it was copied or renamed; {remedy}")
+        raise FileError(
+            f"{path}: its content does not match its name: {', '.join(found)}; it was copied or renamed; {remedy}"
+        )
 
 
 def check_same_data(
-    path: str | Path, stored: Mapping[str, Any], remedy: str = "give one of this data set", **data: Any
+    path: str | Path, stored: Mapping[str, Any], remedy: str = "give a file made for this data set", **data: Any
 ) -> None:
-    """Refuse a file that was made for other data.
+    """Refuse a file that was made for different data.
 
     Args:
         path: The file.
-        stored: What it records; what it does not record matches anything.
-        remedy: What the message advises.
-        **data: What the data set has: ``total``, ``label_hash``, ``data_hash``; None for what is not compared.
+        stored: The facts that the file records. A fact that is not recorded matches anything.
+        remedy: The remedy in the message.
+        **data: The data set's ``total``, ``label_hash``, and ``data_hash``; None to skip a comparison.
 
     Raises:
-        FileError: They differ.
+        FileError: The data differ.
     """
     known, wanted = stored.get("total"), data.get("total")
     if known and wanted and known != wanted:
-        raise FileError(f"{path}: is for {known} examples, the data set has {wanted}; {remedy}")
+        raise FileError(f"{path}: was made for {known} examples, but the data set has {wanted}; {remedy}")
     for name, what in (("label_hash", "labels"), ("data_hash", "images")):
         known, wanted = stored.get(name), data.get(name)
         if known and wanted and known != wanted:
-            hint = " (of photos: with the same --decode)" if what == "images" else ""
-            raise FileError(
-                f"{path}: was made for other {what} (hash {known}, this data set has {wanted}); {remedy}{hint}"
-            )
+            hint = "; read photos with the same --decode" if what == "images" else ""
+            raise FileError(f"{path}: was made for different {what} (hash {known} vs. {wanted}); {remedy}{hint}")
 
 
 def checked_array(
@@ -294,62 +295,65 @@ def checked_array(
     finite: bool = True,
     remedy: str = REMAKE,
 ) -> np.ndarray:
-    """An array of numbers from a file's content; lists of numbers count as arrays.
+    """Return an array of numbers from a file's content after checking it. Lists of numbers count as arrays.
 
     Args:
         path: The file, for messages.
-        content: Its values by name.
-        name: Which one.
-        ndim: How many axes it must have.
-        kinds: numpy's letters of the kinds of numbers allowed.
-        length: How long its first axis must be; None for any length but 0.
+        content: The file's values by name.
+        name: The name of the array.
+        ndim: The required number of axes.
+        kinds: The allowed numpy dtype kinds.
+        length: The required length of the first axis; None for any nonzero length.
         finite: Whether all values must be finite.
-        remedy: What the message advises.
+        remedy: The remedy in the message.
 
     Raises:
-        FileError: It is missing, or anything else.
+        FileError: The array is missing or fails a check.
     """
     if name not in content:
         raise FileError(f"{path}: has no array {name!r}; {remedy}")
     try:
         values = np.asarray(content[name])
-    except ValueError:  # uneven lists
+    except ValueError:  # ragged lists
         values = np.array(None)
     if values.dtype.kind not in kinds:
         expected = "numbers" if "f" in kinds else "integers"
-        raise FileError(f"{path}: array {name!r} has dtype {values.dtype}, {expected} were expected; {remedy}")
+        raise FileError(f"{path}: array {name!r} has dtype {values.dtype}, expected {expected}; {remedy}")
     if values.ndim != ndim or not values.size or (length is not None and len(values) != length):
         expected = f"{ndim} axes" if length is None else f"{length} entries"
-        raise FileError(f"{path}: array {name!r} has shape {values.shape}, {expected} were expected; {remedy}")
+        raise FileError(f"{path}: array {name!r} has shape {values.shape}, expected {expected}; {remedy}")
     if finite and not np.isfinite(values).all():
         count = np.count_nonzero(~np.isfinite(values))
         raise FileError(f"{path}: array {name!r} has {count} values that are not finite; {remedy}")
     return values
 
 
-# ------------------------------------------------------------------------- a pickle, and the json record beside it
+# ------------------------------------------------------------------------ a pickle and the json record next to it
 
 
 def record_path(path: str | Path) -> Path:
-    """The json beside a result."""
+    """The path of the json file next to a result."""
     return Path(path).with_suffix(".json")
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The json beside a result: how it was made; empty where there is none (as for the published files).
+    """Read the json file next to a result, which records how it was made.
+
+    Returns:
+        The record; empty if there is no json file (as for the published files).
 
     Raises:
-        FileError: It is damaged.
+        FileError: The json file is damaged.
     """
     beside = record_path(path)
     record = read_json(beside) if beside.exists() else {}
     if not isinstance(record, dict) or not isinstance(record.get("settings", {}), dict):
-        raise FileError(f"{beside}: is damaged, it has no settings; {REMAKE}")
+        raise FileError(f"{beside}: is damaged: it has no valid settings; {REMAKE}")
     return record
 
 
 def read_recorded(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The record beside a result, and the settings in it; None where it has none.
+    """Read the record next to a result, and the settings in it (None if it has none).
 
     Raises:
         FileError: The record is damaged.
@@ -359,12 +363,12 @@ def read_recorded(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | No
 
 
 def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> list[Path]:
-    """Write a pickle (protocol 4) and the json beside it; no interruption leaves one beside another's counterpart.
+    """Write a pickle (protocol 4) and the json file next to it. No interruption leaves a mismatched pair.
 
     Args:
         path: The pickle's path.
-        value: Plain values and arrays; bytes are taken for the pickle itself.
-        record: How it was made.
+        value: Plain values and arrays, or bytes that already are the pickle.
+        record: How the value was made.
 
     Returns:
         Both paths.
@@ -372,7 +376,7 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
     path, beside = Path(path), record_path(path)
 
     def write(file: BinaryIO) -> None:
-        # All that can fail comes first. Then the old pickle goes, the record takes its place, and the pickle follows.
+        # Steps that can fail come first. Then the old pickle is removed, the record replaced, and the pickle renamed.
         if isinstance(value, bytes):
             file.write(value)
         else:
@@ -393,31 +397,31 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
 # ----------------------------------------------------------------------------------------------- averaged scores
 #
 # A pickle {index: score} in the published format: protocol 4, plain int keys in ascending order, finite float values.
-# A file that was made on a subset has the scored examples only. The json beside it records how they were made, how
-# many there are (n), of how many examples (total), and the sha256 of the pickle, so that neither is ever read with
-# another one's counterpart.
+# A file made on a subset contains only the scored examples. The json file next to it records how the scores were
+# made, the number of scores (n), the size of the data set (total), and the sha256 of the pickle, which detects a
+# mismatched pair.
 
-_DERIVED = ("n", "total", "sha256", "raw_min", "raw_max")  # what a record says of the scores themselves
+_DERIVED = ("n", "total", "sha256", "raw_min", "raw_max")  # entries of a record that follow from the scores
 
 
 def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]) -> list[Path]:
-    """Write an averaged score file and its json.
+    """Write an averaged score file and its json file.
 
     Args:
         path: The pickle's path.
-        scores: ``(total,)``, NaN where an example was not scored.
+        scores: ``(total,)``, NaN for examples without a score.
         record: How the scores were made.
 
     Returns:
         The two paths.
 
     Raises:
-        FileError: Nothing was scored, or a score is infinite.
+        FileError: No example has a score, or a score is infinite.
     """
     scores = np.asarray(scores, dtype=np.float64)
     indices = np.flatnonzero(~np.isnan(scores))
     if not len(indices) or np.isinf(scores[indices]).any():
-        raise FileError(f"{path}: not written, {'a score is infinite' if len(indices) else 'nothing was scored'}")
+        raise FileError(f"{path}: not written, {'a score is infinite' if len(indices) else 'no example has a score'}")
     content = pickle.dumps(dict(zip(indices.tolist(), scores[indices].tolist(), strict=True)), protocol=4)
     digest = hashlib.sha256(content).hexdigest()
     return write_recorded(path, content, {**record, "n": len(indices), "total": len(scores), "sha256": digest})
@@ -430,10 +434,10 @@ def check_score_target(
 
     Args:
         path: The file to be written.
-        settings: What determines its scores; those that the file's json lacks count as their defaults.
-        overwrite: Whether any file may be replaced.
-        only: Which entries of the file's json to compare, where it also has facts that are not known yet; by default
-            all that do not follow from the scores.
+        settings: The settings that determine its scores. Settings that the file's json lacks count as their defaults.
+        overwrite: Whether to replace any file.
+        only: The entries of the file's json to compare, if it also contains facts that are not known yet. By default,
+            all entries that do not follow from the scores.
 
     Raises:
         FileError: The settings differ, or are not recorded.
@@ -452,40 +456,40 @@ def read_scores(path: str | Path) -> np.ndarray:
     """Read a score file into an array by index.
 
     Returns:
-        float64 ``(total,)``; NaN where a file made on a subset does not score an example.
+        float64 ``(total,)``; NaN for examples that a file made on a subset does not score.
 
     Raises:
-        FileError: The file is missing or damaged, has holes, or has anything but finite numbers by index.
+        FileError: The file is missing, damaged, or incomplete, or does not map indices to finite numbers.
     """
     content = read_pickle(path)
     if not isinstance(content, dict) or not content:
-        raise FileError(f"{path}: is not a score file, which is a non-empty dict index -> score; {REMAKE}")
+        raise FileError(f"{path}: is not a score file (a non-empty dict index -> score); {REMAKE}")
     if any(not issubclass(kind, int | np.integer) or kind is bool for kind in set(map(type, content))):
-        raise FileError(f"{path}: is not a score file, its keys are not all integers; {REMAKE}")
+        raise FileError(f"{path}: is not a score file: some keys are not integers; {REMAKE}")
     try:
         keys = np.fromiter(content.keys(), np.int64, len(content))
         values = np.fromiter(content.values(), np.float64, len(content))
     except (TypeError, ValueError, OverflowError) as error:
-        raise FileError(f"{path}: is not a score file, its scores are not all numbers; {REMAKE}") from error
+        raise FileError(f"{path}: is not a score file: some scores are not numbers; {REMAKE}") from error
     if keys.min() < 0:
-        raise FileError(f"{path}: has the negative index {keys.min()}; indices count from 0")
+        raise FileError(f"{path}: has the negative index {keys.min()}; indices start at 0")
     if not np.isfinite(values).all():
         bad = keys[~np.isfinite(values)][0]
         raise FileError(f"{path}: the score of example {bad} is {content[bad]}; {REMAKE}")
     record = read_record(path)
     total, scored = record.get("total", len(keys)), record.get("n", len(keys))
     if not isinstance(total, int) or total < 1:
-        raise FileError(f"{record_path(path)}: is damaged, its total is {total}; {REMAKE}")
+        raise FileError(f"{record_path(path)}: is damaged: its total is {total}; {REMAKE}")
     if record.get("sha256", digest := file_digest(path)) != digest:
         raise FileError(
-            f"{path}: is not the file that {record_path(path).name} describes; one of them was replaced; "
-            "repeat the command that makes both"
+            f"{path}: does not match {record_path(path).name}; one of them was replaced; "
+            "repeat the command that creates both"
         )
     if scored != len(keys):
-        raise FileError(f"{path}: has {len(keys)} scores, its json says {scored}; {REMAKE}")
+        raise FileError(f"{path}: has {len(keys)} scores, but its json file lists {scored}; {REMAKE}")
     if keys.max() >= total:
         holes = np.setdiff1d(np.arange(min(total, len(keys) + 1)), keys)
-        which = f"has no score of example {holes[0]}" if len(holes) else f"scores more than {total} examples"
+        which = f"has no score for example {holes[0]}" if len(holes) else f"scores more than {total} examples"
         raise FileError(f"{path}: {which} ({len(keys)} scores, highest index {keys.max()}); {REMAKE}")
     scores = np.full(total, np.nan)
     scores[keys] = values
@@ -493,13 +497,13 @@ def read_scores(path: str | Path) -> np.ndarray:
 
 
 def read_memorization(path: str | Path) -> np.ndarray:
-    """Read Feldman and Zhang's estimates (key ``tr_mem``), un-normalized.
+    """Read Feldman and Zhang's estimates (key ``tr_mem``), without normalization.
 
     Returns:
         float64 ``(n,)``.
 
     Raises:
-        FileError: The file is missing, damaged, or has no finite ``tr_mem``.
+        FileError: The file is missing or damaged, or its ``tr_mem`` is missing or not finite.
     """
     scores = checked_array(path, read_npz(path, ("tr_mem",)), "tr_mem", kinds="fiu", remedy=_FETCH)
     return scores.astype(np.float64)
@@ -515,14 +519,14 @@ def check_score_data(
     label_hash: str | None = None,
     data_hash: str | None = None,
 ) -> None:
-    """Refuse a score file of another data set.
+    """Refuse a score file that was made for another data set.
 
     Args:
         path: The file.
-        scores: What was read from it.
+        scores: The scores read from it.
         n: The size of the full training set.
-        label_hash: ``artifacts.label_hash`` of its labels; compared where the file's own are known.
-        data_hash: ``ImageSet.digest``, likewise.
+        label_hash: ``artifacts.label_hash`` of its labels; compared if the file records its labels.
+        data_hash: ``ImageSet.digest``; compared if the file records it.
 
     Raises:
         FileError: The number of examples, the labels or the images differ.
@@ -532,8 +536,8 @@ def check_score_data(
     if label_hash and archive:
         labels = checked_array(path, archive, "tr_labels", kinds="iuf", length=len(scores), remedy=_FETCH)
         if np.mod(labels, 1).any():
-            raise FileError(f"{path}: its tr_labels are not all integers; {_FETCH}")
+            raise FileError(f"{path}: some of its tr_labels are not integers; {_FETCH}")
         stored["label_hash"] = hash_labels(labels)
     check_same_data(
-        path, stored, "give the scores of this data set", total=n, label_hash=label_hash, data_hash=data_hash
+        path, stored, "give scores made for this data set", total=n, label_hash=label_hash, data_hash=data_hash
     )

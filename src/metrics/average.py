@@ -286,7 +286,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
     for seed in seeds[1:]:
         if not np.array_equal(seed.scored, seeds[0].scored):
             here, there = len(seed.scored), len(seeds[0].scored)
-            found = "it scores different examples" if here == there else f"examples ({there} there, {here} here)"
+            found = "it scores different examples" if here == there else f"examples ({there} vs. {here})"
             raise FileError(f"{seed.source}: cannot be averaged with {seeds[0].source}: {found}; {_ONE_KIND}")
     unrecorded = [seed.seed for seed in seeds if not seed.recorded]
     if 0 < len(unrecorded) < len(seeds):

@@ -198,7 +198,7 @@ def test_folders_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "claim.lock", tmp_path / "folder"):
         for context in (try_lock, partial(lock, doing="working"), partial(lock, doing="working", wait=True)):
-            said = r"cannot be locked \(.*\); choose a folder that can be"
+            said = r"cannot be locked \(.*\); choose a writable folder"
             with pytest.raises(FileError, match=said) as caught, context(path):
                 pass
             assert str(caught.value).startswith(f"{path}: ")
@@ -227,7 +227,7 @@ def test_work_goes_on_without_locks_and_says_so(tmp_path, monkeypatch, caplog, n
     monkeypatch.setattr(filelock._unix.fcntl, "flock", no_locks)
     with lock(tmp_path / "claim.lock", "training this run"):
         pass
-    assert "claim.lock: cannot be locked, its file system has no locks" in caplog.text
+    assert "claim.lock: cannot be locked, because its file system does not support locks" in caplog.text
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -237,7 +237,7 @@ def test_processes_that_share_work_need_locks(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(filelock._unix.fcntl, "flock", no_locks)
     for context in (try_lock, partial(lock, doing="writing the table", wait=True)):
-        said = r"claim\.lock: cannot be locked, its file system has no locks"
+        said = r"claim\.lock: cannot be locked, because its file system does not support locks"
         with pytest.raises(FileError, match=said) as caught, context(tmp_path / "claim.lock"):
             pass
         assert "\n" not in str(caught.value)

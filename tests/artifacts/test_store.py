@@ -35,33 +35,33 @@ def test_defaults_are_those_of_training():
     ("older", "newer", "differing"),
     [
         ({}, {"nesterov": False}, []),
-        ({}, {"nesterov": True}, ["nesterov (False there, True here)"]),
-        ({}, {"initialization": "default"}, ["initialization (older version there, default here)"]),
+        ({}, {"nesterov": True}, ["nesterov (False vs. True)"]),
+        ({}, {"initialization": "default"}, ["initialization (older version vs. default)"]),
         ({"initialization": "default"}, {"initialization": "default"}, []),
-        ({}, {"decoding": "exif"}, ["decoding (None there, exif here)"]),
+        ({}, {"decoding": "exif"}, ["decoding (None vs. exif)"]),
         ({}, {"images": "ab"}, []),
-        ({"images": "cd"}, {"images": "ab"}, ["images (cd there, ab here)"]),
-        ({"selection_images": "cd"}, {"selection_images": "ab"}, ["selection_images (cd there, ab here)"]),
+        ({"images": "cd"}, {"images": "ab"}, ["images (cd vs. ab)"]),
+        ({"selection_images": "cd"}, {"selection_images": "ab"}, ["selection_images (cd vs. ab)"]),
         ({"optimizer": "sgd", "rho": 0.3, "hess_init": 0.2}, {"optimizer": "sgd"}, []),
-        ({"optimizer": "sam", "rho": 0.3}, {"optimizer": "sam"}, ["rho (0.3 there, 0.05 here)"]),
-        ({"optimizer": "adam", "delta": 60}, {"optimizer": "adam"}, ["delta (60 there, None here)"]),
+        ({"optimizer": "sam", "rho": 0.3}, {"optimizer": "sam"}, ["rho (0.3 vs. 0.05)"]),
+        ({"optimizer": "adam", "delta": 60}, {"optimizer": "adam"}, ["delta (60 vs. None)"]),
         ({"lr_sched": "const", "lr_min": 0.1}, {"lr_sched": "const"}, []),
-        ({"lr_sched": "step", "lr_min": 0.1}, {"lr_sched": "step"}, ["lr_min (0.1 there, 0.0 here)"]),
+        ({"lr_sched": "step", "lr_min": 0.1}, {"lr_sched": "step"}, ["lr_min (0.1 vs. 0.0)"]),
         ({"cutout_holes": 0, "cutout_length": 8}, {"cutout_holes": 0, "cutout_length": None}, []),
-        ({"training_rho": 0.1}, {}, ["training_rho (0.1 there, 0.05 here)"]),
+        ({"training_rho": 0.1}, {}, ["training_rho (0.1 vs. 0.05)"]),
         ({"training_hess_init": 0.3, "training_delta": None}, {}, []),
         ({"lr_sched": "const", "training_lr_min": 0.3}, {"lr_sched": "const"}, []),
         ({"training_epochs": 3}, {}, []),
-        ({"training_epochs": 3}, {"training_epochs": 4}, ["training_epochs (3 there, 4 here)"]),
+        ({"training_epochs": 3}, {"training_epochs": 4}, ["training_epochs (3 vs. 4)"]),
         ({"settings": {"momentum": 0.9}}, {"settings": {}}, []),
         ({"optim_var": True, "var_version": "diag", "laplace_backend": "fast"}, {"optim_var": True}, []),
-        ({"var_version": "diag"}, {"var_version": "kfac"}, ["var_version (diag there, kfac here)"]),
+        ({"var_version": "diag"}, {"var_version": "kfac"}, ["var_version (diag vs. kfac)"]),
         ({"selection_dual_beta": False, "selection_dual_c": 3.0}, {"selection_dual_beta": False}, []),
         ({"trace_probes": 0, "trace_tolerance": 0.1}, {"trace_probes": 0}, []),
         ({}, {"selection_subsample": "exact", "selection_selection_subsample": "exact"}, []),
-        ({}, {"selection_subsample": 0.05}, ["selection_subsample (exact there, 0.05 here)"]),
+        ({}, {"selection_subsample": 0.05}, ["selection_subsample (exact vs. 0.05)"]),
         ({"training": {"lr": 1}}, {}, []),
-        ({"settings": {"a": 1}}, {"settings": {"a": 2}}, ["settings a (1 there, 2 here)"]),
+        ({"settings": {"a": 1}}, {"settings": {"a": 2}}, ["settings a (1 vs. 2)"]),
     ],
 )
 def test_what_a_record_lacks_counts_as_its_default(older, newer, differing):
@@ -70,7 +70,7 @@ def test_what_a_record_lacks_counts_as_its_default(older, newer, differing):
 
 
 def test_values_are_compared_as_json():
-    assert diff_settings({"a": [1], "b": 2}, {"a": (1,), "b": 3}) == ["b (2 there, 3 here)"]
+    assert diff_settings({"a": [1], "b": 2}, {"a": (1,), "b": 3}) == ["b (2 vs. 3)"]
     assert diff_settings({"a": [1], "b": 2}, {"a": (1,), "b": 3}, ignore=["b"]) == []
 
 
@@ -125,7 +125,7 @@ def _of_others(path):
         (_without_record, "does not record"),
         (_damaged, "damaged"),
         (_no_object, "damaged"),
-        (_of_others, r"epochs \(3 there, 2 here\)"),
+        (_of_others, r"epochs \(3 vs. 2\)"),
     ],
 )
 def test_any_other_result_is_replaced_only_on_demand(stored, change, says):
@@ -139,15 +139,15 @@ def test_any_other_result_is_replaced_only_on_demand(stored, change, says):
 def test_results_that_are_combined_are_compared_each_with_each():
     files = [("a", {"seed": 1}), ("b", {"seed": 2, "images": "x"}), ("c", {"seed": 3, "images": "x"})]
     check_consistent(files, ignore=["seed"])
-    with pytest.raises(FileError, match=r"^b: does not belong with a: seed \(1 there, 2 here\)"):
+    with pytest.raises(FileError, match=r"^b: cannot be combined with a: seed \(1 vs. 2\)"):
         check_consistent(files)
-    with pytest.raises(FileError, match=r"^d: .* b: images \(x there, y here\)"):  # a does not know its images
+    with pytest.raises(FileError, match=r"^d: .* b: images \(x vs. y\)"):  # a does not know its images
         check_consistent([*files, ("d", {"seed": 4, "images": "y"})], ignore=["seed"])
 
 
 def test_a_copied_file_is_refused():
     check_identity("a", {"seed": 1}, seed=1, epoch=4)
-    with pytest.raises(FileError, match=r"^a: .*seed \(1 there, 2 here\).*copied"):
+    with pytest.raises(FileError, match=r"^a: .*seed \(1 vs. 2\).*copied"):
         check_identity("a", {"seed": 1}, seed=2, epoch=4)
 
 

@@ -365,7 +365,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(make_trainer, blobs, tmp_pat
     assert torch.equal(weights_of(whole), weights_of(resumed))
     assert torch.equal(whole.plan.losses, resumed.plan.losses)
     assert [r["train_loss"] for r in whole.history] == [r["train_loss"] for r in resumed.history]
-    with pytest.raises(FileError, match=r"different settings: epochs \(8 there, 9 here\)"):
+    with pytest.raises(FileError, match=r"different settings: epochs \(8 vs. 9\)"):
         run("killed", epochs=9, model=batchnorm_of_one_value)
 
 

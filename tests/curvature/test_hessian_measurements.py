@@ -80,7 +80,7 @@ def test_states_that_do_not_fit(tmp_path):
     assert names == {"progress.pt", "vectors.pt"}, "vectors of ended runs are gone"
     other = SpectrumState(state.folder, {"a": 2})
     for resume in (True, False):
-        with pytest.raises(FileError, match=r"different settings: a \(1 there, 2 here\)"):
+        with pytest.raises(FileError, match=r"different settings: a \(1 vs. 2\)"):
             other.prepare(resume, overwrite=False)
         state.prepare(True, overwrite=resume)
         assert names == {p.name.split("_")[0] for p in state.folder.iterdir()}

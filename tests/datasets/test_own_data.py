@@ -759,9 +759,7 @@ def test_scripts_share_a_cache_and_do_not_mix_decodings(photos, tmp_path):
     full = (*data, "--decode=full")
     records = list(tmp_path.rglob("results.json"))
     assert all(read_json(path)["settings"]["decoding"] == "draft" for path in records)
-    refuse(
-        "train_full.py", *full, *where, status=FILE, says=(r"decoding \(draft there, None here\)", "--decode=draft")
-    )
+    refuse("train_full.py", *full, *where, status=FILE, says=(r"decoding \(draft vs. None\)", "--decode=draft"))
     refuse("compute_sam_sgd.py", *full[:4], "--decode=full", "--overwrite",
            *folders(tmp_path, "datasets", "models", "metrics"), status=FILE, says="give --decode=draft")  # fmt: skip
     older = folders(tmp_path / "older", *TRAIN)
@@ -773,9 +771,7 @@ def test_scripts_share_a_cache_and_do_not_mix_decodings(photos, tmp_path):
         del record["settings"]["images"]  # as of versions that did not know their images
         write_json(path, record)
     assert call("train_full.py", *full, *older).status == 0
-    refuse(
-        "train_full.py", *data, *older, status=FILE, says=(r"decoding \(None there, draft here\)", "--decode=full")
-    )
+    refuse("train_full.py", *data, *older, status=FILE, says=(r"decoding \(None vs. draft\)", "--decode=full"))
     mixed = (*data[:3], "--epochs=1", *folders(tmp_path / "older", "datasets", "models"))
     metrics = f"--metrics_folder={tmp_path / 'mixed'}"
     succeed("compute_sam_sgd.py", *mixed, "--decode=full", metrics)
@@ -786,5 +782,7 @@ def test_scripts_share_a_cache_and_do_not_mix_decodings(photos, tmp_path):
            says="decoding")  # fmt: skip
     succeed("average_scores.py", *data[:3], "--seeds=1", f"--datasets_folder={tmp_path}", metrics)
     shown = ("--modes=samis_loss", *folders(tmp_path, "datasets", "plots"), f"--scores_folder={tmp_path / 'mixed'}")
-    refuse("plot_images.py", *data[:2], *shown, status=FILE, says=r"made for other images .*with the same --decode")
+    refuse(
+        "plot_images.py", *data[:2], *shown, status=FILE, says=r"made for different images .*with the same --decode"
+    )
     succeed("plot_images.py", *data[:2], "--decode=full", *shown)

@@ -43,10 +43,10 @@ def test_forgetting_and_epochs_to_learn_are_shares_of_the_epochs():
 @pytest.mark.parametrize(
     ("facts", "named"),
     [
-        ({**FACTS, "epoch": 5}, r"epoch \(4 there, 5 here\)"),
+        ({**FACTS, "epoch": 5}, r"epoch \(4 vs. 5\)"),
         ({**FACTS, "protocol": "split"}, "protocol"),
-        ({**FACTS, "label_hash": "cd"}, r"label_hash \(ab there, cd here\)"),
-        ({**FACTS, "settings": {"learning_rate": 0.4}}, r"learning_rate \(0.1 there, 0.4 here\)"),
+        ({**FACTS, "label_hash": "cd"}, r"label_hash \(ab vs. cd\)"),
+        ({**FACTS, "settings": {"learning_rate": 0.4}}, r"learning_rate \(0.1 vs. 0.4\)"),
     ],
 )
 def test_seeds_of_different_kinds_are_refused(facts, named):
@@ -55,7 +55,7 @@ def test_seeds_of_different_kinds_are_refused(facts, named):
 
 
 def test_other_lengths_other_examples_and_nan_are_refused():
-    with pytest.raises(FileError, match=r"seed_2.npz: .* seed_1.npz: .*examples \(3 there, 2 here\)"):
+    with pytest.raises(FileError, match=r"seed_2.npz: .* seed_1.npz: .*examples \(3 vs. 2\)"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2])])
     with pytest.raises(FileError, match="subset"):  # the setting that is the reason, where one is recorded
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2], {**FACTS, "subset": 2})])
@@ -195,10 +195,10 @@ def test_results_of_other_settings_are_not_replaced(tmp_path):
     check_score_target(path, record)  # nothing there
     write_scores(path, np.array([0, 0.5, 1]), record)
     check_score_target(path, record)  # the same again
-    with pytest.raises(FileError, match=r"seeds \(\[1\] there, \[1, 2\] here\); give --overwrite"):
+    with pytest.raises(FileError, match=r"seeds \(\[1\] vs. \[1, 2\]\); give --overwrite"):
         check_score_target(path, {**record, "seeds": [1, 2]})
     write_scores(path, np.array([0, 0.5, 1]), {**record, "unrecorded_seeds": [1]})
-    with pytest.raises(FileError, match=r"unrecorded_seeds \(\[1\] there, None here\)"):
+    with pytest.raises(FileError, match=r"unrecorded_seeds \(\[1\] vs. None\)"):
         check_score_target(path, record)
     check_score_target(path, record, only=record)
     path.with_suffix(".json").unlink()

@@ -166,14 +166,14 @@ def write_raw(folder, content, record=None):
     [
         ([1.0, 2.0], "not a score file"),
         ({}, "not a score file"),
-        ({"0": 1.0}, "keys are not all integers"),
-        ({0.0: 1.0, 1.0: 2.0}, "keys are not all integers"),
-        ({0: "high"}, "not all numbers"),
-        ({0: [1.0]}, "not all numbers"),
+        ({"0": 1.0}, "some keys are not integers"),
+        ({0.0: 1.0, 1.0: 2.0}, "some keys are not integers"),
+        ({0: "high"}, "some scores are not numbers"),
+        ({0: [1.0]}, "some scores are not numbers"),
         ({-1: 1.0, 0: 1.0}, "negative index -1"),
         ({0: 1.0, 1: float("nan")}, "score of example 1 is nan"),
         ({0: 1.0, 1: float("inf")}, "score of example 1 is inf"),
-        ({0: 1.0, 2: 1.0}, "no score of example 1"),
+        ({0: 1.0, 2: 1.0}, "no score for example 1"),
     ],
 )
 def test_damaged_score_files_are_refused_in_one_line(tmp_path, content, complaint):
@@ -188,7 +188,7 @@ def test_the_json_must_fit_its_file(tmp_path):
     write_raw(tmp_path, {0: 1.0, 2: 3.0}, {"n": 2, "total": 4})
     np.testing.assert_array_equal(Proxy("forg", "toy", False, tmp_path).scores, [1, np.nan, 3, np.nan])
     write_raw(tmp_path, {0: 1.0, 2: 3.0}, {"n": 3, "total": 4})
-    with pytest.raises(FileError, match="has 2 scores, its json says 3"):
+    with pytest.raises(FileError, match="has 2 scores, but its json file lists 3"):
         Proxy("forg", "toy", folder=tmp_path)
     write_raw(tmp_path, {0: 1.0}, [])
     with pytest.raises(FileError, match=r"forg_toy\.json"):
@@ -211,9 +211,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_scores_of_another_data_set_are_refused(tmp_path):
     path = store(tmp_path, label_hash="aaaa")
     Proxy("forg", "toy", folder=tmp_path, n=5, label_hash="aaaa")
-    with pytest.raises(FileError, match=r"forg_toy.pkl: is for 5 examples, the data set has 6"):
+    with pytest.raises(FileError, match=r"forg_toy.pkl: was made for 5 examples, but the data set has 6"):
         Proxy("forg", "toy", folder=tmp_path, n=6)
-    with pytest.raises(FileError, match="was made for other labels"):
+    with pytest.raises(FileError, match="was made for different labels"):
         Proxy("forg", "toy", folder=tmp_path, n=5, label_hash="bbbb")
     record_path(path).unlink()  # nothing is known of the labels then, as for the published files
     assert Proxy("forg", "toy", folder=tmp_path, label_hash="bbbb").check(5) is not None
@@ -230,7 +230,7 @@ def test_the_written_format_is_the_published_one(tmp_path):
     digest = hashlib.sha256(raw).hexdigest()
     record = {"seeds": [1, 2], "n": 5, "total": 5, "sha256": digest}
     assert json.loads(record_path(path).read_text()) == record
-    with pytest.raises(FileError, match="nothing was scored"):
+    with pytest.raises(FileError, match="no example has a score"):
         store(tmp_path, scores=np.full(3, np.nan))
     with pytest.raises(FileError, match="infinite"):
         store(tmp_path, scores=np.array([1.0, np.inf]))
@@ -260,9 +260,9 @@ def test_memorization_of_other_labels_is_refused(tmp_path):
     labels = np.array([0, 1, 1, 0, 2])
     path = memorization(tmp_path, tr_mem=RAW, tr_labels=labels)
     mem = Proxy("mem", "toy", folder=tmp_path, n=5, label_hash=label_hash(labels))
-    with pytest.raises(FileError, match="was made for other labels"):
+    with pytest.raises(FileError, match="was made for different labels"):
         mem.check(5, label_hash(labels[::-1]))
-    with pytest.raises(FileError, match="was made for other labels"):
+    with pytest.raises(FileError, match="was made for different labels"):
         Memorization(path).check(label_hash=label_hash(1 - labels))
     memorization(tmp_path, tr_mem=RAW, tr_labels=labels[:4])
     with pytest.raises(FileError, match="tr_labels"):

@@ -65,7 +65,7 @@ def test_plot_proxies_against_a_reference_folder(toy, tmp_path):
 
 def test_scores_of_other_labels_are_refused_by_both_figures(toy, tmp_path):
     base, dataset, name = toy
-    for change, named in (({"label_hash": "0" * 16}, "other labels"), ({}, "is for 29 examples")):
+    for change, named in (({"label_hash": "0" * 16}, "different labels"), ({}, "was made for 29 examples")):
         write_scores(SCORES["csl"].path(tmp_path, name), np.arange(30.0 if change else 29.0), change)
         for script in ("plot_proxies.py", "plot_images.py"):
             place = (f"--plots_folder={tmp_path / 'plots'}", f"--metrics_folder={base / 'metrics'}")
@@ -144,7 +144,7 @@ def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_p
     succeed(*flags, "--seeds", 1, "--modes", "samis_prob")
     refused = call(*flags, "--seeds", 1, 2)
     assert refused.status == 1
-    assert "seeds ([1] there, [1, 2] here)" in refused.complaint
+    assert "seeds ([1] vs. [1, 2])" in refused.complaint
     assert not SCORES["samis_loss"].path(tmp_path / "metrics", name).exists()
     succeed(*flags, "--seeds", 1, 2, "--overwrite")
     proxy = Proxy("samis_loss", name, folder=tmp_path / "metrics")

@@ -67,9 +67,9 @@ def test_what_is_written_can_be_gone_on_from(path):
 def test_results_of_other_settings_are_refused_or_replaced(path, resume):
     result(path).write(count=2)
     other = {**SETTINGS, "delta": 2.0}
-    with pytest.raises(FileError, match=r"t_iter\.pkl: .*delta \(1\.0 there, 2\.0 here\).*--overwrite"):
+    with pytest.raises(FileError, match=r"t_iter\.pkl: .*delta \(1\.0 vs. 2\.0\).*--overwrite"):
         result(path, other, resume=resume)
-    with pytest.raises(FileError, match=r"more \(None there, 1 here\)"):
+    with pytest.raises(FileError, match=r"more \(None vs. 1\)"):
         result(path, {**SETTINGS, "more": 1}, resume=resume)
     replaced = result(path, other, resume=resume, overwrite=True)
     assert replaced.stored == {}

@@ -168,7 +168,7 @@ def test_a_chunk_under_the_name_of_another_is_retrained(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = run(folder=tmp_path, resume=True)
     assert np.array_equal(whole["logits"], found["logits"])
-    assert any("networks_2_4.npz: is not what its name says" in record.message for record in caplog.records)
+    assert any("networks_2_4.npz: its content does not match its name" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -64,9 +64,9 @@ def test_a_last_step_that_breaks_the_network_is_not_saved(blobs, tmp_path):
 
 def test_other_settings_do_not_replace_results(blobs, finished):
     for flags, says in (
-        (("--learning_rate=0.1",), (r"learning_rate \(0\.05 there, 0\.1 here\)", "--overwrite")),
-        (("--learning_rate=0.1", "--resume"), (r"learning_rate \(0\.05 there, 0\.1 here\)", "--overwrite")),
-        (("--epochs=2", "--resume"), r"epochs \(3 there, 2 here\)"),
+        (("--learning_rate=0.1",), (r"learning_rate \(0\.05 vs. 0\.1\)", "--overwrite")),
+        (("--learning_rate=0.1", "--resume"), (r"learning_rate \(0\.05 vs. 0\.1\)", "--overwrite")),
+        (("--epochs=2", "--resume"), r"epochs \(3 vs. 2\)"),
     ):
         refuse("train_full.py", *quick(blobs, finished, *flags), status=FILE, says=says, keep=finished)
 

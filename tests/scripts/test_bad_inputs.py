@@ -665,7 +665,7 @@ def test_selections_of_other_settings_are_not_overwritten(blobs, tmp_path):
     ]
     succeed("select_coreset.py", *select, "--coreset_pretrain_lr=0.05")
     other = ("select_coreset.py", *select, "--coreset_pretrain_lr=0.06")
-    says = (r"pretraining learning_rate \(0\.05 there, 0\.06 here\)", "--overwrite")
+    says = (r"pretraining learning_rate \(0\.05 vs. 0\.06\)", "--overwrite")
     refuse(*other, status=FILE, says=says, keep=tmp_path)
     succeed(*other, "--overwrite")
 
@@ -674,7 +674,7 @@ def test_another_pretraining_that_is_not_on_disk_is_named_by_its_hash(blobs, tmp
     select = [flag for flag in pruning(f"npz:{blobs}", tmp_path) if flag != "--coreset_epochs=1"]
     select += ["--coreset_func=forget", "--coreset_pretrain_epochs=1", f"--out={tmp_path / 'chosen.npz'}"]
     succeed("select_coreset.py", *select)
-    says = r"chosen\.npz: was made with different settings: pretraining \([0-9a-f]{16} there, [0-9a-f]{16} here\);"
+    says = r"chosen\.npz: was made with different settings: pretraining \([0-9a-f]{16} vs. [0-9a-f]{16}\);"
     refuse("select_coreset.py", *select, "--model=large_mlp", status=FILE, says=says, keep=tmp_path)
 
 

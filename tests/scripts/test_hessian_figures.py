@@ -170,7 +170,7 @@ def test_groups_of_different_epochs_schedules_and_examples(flags, changed):
     assert "the spectra differ in lr_sched: const, cosine" in succeed(SCRIPT, *flags).err
     for seed in (1, 2):
         change("sam", seed, examples=30)
-    says = (r"examples \(60 there, 30 here\); measure both with the same --subset",)
+    says = (r"examples \(60 vs. 30\); measure both with the same --subset",)
     refuse(SCRIPT, *flags, status=FILE, says=says)
     for seed in (1, 2):
         change("sam", seed, epoch=5)
@@ -251,7 +251,7 @@ def test_a_spectrum_must_be_what_its_path_says(changed, flags):
     folder, _ = changed
     sgd, sam = (next(folder.glob(f"train_all_*_with_{optimizer}_*")) for optimizer in ("sgd", "sam"))
     where = ("plot_hessian.py", *flags, f"--hessian_folder={folder}", "--optimizers", "sgd")
-    for other, says in ((sgd / "1", r"seed \(1 there, 2 here\)"), (sam / "2", "experiment .*_sam_")):
+    for other, says in ((sgd / "1", r"seed \(1 vs. 2\)"), (sam / "2", "experiment .*_sam_")):
         shutil.rmtree(sgd / "2")
         shutil.copytree(other, sgd / "2")
         refuse(*where, status=FILE, says=("/2/", says))

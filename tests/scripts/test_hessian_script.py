@@ -111,7 +111,7 @@ def test_parts_of_the_data(world, flags, tmp_path):
     with spoilt(world.checkpoint, split):  # as train_split.py and train_prune.py leave it
         result = succeed(SCRIPT, *flags, f"--hessian_folder={tmp_path / 'split'}")
     assert "was trained on 54 examples, but the loss is over 60," in result.err
-    says = (r"lanczos\.pkl: was made with different settings", r"examples \(30 there, 60 here\)", "--overwrite")
+    says = (r"lanczos\.pkl: was made with different settings", r"examples \(30 vs. 60\)", "--overwrite")
     refuse(SCRIPT, *flags, status=FILE, keep=tmp_path, says=says)
     succeed(SCRIPT, *flags, "--overwrite")
 
@@ -134,7 +134,7 @@ def test_what_is_there_is_left(world, flags, tmp_path):
     assert "already measured" in again.out
     assert path.stat().st_mtime_ns == moment
     assert first.out.splitlines()[:6] == again.out.splitlines()[1:7]
-    for flag, says in (("--top_n=3", r"top_n \(5 there, 3 here\)"), ("--precision=fp64", "precision"),
+    for flag, says in (("--top_n=3", r"top_n \(5 vs. 3\)"), ("--precision=fp64", "precision"),
                        ("--basis=none", "basis"), ("--probe_seed=5", "probe_seed")):  # fmt: skip
         refuse(SCRIPT, *flags, flag, status=FILE, says=("different settings", says, "--overwrite"), keep=tmp_path)
     with spoilt(path.with_suffix(".json"), None):
@@ -239,7 +239,7 @@ def test_scores_of_another_data_set(world, flags, tmp_path):
     wrong = pickle.dumps(dict.fromkeys(range(50), 0.5))
     with spoilt(world.scores, wrong), spoilt(world.scores.with_suffix(".json"), None):
         refuse(SCRIPT, *flags, "--high_low_spec=samis_loss:low:0.5", status=FILE,
-               says=(r"samis_loss_.*\.pkl: ", "50 examples, the data set has 60"))  # fmt: skip
+               says=(r"samis_loss_.*\.pkl: ", "50 examples, but the data set has 60"))  # fmt: skip
 
 
 def resumable(world, base):

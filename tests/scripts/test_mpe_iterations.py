@@ -92,7 +92,7 @@ def test_results_of_other_settings_are_kept(tmp_path):
     before = (tmp_path / "pickles" / "t_iter.pkl").read_bytes()
     result = call(LOO, *flags(tmp_path, "--delta=2"))
     assert result.status == 1
-    assert "delta (1.0 there, 2.0 here)" in result.complaint
+    assert "delta (1.0 vs. 2.0)" in result.complaint
     assert "--overwrite" in result.complaint
     assert (tmp_path / "pickles" / "t_iter.pkl").read_bytes() == before
     succeed(LOO, *flags(tmp_path, "--delta=2", "--overwrite"))
@@ -250,7 +250,7 @@ def test_scores_of_another_network_are_not_replaced(tmp_path):
     result = call(LOO, *flags(tmp_path, *more, "--model=lenet", "--name_exp=other"))
     assert result.status == 1
     assert "mpe_digits.pkl" in result.complaint
-    assert "model (small_mlp there, lenet here)" in result.complaint
+    assert "model (small_mlp vs. lenet)" in result.complaint
     succeed(LOO, *flags(tmp_path, *more, "--model=lenet", "--name_exp=other", "--overwrite"))
 
 

@@ -147,7 +147,7 @@ def test_files_that_are_no_results(place, script):
             "'estimated_nll' has 1 values that are not finite",
         ),
         ("plot_loo_l2reg.py", {"deltas": np.array([0.0, *np.ones(E - 1)])}, "deltas are not all above 0"),
-        ("plot_loo_l2reg.py", {"deltas": "many"}, "'deltas' has dtype .* numbers were expected"),
+        ("plot_loo_l2reg.py", {"deltas": "many"}, "'deltas' has dtype .* expected numbers"),
         ("plot_loo_l2reg.py", {"test_nlls": [1.0]}, "lengths differ: .*1 test_nlls"),
         ("plot_validation_sensitivities.py", {"indices_retrain": np.array([1, 2, N])}, f"example {N} was left out"),
         ("plot_validation_sensitivities.py", {"indices_retrain": np.array([1, 2.5, 3])}, "not whole numbers"),
@@ -210,7 +210,7 @@ def test_files_of_two_runs_are_not_drawn_together(place):
     shutil.rmtree(place / "plots")
     change(place, "retrain", settings={"epochs": 5, "lr": 0.1})
     files = f"{place}/old_retrain.pkl: is of another run than {place}/old_scores.pkl: "
-    says = r"epochs \(9 there, 5 here\); repeat 3_validation_sensitivities.py .*--resume and --overwrite"
+    says = r"epochs \(9 vs. 5\); repeat 3_validation_sensitivities.py .*--resume and --overwrite"
     refused(place, script, FILE, files + says)
     change(place, "retrain", settings={"lr": 0.1, "epochs": 9})
     draw(place, script)

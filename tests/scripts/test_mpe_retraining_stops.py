@@ -197,7 +197,7 @@ def test_results_of_other_settings_are_kept_or_replaced(script, done, copy_of):
     other = "--deltas_stop=2" if script == L2REG else "--lr_retrain=0.04"
     says = (
         rf"t_({KIND[script]}|scores)\.pkl",
-        r"deltas_stop \(3\.0 there, 2\.0 here\)|lr_retrain \(0\.05 there, 0\.04 here\)",
+        r"deltas_stop \(3\.0 vs. 2\.0\)|lr_retrain \(0\.05 vs. 0\.04\)",
     )
     before = snapshot(base)
     for more in ((), ("--resume",)):

@@ -222,7 +222,7 @@ def test_what_cannot_be_is_found_before_the_first_run(blobs, tmp_path, more, sta
 def test_a_table_of_other_settings_is_kept(blobs, tmp_path):
     small = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "1")
     succeed("compare_pruning.py", *small)
-    says = (r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
+    says = (r"learning_rate \(0.05 vs. 0.1\)", "--overwrite")
     refuse("compare_pruning.py", *small, "--learning_rate=0.1", status=FILE, says=says, keep=tmp_path)
     succeed("compare_pruning.py", *small, "--learning_rate=0.1", "--overwrite")
 
@@ -250,7 +250,7 @@ def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
             "--coreset_fraction=0.5", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
     other = ("--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")
     small = (*flags(blobs, tmp_path), *other)
-    says = ("was made with different settings", r"learning_rate \(0.05 there, 0.1 here\)", "--overwrite")
+    says = ("was made with different settings", r"learning_rate \(0.05 vs. 0.1\)", "--overwrite")
     refuse("compare_pruning.py", *small, status=FILE, says=says)
     succeed("compare_pruning.py", *small, "--overwrite")
     (path,) = results(tmp_path).values()
@@ -260,7 +260,7 @@ def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
 def test_cells_of_other_settings_are_found_before_the_first_run(blobs, tmp_path):
     one = (*flags(blobs, tmp_path), "--funcs", "random", "--fractions", "0.5", "--seeds", "2", "--name=one")
     succeed("compare_pruning.py", *one)
-    says = (r"weight_decay \(0.0 there, 0.01 here\)", "--overwrite")
+    says = (r"weight_decay \(0.0 vs. 0.01\)", "--overwrite")
     refuse(
         "compare_pruning.py", *flags(blobs, tmp_path, "--weight_decay=0.01"), status=FILE, says=says, keep=tmp_path
     )

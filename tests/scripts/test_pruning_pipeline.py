@@ -306,7 +306,7 @@ def test_subsampling_is_recorded_and_older_selections_count_as_exact(place, tmp_
     assert "loaded from" in select("--selection_subsample=exact").err
     refused = select("--selection_subsample=0.5")
     assert refused.status == 1
-    assert "selection_subsample (exact there, 0.5 here)" in refused.complaint
+    assert "selection_subsample (exact vs. 0.5)" in refused.complaint
     assert "subsampling with epsilon 0.5" in select("--selection_subsample=0.5", "--overwrite").err
     near = read_npz(tmp_path / "s.npz")
     assert json.loads(str(near["settings"]))["selection_subsample"] == 0.5

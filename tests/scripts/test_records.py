@@ -190,9 +190,9 @@ def test_a_checkpoint_must_be_what_its_name_says(base):
     hessian = ("compute_hessian_eigen.py", *QUICK[:2], *MEASURE, f"--hessian_folder={base / 'h'}",
                *folders(base, *READ))  # fmt: skip
     for other, setting in (
-        (checkpoint(base, "sam", 2), r"optimizer \(sam there, sgd here\)"),
-        (checkpoint(base, "sgd", 1), r"epoch \(1 there, 2 here\)"),
-        (checkpoint(base, "sgd", 2, seed=2), r"seed \(2 there, 1 here\)"),
+        (checkpoint(base, "sam", 2), r"optimizer \(sam vs. sgd\)"),
+        (checkpoint(base, "sgd", 1), r"epoch \(1 vs. 2\)"),
+        (checkpoint(base, "sgd", 2, seed=2), r"seed \(2 vs. 1\)"),
     ):
         with spoilt(own, other.read_bytes()):
             for script, *flags in (("compute_sam_sgd.py", *scoring(base)), hessian):
@@ -208,14 +208,14 @@ def test_a_pretrained_model_must_be_what_its_name_says(base):
     last.write_bytes(checkpoint(base, "sgd", 2).read_bytes())
     for path in [*base.rglob("selection.npz"), *last.parent.glob("*.npz")]:
         path.unlink()
-    refuse(*select, status=FILE, says=("last.pt: ", r"epoch \(2 there, 1 here\)"))
+    refuse(*select, status=FILE, says=("last.pt: ", r"epoch \(2 vs. 1\)"))
 
 
 def test_seeds_must_be_what_their_names_say(base):
     succeed("compute_sam_sgd.py", *scoring(base))
     seeds = base / "metrics" / "digits" / "small_mlp"
     shutil.copytree(seeds / "1", seeds / "2")
-    refuse("average_scores.py", *averaging(base), status=FILE, says=("/2/", r"seed \(1 there, 2 here\)"))
+    refuse("average_scores.py", *averaging(base), status=FILE, says=("/2/", r"seed \(1 vs. 2\)"))
 
 
 def test_scores_must_be_what_their_names_say(base):
@@ -223,7 +223,7 @@ def test_scores_must_be_what_their_names_say(base):
     prob = base / "metrics" / "digits" / "small_mlp" / "1" / "nn_prob_diff_score.npz"
     one = (*QUICK[:2], "--seeds", 1, *folders(base, "datasets", "metrics"))
     with spoilt(prob, prob.with_name("nn_loss_diff_score.npz").read_bytes()):
-        refuse("average_scores.py", *one, status=FILE, says=(f"{prob.name}: ", r"score \(loss there, prob here\)"))
+        refuse("average_scores.py", *one, status=FILE, says=(f"{prob.name}: ", r"score \(loss vs. prob\)"))
     succeed("average_scores.py", *one)
     folder = base / "metrics" / "sam_sgd"
     for kind in ("pkl", "json"):
@@ -252,7 +252,7 @@ def test_another_image_size_is_named(tmp_path):
     for optimizer in ("sgd", "sam"):
         succeed("train_full.py", *flags, "--lr_sched=const", f"--optimizer={optimizer}", *folders(tmp_path, *TRAIN))
     line = refuse("compute_sam_sgd.py", *flags, "--image_size=12", *folders(tmp_path, *READ), status=FILE,
-                  says=(r"image_size \(8 there, 12 here\)", "image_size=8"))  # fmt: skip
+                  says=(r"image_size \(8 vs. 12\)", "image_size=8"))  # fmt: skip
     assert "--dataset" not in line
 
 
@@ -274,13 +274,13 @@ def test_splits_of_other_settings_are_not_mixed(splits, tmp_path):
     more = ("--samis_validation_split_index=3", "--batch_size=16", "--overwrite")
     train(base, *more, script="train_split.py", optimizers=["sam"])
     refuse("compute_sam_sgd.py", *scoring(base, "--overwrite"), status=FILE,
-           says=("with_sam.*split_3.*was not trained as", r"batch_size \(20 there, 16 here\)"))  # fmt: skip
+           says=("with_sam.*split_3.*was trained differently from", r"batch_size \(20 vs. 16\)"))  # fmt: skip
     train(base, *more, script="train_split.py", optimizers=["sgd"])
     refuse(
         "compute_sam_sgd.py",
         *scoring(base, "--overwrite"),
         status=FILE,
-        says=("with_sgd.*split_3.*was not trained as",),
+        says=("with_sgd.*split_3.*was trained differently from",),
     )
     for split in {*range(1, 11)} - {3}:
         train(base, *more, f"--samis_validation_split_index={split}", script="train_split.py", optimizers=["sgd"])
@@ -288,7 +288,7 @@ def test_splits_of_other_settings_are_not_mixed(splits, tmp_path):
         "compute_sam_sgd.py",
         *scoring(base, "--overwrite"),
         status=FILE,
-        says=("with_sam.*split_3.*was not trained as",),
+        says=("with_sam.*split_3.*was trained differently from",),
     )
 
 
@@ -296,9 +296,7 @@ def test_a_model_on_everything_is_not_that_of_a_split(splits, trained, tmp_path)
     base = shutil.copytree(splits, tmp_path / "base")
     (split,) = (base / "models").glob("split_*sgd*_val_split_4/seed_1/epoch_2.pt")
     split.write_bytes(checkpoint(trained, "sgd", 2).read_bytes())
-    refuse(
-        "compute_sam_sgd.py", *scoring(base), status=FILE, says=(r"validation_split \(None there, 4 here\)|split 4",)
-    )
+    refuse("compute_sam_sgd.py", *scoring(base), status=FILE, says=(r"validation_split \(None vs. 4\)|split 4",))
 
 
 def test_seeds_in_which_sgd_alone_differs_are_not_mixed(base):
@@ -319,7 +317,7 @@ def test_the_length_of_training_counts_where_the_schedule_depends_on_it(base, sc
     if sched == "const":
         succeed("average_scores.py", *averaging(base))
     else:
-        refuse("average_scores.py", *averaging(base), status=FILE, says=(r"training_epochs \(2 there, 4 here\)",))
+        refuse("average_scores.py", *averaging(base), status=FILE, says=(r"training_epochs \(2 vs. 4\)",))
 
 
 def test_seeds_of_the_papers_code_are_averaged(base):
@@ -367,7 +365,7 @@ def test_models_of_seeds_trained_otherwise_are_not_averaged(base):
                *folders(base, *READ))  # fmt: skip
     (base / "metrics" / "memorization").mkdir(parents=True)
     np.savez(base / "metrics" / "memorization" / "digits_infl_matrix.npz", tr_mem=np.linspace(0, 1, N))
-    says = (r"seed_2/epoch_1\.pt: ", r"batch_size \(20 there, 10 here\)")
+    says = (r"seed_2/epoch_1\.pt: ", r"batch_size \(20 vs. 10\)")
     refuse(*kernels, "--seeds", 1, 2, status=FILE, says=says)
     for seed in (1, 2):
         succeed(*kernels, "--seeds", seed)

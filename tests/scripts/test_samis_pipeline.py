@@ -194,5 +194,5 @@ def test_several_schedules_must_be_told_apart(blobs, tmp_path):
     succeed("compute_sam_sgd.py", *flags, "--lr_sched=step")
     refused = call("compute_sam_sgd.py", *flags, "--lr_sched=const")
     assert refused.status == 1
-    assert "lr_sched (step there, const here)" in refused.complaint
+    assert "lr_sched (step vs. const)" in refused.complaint
     succeed("compute_sam_sgd.py", *flags, "--lr_sched=const", "--overwrite")

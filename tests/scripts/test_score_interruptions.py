@@ -52,7 +52,7 @@ def assert_whole_or_refused(path: Path, allowed: list[tuple[bytes, bytes | None]
     beside = record_path(path)
     pair = path.read_bytes(), beside.read_bytes() if beside.exists() else None
     if pair not in allowed:
-        with pytest.raises(FileError, match=r"is not the file that .* describes"):
+        with pytest.raises(FileError, match=r"does not match .*; one of them was replaced"):
             read_scores(path)
 
 

@@ -152,7 +152,7 @@ def test_epochs_are_not_raised_under_a_plan_that_depends_on_them(planned, tmp_pa
         settings = {"lr_sched": "const", "depends_on_epochs": depends}
         run(planned(epochs=1, **settings), folder)
         if depends:
-            with pytest.raises(FileError, match=r"different settings: epochs \(1 there, 2 here\)"):
+            with pytest.raises(FileError, match=r"different settings: epochs \(1 vs. 2\)"):
                 run(planned(epochs=2, **settings), folder, resume=True)
         else:
             run(planned(epochs=2, **settings), folder, resume=True)
@@ -282,5 +282,5 @@ def test_settings_without_nesterov_are_those_of_older_runs(make_trainer, tmp_pat
     assert on.as_dict() == {name: value for name, value in asdict(on).items() if name not in idle}
     files = run(make_trainer(epochs=2), tmp_path)
     assert "nesterov" not in json.loads(files.results.read_text())["settings"]
-    with pytest.raises(FileError, match=r"different settings: nesterov \(False there, True here\)"):
+    with pytest.raises(FileError, match=r"different settings: nesterov \(False vs. True\)"):
         run(make_trainer(epochs=2, nesterov=True), tmp_path, resume=True)

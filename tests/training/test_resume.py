@@ -97,7 +97,7 @@ def test_a_damaged_state_is_named_and_the_one_before_is_used(make_trainer, tmp_p
 
 def test_resume_under_other_settings_is_refused_by_name(make_trainer, tmp_path):
     run(make_trainer(), tmp_path)
-    with pytest.raises(FileError, match=r"made with different settings: learning_rate \(0.05 there, 0.1"):
+    with pytest.raises(FileError, match=r"made with different settings: learning_rate \(0.05 vs. 0.1"):
         run(make_trainer(learning_rate=0.1), tmp_path, resume=True)
 
 
@@ -118,15 +118,15 @@ def test_more_epochs_only_where_the_schedule_allows_it(make_trainer, tmp_path):
     whole.fit()
     assert_same(whole, longer)
     run(make_trainer(lr_sched="cosine", epochs=2), tmp_path / "cosine")
-    with pytest.raises(FileError, match=r"different settings: epochs \(2 there, 4 here\)"):
+    with pytest.raises(FileError, match=r"different settings: epochs \(2 vs. 4\)"):
         run(make_trainer(lr_sched="cosine", epochs=4), tmp_path / "cosine", resume=True)
-    with pytest.raises(FileError, match=r"different settings: epochs \(4 there, 3 here\)"):
+    with pytest.raises(FileError, match=r"different settings: epochs \(4 vs. 3\)"):
         run(make_trainer(lr_sched="const", epochs=3), tmp_path / "const", resume=True)
 
 
 def test_results_of_other_settings_are_kept_unless_overwritten(make_trainer, tmp_path):
     files = run(make_trainer(epochs=4), tmp_path)
-    with pytest.raises(FileError, match=r"was made with different settings: epochs \(4 there, 2 here\)"):
+    with pytest.raises(FileError, match=r"was made with different settings: epochs \(4 vs. 2\)"):
         run(make_trainer(epochs=2), tmp_path)
     assert (files.epoch(4)).exists()
     run(make_trainer(epochs=2), tmp_path, overwrite=True)
