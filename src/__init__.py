@@ -1,13 +1,14 @@
-"""SAMIS: which training examples does a network memorise?"""
+"""SAMIS: which training examples does a model memorize?"""
 
 import os
 from importlib.util import find_spec
 
 
 def _forget_missing_backend() -> None:
-    """Figures are drawn into files, without a back end, so that a missing one must not stop the import of matplotlib.
+    """Unset ``MPLBACKEND`` if its package is not installed, because it would make ``import matplotlib`` fail.
 
-    A notebook hands its own to the processes that it starts, where its package may not be installed.
+    Notebooks set it for their child processes, which may run in an environment without that package. Figures are
+    written to files and need no interactive backend.
     """
     backend = os.environ.get("MPLBACKEND", "")
     name = {"inline": "module://matplotlib_inline", "widget": "module://ipympl"}.get(backend, backend)

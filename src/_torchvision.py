@@ -1,10 +1,11 @@
-"""Make ``import torchvision`` work beside a CPU-only torch.
+"""Make ``import torchvision`` work with a CPU-only torch.
 
-torchvision's published wheel carries operators compiled for CUDA. Beside a CPU build of torch they do not load,
-and the import fails with ``operator torchvision::nms does not exist``. This project uses none of those operators,
-so declaring the two missing schemas is enough. A normal installation never enters the ``except`` branch.
+torchvision's published wheel contains operators compiled for CUDA. They do not load with a CPU build of torch, and
+the import fails with ``operator torchvision::nms does not exist``. This project uses none of those operators, so
+declaring the two missing schemas is enough. A normal installation never enters the ``except`` branch.
 
-Modules take torchvision from here (``from src._torchvision import torchvision``), as importing it takes seconds.
+Import torchvision from this module (``from src._torchvision import torchvision``), and only when it is needed:
+the import takes seconds.
 """
 
 import sys
@@ -18,7 +19,7 @@ except RuntimeError as error:
 
     for _name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[_name]
-    # The library object must stay alive, or its definitions are withdrawn.
+    # The library object must stay alive; its definitions are removed when it is garbage-collected.
     SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
     for _schema in ("nms", "qnms"):
         SCHEMAS.define(f"{_schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

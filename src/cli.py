@@ -1,6 +1,6 @@
-"""The shell side of a script: flags generated from dataclasses, log lines, one-line errors, exit statuses.
+"""Command-line support for scripts: flags generated from dataclasses, logging, one-line errors, exit statuses.
 
-A setting is stated once, as a field of a dataclass that configures the library::
+Each setting is defined once, as a field of a dataclass that configures the library::
 
     @dataclass(frozen=True)
     class SamConfig:
@@ -47,18 +47,18 @@ def option(
     exclusive: str | None = None,
     **keywords: Any,
 ) -> Any:
-    """A dataclass field that ``Parser.add`` turns into a flag of the field's name.
+    """Define a dataclass field that ``Parser.add`` turns into a flag with the field's name.
 
     Args:
-        default: The default value; a bool makes a flag without a value.
-        help: The help text, or what makes it of the choices.
-        kind: Turns the text into a value, or raises ``argparse.ArgumentTypeError``.
-        acts: Where the flag acts: a test of all values and where it fails, as in "without --resume". A flag that is
-            given and does not act is refused.
-        negatable: Whether a bool has a ``--no-`` form.
-        title: The group of the help text, where it is not that of the other fields.
-        exclusive: A name that fields share of which one may be given.
-        keywords: Further arguments of ``add_argument``, such as ``choices``, ``nargs`` and ``metavar``.
+        default: The default value. A bool makes a flag that takes no value.
+        help: The help text, or a function that builds it from the choices.
+        kind: Converts the text to a value, or raises ``argparse.ArgumentTypeError``.
+        acts: When the flag has an effect: a predicate on all parsed values, and a phrase for when it is false, such
+            as "without --resume". A flag that is given but has no effect is refused. May be a list of such rules.
+        negatable: Whether a bool also has a ``--no-`` form.
+        title: The help group, if it differs from that of the other fields.
+        exclusive: Name of a mutually exclusive group; at most one of its flags may be given.
+        keywords: More arguments of ``add_argument``, such as ``choices``, ``nargs`` and ``metavar``.
     """
     rules = [acts] if acts and callable(acts[0]) else list(acts)
     if kind is not None:
@@ -72,24 +72,24 @@ def option(
 
 
 def build(config: type[Config], args: Namespace, **values: Any) -> Config:
-    """An instance of a dataclass with the values of the parsed flags.
+    """Build a dataclass instance from the parsed flags.
 
     Args:
         config: The dataclass.
-        args: The parsed flags; those that are missing have the field's default.
-        values: Values of other fields, or in place of flags.
+        args: The parsed flags. Fields without a flag keep their defaults.
+        values: Values of other fields; these override flags.
     """
     given = {item.name: getattr(args, item.name) for item in fields(config) if hasattr(args, item.name)}
     return config(**{**given, **values})
 
 
 def check_options(config: Any) -> None:
-    """Check that each value of a dataclass, or each part of a list, is one that its flag accepts.
+    """Check that the flag of each dataclass field accepts its value, or each element if the value is a list.
 
-    None always is, and so is what a flag means that may be given without a value.
+    None is always accepted. If the flag's value is optional, so are its default and its ``const``.
 
     Raises:
-        ArgumentError: One is not.
+        ArgumentError: A value is not accepted.
     """
     for item in fields(config):
         value, keywords = getattr(config, item.name), item.metadata.get("flag", {}).get("keywords", {})
@@ -111,7 +111,7 @@ def number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> Callable:
-    """A type for finite numbers within bounds (a bound itself is excluded if it is open)."""
+    """Return an argparse type for finite numbers within bounds. An open bound excludes the bound itself."""
 
     def parse(text: str) -> Any:
         bounds = "an integer" if kind is int else "a finite number"
@@ -133,7 +133,7 @@ def number(
 
 
 def whole_number(low: int) -> Callable:
-    """A type for counts, which the paper's commands may write as 100 or 100.0."""
+    """Return an argparse type for counts, which the paper's commands may write as 100 or 100.0."""
     parse_any = number(float, low)
 
     def parse(text: str) -> int:
@@ -145,14 +145,14 @@ def whole_number(low: int) -> Callable:
     return parse
 
 
-SEED = number(int, 0, 2**32 - 1)  # numpy's generators take no more
+SEED = number(int, 0, 2**32 - 1)  # the range that np.random.seed accepts
 
 
 fraction = number(float, 0, 1, open_low=True)
 
 
 def yes_or_no(text: str) -> bool:
-    """A type for flags that take 1 or 0, or a word for it."""
+    """Argparse type for flags that take 1 or 0, or a word such as yes or no."""
     words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
     words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
     if text.lower() not in words:
@@ -161,18 +161,18 @@ def yes_or_no(text: str) -> bool:
 
 
 def file_name(text: str) -> str:
-    """A type for the name of a file, without a folder."""
+    """Argparse type for a file name without a folder."""
     if not text or text.startswith(".") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give one without folders")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name; give one without folders")
     return text
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a bad flag with one line, and never guesses what an abbreviation means.
+    """Argument parser that reports a bad flag in one line and does not accept abbreviated flags.
 
     Attributes:
-        checks: Called with all values after parsing, before torch is imported: each raises ``FlagError`` where flags
-            contradict each other.
+        checks: Functions called with all values after parsing, before torch is imported. Each raises ``FlagError``
+            if flags contradict each other.
     """
 
     def __init__(self, description: str | None) -> None:
@@ -181,7 +181,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
-            epilog="Default folders are at the repository root; given ones are relative to the current folder.",
+            epilog="Default folders are in the repository root; other paths are relative to the current folder.",
         )
 
     def add(
@@ -198,13 +198,13 @@ class Parser(argparse.ArgumentParser):
         """Add the flags of a dataclass.
 
         Args:
-            config: A dataclass with fields made by ``option``; other fields are no flags.
-            title: The group of the help text.
+            config: A dataclass with fields made by ``option``; other fields get no flag.
+            title: The help group.
             only: The fields to add; None for all.
             skip: Fields to leave out.
-            defaults: Defaults of this script that differ from the dataclass's.
-            choices: Likewise, choices.
-            required: Fields, or names of exclusive fields, that must be given.
+            defaults: Defaults for this script that differ from the dataclass's.
+            choices: Choices for this script that differ from the dataclass's.
+            required: Fields, or names of exclusive groups, that must be given.
         """
         holders: dict[str, Any] = {}
         for item in fields(config):
@@ -228,19 +228,20 @@ class Parser(argparse.ArgumentParser):
             action.rules = flag["rules"]
 
     def _group(self, title: str) -> Any:
-        """The group of a title, made where it is missing."""
+        """Return the group with a title, creating it if needed."""
         for group in self._action_groups:
             if group.title == title:
                 return group
         return self.add_argument_group(title)
 
     def accept_paper_flags(self, func: str | None = None) -> None:
-        """Accept the flags that the SAMIS paper's scripts, which share one parser, parse and never read.
+        """Accept flags that the SAMIS paper's scripts parse but never read; those scripts share one parser.
 
-        They are not in ``--help``; giving one is reported in a warning. Flags that the script has by now are kept.
+        They are hidden from ``--help``, and giving one logs a warning. Flags that the script already defines are
+        unaffected.
 
         Args:
-            func: The one value of ``--coreset_func`` that this script accepts; None where the flag is its own.
+            func: The only value of ``--coreset_func`` that this script accepts; None if the script defines the flag.
         """
         for name, valued in PAPER_FLAGS.items():
             if f"--{name}" not in self._option_string_actions:
@@ -251,10 +252,10 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--coreset_func", type=_only(func), help=argparse.SUPPRESS, default=argparse.SUPPRESS)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
-        """Parse, refuse flags that do nothing or contradict each other, and name those that are ignored.
+        """Parse the flags, refuse flags that have no effect or contradict each other, and warn about ignored flags.
 
         Raises:
-            FlagError: A flag is given that does nothing in this combination, whatever its value.
+            FlagError: A flag has no effect in this combination, whatever its value, or flags contradict each other.
         """
         words = sys.argv[1:] if args is None else list(args)
         found = super().parse_args(words, namespace)
@@ -270,11 +271,11 @@ class Parser(argparse.ArgumentParser):
         for name in set(ignored.values()):
             delattr(found, name)
         if ignored and _speaks():
-            logging.getLogger(__name__).warning("%s: accepted for compatibility, and ignored", " ".join(ignored))
+            logging.getLogger(__name__).warning("%s: accepted for compatibility but ignored", " ".join(ignored))
         return found
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
+        """Print a one-line error and exit with status 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             given, known = unknown.split("=")[0].split()[0], self._option_string_actions
@@ -283,18 +284,19 @@ class Parser(argparse.ArgumentParser):
             close = close or [flag for flag in flags if flag.endswith(f"_{given.lstrip('-')}")]
             close = close or difflib.get_close_matches(given, flags, 1, 0.75)
             message = f"{unknown}: unknown" + (f"; did you mean {' or '.join(close)}?" if close else "")
-        message = message.replace("ignored explicit argument", "takes no value, and was given")
+        message = message.replace("ignored explicit argument", "takes no value, but was given")
         if not _speaks():
             sys.exit(2)
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
 def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespace], bool], str]]) -> None:
-    """Declare where flags act, so that ``Parser`` refuses them where they are given and would do nothing.
+    """Declare when flags have an effect. ``Parser`` refuses a flag that is given but has none.
 
     Args:
         group: The parser, or one of its groups, that has the flags.
-        table: For some flags, whether they act, given all values, and where they do not, as in "without --resume".
+        table: Maps flags to a predicate on all parsed values, and a phrase for when it is false, such as
+            "without --resume".
     """
     for flags, rule in table.items():
         for flag in flags:
@@ -303,17 +305,17 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
 
 
 DATA_FLAGS = ("dataset", "image_size", "channels", "decode", "subset", "datasets_folder", "cache_folder")
-"""Flags by which scripts that work on the same data find them."""
+"""Flags that select the data; passed on to the next script."""
 
 
 def print_next(script: str, keep: Collection[str] | None = None, *, drop: Collection[str] = (), **flags: Any) -> None:
-    """Print the command to run next, built from the flags of this one (but ``--overwrite``, which was for its files).
+    """Print the command to run next, built from this command's flags except ``--overwrite``.
 
     Args:
-        script: A script in the folder of this one.
-        keep: Flags, without dashes, that are passed on as they were given, where they were; None for all.
+        script: A script in the same folder as this one.
+        keep: Flags, without dashes, to pass on if they were given; None for all.
         drop: Flags that are not passed on.
-        flags: Flags with values of their own: True is a flag without a value, a list has several, None leaves it out.
+        flags: Flags to set: True makes a flag without a value, a list gives several values, None omits the flag.
     """
     given: dict[str, list[str]] = {}
     for word in sys.argv[1:]:
@@ -337,7 +339,7 @@ def print_next(script: str, keep: Collection[str] | None = None, *, drop: Collec
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of the description, shows defaults, and default folders by their names."""
+    """Help formatter that keeps the description's layout and shows defaults; folders are relative to the root."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, []) or action.required or "(default: " in (action.help or ""):
@@ -360,10 +362,10 @@ class _BarHandler(logging.Handler):
 
 
 class _LosableFile(io.FileIO):
-    """A console or a log that may fail, as a pipe without a reader or a full disk does: what it is given is lost."""
+    """Console or log that silently drops output it cannot write, e.g. to a closed pipe or a full disk."""
 
     def write(self, data: Any) -> int | None:
-        """Write, or pretend to."""
+        """Write the data. On an error, drop it and report success."""
         try:
             return super().write(data)
         except OSError:
@@ -371,41 +373,41 @@ class _LosableFile(io.FileIO):
 
 
 def _losable_text(file: int | str, mode: str, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
-    """A text stream that never fails: not to write, and not to encode a name that the console cannot show."""
+    """Return a text stream that never raises on a failed write or on characters its encoding lacks."""
     raw = io.BufferedWriter(_LosableFile(file, mode, closefd=not isinstance(file, int)))
     return io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 def _keep_console() -> None:
-    """Let the work survive the loss of its console, so that the exit status tells whether the work was done.
+    """Keep working if the console is lost, so that the exit status still says whether the work was done.
 
-    Standard descriptors that the shell closed are opened to nowhere: the next file would take their numbers, and
-    receive what libraries print.
+    Standard descriptors that the shell closed are opened on the null device. Otherwise the next file opened would get
+    such a descriptor, and libraries would print into it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open returns the lowest free number: this one
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None:  # it was closed
+        if stream is None:  # the descriptor was closed
             setattr(sys, name, _losable_text(number, "w", "utf-8", line_buffering=True))
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
-            at_once = stream.line_buffering or stream.write_through  # the latter by PYTHONUNBUFFERED
+            at_once = stream.line_buffering or stream.write_through  # write_through: PYTHONUNBUFFERED
             setattr(sys, name, _losable_text(number, "w", stream.encoding, line_buffering=at_once))
 
 
 class _LogFile(logging.FileHandler):
-    """A log that loses lines on a full disk without an error: writing results there will report it."""
+    """Log file that silently drops lines if the disk is full. Writing results to that disk reports the error."""
 
     def _open(self) -> io.TextIOWrapper:
         return _losable_text(self.baseFilename, self.mode, "utf-8", line_buffering=True)
 
 
 def start_logging() -> None:
-    """Send log lines to the console only (warnings only, from all but the first process of torchrun)."""
+    """Log to the console only. Under torchrun, all processes but the first log only warnings."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in list(root.handlers):
@@ -417,9 +419,9 @@ def start_logging() -> None:
 
 
 def log_to(file: Path) -> None:
-    """Send log lines to this file too, in place of the file of the last call.
+    """Also log to this file, which replaces the file of the previous call.
 
-    Other handlers and the log level stay as they are, so that a notebook keeps its own.
+    Other handlers and the log level do not change, so a notebook keeps its own.
 
     Raises:
         FileError: The file cannot be written.
@@ -432,19 +434,19 @@ def log_to(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handler = _LogFile(file)
     except OSError as error:
-        raise FileError(
-            f"{file}: the log cannot be written ({error.strerror}); choose another --log_folder"
-        ) from error
+        raise FileError(f"{file}: cannot write the log ({error.strerror}); choose another --log_folder") from error
     handler.setFormatter(_LOG_LINE)
     root.addHandler(handler)
 
 
 def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None) -> NoReturn:
-    """Run a script's ``main`` with logging, and exit: 0, the status of a user error (one line), 130 after Ctrl-C.
+    """Run a script's ``main`` with logging, then exit.
+
+    The exit status is 0 on success, the error's status after a user error (printed in one line), 130 after Ctrl-C.
 
     Args:
-        main: The script.
-        flags: The flags of library arguments, where a flag has another name.
+        main: The script's main function.
+        flags: Maps library arguments to flags, for flags whose name differs from the argument's.
     """
     name = Path(sys.argv[0]).name
     _keep_console()
@@ -462,19 +464,19 @@ def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None)
         _end(f"{name}: {line}", error.status)
     except KeyboardInterrupt:
         _end(
-            f"{name}: interrupted; what was finished is on disk, and the same command goes on with it "
-            "(with --resume where it has that flag)",
+            f"{name}: interrupted; completed results are saved; run the same command again to continue "
+            "(with --resume if the script has that flag)",
             130,
         )
     except (MemoryError, RuntimeError) as error:
         if "RANK" in os.environ and re.search("(closed|reset) by peer|Broken pipe", str(error)):
-            _end(f"{name}: another of the processes that train together has ended; its message says why", 1)
-        # torch's CPU allocator has no error of its own
+            _end(f"{name}: another training process exited; see its error message", 1)
+        # torch's CPU allocator raises a plain RuntimeError
         gpu = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in str(error)
         if not (isinstance(error, MemoryError) or gpu or "can't allocate memory" in str(error)):
             raise
         reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        _end(f"{name}: not enough memory ({reason}); smaller batches may help", 1)
+        _end(f"{name}: not enough memory ({reason}); try smaller batches", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{name}: {where}{error.strerror or error}", 1)
@@ -482,7 +484,7 @@ def run_script(main: Callable[[], None], flags: Mapping[str, str] | None = None)
 
 
 def _speaks() -> bool:
-    """Whether this process answers for those of torchrun, which all find the same flags wrong."""
+    """Whether this process prints messages. Under torchrun, only the first does, since all have the same flags."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -491,7 +493,7 @@ def _end(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-# What the paper's code parses and never reads (the last sleeps before the work): True where a value follows.
+# Flags that the paper's code parses but never reads (wait_start sleeps before the work). True: takes a value.
 PAPER_FLAGS = {
     "coreset_epochs": True,
     "coreset_epoch_selection": True,

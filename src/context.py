@@ -1,4 +1,4 @@
-"""Where a script works: device, precision, processes and data; the models trained there, and those loaded."""
+"""The runtime context of a script (device, precision, processes, data), and the models trained or loaded in it."""
 
 from __future__ import annotations
 
@@ -57,22 +57,22 @@ log = logging.getLogger(__name__)
 
 
 class RunContext:
-    """Device, precision, processes and data of one start of a script.
+    """Device, precision, processes and data of one script invocation.
 
-    As a context manager it leaves the group of processes at the end.
+    As a context manager, it leaves the process group on exit.
 
     Args:
-        data: The data set, and which of its training examples are used.
-        compute: Where and how to compute.
+        data: The data set, and the training examples to use.
+        compute: Device, precision and distributed settings.
         datasets_folder: The folder of data sets.
-        seed: Seed of the global generators; None leaves them as they are.
-        normalization: Which normalization of the data set: ``"samis"`` or ``"mpe"``.
+        seed: Seed of the global generators; None does not seed them.
+        normalization: The data set's normalization to use: ``"samis"`` or ``"mpe"``.
 
     Attributes:
-        device: Where to compute.
-        precision: How precisely.
+        device: The compute device.
+        precision: The compute precision.
         group: The processes that share the work.
-        train: The training examples in use, on the device.
+        train: The selected training examples, on the device.
         full_train: All training examples, on the device.
         test: The test set, on the device.
 
@@ -100,7 +100,7 @@ class RunContext:
             np.random.seed(seed)
         if compute.distributed_training:
             self.group.start(self.device)
-        for main_process in (True, False):  # the main process first, so that data are downloaded once
+        for main_process in (True, False):  # the main process goes first, so the data are downloaded once
             if self.group.is_main_process == main_process:
                 train, test = data.load(datasets_folder)
             self.group.wait()
@@ -133,12 +133,12 @@ class RunContext:
 
     @property
     def normalization(self) -> Normalization:
-        """The normalization of images."""
+        """The normalization applied to images."""
         return self.entry.normalizations[self._normalization]
 
     @cached_property
     def data_settings(self) -> dict[str, Any]:
-        """What identifies the data in the settings of a result."""
+        """The settings that identify the data of a result."""
         entry = self.entry
         subset = None if self.data.subset is None else label_hash(self.train.indices.cpu().numpy())
         return {
@@ -162,16 +162,16 @@ class RunContext:
         augmentation: Augmentation | None = None,
         seed: int = 1,
     ) -> Batches:
-        """Batches of images on the device, in the precision's type.
+        """Iterate over images in batches on the device, in the precision's dtype.
 
         Args:
             images: The examples.
-            batch_size: Examples at a time.
-            normalization: Default: the context's.
-            channels_last: Whether images have their channels last in memory.
-            local: Whether this process gets full batches, rather than its share of each.
-            order: Their order, see ``Batches``.
-            augmentation: What images undergo.
+            batch_size: Examples per batch.
+            normalization: The normalization; None for the context's.
+            channels_last: Whether to use the channels-last memory format.
+            local: Whether this process gets full batches instead of its share of each.
+            order: The order of the examples; see ``Batches``.
+            augmentation: The augmentation; None for none.
             seed: Seed of order and augmentation.
         """
         return Batches(
@@ -197,21 +197,21 @@ class RunContext:
         script: str | None = "train_full.py",
         **flags: Any,
     ) -> dict[int, Path]:
-        """The checkpoints of several epochs of a run.
+        """Find the checkpoints of several epochs of a run.
 
         Args:
             models_folder: The folder of checkpoints.
             experiment: The run's name.
-            seed: Its seed.
+            seed: The run's seed.
             epochs: The epochs, from 1.
-            script: What trains it, for the message; None where that is unknown.
+            script: The script that trains the run, for the error message; None if unknown.
             flags: The other flags of that script.
 
         Returns:
-            Epoch to path.
+            A dict from epoch to path.
 
         Raises:
-            FileError: Some are missing; the message names them, and the command that makes them.
+            FileError: Some are missing; the message names them and the command that creates them.
         """
         paths = {epoch: find_checkpoint(models_folder, experiment, seed, epoch) for epoch in epochs}
         missing = sorted(epoch for epoch, path in paths.items() if path is None)
@@ -229,42 +229,43 @@ class RunContext:
     def load_model(
         self, path: str | Path, state: dict[str, Any] | None = None, **asked: Any
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The model of a checkpoint that was trained on this data, on the device, in eval mode.
+        """Load a checkpoint that was trained on this data.
 
         Args:
             path: The checkpoint.
-            state: Its content, if it has been read before.
-            asked: What else is known of it, such as ``model``, ``seed`` and ``epoch``; see ``load_model``.
+            state: Its contents, if already read.
+            asked: Other values that the checkpoint must match, such as ``model``, ``seed`` and ``epoch``; see
+                ``load_model``.
 
         Returns:
-            The model in the precision's type, and the checkpoint without its weights.
+            The model on the device, in eval mode and the precision's dtype, and the checkpoint without its weights.
 
         Raises:
-            FileError: The file is missing or damaged, is another model, run or epoch than asked for, was trained on
-                other data, or has a weight that is not finite.
+            FileError: The file is missing or damaged, contains a different model, run or epoch than requested, was
+                trained on different data, or has a weight that is not finite.
         """
         model_name = asked.pop("model", None)
         model, state = load_model(path, {**data_facts(self.full_train), **asked}, state)
         if model_name not in (None, state["model"]):
-            raise FileError(f"{path}: is a {state['model']}, not a {model_name}; give --model={state['model']}")
+            raise FileError(f"{path}: contains {state['model']}, not {model_name}; give --model={state['model']}")
         for name, value in model.state_dict().items():
             if not value.isfinite().all():
                 raise FileError(f"{path}: {name} is not finite; train it again with a lower --learning_rate")
-        # per-example gradients and second derivatives are taken in the default memory layout
+        # per-example gradients and second derivatives use the default memory format
         return model.to(self.device, self.precision.dtype), state
 
 
 def _missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Collection[int]) -> dict[str, Any]:
-    """The flags with which a training script makes the missing epochs of a run.
+    """Return the flags that make a training script write the missing epochs of a run.
 
-    A run that ended too early continues, if its schedule does not depend on its length; one that did not keep the
-    epochs, or cannot continue, is trained from scratch.
+    A run that ended too early is continued if its schedule does not depend on its length. A run that did not keep
+    the epochs, or cannot continue, is retrained from scratch.
 
     Args:
         folder: The run's folder.
-        last: The last epoch that is wanted.
-        missing: The epochs that are not there.
-        epochs: All that are wanted.
+        last: The last epoch needed.
+        missing: The epochs without a checkpoint.
+        epochs: All epochs needed.
     """
     kept = ",".join(map(str, sorted(epochs)))
     try:
@@ -286,12 +287,12 @@ class TrainingRun:
 
     Attributes:
         context: Device, processes and data.
-        config: What is trained, how, and what is kept.
-        folders: Where files go.
+        config: The run's settings.
+        folders: The folders to write to.
         experiment: The run's name in paths.
         train: The training examples, with their original indices.
-        more_settings: Settings beside those of context and config, such as the split left out.
-        final_scores: With ``config.measure_proxies``, whether the scores of the trained model are measured too.
+        more_settings: Settings in addition to those of context and config, such as the held-out split.
+        final_scores: With ``config.measure_proxies``, whether to also measure the scores of the trained model.
     """
 
     context: RunContext
@@ -313,7 +314,7 @@ class TrainingRun:
 
     @property
     def dynamics_folder(self) -> Path:
-        """Where recorded dynamics and per-seed scores go."""
+        """The folder of the recorded dynamics and per-seed scores."""
         return dynamics_folder(self.folders.metrics_folder, self.experiment, self.config.training.seed)
 
     @cached_property
@@ -324,20 +325,20 @@ class TrainingRun:
         return {**self.config.as_dict(data, sync_bn=self.context.compute.sync_bn), **self.more_settings}
 
     def batches(self, images: ImageSet, **keywords: Any) -> Batches:
-        """Batches of the run's size, seed and memory layout; see ``RunContext.batches``."""
+        """Iterate in batches of the run's size, seed and memory format; see ``RunContext.batches``."""
         last, config = MODELS[self.config.model.model].channels_last, self.config
         return self.context.batches(
             images, config.batch_size, seed=config.training.seed, channels_last=last, **keywords
         )
 
     def fit(self, *, weights: torch.Tensor | None = None, plan: EpochPlan | None = None) -> list[dict[str, Any]]:
-        """Train the model, or continue, and write everything that a run writes.
+        """Train the model, or continue training, and write the run's files.
 
-        Log lines go to the run's log file too, until the next run has its own.
+        Also logs to the run's log file, until the next run replaces it.
 
         Args:
             weights: Sample weights, one per training example.
-            plan: Which examples each epoch visits, where that is not all of them.
+            plan: Chooses the examples of each epoch; None for all examples.
 
         Returns:
             The history: one record per epoch.
@@ -351,7 +352,7 @@ class TrainingRun:
         log.info("%s: %d training and %d test examples", self.experiment, len(self.train), len(context.test))
         if MODELS[name].pretrain is not None and not config.model.pretrained:
             log.info(
-                "%s starts from random weights; the SAMIS experiments start from ImageNet weights (--pretrained)",
+                "%s is initialized randomly; the SAMIS experiments start from ImageNet weights (--pretrained)",
                 name,
             )
         model = build_model(
@@ -385,7 +386,7 @@ class TrainingRun:
             save_epochs=config.save_epochs,
         )
         if dynamics is not None and context.group.is_main_process:
-            remove_end_of_training_scores(folder)  # of an earlier run, which would pass for this run's
+            remove_end_of_training_scores(folder)  # an earlier run's scores could be mistaken for this run's
             dynamics.write(folder / DYNAMICS_FILE, context.labels, self.settings)
             if self.final_scores:
                 write_end_of_training_scores(folder, model, self.batches(self.train), dynamics.arrays())
@@ -394,7 +395,7 @@ class TrainingRun:
         return history
 
     def is_done(self) -> bool:
-        """Whether a run with these settings has finished, and left all its scores."""
+        """Whether a run with these settings has finished and written all its scores."""
         try:
             results = self.files.read_results()
             if not results.get("finished") or diff_settings(results["settings"], self.settings):
@@ -402,7 +403,7 @@ class TrainingRun:
             if not self.config.measure_proxies:
                 return True
             stored = read_dynamics(self.dynamics_folder / DYNAMICS_FILE)["settings"]
-        except FileError:  # starting the run reports it, or replaces the file
+        except FileError:  # starting the run reports or replaces the file
             return False
         complete = not self.final_scores or has_end_of_training_scores(self.dynamics_folder)
         return complete and not diff_settings(stored, self.settings)

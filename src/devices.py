@@ -1,4 +1,4 @@
-"""Where and how precisely to compute: devices, precisions, determinism."""
+"""Devices, precisions, determinism and memory allocation."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model computes.
+    """The number formats that a model computes in.
 
     Attributes:
-        name: The name of the flag's choice.
-        weights: The type of the weights and inputs, a name in torch.
-        products: The type of matrix products and convolutions, or None for ``weights``.
-        tf32: Whether an NVIDIA GPU may round the inputs of float32 products to TF32.
-        note: One line for the help text.
+        name: The value of ``--precision``.
+        weights: Dtype of the weights and inputs, as a name in torch.
+        products: Dtype of matrix products and convolutions; None for that of ``weights``.
+        tf32: Whether NVIDIA GPUs may round the inputs of float32 products to TF32.
+        note: Description for the help text.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights and inputs."""
+        """Dtype of the weights and inputs."""
         return getattr(torch, self.weights)
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The type of matrix products and convolutions, or None for ``dtype``."""
+        """Dtype of matrix products and convolutions; None if it is ``dtype``."""
         return self.products and getattr(torch, self.products)
 
 
@@ -64,14 +64,14 @@ PRECISIONS = {
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes of ``torch.compile`` that use CUDA graphs, whose outputs the next pass overwrites."""
+"""Modes of ``torch.compile`` that use CUDA graphs. The next pass overwrites a graph's outputs."""
 
 
 def parse_device(text: str) -> str:
-    """The value of ``--device``; whether the machine has it turns out when it is used.
+    """Parse the value of ``--device``. Does not check that the machine has the device.
 
     Raises:
-        argparse.ArgumentTypeError: It is not a device.
+        argparse.ArgumentTypeError: The text does not name a device.
     """
     if text not in ("cpu", "cuda") and not text.removeprefix("cuda:").isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is unknown; give cpu, cuda, or the index of a GPU")
@@ -80,41 +80,41 @@ def parse_device(text: str) -> str:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Where and how to compute.
+    """Device, precision and distributed settings.
 
     Attributes:
-        device: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU, else the CPU.
-        precision: A name of ``PRECISIONS``.
+        device: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU if there is one, else the CPU.
+        precision: A key of ``PRECISIONS``.
         deterministic: Whether only deterministic algorithms are allowed.
-        compile: Whether the model is compiled for training; a name of ``CUDA_GRAPHS`` for that mode.
+        compile: Whether to compile the model for training, or a mode in ``CUDA_GRAPHS``.
         distributed_training: Whether the processes of torchrun share each batch.
-        sync_bn: Whether BatchNorm's statistics are over the batches of all processes.
+        sync_bn: Whether BatchNorm computes its statistics over the batches of all processes.
 
     Raises:
-        ArgumentError: Several processes are to share one device.
+        ArgumentError: Several processes would share one GPU.
     """
 
     device: str | None = option(
-        None, "cpu, cuda, or the index of a GPU (default: the first GPU, else the CPU)", parse_device
+        None, "cpu, cuda, or a GPU index (default: the first GPU if there is one, else the CPU)", parse_device
     )
     precision: str = option(
         "fp32",
         lambda choices: "; ".join(f"{name}: {PRECISIONS[name].note}" for name in choices),
         choices=tuple(PRECISIONS),
     )
-    deterministic: bool = option(False, "only deterministic algorithms (slower on GPUs)")
+    deterministic: bool = option(False, "use only deterministic algorithms (slower on GPUs)")
     compile: bool | str = option(
         False,
-        "compile the model with torch.compile; with a mode, GPUs run it as CUDA graphs, and max-autotune also tries "
+        "compile the model with torch.compile; both modes use CUDA graphs on GPUs, and max-autotune also benchmarks "
         "kernels",
         nargs="?",
         const=True,
         choices=CUDA_GRAPHS,
     )
-    distributed_training: bool = option(False, "share each batch among the processes of torchrun")
+    distributed_training: bool = option(False, "split each batch across the processes of torchrun")
     sync_bn: bool = option(
         False,
-        "BatchNorm statistics over the batches of all processes",
+        "compute BatchNorm statistics over the batches of all processes",
         acts=(lambda args: args.distributed_training, "without --distributed_training"),
     )
 
@@ -122,22 +122,22 @@ class ComputeConfig:
         check_options(self)
         several = self.distributed_training and int(os.environ.get("WORLD_SIZE", 1)) > 1
         if several and self.device not in (None, "cpu", "cuda"):
-            raise ArgumentError("device", f"{self.device}: several processes need a GPU each; give cuda or cpu")
+            raise ArgumentError("device", f"{self.device}: each process needs its own GPU; give cuda or cpu")
 
 
 TRAINING_ONLY = ("compile", "distributed_training", "sync_bn")
-"""The fields of ``ComputeConfig`` that act on training alone."""
+"""The fields of ``ComputeConfig`` that affect only training."""
 
 
 def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
-    """Turn the value of ``--device`` into a device.
+    """Convert the value of ``--device`` to a device.
 
     Args:
-        text: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU, else the CPU.
-        local_rank: The process's number on this machine; with None or ``"cuda"`` it chooses the GPU.
+        text: ``"cpu"``, ``"cuda"``, a GPU index, or None for the first GPU if there is one, else the CPU.
+        local_rank: The process's rank on this machine. It selects the GPU if ``text`` is None or ``"cuda"``.
 
     Raises:
-        ArgumentError: There is no such device on this machine.
+        ArgumentError: This machine has no such device.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text is None:
@@ -152,7 +152,7 @@ def resolve_device(text: str | None, local_rank: int = 0) -> torch.device:
 
 
 def prepare(device: torch.device, precision: Precision, deterministic: bool) -> None:
-    """Set the process-wide switches for a run, and log the choice."""
+    """Apply the process-wide settings of a run and log the device and precision."""
     if device.type == "cpu":
         keep_all_freed_memory()
     leave_compiler_out()
@@ -167,37 +167,37 @@ def prepare(device: torch.device, precision: Precision, deterministic: bool) -> 
 
 
 RECYCLED = 31 * 2**20
-"""Largest block in bytes that `keep_freed_blocks` can have kept."""
+"""Size in bytes of the largest block that ``keep_freed_blocks`` can make glibc keep."""
 
 _all_is_kept = False
 
 
 def keep_all_freed_memory() -> None:
-    """For scripts, whose process is their own: have glibc never return freed memory to the system.
+    """Make glibc never return freed memory to the system. For scripts only: it affects the whole process.
 
-    Otherwise each step maps its activations again, and page faults take a good part of the time, in particular for
-    large tensors, which are mapped one by one however high the mapping threshold is set.
+    Otherwise each step maps its activations again, and page faults take a large part of the time. This applies
+    especially to large tensors, which are mapped individually however high the mmap threshold is.
     """
     global _all_is_kept
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # the numbers of mallopt's parameters
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)  # no mapping: everything comes from the heap
-        libc.mallopt(trim_threshold, -1)  # which never shrinks
+        libc.mallopt(mmap_max, 0)  # never mmap: allocate everything from the heap
+        libc.mallopt(trim_threshold, -1)  # never shrink the heap
         _all_is_kept = True
 
 
 def leave_compiler_out() -> None:
-    """For scripts, whose process is their own: have torch's optimizers not import the compiler.
+    """Stop torch's optimizers from importing the compiler. For scripts only: it affects the whole process.
 
-    ``torch._dynamo`` takes nearly as long to import as the rest of torch. Torch wraps methods of its optimizers so
-    that compiled code leaves them out; the wrappers import the compiler at the first call and then call the method.
-    Scripts compile the model alone (``--compile``), so that the methods themselves do the same.
+    ``torch._dynamo`` takes nearly as long to import as the rest of torch. Torch wraps its optimizers' methods to
+    exclude them from compiled code; the wrappers import the compiler on the first call. Scripts compile only the
+    model (``--compile``), so the unwrapped methods behave the same.
     """
     optimizers = torch.optim
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         setattr(optimizers.Optimizer, name, inspect.unwrap(getattr(optimizers.Optimizer, name)))
-    for kind in (optimizers.SGD, optimizers.Adam):  # AdamW takes Adam's step
+    for kind in (optimizers.SGD, optimizers.Adam):  # AdamW inherits Adam's step
         step = inspect.unwrap(kind.step)
 
         @functools.wraps(step)
@@ -209,15 +209,15 @@ def leave_compiler_out() -> None:
 
 
 def keep_freed_blocks() -> float:
-    """For library code, in a process that may be anyone's: have glibc keep a bounded amount of freed memory.
+    """Make glibc keep a bounded amount of freed memory. For library code, which does not own the process.
 
-    Blocks up to 31 MiB, and 62 MiB in all, are kept for the next use. glibc raises both limits by itself whenever a
-    block that large is freed; until then it returns even small blocks to the system, and touching them again costs
-    several times the convolution that is done in them.
+    Blocks of up to 31 MiB, and 62 MiB in total, are kept for reuse. glibc raises both limits itself when a block that
+    large is freed. Until then it returns even small blocks to the system, and touching them again costs several
+    times as much as the convolution computed in them.
 
     Returns:
-        The largest block in bytes that is kept when it is freed; twice as much is kept in all. Infinite where
-        `keep_all_freed_memory` was called.
+        The size in bytes of the largest block that is kept when freed; twice as much is kept in total. Infinity if
+        ``keep_all_freed_memory`` was called.
     """
     if _all_is_kept:
         return math.inf
@@ -227,7 +227,7 @@ def keep_freed_blocks() -> float:
 
 @contextmanager
 def autocast_context(device: torch.device, precision: Precision) -> Iterator[None]:
-    """The context in which a forward pass runs under ``precision``."""
+    """Context manager that runs a forward pass in ``precision``."""
     if precision.autocast is None:
         yield
     else:
@@ -236,14 +236,14 @@ def autocast_context(device: torch.device, precision: Precision) -> Iterator[Non
 
 
 def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor on a device. From the CPU to a GPU it is copied from pinned memory, and nothing waits for the copy."""
+    """Move a tensor to a device. Copies from the CPU to a GPU use pinned memory and are asynchronous."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device, without swapping; None where the system does not say."""
+    """Return the free memory of a device in bytes, without swapping; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

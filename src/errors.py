@@ -1,27 +1,27 @@
-"""The errors that a user can fix: one clear line, and the exit status of a script.
+"""Errors that the user can fix. Each has a one-line message and an exit status for scripts.
 
-A message names the argument or file, says what is wrong, and what to do.
+A message names the argument or file, says what is wrong, and says what to do.
 """
 
 
 class UserError(Exception):
-    """Something that the user can fix. Scripts print the message and exit with ``status``."""
+    """An error that the user can fix. Scripts print the message and exit with ``status``."""
 
     status = 1
 
 
 class FlagError(UserError):
-    """A flag, or a combination of flags, is wrong. Only scripts raise it."""
+    """A flag or a combination of flags is invalid. Only scripts raise it."""
 
     status = 2
 
 
 class ArgumentError(UserError):
-    """An argument of the library is wrong. Scripts print its flag, by default of the same name.
+    """A library argument is invalid. Scripts print the corresponding flag, which has the same name by default.
 
     Args:
-        name: The argument, or the field of a dataclass.
-        text: Its value, what is wrong, and what to do, such as ``48: must be at most 32``.
+        name: The argument or dataclass field.
+        text: Its value, what is wrong and what to do, such as ``48: must be at most 32``.
     """
 
     status = 2
@@ -32,12 +32,12 @@ class ArgumentError(UserError):
 
 
 class FileError(UserError):
-    """A file or folder is missing, unreadable, foreign, or could not be written."""
+    """A file or folder is missing, unreadable, not from this project, or cannot be written."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class MeasurementError(UserError):
-    """A measurement cannot go on, for example because the curvature of the loss is not finite."""
+    """A measurement cannot continue, for example because the curvature of the loss is not finite."""

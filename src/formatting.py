@@ -1,4 +1,4 @@
-"""How amounts are written in log lines and messages, and how every figure looks."""
+"""Formatting of quantities in log lines and messages, and the style of all figures."""
 
 FIGURE_STYLE = {  # matplotlib settings
     "font.size": 15,
@@ -11,12 +11,12 @@ FIGURE_STYLE = {  # matplotlib settings
     "axes.axisbelow": True,
     "pdf.fonttype": 42,
 }
-FIGURE_DPI = 200  # of PNG files, and of images in PDF files: that of print
-FIGURE_GRID = {"color": "0.88", "linewidth": 0.8}  # lines of the grid
+FIGURE_DPI = 200  # print resolution, for PNG files and for images in PDF files
+FIGURE_GRID = {"color": "0.88", "linewidth": 0.8}  # grid lines
 
 
 def gib(count: float) -> str:
-    """Bytes in words."""
+    """Format a number of bytes, e.g. ``"1.5 GiB"``."""
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if count >= 2**power:
             return f"{count / 2**power:.{1 if power == 30 else 0}f} {unit}"
@@ -24,10 +24,10 @@ def gib(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """Format a number of seconds, e.g. ``"3.2 s"`` or ``"5 min"``."""
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.1f} s"
 
 
 def literal(text: str) -> str:
-    """A text that matplotlib draws as it is: without this, what is between two dollar signs would be a formula."""
+    """Escape dollar signs, so that matplotlib does not render the text between them as a formula."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Imports that wait until they are needed, so that ``--help`` and the answer to a bad flag need no torch."""
+"""Lazy imports, so that ``--help`` and flag errors do not import torch."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 
 def lazy_names(package: str, **modules: Sequence[str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` (PEP 562), which imports a submodule when one of its names is first used.
+    """Return a package's ``__getattr__`` (PEP 562) that imports a submodule when one of its names is first used.
 
     Args:
         package: The package's ``__name__``.
-        modules: For each submodule, the names that the package takes from it.
+        modules: For each submodule, the names that the package exports from it.
     """
     homes = {name: module for module, names in modules.items() for name in names}
 
@@ -26,7 +26,7 @@ def lazy_names(package: str, **modules: Sequence[str]) -> Callable[[str], Any]:
 
 
 def later(module: str, name: str, *first: Any) -> Callable[..., Any]:
-    """A function of a module that is imported at the first call; ``first`` are its first arguments."""
+    """Return a function that imports its module on the first call. ``first`` are bound as its first arguments."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(import_module(module), name)(*first, *args, **kwargs)
@@ -35,7 +35,7 @@ def later(module: str, name: str, *first: Any) -> Callable[..., Any]:
 
 
 class _Module:
-    """A stand-in for a module, which imports it when one of its attributes is first used."""
+    """Module proxy that imports the module when one of its attributes is first used."""
 
     def __init__(self, name: str) -> None:
         self._name = name

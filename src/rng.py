@@ -1,8 +1,8 @@
-"""Generators for everything random in an epoch.
+"""Random generators for everything random within an epoch.
 
-A draw is made for all examples of a part at once and indexed by the example's original position, from a
-generator seeded by (seed, epoch, purpose). So the order of batches, an interruption, and the number of
-workers or ranks change nothing, and a resumed run needs no generator states.
+Random numbers are drawn for all examples at once, from a generator seeded by (seed, epoch, purpose), and indexed by
+the example's original index. They therefore do not depend on the batch order, on interruptions, or on the number of
+workers or ranks, and a resumed run needs no generator states.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from src.lazy import torch
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
-    """The 63-bit seed that belongs to (seed, epoch, purpose)."""
+    """Return the 63-bit seed for (seed, epoch, purpose)."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
-    """A CPU generator seeded by (seed, epoch, purpose).
+    """Return a CPU generator seeded by (seed, epoch, purpose).
 
     Args:
         seed: The run's seed.
-        epoch: The epoch, from 1; 0 for draws that are made once.
+        epoch: The epoch, from 1; 0 for draws made once per run.
         purpose: What is drawn, for example ``"order"`` or ``"crop"``.
 
     Returns:
@@ -35,5 +35,5 @@ def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
 
 
 def numpy_generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    """The same for numpy."""
+    """Return a NumPy generator seeded by (seed, epoch, purpose)."""
     return np.random.default_rng(derived_seed(seed, epoch, purpose))

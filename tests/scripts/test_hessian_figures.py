@@ -120,7 +120,7 @@ def test_files(world, data_flags, spectra, tmp_path):
         (("--operator=ggn",), FILE, ("no spectrum",)),
         (("--labels", "a"), FLAG, ("--labels: got 1 for 0 --files",)),
         (("--files", "/none.pkl"), FLAG, ("--model: has no effect with --files",)),
-        (("--name=a/b",), FLAG, ("--name: 'a/b' is no name of a file",)),
+        (("--name=a/b",), FLAG, ("--name: 'a/b' is not a file name",)),
     ],
 )
 def test_bad_input(flags, tmp_path, more, status, says):

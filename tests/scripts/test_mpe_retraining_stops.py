@@ -85,7 +85,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
         Stop(patch, chunks * epochs + 1)
         ended = call(script, *flags(script, broken, *more))
     assert ended.status == 130
-    assert "the same command goes on with it (with --resume" in ended.complaint
+    assert "run the same command again to continue (with --resume" in ended.complaint
     half = result(script, broken)  # what was done is there
     key = {L2REG: "test_nlls", VALIDATION: "softmax_deviations", LOCO: "perturb_nll"}[script]
     np.testing.assert_array_equal(half[key][:rows], wanted[key][:rows])
