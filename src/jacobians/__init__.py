@@ -1,4 +1,4 @@
-"""Per-example gradient and Jacobian contractions; never the Jacobian itself."""
+"""Contractions of per-example gradients and Jacobians, without forming the Jacobian."""
 
 from src.jacobians.capture import refuse_batch_statistics, refuse_mixing
 from src.jacobians.engine import SquaredNorms

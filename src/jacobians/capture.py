@@ -1,17 +1,16 @@
-"""Capture: the inputs of each layer with parameters, and the gradients at its output.
+"""Capture of layer inputs and output gradients, for every layer with parameters.
 
-A layer's Jacobian is a sum over positions t of ``g_t (x) a_t`` (inputs ``a``, gradients at the output ``g``), so
-these two tensors are all that a contraction needs, and the Jacobian itself is never built.
+A layer's Jacobian is a sum over positions t of ``g_t (x) a_t`` (inputs ``a``, gradients at the output ``g``). These
+two tensors are all that a contraction needs, and the Jacobian itself is never formed.
 
-Outputs are remembered as gradient edges (node and slot of the autograd graph), taken the moment the layer returns: an
-activation that later works in place on that output moves the tensor, not the edge, so ``g`` stays the gradient at the
-layer's own output.
+Outputs are stored as gradient edges (node and slot of the autograd graph), taken as soon as the layer returns. A
+later in-place activation changes the tensor but not the edge, so ``g`` stays the gradient at the layer's own output.
 
-Two things belong to capturing. Whether the examples of a batch are independent is tried on gradients, not guessed
-from shapes. And on a CPU, convolutions and pooling are fastest when the channels of a position are adjacent in
-memory, but under `torch.func.vmap` autograd's own backward operations lose that layout, copy what is the same for all
-rows, or both; for the layers in `BACKWARD_OVERRIDES` the output is recomputed, with the same values, in that layout
-and with a backward operation that keeps it.
+This module also handles two related problems. Whether the examples of a batch are independent is tested on gradients,
+not guessed from shapes. On a CPU, convolutions and pooling are fastest in channels-last layout, but under
+`torch.func.vmap` autograd's backward operations lose that layout, copy data shared by all rows, or both. For the
+layers in `BACKWARD_OVERRIDES`, the output is therefore recomputed, with the same values, in channels-last layout and
+with a backward operation that preserves it.
 """
 
 import logging
@@ -34,17 +33,17 @@ from src.jacobians.layer_rules import LayerRule, all_rows
 from src.models.base import SamePad, same_padding
 
 TOLERANCE = 0.02
-"""A wrong axis is off by about a third of the norm; rounding, even in TF32, by far less than this."""
+"""A wrong axis gives an error of about a third of the norm; rounding, even in TF32, gives far less than this."""
 
 
 def _far_apart(count: int, like: Tensor) -> Tensor:
-    """Numbers in [0.5, 1.5), neighbours far from each other (multiples of the golden ratio)."""
+    """Values in [0.5, 1.5) whose neighbors differ widely (multiples of the golden ratio, modulo 1)."""
     steps = torch.arange(1, count + 1, dtype=torch.float64)
     return (0.5 + (0.6180339887498949 * steps) % 1.0).to(like.device, like.dtype)
 
 
 def mixture(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """One row that mixes q quantities, and numbers to scale its examples with.
+    """Mix q quantities into one row, and choose a scale for each example.
 
     Args:
         rows: (q, b) quantities.
@@ -56,11 +55,11 @@ def mixture(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scales_by_example(plain: Tensor, scaled: Tensor, scale: Tensor) -> bool | None:
-    """Whether ``scaled`` is ``plain`` with row i multiplied by ``scale[i]``; None if both vanish.
+    """Whether ``scaled`` equals ``plain`` with row i multiplied by ``scale[i]``; None if both are zero.
 
     Args:
         plain: (b, ...) gradients of the mixed row's sum.
-        scaled: (b, ...) gradients of the sum of mixed row times scale.
+        scaled: (b, ...) gradients of the sum of the mixed row times scale.
         scale: (b,).
     """
     expected = plain * scale.to(plain).view(-1, *[1] * (plain.ndim - 1))
@@ -71,15 +70,15 @@ def scales_by_example(plain: Tensor, scaled: Tensor, scale: Tensor) -> bool | No
 
 
 def refuse_mixing(rows: Tensor, images: Tensor) -> None:
-    """Raise if an example's quantities depend on another example's image. Keeps the graph.
+    """Raise an error if an example's quantities depend on another example's image. Keeps the graph.
 
     Args:
         rows: (q, b) quantities with their graph.
-        images: the leaf (b, ...) that they were computed from.
+        images: The leaf tensor (b, ...) from which they were computed.
 
     Raises:
-        ValueError: they do.
-        MeasurementError: a gradient is not finite, so that nothing can be said.
+        ValueError: The quantities depend on other images.
+        MeasurementError: A gradient is not finite, so the test is inconclusive.
     """
     row, scale = mixture(rows)
     found = [
@@ -90,24 +89,23 @@ def refuse_mixing(rows: Tensor, images: Tensor) -> None:
         return
     if not all(gradient.isfinite().all() for gradient in found):
         raise MeasurementError(
-            "the gradients at the first images are not finite: the images or the weights are not, or they are "
-            "too large"
+            "the gradients at the first images are not finite: the images or the weights are not finite, or too large"
         )
     if scales_by_example(*found, scale) is False:
         raise ValueError(
             "per-example gradients are not defined: the model's output for one image depends on the other images "
-            "of its batch, even in eval mode"
+            "in its batch, even in eval mode"
         )
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
-    """Raise where examples would depend on each other through the statistics of their batch.
+    """Raise an error if examples depend on each other through batch statistics.
 
     Args:
-        model: the model about to be run.
+        model: The model about to run.
 
     Raises:
-        ValueError: a BatchNorm of the model is in training mode or keeps no running statistics.
+        ValueError: A BatchNorm layer is in training mode or keeps no running statistics.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
@@ -119,16 +117,16 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 BackwardOverride = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(module, inputs, output) -> an output with the same values and another backward operation."""
+"""(module, inputs, output) -> an output with the same values and a different backward operation."""
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(b, c, h, w) with the channels last in memory; by operations that `vmap` knows. No copy where they are."""
+    """Convert (b, c, h, w) to channels-last memory, with operations that support `vmap`; no copy if it already is."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class _Convolution(torch.autograd.Function):
-    """The weight and the bias are inputs so that the graph shows them; they get no gradient."""
+    """Convolution whose weight and bias are inputs, so that they appear in the graph; they get no gradient."""
 
     @staticmethod
     def forward(ctx, a: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, module: nn.Conv2d) -> Tensor:
@@ -155,7 +153,7 @@ def convolution(module: nn.Conv2d, a: Tensor, output: Tensor) -> Tensor:
 
 
 def _max_pool_maps(g: Tensor, a: Tensor, positions: Tensor, settings: tuple) -> tuple[Tensor]:
-    """Row by row, into (q, b, h, w, c)."""
+    """Apply the max-pooling backward operation row by row, into a (q, b, h, w, c) buffer."""
     q, (b, c, h, w) = len(g), a.shape
     found = g.new_empty(q, b, h, w, c).permute(0, 1, 4, 2, 3)
     for row, into in zip(g, found, strict=True):
@@ -186,7 +184,7 @@ def max_pool(module: nn.MaxPool2d, a: Tensor, output: Tensor) -> Tensor:
 
 
 def adaptive_average_pool(module: nn.AdaptiveAvgPool2d, a: Tensor, output: Tensor) -> Tensor:
-    """See `BackwardOverride`: a mean over all positions, or over one each, which is nothing."""
+    """See `BackwardOverride`. Covers the mean over all positions, and the identity; others are unchanged."""
     if a.ndim != 4:
         return output
     if output.shape == a.shape:
@@ -220,22 +218,22 @@ BACKWARD_OVERRIDES: dict[type[nn.Module], BackwardOverride] = {
     nn.AdaptiveAvgPool2d: adaptive_average_pool,
     SamePad: same_pad,
 }
-"""By exact module type."""
+"""Overrides by exact module type."""
 
 CHANNELS = 16
-"""Numbers in a vector register; convolutions that give other numbers of maps are no faster in this layout."""
+"""Values per vector register; channels-last is not faster for convolutions with other numbers of output channels."""
 
 KEEPING = frozenset(
     {*BACKWARD_OVERRIDES, nn.Linear, nn.Flatten, nn.Identity, nn.Dropout, nn.ReLU, nn.ELU, nn.GELU, nn.Tanh}
 )
-"""Modules whose backward operation keeps the layout, or that do not see maps."""
+"""Modules whose backward operation preserves the layout, or that do not operate on feature maps."""
 
 
 def suits_channels_last(model: nn.Module) -> bool:
-    """Whether a model gains from `BACKWARD_OVERRIDES`.
+    """Whether a model runs faster with `BACKWARD_OVERRIDES`.
 
-    It is on a processor, its convolutions give multiples of 16 maps each, it takes maxima over maps (where the gain
-    is largest), and it has no layer that loses the layout again, as normalization does.
+    This requires that it is on a CPU, the output channels of all its convolutions are multiples of 16, it uses max
+    pooling (where the speedup is largest), and no layer, such as normalization, loses the layout.
     """
     leaves = [module for module in model.modules() if next(module.children(), None) is None]
     return (
@@ -253,14 +251,14 @@ class Record:
     """One call of one captured module.
 
     Attributes:
-        name: the module's name in the model.
-        module: the module.
-        rule: how its gradients are contracted.
-        inputs: what it was called with, (b, ...).
-        edge: where its output (or what its rule taps instead) is in the autograd graph.
-        output_shape: the shape of that tensor.
-        version: version counter of ``inputs`` at the call.
-        gradient: (q, b, ...) gradients of q quantities at the output, None until `Capture.backward` filled it.
+        name: The module's name in the model.
+        module: The module.
+        rule: The rule that contracts its gradients.
+        inputs: Its input, (b, ...).
+        edge: The gradient edge of its output (or of the tensor that its rule taps instead).
+        output_shape: The shape of that tensor.
+        version: Version counter of ``inputs`` at the time of the call.
+        gradient: (q, b, ...) gradients of q quantities at the output; None until `Capture.backward` sets it.
     """
 
     name: str
@@ -274,22 +272,22 @@ class Record:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that belong to the module itself (not to its children) and require a gradient."""
+    """The module's own parameters (not its children's) that require a gradient."""
     return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
 
 
 class Capture:
-    """Context manager: hooks on the modules that have a layer rule, recording while `forward` runs.
+    """Context manager that hooks the modules with a layer rule and records their calls while `forward` runs.
 
-    Modules of other types, subclasses, parametrized modules and modules with parameters of other names are left
-    alone; the caller must treat their parameters in another way.
+    Modules of other types, subclasses, parametrized modules and modules with other parameter names are not hooked;
+    the caller must handle their parameters separately.
 
     Args:
-        model: the model.
-        rules: layer rules by exact module type.
+        model: The model.
+        rules: Layer rules by exact module type.
 
     Attributes:
-        channels_last: whether `BACKWARD_OVERRIDES` apply; to be set before `forward`.
+        channels_last: Whether `BACKWARD_OVERRIDES` apply; set it before `forward`.
     """
 
     def __init__(self, model: nn.Module, rules: Mapping[type[nn.Module], LayerRule]) -> None:
@@ -298,15 +296,15 @@ class Capture:
         self.channels_last = False
         self._rules = rules
         self._recording = False
-        self._vectorizes: bool | None = None  # whether one pass can carry all rows; None: not tried
+        self._vectorizes: bool | None = None  # whether one pass can carry all rows; None: unknown
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for name, module in self.model.named_modules():
             rule = self._rules.get(type(module))
             own = {key for key, value in module._parameters.items() if value is not None}
-            # an instance that carries its own forward, or weights under other names (weight norm, pruning),
-            # does not compute what its type suggests
+            # an instance with its own forward, or with weights under other names (weight norm, pruning), does not
+            # compute what its type suggests
             if "forward" in vars(module) or not own <= (rule.parameters if rule else set()):
                 continue
             captured = rule is not None and bool(trainable(module))
@@ -324,7 +322,7 @@ class Capture:
     def _hook(
         self, name: str, rule: LayerRule | None, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> Tensor | None:
-        # without a gradient (a call under no_grad) this call adds nothing to any parameter's gradient
+        # a call without a graph (under no_grad) contributes to no parameter's gradient
         if not self._recording or not isinstance(output, Tensor) or not output.requires_grad:
             return None
         inputs = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
@@ -339,7 +337,7 @@ class Capture:
         return output
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run the model and record; recording stops before any backward pass (checkpointing calls modules again).
+        """Run the model and record. Recording stops before any backward pass, because checkpointing reruns modules.
 
         Args:
             images: (b, ...) inputs.
@@ -348,7 +346,7 @@ class Capture:
             The model's outputs, with their graph.
 
         Raises:
-            ValueError: a BatchNorm would use statistics of the batch.
+            ValueError: A BatchNorm layer would use batch statistics.
         """
         refuse_batch_statistics(self.model)
         self.records = []
@@ -359,24 +357,24 @@ class Capture:
             self._recording = False
 
     def backward(self, rows: Tensor, records: Sequence[Record], keep_graph: bool = False) -> list[Tensor]:
-        """Gradients of each row's sum at the outputs of the records.
+        """Compute the gradients of each row's sum at the outputs of the records.
 
-        One pass carries all rows along (`torch.func.vmap`): its layers see q times as many maps, and the examples can
-        be so few that these stay in the processor's caches. A model that cannot be differentiated this way gets
-        a pass for each row. No gradient of a parameter is computed or left behind.
+        One pass carries all rows (`torch.func.vmap`): its layers see q times as many maps, and the batch can be small
+        enough for these to stay in the CPU caches. If a model cannot be differentiated this way, each row gets its
+        own pass. No parameter gradient is computed or stored.
 
         Args:
-            rows: (q, b) quantities with their graph; column i depends on example i alone.
-            records: those whose gradients are wanted.
-            keep_graph: whether the graph is still needed afterwards.
+            rows: (q, b) quantities with their graph; column i depends only on example i.
+            records: The records whose gradients to compute.
+            keep_graph: Whether to keep the graph for later use.
 
         Returns:
-            For each record a tensor (q, *output shape).
+            For each record, a tensor (q, *output shape).
         """
         if not records:
             return []
         if self._vectorizes is not False and rows.shape[0] > 1:
-            # the graph of the first trial may be needed for a second
+            # the first attempt may fail, and the second one needs its graph
             found = _all_rows(rows, records, keep_graph or self._vectorizes is None)
             self._vectorizes = found is not None
             if found is not None:
@@ -392,7 +390,7 @@ def _zeros_if_none(gradients: Sequence[Tensor | None], records: Sequence[Record]
 
 
 def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list[Tensor] | None:
-    """`Capture.backward` in one pass; None where something in the graph cannot be vectorized."""
+    """`Capture.backward` in one pass; None if an operation in the graph cannot be vectorized."""
     edges = [record.edge for record in records]
 
     def pull(weights: Tensor) -> tuple[Tensor, ...]:
@@ -401,22 +399,24 @@ def _all_rows(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list
 
     units = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     try:
-        with warnings.catch_warnings():  # an operation without a batching rule is looped over, which is no loss here
+        with (
+            warnings.catch_warnings()
+        ):  # vmap loops over operations without a batching rule, which costs nothing here
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return list(vmap(pull)(units.unsqueeze(2).expand(-1, -1, rows.shape[1])))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        # What cannot be vectorized raises these; one by one gives the same gradients, or the error again if it was
-        # the model's own. Without its graph there is no second attempt, and the reason must not be hidden.
+        # Operations that cannot be vectorized raise RuntimeError. Row by row gives the same gradients, or raises the
+        # error again if it came from the model. Without a graph, no second attempt is possible: report the error.
         if not keep_graph:
             raise
-        log.info("gradients of the classes are taken one by one: %.160s", error)
+        log.info("gradients cannot be vectorized over classes; computing one class at a time: %.160s", error)
         return None
 
 
 def _row_by_row(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> list[Tensor]:
-    """`Capture.backward` by one pass per row."""
+    """`Capture.backward` with one pass per row."""
     edges = [record.edge for record in records]
     found: list[Tensor] = []
     for q, row in enumerate(rows):
@@ -433,14 +433,14 @@ def _row_by_row(rows: Tensor, records: Sequence[Record], keep_graph: bool) -> li
 
 
 def graph_uses(rows: Tensor) -> tuple[Counter[int], set[torch.autograd.graph.Node]]:
-    """Walk the autograd graph under the rows.
+    """Walk the autograd graph below the rows.
 
     Args:
-        rows: any tensor with a graph.
+        rows: Any tensor with a graph.
 
     Returns:
-        How often each parameter enters the graph, by ``id``; and all nodes of the graph. A captured module enters
-        each of its parameters once per call; any further entry is a use that no hook saw.
+        How often each parameter enters the graph, by ``id``, and all nodes of the graph. A captured module uses each
+        of its parameters once per call; any additional use was not seen by a hook.
     """
     uses: Counter[int] = Counter()
     nodes = {rows.grad_fn}

@@ -1,13 +1,14 @@
-"""Per-example gradients of a full model, parameter by parameter: captured layers, the fallback, nothing left out.
+"""Per-example gradients of a full model, parameter by parameter: captured layers plus a fallback for all others.
 
 Each parameter takes one of three routes, chosen for every batch:
-- *captured*: one recorded call of one layer contains all its uses; contracted without forming its gradient where that
-  is possible;
-- *summed*: several recorded calls (a layer called twice, layers that share a weight): the gradients of the calls are
-  added per example, then used;
-- *fallback*: everything else, by `vmap` over examples, exact for any parameter.
-That a record contains all uses is read off the autograd graph; that a layer's first axis counts independent examples
-is tried once, on a few examples.
+- *captured*: a single recorded call of one layer contains all uses of the parameter. It is contracted without forming
+  the gradient if possible.
+- *summed*: there are several recorded calls (a layer called twice, or layers that share a weight). The gradients of
+  the calls are added per example before use.
+- *fallback*: everything else, by `vmap` over examples; exact for any parameter.
+
+The autograd graph tells whether the records contain all uses. Whether a layer's first axis indexes independent
+examples is tested once, on a few examples.
 """
 
 import logging
@@ -29,11 +30,11 @@ from src.models.base import eval_mode
 log = logging.getLogger(__name__)
 
 Quantities = Callable[[Tensor, Tensor], Tensor]
-"""(outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone."""
+"""(outputs, targets) of a batch -> (b,) or (q, b); column i depends only on example i."""
 
 
 def as_rows(quantities: Tensor) -> Tensor:
-    """Quantities (b,) or (q, b) as (q, b)."""
+    """Reshape quantities (b,) or (q, b) to (q, b)."""
     return quantities.unsqueeze(0) if quantities.ndim == 1 else quantities
 
 
@@ -53,9 +54,9 @@ def _vectorized(
         pulled = [pull(unit)[0] for unit in units]
         return {name: torch.stack([gradients[name] for gradients in pulled]) for name in names}
 
-    # plain attention: the fused kernels have no batching rule
+    # use math attention: the fused kernels have no batching rule
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        found = vmap(single)(images, targets)  # (b, q, *shape); gradients that are equal for all are spread over b
+        found = vmap(single)(images, targets)  # (b, q, *shape); gradients equal for all examples are expanded over b
     return {name: gradients.transpose(0, 1) for name, gradients in found.items()}
 
 
@@ -79,22 +80,22 @@ def _one_by_one(
 CAPTURED, SUMMED, FALLBACK = "captured", "summed", "fallback"
 
 _TRIED = 8
-"""Examples on which the independence of examples is tried."""
+"""Number of examples on which independence is tested."""
 
 Calls = dict[str, list[tuple[Record, str]]]
-"""For each parameter its recorded calls, with the parameter's name in the module; none: the fallback."""
+"""For each parameter, its recorded calls with the parameter's name in the module; an empty list means fallback."""
 
 
 def covered(record: Record, b: int) -> bool:
-    """Whether the formulas cover a call, its first axis having the length of a batch of b."""
+    """Whether the formulas cover a call, which requires that its first axis has the batch length b."""
     if not record.inputs.shape[0] == record.output_shape[0] == b:
         return False
-    unchanged = record.inputs._version == record.version  # no later layer worked on them in place
+    unchanged = record.inputs._version == record.version  # no later layer modified them in place
     return unchanged and record.rule.fits(record.module, record.inputs)
 
 
 def checked_rows(quantities: Tensor, b: int) -> Tensor:
-    """Quantities of b examples as rows (q, b); ValueError if they are not that, or have no gradient."""
+    """Reshape the quantities of b examples to rows (q, b); ValueError on a wrong shape or without a gradient."""
     rows = as_rows(quantities)
     if rows.ndim != 2 or rows.shape[1] != b or not rows.requires_grad:
         raise ValueError(
@@ -105,40 +106,40 @@ def checked_rows(quantities: Tensor, b: int) -> Tensor:
 
 
 class PerExampleEngine(ABC):
-    """Context manager: what any contraction of per-example gradients has in common.
+    """Context manager with the common part of all contractions of per-example gradients.
 
-    Covers the parameters that require a gradient. Inside the context the model is in eval mode; on leaving it,
-    hooks are gone and every module is in the mode it had. No ``.grad`` is written. A subclass defines what becomes of
-    a captured module (`take_captured`) and of gradients that exist in full (`take_gradients`).
+    Covers the parameters that require a gradient. Inside the context, the model is in eval mode; on exit, hooks are
+    removed and every module's mode is restored. No ``.grad`` is written. A subclass defines how to process a captured
+    module (`take_captured`) and gradients that exist in full (`take_gradients`).
 
     Args:
-        model: the model.
-        memory_mb: how many MB of per-example gradients may be alive at a time.
+        model: The model.
+        memory_mb: Memory limit of per-example gradients that exist at once, in MiB.
 
     Attributes:
-        routes: of the last batch: parameter's name -> captured, summed or fallback.
-        unused: of the last batch: parameters that the quantities do not depend on.
+        routes: For the last batch: parameter name -> captured, summed or fallback.
+        unused: For the last batch: parameters that the quantities do not depend on.
 
     Raises:
-        ValueError: on entering, if no parameter requires a gradient.
+        ValueError: On entry, if no parameter requires a gradient.
     """
 
     def __init__(self, model: nn.Module, memory_mb: float = 256.0) -> None:
-        self.model = getattr(model, "_orig_mod", model)  # under torch.compile hooks need not fire
+        self.model = getattr(model, "_orig_mod", model)  # under torch.compile, hooks may not run
         self.routes: dict[str, str] = {}
         self.unused: frozenset[str] = frozenset()
         self._budget = memory_mb * 2**20
         self._capture = Capture(self.model, LAYER_RULES)
-        self._vectorizes = True  # until the model turns out not to allow it
-        self._room = 2.0  # the largest block of memory, in units of the largest gradient that is captured
-        self._untried = True  # whether some module's examples may yet turn out to depend on each other
-        self._independent: dict[nn.Module, bool] = {}  # by trial; undecided modules are absent
+        self._vectorizes = True  # until vmap fails on this model
+        self._room = 2.0  # the largest block of memory, relative to the largest captured gradient
+        self._untried = True  # whether the independence of some module's examples is still unknown
+        self._independent: dict[nn.Module, bool] = {}  # test results; undecided modules are absent
         self._sizes: dict[torch.Size, tuple[int, int]] = {}  # image shape -> see `sub_batches`
 
     def __enter__(self) -> Self:
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self._parameters:
-            raise ValueError("per-example gradients of a model none of whose parameters requires a gradient")
+            raise ValueError("cannot compute per-example gradients of a model none of whose parameters requires one")
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._kept = keep_freed_blocks()
         self._evaluating = eval_mode(self.model)
@@ -151,20 +152,20 @@ class PerExampleEngine(ABC):
         self._evaluating.__exit__(*error)
 
     def trust(self, other: "PerExampleEngine") -> None:
-        """Take over what another engine of the same model found out: independence of examples, sizes of batches."""
+        """Copy what another engine of the same model has found: independence of examples and memory sizes."""
         self._untried, self._independent = other._untried, dict(other._independent)
         self._sizes = dict(other._sizes)
 
     def begin(self, rows: Tensor) -> None:  # noqa: B027
-        """A batch with quantities ``rows`` (q, b) is about to come; nothing to do by default."""
+        """Prepare for a batch with quantities ``rows`` (q, b); does nothing by default."""
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
-        """Examples ``part`` of one captured call: by `take_outer` where the rule allows it, else in full.
+        """Process examples ``part`` of one captured call: by `take_outer` if the rule allows it, otherwise in full.
 
         Args:
-            record: with its ``gradient``.
-            names: the parameters whose only call this is: name in the module -> name in the model.
-            part: which examples.
+            record: The record, with its ``gradient``.
+            names: The parameters whose only call this is: name in the module -> name in the model.
+            part: Which examples.
         """
         rule, module, gradient = record.rule, record.module, record.gradient[:, part]
         if rule.outer is not None:
@@ -174,35 +175,35 @@ class PerExampleEngine(ABC):
             self.take_gradients(names[local], gradients, part)
 
     def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
-        """The same for a call whose weight's gradient is ``sum_t g_t a_t^T``, with g (q, len(part), n, o, t).
+        """The same for a call whose weight gradient is ``sum_t g_t a_t^T``, with g (q, len(part), n, o, t).
 
-        Only engines that keep the default `take_captured` need it; the others never get here.
+        Only engines that use the default `take_captured` need to implement it.
         """
         raise NotImplementedError
 
     @abstractmethod
     def take_gradients(self, name: str, gradients: Tensor, part: slice) -> None:
-        """Gradients (q, len(part), *shape) of the parameter ``name`` for the examples ``part``."""
+        """Process gradients (q, len(part), *shape) of the parameter ``name`` for the examples ``part``."""
 
     # ----------------------------------------------------------------------------------------------- one batch
 
     def run(self, images: Tensor, targets: Tensor, quantities: Quantities) -> Tensor:
-        """Hand out all per-example gradients of one batch; returns the model's outputs without their graph.
+        """Process all per-example gradients of one batch; return the model's outputs without their graph.
 
         Args:
             images: (b, ...) inputs.
-            targets: (b, ...) what ``quantities`` takes beside the outputs.
+            targets: (b, ...) second argument of ``quantities``.
             quantities: (outputs, targets) -> (b,) or (q, b) values to differentiate.
 
         Raises:
-            ValueError: a BatchNorm would use statistics of the batch, the model mixes the examples of a batch, or the
+            ValueError: A BatchNorm layer would use batch statistics, the model mixes the examples of a batch, or the
                 quantities have no gradient.
         """
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             if self._untried and len(images) > 1:
                 self._try_independence(images[:_TRIED], targets[:_TRIED], quantities)
             outputs, rows, calls = self._record(images, targets, quantities)
-            if self._untried and len(images) > _TRIED:  # a module through which the few tried let no gradient pass
+            if self._untried and len(images) > _TRIED:  # the few examples gave some module only zero gradients
                 self._try_independence(images, targets, quantities)
                 outputs, rows, calls = self._record(images, targets, quantities)
             self.routes = {name: (FALLBACK, CAPTURED, SUMMED)[min(len(found), 2)] for name, found in calls.items()}
@@ -214,8 +215,8 @@ class PerExampleEngine(ABC):
         return outputs.detach()
 
     def _record(self, images: Tensor, targets: Tensor, quantities: Quantities) -> tuple[Tensor, Tensor, Calls]:
-        """Outputs, rows and each parameter's recorded calls, with gradients, of one batch."""
-        outputs = self._capture.forward(images.clone())  # a model may work on its input in place
+        """Run one batch; return outputs, rows, and each parameter's recorded calls with their gradients."""
+        outputs = self._capture.forward(images.clone())  # the model may modify its input in place
         rows = checked_rows(quantities(outputs, targets), len(images))
         if images.shape[1:] not in self._sizes:
             self._note_sizes(images.shape[1:], *rows.shape)
@@ -234,21 +235,21 @@ class PerExampleEngine(ABC):
         return outputs, rows, calls
 
     def _differentiate(self, rows: Tensor, records: list[Record]) -> None:
-        """Fill the gradients of the records that the formulas cover; leave the others None."""
+        """Set the gradients of the records that the formulas cover; leave the others None."""
         b = rows.shape[1]
         usable = [r for r in records if covered(r, b) and self._independent.get(r.module, True)]
         for record, gradient in zip(usable, self._capture.backward(rows, usable), strict=True):
-            # a module that the trial did not settle counts only where there is nothing to count, or no other example
+            # accept an undecided module only if its gradient is zero or there is no other example
             if b == 1 or record.module in self._independent or not gradient.any():
                 record.gradient = gradient
             else:
                 self._untried = True
 
     def _try_independence(self, images: Tensor, targets: Tensor, quantities: Quantities) -> None:
-        """Find out, on a few examples, which modules' first axis counts independent examples.
+        """Test on a few examples which modules' first axis indexes independent examples.
 
         Raises:
-            ValueError: the model itself mixes examples.
+            ValueError: The model itself mixes examples.
         """
         self._untried = False
         leaf = images.detach().clone()
@@ -264,12 +265,12 @@ class PerExampleEngine(ABC):
         for record, before, after in zip(records, plain, scaled, strict=True):
             shaped = covered(record, len(images))
             outcomes[record.module].append(shaped and scales_by_example(before[0], after[0], scale))
-        for module, found in outcomes.items():  # None: its gradients vanish, which proves nothing
+        for module, found in outcomes.items():  # None: its gradients are zero, which proves nothing
             if False in found or None not in found:
                 self._independent[module] = False not in found
 
     def sub_batches(self, images: Tensor) -> list[slice]:
-        """Cuts of a batch such that the gradients of all logits at the captured modules' outputs fit into the memory.
+        """Split a batch so that the gradients of all logits at the captured modules' outputs fit in memory.
 
         Args:
             images: (b, ...) inputs.
@@ -284,25 +285,25 @@ class PerExampleEngine(ABC):
         return self._chunks(len(images), size, int(self._room * largest), images.device)
 
     def _note_sizes(self, shape: torch.Size, q: int, b: int) -> None:
-        """Remember what the gradients of q quantities at all outputs take per example, and the largest of them."""
+        """Store the bytes per example of the gradients of q quantities at all outputs, and of the largest one."""
         sizes = [r.output_shape.numel() // b * r.inputs.element_size() for r in self._capture.records] or [0]
-        # and about five times the outputs in the graph
+        # the graph takes about five times the outputs
         self._sizes[shape] = (q + 5) * sum(sizes), q * max(sizes)
 
     # ---------------------------------------------------------------------------------------------- handing out
 
     def _chunks(self, count: int, bytes_per_example: int, largest: int, device: torch.device) -> list[slice]:
-        """Cuts of ``count`` examples, each with so many bytes in all and in its largest block."""
+        """Split ``count`` examples, given the bytes per example in total and in the largest block."""
         step = self._budget // max(bytes_per_example, 1)
         if device.type == "cpu":
-            # what is freed after one cut serves the next
+            # small enough for the allocator to reuse the memory of the previous part
             step = min(step, 2 * self._kept / max(bytes_per_example, 1), self._kept / max(largest, 1))
         step = max(1, int(step))
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     @torch.no_grad()
     def _hand_out_recorded(self, calls: Calls, q: int) -> None:
-        """Hand out the gradients of the recorded calls."""
+        """Process the gradients of the recorded calls."""
         alone: dict[Record, dict[str, str]] = defaultdict(dict)  # record -> name in its module -> name
         for name, found in calls.items():
             if len(found) == 1:
@@ -328,7 +329,7 @@ class PerExampleEngine(ABC):
     def _hand_out_fallback(
         self, names: list[str], images: Tensor, targets: Tensor, quantities: Quantities, q: int
     ) -> None:
-        """Hand out the named parameters' gradients, taken by `vmap` over examples or one by one."""
+        """Process the named parameters' gradients, computed by `vmap` over examples or one by one."""
         size = 3 * q * sum(self._parameters[name].nbytes for name in names)
         step = max(1, int(self._budget // size))
         for start in range(0, len(images), step):
@@ -341,17 +342,17 @@ class PerExampleEngine(ABC):
     def _fallback(
         self, names: list[str], images: Tensor, targets: Tensor, quantities: Quantities
     ) -> dict[str, Tensor]:
-        """Per name the gradients (q, b, *shape)."""
+        """Compute, for each name, the gradients (q, b, *shape)."""
         if self._vectorizes:
             try:
-                # a copy each time: the model may work on its input in place
+                # copy each time: the model may modify its input in place
                 return _vectorized(self.model, names, images.clone(), targets, quantities)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # raised by what vmap does not know; one by one is exact, too, and raises a model's own errors again
+                # vmap does not support some operation; one by one is also exact and reproduces a model's own errors
                 log.warning(
-                    "%s cannot be vectorized over examples, which are now taken one by one (slow): %.160s",
+                    "%s cannot be vectorized over examples; computing one example at a time (slow): %.160s",
                     type(self.model).__name__,
                     str(error).strip().splitlines()[0],
                 )
@@ -366,7 +367,7 @@ Weighting = Callable[[str, Tensor], Tensor] | None
 class SquaredNorms(PerExampleEngine):
     """Context manager that computes ``sum over parameters of S * grad_i^2`` for each example i.
 
-    See `PerExampleEngine` for its arguments, for what it does to the model, and for what it raises.
+    See `PerExampleEngine` for its arguments, its effect on the model, and its errors.
     """
 
     def __call__(
@@ -376,19 +377,19 @@ class SquaredNorms(PerExampleEngine):
         quantities: Quantities,
         weightings: Sequence[Weighting] = (None,),
     ) -> tuple[Tensor, Tensor]:
-        """Squared norms of one batch.
+        """Compute the squared norms of one batch.
 
         Args:
             images: (b, ...) inputs.
-            targets: (b, ...) what ``quantities`` takes beside the outputs, labels for a loss.
+            targets: (b, ...) second argument of ``quantities``; labels for a loss.
             quantities: (outputs, targets) -> (b,) or (q, b) values to differentiate.
-            weightings: f families of weights that share every per-example gradient.
+            weightings: f families of weights; all use the same per-example gradients.
 
         Returns:
             (f, q, b) float64 squared norms, and the model's outputs without their graph.
 
         Raises:
-            ValueError: a BatchNorm would use statistics of the batch, the model mixes the examples of a batch, or the
+            ValueError: A BatchNorm layer would use batch statistics, the model mixes the examples of a batch, or the
                 quantities have no gradient.
         """
         self._weightings = weightings
@@ -398,7 +399,7 @@ class SquaredNorms(PerExampleEngine):
     def begin(self, rows: Tensor) -> None:
         """See `PerExampleEngine`."""
         self._norms = torch.zeros(len(self._weightings), *rows.shape, dtype=torch.float64, device=rows.device)
-        self._weights: dict[str, Tensor] = {}  # of the module at hand
+        self._weights: dict[str, Tensor] = {}  # of the current module
         self._latest: Record | None = None
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
@@ -415,7 +416,7 @@ class SquaredNorms(PerExampleEngine):
         self._norms[:, :, part] += weighted_squares(gradients, self._weight(name))
 
     def _weight(self, name: str) -> Tensor | None:
-        """The families' weights of one parameter, (f, *shape), or None if all are ones."""
+        """Weights of one parameter for all families, (f, *shape), or None if all are ones."""
         if all(weighting is None for weighting in self._weightings):
             return None
         if name not in self._weights:

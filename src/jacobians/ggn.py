@@ -1,11 +1,11 @@
-"""Generalized Gauss-Newton matrices of the summed cross-entropy: their diagonal, and their Kronecker factors (KFAC).
+"""Generalized Gauss-Newton matrices of the summed cross-entropy: diagonal and Kronecker factors (KFAC).
 
-``GGN = sum_n J_n^T Lambda_n J_n`` with ``Lambda = diag(p) - p p^T``, exact (labels do not enter), neither averaged
-nor damped. With a square root ``Lambda = R^T R`` of C - 1 rows, differentiating ``R z`` in place of the logits z
-makes every sum below a sum of squares or of outer products.
+``GGN = sum_n J_n^T Lambda_n J_n`` with ``Lambda = diag(p) - p p^T``. It is exact (labels are not used), and neither
+averaged nor damped. With a square root ``Lambda = R^T R`` with C - 1 rows, differentiating ``R z`` instead of the
+logits z turns every sum below into a sum of squares or of outer products.
 
-Sources: Martens and Grosse 2015 (KFAC), Grosse and Martens 2016 (convolutions); scaled as in laplace-torch
-(Daxberger et al. 2021): weight and bias are blocks of their own, see `KroneckerFactors`.
+Sources: Martens and Grosse 2015 (KFAC), Grosse and Martens 2016 (convolutions). The scaling follows laplace-torch
+(Daxberger et al. 2021): weight and bias are separate blocks; see `KroneckerFactors`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,11 @@ from src.jacobians.posterior import Curvature, KroneckerFactors
 from src.jacobians.variances import logit_rows
 
 ImageBatches = Iterable[Tensor | Sequence[Tensor]]
-"""Images, or sequences that begin with images (labels are not needed)."""
+"""Images, or sequences whose first item is images (labels are not needed)."""
 
 
 def root_of_softmax_covariance(logits: Tensor) -> Tensor:
-    """R with ``R^T R = diag(p) - p p^T``, the transposed Cholesky factor in closed form, in logarithms.
+    """R with ``R^T R = diag(p) - p p^T``: the transposed Cholesky factor in closed form, computed in log space.
 
     With tails ``s_j = sum_{i >= j} p_i``: ``R_jj = sqrt(p_j s_{j+1} / s_j)``, ``R_ji = -R_jj p_i / s_{j+1}`` (i > j).
 
@@ -32,7 +32,7 @@ def root_of_softmax_covariance(logits: Tensor) -> Tensor:
         logits: (b, C), C >= 2.
 
     Returns:
-        (b, C - 1, C) in the logits' type, computed in float64.
+        (b, C - 1, C) in the logits' dtype, computed in float64.
     """
     log_p = logits.detach().double().log_softmax(1)
     log_s = log_p.flip(1).logcumsumexp(1).flip(1)  # (b, C)
@@ -46,7 +46,7 @@ def ggn_rows(outputs: Tensor, targets: Tensor) -> Tensor:
     """``R z`` as quantities to differentiate, (C - 1, b); R is a constant.
 
     Raises:
-        ValueError: the outputs are not (b, C) with two classes or more.
+        ValueError: The outputs are not (b, C) with at least two classes.
     """
     if logit_rows(outputs, targets).shape[0] < 2:
         raise ValueError("the cross-entropy of a model with a single output has no curvature")
@@ -54,7 +54,7 @@ def ggn_rows(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def second_moments(x: Tensor) -> Tensor:
-    """``sum_t x x^T``, summed over the first axis too.
+    """``sum_t x x^T``, also summed over the first axis.
 
     Args:
         x: (m, n, d, t).
@@ -68,26 +68,26 @@ def second_moments(x: Tensor) -> Tensor:
 
 
 class _Fit(PerExampleEngine):
-    """Kronecker factors where one call contains all uses of a module, squared gradients summed per entry elsewhere.
+    """Kronecker factors if one call contains all uses of a module; otherwise sums of squared gradients per entry.
 
     Args:
-        model: see `PerExampleEngine`.
-        memory_mb: see `PerExampleEngine`.
-        kronecker: whether factors are wanted at all.
+        model: See `PerExampleEngine`.
+        memory_mb: See `PerExampleEngine`.
+        kronecker: Whether to compute Kronecker factors.
     """
 
     def __init__(self, model: nn.Module, memory_mb: float, kronecker: bool) -> None:
         super().__init__(model, memory_mb)
         self.diagonals: dict[str, Tensor] = {}
         self.factors: dict[str, KroneckerFactors] = {}
-        # parameters with factors: those that the first batch captured
+        # parameters with factors: those captured in the first batch
         self._chosen: set[str] | None = None if kronecker else set()
 
     def begin(self, rows: Tensor) -> None:
         """See `PerExampleEngine`.
 
         Raises:
-            ValueError: a module is used in another way than in the first batch.
+            ValueError: A module is used differently than in the first batch.
         """
         calls = {self._names[id(p)]: r for r in self._capture.records for p in trainable(r.module).values()}
         captured = {name: calls[name] for name, route in self.routes.items() if route == CAPTURED}
@@ -95,7 +95,7 @@ class _Fit(PerExampleEngine):
             name
             for name, record in captured.items()
             if record.rule.outer is not None
-            # all the module's trained parameters belong to this one call
+            # all trained parameters of the module belong to this one call
             and all(self._names[id(p)] in captured for p in trainable(record.module).values())
         }
         if self._chosen is None:
@@ -103,7 +103,7 @@ class _Fit(PerExampleEngine):
         elif self._chosen - found:
             raise ValueError(
                 f"Kronecker factors need every batch to use {min(self._chosen - found)!r} in the same way; "
-                "take the diagonal instead"
+                "use the diagonal instead"
             )
 
     def take_outer(self, record: Record, names: dict[str, str], g: Tensor, part: slice) -> None:
@@ -127,8 +127,8 @@ class _Fit(PerExampleEngine):
         factors = self.factors[record.name]
         if factors.positions != t:
             raise ValueError(
-                f"Kronecker factors need images of one size; {record.name!r} has {t} positions and had "
-                f"{factors.positions}"
+                f"Kronecker factors need images of one size; {record.name!r} has {t} positions here and had "
+                f"{factors.positions} before"
             )
         factors.inputs.add_(inputs)
         factors.outputs.add_(outputs)
@@ -161,35 +161,35 @@ def _fit(model: nn.Module, batches: ImageBatches, memory_mb: float, kronecker: b
 
 
 def ggn_diagonal(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> Curvature:
-    """Diagonal of the GGN of the summed cross-entropy.
+    """Compute the diagonal of the GGN of the summed cross-entropy.
 
     Args:
-        model: the model; its outputs are logits (b, C).
-        batches: the examples, cut in any way.
-        memory_mb: see `src.jacobians.OutputVariances`.
+        model: The model; its outputs are logits (b, C).
+        batches: The examples, in batches of any size.
+        memory_mb: See `src.jacobians.OutputVariances`.
 
     Returns:
-        For each trainable parameter its diagonal.
+        The diagonal for each trainable parameter.
 
     Raises:
-        ValueError: there are no examples, or `PerExampleEngine` refuses the model.
+        ValueError: There are no examples, or `PerExampleEngine` refuses the model.
     """
     return _fit(model, batches, memory_mb, kronecker=False)
 
 
 def kronecker_factors(model: nn.Module, batches: ImageBatches, memory_mb: float = 128.0) -> Curvature:
-    """KFAC of the summed cross-entropy, with all C classes, in float64.
+    """Compute KFAC of the summed cross-entropy, with all C classes, in float64.
 
-    Linear layers, and convolutions group by group, get Kronecker factors where one call in each batch contains all
-    uses of the weight; every other parameter gets the diagonal of its GGN.
+    Linear layers and convolutions (per group) get Kronecker factors if one call in each batch contains all uses of
+    the weight. Every other parameter gets the diagonal of its GGN.
 
     Args:
-        model: the model; its outputs are logits (b, C).
-        batches: the examples, cut in any way.
-        memory_mb: see `src.jacobians.OutputVariances`.
+        model: The model; its outputs are logits (b, C).
+        batches: The examples, in batches of any size.
+        memory_mb: See `src.jacobians.OutputVariances`.
 
     Raises:
-        ValueError: there are no examples, a module is used in different ways or at different image sizes, or
+        ValueError: There are no examples, a module is used in different ways or at different image sizes, or
             `PerExampleEngine` refuses the model.
     """
     return _fit(model, batches, memory_mb, kronecker=True)

@@ -1,17 +1,17 @@
-"""Gram matrices of Jacobians, ``J J^T``: the inner products of all examples' gradients, without the Jacobian.
+"""Gram matrices of Jacobians, ``J J^T``: inner products of all examples' gradients, without forming the Jacobian.
 
-The empirical neural tangent kernel (Jacot et al. 2018). Each layer adds its own inner products, computed from its
-inputs and output gradients, and is forgotten. What does not fit into memory is recomputed: layers come in bands, one
-pass over the examples for each; a layer too large for that comes in blocks of examples. A plan chooses, for each
-layer, between rows of the Jacobian and the two factors that make them, and the layers that are in memory together.
+This is the empirical neural tangent kernel (Jacot et al. 2018). Each layer adds its own inner products, computed from
+its inputs and output gradients, which are then freed. What does not fit in memory is recomputed: layers are processed
+in bands, with one pass over the examples per band, and a layer too large for that in blocks of examples. A plan
+chooses for each layer whether to keep rows of the Jacobian or their two factors, and which layers share a band.
 
-Letters: n examples, q quantities (the loss or one logit: one; the logits: one per class), o outputs and k inputs of a
-layer, t positions (pixels, tokens), p numbers of a parameter. A weight's gradient is ``G = sum_t g_t a_t^T``.
+Notation: n examples, q quantities (the loss or one logit: one; all logits: one per class), o outputs and k inputs of
+a layer, t positions (pixels, tokens), p entries of a parameter. A weight's gradient is ``G = sum_t g_t a_t^T``.
 
-Where only an estimate is needed, `sketch_jacobian` gives each example a random sketch: every entry of a parameter's
-gradient gets a random sign, and entries whose positions differ by a multiple of D are added, a count sketch (Charikar
-et al. 2002) with positions that are assigned in turn. Signs are independent, so inner products are right in
-expectation; their variance is about ``(|x|^2 |y|^2 + (x . y)^2) / D``.
+If an estimate is sufficient, `sketch_jacobian` computes a random sketch of each example's gradient: every entry of a
+parameter's gradient gets a random sign, and entries whose positions differ by a multiple of D are added. This is a
+count sketch (Charikar et al. 2002) with cyclic instead of random buckets. Signs are independent, so inner products
+are unbiased; their variance is about ``(|x|^2 |y|^2 + (x . y)^2) / D``.
 """
 
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ from src.jacobians.engine import PerExampleEngine, Quantities
 from src.jacobians.layer_rules import Outer, outer_gradients
 
 BLOCK_BYTES = 48 * 2**20
-"""About how much a product of two parts takes beside the parts themselves."""
+"""Approximate temporary memory of a product of two parts, in addition to the parts."""
 
 
 class Rows:
-    """What is kept of one parameter for the examples of a block: rows of the Jacobian in full, (n, q, p).
+    """Stores one parameter's rows of the Jacobian for a block of examples, (n, q, p).
 
     Args:
         examples: n.
@@ -44,7 +44,7 @@ class Rows:
         self._rows: Tensor | None = None
 
     def put(self, start: int, rows: Tensor) -> None:
-        """Keep rows (b, q, p) of the examples from ``start`` on."""
+        """Store rows (b, q, p) of the examples from ``start`` on."""
         if self._rows is None:
             self._rows = rows.new_zeros(self._examples, *rows.shape[1:])
         self._rows[start : start + len(rows)] = rows
@@ -53,10 +53,9 @@ class Rows:
         """Add all inner products with another block's examples: one matrix product for each block of rows.
 
         Args:
-            other: The same parameter, other examples (or the same).
-            into: (n q, n' q), what to add to.
-            symmetric: Whether ``other`` is this very object; then only the blocks on and above the diagonal are
-                wanted.
+            other: The same parameter, for other examples (or the same ones).
+            into: (n q, n' q), modified in place.
+            symmetric: Whether ``other`` is ``self``; if so, only the blocks on and above the diagonal are computed.
         """
         left, right = self._rows.flatten(0, 1), other._rows.flatten(0, 1)
         step = block_of(len(left), left.element_size() * len(right), symmetric)
@@ -67,16 +66,16 @@ class Rows:
 
 
 class Factors:
-    """The alternative for a layer's weight: the inputs ``a`` and gradients ``g`` at its output; G is never formed.
+    """Stores a layer's inputs ``a`` and output gradients ``g`` instead of rows; G is never formed.
 
-    One position: ``(a . a') (g . g')``, and with the bias's share ``(a . a' + 1) (g . g')``. Several positions:
-    ``sum_{t,t'} (a_t . a'_t') (g_t . g'_t')``: the inner products of the inputs first, then times g, then times g'.
+    For one position: ``(a . a') (g . g')``, or with the bias ``(a . a' + 1) (g . g')``. For several positions:
+    ``sum_{t,t'} (a_t . a'_t') (g_t . g'_t')``: first the inner products of the inputs, then times g, then times g'.
 
     Args:
         examples: n.
         module: The layer.
         outer: How its inputs become (n, 1, k, t).
-        bias: Whether the layer's bias is to be counted, too (one position only).
+        bias: Whether to include the layer's bias (only for one position).
     """
 
     def __init__(self, examples: int, module: nn.Module, outer: Outer, bias: bool) -> None:
@@ -88,7 +87,7 @@ class Factors:
         self._g: Tensor | None = None
 
     def put(self, start: int, a: Tensor, g: Tensor) -> None:
-        """Keep raw inputs (b, ...) and gradients (q, b, 1, o, t)."""
+        """Store raw inputs (b, ...) and gradients (q, b, 1, o, t) of the examples from ``start`` on."""
         g = g[:, :, 0].transpose(0, 1)  # (b, q, o, t)
         if self._a is None:
             self._a = a.new_zeros(self._examples, *a.shape[1:])
@@ -138,29 +137,29 @@ class Factors:
 
 
 def block_of(count: int, bytes_each: int, symmetric: bool = False) -> int:
-    """How many of ``count`` things fit into a block; at most a quarter where half of all blocks can be left out."""
+    """How many of ``count`` items fit in a block; at most a quarter if symmetric, so that blocks can be skipped."""
     most = -(-count // 4) if symmetric else count
     return max(1, min(BLOCK_BYTES // max(bytes_each, 1), most))
 
 
 def flat_rows(gradients: Tensor) -> Tensor:
-    """(q, b, *shape) as (b, q, p)."""
+    """Reshape (q, b, *shape) to (b, q, p)."""
     return gradients.reshape(*gradients.shape[:2], -1).transpose(0, 1)
 
 
 def weight_rows(a: Tensor, g: Tensor) -> Tensor:
-    """G of each example and quantity, (b, q, p), from (b, n, k, t) and (q, b, n, o, t)."""
+    """G for each example and quantity, (b, q, p), from (b, n, k, t) and (q, b, n, o, t)."""
     return outer_gradients(a, g).transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one parameter or layer, and what either way of keeping it costs.
+    """The sizes of one parameter or layer, and the costs of storing it as rows or as factors.
 
     Attributes:
-        key: The parameter's name in the model (a layer's: its weight's).
-        numbers: p, with those of a bias that is kept with the weight.
-        factors: (o, k, t, numbers of the raw inputs) where the weight's gradient is such a sum, else None.
+        key: The parameter's name in the model (for a layer, its weight's name).
+        numbers: p, including a bias that is kept with the weight.
+        factors: (o, k, t, entries of the raw inputs) if the weight's gradient is a sum of outer products, else None.
     """
 
     key: str
@@ -168,22 +167,22 @@ class Shape:
     factors: tuple[int, int, int, int] | None = None
 
     def kept(self, q: int, as_factors: bool) -> int:
-        """Numbers that factors, or rows, take per example."""
+        """Entries stored per example, as factors or as rows."""
         if as_factors:
             o, _, t, raw = self.factors
             return q * o * t + raw
         return q * self.numbers
 
     def making(self, q: int, n: int) -> float:
-        """Multiplications of the way back to this layer, and as many again of forming G from it."""
+        """Multiplications of the backward pass to this layer, plus as many to form G from it."""
         return n * q * (self.factors[2] if self.factors else 1) * self.numbers
 
     def row_cost(self, q: int, n: int) -> float:
-        """Multiplications of all pairs of rows."""
+        """Multiplications for all pairs, with rows."""
         return n * n / 2 * q * q * self.numbers
 
     def factor_cost(self, q: int, n: int) -> float:
-        """Multiplications with factors, all pairs; their small products run at about half the speed of large ones."""
+        """Multiplications for all pairs, with factors; small products run at about half the speed of large ones."""
         o, k, t, _ = self.factors
         if t == 1:
             return n * n / 2 * (k + q * q * (o + 1))
@@ -191,13 +190,13 @@ class Shape:
 
 
 def prefers_factors(shape: Shape, q: int, n: int, price: float) -> bool:
-    """Whether a layer is kept as factors.
+    """Whether to store a layer as factors.
 
     Args:
         shape: The layer.
-        q: Quantities.
-        n: Examples.
-        price: Multiplications that each number kept costs, as it brings the next pass over the model nearer.
+        q: Number of quantities.
+        n: Number of examples.
+        price: Cost in multiplications of each stored entry, because a full memory requires another pass.
     """
     if shape.factors is None:
         return False
@@ -207,11 +206,11 @@ def prefers_factors(shape: Shape, q: int, n: int, price: float) -> bool:
 
 @dataclass(frozen=True)
 class Band:
-    """Parameters whose parts are in memory together.
+    """Parameters whose parts are in memory at the same time.
 
     Attributes:
-        names: Of the parameters.
-        blocks: In how many blocks the examples come.
+        names: The parameters' names.
+        blocks: Number of blocks into which the examples are split.
     """
 
     names: frozenset[str]
@@ -220,16 +219,16 @@ class Band:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a Gram matrix is found.
+    """How to compute a Gram matrix.
 
     Attributes:
-        shapes: Of all parameters.
-        factors: Keys of the layers that are kept as factors.
+        shapes: The shapes of all parameters.
+        factors: Keys of the layers stored as factors.
         examples: n.
-        limit: How many numbers may be kept at a time.
+        limit: Maximum number of entries stored at once.
         quantities: q.
-        dtype: Of the parameters.
-        trial: What has tried whether the examples are independent.
+        dtype: Dtype of the parameters.
+        trial: The engine that has tested the independence of examples.
     """
 
     shapes: dict[str, Shape]
@@ -241,18 +240,18 @@ class Plan:
     trial: PerExampleEngine = field(repr=False, compare=False)
 
     def numbers(self, shape: Shape) -> int:
-        """Numbers that are kept of a parameter per example."""
+        """Entries stored per example for a parameter."""
         return shape.kept(self.quantities, shape.key in self.factors)
 
     @cached_property
     def bands(self) -> tuple[Band, ...]:
-        """Neighboring parameters as long as they fit together; what does not fit alone, in blocks of examples."""
+        """Group consecutive parameters that fit together; split one that does not fit alone into example blocks."""
         bands, names, taken = [], [], 0.0
         for key, shape in self.shapes.items():
             each = self.numbers(shape)
             size = self.examples * each
             if size > self.limit:
-                # two blocks are in memory at a time
+                # two blocks are in memory at once
                 block = max(1, int(self.limit / 2 // each))
                 bands.append(Band(frozenset([key]), -(-self.examples // block)))
                 continue
@@ -267,7 +266,7 @@ class Plan:
 
 
 class _Shapes(PerExampleEngine):
-    """Notes the sizes of all parameters, from one example."""
+    """Records the shapes of all parameters, from a few examples."""
 
     def begin(self, rows: Tensor) -> None:
         """See `PerExampleEngine`."""
@@ -292,11 +291,11 @@ class _Shapes(PerExampleEngine):
 
 
 def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets: Tensor, memory_mb: float) -> Plan:
-    """Which form each layer is kept in, and which layers are kept together.
+    """Choose how to store each layer and which layers to process together.
 
     Args:
         model: The model.
-        images: (n, ...) inputs; only the first ones are looked at.
+        images: (n, ...) inputs; only the first ones are used.
         quantities: See `gram_matrix`.
         targets: See `gram_matrix`.
         memory_mb: See `gram_matrix`.
@@ -307,16 +306,16 @@ def make_plan(model: nn.Module, images: Tensor, quantities: Quantities, targets:
     with _Shapes(model) as noting:
         noting.run(images[:2], targets[:2], quantities)
     shapes, q = {name: s for name, s in noting.shapes.items() if name not in noting.unused}, noting.quantities
-    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)  # inputs may be integers
+    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)  # images may be integers
     n, limit = len(images), memory_mb * 2**20 / dtype.itemsize
-    # a pass over the model makes all gradients once, and is due each time that the memory is full
+    # each time memory is full, another pass over the model is needed, which recomputes all gradients
     one_pass = sum(s.making(q, n) for s in shapes.values())
     factors = frozenset(key for key, s in shapes.items() if prefers_factors(s, q, n, one_pass / limit))
     return Plan(shapes, factors, n, limit, q, dtype, noting)
 
 
 def work(plan: Plan, band: Band, n: int) -> tuple[float, float]:
-    """Multiplications of a band: to make its parts, and to multiply them."""
+    """Multiplications of a band: to compute its parts, and to multiply them."""
     q, shapes = plan.quantities, [plan.shapes[name] for name in band.names]
     passes = (band.blocks + 1) / 2
     pairs = sum(s.factor_cost(q, n) if s.key in plan.factors else s.row_cost(q, n) for s in shapes)
@@ -324,19 +323,19 @@ def work(plan: Plan, band: Band, n: int) -> tuple[float, float]:
 
 
 STEP_MB = 128.0
-"""MiB of gradients that are alive at a time beside what is kept."""
+"""MiB of gradients that exist at once, in addition to the stored parts."""
 
 MIRRORED = 512
-"""Rows that are mirrored at a time."""
+"""Rows mirrored at once."""
 
 
 class _OtherRouteError(Exception):
-    """A layer (its weight's name) whose factors were to be kept came with its gradients in full."""
+    """A layer (given by its weight's name) planned as factors has produced full gradients instead."""
 
 
 @contextmanager
 def only_trainable(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Let only the named parameters require gradients for a while: layers below the lowest of them need no graph."""
+    """Let only the named parameters require gradients; layers below the lowest of them then need no graph."""
     others = [p for name, p in model.named_parameters() if name not in names and p.requires_grad]
     for p in others:
         p.requires_grad_(False)
@@ -348,12 +347,12 @@ def only_trainable(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
 
 
 class _Collector(PerExampleEngine):
-    """Keeps parts of the trainable parameters for a block of examples."""
+    """Stores the parts of the trainable parameters for a block of examples."""
 
     def collect(
         self, plan: Plan, images: Tensor, targets: Tensor, quantities: Quantities
     ) -> dict[str, Rows | Factors]:
-        """The parts of all trainable parameters for ``images``."""
+        """Compute the parts of all trainable parameters for ``images``."""
         self._plan = plan
         self._examples = len(images)
         self._parts: dict[str, Rows | Factors] = {}
@@ -396,38 +395,38 @@ def gram_matrix(
     *,
     memory_mb: float = 2048.0,
 ) -> Tensor:
-    """``J J^T`` for the Jacobian J of some quantities of n examples with respect to all trainable parameters.
+    """``J J^T`` for the Jacobian J of q quantities of n examples with respect to all trainable parameters.
 
-    Row ``i q + c`` belongs to quantity c of example i. The model is evaluated in eval mode, and left as it was.
+    Row ``i q + c`` belongs to quantity c of example i. The model is evaluated in eval mode and restored.
 
     Args:
         model: The model.
         images: (n, ...) inputs.
-        quantities: (outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone.
-        targets: (n, ...) what ``quantities`` takes beside the outputs.
-        memory_mb: MiB that the parts kept of the examples may take.
+        quantities: (outputs, targets) of a batch -> (b,) or (q, b); column i depends only on example i.
+        targets: (n, ...) second argument of ``quantities``.
+        memory_mb: Memory limit of the stored parts, in MiB.
 
     Returns:
-        (n q, n q) in the parameters' type, symmetric.
+        (n q, n q) in the parameters' dtype, symmetric.
 
     Raises:
-        ValueError: There are no examples, no parameter requires a gradient or none is used, a BatchNorm would use
-            statistics of the batch, or the model mixes the examples of a batch.
+        ValueError: There are no examples, no parameter requires a gradient or none is used, a BatchNorm layer would
+            use batch statistics, or the model mixes the examples of a batch.
     """
     if not len(images):
-        raise ValueError("a Gram matrix of no examples")
-    model = getattr(model, "_orig_mod", model)  # parameters have other names under torch.compile
+        raise ValueError("cannot compute a Gram matrix of no examples")
+    model = getattr(model, "_orig_mod", model)  # torch.compile renames the parameters
     targets = torch.zeros(len(images), device=images.device) if targets is None else targets
     plan = make_plan(model, images, quantities, targets, memory_mb)
     while True:
         try:
             return _follow(plan, model, images, targets, quantities)
-        except _OtherRouteError as error:  # some example of the layer cannot be taken apart: keep its rows
+        except _OtherRouteError as error:  # some call of this layer has no factors: store its rows
             plan = replace(plan, factors=plan.factors - {error.args[0]})
 
 
 def _follow(plan: Plan, model: nn.Module, images: Tensor, targets: Tensor, quantities: Quantities) -> Tensor:
-    """Add up what the bands contribute: the blocks on and above the diagonal, which are mirrored at the end."""
+    """Sum the contributions of all bands: the blocks on and above the diagonal, mirrored at the end."""
     n, q = len(images), plan.quantities
     found = torch.zeros(n * q, n * q, dtype=plan.dtype, device=images.device)
     for band in plan.bands:
@@ -455,10 +454,10 @@ def _follow(plan: Plan, model: nn.Module, images: Tensor, targets: Tensor, quant
 
 
 class _Sketcher(PerExampleEngine):
-    """Adds up the sketches of all parameters' gradients, an example at a time or a few."""
+    """Sums the sketches of all parameters' gradients, for one or a few examples at a time."""
 
     def prepare(self, dimension: int, seed: int) -> None:
-        """Draw signs and shifts of all parameters."""
+        """Draw the signs and shifts of all parameters."""
         self._dimension = dimension
         self._signs: dict[str, tuple[Tensor, int]] = {}
         for name, p in self._parameters.items():
@@ -503,27 +502,27 @@ def sketch_jacobian(
     *,
     memory_mb: float = 256.0,
 ) -> Tensor:
-    """Each example's Jacobian in ``dimension`` numbers per quantity, so that ``S S^T`` estimates ``J J^T``.
+    """Sketch each example's Jacobian with ``dimension`` entries per quantity; ``S S^T`` estimates ``J J^T``.
 
-    The same seed gives the same sketch for any weights, so that kernels of two epochs can be compared.
+    The same seed gives the same sketch for any weights, so kernels of two epochs can be compared.
 
     Args:
-        model: The model, evaluated in eval mode and left as it was.
+        model: The model, evaluated in eval mode and restored.
         images: (n, ...) inputs.
-        quantities: (outputs, targets) of a batch -> (b,) or (q, b); column i depends on example i alone.
-        targets: (n, ...) what ``quantities`` takes beside the outputs.
-        dimension: D, numbers per example and quantity.
+        quantities: (outputs, targets) of a batch -> (b,) or (q, b); column i depends only on example i.
+        targets: (n, ...) second argument of ``quantities``.
+        dimension: D, entries per example and quantity.
         seed: Seed of the signs.
-        memory_mb: MiB of gradients that may be alive at a time.
+        memory_mb: Memory limit of gradients that exist at once, in MiB.
 
     Returns:
         (n q, D).
 
     Raises:
-        ValueError: D is below 1, or as for `gram_matrix`.
+        ValueError: D is below 1, or for the reasons listed at `gram_matrix`.
     """
     if dimension < 1:
-        raise ValueError(f"a sketch of {dimension} numbers")
+        raise ValueError(f"dimension is {dimension}; a sketch needs at least 1")
     parts = []
     with _Sketcher(getattr(model, "_orig_mod", model), memory_mb) as sketcher:
         sketcher.prepare(dimension, seed)

@@ -1,13 +1,13 @@
-"""Layer rules: how each type of layer turns its inputs and output gradients into per-example gradients.
+"""Layer rules: how each layer type turns its inputs and output gradients into per-example gradients.
 
-Letters: q quantities (the loss: one; the logits: one per class), b examples, n groups, o outputs and k inputs of a
-group, t positions (pixels, tokens), f families of weights. A weight's gradient is ``G = sum_t g_t a_t^T``.
+Notation: q quantities (loss: one; logits: one per class), b examples, n groups, o outputs and k inputs of a group, t
+positions (pixels, tokens), f families of weights. A weight's gradient is ``G = sum_t g_t a_t^T``.
 
-A rule has two functions: `squares` (what the engine wants) and `gradients` (the same gradients in full, for
-parameters whose parts must be added up before squaring). Where the weight's gradient is a sum of outer products,
-the rule also brings ``a`` and ``g`` into one form (`Outer`), which posteriors and curvatures use. Normalization
-layers have one or two parameters per channel, so their per-example gradients are formed in full. A layer type without
-a rule goes through the exact fallback of `src.jacobians.engine`.
+A rule has two functions: `squares` (the engine's main operation) and `gradients` (the full gradients, for parameters
+whose contributions must be added before squaring). If the weight's gradient is a sum of outer products, the rule also
+converts ``a`` and ``g`` to a standard form (`Outer`), used by posteriors and curvatures. Normalization layers have
+only a few parameters per channel, so their per-example gradients are formed in full. Layer types without a rule use
+the exact fallback in `src.jacobians.engine`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from src.models.base import FilterResponseNorm
 
 Maps = Callable[..., tuple[Tensor, ...]]
-"""(g, *constants) -> gradients, where g and they are (q, b, ...) and the constants, tensors or not, have no rows."""
+"""(g, *constants) -> gradients; g and the gradients are (q, b, ...); the constants (any type) have no row axis."""
 
 
 class _AllRows(torch.autograd.Function):
@@ -31,7 +31,7 @@ class _AllRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        pass  # a second derivative is never asked for
+        pass  # second derivatives are not supported
 
     @staticmethod
     def vmap(info, in_dims: tuple, maps: Maps, g: Tensor, *constants: object) -> tuple[tuple, tuple]:
@@ -40,17 +40,17 @@ class _AllRows(torch.autograd.Function):
 
 
 def all_rows(maps: Maps, g: Tensor, *constants: object) -> tuple[Tensor, ...]:
-    """Apply ``maps`` to all rows that `vmap` carries along, (q, b, ...), or to the one there is, (1, b, ...).
+    """Apply ``maps`` to all rows that `vmap` carries, (q, b, ...), or without `vmap` to a single row, (1, b, ...).
 
-    The batching rules of many operations copy once for each row what is the same for all, or lose the layout.
+    The batching rules of many operations copy data shared by all rows for each row, or lose the memory layout.
 
     Args:
-        maps: see `Maps`.
-        g: (b, ...) gradients, as a `torch.autograd.Function` is given them.
-        constants: the same for all rows.
+        maps: See `Maps`.
+        g: (b, ...) gradients, as passed to a `torch.autograd.Function`.
+        constants: Values shared by all rows.
 
     Returns:
-        What ``maps`` returns, without the axis of rows.
+        The result of ``maps``, without the row axis.
     """
     return _AllRows.apply(maps, g, *constants)
 
@@ -60,18 +60,18 @@ Weights = Mapping[str, Tensor | None]
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How the modules of one type are contracted.
+    """How to contract the gradients of one module type.
 
     Attributes:
-        parameters: names of the parameters it understands.
-        fits: (module, inputs) -> whether this call has a shape that the formulas cover.
-        squares: (module, a, g, weights) -> (f, q, b), the sum over the parameters named in ``weights``;
-            ``weights`` has for each name a tensor (f, *shape), or None for a single family of ones.
-        gradients: (module, a, g, names) -> per name (q, b, *shape).
+        parameters: Names of the parameters that the rule handles.
+        fits: (module, inputs) -> whether the formulas cover a call of this shape.
+        squares: (module, a, g, weights) -> (f, q, b), summed over the parameters named in ``weights``; for each name,
+            ``weights`` has a tensor (f, *shape), or None for a single family of ones.
+        gradients: (module, a, g, names) -> for each name, (q, b, *shape).
         bytes_per_example: (module, a, g) -> memory that either function takes per example.
-        outer: the one form of ``a`` and ``g``, where the weight's gradient is a sum of outer products; else None.
-        tap: (module, inputs, output) -> an output with the same values to go on with, and the tensor, its first axis
-            the examples, whose gradients ``g`` are; None where these are the output itself.
+        outer: The standard form of ``a`` and ``g`` if the weight's gradient is a sum of outer products, else None.
+        tap: (module, inputs, output) -> an output with the same values that replaces the module's output, and the
+            tensor at which the gradients ``g`` are taken, with examples on its first axis; None to use the output.
     """
 
     parameters: frozenset[str]
@@ -103,7 +103,7 @@ def weighted_squares(gradients: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def outer_gradients(a: Tensor, g: Tensor) -> Tensor:
-    """``G = sum_t g_t a_t^T``, one batched product.
+    """``G = sum_t g_t a_t^T``, as one batched product.
 
     Args:
         a: (b, n, k, t).
@@ -120,8 +120,8 @@ def outer_gradients(a: Tensor, g: Tensor) -> Tensor:
 def outer_squares(a: Tensor, g: Tensor, weights: Tensor | None) -> Tensor:
     """``sum(S * G * G)`` for ``G = sum_t g_t a_t^T``, in the cheapest of three exact forms.
 
-    One position: ``(g * g) S (a * a)``, no outer product. Weights of one and few positions:
-    ``sum_{t,t'} (g_t . g_t')(a_t . a_t')``. Otherwise G itself.
+    For one position: ``(g * g) S (a * a)``, without an outer product. For weights of one and few positions:
+    ``sum_{t,t'} (g_t . g_t')(a_t . a_t')``. Otherwise, G itself.
 
     Args:
         a: (b, n, k, t).
@@ -149,7 +149,7 @@ def outer_squares(a: Tensor, g: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def prefers_pairs(o: int, k: int, t: int) -> bool:
-    """Whether ``t^2 (o + k)`` products of position pairs are fewer than the ``t o k`` of G."""
+    """Whether the ``t^2 (o + k)`` multiplications for position pairs are fewer than the ``t o k`` for G."""
     return t * (o + k) < o * k
 
 
@@ -158,13 +158,13 @@ def prefers_pairs(o: int, k: int, t: int) -> bool:
 
 @dataclass(frozen=True)
 class Outer:
-    """The functions of a `LayerRule` for modules with a weight whose gradient is ``sum_t g_t a_t^T``, and a bias.
+    """Functions of a `LayerRule` for modules with a bias and a weight whose gradient is ``sum_t g_t a_t^T``.
 
     Attributes:
         inputs: (module, a) -> (b, n, k, t), k in the order of the weight.
         outputs: (module, g) -> (q, b, n, o, t).
-        rows: (module, a) -> (b, n, t, k), each position's inputs side by side in memory, k in an order of its own.
-        in_row_order: (module, S in the weight's shape) -> (n, o, k) in that order.
+        rows: (module, a) -> (b, n, t, k), each position's inputs contiguous in memory, k in a rule-specific order.
+        in_row_order: (module, S in the weight's shape) -> (n, o, k) in the order of ``rows``.
     """
 
     inputs: Callable[[nn.Module, Tensor], Tensor]
@@ -194,7 +194,7 @@ class Outer:
         return found
 
     def bytes_per_example(self, module: nn.Module, a: Tensor, g: Tensor) -> int:
-        """See `LayerRule.bytes_per_example`: the unfolded inputs, the gradients, and G with its square."""
+        """See `LayerRule.bytes_per_example`: unfolded inputs, gradients, and G with its square."""
         q, outputs, weight = g.shape[0], module.weight.shape[0], module.weight.numel()
         positions = g[0, 0].numel() // outputs
         unfolded = weight // outputs * getattr(module, "groups", 1) * positions
@@ -203,22 +203,22 @@ class Outer:
 
 
 def conv_inputs(module: nn.Conv2d, a: Tensor) -> Tensor:
-    """(b, c, h, w) cut into patches: (b, n, k, t), k = c/n * kh * kw.
+    """Extract patches from (b, c, h, w): (b, n, k, t), k = c/n * kh * kw.
 
-    One copy of a strided view: the same as ``F.unfold``, in about half its time on a CPU.
+    Makes one copy of a strided view: the result of ``F.unfold``, in about half the time on a CPU.
     """
     patches = _patches(module, pad(module, a).contiguous())
     return patches.permute(0, 1, 4, 5, 6, 2, 3).flatten(5).flatten(2, 4)
 
 
 def conv_rows(module: nn.Conv2d, a: Tensor) -> Tensor:
-    """The same as (b, n, t, k), k = kh * kw * c/n: with the channels last, the copy moves many numbers at a time."""
+    """The same as (b, n, t, k), k = kh * kw * c/n; with channels last, the copy moves long contiguous runs."""
     patches = _patches(module, pad(module, a).contiguous(memory_format=torch.channels_last))
     return patches.permute(0, 1, 2, 3, 5, 6, 4).flatten(4).flatten(2, 3)
 
 
 def _patches(module: nn.Conv2d, a: Tensor) -> Tensor:
-    """A view (b, n, h, w, c/n, kh, kw) of the patches of a padded input, h and w those of the output."""
+    """A view (b, n, h, w, c/n, kh, kw) of the patches of a padded input; h and w are the output's sizes."""
     b, c, h, w = a.shape
     n, (kh, kw), (dh, dw), (sh, sw) = module.groups, module.kernel_size, module.dilation, module.stride
     outputs = (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
@@ -228,7 +228,7 @@ def _patches(module: nn.Conv2d, a: Tensor) -> Tensor:
 
 
 def pad(module: nn.Conv2d, a: Tensor) -> Tensor:
-    """The input as the convolution sees it: any padding, in any padding mode, made explicit."""
+    """Make the convolution's padding explicit, for any amount and padding mode."""
     sides: list[int] = []  # F.pad counts from the last axis
     for axis in (1, 0):
         if module.padding == "same":
@@ -249,7 +249,7 @@ def _outer_rule(outer: Outer, fits: Callable[[nn.Module, Tensor], bool]) -> Laye
 
 
 LINEAR = _outer_rule(
-    Outer(  # everything between batch and features is positions
+    Outer(  # all axes between batch and features are positions
         inputs=lambda module, a: a.reshape(a.shape[0], 1, -1, a.shape[-1]).mT,
         outputs=lambda module, g: g.reshape(*g.shape[:2], 1, -1, g.shape[-1]).mT,
         rows=lambda module, a: a.reshape(a.shape[0], 1, -1, a.shape[-1]),
@@ -264,7 +264,7 @@ CONVOLUTION = _outer_rule(
         rows=conv_rows,
         in_row_order=lambda module, s: s.permute(0, 2, 3, 1).reshape(module.groups, -1, s[0].numel()),
     ),
-    fits=lambda module, a: a.ndim == 4,  # three axes would be one image without a batch
+    fits=lambda module, a: a.ndim == 4,  # three axes are a single image without a batch axis
 )
 
 
@@ -274,12 +274,12 @@ Gradients = Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Ten
 def rule_from_gradients(
     parameters: Collection[str], gradients: Gradients, fits: Callable[[nn.Module, Tensor], bool] | None = None
 ) -> LayerRule:
-    """A rule from nothing but its gradients, for modules whose parameters are few.
+    """Build a rule from a gradient function alone, for modules with few parameters.
 
     Args:
-        parameters: names of all parameters that the module may have.
-        gradients: (module, a, g, names) -> per name (q, b, *shape of the parameter).
-        fits: (module, a) -> whether ``gradients`` covers inputs of this shape; default always.
+        parameters: Names of all parameters that the module may have.
+        gradients: (module, a, g, names) -> for each name, (q, b, *shape of the parameter).
+        fits: (module, a) -> whether ``gradients`` covers inputs of this shape; always by default.
     """
 
     def squares(module: nn.Module, a: Tensor, g: Tensor, weights: Weights) -> Tensor:
@@ -305,7 +305,7 @@ def batchnorm_gradients(module: nn.BatchNorm2d, a: Tensor, g: Tensor, names: Col
 
 
 def layernorm_gradients(module: nn.LayerNorm, a: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Scale: ``sum_t g * xhat``, shift: ``sum_t g``, over the positions t in front of the normalized axes."""
+    """Scale: ``sum_t g * xhat``, shift: ``sum_t g``, over the positions t before the normalized axes."""
     shape = tuple(module.normalized_shape)
     found = {}
     if "weight" in names:
@@ -316,10 +316,10 @@ def layernorm_gradients(module: nn.LayerNorm, a: Tensor, g: Tensor, names: Colle
 
 
 def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """What comes back from the output of filter response normalization, in few passes over the maps.
+    """The backward pass of filter response normalization, in few passes over the maps.
 
-    With ``z = max(gamma * xhat + beta, tau)``, ``xhat = x * r``, ``r = 1 / sqrt(mean x^2 + eps)`` and the mask m of
-    the maximum (1 where the first is the larger, 1/2 where both are equal, as autograd has it):
+    Let ``z = max(gamma * xhat + beta, tau)``, ``xhat = x * r``, ``r = 1 / sqrt(mean x^2 + eps)``, and m the mask of
+    the maximum (1 if the first argument is larger, 1/2 if both are equal, as in autograd). The gradients are
     ``sum_t g m xhat`` for gamma, ``sum_t g m`` for beta, ``sum_t g (1 - m)`` for tau, and
     ``gamma * r * (g m - xhat * mean(g m xhat))`` for x.
 
@@ -341,10 +341,10 @@ def _filter_response_maps(g: Tensor, xhat: Tensor, mask: Tensor, scale: Tensor) 
 
 
 class _FilterResponse(torch.autograd.Function):
-    """Filter response normalization with a short way back: autograd's own takes some fifteen passes over the maps.
+    """Filter response normalization with a fast backward pass; autograd's takes about fifteen passes over the maps.
 
-    The parameters come as (b, 3, c), a copy for each example, so their gradients are per example. The tensors that
-    the way back needs are its own: what becomes of x afterwards does not matter.
+    The parameters are passed as (b, 3, c), with a copy for each example, so their gradients are per example. The
+    tensors needed for the backward pass are copies, so later in-place changes to x have no effect.
     """
 
     @staticmethod
@@ -352,7 +352,7 @@ class _FilterResponse(torch.autograd.Function):
         gamma, beta, tau = parameters[..., None, None].unbind(1)  # (b, c, 1, 1)
         inverse = (a.square().mean((2, 3), keepdim=True) + eps).rsqrt()
         scale = gamma * inverse
-        above = (a * scale).add_(beta).sub_(tau)  # rounded as the module rounds it: what is equal there is equal here
+        above = (a * scale).add_(beta).sub_(tau)  # rounded as in the module, so that ties agree
         mask = above.sign_().add_(1).mul_(0.5)
         ctx.constants = a * inverse, mask, scale
         return output.clone()
@@ -364,7 +364,7 @@ class _FilterResponse(torch.autograd.Function):
 
 
 def filter_response_tap(module: FilterResponseNorm, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """See `src.jacobians.layer_rules.LayerRule.tap`; the gradients that it leads to are (q, b, 3, c)."""
+    """See `src.jacobians.layer_rules.LayerRule.tap`; the gradients at the tap are (q, b, 3, c)."""
     parameters = torch.stack([p.flatten() for p in (module.gamma, module.beta, module.tau)])
     parameters = parameters.expand(len(a), -1, -1)
     return _FilterResponse.apply(a, parameters, output.detach(), module.eps), parameters
@@ -373,7 +373,7 @@ def filter_response_tap(module: FilterResponseNorm, a: Tensor, output: Tensor) -
 def filter_response_gradients(
     module: FilterResponseNorm, a: Tensor, g: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Pick each parameter's (q, b, 1, c, 1, 1) out of the gradients g (q, b, 3, c) at the tap."""
+    """Extract each parameter's (q, b, 1, c, 1, 1) from the gradients g (q, b, 3, c) at the tap."""
     found = dict(zip(("gamma", "beta", "tau"), g.unbind(2), strict=True))
     return {name: found[name].unflatten(2, getattr(module, name).shape) for name in names}
 
@@ -401,15 +401,15 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {
 
 
 def register_layer_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
-    """Have modules of exactly this type contracted by a rule of their own instead of the fallback.
+    """Register a rule to use for modules of exactly this type, instead of the fallback.
 
     Args:
-        module_type: the module's class; subclasses stay with the fallback.
-        rule: the rule; `src.jacobians.layer_rules.rule_from_gradients` makes one from a function of gradients.
+        module_type: The module's class; subclasses still use the fallback.
+        rule: The rule; `src.jacobians.layer_rules.rule_from_gradients` builds one from a gradient function.
 
     Raises:
-        ValueError: the type has a rule already.
+        ValueError: The type already has a rule.
     """
     if LAYER_RULES.get(module_type, rule) is not rule:
-        raise ValueError(f"{module_type.__name__} has a contraction rule already")
+        raise ValueError(f"{module_type.__name__} already has a contraction rule")
     LAYER_RULES[module_type] = rule

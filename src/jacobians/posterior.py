@@ -1,7 +1,7 @@
-"""Gaussian posteriors over a model's parameters, and the curvatures that they are computed from.
+"""Gaussian posteriors over a model's parameters, and the curvatures from which they are computed.
 
-A posterior gives each parameter a covariance of its own (blocks; no parameter is correlated with another): entry by
-entry, or diagonal after a rotation of the parameter's outputs and inputs.
+A posterior has one covariance block per parameter, and no correlation between parameters. A block is diagonal in the
+parameter's entries, or diagonal after a rotation of the parameter's outputs and inputs.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from torch import Tensor
 class Rotated:
     """A covariance that is diagonal in a Kronecker basis: ``(QB (x) QA) diag(variances) (QB (x) QA)^T``.
 
-    Letters: n groups of a convolution (else 1), o outputs and k inputs of a group.
+    Notation: n groups of a convolution (otherwise 1), o outputs and k inputs of a group.
 
     Attributes:
         variances: (n, o, k) for a weight, (n, o) for a bias.
-        outputs: (n, o, o), the columns QB; None without a rotation.
-        inputs: (n, k, k), the columns QA; None for a bias, or without a rotation.
+        outputs: (n, o, o), with the columns of QB; None without a rotation.
+        inputs: (n, k, k), with the columns of QA; None for a bias, or without a rotation.
     """
 
     variances: Tensor
@@ -30,7 +30,7 @@ class Rotated:
 
 
 Block = Tensor | Rotated
-"""Variances in the parameter's own shape, or `Rotated` ones."""
+"""Variances in the parameter's own shape, or a `Rotated` covariance."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,27 @@ class Posterior:
     """Covariances of a model's parameters.
 
     Attributes:
-        blocks: for each trainable parameter, by its name in the model, its covariance. The posterior of an optimizer
-            is a dictionary of variances: ``Posterior({"head.weight": 1 / (n * h + delta), ...})``.
+        blocks: The covariance of each trainable parameter, by its name in the model. An optimizer's posterior is a
+            dictionary of variances: ``Posterior({"head.weight": 1 / (n * h + delta), ...})``.
     """
 
     blocks: Mapping[str, Block]
 
     def fitted_to(self, parameters: Mapping[str, Tensor]) -> dict[str, Rotated]:
-        """The blocks in the parameters' type and on their device; those that are not rotated have no bases.
+        """Convert the blocks to the parameters' dtype and device; blocks without a rotation get no bases.
 
         Args:
-            parameters: name in the model -> parameter.
+            parameters: Name in the model -> parameter.
 
         Raises:
-            ValueError: a parameter has no block or one of another shape, a block has no parameter, or a variance is
-                negative or not finite.
+            ValueError: A parameter has no block or one with a different shape, a block has no parameter, or a
+                variance is negative or not finite.
         """
         odd = sorted(set(self.blocks) ^ set(parameters))
         if odd:
             why = "no such trainable parameter" if odd[0] in self.blocks else "no variances in the posterior"
-            raise ValueError(f"posterior and model have other parameters; {odd[0]!r}: {why}")
-        bases: dict[int, Tensor] = {}  # a weight's and its bias's common basis stays one tensor
+            raise ValueError(f"posterior and model have different parameters; {odd[0]!r}: {why}")
+        bases: dict[int, Tensor] = {}  # a basis shared by a weight and its bias stays one tensor
         fitted = {}
         for name, p in parameters.items():
             block = self.blocks[name]
@@ -67,29 +67,33 @@ class Posterior:
                 block = Rotated(block.detach())
             shape = block.variances.shape
             if block.variances.numel() != p.numel() if rotated else shape != p.shape:
-                raise ValueError(f"variances of {name!r} have shape {tuple(shape)}, the parameter {tuple(p.shape)}")
+                raise ValueError(
+                    f"variances of {name!r} have shape {tuple(shape)}, but the parameter has {tuple(p.shape)}"
+                )
             if not ((block.variances >= 0) & block.variances.isfinite()).all():
-                raise ValueError(f"variances of {name!r} must be finite and not negative")
+                raise ValueError(f"variances of {name!r} must be finite and nonnegative")
             outputs, inputs = (
                 None if basis is None else bases.setdefault(id(basis), basis.to(p))
                 for basis in (block.outputs, block.inputs)
             )
-            fitted[name] = Rotated(block.variances.to(p).contiguous(), outputs, inputs)  # whatever p's layout
+            fitted[name] = Rotated(
+                block.variances.to(p).contiguous(), outputs, inputs
+            )  # contiguous for any layout of p
         return fitted
 
 
 @dataclass(frozen=True)
 class KroneckerFactors:
-    """The factors of one module: the weight's GGN is taken as ``B (x) A``, the bias's as ``t B``.
+    """The Kronecker factors of one module: the weight's GGN is approximated by ``B (x) A``, the bias's by ``t B``.
 
-    Letters: n groups, o outputs and k inputs of a group, t positions (1 for a linear layer of features).
+    Notation: n groups, o outputs and k inputs of a group, t positions (1 for a linear layer on features).
 
     Attributes:
         inputs: (n, k, k), ``A = 1/N sum_n sum_t a a^T``, float64.
         outputs: (n, o, o), ``B = 1/t sum_n sum_t g^T Lambda g``, float64.
         positions: t.
-        weight: the weight's name in the model, None where it is not trained.
-        bias: the same for the bias.
+        weight: The weight's name in the model; None if it is not trained.
+        bias: The bias's name in the model; None if it is not trained.
     """
 
     inputs: Tensor
@@ -100,13 +104,13 @@ class KroneckerFactors:
 
     @cached_property
     def eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Eigenvalues (negative ones, which are rounding, as 0) and eigenvectors of A and of B, in float64."""
+        """Eigenvalues (negative rounding errors set to 0) and eigenvectors of A and of B, in float64."""
         found = (torch.linalg.eigh(factor, UPLO="U") for factor in (self.inputs, self.outputs))
         of_inputs, of_outputs = ((values.clamp(min=0), vectors) for values, vectors in found)
         return of_inputs, of_outputs
 
     def blocks(self, delta: float) -> dict[str, Rotated]:
-        """Covariances of the module's parameters under prior precision delta."""
+        """Covariances of the module's parameters for prior precision delta."""
         (input_values, inputs), (output_values, outputs) = self.eigen
         found = {}
         if self.weight is not None:
@@ -120,12 +124,12 @@ class KroneckerFactors:
 
 @dataclass(frozen=True)
 class Curvature:
-    """The GGN of the summed cross-entropy, by Kronecker factors (KFAC) and diagonals.
+    """The GGN of the summed cross-entropy, as Kronecker factors (KFAC) and diagonals.
 
     Attributes:
-        diagonals: name of each parameter without factors -> float64 diagonal, in the parameter's shape.
-        count: N, the examples that were summed over.
-        factors: module's name -> its factors; none where only the diagonal was asked for.
+        diagonals: Name of each parameter without factors -> float64 diagonal, in the parameter's shape.
+        count: N, the number of examples summed over.
+        factors: Module name -> its factors; empty if only the diagonal was computed.
     """
 
     diagonals: Mapping[str, Tensor]
@@ -133,10 +137,10 @@ class Curvature:
     factors: Mapping[str, KroneckerFactors] = field(default_factory=dict)
 
     def posterior(self, delta: float) -> Posterior:
-        """Laplace's posterior: precisions ``l_i m_j + delta`` in the factors' eigenbases, else ``GGN + delta``.
+        """Laplace posterior: precisions ``l_i m_j + delta`` in the factors' eigenbases, otherwise ``GGN + delta``.
 
         Args:
-            delta: prior precision, that is the factor of ``|w|^2 / 2`` beside the summed loss.
+            delta: Prior precision: the coefficient of ``|w|^2 / 2``, which is added to the summed loss.
 
         Raises:
             ValueError: delta is not positive.

@@ -1,8 +1,8 @@
 """Variances of a model's outputs under a Gaussian posterior over its parameters: ``J S J^T`` for each example.
 
-The linearized predictive covariance of the Memory-Perturbation Equation (Nickl et al. 2023, Eq. 12 and 13), layer by
-layer: the posterior's block of a parameter (`src.jacobians.posterior`) is contracted with the layer's inputs and
-output gradients (`src.jacobians.layer_rules`), and no Jacobian of the batch ever exists.
+This is the linearized predictive covariance of the Memory-Perturbation Equation (Nickl et al. 2023, Eq. 12 and 13),
+computed layer by layer. Each parameter's posterior block (`src.jacobians.posterior`) is contracted with the layer's
+inputs and output gradients (`src.jacobians.layer_rules`), and the Jacobian of the batch is never formed.
 """
 
 from typing import Self
@@ -16,11 +16,11 @@ from src.jacobians.layer_rules import outer_gradients
 from src.jacobians.posterior import Posterior, Rotated
 
 TILE = 2**20
-"""Bytes of the largest piece of a G that is formed before it is squared and summed: half of a usual L2 cache."""
+"""Maximum bytes of a tile of G that is formed, squared and summed at once: half of a typical L2 cache."""
 
 
 def _contracted(jacobian: Tensor, variances: Tensor, full: bool, overwrite: bool = False) -> Tensor:
-    """Diagonal S: jacobian (b, q, p), variances (p,) or (b, p)."""
+    """Contract with a diagonal S: jacobian (b, q, p), variances (p,) or (b, p)."""
     if full:
         return (jacobian * variances.unsqueeze(-2)) @ jacobian.mT
     squares = jacobian.square_() if overwrite else jacobian.square()
@@ -28,12 +28,12 @@ def _contracted(jacobian: Tensor, variances: Tensor, full: bool, overwrite: bool
 
 
 def gradient_covariance(gradients: Tensor, block: Rotated, full: bool) -> Tensor:
-    """``J S J^T`` from gradients that exist in full.
+    """``J S J^T`` from gradients in full.
 
     Args:
         gradients: (q, b, *shape).
-        block: covariance of the parameter.
-        full: all pairs of quantities, or only the diagonal.
+        block: Covariance of the parameter.
+        full: Whether to compute all pairs of quantities instead of the diagonal.
     """
     jacobian = gradients.transpose(0, 1)  # (b, q, *shape)
     variances, outputs, inputs = block.variances, block.outputs, block.inputs
@@ -51,9 +51,9 @@ def outer_covariance(a: Tensor, g: Tensor, weight: Rotated | None, bias: Rotated
     Args:
         a: (b, n, k, t).
         g: (q, b, n, o, t).
-        weight: covariance of the weight, None where it does not count.
-        bias: the same for the bias.
-        full: all pairs of quantities, or only the diagonal.
+        weight: Covariance of the weight; None to leave it out.
+        bias: Covariance of the bias; None to leave it out.
+        full: Whether to compute all pairs of quantities instead of the diagonal.
     """
     if g.shape[-1] == 1 and weight is not None:
         return _one_position(a[..., 0], g[..., 0].transpose(0, 1), weight, bias, full)
@@ -66,9 +66,9 @@ def outer_covariance(a: Tensor, g: Tensor, weight: Rotated | None, bias: Rotated
 
 
 def _one_position(a: Tensor, g: Tensor, weight: Rotated, bias: Rotated | None, full: bool) -> Tensor:
-    """No outer product: ``T_o = sum_k S_ok a_k^2`` serves all quantities, then ``sum_o g_o T_o g'_o``.
+    """Avoid the outer product: ``T_o = sum_k S_ok a_k^2`` is shared by all quantities, then ``sum_o g_o T_o g'_o``.
 
-    Here a is (b, n, k) and g (b, q, n, o); the rest as in `outer_covariance`.
+    Here a is (b, n, k) and g is (b, q, n, o); the other arguments are those of `outer_covariance`.
     """
     b, q, n, o = g.shape
     basis, inputs = weight.outputs, weight.inputs
@@ -78,7 +78,7 @@ def _one_position(a: Tensor, g: Tensor, weight: Rotated, bias: Rotated | None, f
     rest = 0.0
     if bias is not None:
         if bias.outputs is basis:
-            scales = scales + bias.variances.view(n, o)  # an input that is always 1
+            scales = scales + bias.variances.view(n, o)  # like an input that is always 1
         else:
             rest = gradient_covariance(g.transpose(0, 1), bias, full)
     if basis is not None:
@@ -87,7 +87,7 @@ def _one_position(a: Tensor, g: Tensor, weight: Rotated, bias: Rotated | None, f
 
 
 def _many_positions(a: Tensor, g: Tensor, weight: Rotated, full: bool) -> Tensor:
-    """Form ``G = sum_t g_t a_t^T`` and contract it; rotate before or after, whichever is less work."""
+    """Form ``G = sum_t g_t a_t^T`` and contract it; rotate before or after, whichever is cheaper."""
     q, b, n, o, t = g.shape
     k = a.shape[2]
     variances, outputs, inputs = weight.variances, weight.outputs, weight.inputs
@@ -105,10 +105,10 @@ def _many_positions(a: Tensor, g: Tensor, weight: Rotated, full: bool) -> Tensor
 
 
 def entrywise_variances(rows: Tensor, g: Tensor, variances: Tensor) -> Tensor:
-    """The diagonal for a weight with variances of its own for each entry, in pieces that stay in a processor's cache.
+    """The diagonal for a weight with independent variances per entry, in tiles that stay in the CPU cache.
 
-    The same as `outer_covariance`, but for the order of the sums and for a product per example and group in place of
-    one for all: faster where these are large, on a processor.
+    Equivalent to `outer_covariance`, except for the order of summation, and with one product per example and group
+    instead of one for all. This is faster on a CPU if the products are large.
 
     Args:
         rows: (b, n, t, k).
@@ -134,7 +134,7 @@ def entrywise_variances(rows: Tensor, g: Tensor, variances: Tensor) -> Tensor:
 
 
 WORTH_A_CALL = 2**22
-"""Multiplications in one example's products from which on `entrywise_variances` is the faster way."""
+"""Minimum multiplications per example for which `entrywise_variances` is faster."""
 
 
 def logit_rows(outputs: Tensor, _: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def logit_rows(outputs: Tensor, _: Tensor) -> Tensor:
         (C, b).
 
     Raises:
-        ValueError: the outputs are not (b, C).
+        ValueError: The outputs are not (b, C).
     """
     if outputs.ndim != 2:
         raise ValueError(f"the model must return logits of shape (batch, classes), got {tuple(outputs.shape)}")
@@ -155,20 +155,20 @@ def logit_rows(outputs: Tensor, _: Tensor) -> Tensor:
 
 
 class OutputVariances(PerExampleEngine):
-    """Context manager that computes logits and their variances, one pass over each batch.
+    """Context manager that computes logits and their variances in one pass over each batch.
 
-    See `PerExampleEngine` for what it does to the model. The gradients of all C logits at the modules' outputs and
-    the per-example products made of them are the memory it needs; batches are cut so that both stay within
-    ``memory_mb`` each, plus a copy or two of the larger.
+    See `PerExampleEngine` for its effect on the model. It needs memory for the gradients of all C logits at the
+    modules' outputs and for the per-example products made from them. Batches are split to keep each of the two within
+    ``memory_mb``, plus a copy or two of the larger one.
 
     Args:
-        model: the model; its outputs are logits (b, C).
-        posterior: a covariance for each trainable parameter.
-        full: the (C, C) covariance of each example instead of its diagonal.
-        memory_mb: see above.
+        model: The model; its outputs are logits (b, C).
+        posterior: A covariance for each trainable parameter.
+        full: Whether to compute the (C, C) covariance of each example instead of its diagonal.
+        memory_mb: Memory limit in MiB; see above.
 
     Raises:
-        ValueError: on entering, if model and posterior do not fit each other.
+        ValueError: On entry, if model and posterior do not match.
     """
 
     def __init__(
@@ -181,24 +181,24 @@ class OutputVariances(PerExampleEngine):
     def __enter__(self) -> Self:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._blocks = self._posterior.fitted_to(trainable) if trainable else {}
-        self._ordered: dict[str, Tensor] = {}  # variances of weights in the order of `Outer.rows`
+        self._ordered: dict[str, Tensor] = {}  # weight variances in the order of `Outer.rows`
         rotated = any(block.outputs is not None for block in self._blocks.values())
         if not rotated and not self._full and suits_channels_last(self.model):
             self._capture.channels_last = True
-            self._room = 1.25  # nothing is copied; maps in between may be larger
+            self._room = 1.25  # no copies, but intermediate maps may be larger
         return super().__enter__()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and variances of one batch.
+        """Compute logits and variances of one batch.
 
         Args:
             images: (b, ...) inputs.
 
         Returns:
-            (b, C) logits without their graph, and float64 variances (b, C), or covariances (b, C, C) where ``full``.
+            (b, C) logits without their graph, and float64 variances (b, C), or covariances (b, C, C) with ``full``.
 
         Raises:
-            ValueError: the outputs are not (b, C), a BatchNorm would use statistics of the batch, or the model mixes
+            ValueError: The outputs are not (b, C), a BatchNorm layer would use batch statistics, or the model mixes
                 the examples of a batch.
         """
         logits, variances = [], []
@@ -231,7 +231,7 @@ class OutputVariances(PerExampleEngine):
         self._variances[part] += found
 
     def _tiles(self, g: Tensor, blocks: dict[str, Rotated]) -> bool:
-        """Whether `entrywise_variances` can be used and is worth its calls."""
+        """Whether `entrywise_variances` applies and is large enough to be faster."""
         if self._full or g.device.type != "cpu" or g.shape[-1] == 1 or "weight" not in blocks:
             return False
         if any(block.outputs is not None for block in blocks.values()):

@@ -195,7 +195,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="single output"):
         ggn_diagonal(nn.Sequential(nn.Flatten(), nn.Linear(72, 1)).double(), [images])
     pooled = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).double()
-    with pytest.raises(ValueError, match="images of one size; '0' has 9 positions and had 16"):
+    with pytest.raises(ValueError, match="images of one size; '0' has 9 positions here and had 16"):
         kronecker_factors(pooled, [images, images[..., :5, :5]])
 
 
@@ -217,7 +217,7 @@ def test_a_module_used_otherwise_in_a_later_batch_is_refused():
         net.again = True
         yield images
 
-    with pytest.raises(ValueError, match=r"every batch to use 'body\.bias' in the same way; take the diagonal"):
+    with pytest.raises(ValueError, match=r"every batch to use 'body\.bias' in the same way; use the diagonal"):
         kronecker_factors(net, batches())
 
 

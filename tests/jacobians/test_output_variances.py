@@ -129,7 +129,7 @@ def test_a_rule_for_a_module_of_ones_own():
         with OutputVariances(net, posterior, full=True) as engine:
             torch.testing.assert_close(engine(images)[1], expected, **EXACT)
             assert engine.routes["1.gain"] == "captured"
-        with pytest.raises(ValueError, match="Gain has a contraction rule already"):
+        with pytest.raises(ValueError, match="Gain already has a contraction rule"):
             register_layer_rule(Gain, rule_from_gradients({"gain"}, rule.gradients))
     finally:
         del LAYER_RULES[Gain]
@@ -200,8 +200,8 @@ def test_what_does_not_fit_is_refused():
     images, _ = images_and_labels()
     for changes, why in (
         ({"5.weight": torch.ones(1)}, "'5.weight': no such trainable parameter"),
-        ({"3.bias": torch.ones(4)}, r"'3.bias' have shape \(4,\), the parameter \(3,\)"),
-        ({"3.bias": -torch.ones(3)}, "'3.bias' must be finite and not negative"),
+        ({"3.bias": torch.ones(4)}, r"'3.bias' have shape \(4,\), but the parameter has \(3,\)"),
+        ({"3.bias": -torch.ones(3)}, "'3.bias' must be finite and nonnegative"),
         ({"3.bias": torch.full((3,), torch.nan)}, "'3.bias' must be finite"),
         ({"3.bias": None}, "'3.bias': no variances in the posterior"),
     ):
