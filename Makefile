@@ -34,8 +34,8 @@ GEO_FOLDERS := $(GEO_RUN) --log_folder=$(GEO)/logs --resume_ckpts_folder=$(GEO)/
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-dev.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed; give make PYTHON=python3.11")'
+$(STAMP): requirements.txt requirements-iblr.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.optim import Optimizer
 
-from src.errors import UserError
+from src.errors import ArgumentError
 
 
 class IBLR(Optimizer):
@@ -230,16 +230,16 @@ class IvonOpt(IBLR):
         inner: The package's optimizer; its ``param_groups`` and ``state`` are ours.
 
     Raises:
-        UserError: If ivon-opt is not installed.
+        ArgumentError: If ivon-opt is not installed.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *args: Any, **settings: Any) -> None:
         try:
             from ivon import IVON  # GPL-3: needed by those who choose it, by no one else
         except ImportError as error:
-            raise UserError(
-                "iblr_backend 'ivon-opt' needs the package of this name; install it with 'pip install ivon-opt', or "
-                "choose 'own'"
+            raise ArgumentError(
+                "iblr_backend",
+                "ivon-opt: needs the package ivon-opt; install it with: pip install -r requirements-iblr.txt",
             ) from error
         super().__init__(params, *args, **settings)
         own = self.param_groups[0]

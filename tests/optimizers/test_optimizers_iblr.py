@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from src.errors import UserError
+from mpe import sensitivities
+from src.errors import ArgumentError
 from src.models.base import load_optimizer
 from src.optimizers import IBLR, IvonOpt, build_optimizer
 from src.training import TrainingConfig
@@ -249,10 +250,17 @@ def test_misuse_is_refused(kind):
 
 
 def test_only_the_packages_own_step_needs_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ivon", None)
+    """Training, continuing from a state that the package wrote, and scores from the posterior work without it."""
     model = network()
-    train(model, iblr(model), 1, 1)
-    with pytest.raises(UserError, match="pip install ivon-opt"):
+    packages = iblr(model, IvonOpt)
+    train(model, packages, 1, 1)
+    monkeypatch.setitem(sys.modules, "ivon", None)
+    optimizer = iblr(model)
+    load_optimizer(optimizer, packages.state_dict())
+    train(model, optimizer, 2, 2)
+    loader = [(torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)]
+    assert sensitivities(model, loader, optimizer).scores.shape == (6,)
+    with pytest.raises(ArgumentError, match=r"^iblr_backend ivon-opt: .*pip install -r requirements-iblr\.txt$"):
         iblr(model, IvonOpt)
 
 

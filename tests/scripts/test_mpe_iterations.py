@@ -1,8 +1,10 @@
 """Scripts 1 and 4 of the sensitivity experiments, as users run them."""
 
+import sys
+
 import numpy as np
 import pytest
-from support import ROOT, Forked, call, folders, succeed, write_blobs
+from support import ROOT, TRAIN, Forked, call, folders, succeed, write_blobs
 
 from src.artifacts.io import read_pickle, write_pickle
 from src.metrics import Proxy
@@ -72,6 +74,21 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, optimizer):
     if optimizer[-1] == "--class_cov=woodbury":
         assert {"estimated_nll_diag", "estimated_nll_full", "estimated_nll_woodbury", "unstable"} <= first.keys()
         np.testing.assert_array_equal(first["estimated_nll"], first["estimated_nll_woodbury"])
+
+
+def test_iblr_needs_ivon_opt_only_for_its_own_backend(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ivon", None)
+    train = ("--dataset=digits", "--subset=100", "--model=small_mlp", "--epochs=1", "--optimizer=iblr")
+    succeed("train_full.py", *train, *folders(tmp_path, *TRAIN))
+    succeed(LOO, *flags(tmp_path, "--optimizer=iblr", "--optim_var", "--write_scores", *folders(tmp_path, "metrics")))
+    for script, given in (
+        ("train_full.py", (*train, "--overwrite", *folders(tmp_path, *TRAIN))),
+        (LOO, flags(tmp_path, "--optimizer=iblr", "--optim_var", "--overwrite")),
+    ):
+        result = call(script, *given, "--iblr_backend=ivon-opt")
+        assert result.status == 2
+        assert "--iblr_backend ivon-opt: " in result.complaint
+        assert "pip install -r requirements-iblr.txt" in result.complaint
 
 
 def test_the_two_backends_agree(tmp_path):
