@@ -1,6 +1,6 @@
-"""The Memory-Perturbation Equation: how sensitive a model is to each of its training examples.
+"""The Memory-Perturbation Equation (MPE): the sensitivity of a model to each of its training examples.
 
-Nickl, Xu, Tailor, Moellenhoff and Khan, NeurIPS 2023, arXiv:2310.19273.
+Nickl, Xu, Tailor, Moellenhoff, and Khan, NeurIPS 2023, arXiv:2310.19273.
 """
 
 from mpe.config import CLASS_COVARIANCES

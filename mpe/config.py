@@ -1,4 +1,4 @@
-"""What flags and callers choose from, and the settings of the experiments. Nothing here needs torch."""
+"""Choices for flags and callers, and the settings of the experiments. This module does not import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +9,21 @@ from src.errors import ArgumentError
 from src.optimizers import IBLR_BACKENDS
 
 CLASS_COVARIANCES = ("diag", "full", "woodbury")
-"""How the classes of an example vary together: see ``mpe.estimates.estimate``."""
+"""Treatments of the covariance between the classes of an example; see ``mpe.estimates.estimate``."""
 
 STRUCTURES = ("kfac", "diag")
-"""Structures of Laplace's posterior."""
+"""Structures of the Laplace posterior."""
 
 SHUFFLE_ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
-"""The values of ``base_shuffle``, and the order of ``src.datasets.Batches`` that each means."""
+"""The values of ``base_shuffle``, and the corresponding order of ``src.datasets.Batches``."""
 
 SHUFFLES = ("seeded", "replay", "shared")
-"""How retrained models shuffle.
+"""How the training data of retrained models is shuffled.
 
-``seeded``: each by a generator of its own, seeded by (seed, what is removed), so that neither the other models nor
-the order of their training matter. ``replay``: by the draws that the papers' scripts made, batch for batch.
-``shared``: all by one permutation of all examples, in which removed ones count nothing; this lowers the noise between
-models and saves time, but the batches are not those of training without the removed examples.
+``seeded``: each model has its own generator, seeded by (seed, removed examples), so its batches do not depend on the
+other models or the order of training. ``replay``: the same random draws as in the papers' scripts, batch for batch.
+``shared``: all models use one permutation of all examples, in which removed examples have weight 0. This reduces the
+noise between models and saves time, but the batches differ from those of training without the removed examples.
 """
 
 _POSITIVE = number(float, 0, open_low=True)
@@ -32,99 +32,103 @@ _RATE = number(float, 0)
 
 
 EXPERIMENT_FOLDERS = ("datasets_folder", "models_folder", "log_folder", "resume_ckpts_folder")
-"""The fields of ``src.artifacts.Folders`` that experiments read and write."""
+"""The fields of ``src.artifacts.paths.Folders`` that experiments read and write."""
 
 ONE_PROCESS = ("distributed_training", "sync_bn")
-"""The fields of ``src.devices.ComputeConfig`` that experiments leave out."""
+"""The fields of ``src.devices.ComputeConfig`` that experiments do not offer."""
 
 SIDE_BY_SIDE = {"precision": ("fp32", "tf32", "fp64")}
-"""Choices of ``src.devices.ComputeConfig`` where models are trained side by side."""
+"""Choices of ``src.devices.ComputeConfig`` for training several models in parallel."""
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What the five experiments of ``examples/`` have in common, under the names of the paper's flags.
+    """The settings shared by the five experiments in ``examples/``, named like the paper's flags.
 
     Attributes:
-        model: A name of ``MODELS``.
-        optimizer: sgd, adam, adamw or iblr.
+        model: A key of ``MODELS``.
+        optimizer: sgd, adam, adamw, or iblr.
     """
 
     name_exp: str = option("fmnist_lenet", "name of the result files", file_name)
-    seed: int = option(1, "seed of initial weights, orders and samples", SEED)
+    seed: int = option(1, "seed for the initial weights, data order, and samples", SEED)
     lr: float = option(1e-2, "initial learning rate", _POSITIVE)
-    lrmin: float = option(1e-4, "learning rate that the cosine schedule falls towards", _RATE)
-    bs: int = option(256, "batch size of training", _COUNT)
-    epochs: int = option(100, "epochs of training", _COUNT)
-    delta: float = option(60.0, "L2 parameter, the prior precision", _POSITIVE)
+    lrmin: float = option(1e-4, "final learning rate of the cosine schedule", _RATE)
+    bs: int = option(256, "training batch size", _COUNT)
+    epochs: int = option(100, "number of training epochs", _COUNT)
+    delta: float = option(60.0, "L2 parameter (prior precision)", _POSITIVE)
     base_shuffle: str = option(
         "none",
-        "order of the training examples: as stored, one permutation for all epochs, or one per epoch",
+        "shuffling of the training examples: none, once for all epochs, or every epoch",
         choices=tuple(SHUFFLE_ORDERS),
     )
-    resume: bool = option(False, "continue from what an interrupted run of these settings left")
-    overwrite: bool = option(False, "replace results with different settings")
-    bs_jacs: int = option(500, "batch size of the pass over the variances", _COUNT, title="prediction variances")
+    resume: bool = option(False, "continue an interrupted run with the same settings")
+    overwrite: bool = option(False, "replace results made with different settings")
+    bs_jacs: int = option(500, "batch size for computing variances", _COUNT, title="prediction variances")
     class_cov: str = option(
         "diag",
-        "covariance between the classes: diag drops it, as the paper's experiments do; full keeps it; woodbury also "
-        "corrects for the curvature that goes with an example",
+        "covariance between classes: diag ignores it, as in the paper's experiments; full includes it; woodbury also "
+        "corrects for the curvature removed with an example",
         choices=CLASS_COVARIANCES,
         title="prediction variances",
     )
     memory_mb: float = option(
-        128.0, "MiB that the gradients of a part of a batch may take", _POSITIVE, title="prediction variances"
+        128.0, "memory limit for per-example gradients, in MiB", _POSITIVE, title="prediction variances"
     )
     laplace_backend: str = option(
         "fast",
-        "who computes curvature and variances: this project layer by layer, or the package laplace-torch",
+        "implementation of curvature and variances: this project's layer-by-layer code, or the laplace-torch package",
         choices=("fast", "laplace-torch"),
-        title="Laplace's posterior",
-        acts=(lambda args: not getattr(args, "optim_var", False), "with --optim_var: no Laplace posterior is fitted"),
+        title="Laplace posterior",
+        acts=(
+            lambda args: not getattr(args, "optim_var", False),
+            "with --optim_var, which does not fit a Laplace posterior",
+        ),
     )
     hess_init: float = option(
         0.1,
-        "initial Hessian of iblr",
+        "initial Hessian estimate of iblr",
         _POSITIVE,
         title="iBLR",
         acts=(lambda args: getattr(args, "optimizer", "iblr") == "iblr", "without --optimizer=iblr"),
     )
     iblr_backend: str = option(
         IBLR_BACKENDS[0],
-        "who computes its steps: this project, or the package ivon-opt; they agree to rounding, and each continues "
-        "the runs of the other",
+        "implementation of iblr: this project's, or the ivon-opt package; they agree up to rounding, and each can "
+        "resume runs of the other",
         choices=IBLR_BACKENDS,
         title="iBLR",
         acts=(lambda args: getattr(args, "optimizer", "iblr") == "iblr", "without --optimizer=iblr"),
     )
-    pickles_folder: Path = option(PICKLES, "folder of result files", Path, metavar="DIR", title="folders")
+    pickles_folder: Path = option(PICKLES, "folder for result files", Path, metavar="DIR", title="folders")
     model: str = "lenet"
     optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         if self.lrmin > self.lr:
             raise ArgumentError(
-                "lrmin", f"{self.lrmin:g}: is above the initial learning rate, lr {self.lr:g}; give at most that"
+                "lrmin",
+                f"{self.lrmin:g}: is above the initial learning rate, --lr {self.lr:g}; give at most that value",
             )
 
 
 @dataclass(frozen=True)
 class RetrainingConfig:
-    """How models are retrained without some of the examples, many of them side by side."""
+    """How models are retrained without some of the examples, many of them in parallel."""
 
     lr_retrain: float = option(1e-3, "initial learning rate", _POSITIVE)
-    lrmin_retrain: float = option(1e-4, "learning rate that the cosine schedule falls towards", _RATE)
-    epochs_retrain: int = option(300, "epochs", _COUNT)
+    lrmin_retrain: float = option(1e-4, "final learning rate of the cosine schedule", _RATE)
+    epochs_retrain: int = option(300, "number of epochs", _COUNT)
     retrain_shuffle: str = option(
         "seeded",
-        "the one permutation that a model is retrained on: seeded by what it leaves out; replay, the draws of the "
-        "paper's code; shared, one for all models, which differ in the examples left out alone",
+        "data order for retraining: seeded, one permutation per model, seeded by the removed examples; replay, the "
+        "random draws of the paper's code; shared, one permutation for all models",
         choices=SHUFFLES,
     )
-    ensemble_size: int = option(50, "models that are trained side by side, as memory allows", _COUNT)
+    ensemble_size: int = option(50, "maximum number of models to train in parallel, if memory allows", _COUNT)
     ensemble: str = option(
         "auto",
-        "train them as one batch of models, one after the other, or as is faster here",
+        "train the models as one batch, one after another, or whichever is faster on this machine",
         choices=("auto", "vectorised", "sequential"),
     )
 
@@ -132,21 +136,21 @@ class RetrainingConfig:
         if self.lrmin_retrain > self.lr_retrain:
             raise ArgumentError(
                 "lrmin_retrain",
-                f"{self.lrmin_retrain:g}: is above the initial learning rate, lr_retrain {self.lr_retrain:g}; give "
-                "at most that",
+                f"{self.lrmin_retrain:g}: is above the initial learning rate, --lr_retrain {self.lr_retrain:g}; give "
+                "at most that value",
             )
 
 
 @dataclass(frozen=True)
 class FigureConfig:
-    """Which experiment's results are drawn, and where to."""
+    """Which experiment's results to plot, and where to write the figures."""
 
     name_exp: str = option("fmnist_lenet", "name of the experiment", file_name, metavar="NAME")
     class_cov: str | None = option(
         None,
-        "draw estimates with this covariance between the classes (default: as the experiment was run)",
+        "plot estimates with this covariance between classes (default: the setting of the experiment)",
         choices=CLASS_COVARIANCES,
     )
-    pickles_folder: Path = option(PICKLES, "folder of result files", Path, metavar="DIR", title="folders")
-    plots_folder: Path = option(PICKLE_PLOTS, "folder of figures", Path, metavar="DIR", title="folders")
-    show: bool = option(False, "open a window with the figure, and wait until it closes")
+    pickles_folder: Path = option(PICKLES, "folder with the result files", Path, metavar="DIR", title="folders")
+    plots_folder: Path = option(PICKLE_PLOTS, "folder for figures", Path, metavar="DIR", title="folders")
+    show: bool = option(False, "show the figure in a window and wait until it is closed")

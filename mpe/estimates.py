@@ -1,14 +1,14 @@
-"""What would the model say about an example, had it not been trained on it? Closed forms, in float64.
+"""Closed-form estimates of how the prediction on a training example changes if the example is removed, in float64.
 
-With logits f, error ``e = p - onehot(y)``, covariance of the logits V, and ``Lambda = diag(p) - p p^T``
-(Nickl et al. 2023, Eqs. 12, 13 and 15):
+For logits f, error ``e = p - onehot(y)``, logit covariance V, and ``Lambda = diag(p) - p p^T`` (Nickl et al. 2023,
+Eqs. 12, 13, and 15):
 
-- ``diag``: ``df_c = V_cc e_c`` and ``dp_c = p_c (1 - p_c) V_cc e_c``, class by class, as the paper's experiments
-  have it. It counts the variance of a shift of all logits, which no probability can see.
+- ``diag``: ``df_c = V_cc e_c`` and ``dp_c = p_c (1 - p_c) V_cc e_c`` for each class, as in the paper's experiments.
+  It includes the variance of a common shift of all logits, which does not affect the probabilities.
 - ``full``: ``df = V e``, ``dp = Lambda V e``.
-- ``woodbury``: one Newton step of the problem without the example, ``df = V (I - Lambda V)^-1 e``, exact for
-  quadratic losses, and ``dp = softmax(f + df) - softmax(f)``. It holds where all eigenvalues of Lambda V are below 1,
-  which the full GGN guarantees and its approximations do not; elsewhere ``full`` is used.
+- ``woodbury``: one Newton step on the problem without the example, ``df = V (I - Lambda V)^-1 e``, exact for
+  quadratic losses, and ``dp = softmax(f + df) - softmax(f)``. It is valid if all eigenvalues of Lambda V are below 1,
+  which the full GGN guarantees but its approximations do not. Otherwise, ``full`` is used.
 """
 
 import logging
@@ -54,17 +54,17 @@ from src.metrics import SCORES
 log = logging.getLogger(__name__)
 
 ENTRIES = 2**22
-"""Numbers in a block of work, at most."""
+"""Maximum number of values in a block of work."""
 
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """Estimated deviations of each example's outputs when it alone is left out of the training.
+    """Estimated deviations of each example's outputs if only that example is left out of training.
 
     Attributes:
         output_deviations: float64 (n, C), of the logits.
         probability_deviations: float64 (n, C).
-        unstable: bool (n,), where ``woodbury`` does not hold and the first-order full form is used.
+        unstable: bool (n,), True if ``woodbury`` is invalid and the first-order ``full`` form is used.
     """
 
     output_deviations: Tensor
@@ -76,13 +76,15 @@ def estimate(predictions: Predictions, class_cov: str = "diag", errors: Tensor |
     """Estimate the deviations of all examples.
 
     Args:
-        predictions: of n examples; ``full`` and ``woodbury`` need (n, C, C) variances, which serve ``diag`` too.
-        class_cov: a name of ``CLASS_COVARIANCES``.
-        errors: (n, C) in place of the prediction's own, for example `sampled_errors`. By default ``diag`` takes the
-            clamped errors of the paper's experiments, the others the unclamped errors, which sum to 0.
+        predictions: predictions for n examples. ``full`` and ``woodbury`` need (n, C, C) covariances; ``diag``
+            accepts both.
+        class_cov: one of ``CLASS_COVARIANCES``.
+        errors: (n, C) errors that replace those of the predictions, for example `sampled_errors`. By default,
+            ``diag`` uses the clamped errors of the paper's experiments, and the other forms use the unclamped errors,
+            which sum to 0.
 
     Raises:
-        ValueError: an unknown form, or one that needs covariances where there are only variances.
+        ValueError: the form is unknown, or needs covariances but the predictions only have variances.
         MeasurementError: a deviation is not finite.
     """
     if class_cov not in CLASS_COVARIANCES:
@@ -109,8 +111,8 @@ def estimate(predictions: Predictions, class_cov: str = "diag", errors: Tensor |
             change[part] = torch.where(holds.unsqueeze(1), moved, change[part])
     if unstable.any():
         log.warning(
-            "woodbury: Lambda V has an eigenvalue of 1 or more for %d of %d examples; these get the first-order full "
-            "form",
+            "woodbury: Lambda V has an eigenvalue of at least 1 for %d of %d examples; using the first-order full "
+            "form for these",
             int(unstable.sum()),
             len(unstable),
         )
@@ -119,19 +121,20 @@ def estimate(predictions: Predictions, class_cov: str = "diag", errors: Tensor |
 
 
 def left_out_shift(variances: Tensor, errors: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """``V (I - Lambda V)^-1 e`` with ``Lambda = R^T R``: how outputs move when a Newton step leaves the example out.
+    """Change of the outputs after a Newton step without the example: ``V (I - Lambda V)^-1 e``, ``Lambda = R^T R``.
 
-    Computed as ``V (e + R^T (I - R V R^T)^-1 R V e)``, with a symmetric system. Exact for quadratic losses: with one
-    output and ``Lambda = 1`` it is ``v e / (1 - v)``, the leave-one-out residual of ridge regression (PRESS).
+    It is computed as ``V (e + R^T (I - R V R^T)^-1 R V e)``, which solves a symmetric system. It is exact for
+    quadratic losses: for one output and ``Lambda = 1``, it is ``v e / (1 - v)``, the leave-one-out residual of ridge
+    regression (PRESS).
 
     Args:
         variances: (n, C, C) V, symmetric.
-        errors: (n, C) e, the loss's gradient by the outputs.
+        errors: (n, C) e, the gradient of the loss with respect to the outputs.
         root: (n, r, C) R.
 
     Returns:
-        (n, C) shifts, 0 where they are not defined, and (n,) the largest eigenvalue of ``R V R^T`` (and of Lambda V),
-        which must be below 1.
+        (n, C) shifts, 0 if undefined, and (n,) the largest eigenvalue of ``R V R^T`` (and of Lambda V), which must be
+        below 1.
     """
     passed = root @ variances  # (n, r, C)
     inner = passed @ root.mT  # (n, r, r)
@@ -154,9 +157,9 @@ def loo_losses(predictions: Predictions, estimates: Estimates, *, clamp: bool = 
     """Estimated leave-one-out losses ``-log softmax(f + df)[y]`` (Eq. 15; its mean is the experiments' LOO-NLL).
 
     Args:
-        predictions: of n examples.
-        estimates: of the same.
-        clamp: whether a probability counts as 1e-10 at least, as in the paper's experiments.
+        predictions: predictions for n examples.
+        estimates: estimates for the same examples.
+        clamp: whether to clamp probabilities to at least 1e-10, as in the paper's experiments.
 
     Returns:
         Float64 (n,).
@@ -174,25 +177,28 @@ def sampled_errors(
     chunk: int | None = None,
     correlated: bool = False,
 ) -> Tensor:
-    """Errors of the mean probabilities over Gaussian samples of the logits: the expectation in Eq. 10, sampled.
+    """Errors of the mean probabilities over Gaussian samples of the logits, which estimate the expectation in Eq. 10.
 
     Args:
-        predictions: of n examples.
-        samples: how many for each example.
-        generator: on the CPU. Every example draws ``samples * C`` numbers of its own, one example after the other.
-        chunk: how many examples are worked on at a time; changes nothing but the memory.
-        correlated: sample from the (C, C) covariances; by default each logit by itself, as the paper's experiments.
+        predictions: predictions for n examples.
+        samples: number of samples per example.
+        generator: a CPU generator. Each example draws its own ``samples * C`` numbers, one example after another.
+        chunk: number of examples processed at a time; affects only memory.
+        correlated: whether to sample from the (C, C) covariances. By default, each logit is sampled independently, as
+            in the paper's experiments.
 
     Returns:
-        Float64 (n, C): clamped like `Predictions.errors` by default; unclamped where correlated, so that they sum to
-        0 and cancel whatever shifts all logits alike.
+        Float64 (n, C). By default, clamped like `Predictions.errors`. With ``correlated``, unclamped, so the errors
+        sum to 0 and cancel any common shift of all logits.
     """
     n, c = predictions.logits.shape
     found = torch.empty_like(predictions.logits)
     for part in chunks(n, chunk or max(1, ENTRIES // (samples * c))):
         noise = torch.empty(part.stop - part.start, samples, c, dtype=torch.float64)
         for own in noise:
-            own.normal_(generator=generator)  # a draw of a fixed size: a larger one orders its numbers in another way
+            own.normal_(
+                generator=generator
+            )  # fixed size per draw: a larger draw uses the generator's numbers in a different order
         if correlated:
             noise = noise @ _centred_root(predictions.variances[part])
         else:
@@ -203,10 +209,10 @@ def sampled_errors(
 
 
 def _centred_root(variances: Tensor) -> Tensor:
-    """Symmetric roots (n, C, C) of ``H V H`` with ``H = I - 11^T / C``: logits less their mean, the same softmax.
+    """Symmetric square roots (n, C, C) of ``H V H`` with ``H = I - 11^T / C``, which subtracts the mean logit.
 
-    Not a root of V itself, so that a variance of all logits alike changes no sample; and the symmetric one, which
-    does not depend on the choice of eigenvectors.
+    Centering does not change the softmax. It removes the variance of a common shift of all logits, which would
+    otherwise change the samples. The symmetric root does not depend on the choice of eigenvectors.
     """
     centred = variances - variances.mean(1, keepdim=True)
     centred = centred - centred.mean(2, keepdim=True)
@@ -215,7 +221,7 @@ def _centred_root(variances: Tensor) -> Tensor:
 
 
 class Correlation(NamedTuple):
-    """A correlation and the ends of its interval; NaN where there is none."""
+    """A correlation and the bounds of its confidence interval; NaN if undefined."""
 
     value: float
     low: float
@@ -230,20 +236,20 @@ class Correlation(NamedTuple):
 def correlation_intervals(
     x: np.ndarray, y: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Correlation]:
-    """Spearman's and Pearson's correlation of pairs, with percentile bootstrap intervals of 95 % (Fig. 2).
+    """Spearman and Pearson correlation with 95 % percentile bootstrap intervals (Fig. 2).
 
-    Pairs are resampled with replacement, and ranked again in each resample, ties by their mean rank. Resamples in
+    Pairs are resampled with replacement and ranked again in each resample; ties get their mean rank. Resamples in
     which ``x`` or ``y`` is constant have no correlation and are skipped.
 
     Args:
         x: ``(n,)``.
         y: ``(n,)``.
-        resamples: How many.
-        seed: Of the resampling.
+        resamples: Number of resamples.
+        seed: Seed for resampling.
 
     Returns:
-        ``Spearman`` and ``Pearson``; NaN for fewer than 3 pairs (two are always perfectly correlated) and where ``x``
-        or ``y`` is constant.
+        ``Spearman`` and ``Pearson``; NaN for fewer than 3 pairs (two are always perfectly correlated) or if ``x`` or
+        ``y`` is constant.
     """
     from scipy import stats
 
@@ -258,7 +264,7 @@ def correlation_intervals(
         return np.stack([stats.pearsonr(*pair, axis=axis).statistic for pair in (ranked, own)])
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of constant resamples
+        warnings.simplefilter("ignore", RuntimeWarning)  # constant resamples
         found = stats.bootstrap(
             (np.arange(len(x)),),
             correlations,
@@ -273,25 +279,25 @@ def correlation_intervals(
 
 
 def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
-    """The number of pairs and their correlations as text, a line each; a dash where there is none."""
+    """Format the number of pairs and their correlations, one per line; a dash if a correlation is undefined."""
     found = correlation_intervals(true, estimated)
     which = "" if np.isnan(found["Spearman"].low) else " (95 % bootstrap intervals)"
     return "\n".join([f"n = {len(true):,}{which}", *(f"{name} {value}" for name, value in found.items())])
 
 
 class Sensitivities:
-    """Sensitivities and leave-one-out estimates of n examples.
+    """Sensitivities and leave-one-out estimates for n examples.
 
     Args:
-        predictions: of the examples.
-        estimates: of the same.
-        settings: how they were made, for the score file.
+        predictions: predictions for the examples.
+        estimates: estimates for the same examples.
+        settings: how they were computed, for the score file.
 
     Attributes:
         predictions: see above.
         estimates: see above.
         scores: float64 (n,), the L1 norm of the estimated deviation of each example's probabilities.
-        losses: float64 (n,), estimated leave-one-out losses, at most 23.026 nats each.
+        losses: float64 (n,), estimated leave-one-out losses, each at most 23.026 nats.
 
     Raises:
         MeasurementError: a score or a loss is not finite.
@@ -314,20 +320,20 @@ class Sensitivities:
 
     @property
     def loo_nll(self) -> float:
-        """Mean of ``losses``, the estimate of the negative log-likelihood on unseen examples."""
+        """Mean of ``losses``, an estimate of the negative log-likelihood on unseen examples."""
         return float(self.losses.mean())
 
     @property
     def unclamped_loo_nll(self) -> float:
-        """The same without the limit of 23.026 nats for an example."""
+        """Like ``loo_nll``, without the limit of 23.026 nats per example."""
         return float(loo_losses(self.predictions, self.estimates, clamp=False).mean())
 
     def most_sensitive(self, k: int) -> np.ndarray:
-        """Original indices of the k highest scores, the highest first; ties by index."""
+        """Original indices of the k highest scores, highest first, ties broken by index."""
         return self.indices[np.lexsort((self.indices, -self.scores))[:k]]
 
     def least_sensitive(self, k: int) -> np.ndarray:
-        """Original indices of the k lowest scores, the lowest first; ties by index."""
+        """Original indices of the k lowest scores, lowest first, ties broken by index."""
         return self.indices[np.lexsort((self.indices, self.scores))[:k]]
 
     def write_scores(
@@ -342,15 +348,15 @@ class Sensitivities:
 
         Args:
             folder: a metrics folder.
-            dataset: what scripts take as ``--dataset``, or the name in file names.
-            total: size of the full training set, where only some of it was scored; by default the highest index + 1.
-            settings: what the json beside the file is to say besides.
+            dataset: the value of ``--dataset``, or the data set's name in file names.
+            total: size of the full training set, if only a subset was scored; by default the highest index + 1.
+            settings: additional entries for the json file next to the scores.
 
         Returns:
-            The two files.
+            The paths of the two files.
 
         Raises:
-            ArgumentError: ``dataset`` is no such name.
+            ArgumentError: ``dataset`` is not a valid name.
             FileError: the folder cannot be written.
             ValueError: an index is not below ``total``.
         """
@@ -358,12 +364,12 @@ class Sensitivities:
         total = int(self.indices.max()) + 1 if total is None else total
         if self.indices.min() < 0 or self.indices.max() >= total:
             raise ValueError(
-                f"indices from {self.indices.min()} to {self.indices.max()} in a part of {total} examples"
+                f"indices range from {self.indices.min()} to {self.indices.max()}, but there are {total} examples"
             )
         scores = np.full(total, np.nan)
         scores[self.indices] = self.scores
         record = {"mode": "mpe", "dataset": dataset, **self._settings, **(settings or {})}
-        if total == len(self.indices):  # of a subset the hash of all labels is not known
+        if total == len(self.indices):  # the hash of all labels is unknown for a subset
             labels = np.empty(total, dtype=np.int64)
             labels[self.indices] = self.predictions.labels.numpy()
             record.setdefault("label_hash", label_hash(labels))
@@ -383,24 +389,25 @@ def sensitivities(
 ) -> Sensitivities:
     """Sensitivity of a trained model to each training example (Memory-Perturbation Equation, Nickl et al. 2023).
 
-    Eq. 13 summed over classes, and Eq. 15. The model is left as it was, in whatever mode it is.
+    MPE scores an example by its prediction error times its predictive variance: Eq. 13, in L1 norm over classes.
+    Leave-one-out losses follow Eq. 15. The model and its mode are unchanged.
 
     Args:
-        model: any model whose outputs are logits (b, C), on its device.
-        loader: the training examples, un-augmented: ``(images, labels)`` or ``(images, labels, indices, ...)``.
-            Without indices an example's index is its position in the pass, so that the loader must not shuffle; of
-            torch's DataLoaders only those are taken then that read their data set from its beginning in order.
-        posterior: ``"kfac"`` or ``"diag"`` for Laplace's, fitted on the same loader; the optimizer that has trained
-            the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a `Posterior`.
-        delta: prior precision: the training loss is ``mean cross-entropy + delta / (2 N) |w|^2``, so a weight decay
-            of w is delta = w N. For Laplace's and Adam's.
-        num_examples: N for Adam's; by default the loader's number of examples.
-        class_cov: a name of ``mpe.config.CLASS_COVARIANCES``.
-        memory_mb: how many MB of per-example gradients may be alive at a time.
+        model: any model with logits (b, C) as outputs, on its device.
+        loader: the training examples without augmentation, as ``(images, labels)`` or ``(images, labels, indices,
+            ...)``. Without indices, an example's index is its position in the pass, so the loader must not shuffle.
+            In that case, a torch DataLoader is accepted only if it reads its data set in order from the beginning.
+        posterior: ``"kfac"`` or ``"diag"`` for a Laplace posterior fitted on the same loader; the optimizer that
+            trained the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a `Posterior`.
+        delta: prior precision, for Laplace and Adam. The training loss is ``mean cross-entropy + delta / (2 N)
+            |w|^2``, so weight decay w corresponds to delta = w N.
+        num_examples: N, for Adam; by default the number of examples in the loader.
+        class_cov: one of ``mpe.config.CLASS_COVARIANCES``.
+        memory_mb: upper limit on the per-example gradients in memory at a time, in MiB.
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: anything above is missing, unknown, or does not fit.
+        ValueError: an argument is missing or invalid.
         MeasurementError: a score is not finite.
     """
     if class_cov not in CLASS_COVARIANCES:
@@ -411,11 +418,11 @@ def sensitivities(
     if isinstance(posterior, str):
         if posterior not in STRUCTURES:
             known = ", ".join(map(repr, STRUCTURES))
-            raise ValueError(f"posterior {posterior!r} is unknown; give {known}, an optimizer or a Posterior")
+            raise ValueError(f"posterior {posterior!r} is unknown; give {known}, an optimizer, or a Posterior")
         if delta is None:
-            raise ValueError("Laplace's posterior needs delta, the prior precision")
+            raise ValueError("the Laplace posterior needs delta, the prior precision")
         if isinstance(loader, Iterator):
-            raise ValueError("Laplace's posterior takes a pass of its own; give a loader, not an iterator")
+            raise ValueError("the Laplace posterior needs a separate pass; give a loader, not an iterator")
         posterior = laplace_posterior(
             model, loader, delta, structure=posterior, memory_mb=memory_mb, progress=progress
         )
@@ -429,13 +436,13 @@ def sensitivities(
 
 
 def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
-    """Stop if a torch DataLoader may shuffle and its first batch does not say which examples it holds.
+    """Refuse a torch DataLoader that may shuffle and whose first batch has no indices.
 
-    A loader that is sure to go through its data set in order is not read. Of others a batch is, and the generators
-    of torch's random numbers are put back afterwards.
+    A loader that is known to read its data set in order is not read. Otherwise, one batch is read, and the states of
+    torch's random number generators are restored afterwards.
 
     Raises:
-        ValueError: it may, and does not say.
+        ValueError: the loader may shuffle and provides no indices.
     """
     if _in_order(loader):
         return
@@ -449,30 +456,29 @@ def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
         generator.set_state(state)
     if first is not None and given_indices(first) is None:
         raise ValueError(
-            "the loader shuffles, or may do so, and gives no integer indices, so that no score could be told to be "
-            "of which example; build it with shuffle=False and without a sampler of its own, or let it give "
-            "(images, labels, indices)"
+            "the loader may shuffle but provides no integer indices, so scores cannot be assigned to examples; build "
+            "it with shuffle=False and no custom sampler, or make it return (images, labels, indices)"
         )
 
 
 def _in_order(loader: Iterable[Sequence[Tensor]]) -> bool:
-    """Whether batches without indices are taken to hold examples 0, 1, 2, ...
+    """Whether batches without indices are assumed to contain examples 0, 1, 2, ...
 
-    Of torch's own loaders only what is known to do so: given a batch sampler, a DataLoader's ``sampler`` is a
-    sequential one that it does not use, and samplers that shuffle have no common class.
+    Among torch DataLoaders, only those known to do so qualify. If a batch sampler is given, a DataLoader's
+    ``sampler`` is an unused sequential one, and samplers that shuffle have no common class.
     """
-    if not isinstance(loader, DataLoader):  # a list, `src.datasets.Batches`, something around a DataLoader
+    if not isinstance(loader, DataLoader):  # a list, `src.datasets.Batches`, a wrapper around a DataLoader
         random = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
         return not isinstance(getattr(loader, "sampler", None), random)
     used = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(used) is BatchSampler:
         used = used.sampler
-    as_they_come = loader.num_workers > 1 and not getattr(loader, "in_order", True)  # of torch 2.6 on
+    as_they_come = loader.num_workers > 1 and not getattr(loader, "in_order", True)  # torch 2.6 and later
     return type(used) is SequentialSampler and not as_they_come  # a subclass may do anything
 
 
 def _count(loader: Iterable[Sequence[Tensor]]) -> int | None:
-    """The loader's number of examples, where it is known: a DataLoader's data set, or `src.datasets.Batches`."""
+    """The number of examples in the loader, if known: from a DataLoader's data set or `src.datasets.Batches`."""
     for name in ("dataset", "images"):
         if hasattr(getattr(loader, name, None), "__len__"):
             return len(getattr(loader, name))

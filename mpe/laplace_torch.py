@@ -1,7 +1,7 @@
-"""The same variances through laplace-torch (Daxberger et al. 2021): an oracle, and a backend to choose.
+"""Variances computed by laplace-torch (Daxberger et al. 2021), as a test reference and an optional backend.
 
-Its fit, its backend's Jacobians and its functional variance; much slower than the engine of this project, and for
-fewer models: which of its backends can treat a model is tried on two examples before any long work.
+This module uses laplace-torch's fit, its backends' Jacobians, and its functional variance. It is much slower than
+this project's engine and supports fewer models. Before any long computation, its backends are tested on two examples.
 """
 
 import copy
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from src.errors import ArgumentError, UserError
 from src.models.base import eval_mode
 
-_TRIED = 2  # examples of the trial
-_AGREES = 1e-3  # relative difference in the trial; rounding is far below, a wrong rule far above
+_TRIED = 2  # number of examples in the backend test
+_AGREES = 1e-3  # relative tolerance of the backend test: rounding is far below, a wrong rule far above
 
 
 class LaplaceTorchVariances:
-    """Called like `src.jacobians.OutputVariances`: logits and variances under a Laplace posterior.
+    """Logits and variances under a Laplace posterior, with the interface of `src.jacobians.OutputVariances`.
 
-    Works on a copy of the model, so that nothing that laplace-torch does to a model (attributes, gradients, modes,
-    hooks) remains. Everything is in the model's own precision; the Jacobians of ``memory_mb`` are alive at a time.
+    It works on a copy of the model, since laplace-torch changes a model's attributes, gradients, modes, and hooks.
+    Computations use the model's precision.
 
     Args:
         model: the model, with outputs (b, C).
-        batches: the training examples, ``(images, labels, ...)``; run through several times.
+        batches: the training examples, ``(images, labels, ...)``; iterated several times.
         delta: prior precision.
-        structure: a name of ``mpe.config.STRUCTURES``.
-        full: the (C, C) covariance of each example instead of its diagonal.
-        memory_mb: see above.
+        structure: one of ``mpe.config.STRUCTURES``.
+        full: whether to compute the (C, C) covariance of each example instead of its diagonal.
+        memory_mb: upper limit on the Jacobians in memory at a time, in MiB.
 
     Raises:
-        ArgumentError: laplace-torch cannot treat the model.
-        UserError: It is not installed, or its eigendecomposition fails.
+        ArgumentError: laplace-torch does not support the model.
+        UserError: laplace-torch is not installed, or its eigendecomposition fails.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class LaplaceTorchVariances:
         backend = laplace_backend(self.model, loader.first, structure)
         slow = not backend.__name__.startswith("Asdl")
         if slow and structure == "diag":
-            loader.cut = 1  # its diagonal takes Jacobians whose memory grows with the square of the batch
+            loader.cut = 1  # the memory of the diagonal's Jacobians is quadratic in the batch size
         with _foreign_code():
             self._posterior = _fitted(self.model, loader, delta, structure, backend)
         example = self._posterior.n_outputs * self._posterior.mean.nbytes  # bytes of one example's Jacobian
         self._step = 1 if slow else max(1, int(memory_mb * 2**20 // (3 * example)))
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and variances of one batch.
+        """Compute the logits and variances of one batch.
 
         Args:
             images: (b, ...) inputs.
 
         Returns:
-            (b, C) logits without their graph, and float64 variances (b, C), or covariances (b, C, C) where ``full``.
+            (b, C) detached logits, and float64 variances (b, C), or covariances (b, C, C) if ``full``.
         """
         logits, variances = [], []
         with _foreign_code():
@@ -83,19 +83,19 @@ class LaplaceTorchVariances:
 
 
 def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
-    """The backend class of laplace-torch that treats a model correctly.
+    """Find the laplace-torch backend class that handles a model correctly.
 
-    ASDL's is the faster; the other (curvlinops, with torch.func's Jacobians) serves where ASDL's Jacobians or
-    diagonals differ from torch.func's on the given images.
+    The ASDL backend is faster. The curvlinops backend, which uses torch.func's Jacobians, is the fallback if ASDL's
+    Jacobians or diagonals differ from torch.func's on the given images.
 
     Args:
-        model: the model; left as it was.
-        images: examples (b, ...), of which the first few are tried.
-        structure: a name of ``mpe.config.STRUCTURES``.
+        model: the model; unchanged.
+        images: examples (b, ...); the first few are used for the test.
+        structure: one of ``mpe.config.STRUCTURES``.
 
     Raises:
-        ArgumentError: There is none.
-        UserError: The package is missing.
+        ArgumentError: No backend supports the model.
+        UserError: The package is not installed.
     """
     from src import _torchvision  # noqa: F401  prepares torchvision, which laplace-torch imports
 
@@ -104,7 +104,7 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
         from laplace.curvature.curvlinops import CurvlinopsGGN
     except ImportError as error:
         raise UserError(
-            "laplace-torch: is not installed; run 'pip install laplace-torch', or use the laplace_backend fast"
+            "laplace-torch: is not installed; run 'pip install laplace-torch', or use --laplace_backend=fast"
         ) from error
     images = images[:_TRIED].to(next(model.parameters()).device)
     if structure == "kfac":
@@ -114,7 +114,7 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
         try:
             with _foreign_code():
                 agrees = _tried(model, images, structure, backend, CurvlinopsGGN)
-        except Exception as error:  # whatever a library raises on what it does not know
+        except Exception as error:  # the libraries raise various exceptions for unsupported models
             reason = f" ({type(error).__name__})"
             continue
         if agrees:
@@ -123,9 +123,9 @@ def laplace_backend(model: nn.Module, images: Tensor, structure: str) -> type:
 
 
 def _refuse_without_factors(model: nn.Module, images: Tensor) -> None:
-    """Raise unless each trainable parameter belongs to one Linear or Conv2d that runs once.
+    """Raise unless each trainable parameter belongs to a single Linear or Conv2d that runs once.
 
-    For any other, laplace-torch leaves blocks out without a word, or means something else by KFAC.
+    For other parameters, laplace-torch silently omits blocks or uses a different definition of KFAC.
     """
     calls: Counter[nn.Module] = Counter()
     trained = {
@@ -160,16 +160,16 @@ def _cannot(why: str) -> ArgumentError:
 
 
 def _tried(model: nn.Module, images: Tensor, structure: str, backend: type, exact: type) -> bool:
-    """Whether a backend runs on a few examples, with the Jacobians and diagonals of torch.func."""
+    """Whether a backend runs on a few examples and matches the Jacobians and diagonals of torch.func."""
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     copied = copy.deepcopy(model).eval()
-    copied.output_size = copied(images).shape[-1]  # as its fit would set it
+    copied.output_size = copied(images).shape[-1]  # normally set by laplace-torch's fit
     curvature = backend(copied, "classification")
     jacobians, _ = curvature.jacobians(images)
     if structure == "kfac":
         _, found = curvature.kron(images, labels, N=len(images))
         if len(found.kfacs) != sum(p.requires_grad for p in model.parameters()):
-            return False  # blocks that it leaves out would be taken for the prior's
+            return False  # omitted blocks would be treated as having only the prior
     else:
         _, found = curvature.diag(images, labels)
     if backend is exact:
@@ -182,7 +182,7 @@ def _tried(model: nn.Module, images: Tensor, structure: str, backend: type, exac
 
 
 def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, backend: type) -> Any:
-    """laplace-torch's posterior, fitted on a copy of the model."""
+    """Fit laplace-torch's posterior on a copy of the model."""
     import laplace
 
     posterior = laplace.Laplace(
@@ -195,7 +195,7 @@ def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, b
     )
     try:
         posterior.fit(loader)
-    except (SystemExit, torch.linalg.LinAlgError) as error:  # it leaves Python where eigh fails twice
+    except (SystemExit, torch.linalg.LinAlgError) as error:  # laplace-torch exits if eigh fails twice
         dtype = next(model.parameters()).dtype
         raise UserError(
             f"laplace-torch: its eigendecomposition does not converge in {dtype}; give --laplace_backend=fast"
@@ -205,19 +205,19 @@ def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, b
 
 @contextmanager
 def _foreign_code() -> Iterator[None]:
-    """Run their code with gradients on and its warnings (of old interfaces) off."""
+    """Run laplace-torch's code with gradients enabled and its deprecation warnings suppressed."""
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         yield
 
 
 class _Loader:
-    """Batches as laplace-torch wants them: pairs on the device, and a ``dataset`` that has a length.
+    """Batches in the form that laplace-torch requires: pairs on the device, and a ``dataset`` with a length.
 
     Attributes:
         first: the images of the first batch.
-        dataset: something as long as the examples are many.
-        cut: how many examples a batch may hold.
+        dataset: an object whose length is the number of examples.
+        cut: the maximum batch size.
     """
 
     def __init__(self, batches: Iterable[Sequence[Tensor]], device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Gaussian posteriors over the weights: read off an optimizer's state, or fitted by Laplace's method.
+"""Gaussian posteriors over the weights, taken from an optimizer's state or fitted with the Laplace approximation.
 
-The covariances (Nickl et al. 2023, Table 1 and App. I.5), for N training examples, prior precision delta, and
-the loss ``sum of cross-entropies + delta/2 |w|^2``: iBLR ``1 / (N h + delta)``, Adam
-``1 / (N sqrt(second moments) + delta)``, Laplace ``1 / (GGN + delta)``, entry by entry or in KFAC's eigenbases.
+The covariances (Nickl et al. 2023, Table 1 and App. I.5) for N training examples, prior precision delta, and the loss
+``sum of cross-entropies + delta/2 |w|^2``: iBLR ``1 / (N h + delta)``, Adam ``1 / (N sqrt(second moments) + delta)``,
+Laplace ``1 / (GGN + delta)``, elementwise or in KFAC's eigenbases.
 """
 
 import logging
@@ -26,24 +26,25 @@ log = logging.getLogger(__name__)
 def optimizer_posterior(
     optimizer: Optimizer, model: nn.Module, *, num_examples: int | None = None, delta: float | None = None
 ) -> Posterior:
-    """The posterior that an optimizer's state holds, at the present parameters of the model.
+    """Build the posterior from an optimizer's state, centered at the model's current parameters.
 
-    Call it outside of ``sampled_params``: the mean of the posterior is the model.
+    Call this outside of ``sampled_params``, since the mean of the posterior is the model.
 
     Args:
         optimizer: ``src.optimizers.IBLR`` or ``ivon.IVON``, whose state has N and delta; or torch's ``Adam`` or
             ``AdamW`` after a step of every parameter (second moments without bias correction).
-        model: the model; parameters are recognized by identity, in any number of groups. Frozen ones are left out.
-        num_examples: N, the number of examples whose mean loss was trained. Needed for Adam; if given for iBLR, it
-            must be the state's.
-        delta: prior precision, N times the weight of the L2 term (or of the decoupled decay). As above.
+        model: the model. Parameters are matched by identity, in any number of groups. Frozen ones are skipped.
+        num_examples: N, the number of examples in the mean training loss. Required for Adam. If given for iBLR, it
+            must match the state.
+        delta: prior precision, N times the coefficient of the L2 term (or of the decoupled weight decay). Required
+            for Adam. If given for iBLR, it must match the state.
 
     Returns:
-        Variances for each trainable parameter, by its name.
+        Variances of each trainable parameter, by name.
 
     Raises:
-        ValueError: another optimizer, a trainable parameter without state, missing or contradicting numbers, or
-            variances that are not positive and finite.
+        ValueError: the optimizer is not supported, a trainable parameter has no state, a number is missing or
+            contradicts the state, or a variance is not positive and finite.
     """
     model = getattr(model, "_orig_mod", model)
     if all({"ess", "hess", "weight_decay"} <= group.keys() for group in optimizer.param_groups):  # IBLR, ivon.IVON
@@ -52,8 +53,8 @@ def optimizer_posterior(
         found = _adam_variances(optimizer, num_examples, delta)
     else:
         raise ValueError(
-            f"{type(optimizer).__name__} learns no variances; give an iBLR (IVON), Adam or AdamW optimizer, "
-            "or take a Laplace posterior"
+            f"{type(optimizer).__name__} does not learn variances; give an iBLR (IVON), Adam, or AdamW optimizer, "
+            "or use a Laplace posterior"
         )
     blocks = {}
     for name, p in model.named_parameters():
@@ -61,23 +62,23 @@ def optimizer_posterior(
             continue
         if id(p) not in found:
             raise ValueError(
-                f"the optimizer holds no state of the parameter {name!r}: it must be this model's, after a step that "
-                "reached every trainable parameter"
+                f"the optimizer has no state for parameter {name!r}; give this model's optimizer, after a step that "
+                "updated every trainable parameter"
             )
         blocks[name] = found[id(p)].view(p.shape)
         if not bool((blocks[name].isfinite() & (blocks[name] > 0)).all()):
-            raise ValueError(f"the optimizer's state gives {name!r} variances that are not positive and finite")
+            raise ValueError(f"the optimizer's variances of parameter {name!r} are not all positive and finite")
     return Posterior(blocks)
 
 
 def _ivon_variances(optimizer: Optimizer, num_examples: int | None, delta: float | None) -> dict[int, Tensor]:
-    """``1 / (N (h + delta/N))`` by the parameter's identity; the state is flat, in the order of the parameters."""
+    """``1 / (N (h + delta/N))``, keyed by parameter identity. The state is flat, in the order of the parameters."""
     found = {}
     for group in optimizer.param_groups:
         own = {"num_examples": (num_examples, group["ess"]), "delta": (delta, group["ess"] * group["weight_decay"])}
         for name, (given, held) in own.items():
             if given is not None and abs(given - held) > 1e-6 * abs(held):
-                raise ValueError(f"{name}={given} contradicts the optimizer's own {held:g}; leave it out")
+                raise ValueError(f"{name}={given} contradicts the optimizer's value {held:g}; omit it")
         flat = 1.0 / (group["ess"] * (group["hess"].detach().double() + group["weight_decay"]))
         pieces = flat.split([p.numel() for p in group["params"]])
         found.update((id(p), piece) for p, piece in zip(group["params"], pieces, strict=True))
@@ -85,9 +86,9 @@ def _ivon_variances(optimizer: Optimizer, num_examples: int | None, delta: float
 
 
 def _adam_variances(optimizer: Optimizer, num_examples: int | None, delta: float | None) -> dict[int, Tensor]:
-    """``1 / (N sqrt(second moments) + delta)`` by the parameter's identity, of those that were stepped."""
+    """``1 / (N sqrt(second moments) + delta)``, keyed by parameter identity, for all parameters with a step."""
     if num_examples is None or delta is None:
-        raise ValueError("the posterior of Adam needs num_examples and delta, which its state does not hold")
+        raise ValueError("the Adam posterior needs num_examples and delta, which Adam's state does not contain")
     if num_examples < 1 or not 0.0 < delta < float("inf"):
         raise ValueError(f"num_examples must be at least 1 and delta positive, got {num_examples} and {delta}")
     return {
@@ -107,22 +108,22 @@ def laplace_posterior(
     memory_mb: float = 128.0,
     progress: bool = False,
 ) -> Posterior:
-    """Laplace's posterior from the GGN of the summed cross-entropy over all batches, at the present parameters.
+    """Fit a Laplace posterior with the GGN of the summed cross-entropy over all batches, at the current parameters.
 
-    With ``kfac``, linear layers and convolutions get Kronecker factors (Martens and Grosse 2015), and every other
-    parameter (FRN, BatchNorm, ...) the diagonal of its GGN, which is logged.
+    With ``kfac``, linear layers and convolutions have Kronecker factors (Martens and Grosse 2015). All other
+    parameters (FRN, BatchNorm, ...) have a diagonal GGN, which is logged.
 
     Args:
-        model: the model, with outputs (b, C); left as it was.
+        model: the model, with outputs (b, C); unchanged.
         batches: the training examples, as images or as ``(images, ...)``; labels are not used.
-        delta: prior precision: delta, not delta/N.
-        structure: a name of ``STRUCTURES``.
+        delta: prior precision (delta, not delta/N).
+        structure: one of ``STRUCTURES``.
         memory_mb: see `src.jacobians.OutputVariances`.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an unknown structure, a delta that is not positive, no examples, or a model that the engine
-            refuses.
+        ValueError: the structure is unknown, delta is not positive, there are no examples, or the engine does not
+            support the model.
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure {structure!r} is not one of {', '.join(STRUCTURES)}")
@@ -136,13 +137,13 @@ def laplace_posterior(
     if curvature.diagonals:
         names = list(curvature.diagonals)
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        log.info("KFAC: diagonal GGN blocks for %d parameters that have no Kronecker factors: %s", len(names), shown)
+        log.info("KFAC: using a diagonal GGN for %d parameters without Kronecker factors: %s", len(names), shown)
     return curvature.posterior(delta)
 
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """TF32 off for a while: factors are sums of many products, and their small eigenvalues matter."""
+    """Disable TF32 temporarily: factors are sums of many products, and their small eigenvalues matter."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
     try:
@@ -155,11 +156,11 @@ def _without_tf32() -> Iterator[None]:
 
 
 EPS = 1e-10
-"""Guard of errors, of p (1 - p), and of probabilities inside logarithms."""
+"""Lower bound on errors, on p (1 - p), and on probabilities in logarithms."""
 
 
 def clamped_errors(errors: Tensor) -> Tensor:
-    """Errors with magnitudes in ``[EPS, 1 - EPS]``; the sign is kept, and 0 counts as positive."""
+    """Clamp the magnitudes of errors to ``[EPS, 1 - EPS]``, keeping the sign; 0 counts as positive."""
     return errors.abs().clamp(EPS, 1.0 - EPS).copysign(torch.where(errors < 0, -1.0, 1.0).to(errors))
 
 
@@ -169,14 +170,14 @@ def clamped_nll(log_probabilities: Tensor) -> Tensor:
 
 
 def refuse_not_finite(indices: Tensor, *values: Tensor) -> None:
-    """Stop if a number of an example is not finite: a mean over examples would become NaN without a word.
+    """Refuse values that are not finite, since a mean over examples would silently become NaN.
 
     Args:
-        indices: (n,), the examples' original positions.
+        indices: (n,), the examples' original indices.
         values: each (n, ...).
 
     Raises:
-        MeasurementError: the message names the first such examples.
+        MeasurementError: a value is not finite; the message names the first such examples.
     """
     wrong = torch.stack([~value.isfinite().reshape(len(value), -1).all(1) for value in values]).any(0)
     found = indices[wrong].sort().values.tolist()
@@ -184,24 +185,24 @@ def refuse_not_finite(indices: Tensor, *values: Tensor) -> None:
         first = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
         raise MeasurementError(
             f"the sensitivities of {len(found)} of {len(indices)} examples are not finite (indices {first}): their "
-            "images are not finite, or their logits or variances are too large; correct the images, train with a "
+            "images are not finite, or their logits or variances are too large; fix the images, train with a "
             "lower learning rate, or choose a larger delta"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions of a model with a posterior on n examples of C classes. All on the CPU.
+    """Predictions of a model with a posterior for n examples and C classes, on the CPU.
 
     Attributes:
-        indices: int64 (n,), the examples' original positions.
+        indices: int64 (n,), the examples' original indices.
         labels: int64 (n,).
         logits: float64 (n, C), at the posterior's mean.
-        variances: float64 (n, C) of each logit, or (n, C, C) covariances.
+        variances: float64 (n, C) logit variances, or (n, C, C) covariances.
 
     Raises:
-        ValueError: the shapes do not belong together.
-        MeasurementError: a number is not finite.
+        ValueError: the shapes do not match.
+        MeasurementError: a value is not finite.
     """
 
     indices: Tensor
@@ -213,7 +214,7 @@ class Predictions:
         n, c = self.logits.shape
         if self.variances.shape not in ((n, c), (n, c, c)) or len(self.labels) != n or len(self.indices) != n:
             shapes = [tuple(t.shape) for t in (self.indices, self.labels, self.logits, self.variances)]
-            raise ValueError(f"indices, labels, logits and variances do not belong together: {shapes}")
+            raise ValueError(f"the shapes of indices, labels, logits, and variances do not match: {shapes}")
         refuse_not_finite(self.indices, self.logits, self.variances)
 
     def __len__(self) -> int:
@@ -246,12 +247,12 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """Share of examples whose most probable class is the label."""
+        """Fraction of examples whose most probable class is the label."""
         return (self.logits.argmax(1) == self.labels).double().mean().item()
 
     @property
     def nll(self) -> float:
-        """Mean of ``-log p`` of the label, p clamped at 1e-10."""
+        """Mean of ``-log p`` over examples, where p is the label's probability, clamped to at least 1e-10."""
         return clamped_nll(self.logits.log_softmax(1).gather(1, self.labels.unsqueeze(1))).mean().item()
 
 
@@ -261,20 +262,20 @@ def predict(
     *,
     progress: bool = False,
 ) -> Predictions:
-    """Logits and variances of all examples, in one pass.
+    """Compute the logits and variances of all examples in one pass.
 
     Args:
         engine: an entered `src.jacobians.OutputVariances`, or `mpe.laplace_torch.LaplaceTorchVariances`.
-        batches: ``(images, labels)`` or ``(images, labels, indices, ...)``. A third entry counts as original indices
-            if it holds integers; without indices examples are numbered from 0 as they come.
-        progress: whether to show the bar.
+        batches: ``(images, labels)`` or ``(images, labels, indices, ...)``. A third entry is interpreted as original
+            indices if it contains integers. Without indices, examples are numbered from 0 in order.
+        progress: whether to show a progress bar.
 
     Returns:
         The predictions, in the order of the batches.
 
     Raises:
-        ValueError: no examples, fewer than two classes, labels that are no classes, or an index that appears twice.
-        MeasurementError: an image, a logit or a variance is not finite.
+        ValueError: there are no examples, fewer than two classes, invalid labels, or duplicate indices.
+        MeasurementError: an image, a logit, or a variance is not finite.
     """
     device = next(engine.model.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
@@ -282,14 +283,14 @@ def predict(
     for batch in tqdm(batches, desc="Variances", leave=False, disable=None if progress else True):
         images, labels = batch[0], torch.as_tensor(batch[1]).to("cpu", torch.int64)
         if not len(labels):
-            continue  # a rank's share may be empty
+            continue  # a rank may have no examples
         given = given_indices(batch)
         indices = torch.arange(seen, seen + len(labels)) if given is None else given
         refuse_not_finite(indices, images)
         logits, variances = engine(images.to(device))
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(
-                f"the model must have a logit for each of two classes or more, got {tuple(logits.shape)}"
+                f"the model must return (b, C) logits for at least two classes, got shape {tuple(logits.shape)}"
             )
         if labels.ndim != 1 or labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(f"labels must be (b,) class numbers below {logits.shape[1]}, the number of logits")
@@ -299,12 +300,12 @@ def predict(
         raise ValueError("there are no examples to predict")
     found = Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     if len(found.indices.unique()) < len(found):
-        raise ValueError("the batches give an index to two examples")
+        raise ValueError("the batches contain duplicate indices")
     return found
 
 
 def given_indices(batch: Sequence[Tensor]) -> Tensor | None:
-    """The batch's original indices, int64 on the CPU, if its third entry holds integers; else None."""
+    """The batch's original indices, int64 on the CPU, if its third entry contains integers; otherwise None."""
     third = batch[2] if len(batch) > 2 else None
     if not isinstance(third, Tensor) or third.is_floating_point() or third.shape != (len(batch[1]),):
         return None
@@ -312,5 +313,5 @@ def given_indices(batch: Sequence[Tensor]) -> Tensor | None:
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
-    """Cuts of ``count`` examples into pieces of ``size``."""
+    """Slices that divide ``count`` examples into chunks of ``size``."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

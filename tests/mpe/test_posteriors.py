@@ -117,12 +117,12 @@ def test_compiled_models_have_plain_names():
 @pytest.mark.parametrize(
     ("build", "arguments", "says"),
     [
-        (lambda net: torch.optim.SGD(net.parameters()), {}, "SGD learns no variances"),
-        (lambda net: torch.optim.Adam(net.parameters()), {"num_examples": 7, "delta": 1.0}, "no state of"),
+        (lambda net: torch.optim.SGD(net.parameters()), {}, "SGD does not learn variances"),
+        (lambda net: torch.optim.Adam(net.parameters()), {"num_examples": 7, "delta": 1.0}, "no state for"),
         (lambda net: torch.optim.Adam(net.parameters()), {"num_examples": 7}, "needs num_examples and delta"),
         (lambda net: torch.optim.Adam(net.parameters()), {"num_examples": 7, "delta": 0.0}, "delta positive"),
         (lambda net: torch.optim.Adam(net.parameters()), {"num_examples": 0, "delta": 1.0}, "num_examples must be"),
-        (lambda net: IBLR(network().parameters(), 0.1, 7, 1.0), {}, "no state of .* '0.weight'"),
+        (lambda net: IBLR(network().parameters(), 0.1, 7, 1.0), {}, "no state for .* '0.weight'"),
         (lambda net: IBLR(net.parameters(), 0.1, 7, 1.0), {"num_examples": 8}, "num_examples=8 contradicts .* 7"),
         (lambda net: IBLR(net.parameters(), 0.1, 7, 1.0), {"delta": 2.0}, "delta=2.0 contradicts"),
     ],

@@ -341,7 +341,7 @@ def test_score_file_of_a_subset(tmp_path):
     proxy = Proxy(mode="mpe", dataset="toy", normalize=False, folder=tmp_path, n=6)
     np.testing.assert_array_equal(proxy.scores, [np.nan, 0.25, np.nan, np.nan, 0.5, np.nan])
     assert "label_hash" not in proxy.record  # the labels of the others are not known
-    with pytest.raises(ValueError, match="a part of 4 examples"):
+    with pytest.raises(ValueError, match="there are 4 examples"):
         made([0.5, 0.25], [4, 1]).write_scores(tmp_path, "toy", total=4)
 
 
@@ -357,7 +357,7 @@ def test_score_file_hashes_labels_in_order(tmp_path):
         ("kfac", {}, "needs delta"),
         ("kron", {"delta": 1.0}, "'kfac', 'diag'"),
         ("kfac", {"delta": 1.0, "class_cov": "half"}, "diag, full, woodbury"),
-        (torch.optim.SGD, {}, "SGD learns no variances"),
+        (torch.optim.SGD, {}, "SGD does not learn variances"),
         (torch.optim.Adam, {}, "num_examples and delta"),
     ],
 )

@@ -144,7 +144,7 @@ def test_variances_that_the_optimiser_does_not_have_are_refused_at_once(tmp_path
 def test_a_floor_above_the_rate_is_refused(tmp_path):
     result = call(LOO, *flags(tmp_path, "--lrmin=1"))
     assert result.status == 2
-    assert "--lrmin 1: is above the initial learning rate, lr 0.05" in result.complaint
+    assert "--lrmin 1: is above the initial learning rate, --lr 0.05" in result.complaint
 
 
 def test_scores_reach_the_other_paper(tmp_path):
