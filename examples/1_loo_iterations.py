@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-r"""Estimate the leave-one-out loss while a model trains, beside its test loss (paper: Figures 1b, 5, 8, 9, 10).
+r"""Estimate the leave-one-out loss during training and compare it with the test loss (Figures 1b, 5, 8, 9, 10).
 
-Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_iter.pkl after every epoch: the
-leave-one-out estimate at epochs 1, 2, 5, 10, 20, ... and the last, test accuracy and NLL at every epoch;
-plot_loo_iterations.py draws it. The model goes to {models_folder}/mpe/{name_exp}_iter/seed_{seed}/. With
---write_scores also the sensitivity of every training example, as a score file, {metrics_folder}/mpe/mpe_{dataset}.pkl
+Reads the data set in --datasets_folder. After every epoch, writes {pickles_folder}/{name_exp}_iter.pkl: the test
+accuracy and NLL at every epoch, and the leave-one-out estimate at epochs 1, 2, 5, 10, 20, ... and the last epoch.
+plot_loo_iterations.py plots this file. Writes the model to {models_folder}/mpe/{name_exp}_iter/seed_{seed}/. With
+--write_scores, also writes the sensitivity of every training example to {metrics_folder}/mpe/mpe_{dataset}.pkl.
 
   python 1_loo_iterations.py --name_exp fmnist_lenet_iblr --dataset FMNIST --model lenet --optimizer iblr --lr 0.1 \
       --lrmin 0 --hess_init 0.1 --delta 60 --epochs 100 --bs 256 --bs_jacs 500 --optim_var
@@ -39,28 +39,28 @@ EVALUATED = (1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300)
 
 @dataclass(frozen=True)
 class LooConfig:
-    """What this experiment alone takes."""
+    """Settings specific to this experiment."""
 
     optimizer: str = option("sgd", "optimizer", choices=("sgd", "iblr", "adam", "adamw"))
-    optim_var: bool = option(False, "variances from the optimizer's state (iblr, adam), not Laplace's")
+    optim_var: bool = option(False, "use variances from the optimizer's state (iblr, adam) instead of Laplace")
     var_version: str = option(
         STRUCTURES[0],
-        "structure of Laplace's posterior",
+        "structure of the Laplace posterior",
         choices=STRUCTURES,
-        acts=(lambda args: not args.optim_var, "with --optim_var: no Laplace posterior is fitted"),
+        acts=(lambda args: not args.optim_var, "with --optim_var, which does not fit a Laplace posterior"),
     )
-    write_scores: bool = option(False, "write the last sensitivities as the score 'mpe'")
+    write_scores: bool = option(False, "write the final sensitivities as score 'mpe'")
 
     def __post_init__(self) -> None:
         if self.optim_var and self.optimizer not in ("iblr", "adam"):
             raise ArgumentError(
                 "optim_var",
-                f": the state of {self.optimizer} holds no variances; give --optimizer iblr or adam, or leave it out",
+                f": the state of {self.optimizer} has no variances; give --optimizer iblr or adam, or leave it out",
             )
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
@@ -72,13 +72,13 @@ def parse() -> Namespace:
 
 
 class LooIterations:
-    """Measures the model at chosen epochs of its training, and writes the result after every epoch.
+    """Evaluates the model at selected epochs, and writes the result after every epoch.
 
     Args:
-        result: Where to write. Rows that it has are kept up to the epoch at which training continues.
-        predict: Gives predictions with variances on the training examples.
-        epochs: The number of epochs of the run; the last is always measured.
-        class_cov: The form of the key ``estimated_nll``; others that the same pass serves go beside it.
+        result: The result file. Existing rows are kept up to the epoch at which training continues.
+        predict: Returns predictions with variances for the training examples.
+        epochs: The number of epochs of the run. The last epoch is always evaluated.
+        class_cov: The form stored as ``estimated_nll``. Other forms computed in the same pass are stored next to it.
     """
 
     def __init__(self, result, predict, epochs: int, class_cov: str) -> None:
@@ -90,17 +90,17 @@ class LooIterations:
             int(epoch): {name: float(stored[name][i]) for name in names}
             for i, epoch in enumerate(stored.get("epochs", ()))
         }
-        self.last = None  # sensitivities at the last epoch that was measured
+        self.last = None  # sensitivities at the last evaluated epoch
 
     def __call__(self, trainer) -> None:
-        """After an epoch: measure if it is one of those to measure at, and write."""
+        """After an epoch: evaluate the model if the epoch is selected, and write the result."""
         self.rows = self.result.rows_before(self.rows, self.evaluated, trainer.epoch, "estimate of epoch")
         if trainer.epoch in self.evaluated:
             self.rows[trainer.epoch] = self.measure(trainer)
         self.write(trainer)
 
     def measure(self, trainer) -> dict[str, float]:
-        """Leave-one-out estimates and training metrics of the model as it is."""
+        """Compute leave-one-out estimates and training metrics of the current model."""
         from mpe.experiment import forms_of
 
         predictions = self.predict(trainer)
@@ -122,13 +122,13 @@ class LooIterations:
         return row
 
     def finish(self, trainer) -> None:
-        """Write the full result after the last epoch, also where training had finished before."""
+        """Write the complete result after the last epoch, even if training had already finished."""
         rows = self.result.rows_before(self.rows, self.evaluated, trainer.epoch, "estimate of epoch")
         self.rows = {**rows, trainer.epoch: self.rows.get(trainer.epoch) or self.measure(trainer)}
         self.write(trainer)
 
     def write(self, trainer) -> None:
-        """Write the rows so far, and the test metrics of every epoch."""
+        """Write the rows so far and the test metrics of every epoch."""
         epochs = sorted(self.rows)
         columns = sorted({name for row in self.rows.values() for name in row})
         self.result.write(
@@ -141,7 +141,7 @@ class LooIterations:
 
 
 def main() -> None:
-    """Configure, train and measure, save, print."""
+    """Configure, train, evaluate, save, print."""
     args = parse()
     config = build(ExperimentConfig, args)
     own = build(LooConfig, args)
@@ -171,7 +171,7 @@ def main() -> None:
     )
     print(result.path)
     if own.write_scores:
-        if iterations.last is None:  # an earlier run measured it
+        if iterations.last is None:  # evaluated in an earlier run
             iterations.measure(trainer)
         context = experiment.context
         hashes = {"label_hash": context.label_hash, "data_hash": context.full_train.digest}

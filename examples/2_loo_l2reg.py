@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-r"""Choose the L2 parameter by the leave-one-out estimate, beside the test loss (paper: Figures 4, 7).
+r"""Choose the L2 parameter with the leave-one-out estimate and compare it with the test loss (Figures 4, 7).
 
-Trains --n_exp models with L2 parameters from 10^deltas_start to 10^deltas_stop, side by side, from the same initial
-weights on the same batches, and estimates the leave-one-out loss of each from Laplace's posterior.
-Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_cv.pkl as models are done;
-plot_loo_l2reg.py draws it.
+Trains --n_exp models in parallel with L2 parameters from 10^deltas_start to 10^deltas_stop, with the same initial
+weights and batches, and estimates the leave-one-out loss of each with a Laplace posterior.
+Reads the data set in --datasets_folder. Writes {pickles_folder}/{name_exp}_cv.pkl as models finish;
+plot_loo_l2reg.py plots this file.
 
   python 2_loo_l2reg.py --name_exp mnist_mlp --dataset MNIST --model large_mlp --n_exp 100 --deltas_start 0 \
       --deltas_stop 3 --optimizer sgd --lr 1e-2 --lrmin 1e-3 --bs 256 --epochs 500 --bs_jacs 50
@@ -45,39 +45,39 @@ DEFAULTS = {"name_exp": "mnist_mlp", "lrmin": 1e-3, "epochs": 500, "bs_jacs": 50
 
 @dataclass(frozen=True)
 class DeltasConfig:
-    """Which L2 parameters, and by which optimizer."""
+    """The L2 parameters, and the optimizer."""
 
-    n_exp: int = option(100, "how many, evenly spaced in logarithms", whole_number(1))
-    deltas_start: float = option(0.0, "the first is 10 to this", number(float, -30, 30))
-    deltas_stop: float = option(3.0, "the last is 10 to this", number(float, -30, 30))
+    n_exp: int = option(100, "number of L2 parameters, evenly spaced on a log scale", whole_number(1))
+    deltas_start: float = option(0.0, "log10 of the first L2 parameter", number(float, -30, 30))
+    deltas_stop: float = option(3.0, "log10 of the last L2 parameter", number(float, -30, 30))
     optimizer: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
 
     def __post_init__(self) -> None:
         if self.deltas_stop < self.deltas_start:
             raise ArgumentError(
                 "deltas_stop",
-                f"{self.deltas_stop:g}: lies below --deltas_start {self.deltas_start:g}; give at least that",
+                f"{self.deltas_stop:g}: is below --deltas_start {self.deltas_start:g}; give at least that value",
             )
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "mnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "large_mlp"})
     parser.add(ExperimentConfig, "experiment", skip=("delta", "hess_init", "iblr_backend"), defaults=DEFAULTS)
     parser.add(DeltasConfig, "L2 parameters")
-    parser.add(RetrainingConfig, "training side by side", only=("ensemble_size", "ensemble"))
+    parser.add(RetrainingConfig, "parallel training", only=("ensemble_size", "ensemble"))
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
     parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
     args = parser.parse_args()
     if args.compile:
-        raise FlagError("--compile: models side by side are not compiled; leave it out")
+        raise FlagError("--compile: models trained in parallel are not compiled; leave it out")
     return args
 
 
 def content(rows: dict[str, np.ndarray], deltas: np.ndarray, class_cov: str) -> dict:
-    """What the result file has, for the models trained so far."""
+    """The content of the result file, for the models trained so far."""
     more = {name: values for name, values in rows.items() if name not in ("test_accs", "test_nlls")}
     return {
         "estimated_nll": [np.float64(value) for value in rows[f"estimated_nll_{class_cov}"]],
@@ -89,7 +89,7 @@ def content(rows: dict[str, np.ndarray], deltas: np.ndarray, class_cov: str) -> 
 
 
 def main() -> None:
-    """Configure, train, measure, save, print."""
+    """Configure, train, evaluate, save, print."""
     args = parse()
     config = build(ExperimentConfig, args)
     side_by_side = build(RetrainingConfig, args)
@@ -103,7 +103,7 @@ def main() -> None:
     check_retraining(experiment, side_by_side, [experiment.count])
     experiment.check_variances(deltas[0])
     result = experiment.result()
-    member = experiment.build()  # each trained model is loaded into it in its turn
+    member = experiment.build()  # reused: each trained model is loaded into it
 
     def measure(weights, number: int) -> dict[str, float]:
         member.load_state_dict(weights)
@@ -127,7 +127,7 @@ def main() -> None:
         batch_size=config.bs,
         learning_rate=config.lr,
         lr_min=config.lrmin,
-        delta=0.0,  # each model has its own
+        delta=0.0,  # each model has its own delta
         seed=config.seed,
         optimizer=config.optimizer,
     )

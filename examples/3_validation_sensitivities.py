@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-r"""Check estimated sensitivities against retraining without the example (paper: Figure 2).
+r"""Compare estimated sensitivities with leave-one-out retraining (Figure 2).
 
-Trains a model, estimates from Laplace's posterior how much its output at every training example would change if
-that example were left out, and retrains without --n_retrain random ones, one each, many models side by side.
-Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_scores.pkl (the estimates) and, as
-models are retrained, {name_exp}_retrain.pkl (the true deviations); plot_validation_sensitivities.py draws them.
+Trains a model and estimates, with a Laplace posterior, how much its prediction on every training example would
+change if that example were left out. Then retrains the model without one random example at a time, for --n_retrain
+examples, many models in parallel.
+Reads the data set in --datasets_folder. Writes {pickles_folder}/{name_exp}_scores.pkl (the estimates) and, as
+models finish, {name_exp}_retrain.pkl (the true deviations); plot_validation_sensitivities.py plots both.
 
   python 3_validation_sensitivities.py --name_exp mnist_mlp --dataset MNIST --model large_mlp --lr 1e-2 --lrmin 1e-3 \
       --bs 256 --epochs 500 --delta 100 --lr_retrain 1e-3 --lrmin_retrain 1e-4 --epochs_retrain 300 --n_retrain 1000 \
@@ -45,23 +46,25 @@ DEFAULTS = {
     "delta": 100.0,
     "bs_jacs": 50,
 }
-PASS = 500  # images in a pass of an ensemble, an image counted once for each member
+PASS = 500  # images per forward pass of an ensemble, counting an image once per member
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "mnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "large_mlp"})
     parser.add(ExperimentConfig, "experiment", skip=("hess_init", "iblr_backend"), defaults=DEFAULTS)
     parser.add(RetrainingConfig, "retraining")
     add = parser.add_argument_group("examples left out").add_argument
-    add("--n_retrain", type=number(int, 0), default=1000, help="random examples to leave out, one each")
+    add(
+        "--n_retrain", type=number(int, 0), default=1000, help="number of random examples to leave out, one at a time"
+    )
     add(
         "--n_spread",
         type=number(int, 0),
         default=0,
-        help="as many more, spread evenly over the range of the estimated sensitivities",
+        help="number of additional examples, spread evenly over the range of the estimated sensitivities",
     )
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
     parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
@@ -69,9 +72,10 @@ def parse() -> Namespace:
 
 
 def score_content(predictions: mpe.Predictions, class_cov: str, weights: str) -> dict:
-    """What the file of estimates has: ``sensitivities`` ``(N,)`` as asked for, every form, and whose they are.
+    """The content of the file of estimates: ``sensitivities`` ``(N,)`` with the requested form, and all other forms.
 
-    Also what retraining is compared with: the model's probabilities ``(N, C)``, and the hash of its weights.
+    It also contains the model's probabilities ``(N, C)``, with which retraining is compared, and the hash of its
+    weights.
     """
     from mpe.experiment import forms_of
 
@@ -91,14 +95,14 @@ def score_content(predictions: mpe.Predictions, class_cov: str, weights: str) ->
 
 
 def drawn_examples(count: int, number: int, seed: int) -> np.ndarray:
-    """The first ``number`` of ``count`` positions in numpy's legacy random order, as the paper's code draws them."""
+    """Draw ``number`` of ``count`` positions with numpy's legacy generator, like the paper's code."""
     return np.random.RandomState(seed).permutation(count)[:number]
 
 
 def spread_examples(scores: np.ndarray, number: int, taken: Sequence[int] = ()) -> np.ndarray:
-    """Positions whose scores lie nearest to ``number`` values evenly spaced from the lowest to the highest.
+    """Positions of the scores closest to ``number`` values evenly spaced from the highest to the lowest score.
 
-    Each once, none of ``taken``; of equally near ones the first.
+    Each position is used once, and none of ``taken``. Ties are broken by position.
     """
     free = np.ones(len(scores), dtype=bool)
     free[np.asarray(taken, dtype=np.int64)] = False
@@ -111,16 +115,16 @@ def spread_examples(scores: np.ndarray, number: int, taken: Sequence[int] = ()) 
 
 
 def measure_removed(images: torch.Tensor, removed: np.ndarray) -> Callable:
-    """What is kept of retrained models, of which number 0 is the control and number i + 1 lacks ``removed[i]``.
+    """Build the function that measures retrained models. Model 0 is the control; model i + 1 lacks ``removed[i]``.
 
     Args:
         images: All training images, normalized, on the device.
-        removed: Positions ``(R,)``.
+        removed: Positions ``(R,)`` of the removed examples.
 
     Returns:
-        A function of an ensemble and its members' numbers: ``probabilities`` ``(m, C)``, each model's of the
-        example it lacks (NaN for the control), and ``control`` ``(1, R, C)``, the control's of all of them, or
-        ``(0, R, C)`` where the control is not among the members.
+        A function of an ensemble and the numbers of its members. It returns ``probabilities`` ``(m, C)``, each
+        model's prediction on its removed example (NaN for the control), and ``control`` ``(1, R, C)``, the control's
+        predictions on all removed examples, or ``(0, R, C)`` if the control is not a member.
     """
 
     def softmax(logits: torch.Tensor) -> np.ndarray:
@@ -144,13 +148,13 @@ def measure_removed(images: torch.Tensor, removed: np.ndarray) -> Callable:
 def retrain_content(
     rows: dict[str, np.ndarray], removed: np.ndarray, spread: int, base: np.ndarray, indices: np.ndarray
 ) -> dict:
-    """What the file of true deviations has, for the models retrained so far.
+    """The content of the file of true deviations, for the models retrained so far.
 
     Args:
-        rows: What ``measure_removed`` kept of models 0, 1, ...
-        removed: Positions ``(R,)``, of which the last ``spread`` were chosen over the range of the estimates.
-        spread: See above.
-        base: Softmax ``(N, C)`` of the model before.
+        rows: The measurements of ``measure_removed`` for models 0, 1, ...
+        removed: Positions ``(R,)`` of the removed examples.
+        spread: The number of examples at the end of ``removed`` that are spread over the range of the estimates.
+        base: Softmax ``(N, C)`` of the base model.
         indices: Original indices ``(N,)``.
     """
     probabilities = rows["probabilities"][1:]
@@ -183,20 +187,20 @@ def main() -> None:
     wanted, count = args.n_retrain + args.n_spread, experiment.count
     if not 0 < wanted <= count:
         raise FlagError(
-            f"--n_retrain {args.n_retrain} and --n_spread {args.n_spread}: {wanted} of {count} training examples "
-            f"cannot be left out; give 1 to {count} together"
+            f"--n_retrain {args.n_retrain} and --n_spread {args.n_spread}: cannot leave out {wanted} of {count} "
+            f"training examples; the sum must be 1 to {count}"
         )
     check_retraining(experiment, retraining, [count, count - 1])
     experiment.check_variances(config.delta)
     scores, retrained = experiment.result("scores"), experiment.result("retrain")
     if retrained.replaces:
-        retrained.path.unlink()  # otherwise it would remain beside scores with different settings
+        retrained.path.unlink()  # its settings would not match those of the new scores file
 
     experiment.train_base()
     weights = weights_hash(experiment.model)
     found = scores.stored
-    if found.get("base_weights") == weights:  # not another model's, nor those of a file that does not say whose
-        log.info("the estimates are those of the earlier run, %s", scores.path)
+    if found.get("base_weights") == weights:  # computed for these weights
+        log.info("reusing the estimates of an earlier run: %s", scores.path)
     else:
         found = score_content(experiment.laplace(config.delta), config.class_cov, weights)
         scores.write(**found)

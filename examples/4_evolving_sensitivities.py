@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Follow the sensitivity of every training example while iBLR trains a model (paper: Figures 3b, 11b, 11c).
+r"""Track the sensitivity of every training example while a model trains with iBLR (Figures 3b, 11b, 11c).
 
-Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_evolving.pkl after each checkpoint: the
-sensitivities (checkpoints, N) after given optimizer steps; plot_evolving_sensitivities.py draws it. The model goes
-to {models_folder}/mpe/{name_exp}_evolving/seed_{seed}/.
+Reads the data set in --datasets_folder. After each checkpoint, writes {pickles_folder}/{name_exp}_evolving.pkl: the
+sensitivities (checkpoints, N) after selected optimizer steps. plot_evolving_sensitivities.py plots this file. Writes
+the model to {models_folder}/mpe/{name_exp}_evolving/seed_{seed}/.
 
   python 4_evolving_sensitivities.py --name_exp fmnist_lenet --dataset FMNIST --model lenet --lr 0.1 --lrmin 0 \
       --hess_init 0.1 --delta 60 --epochs 100 --bs 256 --bs_jacs 500
@@ -41,11 +41,11 @@ CHECKPOINTS = {  # the paper's optimizer steps
     "fmnist": (10, 1000, 5000, 12250),
     "cifar10": (10, 2000, 10000, 24500),
 }
-SHARES = tuple(step / 23500 for step in CHECKPOINTS["mnist"])  # of the steps of the paper's MNIST and FMNIST runs
+SHARES = tuple(step / 23500 for step in CHECKPOINTS["mnist"])  # as fractions of the paper's MNIST and FMNIST runs
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
@@ -55,7 +55,7 @@ def parse() -> Namespace:
         type=number(int, 1),
         nargs="+",
         metavar="STEP",
-        help="optimizer steps to measure after (default: the paper's, or the same shares of the run)",
+        help="optimizer steps after which to measure (default: the paper's steps, or the same fractions of the run)",
     )
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS)
     parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
@@ -63,13 +63,13 @@ def parse() -> Namespace:
 
 
 def checkpoints_of(dataset: str, steps: int, given: Sequence[int] | None = None) -> list[int]:
-    """The steps to measure after, ascending.
+    """The steps after which to measure, in ascending order.
 
     Args:
-        dataset: A data set's name.
-        steps: Steps of the full run.
-        given: The user's choice. Otherwise the paper's steps where the run reaches them all, and elsewhere the same
-            shares of the run as in the paper.
+        dataset: The data set's name.
+        steps: Number of steps of the full run.
+        given: The user's choice. By default, the paper's steps if the run reaches them all, otherwise the same
+            fractions of the run as in the paper.
     """
     if given:
         chosen = sorted(set(given))
@@ -83,10 +83,11 @@ def checkpoints_of(dataset: str, steps: int, given: Sequence[int] | None = None)
 
 
 def sensitivities(predictions: mpe.Predictions, forms: Sequence[str], seed: int, step: int) -> np.ndarray:
-    """Sensitivities ``(forms, N)``. The diagonal form takes the paper's errors, of independent logits and clamped.
+    """Compute the sensitivities ``(forms, N)``.
 
-    The others take the unclamped errors of correlated logits: the paper's would bring back the variance of a shift
-    of all logits, which no probability can see and which these forms leave out.
+    The diagonal form uses the paper's errors: independent logit samples, clamped. The other forms use the unclamped
+    errors of correlated logit samples. The paper's errors would reintroduce the variance of a common shift of all
+    logits, which does not affect the probabilities and which these forms exclude.
     """
     from mpe.estimates import sampled_errors
     from src.rng import generator
@@ -102,14 +103,14 @@ def sensitivities(predictions: mpe.Predictions, forms: Sequence[str], seed: int,
 
 
 class Evolving:
-    """Measures after chosen steps, and writes what it has each time.
+    """Measures sensitivities after selected steps, and writes the result each time.
 
     Args:
-        result: Where to write. Rows that it has are kept up to the step at which training continues.
-        predict: Gives predictions with variances on the training examples.
-        checkpoints: The steps to measure after.
+        result: The result file. Existing rows are kept up to the step at which training continues.
+        predict: Returns predictions with variances for the training examples.
+        checkpoints: The steps after which to measure.
         class_cov: The form of the covariance between classes.
-        seed: Seed of the samples of the logits.
+        seed: Seed of the logit samples.
     """
 
     def __init__(self, result, predict, checkpoints: Sequence[int], class_cov: str, seed: int) -> None:
@@ -124,13 +125,13 @@ class Evolving:
         }
 
     def __call__(self, trainer, epoch: int, step: int) -> None:
-        """After a step: measure if it is one of those to measure after, and write."""
+        """After a step: measure if the step is selected, and write the result."""
         if step not in self.checkpoints:
             return
         self.rows = self.result.rows_before(self.rows, self.checkpoints, step, "sensitivities after step")
         trainer.require_finite(epoch)
         devices = [trainer.device] if trainer.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # training continues as if nothing had been measured
+        with torch.random.fork_rng(devices=devices):  # measuring must not affect training
             found = self.predict(trainer)
             self.rows[step] = sensitivities(found, self.forms, self.seed, step)
         mean = self.rows[step][self.forms.index(self.class_cov)].mean()
@@ -141,7 +142,7 @@ class Evolving:
         self.write()
 
     def finish(self, **more) -> None:
-        """Write all rows, and with them what ``more`` has, after the last step."""
+        """Write all rows and the entries of ``more`` after the last step."""
         end = max(self.checkpoints) + 1
         self.rows = self.result.rows_before(self.rows, self.checkpoints, end, "sensitivities after step")
         self.write(**more)
@@ -153,14 +154,14 @@ class Evolving:
         self.result.write(
             sensitivity=found[self.class_cov],
             **{f"sensitivity_{form}": values for form, values in found.items()},
-            iterations_list=np.array(steps, dtype=np.int64) + 1,  # as the paper's files count
+            iterations_list=np.array(steps, dtype=np.int64) + 1,  # same counting as in the paper's files
             steps=np.array(steps, dtype=np.int64),
             **more,
         )
 
 
 def main() -> None:
-    """Configure, train and measure, save, print."""
+    """Configure, train, measure, save, print."""
     args = parse()
     config = build(ExperimentConfig, args, optimizer="iblr")
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)

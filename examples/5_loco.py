@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Estimate what removing a class does to the loss, beside retraining without it (paper: Figures 3a, 11d).
+r"""Estimate the effect of removing a class on the loss and compare it with retraining (Figures 3a, 11d).
 
-Reads the data set under --datasets_folder. Writes {pickles_folder}/{name_exp}_leaveclassout.pkl, class by class: the
-estimate, and the test NLL and accuracy of the model retrained without the class; plot_loco.py draws one or several.
+Reads the data set in --datasets_folder. Writes {pickles_folder}/{name_exp}_leaveclassout.pkl: for each class, the
+estimate, and the test NLL and accuracy after retraining without the class. plot_loco.py plots one or more such files.
 
   python 5_loco.py --name_exp fmnist_lenet --dataset FMNIST --model lenet --lr 1e-1 --lrmin 1e-3 --bs 256 \
       --epochs 300 --delta 100 --lr_retrain 1e-4 --lrmin_retrain 1e-5 --epochs_retrain 1000 --bs_jacs 500
@@ -35,7 +35,7 @@ RETRAINING = {"lr_retrain": 1e-4, "lrmin_retrain": 1e-5, "epochs_retrain": 1000}
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
@@ -47,13 +47,13 @@ def parse() -> Namespace:
 
 
 def class_estimates(predictions: mpe.Predictions, class_cov: str, classes: int) -> dict[str, np.ndarray]:
-    """Leave-one-class-out estimates: the mean over a class's examples of their leave-one-out losses.
+    """Leave-one-class-out estimates: the mean leave-one-out loss over the examples of each class.
 
-    The paper's formula (Section 4) with each example's own Jacobian in place of the class's.
+    This is the paper's formula (Section 4) with each example's own Jacobian instead of the class's Jacobian.
 
     Returns:
-        ``est_nll`` ``(C,)`` of the form asked for, and ``est_nll_{form}`` of all that the same pass serves; NaN for a
-        class without examples.
+        ``est_nll`` ``(C,)`` with the requested form, and ``est_nll_{form}`` for every form computed in the same pass;
+        NaN for a class without examples.
     """
     from mpe.experiment import forms_of
 
@@ -66,9 +66,12 @@ def class_estimates(predictions: mpe.Predictions, class_cov: str, classes: int) 
 
 
 def measure_test(images: torch.Tensor, labels: torch.Tensor, batch: int = 1000) -> Callable:
-    """Test NLL and accuracy ``(m,)`` of an ensemble's members, on images and labels on the device.
+    """Build the function that measures the test NLL and accuracy ``(m,)`` of an ensemble's members.
 
-    ``batch`` counts an image once for each member, so that memory does not grow with the ensemble.
+    Args:
+        images: Test images, on the device.
+        labels: Test labels, on the device.
+        batch: Images per forward pass, counting an image once per member, so memory does not grow with the ensemble.
     """
     from mpe.posterior import EPS
 
@@ -89,13 +92,13 @@ def measure_test(images: torch.Tensor, labels: torch.Tensor, batch: int = 1000) 
 def content(
     rows: dict[str, np.ndarray], estimated: dict[str, np.ndarray], classes: Sequence[int], base: tuple[float, float]
 ) -> dict:
-    """What the result file has, for the models retrained so far.
+    """The content of the result file, for the models retrained so far.
 
     Args:
-        rows: What ``measure_test`` gave for models 0 (the control), 1 (without ``classes[0]``), ...
+        rows: The measurements of ``measure_test`` for models 0 (the control), 1 (without ``classes[0]``), ...
         estimated: Leave-one-class-out estimates, see ``class_estimates``.
-        classes: The classes that are removed one at a time.
-        base: Test accuracy and NLL of the model before.
+        classes: The classes that are removed, one at a time.
+        base: Test accuracy and NLL of the base model.
     """
     nll = np.full(len(estimated["est_nll"]), np.nan)
     acc = nll.copy()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Draw how sensitivities evolve during training, over examples ranked by the last checkpoint (Figs. 3b, 11b, 11c).
+r"""Plot how sensitivities evolve during training, with examples ranked by the last checkpoint (Figs. 3b, 11b, 11c).
 
-Reads {pickles_folder}/{name_exp}_evolving.pkl, which 4_evolving_sensitivities.py writes. Writes, as PNG and PDF,
-{plots_folder}/{name_exp}_evolving, with --class_cov {name_exp}_evolving_{class_cov}.
+Reads {pickles_folder}/{name_exp}_evolving.pkl, written by 4_evolving_sensitivities.py. Writes
+{plots_folder}/{name_exp}_evolving as PNG and PDF; with --class_cov, {name_exp}_evolving_{class_cov}.
 
   python examples/plot_evolving_sensitivities.py --name_exp fmnist_lenet
   python examples/plot_evolving_sensitivities.py --name_exp mnist_mlp --pickles_folder my_pickles
@@ -15,7 +15,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the project importable from any folder
 
 from mpe.config import FigureConfig
 from src.cli import Parser, run_script
@@ -27,14 +27,14 @@ ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(FigureConfig, "figure")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Parse, read, draw, print."""
+    """Parse, read, plot, print."""
     args = parse()
     from mpe.plots import StoredResult, evolving, save_and_show
 
@@ -46,15 +46,15 @@ def main() -> None:
 
 
 def checkpoints(result: StoredResult, count: int) -> list[str]:
-    """What the checkpoints are called: the steps taken, or their order where a file does not tell."""
+    """Names of the checkpoints: the number of steps, or their order if the file does not record the steps."""
     if "steps" in result:
         steps = result.integers("steps", 0)
     elif "iterations_list" in result:
-        steps = result.integers("iterations_list", 1) - 1  # stored one too high, for the papers' users
+        steps = result.integers("iterations_list", 1) - 1  # files store step + 1, like the paper's code
     else:
         return [ORDINALS[k] if k < len(ORDINALS) else f"{k + 1}." for k in range(count)]
     if len(steps) != count:
-        raise result.error(f"holds {count} checkpoints, but {len(steps)} steps")
+        raise result.error(f"has {count} checkpoints, but {len(steps)} steps")
     return [f"step {step:,}" for step in steps]
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-r"""Draw estimated sensitivities against the deviations that retraining without each example shows (Fig. 2).
+r"""Plot estimated sensitivities against the true deviations after retraining without each example (Fig. 2).
 
-Reads {pickles_folder}/{name_exp}_scores.pkl and {name_exp}_retrain.pkl, which 3_validation_sensitivities.py writes.
-Writes, as PNG and PDF, {plots_folder}/{name_exp}_validation, with _{class_cov} and _corrected where asked for.
-Prints the correlations with bootstrap intervals; those of the random examples and of the
-ones spread over the estimates' range (--n_spread) also apart.
+Reads {pickles_folder}/{name_exp}_scores.pkl and {name_exp}_retrain.pkl, written by 3_validation_sensitivities.py.
+Writes {plots_folder}/{name_exp}_validation as PNG and PDF, with the suffixes _{class_cov} and _corrected if these
+flags are given. Prints the correlations with bootstrap intervals, also separately for the random examples and for
+those spread over the range of the estimates (--n_spread).
 
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp --class_cov full --corrected
@@ -17,7 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from any current folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the project importable from any folder
 
 import numpy as np
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add_argument(
         "--corrected",
         action="store_true",
-        help="take true deviations from a control, retrained with every example, in place of the model before",
+        help="measure true deviations from a control retrained on all examples, instead of from the base model",
     )
     parser.add(FigureConfig, "figure", defaults={"name_exp": "mnist_mlp"})
     return parser.parse_args()
 
 
 def groups(retrain: StoredResult, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples drawn at random and those spread over the estimates, masks ``(m,)``, where there are both."""
+    """Masks ``(m,)`` of the random examples and of those spread over the estimates, if there are both."""
     if "spread" not in retrain:
         return {}
     spread = retrain.integers("spread", 0, 1).astype(bool)
@@ -51,7 +51,7 @@ def groups(retrain: StoredResult, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Parse, read, draw, print."""
+    """Parse, read, plot, print."""
     args = parse()
     from mpe.estimates import correlation_text
     from mpe.plots import StoredResult, save_and_show, validation
@@ -61,18 +61,19 @@ def main() -> None:
     retrain.same_run(scores)
     if retrain.is_empty("indices_retrain"):
         raise FileError(
-            f"{retrain.path}: no model is retrained yet; repeat {retrain.script} as it was run, with --resume"
+            f"{retrain.path}: no model has been retrained yet; run {retrain.script} again with the same flags and "
+            "--resume"
         )
     sensitivities = scores.array(scores.of("sensitivities", args.class_cov), low=0)  # (N,)
     indices = retrain.integers("indices_retrain", 0)  # (m,)
     key = "softmax_deviations" + "_corrected" * args.corrected
     if args.corrected and key not in retrain:
-        raise FlagError(f"--corrected: {retrain.path} has no {key}; {retrain.command} makes them")
+        raise FlagError(f"--corrected: {retrain.path} has no {key}; create them with: {retrain.command}")
     deviations = retrain.array(key, low=0)  # (m,)
     retrain.same_length(indices_retrain=indices, **{key: deviations})
     if indices.max() >= len(sensitivities):
         raise retrain.error(
-            f"example {indices.max()} was left out, but {scores.path.name} holds {len(sensitivities)} sensitivities"
+            f"example {indices.max()} was left out, but {scores.path.name} has {len(sensitivities)} sensitivities"
         )
 
     estimated = sensitivities[indices]

@@ -1,7 +1,7 @@
-"""The figures of the Memory-Perturbation Equation, in the look of the paper (NeurIPS 2023).
+"""The Memory-Perturbation Equation figures, in the style of the paper (NeurIPS 2023).
 
-`StoredResult` reads an experiment's result file. Each function then takes plain arrays and returns a figure, built on
-matplotlib's object interface: no global state, no window, no back end to choose.
+`StoredResult` reads an experiment's result file. Each plotting function takes plain arrays and returns a figure built
+with matplotlib's object interface, without global state, windows, or a choice of backend.
 """
 
 import logging
@@ -26,7 +26,7 @@ from src.errors import ArgumentError, FileError
 
 log = logging.getLogger(__name__)
 
-# which script writes {experiment}_{kind}.pkl
+# The script that writes {experiment}_{kind}.pkl.
 SCRIPTS = {
     "iter": "1_loo_iterations.py",
     "cv": "2_loo_l2reg.py",
@@ -38,15 +38,15 @@ SCRIPTS = {
 
 
 class StoredResult:
-    """One result file of an experiment, checked value by value as it is read.
+    """One result file of an experiment. Each value is checked when it is read.
 
     Args:
-        folder: Folder of the results.
+        folder: The results folder.
         name: The experiment's name.
-        kind: One of ``SCRIPTS``.
+        kind: A key of ``SCRIPTS``.
 
     Raises:
-        FileError: The file is missing, damaged, or not a dictionary; so do the methods where a value is not right.
+        FileError: The file is missing, damaged, or not a dictionary. Methods raise it if a value is invalid.
     """
 
     def __init__(self, folder: str | Path, name: str, kind: str) -> None:
@@ -57,8 +57,8 @@ class StoredResult:
         if not self.path.exists():
             others = self.path.parent.glob(f"*_{kind}.pkl")
             names = sorted(other.name.removesuffix(f"_{kind}.pkl") for other in others)
-            there = f" (there: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
-            raise FileError(f"{self.path}: there is no such file; {self.command} makes it{there}")
+            there = f" (existing: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+            raise FileError(f"{self.path}: file not found; create it with: {self.command}{there}")
         self.values: dict[str, Any] = read_pickle(self.path)
         if not isinstance(self.values, dict):
             raise self.error("is not a dictionary of results")
@@ -67,18 +67,18 @@ class StoredResult:
         return key in self.values
 
     def error(self, what: str) -> FileError:
-        """An error about this file, with the command that makes it again."""
-        return FileError(f"{self.path}: {what}; {self.command} makes it again")
+        """Build an error about this file, with the command that recreates it."""
+        return FileError(f"{self.path}: {what}; recreate it with: {self.command}")
 
     def array(
         self, key: str, ndim: int = 1, *, low: float = -np.inf, high: float = np.inf, gaps: bool = False
     ) -> np.ndarray:
-        """Finite numbers within bounds, at least one; some may be NaN where there may be ``gaps``.
+        """Read an array of at least one finite number within bounds. With ``gaps``, some values may be NaN.
 
         Returns:
             float64 array with ``ndim`` axes.
         """
-        remedy = f"{self.command} makes it again"
+        remedy = f"recreate it with: {self.command}"
         values = checked_array(self.path, self.values, key, ndim, finite=not gaps, remedy=remedy).astype(np.float64)
         known = values[~np.isnan(values)]
         if known.size == 0:
@@ -87,51 +87,51 @@ class StoredResult:
             raise self.error(f"array {key!r} has infinite values")
         if known.min() < low or known.max() > high:
             raise self.error(
-                f"array {key!r} is from {known.min():g} to {known.max():g}, not within {low:g} to {high:g}"
+                f"array {key!r} ranges from {known.min():g} to {known.max():g}, expected {low:g} to {high:g}"
             )
         return values
 
     def integers(self, key: str, low: int, high: float = np.inf) -> np.ndarray:
-        """Whole numbers within bounds, int64 ``(n,)``."""
+        """Read integers within bounds, int64 ``(n,)``."""
         values = self.array(key, low=low, high=high)
         if (values != np.round(values)).any():
-            raise self.error(f"array {key!r} has values that are not whole numbers")
+            raise self.error(f"array {key!r} has values that are not integers")
         return values.astype(np.int64)
 
     def same_length(self, **arrays: np.ndarray) -> None:
-        """Check that arrays have one length."""
+        """Check that all arrays have the same length."""
         if len({len(values) for values in arrays.values()}) > 1:
             raise self.error("lengths differ: " + ", ".join(f"{len(values)} {key}" for key, values in arrays.items()))
 
     def same_run(self, other: "StoredResult") -> None:
-        """Check that another file of this experiment was made with the same settings, where both record theirs.
+        """Check that another file of this experiment was made with the same settings, if both record them.
 
-        They differ where a run that was to replace an older one stopped before it had written both.
+        They differ if a run that replaces an older one stopped before it wrote both files.
         """
         files = [(result.path, result.values.get("settings")) for result in (other, self)]
         check_consistent(
             [(path, settings) for path, settings in files if isinstance(settings, dict)],
-            what="is of another run than",
-            remedy=f"repeat {self.script} with the settings that you want, --resume and --overwrite, and let it end",
+            what="belongs to a different run than",
+            remedy=f"run {self.script} to completion with the desired settings, --resume and --overwrite",
         )
 
     def is_empty(self, key: str) -> bool:
-        """Whether an array is there, but holds nothing yet."""
+        """Whether an array exists but has no values yet."""
         values = self.values.get(key)
         return isinstance(values, (list, np.ndarray)) and np.asarray(values, dtype=object).size == 0
 
     def of(self, key: str, class_cov: str | None) -> str:
-        """The key of the estimates ``key`` with a covariance between classes.
+        """The key of the estimates ``key`` computed with a given covariance between classes.
 
-        ``key`` itself holds those that the run was made with, ``diag`` where the file does not say;
-        ``{key}_{class_cov}`` others.
+        ``key`` itself has the estimates with the run's setting (``diag`` if the file does not record it);
+        ``{key}_{class_cov}`` has those with another setting.
 
         Args:
-            key: For example ``estimated_nll``.
-            class_cov: A name of ``CLASS_COVARIANCES``; None for those of the run.
+            key: For example, ``estimated_nll``.
+            class_cov: One of ``CLASS_COVARIANCES``; None for the run's setting.
 
         Raises:
-            ArgumentError: The file has none.
+            ArgumentError: The file has no such estimates.
         """
         own = self.setting("class_cov") or "diag"
         if class_cov in (None, own):
@@ -141,13 +141,13 @@ class StoredResult:
             found = " and ".join([own, *others])
             raise ArgumentError(
                 "class_cov",
-                f"{class_cov}: {self.path} has no {key}_{class_cov}, only {found}; {self.command} "
-                f"--class_cov {class_cov} makes it",
+                f"{class_cov}: {self.path} has no {key}_{class_cov}, only {found}; create it with: {self.command} "
+                f"--class_cov {class_cov}",
             )
         return f"{key}_{class_cov}"
 
     def setting(self, flag: str) -> Any:
-        """A flag of the run that made the file; None where it is not stored."""
+        """The value of a flag in the run that made the file; None if it is not stored."""
         args = self.values.get("args")
         return args.get(flag) if isinstance(args, dict) else None
 
@@ -157,17 +157,17 @@ _REACHES = (2, 8, 16, 28, 44)  # points between a marker and its label
 
 
 class Decimals(Formatter):
-    """Tick labels with one decimal, or as many more as tell the ticks apart."""
+    """Tick labels with one decimal, or more if needed to distinguish the ticks."""
 
     def __init__(self, least: int = 1) -> None:
         self.least = self.count = least
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """The label of one tick."""
+        """Format the label of one tick."""
         return f"{x:.{self.count}f}"
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
-        """The labels of all ticks."""
+        """Format the labels of all ticks."""
         self.count = self.least
         while self.count < 8 and not np.allclose(np.round(values, self.count), values, rtol=0, atol=1e-10):
             self.count += 1
@@ -175,14 +175,14 @@ class Decimals(Formatter):
 
 
 def keep_clear(figure: Figure, axes: Axes, corner: Artist, points: Sequence[tuple], pad: float) -> None:
-    """Raise the upper end of a linear y axis until nothing lies behind an artist that hangs from the axes' top.
+    """Raise the upper limit of a linear y axis until no data is behind a legend or text at the top of the axes.
 
     Args:
         figure: The figure.
-        axes: The axes to stretch.
+        axes: The axes to adjust.
         corner: A legend or text at the top.
-        points: Pairs of arrays x and y in data coordinates; those of lines close together.
-        pad: Points that must be free around each.
+        points: Pairs of arrays x and y in data coordinates, densely sampled for lines.
+        pad: Clearance around each data point, in typographic points.
     """
     figure.draw_without_rendering()
     frame, box = axes.get_window_extent(), corner.get_window_extent()
@@ -197,21 +197,22 @@ def keep_clear(figure: Figure, axes: Axes, corner: Artist, points: Sequence[tupl
 
 
 def dense(x: np.ndarray, y: np.ndarray, *, log_x: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Points along the line through ``x`` (ascending) and ``y``, for :func:`keep_clear`."""
+    """Sample points along the line through ``x`` (ascending) and ``y``, for :func:`keep_clear`."""
     at = np.geomspace(x[0], x[-1], 500) if log_x else np.linspace(x[0], x[-1], 500)
     return at, np.interp(np.log(at), np.log(x), y) if log_x else np.interp(at, x, y)
 
 
 def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Centres for labels beside round markers: near their own, and off other markers and labels.
+    """Choose centers for labels next to round markers: close to their marker, and clear of other markers and labels.
 
-    Labels are placed one after the other, the most crowded first, each where it covers least.
+    Labels are placed one at a time, the most crowded first, each where it covers the least. All lengths are in
+    typographic points.
 
     Args:
-        points: ``(n, 2)`` centers of markers, in typographic points, as everything here.
-        radii: ``(n,)`` of the markers.
+        points: ``(n, 2)`` centers of the markers.
+        radii: ``(n,)`` radii of the markers.
         sizes: ``(n, 2)`` widths and heights of the labels.
-        frame: ``(2, 2)`` lower left and upper right corner that labels should not cross.
+        frame: ``(2, 2)`` lower-left and upper-right corners of the area in which labels should stay.
 
     Returns:
         ``(n, 2)`` centers.
@@ -240,18 +241,18 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
 def number_markers(
     figure: Figure, axes: Axes, data: np.ndarray, areas: np.ndarray, texts: list[str], colors: list[str]
 ) -> None:
-    """Write each class's number beside its marker, with a thin line to it where they stand apart.
+    """Write each class number next to its marker, with a thin connecting line if they are far apart.
 
     Args:
         figure: The figure.
-        axes: Its axes, with limits as they stay.
-        data: ``(n, 2)`` centers of markers in data coordinates.
-        areas: ``(n,)`` square points, of the markers.
-        texts: n numbers.
-        colors: n colors.
+        axes: Its axes, with their final limits.
+        data: ``(n, 2)`` centers of the markers, in data coordinates.
+        areas: ``(n,)`` areas of the markers, in square points.
+        texts: The n class numbers.
+        colors: The n colors.
     """
     font = 20 if len(data) <= 10 else 15 if len(data) <= 40 else 8
-    figure.draw_without_rendering()  # settles the limits
+    figure.draw_without_rendering()  # finalizes the limits
     scale = 72 / figure.dpi
     points = axes.transData.transform(data) * scale
     frame = axes.get_window_extent().get_points() * scale
@@ -266,7 +267,7 @@ def number_markers(
 
 
 def save_and_show(figure: Figure, stem: Path, window: bool) -> None:
-    """Save a figure as PNG and PDF, print the paths, and open a window if asked for, until it is closed."""
+    """Save a figure as PNG and PDF and print the paths. If ``window`` is set, show it until the window is closed."""
     print(*save_figure(figure, stem), sep="\n")  # noqa: T201
     if not window:
         return
@@ -275,21 +276,21 @@ def save_and_show(figure: Figure, stem: Path, window: bool) -> None:
 
     interactive = {name.lower() for name in backend_registry.list_builtin(BackendFilter.INTERACTIVE)}
     if pyplot.get_backend().lower() not in interactive:
-        log.warning("--show: matplotlib finds no display (back end %s); see the files", matplotlib.get_backend())
+        log.warning("--show: no display found (matplotlib backend %s); open the files", matplotlib.get_backend())
         return
     pyplot.figure(figure)
     pyplot.show()
 
 
-_BINS = 100  # groups of examples along the axis of plot_evolving
-_ESTIMATES = {  # how estimates of leave-one-out cross-validation are told apart where several are drawn
+_BINS = 100  # number of groups of examples on the x axis of `evolving`
+_ESTIMATES = {  # styles of the leave-one-out estimates
     "diag": {"color": "black", "marker": "s"},
     "full": {"color": "tab:red", "marker": "o"},
     "woodbury": {"color": "tab:blue", "marker": "^"},
 }
 _GREY = "0.7"
 _MARKERS = (("tab:red", "o"), ("tab:blue", "s"), ("tab:green", "^"), ("tab:orange", "D"), ("tab:purple", "v"))
-_LEAST_SIZE = 12.0  # square points, of the marker of a class whose removal costs no accuracy
+_LEAST_SIZE = 12.0  # marker area in square points for a class whose removal costs no accuracy
 _PAPER = {"axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "axes.axisbelow": True}
 
 
@@ -299,18 +300,18 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def loo_iterations(epochs: np.ndarray, estimates: dict[str, np.ndarray], test_nlls: np.ndarray) -> Figure:
-    """The leave-one-out estimate beside the test loss during training (Figs. 1b, 5, 8, 9, 10).
+    """Plot the leave-one-out estimate and the test loss during training (Figs. 1b, 5, 8, 9, 10).
 
     Args:
-        epochs: ``(k,)`` epochs from 1 at which the estimates were made, ascending.
-        estimates: Names to ``(k,)`` estimated losses. Several are told apart by their names: the class covariances
-            ``diag``, ``full``, ``woodbury``.
+        epochs: ``(k,)`` epochs (from 1) of the estimates, ascending.
+        estimates: Maps names to ``(k,)`` estimated losses. If there are several, the names must be the class
+            covariances ``diag``, ``full``, and ``woodbury``.
         test_nlls: ``(E,)`` test losses after each epoch.
     """
     with matplotlib.rc_context({**_PAPER, "font.size": 41, "xtick.labelsize": 39, "ytick.labelsize": 39}):
         figure, axes = _figure(11, 6.5)
         every = np.arange(1, len(test_nlls) + 1)
-        marker = "o" if len(test_nlls) == 1 else None  # a line through one point would not be seen
+        marker = "o" if len(test_nlls) == 1 else None  # a line through a single point is invisible
         axes.plot(every, test_nlls, color=_GREY, lw=10, zorder=1, label="Test NLL", marker=marker, ms=16)
         curves = [dense(every, test_nlls)]
         for name, values in estimates.items():
@@ -333,7 +334,7 @@ def loo_iterations(epochs: np.ndarray, estimates: dict[str, np.ndarray], test_nl
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of each value and the ``window - 1`` before it, ``(n - window + 1,)``."""
+    """Mean of each value and the ``window - 1`` values before it, ``(n - window + 1,)``."""
     return np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=1)
 
 
@@ -344,16 +345,16 @@ def loo_l2reg(
     window: int = 4,
     test_errors: np.ndarray | None = None,
 ) -> Figure:
-    """The leave-one-out estimate and the test loss against the L2 parameter (Fig. 4; with errors, Fig. 7).
+    """Plot the leave-one-out estimate and the test loss against the L2 parameter (Fig. 4; with errors, Fig. 7).
 
-    Curves are trailing moving averages; their minima are marked.
+    Curves are trailing moving averages. Their minima are marked.
 
     Args:
         deltas: ``(n,)`` positive, ascending.
         estimated_nll: ``(n,)``.
         test_nlls: ``(n,)``.
         window: Width of the moving average.
-        test_errors: ``(n,)`` shares of test examples that are misclassified, for a second axis.
+        test_errors: ``(n,)`` test error rates as fractions, for a second axis.
     """
     x = deltas[window - 1 :]
     marker = "o" if len(x) == 1 else None
@@ -368,7 +369,7 @@ def loo_l2reg(
             curves.append(dense(x, smooth, log_x=True))
         handles = axes.get_legend_handles_labels()[0]
         _delta_axis(axes, x)
-        axes.margins(y=0.2)  # below, room for the stems
+        axes.margins(y=0.2)  # room for the stems below the curves
         axes.set_ylabel("NLL")
         axes.yaxis.set_major_locator(MaxNLocator(2))
         axes.yaxis.set_major_formatter(Decimals())
@@ -387,8 +388,8 @@ def loo_l2reg(
         )
         keep_clear(figure, axes, legend, curves, 12)
         low = axes.get_ylim()[0]
-        for at, least, color, width in stems:  # lines from the minima down to the axis
-            line = (0, (1, 0.7)) if color == "black" else "-"  # a dotted line shows the one behind it
+        for at, least, color, width in stems:  # vertical lines from the minima to the axis
+            line = (0, (1, 0.7)) if color == "black" else "-"  # a dashed line does not hide the one behind it
             axes.plot([at, at], [low, least], color=color, lw=width / 2, ls=line, zorder=4 if color == "black" else 3)
         axes.set_ylim(bottom=low)
         if right is not None:
@@ -397,7 +398,7 @@ def loo_l2reg(
 
 
 def _delta_axis(axes: Axes, x: np.ndarray) -> None:
-    """A logarithmic axis of the L2 parameter, with labels also where it covers less than two powers of ten."""
+    """Set up a logarithmic axis for the L2 parameter that has labels even if it spans less than two decades."""
     axes.set_xlabel(r"$\delta$")
     axes.set_xscale("log")
     if len(x) == 1:
@@ -412,12 +413,12 @@ def _delta_axis(axes: Axes, x: np.ndarray) -> None:
 
 
 def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figure:
-    """Estimated against true deviations (Fig. 2).
+    """Plot estimated against true deviations (Fig. 2).
 
     Args:
-        true: ``(m,)`` deviations after training without each example.
-        estimated: ``(m,)``.
-        text: For the upper left corner, such as their correlations.
+        true: ``(m,)`` deviations after retraining without each example.
+        estimated: ``(m,)`` estimated deviations.
+        text: Text for the upper-left corner, such as the correlations.
     """
     with matplotlib.rc_context({**_PAPER, "font.size": 23}):
         figure, axes = _figure(7, 5.4)
@@ -425,7 +426,9 @@ def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figur
         axes.scatter(true, estimated, s=75, facecolor="white", edgecolor="red", zorder=3, rasterized=len(true) > 5000)
         axes.set(xlabel="True Deviation", ylabel="Estimated Deviation")
         axes.autoscale_view()
-        axes.set_autoscale_on(False)  # the identity line, up to the largest L1 deviation, does not move the limits
+        axes.set_autoscale_on(
+            False
+        )  # keeps the identity line from changing the limits; 2 is the largest L1 deviation
         axes.plot([0, 2], [0, 2], color="0.5", lw=5, ls="--", zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -437,11 +440,11 @@ def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figur
 
 
 def ranked_bins(sensitivities: np.ndarray, bins: int = _BINS) -> np.ndarray:
-    """Mean sensitivities of equally large groups of examples, ranked by the last checkpoint, highest first.
+    """Mean sensitivity of equal-size groups of examples, ranked by the last checkpoint, highest first.
 
     Args:
-        sensitivities: ``(K, N)``, a row per checkpoint.
-        bins: Number of groups; N where that is less. Their sizes differ by one where it does not divide N.
+        sensitivities: ``(K, N)``, one row per checkpoint.
+        bins: Number of groups, at most N. Group sizes differ by one if ``bins`` does not divide N.
 
     Returns:
         ``(K, bins)``.
@@ -452,11 +455,11 @@ def ranked_bins(sensitivities: np.ndarray, bins: int = _BINS) -> np.ndarray:
 
 
 def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
-    """How sensitivities are spread over the examples at several checkpoints of training (Figs. 3b, 11).
+    """Plot the distribution of sensitivities over examples at several training checkpoints (Figs. 3b, 11).
 
     Args:
-        sensitivities: ``(K, N)``, a row per checkpoint.
-        labels: The K checkpoints.
+        sensitivities: ``(K, N)``, one row per checkpoint.
+        labels: Names of the K checkpoints.
     """
     curves = ranked_bins(sensitivities)
     shades = np.linspace(0, 3, len(curves)) if len(curves) > 1 else [3]
@@ -467,7 +470,7 @@ def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
             grey = np.interp(p, range(4), (0.6, 0.45, 0.25, 0.1))
             marker = "o" if len(at) == 1 else None
             axes.plot(at, row, color=f"{grey:.3f}", lw=7 - p, label=label, marker=marker, solid_capstyle="round")
-        axes.invert_xaxis()  # the most sensitive to the right
+        axes.invert_xaxis()  # most sensitive examples on the right
         axes.set_xticks(at, minor=True)
         axes.xaxis.set_major_locator(NullLocator())
         axes.tick_params(axis="x", which="minor", labelbottom=False)
@@ -485,7 +488,7 @@ def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
 
 @dataclass(frozen=True)
 class LeaveClassOut:
-    """One experiment of :func:`loco`: what the legend calls it, and arrays ``(c,)`` over classes."""
+    """One experiment of :func:`loco`: its name in the legend, and arrays ``(c,)`` over classes."""
 
     label: str
     classes: np.ndarray
@@ -495,12 +498,12 @@ class LeaveClassOut:
 
 
 def loco(experiments: Sequence[LeaveClassOut]) -> Figure:
-    """Estimated loss of each class against the test loss after training without it (Figs. 3a, 11d).
+    """Plot the estimated loss of each class against the test loss after retraining without it (Figs. 3a, 11d).
 
-    Numbers are classes; the larger a marker, the more test accuracy goes with its class.
+    Numbers denote classes. The marker size shows the drop in test accuracy if the class is removed.
 
     Args:
-        experiments: At least one.
+        experiments: At least one experiment.
     """
     with matplotlib.rc_context({**_PAPER, "font.size": 15}):
         figure, axes = _figure(6, 6)

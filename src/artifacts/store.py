@@ -320,7 +320,7 @@ def checked_array(
         expected = "numbers" if "f" in kinds else "integers"
         raise FileError(f"{path}: array {name!r} has dtype {values.dtype}, expected {expected}; {remedy}")
     if values.ndim != ndim or not values.size or (length is not None and len(values) != length):
-        expected = f"{ndim} axes" if length is None else f"{length} entries"
+        expected = f"a {ndim}-D array" if length is None else f"{length} entries"
         raise FileError(f"{path}: array {name!r} has shape {values.shape}, expected {expected}; {remedy}")
     if finite and not np.isfinite(values).all():
         count = np.count_nonzero(~np.isfinite(values))

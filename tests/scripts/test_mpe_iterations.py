@@ -137,7 +137,7 @@ def test_a_foreign_pickle_is_not_replaced(tmp_path):
 def test_variances_that_the_optimiser_does_not_have_are_refused_at_once(tmp_path, optimizer):
     result = call(LOO, *flags(tmp_path, "--optim_var", f"--optimizer={optimizer}"))
     assert result.status == 2
-    assert f"--optim_var: the state of {optimizer} holds no variances" in result.complaint
+    assert f"--optim_var: the state of {optimizer} has no variances" in result.complaint
     assert not (tmp_path / "models").exists()
 
 

@@ -141,7 +141,7 @@ def test_estimates_of_before_are_kept(done, copy_of, monkeypatch, other):
     written = path.stat().st_mtime_ns
     answer = succeed(VALIDATION, *flags(VALIDATION, base, "--resume"))
     assert passes == ([N] if other else [])
-    assert ("the estimates are those of the earlier run" in answer.err) is not other
+    assert ("reusing the estimates of an earlier run" in answer.err) is not other
     assert (path.stat().st_mtime_ns == written) is not other
     same(before, result(VALIDATION, base, "scores"))
     same(done[VALIDATION][1], result(VALIDATION, base))
