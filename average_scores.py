@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 r"""Average per-example scores over seeds, in the format that Proxy and the other scripts read.
 
-Reads {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz of compute_sam_sgd.py (SAMIS-L, SAMIS-P
-and, beside them, the plain mean loss of both models), or those of the SAMIS authors' code (the score alone), or
-{metrics_folder}/{exp}/seed_{seed}/ of a training run with --measure_proxies (all other scores). Writes
-{metrics_folder}/{sub}/{mode}_{dataset}.pkl and a json beside it that says how it was made. Seeds of different epochs,
-protocols, data or settings are refused.
+Reads {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz, written by compute_sam_sgd.py (SAMIS-L,
+SAMIS-P, and the mean loss of both models) or by the SAMIS authors' code (the score only), or
+{metrics_folder}/{exp}/seed_{seed}/, written by a training run with --measure_proxies (all other scores). Writes
+{metrics_folder}/{sub}/{mode}_{dataset}.pkl and a json file next to it that records how it was made. Seeds with
+different epochs, protocols, data, or settings are refused.
 
   python average_scores.py --dataset=digits --model=lenet --seeds 1 2 3
   python average_scores.py --dataset=cifar10 --model=resnet8 --seeds 1 2 3 --optimizer=sgd --modes forg etl flat eps
@@ -35,7 +35,7 @@ from src.models import ModelConfig
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", skip=("subset",))
     parser.add(ModelConfig, "model", only=("model",))
@@ -59,7 +59,7 @@ def main() -> None:
     args = parse()
     config, windows, data = build(AverageConfig, args), build(Windows, args), build(DataConfig, args)
     modes, dataset = wanted_modes(config), data.dataset
-    if ":" in dataset:  # own data are named by their content
+    if ":" in dataset:  # the name of the user's own data contains a hash of its content
         train, _ = data.load(args.datasets_folder)
         dataset = train.entry.name
 
@@ -91,17 +91,19 @@ def main() -> None:
         write_scores(path, values, record)
         print(
             f"{SCORES[mode].title}: mean of {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
-            f"before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
+            f"range before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
         )
     keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]
     print_next("plot_images.py", keep, modes=list(averages))
 
 
 def check_run(experiment: str | None, dataset: str, record: dict) -> str:
-    """The model of the run, whose name alone may have chosen it; stop if it is of other data."""
+    """Return the run's model, since --exp may select a run with any model. Refuse a run on another data set."""
     settings = record["settings"]
     if settings.get("dataset", dataset) != dataset:
-        raise FlagError(f"--exp {experiment}: is a run on {settings['dataset']}; give it as --dataset, not {dataset}")
+        raise FlagError(
+            f"--exp {experiment}: is a run on {settings['dataset']}, not {dataset}; give that as --dataset"
+        )
     return settings.get("model", record["model"])
 
 

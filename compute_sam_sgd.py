@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-r"""Score every training example with SAMIS: how differently an SGD-trained and a SAM-trained model treat it.
+r"""Score every training example with SAMIS: how much an SGD-trained and a SAM-trained model disagree about it.
 
-Reads the checkpoints of one epoch that train_split.py (ten splits: each example is scored by the pair that never saw
-it) or train_full.py (premature protocol: one pair, in sample) wrote under --models_folder. Writes the un-normalized
-scores of the seed to {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz; average_scores.py reads
-them.
+Reads the checkpoints of one epoch in --models_folder, written by train_split.py (ten splits: each example is scored
+by the pair that was not trained on it) or train_full.py (premature protocol: one pair, in sample). Writes the
+unnormalized scores of the seed to {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz, which
+average_scores.py reads.
 
   python compute_sam_sgd.py --dataset=digits --model=lenet --seed=1 --epochs=20 --protocol=full
   python compute_sam_sgd.py --dataset='cifar100' --model='resnet50' --seed=1234 --epochs=160
@@ -35,7 +35,7 @@ log = logging.getLogger("compute_sam_sgd")
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(ModelConfig, "models", only=("model",))
@@ -57,7 +57,7 @@ def main() -> None:
     context = RunContext(data, compute, folders.datasets_folder)
     name = context.entry.name
     checks = {"n": len(context.labels), "label_hash": context.label_hash}
-    memorization = read_memorization(args, name, checks)  # before the work, in case its file is damaged
+    memorization = read_memorization(args, name, checks)  # read first, so that a damaged file stops the script early
     run = SamisRun(context, config, folders)
     protocol, pairs = run.find_pairs()
     log.info("protocol %s: %d pair(s) of models", protocol, len(pairs))
@@ -83,7 +83,7 @@ def main() -> None:
     report(scores, memorization)
     print(*written, sep="\n")
     seeds, averaged = run.scored_seeds(settings), set()
-    with suppress(FileError, TypeError):  # a damaged record is for average_scores.py to refuse
+    with suppress(FileError, TypeError):  # average_scores.py reports a damaged record
         averaged = set(read_record(SCORES["samis_loss"].path(folders.metrics_folder, name)).get("seeds", ()))
     print_next(
         "average_scores.py",
@@ -95,10 +95,10 @@ def main() -> None:
 
 
 def read_memorization(args: Namespace, dataset: str, checks: dict) -> Proxy | None:
-    """The memorization scores to compare with.
+    """Read the memorization scores to compare with.
 
-    None where there are none, unless --scores_folder is given, which must have them. --metrics_folder is where this
-    script writes, so that the default folders are searched after it.
+    If --scores_folder is given, it must contain them. Otherwise, the function searches --metrics_folder, where this
+    script writes, and then the default folders, and returns None if there are none.
     """
     folders = score_folders(args.scores_folder, "mem")
     if folders is not None:
@@ -113,13 +113,13 @@ def read_memorization(args: Namespace, dataset: str, checks: dict) -> Proxy | No
 
 
 def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:
-    """Print the scores' statistics and, where memorization is known, how well they agree with it."""
+    """Print statistics of the scores and, if memorization scores exist, the agreement with them."""
     scored = np.flatnonzero(~np.isnan(scores["samis_loss"]))
     for title, field in (("SAMIS-L", "samis_loss"), ("SAMIS-P", "samis_prob")):
         values = scores[field][scored]
         print(
             f"{title}: mean {values.mean():.6g}, median {np.median(values):.6g}, "
-            f"smallest {values.min():.6g}, largest {values.max():.6g}"
+            f"min {values.min():.6g}, max {values.max():.6g}"
         )
     if memorization is None:
         return
@@ -128,8 +128,8 @@ def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:
         rho, p_value = spearman_test(a, b)
         shared = half_overlaps(a, b)
         print(
-            f"{title} and memorization: Spearman {rho:.4f} (p = {p_value:.2g}), in both lower halves "
-            f"{shared.lower} of {shared.lower_size}, in both upper halves {shared.upper} of {shared.upper_size}"
+            f"{title} and memorization: Spearman {rho:.4f} (p = {p_value:.2g}), shared examples: lower half "
+            f"{shared.lower} of {shared.lower_size}, upper half {shared.upper} of {shared.upper_size}"
         )
 
 

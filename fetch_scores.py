@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Fetch the published score files of a data set from their authors' repository, verified by size and hash.
+r"""Download the published score files of a data set from the authors' repository and verify their size and hash.
 
-Reads --base_url (by default the SAMIS authors' repository at a fixed commit). Writes
+Reads --base_url (by default, the SAMIS authors' repository at a fixed commit). Writes
 {folder}/{sub}/{mode}_{dataset}.pkl and, for cifar100, {folder}/memorization/cifar100_infl_matrix.npz, which is large.
-A file that is there already and is right is skipped; a file that is not the published one is not written.
+Skips files that already exist and are correct. Does not write a file that differs from the published one.
 
   python fetch_scores.py --dataset=cifar100
   python fetch_scores.py --dataset=cifar10 --modes forg etl --folder=metrics
@@ -23,20 +23,26 @@ def main() -> None:
     parser = Parser(__doc__)
     group = parser.add_argument_group("scores")
     group.add_argument(
-        "--dataset", default="cifar100", metavar="NAME", help=f"the data set; published are {published_summary()}"
+        "--dataset", default="cifar100", metavar="NAME", help=f"data set; published scores: {published_summary()}"
     )
     group.add_argument(
-        "--modes", nargs="+", choices=tuple(SCORES), metavar="MODE", help="which scores (default: all published ones)"
+        "--modes",
+        nargs="+",
+        choices=tuple(SCORES),
+        metavar="MODE",
+        help="scores to download (default: all published ones)",
     )
-    group.add_argument("--folder", type=Path, default=PACKAGED_SCORES, metavar="DIR", help="metrics folder to fill")
-    group.add_argument("--base_url", default=BASE_URL, metavar="URL", help="where the published folders stand")
-    group.add_argument("--overwrite", action="store_true", help="replace files of other content")
+    group.add_argument(
+        "--folder", type=Path, default=PACKAGED_SCORES, metavar="DIR", help="metrics folder to write to"
+    )
+    group.add_argument("--base_url", default=BASE_URL, metavar="URL", help="URL that contains the published folders")
+    group.add_argument("--overwrite", action="store_true", help="replace files with different content")
     args = parser.parse_args()
     if "://" not in args.base_url:
-        raise FlagError(f"--base_url {args.base_url}: is no address; give one such as {BASE_URL}")
+        raise FlagError(f"--base_url {args.base_url}: is not a URL; give one such as {BASE_URL}")
     for file in published_files(args.dataset, args.modes):
         fresh = fetch(file, args.folder, args.base_url, args.overwrite)
-        print(f"{file.path(args.folder)}: {'fetched and verified' if fresh else 'there already'}")
+        print(f"{file.path(args.folder)}: {'downloaded and verified' if fresh else 'already up to date'}")
     given = None if args.folder == PACKAGED_SCORES else args.folder
     print_next("plot_proxies.py", ["modes"], dataset=args.dataset, scores_folder=given)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Show the examples of each class with the lowest and the highest scores, one row per score.
+r"""Plot the examples of each class with the lowest and the highest scores, one row per score.
 
-Reads the data set and its score files, in --scores_folder and --metrics_folder where one is given, else in metrics/
-or among those that ship with the project. Writes, as PNG and PDF to {plots_folder}/images/{dataset}/,
+Reads the data set and its score files from --scores_folder and --metrics_folder if given, otherwise from metrics/ or
+from the scores shipped with the project. Writes to {plots_folder}/images/{dataset}/, as PNG and PDF:
 lowest_{modes}_{n}/{class} and highest_{modes}_{n}/{class}, and an overview of all classes by the first score,
 overview_{mode}_{n}.
 
@@ -36,7 +36,7 @@ ENDS = ("lowest", "highest")
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(ScoreConfig, "scores")
@@ -47,21 +47,25 @@ def parse() -> Namespace:
         choices=tuple(SCORES),
         default=["samis_loss", "samis_prob"],
         metavar="MODE",
-        help=f"which scores, one row each, of {', '.join(SCORES)}",
+        help=f"scores to plot, one row each: {', '.join(SCORES)}",
     )
-    group.add_argument("--n", type=number(int, 1, 50), default=5, help="images at each end of each class")
+    group.add_argument(
+        "--n", type=number(int, 1, 50), default=5, help="number of lowest and of highest examples per class"
+    )
     group.add_argument(
         "--classes", nargs="+", metavar="NAME", help="only these classes, by name or number (default: all)"
     )
-    group.add_argument("--only_overview", action="store_true", help="draw no figures of single classes")
+    group.add_argument(
+        "--only_overview", action="store_true", help="plot only the overview, not the figures of single classes"
+    )
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
     args = parser.parse_args()
-    build(DataConfig, args)  # checks them
+    build(DataConfig, args)  # validates the flags
     return args
 
 
 def main() -> None:
-    """Parse, read, sort, draw, print."""
+    """Parse, read, sort, plot, print."""
     args = parse()
     from src.metrics.plots import extremes
 
@@ -91,27 +95,27 @@ def main() -> None:
 
 
 def chosen_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
-    """The labels of the classes asked for; all without a choice."""
+    """The labels of the selected classes; all labels by default."""
     if wanted is None:
         return list(range(len(names)))
     known = {str(label): label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise FlagError(
-            f"--classes: there is no class {unknown[0]!r}; choose from {', '.join(names[:20])} or a number"
+            f"--classes: unknown class {unknown[0]!r}; choose from {', '.join(names[:20])}, or give a number"
         )
     return [known[name] for name in wanted]
 
 
 def fetch(images: ImageSet, positions: np.ndarray) -> np.ndarray:
-    """uint8 images ``(m, c, h, w)`` at positions of the set."""
+    """Return uint8 images ``(m, c, h, w)`` at these positions of the set."""
     import torch
 
     return images.fetch(torch.from_numpy(positions)).cpu().numpy()
 
 
 def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int], n: int, folder: Path) -> None:
-    """All classes by one score."""
+    """Plot the overview of all classes by one score."""
     from src.metrics.plots import overview
 
     rows = [
@@ -127,7 +131,7 @@ def draw_overview(images: ImageSet, proxy: Proxy, ends: dict, classes: list[int]
 
 
 def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: int, n: int, folder: Path) -> None:
-    """One class: a figure of the lowest and one of the highest, a row per score."""
+    """Plot one class: one figure of the lowest and one of the highest scores, one row per score."""
     from src.metrics.plots import class_grids
 
     rows = {mode: end for mode, end in ends.items() if end is not None and len(end[0])}

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-r"""Draw the distributions of stored scores, and compare them by rank.
+r"""Plot the distributions of stored scores, and compare scores by rank.
 
-Reads score files, in --scores_folder and --metrics_folder where one is given, else in metrics/ or among those that
-ship with the project. With --reference, the chosen scores are compared with those of another folder, such as the
+Reads score files from --scores_folder and --metrics_folder if given, otherwise from metrics/ or from the scores
+shipped with the project. With --reference, compares the selected scores with those in another folder, such as the
 published ones. Writes, as PNG and PDF,
 {plots_folder}/proxies/{dataset}/{mode}/all_{scores_hist,scores_distribution,prob_dist} and
-{plots_folder}/proxies/{dataset}/comparison, and the numbers as correlations.csv and correlations.json.
+{plots_folder}/proxies/{dataset}/comparison, and the correlations as correlations.csv and correlations.json.
 
   python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss
   python plot_proxies.py --dataset=cifar10 --scores_folder=examples/scores --reference=src/metrics
@@ -30,32 +30,37 @@ log = logging.getLogger("plot_proxies")
 
 
 def parse() -> Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", skip=("subset",))
     parser.add(ScoreConfig, "scores")
     group = parser.add_argument_group("figures")
     names = {"nargs": "+", "choices": tuple(SCORES), "metavar": "MODE"}
-    group.add_argument("--modes", **names, help=f"which scores, of {', '.join(SCORES)} (default: all that are found)")
+    group.add_argument("--modes", **names, help=f"scores to plot: {', '.join(SCORES)} (default: all that exist)")
     group.add_argument(
-        "--reference", type=Path, metavar="DIR", help="metrics folder of the scores to compare with (default: none)"
+        "--reference", type=Path, metavar="DIR", help="metrics folder with scores to compare with (default: none)"
     )
-    group.add_argument("--reference_modes", **names, help="which of its scores (default: all that are found)")
+    group.add_argument("--reference_modes", **names, help="scores to read from --reference (default: all that exist)")
     restrict(group, {("--reference_modes",): (lambda args: args.reference is not None, "without --reference")})
-    group.add_argument("--plot", choices=("scatter", "line"), default="scatter", help="how shares are drawn")
+    group.add_argument(
+        "--plot",
+        choices=("scatter", "line"),
+        default="scatter",
+        help="style of the plot of each example's fraction of the total score",
+    )
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
     args = parser.parse_args()
-    build(DataConfig, args)  # checks them
+    build(DataConfig, args)  # validates the flags
     return args
 
 
 def main() -> None:
-    """Parse, read, draw, compare, print."""
+    """Parse, read, plot, compare, print."""
     args = parse()
     from src.metrics.plots import comparison
 
     if ":" not in args.dataset:
-        found_modes(args, args.dataset)  # before anything is downloaded
+        found_modes(args, args.dataset)  # fails before anything is downloaded
     dataset, labels, checks = read_labels(args)
     proxies = read_proxies(args, dataset, checks)
     references = read_references(args, dataset, checks) if args.reference else proxies
@@ -100,13 +105,13 @@ def main() -> None:
 
 
 def read_labels(args: Namespace) -> tuple[str, np.ndarray | None, dict]:
-    """The data set's name in paths and, if it can be loaded, its training labels and what scores must match."""
+    """The data set's name in paths. If it can be loaded, also its training labels, and the facts to check scores with."""
     try:
         train, _ = build(DataConfig, args).load(args.datasets_folder)
     except FileError as error:
         if ":" in args.dataset:
             raise
-        log.warning("%s; correlations within classes are left out", error)
+        log.warning("%s; skipping correlations within classes", error)
         return args.dataset, None, {}
     labels = train.labels.numpy()
     checks = {"n": len(labels), "label_hash": label_hash(labels), "data_hash": train.digest}
@@ -114,7 +119,7 @@ def read_labels(args: Namespace) -> tuple[str, np.ndarray | None, dict]:
 
 
 def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
-    """The chosen scores, or all that are found, with the folders to search."""
+    """The selected scores, or all that exist, with the folders to search."""
     found = {}
     for mode in args.modes or SCORES:
         folders = score_folders(args.scores_folder, mode, args.metrics_folder)
@@ -126,30 +131,28 @@ def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
             continue
         found[mode] = folders
     if not found:
-        # its error names the folders that were searched, and the command that makes scores
+        # The error lists the searched folders and the command that creates scores.
         find_score_file("samis_loss", dataset, score_folders(args.scores_folder, "samis_loss", args.metrics_folder))
     return found
 
 
 def read_proxies(args: Namespace, dataset: str, checks: dict) -> dict[str, Proxy]:
-    """The chosen scores, or all that are found."""
+    """The selected scores, or all that exist."""
     return {
         mode: Proxy(mode, dataset, folder=folders, **checks) for mode, folders in found_modes(args, dataset).items()
     }
 
 
 def read_references(args: Namespace, dataset: str, checks: dict) -> dict[str, Proxy]:
-    """The chosen scores of the reference folder, or all that stand there; no other folder is searched."""
+    """The selected scores in the reference folder, or all that exist there. No other folder is searched."""
     if not args.reference.is_dir():
-        raise FlagError(f"--reference {args.reference}: there is no such folder; give a metrics folder")
+        raise FlagError(f"--reference {args.reference}: folder does not exist; give a metrics folder")
     paths = {mode: SCORES[mode].path(args.reference, dataset) for mode in args.reference_modes or SCORES}
     missing = [path for path in paths.values() if not path.exists()]
     if args.reference_modes and missing:
-        raise FileError(f"{missing[0]}: there is no such score file; choose others with --reference_modes")
+        raise FileError(f"{missing[0]}: score file not found; choose other scores with --reference_modes")
     if len(missing) == len(paths):
-        raise FlagError(
-            f"--reference {args.reference}: holds no scores of {dataset}; give a metrics folder that does"
-        )
+        raise FlagError(f"--reference {args.reference}: has no scores of {dataset}; give a metrics folder that does")
     return {
         mode: Proxy(mode, dataset, folder=args.reference, **checks) for mode, path in paths.items() if path.exists()
     }

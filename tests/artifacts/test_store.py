@@ -165,7 +165,7 @@ def test_a_copied_file_is_refused():
 )
 def test_an_array_of_a_file_is_checked(value, says):
     content = {} if value is None else {"x": value}
-    with pytest.raises(FileError, match=f"^a: .*{says}.*; make it again"):
+    with pytest.raises(FileError, match=f"^a: .*{says}.*; recreate it"):
         checked_array("a", content, "x", length=2)
 
 

@@ -723,7 +723,7 @@ def test_the_file_that_is_read_is_named(tmp_path):
 
 def test_published_scores_that_cannot_be_had(tmp_path):
     flags = ("--dataset=cifar10", "--modes=forg", f"--folder={tmp_path}", "--base_url=http://127.0.0.1:9")
-    refuse("fetch_scores.py", *flags, status=FILE, says=("forg_cifar10.pkl", "address"), keep=tmp_path)
+    refuse("fetch_scores.py", *flags, status=FILE, says=("forg_cifar10.pkl", "URL"), keep=tmp_path)
     path = SCORES["forg"].path(tmp_path, "cifar10")
     path.parent.mkdir(exist_ok=True)
     path.write_text("the user's own")

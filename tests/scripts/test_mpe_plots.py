@@ -187,7 +187,9 @@ def test_other_covariances_between_classes(place):
 
 def test_windows_of_the_moving_average(place):
     script = "plot_loo_l2reg.py"
-    refused(place, script, FLAG, f"--window 7: .*old_cv.pkl holds {E} deltas; give at most {E}", more=("--window", 7))
+    refused(
+        place, script, FLAG, f"--window 7: .*old_cv.pkl has only {E} deltas; give at most {E}", more=("--window", 7)
+    )
     refused(place, script, FLAG, "--window: 0 is not an integer of at least 1", more=("--window", 0))
     _, result = draw(place, script, "--window", 1)
     assert result.out.count("0.4000 at delta 1000") == 2
@@ -224,8 +226,8 @@ def test_files_of_two_runs_are_not_drawn_together(place):
 @pytest.mark.parametrize("more", [(), ("--corrected",)])
 def test_only_the_control_is_retrained(place, empty, more):
     change(place, "retrain", indices_retrain=empty, softmax_deviations=np.empty(0))
-    refused(place, "plot_validation_sensitivities.py", FILE, r"old_retrain.pkl: no model is retrained yet; "
-            "repeat 3_validation_sensitivities.py .*--resume", more=more)  # fmt: skip
+    refused(place, "plot_validation_sensitivities.py", FILE, r"old_retrain.pkl: no model has been retrained yet; "
+            "run 3_validation_sensitivities.py .*--resume", more=more)  # fmt: skip
 
 
 def test_correlations_are_told_apart_for_random_and_spread_examples(place, monkeypatch):
