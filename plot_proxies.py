@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def read_labels(args: Namespace) -> tuple[str, np.ndarray | None, dict]:
-    """The data set's name in paths. If it can be loaded, also its training labels, and the facts to check scores with."""
+    """The data set's name in paths and, if it can be loaded, its training labels and the facts to compare."""
     try:
         train, _ = build(DataConfig, args).load(args.datasets_folder)
     except FileError as error:
