@@ -428,7 +428,7 @@ class Draws:
 
     def __init__(self, count: int, budget: int, epsilon: float, generator: np.random.Generator) -> None:
         self.size = math.ceil(count / max(budget, 1) * math.log(1.0 / epsilon))
-        self._unused, self._place, self._left = np.arange(count), np.arange(count), count
+        self._unused, self._slot, self._left = np.arange(count), np.arange(count), count
         self._generator = generator
 
     def draw(self) -> np.ndarray:
@@ -441,8 +441,8 @@ class Draws:
     def take(self, position: int) -> None:
         """Mark a position as used."""
         self._left -= 1
-        place, last = self._place[position], self._unused[self._left]
-        self._unused[place], self._place[last] = last, place
+        slot, last = self._slot[position], self._unused[self._left]
+        self._unused[slot], self._slot[last] = last, slot
 
 
 def random_parts(

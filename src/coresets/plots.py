@@ -92,15 +92,15 @@ def line_styles(methods: Sequence[str]) -> dict[str, dict]:
     From the tenth method on, colors repeat with other markers, hollow, and dash-dotted lines.
     """
     styles = {REFERENCE: {"color": _BLACK, "marker": "o", "markersize": 5, "linestyle": "--", "zorder": 4}}
-    for place, method in enumerate(m for m in methods if m != REFERENCE):
-        again = (place // len(_COLORS)) % 2
+    for index, method in enumerate(m for m in methods if m != REFERENCE):
+        again = (index // len(_COLORS)) % 2
         styles[method] = {
-            "color": _COLORS[place % len(_COLORS)],
-            "marker": _MARKERS[place % len(_MARKERS)],
+            "color": _COLORS[index % len(_COLORS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
             "markersize": 9,
             "linestyle": _DASH_DOT if again else "-",
-            "markerfacecolor": "white" if again else _COLORS[place % len(_COLORS)],
-            "markeredgecolor": _COLORS[place % len(_COLORS)] if again else "white",
+            "markerfacecolor": "white" if again else _COLORS[index % len(_COLORS)],
+            "markeredgecolor": _COLORS[index % len(_COLORS)] if again else "white",
             "zorder": 3,
         }
     return {method: styles[method] for method in methods}

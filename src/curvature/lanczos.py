@@ -325,7 +325,7 @@ class Lanczos:
 
 
 def rademacher(size: int, seed: int, number: int, purpose: str) -> Tensor:
-    """A vector ``(size,)`` of random signs on the CPU, float32, that depends on the arguments alone."""
+    """A vector ``(size,)`` of random signs, float32 on the CPU, fully determined by the arguments."""
     generator = rng.generator(seed, number, purpose)
     return torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8).float().mul_(2).sub_(1)
 

@@ -464,19 +464,19 @@ class KernelVelocities:
                 f"{cheaper if per_example > 1 else ''}--m_samples={max(fits // 2, 1)}",
             )
         try:
-            told = forecast(model, images, labels, size, config.ntk_classes, projection_dim=config.projection_dim,
+            cost = forecast(model, images, labels, size, config.ntk_classes, projection_dim=config.projection_dim,
                             memory_mb=config.memory_mb)  # fmt: skip
         except ValueError as error:
             raise FileError(f"{path}: {error}") from error
         log.info(
             "a kernel of %d examples has %d rows and takes about %s and %s (Psi, never formed, would take %s)",
-            size, told.rows, gib(told.peak_bytes), duration(told.seconds), gib(told.psi_bytes),
+            size, cost.rows, gib(cost.peak_bytes), duration(cost.seconds), gib(cost.psi_bytes),
         )  # fmt: skip
         if config.keep_kernels:
-            on_disk = 4 * told.rows**2
+            on_disk = 4 * cost.rows**2
             every = len(self.paths) * len(self.lowers) * on_disk
             log.info("kernels take %s on disk, %s each", gib(every), gib(on_disk))
-        if free is not None and told.peak_bytes > free:
+        if free is not None and cost.peak_bytes > free:
             log.warning(
                 "only %s are free; use a smaller --memory_mb or --m_samples, or --ntk_classes=true_label", gib(free)
             )

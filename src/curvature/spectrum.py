@@ -117,8 +117,8 @@ def find_model(config: CheckpointConfig, models_folder: Path, context: RunContex
     expected: dict[str, Any] = {"seed": config.seed, "epoch": config.epochs}
     if config.exp is not None:
         name, experiment = config.model, config.exp
-        path, said = _find_named(config, models_folder, context)
-        expected |= said
+        path, implied = _find_named(config, models_folder, context)
+        expected |= implied
     else:
         name = config.model or DEFAULT_MODEL
         experiment, flags = config.find_full_run(name, models_folder, context.entry.name, config.seed)
@@ -138,8 +138,8 @@ def _find_named(config: CheckpointConfig, models_folder: Path, context: RunConte
             found = context.find_checkpoints(models_folder, config.exp, config.seed, [config.epochs], script, **flags)
             path = found[config.epochs]
             split = flags.get("samis_validation_split_index")
-            said = {name: flags[name] for name in ("optimizer", "lr_sched")}
-            return path, {**said, "validation_split": None if split is None else int(split)}
+            implied = {name: flags[name] for name in ("optimizer", "lr_sched")}
+            return path, {**implied, "validation_split": None if split is None else int(split)}
     path = find_checkpoint(models_folder, config.exp, config.seed, config.epochs)
     if path is None:
         makers = (maker for sign, maker in _MAKERS.items() if sign in config.exp)

@@ -139,7 +139,9 @@ class PerExampleEngine(ABC):
     def __enter__(self) -> Self:
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self._parameters:
-            raise ValueError("cannot compute per-example gradients of a model none of whose parameters requires one")
+            raise ValueError(
+                "per-example gradients need a parameter that requires a gradient, but the model has none"
+            )
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._kept = keep_freed_blocks()
         self._evaluating = eval_mode(self.model)

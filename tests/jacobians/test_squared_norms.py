@@ -233,7 +233,7 @@ def test_refuses_a_model_without_trainable_parameters_and_bad_quantities():
         with pytest.raises(ValueError, match="quantities must be"):
             squared(images, labels, lambda z, y: losses(z, y).detach())
     net.requires_grad_(False)
-    with pytest.raises(ValueError, match="none of whose parameters"), SquaredNorms(net):
+    with pytest.raises(ValueError, match="but the model has none"), SquaredNorms(net):
         pass
     assert not any(m._forward_hooks for m in net.modules())
 
