@@ -681,7 +681,7 @@ def test_another_pretraining_that_is_not_on_disk_is_named_by_its_hash(blobs, tmp
 def test_a_stored_selection_of_another_subset_has_one_advice(blobs, tmp_path):
     run = (*pruning(f"npz:{blobs}", tmp_path), "--coreset_func=random", "--coreset_fraction=0.5")
     succeed("train_prune.py", *run)
-    says = "give the subset it was made with, or give --overwrite to replace it"
+    says = "use the subset it was made with, or (give|use) --overwrite to replace it"
     refuse("train_prune.py", *run, "--subset=30", status=FILE, says=says, keep=tmp_path)
 
 
