@@ -466,7 +466,7 @@ def _all_chunks(
                 if files:
                     files.finish(these, part, last=done == numbers.stop)
                 after_chunk(_joined(parts))
-            log.info("%d of %d models are trained", numbers.stop, count)
+            log.debug("%d of %d models are trained", numbers.stop, count)
     return _joined(parts)
 
 

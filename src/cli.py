@@ -20,6 +20,7 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, field, fields
@@ -183,6 +184,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             epilog="Default folders are in the repository root; other paths are relative to the current folder.",
         )
+        help = "print details, such as the loss of each epoch, that otherwise go to the log file only"
+        self.add_argument("--verbose", action="store_true", help=help)
 
     def add(
         self,
@@ -259,6 +262,11 @@ class Parser(argparse.ArgumentParser):
         """
         words = sys.argv[1:] if args is None else list(args)
         found = super().parse_args(words, namespace)
+        if found.verbose and _speaks():
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, _BarHandler):
+                    handler.setLevel(logging.DEBUG)
+        del found.verbose  # no setting of the work
         known = self._option_string_actions
         given = {flag: known[flag] for flag in (word.split("=")[0] for word in words) if flag in known}
         for flag, action in given.items():
@@ -407,15 +415,27 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging() -> None:
-    """Log to the console only. Under torchrun, all processes but the first log only warnings."""
+    """Log to the console only. Under torchrun, all processes but the first log only warnings.
+
+    DEBUG lines of this project and warnings of libraries are details. They go to the log file of ``log_to``, and to
+    the console with ``--verbose``.
+    """
     root = logging.getLogger()
     root.setLevel(logging.INFO)
+    for package in ("src", "mpe"):
+        logging.getLogger(package).setLevel(logging.DEBUG)
+    warnings.showwarning = _log_warning
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
     console = _BarHandler(logging.INFO if _speaks() else logging.WARNING)
     console.setFormatter(_LOG_LINE)
     root.addHandler(console)
+
+
+def _log_warning(message: Warning | str, category: type[Warning], filename: str, line: int, *_: Any) -> None:
+    """Take the place of ``warnings.showwarning``, which prints."""
+    logging.getLogger(__name__).debug("%s: %s (%s:%d)", category.__name__, message, filename, line)
 
 
 def log_to(file: Path) -> None:

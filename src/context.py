@@ -345,11 +345,20 @@ class TrainingRun:
         """
         context, config, folder = self.context, self.config, self.dynamics_folder
         entry, name, training = context.entry, config.model.model, config.training
+        log_file = self.folders.log_folder / self.experiment / f"seed_{training.seed}.log"
         if context.group.is_main_process:
-            log_to(self.folders.log_folder / self.experiment / f"seed_{training.seed}.log")
+            log_to(log_file)
             if config.measure_proxies:
                 require_writable(folder)
-        log.info("%s: %d training and %d test examples", self.experiment, len(self.train), len(context.test))
+        log.info(
+            "%s, seed %d: %d training and %d test examples, %d epochs; log: %s",
+            self.experiment,
+            training.seed,
+            len(self.train),
+            len(context.test),
+            training.epochs,
+            log_file,
+        )
         if MODELS[name].pretrain is not None and not config.model.pretrained:
             log.info(
                 "%s is initialized randomly; the SAMIS experiments start from ImageNet weights (--pretrained)",
@@ -390,7 +399,7 @@ class TrainingRun:
             dynamics.write(folder / DYNAMICS_FILE, context.labels, self.settings)
             if self.final_scores:
                 write_end_of_training_scores(folder, model, self.batches(self.train), dynamics.arrays())
-            log.info("per-example dynamics and scores are in %s", folder)
+            log.debug("per-example dynamics and scores are in %s", folder)
         context.group.wait()
         return history
 

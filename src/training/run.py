@@ -338,7 +338,8 @@ class _Run:
                     self._write_weights(epoch, state["model"])
                 self._publish(trainer.history)
             return True
-        log.info("no resume state in %s: starting from the beginning", files.resume)
+        level = logging.WARNING if files.states() else logging.DEBUG
+        log.log(level, "no usable resume state in %s: starting from the beginning", files.resume)
         return False
 
     def _read_rows(self, epochs: int) -> dict[int, np.ndarray]:
@@ -360,7 +361,7 @@ class _Run:
         row = None if trainer.dynamics is None else trainer.dynamics.rows[epoch]
         self._written = self._writer.submit(self._write, epoch, row, _snapshot(trainer.state()))
         record = trainer.history[-1]
-        log.info(
+        log.debug(
             "epoch %d/%d: train loss %.5f accuracy %.2f %%, test loss %.5f accuracy %.2f %%, %.1f s",
             epoch,
             trainer.config.epochs,

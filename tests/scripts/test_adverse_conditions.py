@@ -180,7 +180,7 @@ def test_damaged_pretraining_is_made_again(blobs, tmp_path):
 @pytest.mark.parametrize("name", ["models", "metrics", "log", "resume_ckpts"])
 def test_a_folder_that_cannot_be_written_is_found_before_training(blobs, tmp_path, name):
     (tmp_path / name).write_text("a file in place of a folder")
-    done = call("train_full.py", *quick(blobs, tmp_path, "--measure_proxies"))
+    done = call("train_full.py", *quick(blobs, tmp_path, "--measure_proxies", "--verbose"))
     check(done, "train_full.py", FILE, f"{tmp_path / name}/")
     assert "epoch 1/3" not in done.err
     assert (tmp_path / name).read_text() == "a file in place of a folder"
