@@ -36,7 +36,8 @@ def test_help_explains_every_flag(script, monkeypatch):
     done = call(script, "--help")
     assert (done.status, done.err) == (0, "")
     parser = parsers(script, monkeypatch)
-    for action in parser._actions[1:]:  # the first is --help itself
+    assert [action.dest for action in parser._actions[:2]] == ["help", "verbose"]  # in every script, in no group
+    for action in parser._actions[2:]:
         if action.help == argparse.SUPPRESS:  # flags of the paper's scripts that mean nothing here
             continue
         assert action.help, action.option_strings

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 import pytest
+from support import Forked
 
 from src.cli import Parser, build, log_to, number, option
 from src.errors import FileError, FlagError
@@ -78,3 +79,24 @@ def test_a_run_keeps_the_loggers_of_its_caller(tmp_path):
         for handler in root.handlers[len(before) :]:
             root.removeHandler(handler)
             handler.close()
+
+
+def test_details_and_library_warnings_go_to_the_log_file(tmp_path):
+    script, log = tmp_path / "speak.py", tmp_path / "run.log"
+    script.write_text(
+        "import logging, warnings\n"
+        "from pathlib import Path\n"
+        "from src.cli import Parser, log_to, run_script\n"
+        "def main():\n"
+        "    Parser('test').parse_args()\n"
+        f"    log_to(Path({str(log)!r}))\n"
+        "    warnings.warn('old interface', DeprecationWarning)\n"
+        "    logging.getLogger('src.module').debug('a detail')\n"
+        "    logging.getLogger('src.module').info('a fact')\n"
+        "run_script(main)\n"
+    )
+    quiet, verbose = Forked(script).result(), Forked(script, "--verbose").result()
+    assert [result.status for result in (quiet, verbose)] == [0, 0]
+    assert [line.split(" | ")[-1] for line in quiet.err.splitlines()] == ["a fact"]
+    for text in (log.read_text(), verbose.err):
+        assert all(found in text for found in ("DeprecationWarning: old interface", "a detail", "a fact"))
