@@ -1,4 +1,4 @@
-"""What the five experiments share: data, model, base training, variances, and results that survive interruptions."""
+"""Code shared by the five experiments: data, model, base training, variances, and resumable results."""
 
 import copy
 import logging
@@ -36,7 +36,7 @@ from src.training import (
 log = logging.getLogger(__name__)
 
 LOSS_CAP = -math.log(EPS)  # nats
-DATA_AND_MODEL = (  # settings that base training and retraining have in common
+DATA_AND_MODEL = (  # settings shared by base training and retraining
     "dataset",
     "image_size",
     "channels",
@@ -49,13 +49,13 @@ DATA_AND_MODEL = (  # settings that base training and retraining have in common
     "initialization",
     "base_shuffle",
 )
-_FREE = (  # flags that change neither a result nor what it is called
+_FREE = (  # flags that affect neither a result nor its name
     "device",
     "resume",
     "overwrite",
     "datasets_folder",
     "cache_folder",
-    "decode",  # what it changed is recorded as "decoding"
+    "decode",  # its effect is recorded as "decoding"
     "models_folder",
     "metrics_folder",
     "log_folder",
@@ -71,31 +71,31 @@ _FREE = (  # flags that change neither a result nor what it is called
 
 
 def forms_of(class_cov: str) -> tuple[str, ...]:
-    """The forms of class covariance that one pass for ``class_cov`` serves, beside the one asked for."""
+    """The forms of class covariance that one pass with ``class_cov`` can compute, including ``class_cov`` itself."""
     return ("diag",) if class_cov == "diag" else CLASS_COVARIANCES
 
 
 class Experiment:
-    """One experiment: its model, base training, and variances of its predictions.
+    """One experiment: its model, base training, and the variances of its predictions.
 
     Args:
-        config: What the experiments have in common.
-        data: The data set, and which of its training examples are used.
-        compute: Where and how to compute.
-        folders: Where data, checkpoints, resume states and the log are.
-        kind: What the result file is called after the experiment's name.
-        flags: The flags, for the record in the result file.
+        config: The settings shared by all experiments.
+        data: The data set, and which of its training examples to use.
+        compute: Device, precision, and other compute settings.
+        folders: The folders for data, checkpoints, resume states, and logs.
+        kind: The suffix of the result file, after the experiment's name.
+        flags: The flags, to be recorded in the result file.
 
     Attributes:
-        context: Device and data, under the normalization ``"mpe"``.
+        context: Device and data, with normalization ``"mpe"``.
         record: The flags as plain values.
         train: The training examples.
-        count: N, their number.
+        count: N, the number of training examples.
         files: Checkpoints and resume states of the base run.
-        model: The model, as it was built or trained.
+        model: The model, newly built or trained.
 
     Raises:
-        ArgumentError: Data and model do not fit each other.
+        ArgumentError: The model does not support the data.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class Experiment:
             experiment_folder(folders.models_folder, run, config.seed),
             resume_folder(folders.resume_ckpts_folder, run, config.seed),
         )
-        self.model = self.build()  # data that the model cannot take are refused here
+        self.model = self.build()  # refuses data that the model does not support
         require_writable(config.pickles_folder)
 
     def build(self) -> nn.Module:
-        """A fresh model: for one seed, always the same."""
+        """Build the untrained model, which depends only on the seed."""
         entry, config = self.context.entry, self.config
         model = build_model(config.model, entry.num_classes, entry.channels, entry.image_size, config.seed)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -131,21 +131,21 @@ class Experiment:
 
     @property
     def channels_last(self) -> bool:
-        """Whether the model and its images have their channels last in memory: faster to train on a CPU."""
+        """Whether the model and its images use the channels-last memory format, which trains faster on a CPU."""
         return MODELS[self.config.model].channels_last
 
     def batches(
         self, images: ImageSet, size: int, order: str = "sequential", channels_last: bool | None = None
     ) -> Batches:
-        """Batches, not augmented; laid out as the model, or as ``channels_last`` says."""
+        """Create batches without augmentation, in the model's memory format unless ``channels_last`` is given."""
         last = self.channels_last if channels_last is None else channels_last
         return self.context.batches(images, size, order=order, seed=self.config.seed, channels_last=last)
 
     def prepared(self, images: ImageSet) -> Tensor:
-        """All images, normalized, ``(n, c, h, w)``: what is trained on many times over."""
+        """Normalize all images ``(n, c, h, w)`` once, for repeated training."""
         found, start = None, 0
         for batch in self.batches(images, 1000):
-            if found is None:  # all of it at once: joining parts would hold them twice
+            if found is None:  # allocated in full, since concatenating parts would need twice the memory
                 found = empty_images(batch.images, len(images))
             stop = start + len(batch.images)
             found[start:stop] = batch.images
@@ -155,7 +155,7 @@ class Experiment:
     # ------------------------------------------------------------------------------------------ results
 
     def settings(self) -> dict[str, Any]:
-        """Everything that determines the result."""
+        """All settings that determine the result."""
         return {
             **acting_settings({name: value for name, value in self.record.items() if name not in _FREE}),
             **MODELS[self.config.model].settings,
@@ -164,12 +164,12 @@ class Experiment:
         }
 
     def data_and_model(self) -> dict[str, Any]:
-        """The settings of data and model, which base training and retraining have in common."""
+        """The settings of the data and the model, which base training and retraining share."""
         settings = self.settings()
         return {name: settings[name] for name in DATA_AND_MODEL if name in settings}
 
     def result(self, kind: str | None = None, **settings: Any) -> "Result":
-        """The result file of this experiment, by default of its own kind; ``settings`` are further ones."""
+        """Open a result file of this experiment, by default of its own kind, with additional ``settings``."""
         config = self.config
         path = pickle_path(config.pickles_folder, config.name_exp, kind or self.kind)
         more = {"resume": config.resume, "overwrite": config.overwrite}
@@ -183,17 +183,17 @@ class Experiment:
         measure: Callable[[Trainer], None] = lambda trainer: None,
         after_step: Sequence[Callable[[Trainer, int, int], None]] = (),
     ) -> Trainer:
-        """Train the model on all examples, resumably; ``self.model`` is the trained one.
+        """Train ``self.model`` on all examples. Training can be resumed.
 
-        The objective is ``mean CE + delta / (2 N) |w|^2``: as weight decay delta / N of sgd and adam, decoupled for
-        adamw, in iblr's prior.
+        The objective is ``mean CE + delta / (2 N) |w|^2``. The L2 term is implemented as weight decay delta / N for
+        sgd and adam, as decoupled weight decay for adamw, and as the prior for iblr.
 
         Args:
             measure: Called after each epoch, before its state is written.
             after_step: Called after each step.
 
         Returns:
-            The loop, which has the optimizer and the history.
+            The trainer, which has the optimizer and the history.
         """
         config = self.config
         prior = {"delta": config.delta} if config.optimizer == "iblr" else {"weight_decay": config.delta / self.count}
@@ -231,7 +231,7 @@ class Experiment:
         return trainer
 
     def test_metrics(self, model: nn.Module | None = None) -> tuple[float, float]:
-        """Test accuracy and mean NLL of a model, by default ``self.model``."""
+        """Compute the test accuracy and mean NLL of a model, by default ``self.model``."""
         batches = self.batches(self.context.test, max(self.config.bs, 1000))
         loss, accuracy = evaluate(
             model or self.model, batches, precision=self.context.precision.name, loss_cap=LOSS_CAP
@@ -248,13 +248,13 @@ class Experiment:
         model: nn.Module | None = None,
         images: ImageSet | None = None,
     ) -> Predictions:
-        """Predictions on the training examples with variances of Laplace's posterior.
+        """Predict on the training examples, with variances of a Laplace posterior.
 
         Args:
             delta: Prior precision.
             structure: ``"kfac"`` or ``"diag"``.
-            model: The model; default ``self.model``.
-            images: The training examples; default all.
+            model: The model; by default ``self.model``.
+            images: The training examples; by default all.
         """
         config, model = self.config, self._channels_first(model or self.model)
         batches = self.batches(images or self.train, config.bs_jacs, channels_last=False)
@@ -267,7 +267,7 @@ class Experiment:
             return predict(engine, batches, progress=True)
 
     def from_optimizer(self, trainer: Trainer) -> Predictions:
-        """The same with the posterior that the optimizer's state holds (iblr, adam)."""
+        """Predict on the training examples, with variances of the posterior in the optimizer's state (iblr, adam)."""
         posterior = optimizer_posterior(
             trainer.optimizer, trainer.model, num_examples=self.count, delta=self.config.delta
         )
@@ -275,7 +275,7 @@ class Experiment:
             return predict(engine, self.batches(self.train, self.config.bs_jacs, channels_last=False), progress=True)
 
     def _channels_first(self, model: nn.Module) -> nn.Module:
-        """The model for per-example gradients, which take up to 1.6 times as long with channels last; a copy then."""
+        """The model or a copy in channels-first format, which makes per-example gradients up to 1.6 times faster."""
         return copy.deepcopy(model).to(memory_format=torch.contiguous_format) if self.channels_last else model
 
     def _engine(self, model: nn.Module, posterior: Posterior) -> OutputVariances:
@@ -283,9 +283,10 @@ class Experiment:
         return OutputVariances(model, posterior, full=config.class_cov != "diag", memory_mb=config.memory_mb)
 
     def check_variances(self, delta: float = 1.0, structure: str = "kfac") -> None:
-        """Compute variances of two examples, so that a model which cannot have them is refused before training.
+        """Compute the variances of two examples, in order to refuse unsupported models before training.
 
-        This project's engine needs no posterior for that: it refuses the same models under a unit covariance.
+        This project's engine does not need a posterior for this check: it refuses the same models with a unit
+        covariance.
         """
         two = self.train.subset(torch.arange(min(2, self.count)))
         try:
@@ -301,21 +302,21 @@ class Experiment:
 
 
 class Result:
-    """One result file, written as results come.
+    """One result file, written incrementally.
 
     Args:
-        path: The pickle.
-        record: The flags, for its key ``args``.
-        settings: Everything that determines the result, for its key ``settings``.
-        resume: Whether to continue from what is there.
-        overwrite: Whether a result with different settings may be replaced.
+        path: The pickle's path.
+        record: The flags, stored under the key ``args``.
+        settings: All settings that determine the result, stored under the key ``settings``.
+        resume: Whether to continue from an existing result.
+        overwrite: Whether to replace a result with different settings.
 
     Attributes:
-        stored: What was there and is continued from; empty for a start from scratch.
-        replaces: Whether there is a file with different settings, which may be replaced.
+        stored: The existing content to continue from; empty when starting from scratch.
+        replaces: Whether an existing file with different settings is going to be replaced.
 
     Raises:
-        FileError: The file contains a result with different settings, or is damaged.
+        FileError: The file has a result with different settings, or is damaged.
     """
 
     def __init__(
@@ -331,27 +332,27 @@ class Result:
         return write_pickle(self.path, {**content, "args": self.record, "settings": self.settings})
 
     def rows_before(self, rows: Mapping[int, Any], wanted: Iterable[int], now: int, what: str) -> dict[int, Any]:
-        """Rows measured at epochs or steps before ``now``, at which training continues.
+        """Select the rows measured before ``now``, the epoch or step at which training continues.
 
         Args:
-            rows: What was measured, by epoch or step.
+            rows: The measurements, by epoch or step.
             wanted: The epochs or steps to measure at.
-            now: The present one.
-            what: What a row is, for the message.
+            now: The current epoch or step.
+            what: A description of a row, for the message.
 
         Raises:
-            FileError: One is missing.
+            FileError: A row is missing.
         """
         missing = [time for time in sorted(wanted) if time < now and time not in rows]
         if missing:
             raise FileError(
-                f"{self.path}: has no {what} {missing[0]}, which training has passed; start without --resume"
+                f"{self.path}: has no {what} {missing[0]}, but training is already past it; start without --resume"
             )
         return {time: row for time, row in rows.items() if time < now}
 
 
 def _read(path: Path) -> tuple[Any, Mapping[str, Any] | None]:
-    """A result, and the settings that it records."""
+    """Read a result and the settings that it records."""
     found = read_pickle(path)
     settings = found.get("settings") if isinstance(found, dict) else None
     return found, settings if isinstance(settings, dict) else None

@@ -1,4 +1,4 @@
-"""Retraining a model without some of its examples, many times: in ensembles, chunk by chunk, and resumable."""
+"""Retrain a model many times, each time without some of its examples: in ensembles, in chunks, and resumable."""
 
 import hashlib
 import logging
@@ -49,25 +49,25 @@ from src.training.ensemble import Ensemble, vectorised_is_faster, why_not_vector
 log = logging.getLogger(__name__)
 
 _STATE_FORMAT = "retraining-1"
-_TOGETHER = 64  # steps whose labels are gathered, and whose losses are looked at, at once
-_KEEP_STATES = 2  # the newest, and the one before it in case that one is damaged
+_TOGETHER = 64  # number of steps whose labels are gathered, and whose losses are checked, at once
+_KEEP_STATES = 2  # the newest, and the previous one in case the newest is damaged
 _CHUNK = re.compile(r"networks_(\d+)_(\d+)\.npz")
 _STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
 
-_NUMBERS = "model_numbers"  # the entry with the models that a file is of; files of older versions lack it
+_NUMBERS = "model_numbers"  # the entry that records which models a file contains; absent in files of older versions
 
 
 class RetrainingFiles:
     """The folder of one run.
 
-    It holds ``settings.json``, ``networks_{start}_{stop}.npz`` for each finished chunk (or model, where these are
-    measured one by one), and ``state_{start}_{stop}_epoch_{e}.pt`` of the unfinished chunk. Models are counted from
-    0, ``stop`` is exclusive. All files are of the settings in ``settings.json``.
+    It contains ``settings.json``, ``networks_{start}_{stop}.npz`` for each finished chunk (or model, if models are
+    measured one at a time), and ``state_{start}_{stop}_epoch_{e}.pt`` for the unfinished chunk. Models are counted
+    from 0; ``stop`` is exclusive. All files have the settings in ``settings.json``.
 
     Args:
         folder: The folder.
-        settings: Everything that determines the results.
-        save_seconds: The least time between two states.
+        settings: All settings that determine the results.
+        save_seconds: The minimum time between two states, in seconds.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], save_seconds: float) -> None:
@@ -75,12 +75,12 @@ class RetrainingFiles:
         self._saved = time.monotonic()
 
     def start(self, *, resume: bool, overwrite: bool) -> None:
-        """Take the folder; results that are damaged or have different settings go only with ``overwrite``."""
+        """Prepare the folder. Damaged results or ones with different settings are removed only with ``overwrite``."""
         require_writable(self.folder)
         path = self.folder / "settings.json"
         chunks = [self._chunk(range(*found)) for found in self._found(_CHUNK)]
         if (chunks or self._found(_STATE)) and not path.exists() and not overwrite:
-            raise FileError(f"{path}: is missing beside results; {REPLACE}")
+            raise FileError(f"{path}: is missing, but the folder has results; {REPLACE}")
         if load_result(path, self.settings, _read_settings, overwrite=overwrite) is None or not resume:
             self.forget_states()
             for file in chunks:
@@ -88,9 +88,9 @@ class RetrainingFiles:
         write_json(path, self.settings)
 
     def finished(self, count: int) -> tuple[list[dict[str, np.ndarray]], int]:
-        """The arrays of finished chunks, from model 0 on without a gap, and how many models they are of.
+        """Read the arrays of finished chunks, starting at model 0 and without gaps, and count their models.
 
-        Damaged files are passed over, with a warning.
+        Damaged files are skipped with a warning.
         """
         parts: list[dict[str, np.ndarray]] = []
         columns: dict[str, tuple[Any, ...]] = {}  # kind and shape by name
@@ -104,35 +104,35 @@ class RetrainingFiles:
                 _check_numbers(path, part.pop(_NUMBERS, None), range(start, stop))
                 numbers = all(values.ndim and values.dtype.kind in "biuf" for values in part.values())
                 if not numbers or max(map(len, part.values()), default=0) != stop - start:  # a control has fewer
-                    raise FileError(f"{path}: does not have numbers for {stop - start} models")
+                    raise FileError(f"{path}: does not contain numbers for {stop - start} models")
                 these = {name: (values.dtype.kind, values.shape[1:]) for name, values in part.items()}
                 if parts and these != columns:
-                    raise FileError(f"{path}: does not have what the chunks before it have")
+                    raise FileError(f"{path}: its arrays differ from those of the previous chunks")
             except FileError as error:
-                log.warning("%s; these models are retrained", error)
+                log.warning("%s; retraining these models", error)
                 continue
             parts.append(part)
             columns, reached = these, stop
         return parts, reached
 
     def chunk_around(self, number: int, count: int) -> range | None:
-        """The chunk that was trained but not measured to its end, if ``number`` is the first that was not."""
+        """The chunk that was trained but only partly measured, if model ``number`` is the first one not measured."""
         found = [range(start, stop) for start, stop, _ in self._found(_STATE) if start < number < stop <= count]
         return found[0] if found else None
 
     def finish(self, numbers: range, part: Mapping[str, np.ndarray], *, last: bool = True) -> None:
-        """Write what was measured; after a chunk's last models, remove what only an unfinished one needs."""
+        """Write the measurements. After a chunk's last models, remove its states."""
         write_npz(self._chunk(numbers), **part, **{_NUMBERS: np.array([numbers.start, numbers.stop])})
         if last:
             self.forget_states()
 
     def forget_states(self) -> None:
-        """Remove what only an unfinished chunk needs."""
+        """Remove the states of unfinished chunks."""
         for start, stop, epoch in self._found(_STATE):
             self._state(range(start, stop), epoch).unlink(missing_ok=True)
 
     def save(self, ensemble: Ensemble, numbers: range, epoch: int, epochs: int) -> None:
-        """Write the state after an epoch, if it is time; after the last one always, as measuring may fail."""
+        """Write the state if enough time has passed, and always after the last epoch, since measuring may fail."""
         if epoch < epochs and time.monotonic() - self._saved < self.save_seconds:
             return
         state = {"format": _STATE_FORMAT, "settings": self.settings, "epoch": epoch, "ensemble": ensemble.state()}
@@ -143,23 +143,23 @@ class RetrainingFiles:
             self._state(numbers, old).unlink(missing_ok=True)
 
     def states(self, numbers: range, epochs: int) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-        """The readable states of a chunk, newest first: path, epoch and the ensemble's state."""
+        """Yield the readable states of a chunk, newest first: path, epoch, and the ensemble's state."""
         for epoch in self._states(numbers):
             path = self._state(numbers, epoch)
             try:
                 state = read_checkpoint(path)
                 foreign = (state.get("format"), state.get("epoch")) != (_STATE_FORMAT, epoch) or epoch > epochs
                 if foreign or not all(isinstance(state.get(name), dict) for name in ("settings", "ensemble")):
-                    raise FileError(f"{path}: is not the state of such a chunk")
+                    raise FileError(f"{path}: is not a state of this chunk")
                 _check_numbers(path, state.get(_NUMBERS), numbers)
-                check_settings_match(path, state["settings"], self.settings, remedy="it is not used")
+                check_settings_match(path, state["settings"], self.settings, remedy="ignoring it")
             except FileError as error:
-                log.warning("%s; using the state before it", error)
+                log.warning("%s; using the previous state", error)
                 continue
             yield path, epoch, state["ensemble"]
 
     def _found(self, pattern: re.Pattern) -> list[tuple[int, ...]]:
-        """The numbers in the names of files, ascending."""
+        """The numbers in the names of matching files, ascending."""
         names = [pattern.fullmatch(file.name) for file in self.folder.iterdir()]
         return sorted(tuple(map(int, name.groups())) for name in names if name)
 
@@ -181,7 +181,7 @@ def _read_settings(path: Path) -> tuple[Any, Any]:
 
 
 def _check_numbers(path: Path, recorded: Any, numbers: range) -> None:
-    """Refuse a file that was copied or renamed, and is of other models than those in its name."""
+    """Refuse a copied or renamed file that contains other models than its name implies."""
     if recorded is not None:
         check_identity(path, {"models": np.asarray(recorded).tolist()}, models=[numbers.start, numbers.stop])
 
@@ -191,15 +191,15 @@ class RetrainSettings:
     """How models are retrained.
 
     Attributes:
-        epochs: Passes over the examples that are left.
+        epochs: Number of passes over the remaining examples.
         batch_size: Examples per step.
-        learning_rate: Of the first epoch.
-        lr_min: What the cosine schedule falls towards.
-        delta: The L2 parameter: the objective is the batch's mean loss plus ``delta / (2 N) |w|^2``, N the number of
-            examples that are left.
-        shuffle: One of ``mpe.schedules.SHUFFLES``.
-        seed: Of the shuffles, and of dropout where a model has it.
-        optimizer: ``sgd`` (momentum 0.9), ``adam`` or ``adamw``.
+        learning_rate: Learning rate of the first epoch.
+        lr_min: Final learning rate of the cosine schedule.
+        delta: The L2 parameter. The objective is the batch's mean loss plus ``delta / (2 N) |w|^2``, where N is the
+            number of remaining examples.
+        shuffle: One of ``mpe.config.SHUFFLES``.
+        seed: Seed for shuffling, and for dropout if the model has it.
+        optimizer: ``sgd`` (momentum 0.9), ``adam``, or ``adamw``.
     """
 
     epochs: int
@@ -213,7 +213,7 @@ class RetrainSettings:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """16 hex digits of a model's parameters and buffers: equal for equal bits."""
+    """Hash a model's parameters and buffers bit by bit, as 16 hex digits."""
     weights = hashlib.sha256()
     for value in model.state_dict().values():
         weights.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -222,7 +222,7 @@ def weights_hash(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What all chunks have in common; the fields are arguments of ``retrain``, checked."""
+    """The data and settings shared by all chunks. The fields are the checked arguments of ``retrain``."""
 
     model: nn.Module
     images: Tensor
@@ -235,7 +235,7 @@ class Run:
     vectorised: bool
 
     def facts(self) -> dict[str, Any]:
-        """What determines the results, as plain values."""
+        """All settings that determine the results, as plain values."""
         order = hashlib.sha256()
         for entry in self.removed:
             order.update(np.int64(len(entry)).tobytes() + entry.tobytes())
@@ -253,7 +253,7 @@ class Run:
         }
 
     def schedules(self, numbers: range, epoch: int) -> MemberSchedules:
-        """Which examples the models of a chunk see in an epoch."""
+        """The examples that the models of a chunk see in an epoch."""
         removed, total = [self.removed[number] for number in numbers], len(self.images)
         if self.permutation is not None:
             found = shared_schedules(removed, self.permutation(epoch))
@@ -265,7 +265,7 @@ class Run:
         return found.to(self.images.device, masks=device if self.vectorised else "cpu")
 
     def train(self, numbers: range, files: RetrainingFiles | None, bar: tqdm) -> Ensemble:
-        """Train one chunk, from the newest state of it if there is one."""
+        """Train one chunk, continuing from its newest state if there is one."""
         settings = self.settings
         ensemble, done = self._resumed(numbers, files)
         bar.update(done)
@@ -275,7 +275,7 @@ class Run:
             if schedules is None or self.permutation is not None:
                 schedules = self.schedules(numbers, epoch)
             lr = rate("cosine", epoch, settings.epochs, settings.learning_rate, settings.lr_min)
-            with torch.random.fork_rng(devices=devices):  # dropout can only draw from the global generators
+            with torch.random.fork_rng(devices=devices):  # dropout always draws from the global generators
                 torch.manual_seed(derived_seed(settings.seed, epoch, f"retraining {numbers.start}"))
                 finite = one_epoch(ensemble, self.images, self.labels, schedules, settings.batch_size, lr)
             self._check(finite, numbers, epoch)
@@ -286,7 +286,7 @@ class Run:
         return ensemble
 
     def _resumed(self, numbers: range, files: RetrainingFiles | None) -> tuple[Ensemble, int]:
-        """A chunk as it was left, and how many epochs it has done."""
+        """Restore a chunk from its newest state, and return it with its number of finished epochs."""
         total = len(self.images)
         l2 = [self.deltas[number] / (total - len(self.removed[number])) for number in numbers]
         build = partial(
@@ -298,13 +298,13 @@ class Run:
             vectorised=self.vectorised,
         )
         for path, epoch, state in files.states(numbers, self.settings.epochs) if files else ():
-            ensemble = build()  # again: a state that does not fit may have been taken in part
+            ensemble = build()  # rebuilt for each state, since a state that does not fit may be partly loaded
             try:
                 ensemble.restore(state)
             except ValueError as error:
-                log.warning("%s: %s; using the state before it", path, error)
+                log.warning("%s: %s; using the previous state", path, error)
                 continue
-            log.info("retraining continues after epoch %d of %d", epoch, self.settings.epochs)
+            log.info("continuing retraining after epoch %d of %d", epoch, self.settings.epochs)
             return ensemble, epoch
         return build(), 0
 
@@ -314,29 +314,29 @@ class Run:
         number = numbers[int((~finite).nonzero()[0])]
         raise TrainingError(
             f"the loss is not finite in epoch {epoch} of retraining model {number + 1} of {len(self.removed)}; "
-            f"a smaller learning rate may help (it is {self.settings.learning_rate:g})"
+            f"try a lower learning rate (currently {self.settings.learning_rate:g})"
         )
 
 
 def one_epoch(
     ensemble: Ensemble, images: Tensor, labels: Tensor, schedules: MemberSchedules, batch_size: int, lr: float
 ) -> Tensor:
-    """Let all members take one pass over their examples; never more than one step's images are gathered.
+    """Train all members for one epoch, gathering the images of only one step at a time.
 
     Args:
         ensemble: The members.
         images: All images ``(N, ...)``.
         labels: All labels ``(N,)``.
-        schedules: The members' schedules, best on the images' device.
+        schedules: The members' schedules, ideally on the images' device.
         batch_size: Examples per step.
         lr: The learning rate.
 
     Returns:
-        Whether all losses of each member were finite, boolean ``(M,)``, on the ensemble's device.
+        Whether all losses of each member are finite, boolean ``(M,)``, on the ensemble's device.
     """
     device = ensemble.device
     finite = torch.ones(len(ensemble), dtype=torch.bool, device=device)
-    space = None  # one step's images: memory that is had again in each step has to be mapped again
+    space = None  # a reused buffer for one step's images: allocating it in every step would map its memory again
     steps = schedules.steps(batch_size)
     for first in range(0, steps, _TOGETHER):
         stop, losses = min(first + _TOGETHER, steps), []
@@ -382,42 +382,41 @@ def retrain(
     permutation: Callable[[int], Tensor] | None = None,
     save_seconds: float = 30.0,
 ) -> dict[str, np.ndarray]:
-    """Train one model for each entry of ``removed``, all from the weights of ``model``, and measure them.
+    """Train and measure one model for each entry of ``removed``, starting from the weights of ``model``.
 
-    Models are trained in chunks, each an ``Ensemble``. A resumed run returns the very bits of an uninterrupted one,
-    on the same machine with the same chunks; others change roundings, and what dropout draws.
+    Models are trained in chunks, each an ``Ensemble``. On the same machine with the same chunks, a resumed run
+    returns bit-identical results. Different chunks change rounding and the random numbers of dropout.
 
     Args:
-        model: The trained model, on its device; left as it is.
+        model: The trained model, on its device; unchanged.
         images: All N training images, normalized, ``(N, ...)``; on the model's device or another.
         labels: int64 ``(N,)``.
-        removed: What each model goes without, as positions in ``images``. An empty entry is a control: retrained
-            by the same rule on all examples, it tells what retraining alone changes.
+        removed: The positions in ``images`` that each model is trained without. An empty entry is a control:
+            retrained on all examples in the same way, it shows the effect of retraining alone.
         settings: How to train.
-        measure: Called with each trained chunk and the numbers of its models (positions in ``removed``); returns
-            arrays, those of the chunks to be joined along their first axis.
-        measure_each: In its place, where measuring takes long: called with the weights of one trained model after
-            the other and its number; returns numbers, which are kept before the next model is measured.
-        chunk: Models trained side by side; memory grows with it.
-        folder: Where to keep finished chunks, and the state of an unfinished one; None for nowhere.
-        key: What determines the results beside the arguments (data set, base training): stored in ``folder``.
-        resume: Whether to continue from what is in ``folder``.
-        overwrite: Whether ``folder`` may contain results with different settings, which are then removed.
-        vectorised: Whether chunks train all models at once; None for what is faster.
-        after_chunk: Called with the arrays so far, whenever there are more.
-        replay: For ``shuffle="replay"``, as ``extra_draws``; see ``mpe.schedules.shuffle_seeds``.
-        extra_draws: Numbers drawn after each retraining of the replayed script.
-        deltas: An L2 parameter for each model, in place of that of the settings.
-        permutation: Gives the order of all N examples in an epoch (from 1), the same for all models, in place of
-            the shuffle of the settings.
-        save_seconds: The least time between two states of an unfinished chunk.
+        measure: Called with each trained chunk and the numbers of its models (positions in ``removed``). Returns
+            arrays, which are concatenated over chunks along their first axis.
+        measure_each: Replaces ``measure`` if measuring takes long. Called with the weights and the number of one
+            trained model at a time. Returns numbers, which are saved before the next model is measured.
+        chunk: Number of models trained in parallel; memory grows with it.
+        folder: Folder for finished chunks and the state of an unfinished one; None to store nothing.
+        key: Other settings that determine the results (data set, base training); stored in ``folder``.
+        resume: Whether to continue from the files in ``folder``.
+        overwrite: Whether to remove results with different settings from ``folder``.
+        vectorised: Whether to train all models of a chunk at once; None for whichever is faster.
+        after_chunk: Called with all arrays so far whenever there are new ones.
+        replay: For ``shuffle="replay"``, see ``mpe.schedules.shuffle_seeds``.
+        extra_draws: For ``shuffle="replay"``, how many numbers the replayed script draws after each retraining.
+        deltas: One L2 parameter per model, which replaces that of the settings.
+        permutation: Returns the order of all N examples in an epoch (from 1), shared by all models; it replaces the
+            shuffle of the settings.
+        save_seconds: The minimum time between two states of an unfinished chunk, in seconds.
 
     Returns:
-        The measured arrays of all chunks, joined along their first axis.
+        The measured arrays of all chunks, concatenated along their first axis.
 
     Raises:
-        FileError: ``folder`` contains results with different settings, cannot be written, or another process works
-                in it.
+        FileError: ``folder`` has results with different settings, cannot be written, or is in use by another process.
         TrainingError: A loss is not finite.
     """
     left_out = [np.sort(np.asarray(entry, dtype=np.int64)) for entry in removed]
@@ -444,11 +443,11 @@ def _all_chunks(
     measure_each: MeasureEach | None,
     after_chunk: Callable[[Arrays], None],
 ) -> Arrays:
-    """Read what is finished, train the rest, measure what is not measured."""
+    """Read finished chunks, train the remaining models, and measure those not measured yet."""
     count, epochs = len(run.removed), run.settings.epochs
     parts, done = files.finished(count) if files else ([], 0)
     if done:
-        log.info("%d of %d models were retrained before", done, count)
+        log.info("%d of %d models were retrained in an earlier run", done, count)
         after_chunk(_joined(parts))
     if files and done == count:
         files.forget_states()
@@ -466,14 +465,14 @@ def _all_chunks(
                 if files:
                     files.finish(these, part, last=done == numbers.stop)
                 after_chunk(_joined(parts))
-            log.debug("%d of %d models are trained", numbers.stop, count)
+            log.debug("retrained %d of %d models", numbers.stop, count)
     return _joined(parts)
 
 
 def _measured(
     ensemble: Ensemble, numbers: range, done: int, measure: Measure | None, measure_each: MeasureEach | None
 ) -> Iterator[tuple[range, Arrays]]:
-    """What is measured of a chunk: of all its models at once, or of one after the other from number ``done`` on."""
+    """Measure a chunk: all its models at once, or one at a time starting at number ``done``."""
     if measure is not None:
         yield numbers, {name: np.asarray(values) for name, values in measure(ensemble, numbers).items()}
         return
@@ -487,7 +486,7 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def check_retraining(experiment: Experiment, retraining: RetrainingConfig, counts: Sequence[int]) -> None:
-    """Refuse what cannot be retrained, before anything is trained.
+    """Refuse experiments that cannot be retrained, before anything is trained.
 
     Args:
         experiment: The experiment.
@@ -495,28 +494,28 @@ def check_retraining(experiment: Experiment, retraining: RetrainingConfig, count
         counts: The number of examples that each model will be trained on.
 
     Raises:
-        ArgumentError: Examples of one class would be left out of examples of one class; the model cannot be
-            vectorized and is to be; or BatchNorm would get a last batch of one example, which it cannot normalize.
+        ArgumentError: All training examples belong to one class; vectorized training is requested but the model does
+            not support it; or the last batch would have one example, which BatchNorm cannot normalize.
     """
     config, record = experiment.config, experiment.record
     if min(counts) < experiment.count and len(experiment.train.labels.unique()) < 2:
         raise ArgumentError(
             "subset",
-            f"{record['subset']}: its {experiment.count} training examples are of one class; give some of two "
-            "classes or more",
+            f"{record['subset']}: all {experiment.count} training examples belong to one class; give examples of at "
+            "least two classes",
         )
     _vectorised(experiment, retraining)
     single = [count for count in counts if min(count, count % config.bs or config.bs) == 1]
     if single and not trains_on_one(experiment.model, experiment.train.image_shape):
         raise ArgumentError(
             "bs",
-            f"{config.bs}: {single[0]} examples leave a last batch of one, which this model's BatchNorm cannot "
-            "normalize; give another size",
+            f"{config.bs}: with {single[0]} examples, the last batch has one example, which this model's BatchNorm "
+            "cannot normalize; give another batch size",
         )
 
 
 def _vectorised(experiment: Experiment, retraining: RetrainingConfig) -> bool:
-    """Whether models are trained as one batch of models."""
+    """Whether models are trained in vectorized ensembles."""
     config, reason = experiment.config, why_not_vectorised(experiment.model)
     if retraining.ensemble == "vectorised" and reason:
         raise ArgumentError("ensemble", f"vectorised: {reason} in model {config.model}; give auto or sequential")
@@ -526,10 +525,12 @@ def _vectorised(experiment: Experiment, retraining: RetrainingConfig) -> bool:
 
 
 def how_to_run(experiment: Experiment, retraining: RetrainingConfig) -> dict[str, Any]:
-    """Arguments of ``retrain`` that an experiment determines: where files are, and how models train side by side."""
+    """The arguments of ``retrain`` that an experiment determines: the folder, and how models train in parallel."""
     config, vectorised = experiment.config, _vectorised(experiment, retraining)
     return {
-        "chunk": retraining.ensemble_size if vectorised else 1,  # one after another: each is written when it is done
+        "chunk": retraining.ensemble_size
+        if vectorised
+        else 1,  # sequential: each model is written when it is finished
         "folder": experiment.files.resume / "retraining",
         "resume": config.resume,
         "overwrite": config.overwrite,
@@ -547,16 +548,16 @@ def retrain_without(
     *,
     extra_draws: int = 0,
 ) -> Arrays:
-    """Retrain from ``experiment.model`` without some of the examples, many times, resumably.
+    """Retrain from ``experiment.model`` many times, each time without some of the examples. The run can be resumed.
 
     Args:
-        experiment: The experiment, its model trained.
+        experiment: The experiment, with a trained model.
         retraining: How to retrain.
         images: All training images, normalized.
-        removed: Positions that each model goes without.
+        removed: The positions that each model is trained without.
         measure: See ``retrain``.
-        write: Called with what was measured so far, after each chunk of models.
-        extra_draws: Numbers that the paper's script draws between two retrainings, for ``replay``.
+        write: Called with all measurements so far after each chunk of models.
+        extra_draws: For ``replay``, how many numbers the paper's script draws between two retrainings.
     """
     config, entry = experiment.config, experiment.context.entry
     settings = RetrainSettings(
@@ -579,7 +580,7 @@ def retrain_without(
         removed,
         settings,
         measure=measure,
-        key=experiment.data_and_model(),  # with the base weights, all that determines the rows
+        key=experiment.data_and_model(),  # together with the base weights, these determine the rows
         after_chunk=write,
         replay=replay,
         extra_draws=extra_draws,

@@ -1,7 +1,7 @@
-"""Which examples each retrained model sees, in which order.
+"""The order in which each retrained model visits its examples.
 
-Each retrained model shuffles the examples that are left once and visits them in that order in every epoch. Batches
-are cut from that order, so every batch but the last is full.
+Each retrained model shuffles its remaining examples once and visits them in that order in every epoch. Batches are
+consecutive slices of that order, so every batch except the last is full.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +15,19 @@ from src import rng
 from src.devices import upload
 
 PASSES_BEFORE = 6
-"""Passes over loaders before the first retraining of the papers' scripts, each of which draws one number: training
-batches, evaluation on training and test data, a first look, the fit and the variances of the Laplace posterior."""
+"""Number of passes over data loaders before the first retraining in the papers' scripts. Each pass draws one random
+number. The passes are: training batches, evaluation on training and test data, a first batch, and the fit and the
+variances of the Laplace posterior."""
 
 
 @dataclass(frozen=True)
 class MemberBatch:
-    """Which examples the members see in one step.
+    """The examples that the members see in one step.
 
     Attributes:
-        index: Positions in the data, int32 ``(m, b)``, or ``(b,)`` for all members; on the table's device.
-        weights: What they count, boolean ``(m, b)``, on the device of the schedules' masks; None where all count 1.
-        active: Which members see any, boolean ``(m,)`` on the CPU; None for all.
+        index: Positions in the data, int32 ``(m, b)``, or ``(b,)`` shared by all members; on the table's device.
+        weights: Example weights, boolean ``(m, b)``, on the device of the schedules' masks; None if all are 1.
+        active: Which members see any example, boolean ``(m,)`` on the CPU; None for all.
     """
 
     index: Tensor
@@ -36,13 +37,13 @@ class MemberBatch:
 
 @dataclass(frozen=True)
 class MemberSchedules:
-    """The orders of m members over L steps of one example.
+    """The visiting orders of m members, of length L.
 
     Attributes:
-        table: Positions, int32 ``(m, L)`` (padded with 0 at the end), or ``(L,)`` for all members.
-        counts: How many examples each member trains on, int64 ``(m,)``, on the CPU.
-        kept: With a shared table, which of its entries count, boolean ``(m, L)`` on the CPU; None where all do.
-        masks: ``kept``, or else ``counts``, on the device where weights are wanted; None for the CPU.
+        table: Positions, int32 ``(m, L)`` (padded with 0 at the end), or ``(L,)`` shared by all members.
+        counts: Number of examples that each member trains on, int64 ``(m,)``, on the CPU.
+        kept: For a shared table, which entries each member uses, boolean ``(m, L)`` on the CPU; None for all.
+        masks: ``kept`` if not None, otherwise ``counts``, on the device of the weights; None for the CPU.
     """
 
     table: Tensor
@@ -59,26 +60,26 @@ class MemberSchedules:
         return self.table.ndim == 1
 
     def to(self, device: torch.device | str, masks: torch.device | str = "cpu") -> "MemberSchedules":
-        """The same with the table on a device.
+        """Copy the schedules with the table on a device.
 
         Args:
-            device: Of the table, best that of the images.
-            masks: Where weights are wanted: on the members' device if they are stacked, else on the CPU, where the
-                examples that count are picked.
+            device: Device of the table, ideally that of the images.
+            masks: Device of the weights: the members' device if they are stacked, otherwise the CPU, where the
+                examples with nonzero weight are selected.
         """
         found = self.counts if self.kept is None else self.kept
         return MemberSchedules(upload(self.table, device), self.counts, self.kept, upload(found, masks))
 
     def steps(self, batch_size: int) -> int:
-        """Batches in an epoch."""
+        """Number of batches per epoch."""
         return -(-self.table.shape[-1] // batch_size)
 
     def batch(self, step: int, batch_size: int) -> MemberBatch:
-        """The examples of one step, counted from 0."""
+        """The examples of one step, counting from 0."""
         start = step * batch_size
         stop = min(start + batch_size, self.table.shape[-1])
         index = self.table[..., start:stop]
-        # What is asked about weights is asked of arrays on the CPU, so that a GPU is not waited for.
+        # Control flow depends only on arrays on the CPU, which avoids GPU synchronization.
         if self.shared:
             chosen = None if self.kept is None else self.kept[:, start:stop]
             if chosen is None or chosen.numpy().all():
@@ -102,26 +103,26 @@ def shuffle_seeds(
     replay: torch.Generator | None = None,
     extra_draws: int = 0,
 ) -> list[int]:
-    """The seed of each model's permutation.
+    """Compute the seed of each model's permutation.
 
     Args:
-        removed: The positions that each model goes without, ascending; none for a control.
+        removed: The positions removed for each model, ascending; empty for a control.
         shuffle: One of ``mpe.config.SHUFFLES``.
         seed: The run's seed.
-        replay: For ``replay``, the generator at the first retraining (``replay_generator``); it is not advanced.
-        extra_draws: For ``replay``, numbers that the script draws after each retraining: 1 where it evaluates the
-            test set (leaving out classes), 0 where it evaluates single images.
+        replay: For ``replay``, the generator's state at the first retraining (``replay_generator``); not advanced.
+        extra_draws: For ``replay``, how many numbers the script draws after each retraining: 1 if it evaluates the
+            test set (leaving out classes), 0 if it evaluates single images.
 
     Returns:
-        As many seeds; under ``shared`` all are equal. Under ``replay`` a control, which the papers' scripts do not
-        have, takes the first retraining's seed, without advancing the sequence.
+        One seed per model. With ``shared``, all are equal. With ``replay``, a control, which the papers' scripts do
+        not have, uses the first retraining's seed without advancing the sequence.
     """
     if shuffle == "shared":
         return [rng.derived_seed(seed, 0, "retraining, shared")] * len(removed)
     if shuffle == "seeded":
         return [rng.derived_seed(seed, 0, f"retraining without {','.join(map(str, left))}") for left in removed]
     sequence, first = replay.clone_state(), replay.clone_state()
-    _draw(first, 1)  # a loader draws for its workers, then its sampler draws the seed
+    _draw(first, 1)  # a data loader draws a seed for its workers, then its sampler draws the shuffle seed
     control = _draw(first, 1)
     seeds = []
     for left in removed:
@@ -135,12 +136,12 @@ def shuffle_seeds(
 
 
 def own_schedules(removed: Sequence[np.ndarray], seeds: Sequence[int], total: int) -> MemberSchedules:
-    """Each model's own permutation of the examples that are left for it.
+    """Build schedules in which each model has its own permutation of its remaining examples.
 
     Args:
-        removed: The positions that each model goes without.
-        seeds: Of each permutation.
-        total: N.
+        removed: The positions removed for each model.
+        seeds: The seed of each permutation.
+        total: N, the number of examples.
     """
     counts = torch.tensor([total - len(left) for left in removed])
     table = torch.zeros(len(removed), int(counts.max()), dtype=torch.int32)
@@ -155,17 +156,17 @@ def own_schedules(removed: Sequence[np.ndarray], seeds: Sequence[int], total: in
 
 
 def shared_schedules(removed: Sequence[np.ndarray], permutation: Tensor) -> MemberSchedules:
-    """One order for all models; what one goes without counts nothing for it.
+    """Build schedules with one order for all models, in which a model's removed examples have weight 0.
 
     Args:
-        removed: The positions that each model goes without.
-        permutation: Of all N examples, int64 ``(N,)``.
+        removed: The positions removed for each model.
+        permutation: Permutation of all N examples, int64 ``(N,)``.
     """
     total = len(permutation)
     counts = torch.tensor([total - len(left) for left in removed])
     kept = None
     if bool((counts < total).any()):
-        kept = torch.ones(len(removed), total, dtype=torch.bool)  # by position, then in the order of the table
+        kept = torch.ones(len(removed), total, dtype=torch.bool)  # by position; reordered like the table below
         for row, left in enumerate(removed):
             kept[row, torch.from_numpy(left)] = False
         kept = kept[:, permutation]
@@ -173,21 +174,22 @@ def shared_schedules(removed: Sequence[np.ndarray], permutation: Tensor) -> Memb
 
 
 def seeded_permutation(total: int, seed: int) -> Tensor:
-    """A permutation of N examples by a generator of its own."""
+    """Draw a permutation of N examples with a separate generator."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
 
 
 def replay_generator(build: Callable[[], object], *, seed: int = 1, passes: int = PASSES_BEFORE) -> torch.Generator:
-    """The random numbers of the papers' scripts, from the first retraining on.
+    """Create a generator that reproduces the papers' random numbers, starting at the first retraining.
 
-    Those scripts seed torch's global generator, build the model on the CPU and iterate over loaders, each of which
-    draws a number. The same numbers come here from a generator of its own; the global one is left as it was.
+    The papers' scripts seed torch's global generator, build the model on the CPU, and iterate over data loaders, each
+    of which draws a number. This function reproduces these draws in a separate generator. The global generator is
+    unchanged.
 
     Args:
-        build: Builds the model, drawing from torch's global generator without seeding it: an entry of
-            ``src.models.MODELS``, not ``build_model``, which seeds.
+        build: Builds the model, drawing from torch's global generator without seeding it: ``build`` of an entry of
+            ``src.models.MODELS``, not ``build_model``, which seeds the generator.
         seed: The scripts' seed.
-        passes: Passes over loaders between building and the first retraining.
+        passes: Number of passes over data loaders between building the model and the first retraining.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
@@ -201,7 +203,7 @@ def replay_generator(build: Callable[[], object], *, seed: int = 1, passes: int 
 
 
 def _draw(generator: torch.Generator, times: int) -> int:
-    """What a loader draws, so many times; the last number."""
+    """Repeat a data loader's draw and return the last number."""
     number = 0
     for _ in range(times):
         number = int(torch.empty((), dtype=torch.int64).random_(generator=generator))

@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was():
 def test_a_loss_that_is_not_finite_says_what_to_change(vectorised):
     settings = RetrainSettings(**{**vars(SETTINGS), "learning_rate": 1e200, "lr_min": 0.0})
     with pytest.raises(
-        TrainingError, match=r"epoch \d of retraining model 1 of 5; a smaller learning rate may.*1e\+200"
+        TrainingError, match=r"epoch \d of retraining model 1 of 5; try a lower learning rate.*1e\+200"
     ):
         run(settings, vectorised=vectorised)
 

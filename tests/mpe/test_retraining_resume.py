@@ -137,7 +137,7 @@ def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path, monkeypatch, ca
     lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 1
     assert str(newest) in lines[0]
-    assert "using the state before it" in lines[0]
+    assert "using the previous state" in lines[0]
 
 
 def test_a_damaged_chunk_is_retrained(tmp_path, caplog):

@@ -250,7 +250,7 @@ def test_a_finished_run_without_its_estimates_does_not_pass_for_done(tmp_path, c
         path.unlink()
     result = call(LOO, *flags(tmp_path, *change, "--resume"))
     assert result.status == 1
-    assert "t_iter.pkl: has no estimate of epoch 1, which training has passed" in result.complaint
+    assert "t_iter.pkl: has no estimate of epoch 1, but training is already past it" in result.complaint
     assert remove or path.read_bytes() == before
 
 

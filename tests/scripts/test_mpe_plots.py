@@ -120,7 +120,7 @@ def test_as_a_user_runs_them(place, folder, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_missing_file_names_the_script_that_makes_it(place, script):
     number = list(SCRIPTS).index(script) + 1
-    refused(place, script, FILE, r"nope_\w+\.pkl: there is no such file", rf"examples/{number}_\w+\.py",
+    refused(place, script, FILE, r"nope_\w+\.pkl: file not found", rf"examples/{number}_\w+\.py",
             rf"--name_exp nope --pickles_folder {place}", r"\(there: old\)", name="nope")  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_correlations_are_told_apart_for_random_and_spread_examples(place, monke
     for same in (np.zeros(6, bool), np.ones(6, bool)):
         change(place, "retrain", **content, spread=same)
         assert "examples:" not in call(f"examples/{script}", *flags(place, script)).out
-    for wrong, says in ((np.full(6, 2), "'spread' is from 2 to 2"), (np.zeros(5), "lengths differ: .*5 spread")):
+    for wrong, says in ((np.full(6, 2), "'spread' ranges from 2 to 2"), (np.zeros(5), "lengths differ: .*5 spread")):
         change(place, "retrain", **content, spread=wrong)
         refused(place, script, FILE, says)
 

@@ -91,8 +91,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
     np.testing.assert_array_equal(half[key][:rows], wanted[key][:rows])
     assert np.isfinite(half[key]).sum() == rows
     resumed = succeed(script, *flags(script, broken, *more, "--resume"))
-    assert "models were retrained before" in resumed.err
-    assert f"retraining continues after epoch 1 of {epochs}" in resumed.err
+    assert "models were retrained in an earlier run" in resumed.err
+    assert f"continuing retraining after epoch 1 of {epochs}" in resumed.err
     same(wanted, result(script, broken))
     if script == VALIDATION:
         same(result(script, whole, "scores"), result(script, broken, "scores"))
@@ -118,7 +118,7 @@ def test_networks_measured_before_an_interruption_are_not_measured_again(tmp_pat
         patch.setattr(mpe, "loo_losses", measured)
         resumed = succeed(L2REG, *flags(L2REG, tmp_path, "--resume"))
     assert len(seen) == 2
-    assert f"retraining continues after epoch {EPOCHS} of {EPOCHS}" in resumed.err
+    assert f"continuing retraining after epoch {EPOCHS} of {EPOCHS}" in resumed.err
     same(wanted, result(L2REG, tmp_path))
 
 
@@ -155,8 +155,8 @@ def test_a_run_whose_last_networks_and_result_are_gone(script, done, copy_of):
     (retraining(base) / f"networks_{CHUNKS[script]}.npz").unlink()
     (base / "pickles" / f"t_{KIND[script]}.pkl").unlink()
     resumed = succeed(script, *flags(script, base, "--resume"))
-    assert "models were retrained before" in resumed.err
-    assert "retraining continues" not in resumed.err
+    assert "models were retrained in an earlier run" in resumed.err
+    assert "continuing retraining" not in resumed.err
     same(done[script][1], result(script, base))
     assert sorted(path.name for path in retraining(base).glob("networks_*.npz")) == chunks
 
@@ -271,7 +271,7 @@ def test_examples_of_one_class_are_refused(script, examples, tmp_path):
     labels = load_dataset("digits", tmp_path)[0].labels.numpy()
     (tmp_path / "chosen.txt").write_text("\n".join(map(str, np.flatnonzero(labels == 4)[:examples])))
     more = ("--n_retrain=1",) if script == VALIDATION else ()
-    says = (rf"--subset .*chosen\.txt: its {examples} training examples are of one class", "two classes")
+    says = (rf"--subset .*chosen\.txt: its {examples} training examples belong to one class", "two classes")
     refuse(FLAG, script, tmp_path, f"--subset={tmp_path / 'chosen.txt'}", *more, says=says)
     assert not list(tmp_path.glob("models/**/*.pt"))
 
