@@ -196,9 +196,8 @@ def sampled_errors(
     for part in chunks(n, chunk or max(1, ENTRIES // (samples * c))):
         noise = torch.empty(part.stop - part.start, samples, c, dtype=torch.float64)
         for own in noise:
-            own.normal_(
-                generator=generator
-            )  # fixed size per draw: a larger draw uses the generator's numbers in a different order
+            # The size of a draw is fixed: a larger draw uses the generator's numbers in a different order.
+            own.normal_(generator=generator)
         if correlated:
             noise = noise @ _centred_root(predictions.variances[part])
         else:

@@ -426,9 +426,8 @@ def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figur
         axes.scatter(true, estimated, s=75, facecolor="white", edgecolor="red", zorder=3, rasterized=len(true) > 5000)
         axes.set(xlabel="True Deviation", ylabel="Estimated Deviation")
         axes.autoscale_view()
-        axes.set_autoscale_on(
-            False
-        )  # keeps the identity line from changing the limits; 2 is the largest L1 deviation
+        # The identity line, up to the largest L1 deviation, must not change the limits.
+        axes.set_autoscale_on(False)
         axes.plot([0, 2], [0, 2], color="0.5", lw=5, ls="--", zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(3))

@@ -528,9 +528,7 @@ def how_to_run(experiment: Experiment, retraining: RetrainingConfig) -> dict[str
     """The arguments of ``retrain`` that an experiment determines: the folder, and how models train in parallel."""
     config, vectorised = experiment.config, _vectorised(experiment, retraining)
     return {
-        "chunk": retraining.ensemble_size
-        if vectorised
-        else 1,  # sequential: each model is written when it is finished
+        "chunk": retraining.ensemble_size if vectorised else 1,  # sequential: write each model when it is finished
         "folder": experiment.files.resume / "retraining",
         "resume": config.resume,
         "overwrite": config.overwrite,

@@ -1,7 +1,7 @@
-"""Atomic writing and safe reading.
+"""Atomic writing and safe reading of files.
 
-A reader sees the old file or the new one, never a part of either. Nothing that is read can run code, and every
-failure is one line that names the file.
+A reader sees the old file or the new one, never a partial file. Reading a file never runs code from it, and every
+failure is a one-line error that names the file.
 """
 
 import errno
@@ -36,40 +36,43 @@ _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file begins th
 
 
 def _read(path: str | Path, what: str, load: Callable[[BinaryIO], Any]) -> Any:
-    """Open a file, call ``load`` on it, and turn every way in which this can fail into one line."""
+    """Open a file, call ``load`` on it, and turn every failure into a ``FileError`` of one line."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise FileError(f"{path}: is a folder; {what} was expected there")
-        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
-            raise FileError(f"{path}: is a pipe, socket or device; {what} was expected there")
+            raise FileError(f"{path}: is a folder, expected {what}")
+        if not stat.S_ISREG(mode):  # reading a pipe or a device could block forever
+            raise FileError(f"{path}: is a pipe, socket, or device, expected {what}")
         file = path.open("rb")
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
             raise FileError(f"{path}: is a link to {path.readlink()}, which does not exist") from error
-        raise FileError(f"{path}: there is no such file; {what} was expected there") from error
+        raise FileError(f"{path}: file not found, expected {what}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise FileError(f"{path}: cannot be opened ({reason}); its content was not checked") from error
+        raise FileError(f"{path}: cannot be opened ({reason}); check the path and its permissions") from error
     with file:
         try:
             return load(file)
         except FileError:
             raise
-        except Exception as error:  # corrupt files raise nearly anything
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a wrong offset
+        except Exception as error:  # corrupt files raise almost any exception
+            if isinstance(error, OSError) and error.errno not in (
+                None,
+                errno.EINVAL,
+            ):  # EINVAL: an invalid offset in the file
                 raise FileError(f"{path}: cannot be read ({error.strerror})") from error
             reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
             raise FileError(f"{path}: is not {what}, or is damaged ({reason}); restore or recreate it") from error
 
 
 def read_npz(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """Read the arrays of an npz file: numbers and text; object arrays are refused.
+    """Read the arrays of an npz file. Arrays may contain numbers and text; object arrays are refused.
 
     Args:
         path: The file.
-        names: Read only those of these names, where there are such (default: all).
+        names: The arrays to read, if they exist; None for all.
 
     Raises:
         FileError: The file is missing, damaged, or contains anything else.
@@ -85,25 +88,25 @@ def read_npz(path: str | Path, names: Collection[str] | None = None) -> dict[str
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of an npz archive."""
+    """Read one array of an npz archive."""
     with archive.open(name) as member:
         try:
             array = np.lib.format.read_array(member, allow_pickle=False)
         except ValueError as error:
             if "Object arrays" in str(error):
                 raise ValueError(
-                    f"{name} is an array of Python objects, which could run code; save it as numbers or text, "
-                    "with its dtype given"
+                    f"{name} is an array of Python objects, which could run code; save it as numbers or text "
+                    "with an explicit dtype"
                 ) from error
             raise ValueError(f"{name} is not an array: {error}") from error
-        if member.read(1):  # the checksum is compared at the end only
+        if member.read(1):  # the checksum is verified only at the end of the member
             raise ValueError(f"{name} has more bytes than values")
     if array.dtype.kind not in "biufcUS":
         raise ValueError(f"{name} is an array of {array.dtype}, not of numbers or text")
     if array.dtype.kind == "U":
         codes = np.frombuffer(array.tobytes(), np.dtype("u4").newbyteorder(array.dtype.byteorder))
         if (codes > sys.maxunicode).any():
-            raise ValueError(f"{name} has characters that do not exist")
+            raise ValueError(f"{name} has invalid Unicode characters")
     return array
 
 
@@ -123,16 +126,16 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """Read a pickle of plain values: dicts, lists, numbers, strings, numpy arrays; a Namespace is read as a dict.
+    """Read a pickle of plain values: dicts, lists, numbers, strings, numpy arrays. A Namespace is read as a dict.
 
     Raises:
-        FileError: The file is missing, damaged, or contains anything else. Nothing in it is run.
+        FileError: The file is missing, damaged, or contains anything else. No code in it is run.
     """
     return _read(path, "a pickle of plain values", lambda file: load_plain(file.read()))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, tensors and plain values only, and verify its checksums.
+    """Read a checkpoint of tensors and plain values onto the CPU, and verify its checksums.
 
     Raises:
         FileError: The file is missing, damaged, or not a checkpoint of this project.
@@ -142,34 +145,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     def load(file: BinaryIO) -> dict[str, Any]:
         if file.read(len(_OLD_TORCH)) == _OLD_TORCH:
             raise FileError(
-                f"{path}: is in the format of torch before 1.6, which has no checksums; convert it with "
+                f"{path}: is in the torch format before version 1.6, which has no checksums; convert it with "
                 f"torch.save(torch.load({str(path)!r}, weights_only=True), NEW)"
             )
         with _open_zip(file, "torch's") as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise FileError(
-                    f"{path}: is a TorchScript archive, which is a program and is not run; "
-                    f"torch.save(torch.jit.load({str(path)!r}).state_dict(), NEW) saves its weights"
+                    f"{path}: is a TorchScript archive, which contains code and is not loaded; save its weights with "
+                    f"torch.save(torch.jit.load({str(path)!r}).state_dict(), NEW)"
                 )
-            if wrong := archive.testzip():  # torch.load itself does not look at the checksums
-                raise ValueError(f"the checksum of {wrong} is wrong")
+            if wrong := archive.testzip():  # torch.load does not verify checksums
+                raise ValueError(f"the checksum of {wrong} does not match")
         file.seek(0)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
+        except pickle.UnpicklingError as error:  # torch's message suggests loading the file unsafely
             file.seek(0)
             named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             if any(name.startswith("torch.nn.modules.") for name in named):
                 raise FileError(
-                    f"{path}: is a whole pickled model (torch.save(model)), as the papers' scripts write it; it is "
-                    "not read, as that would run code. Where it was written, "
-                    f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), NEW) saves its weights "
-                    "for PyTorch code of your own. The scripts here read checkpoints that they wrote: train "
-                    "the model with train_full.py or train_split.py"
+                    f"{path}: is a pickled model (torch.save(model)), as written by the papers' scripts; it is not "
+                    "loaded, because that would run code. To use its weights in your own PyTorch code, run "
+                    f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), NEW) in the environment "
+                    "that wrote it. These scripts only read their own checkpoints: train the model with "
+                    "train_full.py or train_split.py"
                 ) from error
-            raise ValueError("it holds more than tensors and plain values, so reading it could run code") from error
+            raise ValueError(
+                "it contains more than tensors and plain values, so loading it could run code"
+            ) from error
         if not isinstance(state, dict):
-            raise ValueError("it holds no dictionary")
+            raise ValueError("it does not contain a dictionary")
         try:
             json.dumps(state.get("settings"))
         except (TypeError, ValueError) as error:
@@ -200,38 +205,38 @@ def read_index_file(path: str | Path) -> np.ndarray:
 
 
 def file_digest(path: str | Path) -> str:
-    """The sha256 of a file's content, in hex.
+    """The sha256 of a file's content, as hex digits.
 
     Raises:
-        FileError: The file is missing, or cannot be read.
+        FileError: The file is missing or cannot be read.
     """
     return _read(path, "a regular file", lambda file: hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def label_hash(labels: Any) -> str:
-    """16 hex digits that identify a data set's labels (and so their order)."""
+    """Hash a data set's labels, including their order, as 16 hex digits."""
     plain = np.ascontiguousarray(np.asarray(labels, dtype="<i8"))
     return hashlib.sha256(plain.tobytes()).hexdigest()[:16]
 
 
-_LOCKED = ".locked-"  # in the names of temporary files that their writer keeps locked
-_OLD = 24 * 3600.0  # seconds after which a temporary file that nothing is known of counts as abandoned
+_LOCKED = ".locked-"  # in the names of temporary files that their writer locks
+_OLD = 24 * 3600.0  # seconds after which a temporary file of unknown state counts as abandoned
 _swept: set[str] = set()
 
 
 def write_with(path: str | Path, write: Callable[[BinaryIO], None], *, interruptible: bool = False) -> Path:
-    """Write a file atomically: into a temporary file beside it, flushed to the disk, then renamed.
+    """Write a file atomically: write a temporary file next to it, flush it to disk, and rename it.
 
     Args:
-        path: The file to write; its folder is made.
+        path: The file to write; its folder is created.
         write: Called with the open binary file.
-        interruptible: Let Ctrl-C and termination stop ``write`` at once, as it may take minutes.
+        interruptible: Whether Ctrl-C and termination stop ``write`` immediately, for writes that take minutes.
 
     Returns:
         The path.
 
     Raises:
-        FileError: The disk is full, or the folder cannot be written. The old file, if any, is untouched.
+        FileError: The disk is full, or the folder is not writable. An existing file is unchanged.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -250,45 +255,47 @@ def write_with(path: str | Path, write: Callable[[BinaryIO], None], *, interrupt
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) or _is_torch_write_error(error):
             reason = getattr(error, "strerror", None) or "the disk may be full"
-            raise FileError(f"{path}: could not be written ({reason}); make room or choose another folder") from error
+            raise FileError(
+                f"{path}: could not be written ({reason}); free disk space or choose another folder"
+            ) from error
         raise
     return path
 
 
 def link(source: Path, target: Path) -> Path:
-    """Give a file a second name, atomically; copy it where the file system has no hard links, or is another.
+    """Atomically hard-link a file to a second name, or copy it if hard links are not possible.
 
-    Both names share their bytes on the disk. As :func:`write_with` replaces a name and never changes a file, writing
-    to one of them leaves the other as it is.
+    Both names share the same data on disk. :func:`write_with` replaces a name and never changes a file, so writing to
+    one name does not affect the other.
 
     Args:
-        source: A file that is complete.
-        target: Its further name; a file that has it is replaced, its folder is made.
+        source: A complete file.
+        target: The second name; its folder is created, and an existing file is replaced.
 
     Returns:
         ``target``.
 
     Raises:
-        FileError: The source is missing; or it was copied, and the disk is full, or the folder cannot be written.
+        FileError: The source is missing, or copying failed because the disk is full or the folder is not writable.
     """
     temporary = _temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, temporary)
         os.replace(temporary, target)
-    except OSError:  # also where another process took the new name for an abandoned file, and removed it
+    except OSError:  # also if another process removed the new name as an abandoned file
         _read(source, "a complete file", lambda file: write_with(target, lambda copy: shutil.copyfileobj(file, copy)))
     finally:
         with suppress(OSError):
-            temporary.unlink()  # where both were names of one file, replacing has left it
+            temporary.unlink()  # os.replace does nothing if both names already refer to one file
     return target
 
 
 def require_writable(folder: str | Path) -> None:
-    """Make a folder and try it, so that a long run does not end with a result that cannot be stored.
+    """Create a folder and check that it is writable, so that a long run does not fail when it saves its result.
 
     Raises:
-        FileError: It cannot be made, or not be written.
+        FileError: The folder cannot be created or is not writable.
     """
     folder = Path(folder)
     try:
@@ -296,40 +303,40 @@ def require_writable(folder: str | Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
         _remove_abandoned(folder)
     except OSError as error:
-        raise FileError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        raise FileError(f"{folder}: is not writable ({error.strerror}); choose another folder") from error
 
 
 def _temporary_name(path: Path) -> Path:
-    """A new name for a temporary file beside ``path``."""
+    """A new name for a temporary file next to ``path``."""
     return path.with_name(f".{path.name}{_LOCKED}{os.urandom(4).hex()}.part")
 
 
 def _temporary(path: Path) -> tuple[int, Path]:
-    """Make a temporary file beside ``path`` and lock it; the kernel unlocks it when this process ends, however."""
+    """Create and lock a temporary file next to ``path``. The kernel releases the lock when this process ends."""
     while True:
         name = _temporary_name(path)
-        # not mkstemp, whose files only the owner may read: the umask, which threads share, is changed by reading it
+        # mkstemp's files are readable only by the owner, and reading the umask to fix that is not thread-safe
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return descriptor, name
-        os.close(descriptor)  # another process found it before it was locked, and removed it
+        os.close(descriptor)  # another process removed the file before it was locked
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder, at this process's first look at it."""
+    """Remove temporary files of killed processes from a folder, the first time this process uses the folder."""
     if str(folder.absolute()) in _swept:
         return
     _swept.add(str(folder.absolute()))
     for path in folder.glob(".*.part"):
-        with suppress(OSError), path.open("r+b") as file:  # what cannot be removed stays
+        with suppress(OSError), path.open("r+b") as file:  # ignore files that cannot be removed
             if _is_abandoned(path, file):
                 path.unlink()
 
 
 def _is_abandoned(path: Path, file: BinaryIO) -> bool:
-    """Whether nobody writes a temporary file; if so, it is now locked."""
+    """Whether no process is writing a temporary file. If so, the file is now locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -337,18 +344,18 @@ def _is_abandoned(path: Path, file: BinaryIO) -> bool:
     except OSError:  # a file system without locks
         known = False
     else:
-        known = _LOCKED in path.name  # earlier versions did not lock theirs
+        known = _LOCKED in path.name  # earlier versions did not lock their files
     return known or time.time() - os.fstat(file.fileno()).st_mtime > _OLD
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and termination wait until the file is whole: torch's writer would turn them into its own error.
+    """Defer Ctrl-C and termination until the file is complete, since torch's writer would raise a different error.
 
-    Handlers are exchanged rather than signals blocked, as any other thread would still receive a blocked one.
+    The signal handlers are replaced. Blocking the signals would not help, since another thread would receive them.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread alone
+        yield  # handlers run only in the main thread
         return
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -365,27 +372,27 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _is_torch_write_error(error: BaseException) -> bool:
-    """Whether torch's zip writer failed; it hides the operating system's error in a RuntimeError."""
+    """Whether torch's zip writer failed. It hides the operating system's error in a RuntimeError."""
     text = str(error)
     return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text)
 
 
 def write_npz(path: str | Path, **arrays: Any) -> Path:
-    """Write named arrays as an uncompressed npz file. Objects are refused: they would be pickled."""
+    """Write named arrays as an uncompressed npz file. Object arrays are refused, since they would be pickled."""
     plain = {name: np.asarray(value) for name, value in arrays.items()}
     for name, value in plain.items():
         if value.dtype.hasobject:
-            raise TypeError(f"array {name!r} holds Python objects")
+            raise TypeError(f"array {name!r} contains Python objects")
     return write_with(path, lambda file: np.savez(file, **plain))
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write a value as indented json; numpy scalars and paths are turned into plain ones."""
+    """Write a value as indented json. Numpy values and paths are converted to plain ones."""
     return write_with(path, lambda file: file.write(json_bytes(value)) and None)
 
 
 def json_bytes(value: Any) -> bytes:
-    """The content of such a file."""
+    """The content of a file written by ``write_json``."""
     return (json.dumps(value, indent=2, default=_plain, allow_nan=True) + "\n").encode()
 
 
@@ -396,7 +403,7 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"{type(value).__name__} does not belong in a json file")
+    raise TypeError(f"{type(value).__name__} cannot be written to a json file")
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -410,7 +417,7 @@ def write_pickle(path: str | Path, value: Any) -> Path:
 
 
 def write_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint: tensors and plain values only, so that it loads with ``weights_only=True``."""
+    """Write a checkpoint of tensors and plain values, which loads with ``weights_only=True``."""
     import torch
 
     return write_with(path, lambda file: torch.save(dict(state), file))

@@ -52,15 +52,15 @@ _UNKNOWN_IF_ABSENT = {"data_hash", "held_out", "images", "training", "training_e
 # Settings that take effect only in combination with others. Otherwise they are not recorded, and are ignored in older
 # records.
 _ACTS = {
-    "adaptive": lambda beside: beside.get("optimizer", "sam") == "sam",
-    "rho": lambda beside: beside.get("optimizer", "sam") == "sam",
-    "hess_init": lambda beside: beside.get("optimizer", "iblr") == "iblr",
-    "lr_min": lambda beside: beside.get("lr_sched") != "const",
-    "cutout_length": lambda beside: bool(beside.get("cutout_holes", True)),
-    "dual_c": lambda beside: beside.get("dual_beta", True),
-    "laplace_backend": lambda beside: not beside.get("optim_var"),
-    "trace_tolerance": lambda beside: beside.get("trace_probes", 1) > 0,
-    "var_version": lambda beside: not beside.get("optim_var"),
+    "adaptive": lambda settings: settings.get("optimizer", "sam") == "sam",
+    "rho": lambda settings: settings.get("optimizer", "sam") == "sam",
+    "hess_init": lambda settings: settings.get("optimizer", "iblr") == "iblr",
+    "lr_min": lambda settings: settings.get("lr_sched") != "const",
+    "cutout_length": lambda settings: bool(settings.get("cutout_holes", True)),
+    "dual_c": lambda settings: settings.get("dual_beta", True),
+    "laplace_backend": lambda settings: not settings.get("optim_var"),
+    "trace_tolerance": lambda settings: settings.get("trace_probes", 1) > 0,
+    "var_version": lambda settings: not settings.get("optim_var"),
 }
 
 # Settings of one object inside the record of another: the prefix of their names, and settings implied by the prefix.
@@ -345,10 +345,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
         FileError: The json file is damaged.
     """
-    beside = record_path(path)
-    record = read_json(beside) if beside.exists() else {}
+    json_path = record_path(path)
+    record = read_json(json_path) if json_path.exists() else {}
     if not isinstance(record, dict) or not isinstance(record.get("settings", {}), dict):
-        raise FileError(f"{beside}: is damaged: it has no valid settings; {REMAKE}")
+        raise FileError(f"{json_path}: is damaged: it has no valid settings; {REMAKE}")
     return record
 
 
@@ -373,7 +373,7 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
     Returns:
         Both paths.
     """
-    path, beside = Path(path), record_path(path)
+    path, json_path = Path(path), record_path(path)
 
     def write(file: BinaryIO) -> None:
         # Steps that can fail come first. Then the old pickle is removed, the record replaced, and the pickle renamed.
@@ -383,7 +383,7 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
             pickle.dump(value, file, protocol=4)
         file.flush()
         os.fsync(file.fileno())
-        write_with(beside, write_record)
+        write_with(json_path, write_record)
 
     def write_record(file: BinaryIO) -> None:
         file.write(json_bytes(record))
@@ -391,7 +391,7 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
         os.fsync(file.fileno())
         path.unlink(missing_ok=True)
 
-    return [write_with(path, write), beside]
+    return [write_with(path, write), json_path]
 
 
 # ----------------------------------------------------------------------------------------------- averaged scores

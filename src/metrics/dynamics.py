@@ -343,8 +343,7 @@ def write_end_of_training_scores(
         for name, values in scores.items()
     ]
     digests = {path.name: file_digest(path) for path in written}
-    written.append(
-        write_json(folder / RECORD_FILE, digests)
-    )  # before the history files, whose presence marks the folder as complete
+    # The history files come last, since their presence marks the folder as complete.
+    written.append(write_json(folder / RECORD_FILE, digests))
     history = np.where(np.isnan(correct), NOT_VISITED, correct).astype(np.uint8)
     return written + [write_pickle(folder / name, history) for name in HISTORY_FILES]

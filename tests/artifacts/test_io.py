@@ -116,7 +116,7 @@ _READERS = [
 @pytest.mark.parametrize(("read", "suffix"), _READERS)
 def test_missing_damaged_and_foreign_files_are_named(tmp_path, read, suffix):
     path = tmp_path / f"x.{suffix}"
-    with pytest.raises(FileError, match=rf"x\.{suffix}: there is no such file"):
+    with pytest.raises(FileError, match=rf"x\.{suffix}: file not found"):
         read(path)
     path.write_bytes(b"\x80garbage")
     with pytest.raises(FileError, match=rf"x\.{suffix}: is not .* or is damaged"):
@@ -133,7 +133,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, read, s
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
         for path in (pipe, "/dev/zero", tmp_path / "socket"):
-            with pytest.raises(FileError, match=f"{path}: is a pipe, socket or device"):
+            with pytest.raises(FileError, match=f"{path}: is a pipe, socket, or device"):
                 read(path)
     with pytest.raises(FileError, match=r"is a link to .*gone, which does not exist"):
         read(link)
@@ -223,7 +223,7 @@ def test_what_an_npz_archive_holds_beside_arrays_is_refused(tmp_path):
             read_npz(tmp_path / "a.npz")
     for array in (np.zeros(2, "datetime64[s]"), np.zeros(2, [("a", "f8")]), np.array([2**31]).view("<U2")):
         np.savez(tmp_path / "a.npz", array)
-        with pytest.raises(FileError, match=r"not of numbers or text|characters that do not exist"):
+        with pytest.raises(FileError, match=r"not of numbers or text|invalid Unicode characters"):
             read_npz(tmp_path / "a.npz")
 
 
@@ -232,10 +232,10 @@ def test_other_formats_of_torch_are_named_with_the_way_out(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     path = tmp_path / "a.pt"
     for save, says in (
-        (lambda: torch.save(model, path), r"whole pickled model.*run code.*state_dict\(\)"),
-        (lambda: torch.save({"model": model}, path), "whole pickled model"),
-        (lambda: torch.jit.save(torch.jit.script(model), path), "TorchScript archive.*is not run"),
-        (lambda: torch.save({}, path, _use_new_zipfile_serialization=False), r"torch before 1\.6.*convert it"),
+        (lambda: torch.save(model, path), r"pickled model.*run code.*state_dict\(\)"),
+        (lambda: torch.save({"model": model}, path), "pickled model"),
+        (lambda: torch.jit.save(torch.jit.script(model), path), "TorchScript archive.*is not loaded"),
+        (lambda: torch.save({}, path, _use_new_zipfile_serialization=False), r"before version 1\.6.*convert it"),
     ):
         save()
         with pytest.raises(FileError, match=rf"a\.pt: is .*{says}"):
@@ -280,7 +280,7 @@ def test_a_second_name_keeps_its_content_when_the_first_is_written_again(tmp_pat
 
 def test_a_link_to_nothing_or_into_a_file_is_named(tmp_path):
     file = write_text(tmp_path / "file", "content")
-    with pytest.raises(FileError, match="missing: there is no such file"):
+    with pytest.raises(FileError, match="missing: file not found"):
         link(tmp_path / "missing", tmp_path / "b")
     with pytest.raises(FileError, match="file/b: could not be written"):
         link(file, file / "b")

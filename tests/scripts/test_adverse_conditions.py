@@ -195,7 +195,7 @@ def test_a_disk_that_fills_while_a_run_goes_on(blobs, finished, tmp_path):
     for base, limit in ((tmp_path, 100), (finished, 6000)):  # at the start, and while the run goes on
         before = snapshot(base)
         done = on_a_full_disk(limit, "train_full.py", *quick(blobs, base, "--epochs=5", "--resume"))
-        check(done, "train_full.py", FILE, r"results\.json: |seed_1/\S+: ", "make room")
+        check(done, "train_full.py", FILE, r"results\.json: |seed_1/\S+: ", "free disk space")
         assert_kept({path: content for path, content in before.items() if path.name != "results.json"}, base)
     assert "continuing after epoch 3 of 5" in succeed("train_full.py", *quick(blobs, finished, "--resume",
                                                       "--epochs=5")).err  # fmt: skip
@@ -207,7 +207,7 @@ def test_a_disk_that_is_full_when_scores_are_written(world):
         ("average_scores.py", world.average("--overwrite"), 300),
     ):
         before = snapshot(world.base)
-        check(on_a_full_disk(limit, script, *flags), script, FILE, f"{world.base / 'metrics'}/", "make room")
+        check(on_a_full_disk(limit, script, *flags), script, FILE, f"{world.base / 'metrics'}/", "free disk space")
         assert_kept(before, world.base)
 
 

@@ -180,7 +180,7 @@ def test_groups_of_different_epochs_schedules_and_examples(flags, changed):
 
 def test_bad_files_and_several_epochs(world, data_flags, spectra, tmp_path):
     flags = (*data_flags, "--model=small_mlp")
-    refuse(SCRIPT, *data_flags, "--files", "/none.pkl", status=FILE, says=(r"/none\.pkl: there is no such file",))
+    refuse(SCRIPT, *data_flags, "--files", "/none.pkl", status=FILE, says=(r"/none\.pkl: file not found",))
     for flag in ("--optimizers", "--seeds", "--epochs"):
         value = "sgd" if flag == "--optimizers" else "1"
         refuse(SCRIPT, *data_flags, "--files", "x.pkl", flag, value, status=FLAG, says=(f"{flag}: has no effect",))

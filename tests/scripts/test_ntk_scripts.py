@@ -264,7 +264,7 @@ def test_damaged_results(world, tmp_path):
         (("--metrics", "csl"), "csl: has no velocities; make them with compute_ntk.py"),
         (("--model=lenet",), "has no kernels for lenet trained with sgd; make them with compute_ntk.py"),
         (("--epochs", "7"), "epoch_7: has no velocities; make them with compute_ntk.py"),
-        (("--seeds", "3"), "seed_3.vs.pkl: there is no such file"),
+        (("--seeds", "3"), "seed_3.vs.pkl: file not found"),
     ):
         refuse("plot_ntk.py", *drawing(world, tmp_path, *more), status=FILE, says=(says,), keep=tmp_path)
 
