@@ -313,7 +313,7 @@ class Result:
 
     Attributes:
         stored: The existing content to continue from; empty when starting from scratch.
-        replaces: Whether an existing file with different settings is going to be replaced.
+        replaces: Whether an existing file, damaged or with different settings, will be replaced.
 
     Raises:
         FileError: The file has a result with different settings, or is damaged.

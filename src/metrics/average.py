@@ -117,7 +117,7 @@ class SeedScores:
 
     Attributes:
         seed: The seed.
-        values: float64 ``(total,)``, oriented so that HIGH means atypical.
+        values: float64 ``(total,)``, oriented so that high means atypical.
         scored: bool ``(total,)``: which examples this seed scores; ``values`` is NaN for all others.
         facts: What must be identical across the seeds of an average: epoch, protocol, label hash, settings.
         source: The file that the scores were read from.
