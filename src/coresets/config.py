@@ -53,7 +53,8 @@ class SelectionConfig:
         options: An instance of the method's options dataclass; its defaults if None.
 
     Raises:
-        ArgumentError: ``shots`` or ``shots_up_to`` is set for a method that selects again in each epoch.
+        ArgumentError: ``shots`` or ``shots_up_to`` is set for a method that selects again in each epoch, or
+            ``options`` have another mode.
     """
 
     coreset_func: str | None = option(
@@ -106,7 +107,10 @@ class SelectionConfig:
         if self.coreset_func is None:
             return
         if self.options is None:
-            object.__setattr__(self, "options", self.method.options())
+            mode = {"coreset_mode": self.coreset_mode} if "coreset_mode" in self.method.option_names else {}
+            object.__setattr__(self, "options", self.method.options(**mode))
+        if (mode := getattr(self.options, "coreset_mode", self.coreset_mode)) != self.coreset_mode:
+            raise ArgumentError("coreset_mode", f"{self.coreset_mode}: the method's options have {mode}; give one")
         for name in ("shots", "shots_up_to"):
             if self.method.dynamic and getattr(self, name):
                 raise ArgumentError(

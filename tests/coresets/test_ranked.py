@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.coresets import ranked
+from src.coresets.config import SelectionConfig
 from src.coresets.inputs import CandidateGroup, LastLayer, Options, SelectionInputs, make_groups
 from src.coresets.registry import METHODS
 from src.errors import ArgumentError, FileError
@@ -163,3 +164,10 @@ def test_norms_are_averaged_over_networks_and_the_highest_kept(name, gradient, e
     selection = method.select(SelectionInputs(labels, 3, layers=networks), groups, options)
     expected = by_sorting(explicit_scores(name, networks, gradient), groups, highest=True)
     assert selection.indices.tolist() == expected
+
+
+def test_the_mode_of_a_selection_is_that_of_its_options():
+    assert SelectionConfig("min_mem", coreset_mode="few_shot").options.coreset_mode == "few_shot"
+    assert SelectionConfig("random", coreset_mode="few_shot").options == METHODS["random"].options()
+    with pytest.raises(ArgumentError, match="few_shot: the method's options have large"):
+        SelectionConfig("min_mem", coreset_mode="few_shot", options=METHODS["min_mem"].options())
