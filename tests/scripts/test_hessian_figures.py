@@ -153,7 +153,7 @@ def test_seeds_are_averaged_over_one_kind_of_run(flags, changed):
         change("sgd", 2, **{name: value})
         says = (
             r"/2/epoch_3/.*: measures something different from .*/1/epoch_3/",
-            rf"{name} \(.*{value} here",
+            rf"{name} \(.* vs. {value}",
             "--seeds",
         )
         refuse(SCRIPT, *flags, status=FILE, says=says)

@@ -212,7 +212,7 @@ def test_bad_input(world, flags, tmp_path, more, status, says):
 def test_networks_that_do_not_fit(world, flags, tmp_path):
     other = [flag for flag in flags if not flag.startswith("--model=")]
     run = f"--exp={world.run()}"
-    refuse(SCRIPT, *other, run, "--model=mlp", status=FILE, says=("not a mlp", "--model="))
+    refuse(SCRIPT, *other, run, "--model=mlp", status=FILE, says=("not mlp", "--model="))
     refuse(SCRIPT, *(flag for flag in other if flag != "--epochs=3"), "--checkpoint=/none.pt", status=FILE,
            says=(r"/none\.pt: file not found",))  # fmt: skip
     whole, content = read_checkpoint(world.checkpoint), world.checkpoint.read_bytes()
@@ -232,7 +232,7 @@ def test_networks_that_do_not_fit(world, flags, tmp_path):
     assert not proof.exists()
     data = write_blobs(tmp_path / "other.npz", n=60, classes=4)
     refuse(SCRIPT, f"--dataset=npz:{data}", *flags[1:], f"--exp={world.run()}", status=FILE,
-           says=("was trained on other data", r"num_classes \(3 there"))  # fmt: skip
+           says=("was trained on other data", r"num_classes \(3 vs"))  # fmt: skip
 
 
 def test_scores_of_another_data_set(world, flags, tmp_path):
@@ -308,7 +308,7 @@ def test_an_interrupted_measurement_of_other_settings_is_not_lost(world, flags, 
         folder.mkdir(parents=True)
         torch.save({"settings": {"top_n": 9}}, folder / f"{name}.pt")
         for resume in ((), ("--resume",)):
-            says = (rf"{name}\.pt: was made with different settings", r"top_n \(9 there", "--overwrite")
+            says = (rf"{name}\.pt: was made with different settings", r"top_n \(9 vs", "--overwrite")
             refuse(SCRIPT, *flags, *more, *resume, status=FILE, keep=tmp_path, says=says)
         succeed(SCRIPT, *flags, *more, "--resume", "--overwrite")
         assert not folder.exists()

@@ -242,7 +242,7 @@ def test_damaged_results(world, tmp_path):
     folder = place(world, tmp_path) / "epoch_1" / "seed_1"
     with spoilt(folder / "vs.pkl", b"damaged"):
         refuse("plot_ntk.py", *drawing(world, tmp_path), status=FILE, says=("vs.pkl: ",), keep=tmp_path)
-    for content, says in ((b"[]", "has no settings"), (b"{", "is not a json file")):
+    for content, says in ((b"[]", "no (valid )?settings"), (b"{", "is not a json file")):
         with spoilt(folder / "vs.json", content):
             refuse("compute_ntk.py", *flags(world, tmp_path), status=FILE, says=("vs.json: ", says), keep=tmp_path)
             refuse("plot_ntk.py", *drawing(world, tmp_path), status=FILE, says=("vs.json: ",), keep=tmp_path)
