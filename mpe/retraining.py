@@ -501,7 +501,7 @@ def check_retraining(experiment: Experiment, retraining: RetrainingConfig, count
     if min(counts) < experiment.count and len(experiment.train.labels.unique()) < 2:
         raise ArgumentError(
             "subset",
-            f"{record['subset']}: all {experiment.count} training examples belong to one class; give examples of at "
+            f"{record['subset']}: its {experiment.count} training examples belong to one class; give examples of at "
             "least two classes",
         )
     _vectorised(experiment, retraining)

@@ -121,7 +121,7 @@ def test_as_a_user_runs_them(place, folder, script):
 def test_a_missing_file_names_the_script_that_makes_it(place, script):
     number = list(SCRIPTS).index(script) + 1
     refused(place, script, FILE, r"nope_\w+\.pkl: file not found", rf"examples/{number}_\w+\.py",
-            rf"--name_exp nope --pickles_folder {place}", r"\(there: old\)", name="nope")  # fmt: skip
+            rf"--name_exp nope --pickles_folder {place}", r"\(existing: old\)", name="nope")  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -218,7 +218,7 @@ def test_more_retrainings_can_use_the_base_run(copy_of, done):
     np.testing.assert_allclose(found["softmax_deviations"][:4], before["softmax_deviations"], rtol=1e-4)
 
 
-TOGETHER = r"give 1 to 100 together"
+TOGETHER = r"the sum must be 1 to 100"
 CANNOT = {
     "nothing to leave out": (VALIDATION, ("--n_retrain=0",), ("--n_retrain 0", "--n_spread 0", TOGETHER)),
     "more than there are": (VALIDATION, ("--n_retrain=101",), ("--n_retrain 101", "100 training examples", TOGETHER)),
@@ -285,4 +285,4 @@ def test_a_rate_at_which_training_diverges_is_named(script, tmp_path):
     flag = "--lr" if script == L2REG else "--lr_retrain"
     answer = call(script, *flags(script, tmp_path, f"{flag}=1e30"))
     assert answer.status == 1
-    assert "a smaller learning rate may help (it is 1e+30)" in answer.complaint
+    assert "try a lower learning rate (currently 1e+30)" in answer.complaint

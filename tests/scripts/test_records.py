@@ -230,7 +230,7 @@ def test_scores_must_be_what_their_names_say(base):
         shutil.copy(folder / f"samis_loss_digits.{kind}", folder / f"samis_prob_digits.{kind}")
     command = ("plot_proxies.py", "--dataset=digits", "--modes", "samis_prob",
                *folders(base, "plots", "datasets", "metrics"))  # fmt: skip
-    refuse(*command, status=FILE, says=("samis_prob_digits.pkl: ", "samis_loss, not samis_prob"))
+    refuse(*command, status=FILE, says=("samis_prob_digits.pkl: ", "samis_loss scores, not samis_prob"))
 
 
 def test_both_models_of_a_pair_are_trained_on_the_same_examples(base):
@@ -495,6 +495,6 @@ def test_a_vision_transformer_says_that_it_starts_from_random_weights(blobs, tmp
     monkeypatch.setitem(MODELS, "vit", small)
     flags = (f"--dataset=npz:{blobs}", *SHORT, *folders(tmp_path, *TRAIN))
     said = succeed("train_full.py", "--model=vit", *flags).err
-    assert said.count("random weights") == 1
+    assert said.count("initialized randomly") == 1
     assert "--pretrained" in said
-    assert "random weights" not in succeed("train_full.py", "--model=mlp", *flags).err
+    assert "initialized randomly" not in succeed("train_full.py", "--model=mlp", *flags).err
