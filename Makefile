@@ -30,6 +30,10 @@ GEO_TRAINING := --epochs=21 --batch_size=64 --learning_rate=0.05 --lr_sched=cons
 GEO_RUN := --models_folder=$(GEO)/ckpts
 GEO_FOLDERS := $(GEO_RUN) --log_folder=$(GEO)/logs --resume_ckpts_folder=$(GEO)/resume_ckpts --metrics_folder=$(GEO)/metrics
 
+# What a step of a job prints, without its files and the next command: the job runs it, and ends with what to open.
+SHELL := bash
+BRIEF := sed -e '/^next: /d' -e '/^runs\//d'
+
 .PHONY: samis mpe geometry test lint bench setup clean
 
 setup: $(STAMP)
@@ -43,42 +47,49 @@ $(STAMP): requirements.txt requirements-iblr.txt requirements-dev.txt constraint
 # One thread: on images of 8x8 pixels a second one costs more than it brings.
 samis: export OMP_NUM_THREADS = 1
 samis: $(STAMP)
-	@set -e; started=$$(mktemp); \
+	@set -e -o pipefail; \
 	for seed in $(SEEDS); do \
 	  for optimizer in sgd sam; do \
-	    $(BIN)/python train_full.py $(DATA) --optimizer=$$optimizer --seed=$$seed $(TRAINING) $(FOLDERS) --save_epochs=last; \
+	    $(BIN)/python train_full.py $(DATA) --optimizer=$$optimizer --seed=$$seed $(TRAINING) $(FOLDERS) --save_epochs=last | $(BRIEF); \
 	  done; \
-	  $(BIN)/python compute_sam_sgd.py $(DATA) --seed=$$seed --epochs=$(EPOCHS) --protocol=full $(READING); \
+	  $(BIN)/python compute_sam_sgd.py $(DATA) --seed=$$seed --epochs=$(EPOCHS) --protocol=full $(READING) | $(BRIEF); \
 	done; \
-	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics; \
-	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics --optimizer=sgd; \
-	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob csl $(DRAWING); \
-	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss csl forg $(DRAWING); \
-	echo; echo "Written:"; find $(RUNS) -type f -newer $$started | sort; rm -f $$started
+	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics > $(RUNS)/logs/average_scores.txt; \
+	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics --optimizer=sgd >> $(RUNS)/logs/average_scores.txt; \
+	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob csl $(DRAWING) | $(BRIEF); \
+	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss csl forg $(DRAWING) | $(BRIEF); \
+	printf '\nFigures to open (all are in %s):\n' $(RUNS)/plots; \
+	ls $(RUNS)/plots/images/digits/overview_samis_loss_5.png $(RUNS)/plots/proxies/digits/comparison.png; \
+	printf 'Scores to use (all are listed in %s):\n' $(RUNS)/logs/average_scores.txt; ls $(RUNS)/metrics/sam_sgd/*.pkl; \
+	printf 'Next: make mpe, make geometry, or prune the training set by a score (docs/pruning.md)\n'
 
 mpe: export OMP_NUM_THREADS = 1
 mpe: $(STAMP)
-	@set -e; started=$$(mktemp); \
-	$(BIN)/python examples/1_loo_iterations.py $(MPE_DATA) --epochs=50 $(MPE_FOLDERS) --pickles_folder=$(MPE)/pickles; \
+	@set -e -o pipefail; \
+	$(BIN)/python examples/1_loo_iterations.py $(MPE_DATA) --epochs=50 $(MPE_FOLDERS) --pickles_folder=$(MPE)/pickles | $(BRIEF); \
 	$(BIN)/python examples/3_validation_sensitivities.py $(MPE_DATA) --epochs=100 --class_cov=full --n_retrain=20 --n_spread=20 \
-	  --epochs_retrain=100 --lr_retrain=0.01 --lrmin_retrain=0.001 $(MPE_FOLDERS) --pickles_folder=$(MPE)/pickles; \
-	$(BIN)/python examples/plot_loo_iterations.py $(MPE_PLOTS); \
-	$(BIN)/python examples/plot_validation_sensitivities.py $(MPE_PLOTS) --corrected; \
-	echo; echo "Written:"; find $(MPE) -type f -newer $$started | sort; rm -f $$started
+	  --epochs_retrain=100 --lr_retrain=0.01 --lrmin_retrain=0.001 $(MPE_FOLDERS) --pickles_folder=$(MPE)/pickles | $(BRIEF); \
+	$(BIN)/python examples/plot_loo_iterations.py $(MPE_PLOTS) | $(BRIEF); \
+	$(BIN)/python examples/plot_validation_sensitivities.py $(MPE_PLOTS) --corrected | $(BRIEF); \
+	printf '\nFigures to open:\n'; ls $(MPE)/plots/*.png; \
+	printf 'Results (estimates, sensitivities, retrained models):\n'; ls $(MPE)/pickles/*.pkl; \
+	printf 'Next: docs/mpe.md explains the figures and the flags\n'
 
 geometry: export OMP_NUM_THREADS = 1
 geometry: $(STAMP)
-	@set -e; started=$$(mktemp); \
+	@set -e -o pipefail; \
 	for seed in $(SEEDS); do \
 	  for optimizer in sgd sam; do \
-	    $(BIN)/python train_full.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed $(GEO_TRAINING) $(GEO_FOLDERS); \
-	    $(BIN)/python compute_hessian_eigen.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed --epochs=21 --subset=500 $(GEO_RUN) --hessian_folder=$(GEO)/hessian_eigenvalues --resume; \
+	    $(BIN)/python train_full.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed $(GEO_TRAINING) $(GEO_FOLDERS) | $(BRIEF); \
+	    $(BIN)/python compute_hessian_eigen.py $(GEO_DATA) --optimizer=$$optimizer --seed=$$seed --epochs=21 --subset=500 $(GEO_RUN) --hessian_folder=$(GEO)/hessian_eigenvalues --resume | $(BRIEF); \
 	  done; \
 	done; \
-	$(BIN)/python plot_hessian.py $(GEO_DATA) --optimizers sgd sam --seeds $(SEEDS) --epochs=21 --hessian_folder=$(GEO)/hessian_eigenvalues --plots_folder=$(GEO)/plots; \
-	$(BIN)/python compute_ntk.py $(GEO_DATA) --ntk_chosen_metric=samis_loss --m_samples=50 --ntk_velocity_epoch 1 5 10 20 --seeds $(SEEDS) $(GEO_RUN) --ntk_folder=$(GEO)/ntks --no-keep_kernels; \
-	$(BIN)/python plot_ntk.py $(GEO_DATA) --metrics samis_loss --log --ntk_folder=$(GEO)/ntks --plots_folder=$(GEO)/plots; \
-	echo; echo "Written:"; find $(GEO) -type f -newer $$started | sort; rm -f $$started
+	$(BIN)/python plot_hessian.py $(GEO_DATA) --optimizers sgd sam --seeds $(SEEDS) --epochs=21 --hessian_folder=$(GEO)/hessian_eigenvalues --plots_folder=$(GEO)/plots | $(BRIEF); \
+	$(BIN)/python compute_ntk.py $(GEO_DATA) --ntk_chosen_metric=samis_loss --m_samples=50 --ntk_velocity_epoch 1 5 10 20 --seeds $(SEEDS) $(GEO_RUN) --ntk_folder=$(GEO)/ntks --no-keep_kernels | $(BRIEF); \
+	$(BIN)/python plot_ntk.py $(GEO_DATA) --metrics samis_loss --log --ntk_folder=$(GEO)/ntks --plots_folder=$(GEO)/plots | $(BRIEF); \
+	printf '\nFigures to open:\n'; ls $(GEO)/plots/hessian/*/*.png $(GEO)/plots/ntk/*/*.png; \
+	printf 'Table of the spectra:\n'; ls $(GEO)/plots/hessian/*/*.md; \
+	printf 'Next: docs/geometry.md explains the figures and the flags\n'
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

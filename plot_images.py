@@ -90,6 +90,10 @@ def main() -> None:
         print(
             *(f"{folder / f'{end}_{modes}_{args.n}'}: {len(classes)} classes, PNG and PDF" for end in ENDS), sep="\n"
         )
+    for proxy in proxies.values():
+        order = np.argsort(-proxy.scores[indices], kind="stable")[: args.n]  # NaN sorts last
+        named = (f"{indices[k]} ({images.class_names[labels[k]]})" for k in order)
+        print(f"highest {proxy.title.split(',')[0]}, index (class): {', '.join(named)}")
     keep = {*DATA_FLAGS, "scores_folder", "metrics_folder", "plots_folder"} - {"subset"}
     print_next("plot_proxies.py", keep, modes=args.modes)
 

@@ -70,12 +70,10 @@ def main() -> None:
 
     folder = args.plots_folder / "proxies" / dataset
     for mode, proxy in proxies.items():
-        paths = [
-            *proxy.plot_scores_hist(folder=folder / mode),
-            *(proxy.plot_scores_kde(folder=folder / mode) if np.ptp(proxy.scores[proxy.indices]) else []),
-            *proxy.plot_prob_dist(plot=args.plot, folder=folder / mode),
-        ]
-        print(*paths, sep="\n")
+        proxy.plot_scores_hist(folder=folder / mode)
+        if np.ptp(proxy.scores[proxy.indices]):
+            proxy.plot_scores_kde(folder=folder / mode)
+        proxy.plot_prob_dist(plot=args.plot, folder=folder / mode)
 
     table = {
         mode: {
@@ -99,8 +97,15 @@ def main() -> None:
         matrices,
         f"{dataset}: scores compared{suffix}",
     )
+    other, reference = next(iter(references.items()))
+    for mode, proxy in proxies.items():
+        if proxy is not reference:
+            cell = table[mode][other]
+            within = f" (within class {cell['spearman_within_class']:.3f})" if labels is not None else ""
+            print(f"{SCORES[mode].title} and {SCORES[other].title}: Spearman {cell['spearman']:.3f}{within}")
+    print(f"{folder}: distributions of {len(proxies)} score{'s' * (len(proxies) > 1)}, PNG and PDF")
     print(*save_figure(figure, folder / "comparison"), sep="\n")
-    print(write_json(folder / "correlations.json", table))
+    write_json(folder / "correlations.json", table)
     print(write_text(folder / "correlations.csv", comparison_table(table)))
 
 

@@ -523,7 +523,7 @@ def measure_spectrum(
             log.info("resuming after %d products", operator.products)
         loss, gradient = operator.loss_and_gradient()
         norm = torch.linalg.vector_norm(gradient).item()
-        log.info("loss %.6g over %d examples, gradient norm %.4g", loss, operator.examples, norm)
+        log.debug("loss %.6g over %d examples, gradient norm %.4g", loss, operator.examples, norm)
         power = _power(operator, config, state) if config.eigen_mode == "power_iter" else None
         spectrum = run.run(progress=True)
         if power is not None:

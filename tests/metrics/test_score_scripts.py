@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -35,7 +36,11 @@ def test_plot_proxies_draws_and_tabulates_what_is_there(toy, tmp_path):
     base, dataset, name = toy
     done = succeed("plot_proxies.py", dataset, f"--metrics_folder={base / 'metrics'}", f"--plots_folder={tmp_path}")
     folder = tmp_path / "proxies" / name
-    assert all(Path(path).is_file() for path in done.out.split())
+    correlation, distributions, *paths = done.out.splitlines()
+    assert re.search(r" and .*: Spearman -?\d\.\d{3} \(within class -?\d\.\d{3}\)$", correlation)
+    assert distributions.startswith(f"{folder}: distributions of 2 scores")
+    assert [Path(path).name for path in paths] == ["comparison.png", "comparison.pdf", "correlations.csv"]
+    assert all(Path(path).is_file() for path in paths)
     stems = ("all_scores_hist", "all_scores_distribution", "all_prob_dist")
     for mode in ("csl", "aum"):
         assert {p.name for p in (folder / mode).iterdir()} == {f"{s}.{k}" for s in stems for k in ("png", "pdf")}
