@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-r"""Train a model on the full training set (the premature protocol trains it for few epochs).
+r"""Train a model on the full training set (for few epochs in the premature protocol).
 
-Reads the data set (downloaded if need be) under --datasets_folder. Writes checkpoints and results.json to
-{models_folder}/standard_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}/seed_{seed}/, resume states under
---resume_ckpts_folder and, with --measure_proxies, per-example dynamics and scores under --metrics_folder.
+Reads the data set from --datasets_folder and downloads it if needed. Writes checkpoints and results.json to
+{models_folder}/standard_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}/seed_{seed}/ and resume states to
+--resume_ckpts_folder. With --measure_proxies, also writes per-example dynamics and scores to --metrics_folder.
 
   python train_full.py --dataset=digits --model=lenet --optimizer=sam --epochs=20 --batch_size=128 \
       --learning_rate=0.1 --lr_sched=const --data_augmentation --resume
@@ -20,7 +20,7 @@ from src.training import RunConfig, TrainingConfig
 
 
 def main() -> None:
-    """Parse, train, print."""
+    """Parse the flags, train, and print the result and the next command."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(ModelConfig, "model")
@@ -45,7 +45,7 @@ def main() -> None:
     print(summary(history))
     print(run.files.checkpoints)
 
-    # SAMIS needs a pair, one trained with SGD and one with SAM; of a model on its own, the curvature can be had.
+    # SAMIS needs a pair of models, one trained with SGD and one with SAM; curvature needs only one model.
     keep = (*DATA_FLAGS, "models_folder", "device")
     flags = {"model": args.model, "seed": args.seed, "epochs": args.epochs, "lr_sched": args.lr_sched}
     other = {"sgd": "sam", "sam": "sgd"}.get(args.optimizer)

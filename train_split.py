@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-r"""Train a model on 90 % of the training set, leaving one of ten validation splits out.
+r"""Train a model on 90% of the training set, with one of ten validation splits held out.
 
-Makes the splits of a data set and seed at the first call, and reuses them afterwards:
-{datasets_folder}/splits/{dataset}/seed_{seed}/val_{1..10}.txt (--splits_folder moves them).
+Creates the splits for a data set and seed on first use, and reuses them afterwards:
+{datasets_folder}/splits/{dataset}/seed_{seed}/val_{1..10}.txt (--splits_folder selects another folder).
 Writes checkpoints and results.json to
 {models_folder}/split_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_val_split_{i}/seed_{seed}/.
-With --samis_validation_split_index all, the ten are trained in turn; finished runs are skipped.
+With --samis_validation_split_index=all, trains the ten models in turn and skips finished runs.
 
   python train_split.py --dataset=digits --model=lenet --optimizer=sgd --samis_validation_split_index=all \
       --epochs=20 --batch_size=128 --learning_rate=0.1 --lr_sched=step --resume
@@ -31,7 +31,7 @@ SPLITS = range(1, 11)
 
 
 def split_index(text: str) -> list[int]:
-    """The splits that the flag asks for."""
+    """Parse the value of ``--samis_validation_split_index``."""
     if text == "all":
         return list(SPLITS)
     if not text.isdigit() or int(text) not in SPLITS:
@@ -40,7 +40,7 @@ def split_index(text: str) -> list[int]:
 
 
 def main() -> None:
-    """Parse, make the splits, train, print."""
+    """Parse the flags, create the splits, train, and print the results and the next command."""
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(ModelConfig, "model")
@@ -50,7 +50,7 @@ def main() -> None:
         type=split_index,
         default="1",
         metavar="1..10|all",
-        help="the validation split that is left out, or all ten in turn",
+        help="the validation split to hold out, or all ten in turn",
     )
     parser.add(RunConfig, "run")
     parser.add(ComputeConfig, "computing")
@@ -73,8 +73,8 @@ def main() -> None:
             keep = np.flatnonzero(~np.isin(indices, held_out))
             if not len(keep):
                 raise FlagError(
-                    f"--samis_validation_split_index {split}: leaves no training example; take another split, or "
-                    "more data"
+                    f"--samis_validation_split_index {split}: leaves no training examples; choose another split or "
+                    "use more data"
                 )
             run = TrainingRun(
                 context,
@@ -88,21 +88,21 @@ def main() -> None:
             if not done:
                 history = run.fit()
             if context.group.is_main_process and done:
-                print(f"split {split}: done already")
+                print(f"split {split}: already done")
             elif context.group.is_main_process:
                 print(f"split {split}: {summary(history)}")
                 print(run.files.checkpoints)
         if not context.group.is_main_process:
             return
 
-    # SAMIS needs ten pairs, each of a model trained with SGD and one trained with SAM.
+    # SAMIS needs ten pairs of models, each with one trained with SGD and one with SAM.
     optimizers = [args.optimizer, "sam" if args.optimizer == "sgd" else "sgd"]
     for optimizer in optimizers:
         for split in SPLITS:
             experiment = split_experiment(args.model, name, optimizer, args.lr_sched, split)
             try:
                 finished = replace(run, experiment=experiment).files.read_results().get("finished")
-            except FileError:  # running it says what is damaged
+            except FileError:  # running it reports the damage
                 finished = False
             if not finished:
                 drop = (

@@ -1,10 +1,10 @@
-"""Augmentation of full batches. Every function takes its random draws as arguments, one row per example."""
+"""Batched image augmentation. Every function takes its random draws as arguments, one row per example."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Random resized crop: share of the area, aspect ratio, and tries before falling back to the center
+# Random resized crop: fraction of the area, aspect ratio, and attempts before falling back to a center crop
 # (Szegedy et al. 2015, "Going deeper with convolutions", section 6).
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -13,7 +13,7 @@ CROP_DRAWS = 2 * TRIES + 2
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror the images marked in ``mirrored`` left to right.
+    """Flip the images marked in ``mirrored`` horizontally.
 
     Args:
         images: ``(b, c, h, w)``.
@@ -22,19 +22,19 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
     Returns:
         ``(b, c, h, w)``.
     """
-    # Whole images are copied from a stack of both versions: far faster than a masked select.
+    # Copying whole images from a stack of both versions is much faster than a masked select.
     count = len(images)
     both = torch.cat([images, images.flip(-1)])
     return both.index_select(0, torch.arange(count, device=images.device) + count * mirrored.long())
 
 
 def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Pad with zeros and cut a window of the original size from each image.
+    """Pad images with zeros and crop a window of the original size from each.
 
     Args:
         images: ``(b, c, h, w)``.
-        offsets: int64 ``(b, 2)``, top and left corner of each window, 0 to ``2 * padding``.
-        padding: Zeros on each side.
+        offsets: int64 ``(b, 2)``, top and left of each window, 0 to ``2 * padding``.
+        padding: Width of the zero padding on each side.
 
     Returns:
         ``(b, c, h, w)``.
@@ -46,14 +46,14 @@ def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
 
 
 def cutout(images: Tensor, centers: Tensor, length: int) -> Tensor:
-    """Set squares to 0 (the mean color), in place.
+    """Set squares to 0 (the mean color) in place.
 
     DeVries and Taylor 2017, "Improved regularization of convolutional neural networks with Cutout".
 
     Args:
         images: Normalized ``(b, c, h, w)``.
         centers: int64 ``(b, holes, 2)``, row and column of each center.
-        length: Side of a square; it reaches from center - length//2 up to, not including, center + length//2,
+        length: Side of a square. It covers center - length//2 (inclusive) to center + length//2 (exclusive),
             clipped at the border. Squares may overlap.
 
     Returns:
@@ -72,15 +72,15 @@ def cutout(images: Tensor, centers: Tensor, length: int) -> Tensor:
 
 
 def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-    """The boxes of random resized crops.
+    """Compute the boxes of random resized crops.
 
-    The first of ten tries (area and log aspect ratio uniform) that fits is taken, at a uniform position; if none
-    fits, the largest centered box of an allowed shape.
+    Of ten attempts with uniform area and log aspect ratio, the first that fits is used, at a uniform position. If
+    none fits, the box is the largest centered one with an allowed aspect ratio.
 
     Args:
-        draws: Uniform in [0, 1), ``(b, CROP_DRAWS)``: areas, ratios, and the position.
-        height: Height of the images, a number or ``(b,)``.
-        width: Width of the images, a number or ``(b,)``.
+        draws: Uniform in [0, 1), ``(b, CROP_DRAWS)``: areas, ratios and position.
+        height: Image height, a number or ``(b,)``.
+        width: Image width, a number or ``(b,)``.
 
     Returns:
         int64 ``(b, 4)``: top, left, height, width.
@@ -105,11 +105,13 @@ def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tens
 
 
 def resized_crop(images: Tensor, draws: Tensor) -> Tensor:
-    """Random resized crop of images in memory, to their own size (bilinear; boxes only grow, so no antialiasing).
+    """Apply random resized crops to images in memory, scaled bilinearly to the original size.
+
+    Boxes are only enlarged, so no antialiasing is needed.
 
     Args:
         images: uint8 ``(b, c, h, w)``.
-        draws: Uniform ``(b, CROP_DRAWS)``, see ``crop_boxes``.
+        draws: Uniform ``(b, CROP_DRAWS)``; see ``crop_boxes``.
 
     Returns:
         uint8 ``(b, c, h, w)``.
@@ -118,7 +120,7 @@ def resized_crop(images: Tensor, draws: Tensor) -> Tensor:
     boxes = crop_boxes(draws, height, width).to(torch.float32)  # (b, 4)
 
     def coordinates(start: Tensor, extent: Tensor, size: int) -> Tensor:
-        """Source coordinates of the output pixels, kept inside the box, as grid_sample counts them."""
+        """Return the source coordinates of the output pixels, clamped to the box, in grid_sample's convention."""
         steps = (torch.arange(size, device=images.device) + 0.5) / size
         pixel = (steps * extent[:, None] - 0.5).clamp(min=0).minimum(extent[:, None] - 1) + start[:, None]
         return (2 * pixel + 1) / size - 1

@@ -1,4 +1,4 @@
-"""Sets of images in memory, and epochs of batches: ordered, augmented and normalized as full tensors."""
+"""In-memory image sets, and iteration over them in batches that are augmented and normalized as full tensors."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,13 +14,13 @@ from src.devices import upload
 
 ORDERS = ("shuffled", "sequential", "fixed")
 
-# Bytes of images, as float32, that are prepared at once: on a GPU so many that launching the operations does not
-# count, on a CPU so few that they stay in its cache. Intermediate results take up to twice as much again.
+# Bytes of float32 images prepared at once: on a GPU, enough to make kernel launch time negligible; on a CPU, few
+# enough to stay in cache. Intermediate results take up to twice as much in addition.
 PREPARED, PREPARED_ON_CPU = 64 * 2**20, 2 * 2**20
 
 
 class Content:
-    """What identifies the images of a data set, computed when it is first asked for.
+    """The digest that identifies the images of a data set, computed on first use.
 
     Args:
         train: The full training set, as loaded.
@@ -33,37 +33,37 @@ class Content:
 
     @property
     def digest(self) -> str:
-        """16 hex digits of the training images, the test images and the test labels."""
+        """Digest of the training images, test images and test labels, 16 hex digits."""
         if self._digest is None:
             digest = hashlib.sha256()
             entry, decoding = self._parts[0].entry, self._parts[0].decoding
-            if entry.content is not None:  # own data: their files, whatever they are resized to
+            if entry.content is not None:  # own data: a digest of the files, independent of resizing
                 digest.update(f"{entry.content}\0{decoding or ''}".encode())
             else:
                 for part in self._parts:
                     part.add_content(digest)
                 digest.update(self._parts[1].labels.cpu().numpy().astype("<i8").tobytes())
             self._digest = digest.hexdigest()[:16]
-            self._parts = ()  # on a GPU, the images in main memory are not needed any more
+            self._parts = ()  # if the images are on a GPU, this frees the copy in CPU memory
         return self._digest
 
 
 class ImageSet:
-    """The training or the test set of a data set, or a subset of it.
+    """The training or test set of a data set, or a subset of it.
 
-    Subsets share the storage; ``indices`` are the positions of their examples in the full set.
+    Subsets share storage. ``indices`` are the positions of the examples in the full set.
 
     Attributes:
         entry: The catalog entry.
         part: ``"train"`` or ``"test"``.
         labels: int64 ``(n,)``.
-        indices: int64 ``(n,)``, the original position of each example in the full set.
-        total: Length of the full set.
+        indices: int64 ``(n,)``, the original index of each example, in the full set.
+        total: Size of the full set.
         class_names: One name per class.
-        decoding: Which rules of ``as_seen`` changed pixels of this data set, such as ``"exif,alpha"``; None
-            for none.
-        content: What identifies the images of both parts; None where the parts were not loaded together.
-        streamed: Whether images are read from files batch by batch; else they are in memory.
+        decoding: The rules of ``as_seen`` that changed pixels of this data set, such as ``"exif,alpha"``; None if
+            none did.
+        content: Identifies the images of both parts; None if the parts were not loaded together.
+        streamed: Whether images are read from files batch by batch instead of being in memory.
     """
 
     content: Content | None = None
@@ -90,19 +90,19 @@ class ImageSet:
         self.indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
         self.decoding = decoding
         self._storage = storage
-        self._rows = rows  # rows of the storage; None for all of them in order
+        self._rows = rows  # rows of the storage; None for all rows in order
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def device(self) -> torch.device:
-        """Where labels and indices are, and the images too if they are in memory."""
+        """Device of the labels and indices, and of the images if they are in memory."""
         return self.labels.device
 
     @property
     def digest(self) -> str | None:
-        """16 hex digits that identify the full data set's images and test labels; None where they are not known."""
+        """Digest of the full data set's images and test labels, 16 hex digits; None if unknown."""
         return None if self.content is None else self.content.digest
 
     def add_content(self, digest: "hashlib._Hash") -> None:
@@ -116,26 +116,26 @@ class ImageSet:
         return self.entry.channels, self.entry.image_size, self.entry.image_size
 
     def fetch(self, positions: Tensor) -> Tensor:
-        """Images at ``positions`` (0 to n-1, within this set), as uint8 ``(b, c, h, w)``, un-augmented."""
+        """Return the images at ``positions`` (0 to n-1 in this set), uint8 ``(b, c, h, w)``, not augmented."""
         positions = positions.to(self.device)
         rows = positions if self._rows is None else self._rows[positions]
         return self._storage.index_select(0, rows)
 
     def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
-        """Images batch by batch, for sets that are read ahead.
+        """Iterate over images batch by batch, so that streamed sets can read ahead.
 
         Args:
-            batches: Positions ``(b,)`` of each batch, and its uniform draws for random resized crops or None.
+            batches: For each batch, its positions ``(b,)``, and uniform draws for random resized crops or None.
 
         Yields:
-            uint8 ``(b, c, h, w)``, cropped where draws are given.
+            uint8 ``(b, c, h, w)``, cropped if draws are given.
         """
         for positions, draws in batches:
             images = self.fetch(positions)
             yield images if draws is None else augment.resized_crop(images, draws)
 
     def subset(self, positions: Tensor) -> "ImageSet":
-        """The examples at ``positions``, in that order; the storage is shared, original indices are kept."""
+        """Return the examples at ``positions``, in that order. Storage is shared and original indices are kept."""
         positions = torch.as_tensor(positions, dtype=torch.int64).to(self.device)
         return self._with(
             labels=self.labels[positions],
@@ -144,7 +144,7 @@ class ImageSet:
         )
 
     def to(self, device: str | torch.device) -> "ImageSet":
-        """This set on a device (itself if it is there); of a subset only its own images are copied."""
+        """Move this set to a device; returns itself if already there. For a subset, only its images are copied."""
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -174,7 +174,7 @@ class ImageSet:
 
 
 def empty_images(like: Tensor, count: int) -> Tensor:
-    """Space for ``count`` images of the shape, type, device and memory layout of ``like``, ``(b, ...)``."""
+    """Allocate ``count`` images with the shape, dtype, device and memory format of ``like``, ``(b, ...)``."""
     layout = torch.contiguous_format if like.is_contiguous() else torch.channels_last
     return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=layout)
 
@@ -187,41 +187,42 @@ class _Fields(NamedTuple):
 
 
 class Batch(_Fields):
-    """``(images, labels, indices, weights)``, and ``shares``.
+    """A batch: the tuple ``(images, labels, indices, weights)``, with the attribute ``shares``.
 
     Attributes:
-        images: Normalized ``(b, c, h, w)``.
+        images: Normalized images ``(b, c, h, w)``.
         labels: int64 ``(b,)``.
-        indices: int64 ``(b,)``, original positions.
-        weights: ``(b,)``.
-        shares: ``(b,)``, the weights over their sum in the full batch of all ranks: what each example's loss counts
-            in the batch's mean loss. 0 where all weights are 0.
+        indices: Original indices, int64 ``(b,)``.
+        weights: Sample weights ``(b,)``.
+        shares: Each example's coefficient in the batch's mean loss, ``(b,)``: its weight divided by the sum of
+            weights in the full batch over all ranks. 0 if all weights are 0.
     """
 
     shares: Tensor
 
 
 class Batches:
-    """Cuts epochs of an image set into batches.
+    """Iterates over an image set in batches.
 
-    All random draws of an epoch are made for all original examples at once and indexed by original position, so batch
-    size, order, subsets, workers and ranks do not change what happens to an example.
+    Random numbers of an epoch are drawn for all original examples at once and indexed by original index. An example's
+    augmentation therefore does not depend on batch size, order, subsets, workers or ranks.
 
-    What belongs to examples (order, labels, indices, weights, shares) is gathered once per epoch, at about 50 bytes
-    per visited example. Images are prepared for several batches at once, up to ``PREPARED`` bytes of them
-    (``PREPARED_ON_CPU`` there), or for one larger batch: a batch itself then costs no operation but views.
+    Per-example data (order, labels, indices, weights, shares) are gathered once per epoch, at about 50 bytes per
+    visited example. Images are prepared for several batches at once, up to ``PREPARED`` bytes (``PREPARED_ON_CPU``
+    on a CPU), but at least for one batch. Each batch is then just a view.
 
     Args:
-        images: The examples; move their storage to ``device`` before (``images.to(device)``).
-        batch_size: Examples per step over all ranks.
-        normalization: Per-channel mean and deviation.
-        device: Where to deliver batches.
-        order: ``"shuffled"`` again in each epoch, ``"fixed"`` (one permutation for all epochs) or ``"sequential"``.
-        augmentation: What to do to the images; None for nothing.
+        images: The examples. Move them to ``device`` first (``images.to(device)``).
+        batch_size: Examples per step, over all ranks.
+        normalization: Per-channel mean and standard deviation.
+        device: Device of the batches.
+        order: ``"shuffled"`` (a new permutation each epoch), ``"fixed"`` (one permutation for all epochs) or
+            ``"sequential"``.
+        augmentation: The augmentation; None for none.
         seed: Seed of order and augmentation.
-        dtype: Type of images and weights (weights never below float32).
-        channels_last: Lay images out with the channels last in memory.
-        rank: Which share of each batch to deliver.
+        dtype: Dtype of images and weights; weights are at least float32.
+        channels_last: Whether to use the channels-last memory format.
+        rank: Which share of each batch to return.
         world: Number of shares.
     """
 
@@ -255,10 +256,10 @@ class Batches:
         self.device = torch.device(device)
         self._labels = images.labels.to(self.device)
         self._indices = images.indices.to(self.device)
-        # Positions are needed where images are read, so the order is made there.
+        # Positions are needed on the device that images are read from, so the order is computed there.
         self._reader = torch.device("cpu") if images.streamed else images.device
         self._original = images.indices.to(self._reader)
-        # As torchvision: statistics in the type of the images, never below float32.
+        # As in torchvision: statistics in the dtype of the images, at least float32.
         self._compute = dtype if dtype == torch.float64 else torch.float32
         shape = (len(normalization.mean), 1, 1)
         self._mean = torch.tensor(normalization.mean, dtype=self._compute, device=self.device).view(shape)
@@ -271,7 +272,7 @@ class Batches:
         return self.epoch(0)
 
     def steps(self, examples: int) -> int:
-        """Batches that so many examples make."""
+        """Return the number of batches for a number of examples."""
         return -(-examples // self.batch_size)
 
     def epoch(
@@ -282,16 +283,16 @@ class Batches:
         *,
         by_size: bool = False,
     ) -> Iterator[Batch]:
-        """One pass.
+        """Iterate over one epoch.
 
         Args:
-            epoch: Its number: with the seed it decides order and augmentation.
-            positions: Which examples to visit (positions in the set); all by default.
-            weights: A weight for each example of the set, ``(n,)``; ones by default.
-            by_size: Whether shares are the weights over the number of examples in the full batch.
+            epoch: The epoch. With the seed, it determines order and augmentation.
+            positions: Positions in the set of the examples to visit; all by default.
+            weights: Weights of all examples of the set, ``(n,)``; ones by default.
+            by_size: Whether shares are weights divided by the number of examples in the full batch.
 
         Yields:
-            This rank's share of each batch; it may be empty, so that all ranks take as many steps.
+            This rank's share of each batch. It may be empty, so that all ranks take the same number of steps.
         """
         count, size = len(self.images), self.batch_size
         if weights is not None and len(weights) != count:
@@ -303,11 +304,11 @@ class Batches:
             return
         visited = self._ordered(upload(visited, self._reader), epoch)
         steps = self.steps(len(visited))
-        sizes = [min(size, len(visited) - start) for start in range(0, len(visited), size)]  # of full batches
-        parts = [len(range(self.rank, full, self.world)) for full in sizes]  # of this rank's
+        sizes = [min(size, len(visited) - start) for start in range(0, len(visited), size)]  # sizes of full batches
+        parts = [len(range(self.rank, full, self.world)) for full in sizes]  # sizes of this rank's shares
 
         def own(rows: Tensor) -> Tensor:
-            """What belongs to this rank's examples, of a row per full batch."""
+            """Return the entries of this rank's examples, given one row per full batch."""
             return rows[:, self.rank :: self.world].flatten()[: sum(parts)]
 
         rows = nn.functional.pad(visited, (0, steps * size - len(visited))).view(steps, size)
@@ -315,7 +316,7 @@ class Batches:
         weights = upload(weights, self.device)[rows]  # (steps, size)
         weights[-1, sizes[-1] :] = 0.0
         divisors = weights.sum(1)
-        divisors[-1] = weights[-1, : sizes[-1]].sum()  # zeros at the end could change its rounding
+        divisors[-1] = weights[-1, : sizes[-1]].sum()  # summing the padding zeros could change the rounding
         if by_size:
             divisors = torch.full_like(divisors, size)
             divisors[-1] = sizes[-1]
@@ -338,7 +339,7 @@ class Batches:
                 yield batch
 
     def _batches_ahead(self) -> int:
-        """How many batches' images are prepared at once; files are read ahead one batch at a time."""
+        """Return the number of batches to prepare at once. Streamed images are read ahead one batch at a time."""
         if self.images.streamed:
             return 1
         share, (channels, height, width) = -(-self.batch_size // self.world), self.images.image_shape
@@ -346,11 +347,11 @@ class Batches:
         return max(1, allowed // (4 * share * channels * height * width))
 
     def visited(self, epoch: int) -> Tensor:
-        """Positions of all examples in the order of an epoch, int64 ``(n,)`` on the CPU."""
+        """Return the positions of all examples in the order of an epoch, int64 ``(n,)`` on the CPU."""
         return self._ordered(torch.arange(len(self.images), device=self._reader), epoch).cpu()
 
     def _ordered(self, positions: Tensor, epoch: int) -> Tensor:
-        """``positions`` in this epoch's order; sort keys are drawn for all original positions."""
+        """Return ``positions`` in this epoch's order. Sort keys are drawn for all original indices."""
         if self.order == "sequential":
             return positions
         generator = rng.generator(self.seed, 0 if self.order == "fixed" else epoch, "order")
@@ -363,7 +364,7 @@ class Batches:
         if len(indices):
             pixels = plan.before(pixels, indices)
         images = pixels.to(self._compute).div_(255).sub_(self._mean).div_(self._std)
-        if self.channels_last:  # after the arithmetic, which is several times slower in that layout
+        if self.channels_last:  # after the arithmetic, which is several times slower in channels-last format
             images = images.contiguous(memory_format=torch.channels_last)
         if len(indices):
             images = plan.after(images, indices)
@@ -371,15 +372,15 @@ class Batches:
 
 
 class _Draws:
-    """The random draws of one epoch, for all original examples, on the device where they are used.
+    """The random draws of one epoch for all original examples, on the devices that use them.
 
     Args:
-        augmentation: What is done to images.
+        augmentation: The augmentation.
         images: The images.
-        seed: Seed of the run.
+        seed: The run's seed.
         epoch: The epoch.
-        device: Of the batches.
-        reader: Where images are read, and cut to boxes on the way.
+        device: Device of the batches.
+        reader: Device that images are read from and cropped to boxes on.
     """
 
     def __init__(
@@ -410,11 +411,11 @@ class _Draws:
             self._centers = upload(torch.randint(size, shape, generator=generator("cutout")), device)
 
     def boxes(self, indices: Tensor) -> Tensor | None:
-        """Uniform draws for random resized crops, which happen while images are read."""
+        """Return the uniform draws for random resized crops, which are applied while images are read."""
         return self._boxes[indices] if self.augmentation.random_resized_crop else None
 
     def before(self, pixels: Tensor, indices: Tensor) -> Tensor:
-        """What is done to uint8 pixels: crop, flip."""
+        """Apply the augmentations of uint8 pixels: crop and flip."""
         if self.augmentation.crop_padding:
             pixels = augment.crop(pixels, self._offsets[indices], self.augmentation.crop_padding)
         if self.augmentation.flip:
@@ -422,7 +423,7 @@ class _Draws:
         return pixels
 
     def after(self, images: Tensor, indices: Tensor) -> Tensor:
-        """What is done to normalized images: cutout."""
+        """Apply the augmentation of normalized images: Cutout."""
         if self.augmentation.cutout_holes:
             images = augment.cutout(images, self._centers[indices], self.augmentation.cutout_length)
         return images

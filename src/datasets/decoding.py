@@ -1,4 +1,4 @@
-"""Image files: which formats are read, how a file is decoded, as a viewer shows it, and folders of them."""
+"""Image files: supported formats, decoding as an image viewer does, and folders of images."""
 
 import hashlib
 import logging
@@ -16,10 +16,10 @@ from PIL.Image import Transpose
 
 from src.errors import FileError
 
-# Pillow tries every format that it knows otherwise, rarely used parsers among them.
+# Otherwise Pillow tries every format it knows, including rarely used parsers.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 GRAY_MODES = ("1", "L", "LA", "La")
-DRAFT_MARGIN = 2  # a reduced image keeps at least so many times the pixels asked for, in each direction
+DRAFT_MARGIN = 2  # a reduced image keeps at least this multiple of the target size in each dimension
 ORIENTATION = 274  # EXIF tag: how to turn the image upright
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -31,11 +31,11 @@ UPRIGHT = {
     8: Transpose.ROTATE_90,
 }
 
-# System files that turn up among images, in lower case; names that start with a dot are hidden and ignored as well.
+# System files found among images, in lower case. Names that start with a dot are also ignored.
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
-MOST_LISTED = 20  # unusable files
+MOST_LISTED = 20  # unusable files listed in an error
 PARTS = ("train", "test")
-SETTLED = 2_000_000_000  # ns after a change to a file during which another may leave its times as they are
+SETTLED = 2_000_000_000  # ns after a file changes during which another change may not alter its timestamps
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,10 +43,10 @@ log = logging.getLogger(__name__)
 
 
 class Faults:
-    """Collects unusable files, to report them all at once rather than one per start.
+    """Collects unusable files, to report all of them at once.
 
     Args:
-        root: The folder or archive that the files belong to; long lists name it once.
+        root: The folder or archive that contains the files. Long lists name it once.
     """
 
     def __init__(self, root: Path) -> None:
@@ -54,17 +54,17 @@ class Faults:
         self._found: list[tuple[str, str]] = []
 
     def add(self, name: str, reason: str) -> None:
-        """Note what is wrong with a file, named relative to the root, and what to do."""
+        """Add a file, named relative to the root, with what is wrong and what to do."""
         self._found.append((name, reason))
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
     def raise_if_any(self) -> None:
-        """Report what was found.
+        """Raise an error if any files were added.
 
         Raises:
-            FileError: Lists up to ``MOST_LISTED`` files.
+            FileError: Files were added; the message lists up to ``MOST_LISTED`` of them.
         """
         if len(self._found) == 1:
             name, reason = self._found[0]
@@ -77,74 +77,74 @@ class Faults:
 
 
 def is_system_file(name: str) -> bool:
-    """Whether a file or folder is hidden or made by an operating system, so not part of the data."""
+    """Whether a file or folder is hidden or created by an operating system, and so is not part of the data."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def open_image(file: BinaryIO, target: int | None = None) -> tuple[Image.Image, bool]:
-    """Read an image, pixels and all.
+    """Read and decode an image.
 
     Args:
-        file: The file, open.
-        target: The length of the shorter side to which the image will be scaled: where both sides of a JPEG file
-            keep ``DRAFT_MARGIN`` times so many pixels, it is decoded at a half, a quarter or an eighth of its size,
-            which saves most of the work, and scaled. None for full size.
+        file: The open file.
+        target: Length in pixels of the shorter side that the image will be scaled to; None for full size. If both
+            sides of a JPEG file keep ``DRAFT_MARGIN`` times as many pixels, it is decoded at a half, a quarter or an
+            eighth of its size, which saves most of the work, and then scaled.
 
     Returns:
-        The image, and whether it was so reduced and scaled.
+        The image, and whether it was reduced and scaled in this way.
 
     Raises:
-        ValueError: It is damaged, or not an image of a format in ``FORMATS``.
+        ValueError: The file is damaged or not an image in one of ``FORMATS``.
     """
     try:
         image = Image.open(file, formats=FORMATS)
         width, height = stored = image.size
-        # without effect, and None, for other formats
+        # for other formats, draft has no effect and returns None
         draft = target and image.draft(None, (DRAFT_MARGIN * target, DRAFT_MARGIN * target))
         image.load()
         reduced = bool(draft) and image.size != stored
         if reduced:
             scale = target / min(width, height)
             size = max(target, round(width * scale)), max(target, round(height * scale))
-            # The last pixels of a reduced row or column may be there in part only: the box says which part.
+            # The last pixel of a reduced row or column may be partial; the box excludes the missing part.
             image = image.resize(size, Image.Resampling.BILINEAR, box=draft[1])
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot be read as an image ({', '.join(FORMATS)})") from error
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file can raise almost any exception
         raise ValueError(f"cannot be read as an image ({error})") from error
     return image, reduced
 
 
 def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[str]]:
-    """The pixels that a viewer shows: upright by EXIF, transparency on white, 16-bit gray scaled to 8 bits.
+    """Return the pixels that a viewer shows: rotated per EXIF, transparency on white, 16-bit gray scaled to 8 bits.
 
     Args:
         image: The image as stored.
-        channels: Convert to gray (1) or color (3); as it is if None.
+        channels: Convert to gray (1) or color (3); None for no conversion.
 
     Returns:
-        uint8 ``(c, h, w)``, and which of the rules ``"exif"`` and ``"alpha"`` changed the pixels: results that were
-        computed before these rules existed have other pixels there.
+        The pixels, uint8 ``(c, h, w)``, and which of the rules ``"exif"`` and ``"alpha"`` changed them. Results
+        computed before these rules existed used different pixels.
 
     Raises:
-        ValueError: It has 32 bits per pixel (I, F), for which no scale to 8 bits is given.
+        ValueError: The image has 32 bits per pixel (modes I and F), which have no defined scale to 8 bits.
     """
     rules = set()
-    # not ImageOps.exif_transpose, which also rewrites the EXIF data and fails where another tag is malformed
+    # not ImageOps.exif_transpose, which also rewrites the EXIF data and fails if another tag is malformed
     try:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except MemoryError:
         raise
-    except Exception:  # damaged EXIF data raise nearly anything: the image as stored
+    except Exception:  # damaged EXIF data can raise almost any exception; use the image as stored
         turn = None
     if turn is not None:
         image = image.transpose(turn)
         rules.add("exif")
     deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # PGM: scaled by Pillow
     if image.mode in ("I", "F") and not deep:
-        raise ValueError(f"has 32 bits per pixel (mode {image.mode}); save it with 8 or 16")
+        raise ValueError(f"has 32 bits per pixel (mode {image.mode}); save it with 8 or 16 bits")
     if deep:
         values = np.asarray(image).astype(np.int64)
         values[values == image.info.get("transparency")] = 65535
@@ -163,16 +163,16 @@ def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[s
 
 
 class ImageFolder:
-    """The image files of a folder, by part; what is wrong with them goes into ``faults``.
+    """The image files of a folder, by part. Problems are added to ``faults``.
 
     Args:
         root: Folder with ``train/`` and ``test/``.
-        faults: Where unusable files and folders are noted.
+        faults: Collects unusable files and folders.
     """
 
     def __init__(self, root: Path, faults: Faults) -> None:
         if not root.is_dir():
-            raise FileError(f"{root}: there is no such folder; one with train/ and test/ is needed")
+            raise FileError(f"{root}: no such folder; give a folder with train/ and test/")
         self.root, self.faults = root, faults
         self.ignored: list[str] = []
         self.names = self._classes(root / "train")
@@ -180,7 +180,7 @@ class ImageFolder:
             raise FileError(f"{root / 'train'}: has only class {self.names[0]}; at least two classes are needed")
         for name in self._classes(root / "test"):
             if name not in self.names:
-                faults.add(f"test/{name}", "is a class that train/ lacks; every test class needs training images")
+                faults.add(f"test/{name}", "is a class without a folder in train/; every class needs training images")
         self.files: dict[str, list[Path]] = {part: [] for part in PARTS}
         self.labels: dict[str, list[int]] = {part: [] for part in PARTS}
         for part in PARTS:
@@ -194,17 +194,19 @@ class ImageFolder:
             log.info("%s: ignored %d hidden or system files (%s)", root, len(self.ignored), examples)
 
     def _visible(self, folder: Path) -> list[Path]:
-        """What a folder contains, sorted by name, without hidden and system files."""
+        """Return a folder's contents, sorted by name, without hidden and system files."""
         found = sorted(folder.iterdir(), key=lambda path: path.name)
         self.ignored += [path.name for path in found if is_system_file(path.name)]
         return [path for path in found if not is_system_file(path.name)]
 
     def _classes(self, folder: Path) -> list[str]:
         if not folder.is_dir():
-            raise FileError(f"{folder}: there is no such folder; train/ and test/ with a folder per class are needed")
+            raise FileError(f"{folder}: no such folder; create train/ and test/ with a folder per class")
         names = [path.name for path in self._visible(folder) if path.is_dir()]
         if not names:
-            raise FileError(f"{folder}: has no class folder; put the images of each class into a folder of its name")
+            raise FileError(
+                f"{folder}: has no class folders; put the images of each class in a folder named after it"
+            )
         return names
 
     def _files(self, folder: Path) -> list[Path]:
@@ -214,44 +216,44 @@ class ImageFolder:
             self.faults.add(self.relative(folder), f"cannot be read ({error.strerror})")
             return []
         if not files:
-            self.faults.add(self.relative(folder), "has no image; put images in, or remove the class")
+            self.faults.add(self.relative(folder), "has no images; add images or remove the class")
         for path in files:
             if path.is_dir():
-                self.faults.add(self.relative(path), "is a folder inside a class folder; images are needed there")
+                self.faults.add(self.relative(path), "is a folder inside a class folder; put only images there")
             elif not path.is_file():  # opening a pipe would block
                 self.faults.add(self.relative(path), "is not a regular file; remove or replace it")
         return [path for path in files if path.is_file()]
 
     def relative(self, path: Path) -> str:
-        """A file's name below the root."""
+        """Return a file's path relative to the root."""
         return path.relative_to(self.root).as_posix()
 
     def all_files(self) -> list[Path]:
-        """The files of both parts, in order."""
+        """Return the files of both parts, in order."""
         return [path for part in PARTS for path in self.files[part]]
 
     def add(self, digest: "hashlib._Hash", path: Path, content: bytes) -> None:
-        """Add a file's name and content to the digest that names the data set."""
+        """Add a file's name and contents to the digest that identifies the data set."""
         digest.update(os.fsencode(f"{self.relative(path)}\0{len(content)}\0"))
         digest.update(content)
 
     def content(self) -> str:
-        """sha256 of names and contents of all files, in hex, without decoding them."""
+        """Return the sha256 of all file names and contents, in hex. Does not decode the files."""
         digest, files = hashlib.sha256(), self.all_files()
         for path, content in zip(files, ahead(Path.read_bytes, files), strict=True):
             self.add(digest, path, content)
         return digest.hexdigest()
 
     def stamp(self) -> tuple[int, str | None]:
-        """What tells that no file has changed, without reading one.
+        """Return a stamp that changes whenever a file does, without reading the files.
 
-        A file's change time (ctime) cannot be set by programs, so that a file of the same size with its modification
-        time put back, or moved over another, is noticed. Changes within the resolution of these times are not:
-        there is no stamp while a file is younger than ``SETTLED``, as in the index of Git.
+        Programs cannot set a file's change time (ctime), so the stamp detects a file of the same size whose
+        modification time was reset, or that was moved over another. It cannot detect changes within the resolution of
+        these times, so there is no stamp while a file is younger than ``SETTLED``, as in Git's index.
 
         Returns:
-            The size of all files in bytes, and a digest of their names, sizes, times and inode numbers; None where
-            files changed just now.
+            The total size of the files in bytes, and a digest of their names, sizes, times and inode numbers, or None
+            if a file changed too recently.
         """
         digest, total, newest = hashlib.sha256(), 0, 0
         now = time.time_ns()
@@ -264,15 +266,15 @@ class ImageFolder:
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results in order, computed ahead by one thread per processor: reading and decoding release Python's lock."""
-    known = hasattr(os, "sched_getaffinity")  # how many of the processors this process may use
+    """Yield results in order, computed ahead with one thread per CPU. Reading and decoding release the GIL."""
+    known = hasattr(os, "sched_getaffinity")  # reports the CPUs that this process may use
     workers = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     pending: deque = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) > 2 * workers:  # few, as they are held in memory
+                if len(pending) > 2 * workers:  # bounded, because results are kept in memory
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

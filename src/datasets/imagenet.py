@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC2012), read ahead while training, and Tiny ImageNet, in memory."""
+"""ImageNet (ILSVRC2012), streamed from files during training, and Tiny ImageNet, in memory."""
 
 import hashlib
 import logging
@@ -26,23 +26,25 @@ from src.errors import FileError
 
 TINY_ROOT = "tiny-imagenet-200"
 FOLDERS = {"train": "train", "test": "val"}
-RESIZE = 256 / 224  # of the shorter side to the crop, where nothing is random
+RESIZE = 256 / 224  # ratio of the resized shorter side to the center crop
 MOST_WORKERS = 8
-SHARED_MEMORY = "/dev/shm"  # Docker's has 64 MB by default
-SHARED_BATCHES = 64  # more than all workers of a machine keep at once
+SHARED_MEMORY = "/dev/shm"  # 64 MB by default in Docker
+SHARED_BATCHES = 64  # more batches than all workers of a machine keep at once
 
 log = logging.getLogger(__name__)
 
 
 def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Training and test set (the validation part), streamed from ``folder/train/WNID`` and ``folder/val/WNID``.
+    """Load ImageNet, streamed from ``folder/train/WNID`` and ``folder/val/WNID``. The validation set is the test set.
 
-    Where those folders are missing they are extracted from the local archives ``ILSVRC2012_img_train.tar``,
-    ``ILSVRC2012_img_val.tar`` and ``ILSVRC2012_devkit_t12.tar.gz``, checked by md5. Classes are sorted by WordNet
-    id and files by name.
+    Missing folders are extracted from the local archives ``ILSVRC2012_img_train.tar``, ``ILSVRC2012_img_val.tar`` and
+    ``ILSVRC2012_devkit_t12.tar.gz``, which are verified by md5. Classes are sorted by WordNet ID and files by name.
+
+    Returns:
+        The training set and the test set.
 
     Raises:
-        FileError: Neither folders nor sound archives are there.
+        FileError: There are neither folders nor valid archives.
     """
     for name in FOLDERS.values():
         if not (folder / name).is_dir():
@@ -56,7 +58,7 @@ def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet
 
 
 def _extract(folder: Path, name: str) -> None:
-    """Extract one part beside its final folder, then rename: an interrupted extraction is not taken for a part."""
+    """Extract one part to a temporary folder and rename it, so that an interrupted extraction is never used."""
     from src._torchvision import torchvision
 
     archives = torchvision.datasets.imagenet
@@ -70,12 +72,12 @@ def _extract(folder: Path, name: str) -> None:
             archives.parse_devkit_archive(folder)
             archives.parse_val_archive(folder, folder=partial.name)
         partial.rename(folder / name)
-    except Exception as error:  # a damaged archive raises nearly anything
+    except Exception as error:  # a damaged archive can raise almost any exception
         reason = str(error).strip().split("\n")[0][:120]
         wanted = ", ".join(file for file, _ in archives.ARCHIVE_META.values())
         raise FileError(
             f"{folder}: has no {name}/ with a folder per class, and it could not be extracted ({reason}); put "
-            f"{wanted} there (from image-net.org, which asks for a login)"
+            f"{wanted} there (from image-net.org, which requires a login)"
         ) from error
 
 
@@ -86,7 +88,7 @@ def _classes(folder: Path) -> list[str]:
 def _scan(entry: DatasetEntry, part: str, folder: Path, classes: list[str]) -> "StreamedImages":
     names, labels, faults = [], [], Faults(folder)
     for name in sorted(set(_classes(folder)) - set(classes)):
-        faults.add(name, f"is a class that {FOLDERS['train']}/ lacks")
+        faults.add(name, f"is a class without a folder in {FOLDERS['train']}/")
     for label, wnid in enumerate(classes):
         there = list(os.scandir(folder / wnid)) if (folder / wnid).is_dir() else []
         there = sorted((file for file in there if not is_system_file(file.name)), key=lambda file: file.name)
@@ -94,24 +96,24 @@ def _scan(entry: DatasetEntry, part: str, folder: Path, classes: list[str]) -> "
             if not file.is_file():  # opening a pipe would block
                 faults.add(f"{wnid}/{file.name}", "is not a regular file; remove or replace it")
         if not there and part == "train":
-            faults.add(wnid, "has no image; extract the archives again")
+            faults.add(wnid, "has no images; extract the archives again")
         names += [f"{wnid}/{file.name}" for file in there]
         labels += [label] * len(there)
     faults.raise_if_any()
     if not names:
-        raise FileError(f"{folder}: has no image in a folder per class; extract the archives again")
-    # Bytes in one array: a list of a million strings would be copied into every worker.
+        raise FileError(f"{folder}: has no images in class folders; extract the archives again")
+    # Names are bytes in one array, because a list of a million strings would be copied into every worker.
     return StreamedImages(entry, part, folder, np.array([os.fsencode(name) for name in names]), labels, classes)
 
 
 def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
-    """Decode one image and cut it to ``size``.
+    """Decode one image and crop it to ``size``.
 
     Args:
         path: The file.
-        size: Height and width wanted.
-        draws: Uniform ``(CROP_DRAWS,)`` for a random resized crop; without, the shorter side is scaled to
-            256/224 of ``size`` and the center is cut.
+        size: Height and width of the result.
+        draws: Uniform ``(CROP_DRAWS,)`` for a random resized crop. If None, the shorter side is scaled to 256/224 of
+            ``size`` and the center is cropped.
 
     Returns:
         uint8 ``(3, size, size)``.
@@ -121,7 +123,7 @@ def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
     """
     try:
         with path.open("rb") as file:
-            # As published, and as torchvision does: EXIF orientation is ignored, transparency dropped.
+            # As in torchvision and published work, EXIF orientation and transparency are ignored.
             image = open_image(file)[0].convert("RGB")
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {error}; extract the archives again") from error
@@ -139,25 +141,25 @@ def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
 
 
 class _Reader(torch.utils.data.Dataset):
-    """Whole batches, decoded by one worker: an item is the rows of a batch and its draws."""
+    """Data set of full batches, each decoded by one worker. An item is the rows of a batch and its draws."""
 
     def __init__(self, folder: Path, names: np.ndarray, size: int) -> None:
         self.folder, self.names, self.size = folder, names, size
 
     def __getitem__(self, item: tuple[np.ndarray, np.ndarray | None]) -> Tensor | np.ndarray:
-        """A batch as a tensor, which goes through shared memory, or as an array, which goes through a pipe.
+        """Return a batch as a tensor, sent through shared memory, or as an array, sent through a pipe.
 
-        Where shared memory is full, a tensor would be lost and waited for without end.
+        If shared memory were full, a tensor would be lost, and the main process would wait for it forever.
         """
         images = self.read(*item)
         try:
             room = shutil.disk_usage(SHARED_MEMORY).free
-        except OSError:  # systems without such a folder have no such limit
+        except OSError:  # systems without this folder do not have this limit
             return images
         return images if room > SHARED_BATCHES * images.nbytes else images.numpy()
 
     def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
-        """The images of some rows, uint8 ``(b, 3, s, s)``."""
+        """Read the images of some rows, uint8 ``(b, 3, s, s)``."""
         images = torch.empty(len(rows), 3, self.size, self.size, dtype=torch.uint8)
         for k, row in enumerate(rows):
             path = self.folder / os.fsdecode(self.names[row])
@@ -170,7 +172,7 @@ def _as_is(batch: Tensor | np.ndarray) -> Tensor | np.ndarray:
 
 
 class StreamedImages(ImageSet):
-    """A part whose images stay on the disk and are decoded by worker processes, ahead of their use."""
+    """A training or test set whose images stay on disk and are decoded ahead of time by worker processes."""
 
     streamed = True
 
@@ -193,11 +195,11 @@ class StreamedImages(ImageSet):
         self._folder, self._names = folder, names
 
     def fetch(self, positions: Tensor) -> Tensor:
-        """Images at ``positions``, scaled and cut at the center, as uint8 ``(b, 3, s, s)``."""
+        """Return the images at ``positions``, scaled and center-cropped, uint8 ``(b, 3, s, s)``."""
         return self._reader().read(positions.cpu().numpy()).to(self.device)
 
     def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
-        """As ``ImageSet.stream``, read ahead by ``workers`` processes (none: in this one)."""
+        """See ``ImageSet.stream``. Images are read ahead by ``workers`` processes (0: in this process)."""
         items = ((p.cpu().numpy(), None if draws is None else draws.cpu().numpy()) for p, draws in batches)
         loader = torch.utils.data.DataLoader(
             self._reader(),
@@ -205,8 +207,8 @@ class StreamedImages(ImageSet):
             sampler=items,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            collate_fn=_as_is,  # torch's own would turn arrays into tensors within the worker
-            generator=torch.Generator(),  # else it draws from the global one
+            collate_fn=_as_is,  # torch's default converts arrays to tensors in the worker
+            generator=torch.Generator(),  # the default is the global generator
         )
         try:
             yield from map(torch.as_tensor, loader)
@@ -216,18 +218,18 @@ class StreamedImages(ImageSet):
             if "DataLoader worker" not in str(error):
                 raise
             raise FileError(
-                f"{self._folder}: a process that reads images was killed, probably because memory ran out; stop "
+                f"{self._folder}: a worker process that reads images was killed, probably for lack of memory; stop "
                 "other processes and try again"
             ) from error
 
     def subset(self, positions: Tensor) -> "StreamedImages":
-        """The examples at ``positions``, in that order; original indices are kept."""
+        """Return the examples at ``positions``, in that order. Original indices are kept."""
         positions = torch.as_tensor(positions, dtype=torch.int64).to(self.device)
         names = self._names[positions.cpu().numpy()]
         return self._like(names, self.labels[positions], self.indices[positions])
 
     def to(self, device: str | torch.device) -> "StreamedImages":
-        """Labels and indices on a device; images follow batch by batch."""
+        """Move labels and indices to a device. Images are moved batch by batch."""
         return self._like(self._names, self.labels.to(device), self.indices.to(device))
 
     def _like(self, names: np.ndarray, labels: Tensor, indices: Tensor) -> "StreamedImages":
@@ -237,7 +239,7 @@ class StreamedImages(ImageSet):
         return other
 
     def add_content(self, digest: "hashlib._Hash") -> None:
-        """Add names and sizes of the files to a digest: reading them all would take hours."""
+        """Add the names and sizes of the files to a digest. Reading all files would take hours."""
         for name in self._names:
             size = (self._folder / os.fsdecode(name)).stat().st_size
             digest.update(name + f"\0{size}\0".encode())
@@ -247,14 +249,18 @@ class StreamedImages(ImageSet):
 
 
 def load_tiny_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Training and test set (the zip's validation part).
+    """Load Tiny ImageNet. The zip's validation set is the test set.
 
-    Classes are sorted by WordNet id and files by name. The decoded images are kept as ``{name}.npz`` beside
+    Classes are sorted by WordNet ID and files by name. The decoded images are saved as ``{name}.npz`` next to
     ``folder``, which later calls of ``load_dataset`` read instead.
 
     Args:
         entry: The catalog entry.
-        folder: Where the zip is or is downloaded to, or its content, with or without the zip's own top folder.
+        folder: The folder of the zip file (downloaded if missing) or of its contents, with or without the zip's
+            top-level folder.
+
+    Returns:
+        The training set and the test set.
 
     Raises:
         FileError: The zip is missing and cannot be downloaded, or files are missing or damaged.
@@ -274,14 +280,14 @@ def load_tiny_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, Ima
 def _read_tiny_imagenet(
     entry: DatasetEntry, where: Path, names: list[str], read: Callable[[str], bytes], cache: Path
 ) -> tuple[ImageSet, ImageSet]:
-    """Decode both parts, given the paths of all files below the root and how to read one."""
+    """Decode both parts, given the paths of all files in the root and a function that reads a file."""
     names = [name for name in names if not is_system_file(name.split("/")[-1])]
     train = [name for name in names if name.startswith("train/") and name.lower().endswith(".jpeg")]
     train.sort(key=lambda name: (name.split("/")[1], name.split("/")[-1]))  # by class and file name
     classes = sorted({name.split("/")[1] for name in train})
     if len(classes) != entry.num_classes:
         raise FileError(
-            f"{where}: has {len(classes)} classes below train/, not {entry.num_classes}; get the zip again"
+            f"{where}: has {len(classes)} classes in train/, not {entry.num_classes}; download the zip again"
         )
     number = {wnid: label for label, wnid in enumerate(classes)}
     listing = [(name, number[name.split("/")[1]]) for name in train]
@@ -292,9 +298,9 @@ def _read_tiny_imagenet(
         arrays[f"y_{part}"] = np.array([label for _, label in files])
     try:
         write_npz(cache, **arrays)
-        log.info("kept the decoded images as %s, to be read next time", cache)
+        log.info("saved the decoded images to %s; later runs read them", cache)
     except FileError as error:
-        log.warning("the decoded images are not kept: %s", error)
+        log.warning("cannot save the decoded images: %s", error)
     return tuple(
         ImageSet(
             entry,
@@ -310,10 +316,10 @@ def _read_tiny_imagenet(
 def _validation(
     where: Path, names: list[str], read: Callable[[str], bytes], number: dict[str, int]
 ) -> list[tuple[str, int]]:
-    """Validation images, sorted by name, with their labels.
+    """List the validation images, sorted by name, with their labels.
 
-    The images are in ``val/images``, with their classes in ``val_annotations.txt``, or in a folder per class, to
-    which a common preparation script moves them.
+    The images are in ``val/images`` with classes in ``val_annotations.txt``, or, after a commonly used preparation
+    script, in one folder per class.
     """
     listing, faults = "val/val_annotations.txt", Faults(where)
     paths = {
@@ -323,19 +329,19 @@ def _validation(
     if not any(folder in number for folder in folders.values()):
         if listing not in names:
             raise FileError(
-                f"{where}: has no {listing}, which names the classes of the test images; get the zip again"
+                f"{where}: has no {listing}, which lists the classes of the test images; download the zip again"
             )
         try:
             lines = read(listing).decode().splitlines()
         except UnicodeDecodeError as error:
-            raise FileError(f"{where}: {listing} is not a text file in UTF-8; get the zip again") from error
+            raise FileError(f"{where}: {listing} is not a UTF-8 text file; download the zip again") from error
         if not lines:
-            raise FileError(f"{where}: {listing} is empty; get the zip again")
+            raise FileError(f"{where}: {listing} is empty; download the zip again")
         folders = dict([*line.split("\t"), ""][:2] for line in lines)
     files = {}
     for name, wnid in folders.items():
         if wnid not in number or name not in paths:
-            faults.add(f"val: {name!r} of class {wnid!r}", "is not there; get the zip again")
+            faults.add(f"val: {name!r} of class {wnid!r}", "is missing; download the zip again")
         else:
             files[name] = (paths[name], number[wnid])
     faults.raise_if_any()
@@ -345,17 +351,17 @@ def _validation(
 def _decode(
     entry: DatasetEntry, where: Path, files: list[tuple[str, int]], read: Callable[[str], bytes]
 ) -> np.ndarray:
-    """uint8 ``(n, h, w, c)``; gray images are converted to color, and EXIF is ignored, as published."""
+    """Decode files to uint8 ``(n, h, w, c)``. Gray images become color and EXIF is ignored, as in published work."""
     size, faults = entry.image_size, Faults(where)
     images = np.empty((len(files), size, size, entry.channels), dtype=np.uint8)
     for index, (name, _) in enumerate(tqdm(files, desc=f"reading {entry.name}", mininterval=1, disable=None)):
         try:
             image, _ = open_image(BytesIO(read(name)))
         except (ValueError, OSError, zipfile.BadZipFile) as error:
-            faults.add(name, f"{error}; get the zip again")
+            faults.add(name, f"{error}; download the zip again")
             continue
         if image.size != (size, size):
-            faults.add(name, f"is {image.height}x{image.width}, not {size}x{size}; get the zip again")
+            faults.add(name, f"is {image.height}x{image.width}, not {size}x{size}; download the zip again")
         else:
             images[index] = image.convert("RGB")
     faults.raise_if_any()

@@ -1,4 +1,4 @@
-"""Own data: arrays of an npz file (the Keras convention), or images in ``train/CLASS/`` and ``test/CLASS/``."""
+"""The user's own data: an npz file (Keras convention), or images in ``train/CLASS/`` and ``test/CLASS/``."""
 
 import hashlib
 import json
@@ -27,9 +27,9 @@ CLASS_NAMES = "class_names"  # an optional array
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's "L"
 PROGRESS_FROM = 2000  # files
 ODD_SIZES_LISTED = 3
-RULES = ("exif", "alpha", "draft")  # what may change pixels, in the order of records
-CACHE_FORMAT = 1  # raise it when the same files would be decoded to other pixels
-CACHED_FROM = 4 << 20  # bytes of image files: fewer are decoded in about a second at most
+RULES = ("exif", "alpha", "draft")  # rules that may change pixels, in the order in which they are recorded
+CACHE_FORMAT = 1  # increment when a change to decoding gives different pixels for the same files
+CACHED_FROM = 4 << 20  # bytes of image files; decoding fewer takes at most about a second
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,14 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
         return images.expand(-1, 3, -1, -1).contiguous()
     gray = images.new_empty(len(images), 1, *images.shape[2:])
     weights = torch.tensor(GRAY).view(3, 1, 1)
-    for start in range(0, len(images), 1024):  # a block at a time: floats take four times the room
+    for start in range(0, len(images), 1024):  # in blocks, because floats take four times the memory
         block = slice(start, start + 1024)
         gray[block] = (images[block].float() * weights).sum(1, keepdim=True).round_().clamp_(0, 255).to(torch.uint8)
     return gray
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Scale uint8 ``(n, c, h, w)`` so that the shorter side is ``size`` (bilinear, antialiased), and cut the center.
+    """Scale uint8 ``(n, c, h, w)`` to a shorter side of ``size`` (bilinear, antialiased), and crop the center.
 
     Returns:
         uint8 ``(n, c, size, size)``.
@@ -70,12 +70,12 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def normalization_of(images: Tensor) -> Normalization:
-    """Mean and deviation per channel of uint8 ``(n, c, h, w)``, exact, from its histogram."""
+    """Compute the exact per-channel mean and standard deviation of uint8 ``(n, c, h, w)`` from histograms."""
     values = np.arange(256) / 255
     means, deviations = [], []
     for channel in range(images.shape[1]):
         counts = np.zeros(256)
-        for block in images[:, channel].split(512):  # counting takes eight bytes for each of a block
+        for block in images[:, channel].split(512):  # in blocks, because bincount needs eight bytes per pixel
             counts += np.bincount(block.reshape(-1).numpy(), minlength=256)
         mean = (counts * values).sum() / counts.sum()
         deviation = np.sqrt((counts * (values - mean) ** 2).sum() / counts.sum())
@@ -85,21 +85,21 @@ def normalization_of(images: Tensor) -> Normalization:
 
 
 def _name(stem: str, digest: str) -> str:
-    """The name of own data: a file's or folder's, without characters that paths may not have, and 8 digits."""
+    """Return the name of own data: the file or folder name, made safe for paths, and 8 digits of the digest."""
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem)}-{digest[:8]}"
 
 
 def _entry(
     stem: str, digest: str, images: Tensor, num_classes: int, normalization: Normalization | None = None
 ) -> DatasetEntry:
-    """The entry of own data: named by stem and content; crop (an eighth of the size) and flip as augmentation.
+    """Return the entry of own data, named by stem and content, with crops (padding size // 8) and flips.
 
     Args:
         stem: File or folder name.
-        digest: Hex digest of the content; 8 digits are in the name.
+        digest: Hex digest of the contents; the name includes 8 digits.
         images: The training images, uint8 ``(n, c, s, s)``.
         num_classes: Number of classes.
-        normalization: That of the images where it is known.
+        normalization: The images' normalization, if known; None to compute it.
     """
     normalization = normalization or normalization_of(images)
     size = images.shape[-1]
@@ -117,32 +117,32 @@ def _entry(
 
 
 def _count_classes(where: str, train: np.ndarray, test: np.ndarray) -> int:
-    """The number of classes, after checking that training has them all.
+    """Count the classes, and check that each has training images.
 
     Raises:
-        FileError: A class has no training image, or test has a class that training lacks.
+        FileError: A class has no training images, or there is only one class.
     """
     present = np.unique(train)
     foreign = np.setdiff1d(test, present)
     if len(foreign):
         raise FileError(
-            f"{where}: y_test has class {foreign[0]}, which y_train lacks; every test class needs training images"
+            f"{where}: y_test has class {foreign[0]}, but y_train does not; every test class needs training images"
         )
     if len(present) == 1:
-        raise FileError(f"{where}: y_train has class {present[0]} only; two classes are needed at least")
+        raise FileError(f"{where}: y_train has only class {present[0]}; at least two classes are needed")
     gaps = np.flatnonzero(present != np.arange(len(present)))
     if len(gaps):
         raise FileError(
-            f"{where}: y_train has no image of class {gaps[0]}, though its labels go up to {present[-1]}; "
-            "number the classes from 0 without gaps"
+            f"{where}: y_train has no images of class {gaps[0]}, but labels up to {present[-1]}; number the classes "
+            "from 0 without gaps"
         )
     return int(present[-1]) + 1
 
 
 def _images(path: Path, key: str, array: np.ndarray) -> Tensor:
-    """uint8 ``(n, c, h, w)`` from NHWC or NHW."""
+    """Convert NHWC or NHW images to uint8 ``(n, c, h, w)``."""
     if array.dtype != np.uint8:
-        raise FileError(f"{path}: {key} is {array.dtype}; uint8 pixels from 0 to 255 are needed")
+        raise FileError(f"{path}: {key} has dtype {array.dtype}; uint8 pixels from 0 to 255 are needed")
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or array.shape[-1] not in (1, 3):
@@ -150,10 +150,10 @@ def _images(path: Path, key: str, array: np.ndarray) -> Tensor:
             f"{path}: {key} has shape {array.shape}; (n, height, width) or (n, height, width, 1 or 3) is needed"
         )
     if not all(array.shape):
-        raise FileError(f"{path}: {key} has shape {array.shape}, so it has no image")
+        raise FileError(f"{path}: {key} has shape {array.shape}, so it has no images")
     array = np.ascontiguousarray(array)
     count, height, width, channels = array.shape
-    result = array.reshape(count, channels, height, width)  # the same memory, so that there is never a second copy
+    result = array.reshape(count, channels, height, width)  # shares memory, to avoid a second copy
     for start in range(0, count, 1024):
         block = slice(start, start + 1024)
         result[block] = array[block].transpose(0, 3, 1, 2).copy()
@@ -161,23 +161,23 @@ def _images(path: Path, key: str, array: np.ndarray) -> Tensor:
 
 
 def _labels(path: Path, key: str, array: np.ndarray, count: int) -> np.ndarray:
-    """int64 ``(n,)`` from integers of shape (n,) or (n, 1)."""
+    """Convert integers of shape (n,) or (n, 1) to int64 ``(n,)``."""
     if array.dtype.kind not in "iu":
         kind = "text" if array.dtype.kind in "US" else array.dtype
-        raise FileError(f"{path}: {key} is {kind}; whole numbers from 0 are needed as labels")
+        raise FileError(f"{path}: {key} has dtype {kind}; labels must be integers from 0")
     if array.shape not in ((count,), (count, 1)):
         images = key.replace("y_", "x_")
         raise FileError(
-            f"{path}: {key} has shape {array.shape} beside {count} images in {images}; ({count},) is needed"
+            f"{path}: {key} has shape {array.shape}, but {images} has {count} images; ({count},) is needed"
         )
     labels = array.reshape(-1)
     if labels.min() < 0:
-        raise FileError(f"{path}: {key} has the label {labels.min()}; labels count from 0")
+        raise FileError(f"{path}: {key} has the label {labels.min()}; labels start at 0")
     return labels.astype(np.int64)
 
 
 def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None]:
-    """Images and labels of both parts, checked, and the class names if the file has them."""
+    """Read and validate the images and labels of both parts, and the class names if the file has them."""
     arrays = read_npz(path)
     missing = [key for part in PARTS for key in (f"x_{part}", f"y_{part}") if key not in arrays]
     if missing:
@@ -188,12 +188,14 @@ def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None]
         labels.append(_labels(path, f"y_{part}", arrays[f"y_{part}"], len(images[-1])))
     if images[0].shape[1:] != images[1].shape[1:]:
         shapes = [tuple(part.shape[1:]) for part in images]
-        raise FileError(f"{path}: x_train has images (c, h, w) = {shapes[0]}, x_test {shapes[1]}; make them alike")
+        raise FileError(
+            f"{path}: x_train has images (c, h, w) = {shapes[0]}, x_test {shapes[1]}; they must have the same shape"
+        )
     return images, labels, _class_names(path, arrays.get(CLASS_NAMES))
 
 
 def _class_names(path: Path, names: np.ndarray | None) -> list[str] | None:
-    """Texts that can be printed, whatever bytes they were made from."""
+    """Return class names that can be printed, even if their bytes are not valid UTF-8."""
     if names is None:
         return None
     if names.ndim != 1:
@@ -215,7 +217,9 @@ def _sets(
 
 
 def load_catalog_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSet]:
-    """A catalog data set from ``{name}.npz``, of any length; classes and image size stay the catalog's.
+    """Load a catalog data set from ``{name}.npz``, which may have any number of examples.
+
+    The number of classes and the image size are those of the catalog.
 
     Raises:
         FileError: The file is damaged or does not fit the catalog.
@@ -234,24 +238,24 @@ def load_catalog_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSe
 
 
 def load_npz(path: Path, config: DataConfig, cache_folder: Path | None = None) -> tuple[ImageSet, ImageSet]:
-    """Own data from an npz file.
+    """Load own data from an npz file.
 
-    The data set is named by the file's stem and 8 hex digits of the arrays' content.
+    The data set's name is the file's stem and 8 hex digits of a hash of the arrays.
 
     Args:
         path: The file.
-        config: To which ``image_size`` and ``channels`` images are converted.
-        cache_folder: Not used: nothing is decoded.
+        config: The ``image_size`` and ``channels`` to convert images to.
+        cache_folder: Not used, because nothing is decoded.
 
     Raises:
-        FileError: The file is missing, damaged, or not in the expected form.
+        FileError: The file is missing, damaged, or not in the expected format.
     """
     images, labels, names = _read(path)
     num_classes = _count_classes(str(path), *labels)
     digest = _npz_digest(images, labels)
     height, width = images[0].shape[2:]
     if config.image_size is None and height != width:
-        raise FileError(f"{path}: has images of {height}x{width}; make them square, or give --image_size")
+        raise FileError(f"{path}: has {height}x{width} images; make them square, or give --image_size")
     for index, storage in enumerate(images):
         if config.channels is not None:
             storage = convert_channels(storage, config.channels)
@@ -260,10 +264,10 @@ def load_npz(path: Path, config: DataConfig, cache_folder: Path | None = None) -
 
 
 def npz_name(path: Path) -> str:
-    """The name of the data set of an npz file.
+    """Return the name of the data set in an npz file.
 
     Raises:
-        FileError: The file is missing, damaged, or not in the expected form.
+        FileError: The file is missing, damaged, or not in the expected format.
     """
     images, labels, _ = _read(path)
     _count_classes(str(path), *labels)
@@ -271,7 +275,7 @@ def npz_name(path: Path) -> str:
 
 
 def _npz_digest(images: list[Tensor], labels: list[np.ndarray]) -> str:
-    """sha256 of the arrays of both parts, in hex."""
+    """Return the sha256 of the arrays of both parts, in hex."""
     digest = hashlib.sha256()
     for part, x, y in zip(PARTS, images, labels, strict=True):
         for name, array in ((f"x_{part}{tuple(x.shape)}", x.numpy()), (f"y_{part}", y)):
@@ -282,13 +286,13 @@ def _npz_digest(images: list[Tensor], labels: list[np.ndarray]) -> str:
 
 @dataclass
 class _Decoded:
-    """The images of a folder, as they are used.
+    """The decoded and converted images of a folder.
 
     Attributes:
         images: uint8 ``(n, c, h, w)`` of both parts.
-        content: sha256 of names and contents of the files, in hex.
-        decoding: Which rules changed pixels, as in ``ImageSet``.
-        normalization: That of the training images.
+        content: sha256 of the file names and contents, in hex.
+        decoding: The rules that changed pixels, as in ``ImageSet``.
+        normalization: The normalization of the training images.
     """
 
     images: list[Tensor]
@@ -298,15 +302,15 @@ class _Decoded:
 
 
 class _Cache:
-    """Decoded images in a file: one for each folder and way of decoding it, replaced when the photos change.
+    """Cache file of decoded images, one per folder and decoding settings. It is replaced when the photos change.
 
-    The file has a checksum (it is an npz), and is used only where it was made of the very same files. A cache that
-    cannot be read costs decoding again, one that cannot be written costs itself.
+    The file is an npz, which has checksums, and is used only if it was made from exactly the same files. If the cache
+    cannot be read, the photos are decoded again. If it cannot be written, the run continues without it.
 
     Args:
         photos: The photos.
         config: Size, channels and decoding.
-        folder: Where the file is.
+        folder: The folder of the cache file.
     """
 
     def __init__(self, photos: ImageFolder, config: DataConfig, folder: Path) -> None:
@@ -322,34 +326,36 @@ class _Cache:
         self.path = folder / f"{_name(root.name[:80], hashlib.sha256(key).hexdigest())}.npz"
 
     def read(self) -> _Decoded | None:
-        """The images of the files as they are now; None where the cache does not have them."""
+        """Return the images of the current files, or None if the cache does not contain them."""
         if self.size < CACHED_FROM or not os.path.exists(self.path):
             return None
         try:
             arrays = read_npz(self.path)
             header = json.loads(str(arrays["header"]))
             if header["rules"] != self.rules:
-                raise ValueError(f"made by {header['rules']}, not {self.rules}")
+                raise ValueError(f"made with {header['rules']}, not {self.rules}")
             images = [torch.from_numpy(arrays[part]) for part in PARTS]
             for part, storage in zip(PARTS, images, strict=True):
                 shape, last = tuple(storage.shape), images[0].shape[1:]
                 if storage.dtype != torch.uint8 or shape != (len(self.photos.files[part]), *last) or len(last) != 3:
-                    raise ValueError(f"{part} images are {storage.dtype} of shape {shape}")
+                    raise ValueError(f"{part} images have dtype {storage.dtype} and shape {shape}")
             found = _Decoded(images, header["content"], header["decoding"], Normalization(
                 *(tuple(map(float, header[name])) for name in ("mean", "std"))
             ))  # fmt: skip
         except MemoryError:
             raise
-        except Exception as error:  # a damaged or foreign file raises nearly anything
-            log.info("%s: is decoded again, as the cache cannot be used (%s)", self.photos.root, error)
+        except Exception as error:  # a damaged or foreign file can raise almost any exception
+            log.info("%s: decoding again, because the cache cannot be used (%s)", self.photos.root, error)
             return None
         if self._stamp is None or header.get("stamp") != self._stamp:
             try:
                 content = self.photos.content()
-            except OSError:  # decoding says which files cannot be read
+            except OSError:  # decoding reports the files that cannot be read
                 content = None
             if content != found.content:
-                log.info("%s: is decoded again, as its files have changed since it was cached", self.photos.root)
+                log.info(
+                    "%s: decoding again, because its files have changed since they were cached", self.photos.root
+                )
                 return None
             if self._stamp is not None:
                 self.write(found)
@@ -357,12 +363,12 @@ class _Cache:
         return found
 
     def write(self, decoded: _Decoded) -> None:
-        """Keep decoded images for later starts, where decoding takes long."""
+        """Save decoded images for later runs, if decoding takes long."""
         if self.size < CACHED_FROM:
             return
         header = {
             "rules": self.rules,
-            "stamp": self._stamp,  # of before the files were read
+            "stamp": self._stamp,  # taken before the files were read
             "content": decoded.content,
             "decoding": decoded.decoding,
             "mean": decoded.normalization.mean,
@@ -374,10 +380,10 @@ class _Cache:
             write_with(self.path, lambda file: np.savez(file, **arrays), interruptible=True)
         except FileError as error:
             log.warning(
-                "decoded images are not kept, so that every start decodes them (give --cache_folder): %s", error
+                "cannot save the decoded images, so every run decodes them again (give --cache_folder): %s", error
             )
             return
-        log.info("kept the decoded images as %s (%s), which later starts read", self.path, self._room(decoded.images))
+        log.info("saved the decoded images to %s (%s); later runs read them", self.path, self._room(decoded.images))
 
     @staticmethod
     def _room(images: list[Tensor]) -> str:
@@ -387,22 +393,22 @@ class _Cache:
 class _Images:
     """Images decoded into one tensor per part.
 
-    Gray images among color ones become color.
+    If a part has gray and color images, the gray ones become color.
     """
 
     def __init__(self, photos: ImageFolder, config: DataConfig) -> None:
         self.photos, self.image_size, self.channels = photos, config.image_size, config.channels
         self.target = config.image_size if config.decode == "draft" else None
-        self.digest = hashlib.sha256()  # of names and contents
+        self.digest = hashlib.sha256()  # of file names and contents
         self.rules: set[str] = set()  # see RULES
-        self.gray = self.color = 0  # how many of each
-        self.reduced = 0  # how many by draft mode
-        self.size: tuple[int, int] | None = None  # of the first image
+        self.gray = self.color = 0  # number of gray and color images
+        self.reduced = 0  # number of images decoded in draft mode
+        self.size: tuple[int, int] | None = None  # size of the first image
         self.odd_sizes = 0
         self.parts = [self._read(part, files) for part, files in photos.files.items()]
-        if self.odd_sizes > ODD_SIZES_LISTED:  # all have the same remedy, and would hide unreadable files
+        if self.odd_sizes > ODD_SIZES_LISTED:  # listing all would hide unreadable files; the remedy is the same
             more = f"{self.odd_sizes - ODD_SIZES_LISTED} more images"
-            photos.faults.add(more, "differ in size, too; give --image_size to resize all")
+            photos.faults.add(more, "also differ in size; give --image_size to resize all")
 
     def _read(self, part: str, files: list[Path]) -> Tensor | None:
         faults, storage = self.photos.faults, None
@@ -440,11 +446,11 @@ class _Images:
                 storage = torch.empty((len(files), *image.shape), dtype=torch.uint8)
             if len(image) > storage.shape[1]:
                 storage = convert_channels(storage, 3)
-            storage[number] = image  # a gray one is repeated in each channel
+            storage[number] = image  # a gray image is broadcast to all channels
         return storage
 
     def _decode(self, path: Path) -> tuple[bytes, Tensor, set[str]] | Exception:
-        """A file's content, its pixels ``(c, h, w)`` and what changed them; or, not raised, why it cannot be used."""
+        """Return a file's contents, pixels ``(c, h, w)`` and the rules that changed them, or the exception raised."""
         try:
             content = path.read_bytes()
             image, reduced = open_image(BytesIO(content), self.target)
@@ -457,7 +463,7 @@ class _Images:
 
 
 def folder_name(root: Path) -> str:
-    """The name of the data set of a folder: the folder's, and 8 hex digits of relative paths and file contents.
+    """Return the name of a folder's data set: the folder name and 8 hex digits of a hash of its paths and contents.
 
     Raises:
         FileError: A folder is missing or empty, or a file cannot be read.
@@ -472,19 +478,19 @@ def folder_name(root: Path) -> str:
 
 
 def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Own data from folders; classes sorted by name, images by class and file name.
+    """Load own data from a folder. Classes are sorted by name, images by class and file name.
 
-    The data set is named as ``folder_name`` does. Images are decoded as a viewer shows them (``as_seen``), JPEG
-    files that are much larger than the image size at a reduced size (``open_image``). From ``CACHED_FROM`` bytes of
-    files on, decoded images are kept, and read by later starts instead (``_Cache``).
+    ``folder_name`` gives the data set's name. Images are decoded as a viewer shows them (``as_seen``); JPEG files
+    much larger than the image size are decoded at a reduced size (``open_image``). If the files have at least
+    ``CACHED_FROM`` bytes, the decoded images are saved, and later runs read them instead (``_Cache``).
 
     Args:
         root: Folder with ``train/`` and ``test/``.
-        config: To which ``image_size`` and ``channels`` images are converted, and how they are decoded.
-        cache_folder: Where decoded images are kept.
+        config: The ``image_size`` and ``channels`` to convert images to, and how to decode them.
+        cache_folder: The folder of decoded images.
 
     Raises:
-        FileError: A folder is missing or empty, images cannot be read, or differ in size.
+        FileError: A folder is missing or empty, or images cannot be read or differ in size.
     """
     faults = Faults(root)
     photos = ImageFolder(root, faults)
@@ -496,20 +502,20 @@ def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[Ima
         images = read.parts
         if read.gray and read.color:
             log.info(
-                "%s: %d gray and %d color images: all are converted to color (1 channel makes them gray)",
+                "%s: %d gray and %d color images; converting all to color (--channels=1 converts to gray)",
                 root, read.gray, read.color,
             )  # fmt: skip
             images = [convert_channels(part, 3) for part in images]
         if read.reduced:
             log.info(
-                "%s: %d of %d photos were decoded at a reduced size (older versions decoded in full: --decode=full)",
+                "%s: %d of %d photos were decoded at reduced size (--decode=full decodes in full, as older versions)",
                 root, read.reduced, read.gray + read.color,
             )  # fmt: skip
         decoding = ",".join(rule for rule in RULES if rule in read.rules) or None
         decoded = _Decoded(images, read.digest.hexdigest(), decoding, normalization_of(images[0]))
         cache.write(decoded)
     entry = _entry(root.resolve().name, decoded.content, decoded.images[0], len(photos.names), decoded.normalization)
-    # printable, whatever bytes: those that are not UTF-8 are written as \xff
+    # printable: bytes that are not valid UTF-8 are escaped, e.g. \xff
     names = [os.fsencode(name).decode("utf-8", errors="backslashreplace") for name in photos.names]
     return tuple(
         ImageSet(entry, part, storage, torch.tensor(photos.labels[part]), names, decoding=decoded.decoding)

@@ -1,6 +1,6 @@
-"""Every data set: its facts, who loads it, and how (``DataConfig``).
+"""The catalog of data sets, and the settings for loading one (``DataConfig``).
 
-A new data set is one entry of ``DATASETS`` and, unless torchvision reads it, the function that loads it. Only the
+To add a data set, add an entry to ``DATASETS`` and, unless torchvision reads it, a function that loads it. Only the
 loaders import torch.
 """
 
@@ -35,7 +35,7 @@ CIFAR100 = tuple(_CIFAR100.split())
 
 @dataclass(frozen=True)
 class Normalization:
-    """Per-channel mean and deviation of pixels in [0, 1]."""
+    """Per-channel mean and standard deviation of pixels in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -43,14 +43,14 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images.
+    """Augmentation of training images.
 
     Attributes:
-        crop_padding: Zeros added on each side before a random crop of the original size; 0 for no crop.
-        flip: Mirror each image left to right with probability one half.
-        cutout_holes: Squares set to the mean color in each image.
-        cutout_length: Side of those squares in pixels, before they are clipped at the border.
-        random_resized_crop: Cut a box of random area and shape and scale it to the image size.
+        crop_padding: Zero padding on each side before a random crop of the original size; 0 for no crop.
+        flip: Whether to flip each image horizontally with probability one half.
+        cutout_holes: Number of squares per image that are set to the mean color.
+        cutout_length: Side of these squares in pixels, before clipping at the border.
+        random_resized_crop: Whether to crop a box of random area and aspect ratio and scale it to the image size.
     """
 
     crop_padding: int = 0
@@ -65,13 +65,13 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Download:
-    """A published file that a data set is made from.
+    """A published file of a data set.
 
     Attributes:
-        file: Its path below the data set's folder.
-        urls: Where it is found, tried in this order: https first.
-        md5: Its checksum as published.
-        sha256: Its checksum; with it even a mirror without https cannot deliver another file.
+        file: Path relative to the data set's folder.
+        urls: URLs, tried in order; https first.
+        md5: The published checksum.
+        sha256: Checksum that makes downloads from mirrors without https safe.
     """
 
     file: str
@@ -85,19 +85,19 @@ class DatasetEntry:
     """One data set.
 
     Attributes:
-        name: Its name, also in paths.
+        name: The name, also used in paths.
         num_classes: Number of classes.
         channels: 1 (gray) or 3 (color).
-        image_size: Height and width of its images.
-        normalizations: Normalizations by the paper that uses them, ``"samis"`` and ``"mpe"``.
+        image_size: Height and width of the images.
+        normalizations: Normalization for each paper, ``"samis"`` and ``"mpe"``.
         load: ``(entry, folder) -> (train, test)``; the folder is ``{datasets_folder}/{name}``. None for own data.
-        augmentation: What ``--data_augmentation`` switches on.
-        always: What is done to training images in every case.
-        cutout: Whether Cutout may be asked for.
-        class_names: Names of the classes where the data themselves do not carry them.
-        downloads: The files that it is downloaded as.
-        published: Digest of the decoded images and labels by part, for files that nothing else verifies.
-        content: Hex digest of the files of own data; None for those of the catalog.
+        augmentation: The augmentation that ``--data_augmentation`` enables.
+        always: The augmentation that is always applied to training images.
+        cutout: Whether Cutout is supported.
+        class_names: Names of the classes, if the data do not contain them.
+        downloads: The files to download.
+        published: Digest of the decoded images and labels by part, for files that are not otherwise verified.
+        content: Hex digest of the files of own data; None for catalog data sets.
     """
 
     name: str
@@ -117,21 +117,23 @@ class DatasetEntry:
     def training_augmentation(
         self, switched_on: bool, *, cutout_holes: int = 0, cutout_length: int = 16
     ) -> Augmentation | None:
-        """The augmentation of a training run, from its flags; None if nothing is done.
+        """Return the augmentation of a training run, given its flags; None for no augmentation.
 
         Raises:
-            ArgumentError: Cutout is asked for where it is not offered.
+            ArgumentError: The data set does not support Cutout.
         """
         if cutout_holes and not self.cutout:
             allowed = ", ".join(name for name, entry in DATASETS.items() if entry.cutout)
-            raise ArgumentError("cutout_holes", f"{cutout_holes}: is for {allowed} and own data, not for {self.name}")
+            raise ArgumentError(
+                "cutout_holes", f"{cutout_holes}: is supported for {allowed} and your own data, not for {self.name}"
+            )
         chosen = self.augmentation if switched_on else self.always
         chosen = replace(chosen, cutout_holes=cutout_holes, cutout_length=cutout_length)
         return chosen or None
 
 
 def _same(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Normalization]:
-    """Both papers' normalization where only one states it."""
+    """Use one normalization for both papers, for data sets whose normalization only one paper gives."""
     return {"samis": Normalization(mean, std), "mpe": Normalization(mean, std)}
 
 
@@ -143,7 +145,7 @@ _IMAGENET = _same((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _idx(folder: str, mirrors: Sequence[str], *checksums: tuple[str, str]) -> tuple[Download, ...]:
-    """The four files of MNIST and its kin; md5 and sha256 of each."""
+    """Return the four files of MNIST or a data set in its format, given the md5 and sha256 of each."""
     names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     files = [f"{name}-ubyte.gz" for name in names]
     return tuple(
@@ -160,7 +162,7 @@ _ENTRIES = (
         num_classes=10,
         channels=1,
         image_size=8,
-        normalizations=_same((0.3058,), (0.3764,)),  # of its training set
+        normalizations=_same((0.3058,), (0.3764,)),  # mean and std of its training set
         load=later("src.datasets.vision", "load_digits"),
         augmentation=Augmentation(crop_padding=1),
         class_names=DIGITS,
@@ -197,7 +199,7 @@ _ENTRIES = (
         downloads=_idx(
             "FashionMNIST",
             (
-                # The host of torchvision's address offers https under its other name only.
+                # The host of torchvision's URL supports https only under its other name.
                 "https://fashion-mnist.s3.eu-central-1.amazonaws.com",
                 "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
             ),
@@ -260,7 +262,7 @@ _ENTRIES = (
         downloads=tuple(
             Download(
                 file,
-                # Plain http only where https fails: the checksum decides, not the connection.
+                # Plain http is used only if https fails; the checksum verifies the file.
                 (f"https://ufldl.stanford.edu/housenumbers/{file}", f"http://ufldl.stanford.edu/housenumbers/{file}"),
                 *sums,
             )
@@ -305,14 +307,14 @@ _ENTRIES = (
         channels=3,
         image_size=224,
         normalizations=_IMAGENET,
-        load=later("src.datasets.imagenet", "load_imagenet"),  # local archives, which torchvision checks by md5
+        load=later("src.datasets.imagenet", "load_imagenet"),  # local archives; torchvision verifies their md5
         augmentation=Augmentation(flip=True, random_resized_crop=True),
         always=Augmentation(random_resized_crop=True),
     ),
 )
 DATASETS: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
 
-# Who loads own data, by the word before the colon.
+# Loaders of own data, by the prefix before the colon.
 OWN_SOURCES: dict[str, Callable[[Path, DataConfig, Path], tuple[ImageSet, ImageSet]]] = {
     "npz": later("src.datasets.own", "load_npz"),
     "folder": later("src.datasets.own", "load_folder"),
@@ -321,44 +323,44 @@ OWN_NAMES: dict[str, Callable[[Path], str]] = {
     "npz": later("src.datasets.own", "npz_name"),
     "folder": later("src.datasets.own", "folder_name"),
 }
-DECODED = "decoded"  # folder of decoded photos, below the folder of data sets
+DECODED = "decoded"  # folder of decoded photos, inside the folder of data sets
 
 
 def dataset_flag(name: str) -> str:
-    """What ``--dataset`` takes for a data set's name in paths, which differs for own data."""
+    """Return the value of ``--dataset`` for a data set's name in paths. They differ for own data."""
     return name if name in DATASETS else "npz:FILE or folder:DIR"
 
 
 def lookup(name: str) -> DatasetEntry:
-    """The entry of a catalog name, in either case (``MNIST`` is ``mnist``).
+    """Return the entry of a catalog name, ignoring case (``MNIST`` is ``mnist``).
 
     Raises:
-        ArgumentError: There is no such name.
+        ArgumentError: The name is unknown.
     """
     if name.lower() not in DATASETS:
         names = ", ".join(DATASETS)
         raise ArgumentError(
-            "dataset", f"{name}: unknown; choose from {names}, or npz:FILE or folder:DIR for own data"
+            "dataset", f"{name}: unknown; choose from {names}, or npz:FILE or folder:DIR for your own data"
         )
     return DATASETS[name.lower()]
 
 
 def _own_source(text: str) -> tuple[str, str] | None:
-    """The kind and the path of ``npz:FILE`` and ``folder:DIR``; None for a name."""
+    """Return the kind and path of ``npz:FILE`` or ``folder:DIR``; None for a catalog name."""
     kind, colon, path = text.partition(":")
     return (kind, path) if colon and kind in OWN_SOURCES else None
 
 
 def dataset_name(text: str) -> str:
-    """The name of a data set in file names.
+    """Return the name of a data set in file names.
 
     Args:
-        text: What ``load_dataset`` takes, or such a name. Own data (``npz:FILE``, ``folder:DIR``) are read, as their
-            name depends on their content.
+        text: A value that ``load_dataset`` accepts, or a name in file names. Own data (``npz:FILE``, ``folder:DIR``)
+            are read, because their name depends on their contents.
 
     Raises:
-        ArgumentError: It is none of these.
-        FileError: Own data are missing, damaged, or not in the expected form.
+        ArgumentError: The text is neither.
+        FileError: Own data are missing, damaged, or not in the expected format.
     """
     if own := _own_source(text):
         return OWN_NAMES[own[0]](Path(own[1]).expanduser())
@@ -374,16 +376,16 @@ def dataset_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set, how own images are read, and which training examples are used.
+    """A data set, how to read own data, and which training examples to use.
 
     Attributes:
         dataset: A catalog name, ``npz:FILE`` or ``folder:DIR``.
         image_size: Own data only: resize to this height and width.
         channels: Own data only: convert to gray (1) or color (3).
-        decode: Folders of photos only: ``"draft"`` decodes JPEG files that are much larger than ``image_size`` at a
-            reduced size, ``"full"`` as versions before this setting did.
-        cache_folder: Where decoded photos are kept; ``None`` for ``decoded`` in the folder of data sets.
-        subset: Only these training examples; see ``parse_subset``.
+        decode: Folders of photos only: ``"draft"`` decodes JPEG files much larger than ``image_size`` at a reduced
+            size; ``"full"`` always decodes at full size, as versions before this setting did.
+        cache_folder: Folder of decoded photos; ``None`` for ``decoded`` in the folder of data sets.
+        subset: The training examples to use; see ``parse_subset``. None for all.
 
     Raises:
         ArgumentError: The name is unknown, or an argument does not apply to it.
@@ -398,29 +400,29 @@ class DataConfig:
     )
     image_size: int | None = option(
         None,
-        "scale own data so that the shorter side has PIXELS, and cut the center square (default: as they are)",
+        "own data: scale the shorter side to PIXELS and crop the center square (default: unchanged)",
         number(int, 1),
         metavar="PIXELS",
     )
     channels: int | None = option(
-        None, "turn own data into gray (1) or color (3) (default: as they are)", int, choices=(1, 3)
+        None, "own data: convert to gray (1) or color (3) (default: unchanged)", int, choices=(1, 3)
     )
     decode: str = option(
         "draft",
-        "how large JPEG files of folder:DIR are decoded: 'draft' at a half, a quarter or an eighth of their size, if "
-        "that keeps twice the PIXELS of --image_size; 'full' as older versions did, to go with their results",
+        "how to decode large JPEG files of folder:DIR: 'draft' at a half, a quarter or an eighth of their size, if "
+        "that keeps twice the PIXELS of --image_size; 'full' at full size, to match results of older versions",
         choices=("draft", "full"),
     )
     cache_folder: Path | None = option(
         None,
-        "folder of the decoded images of folder:DIR, for later starts (default: decoded in the folder of data sets)",
+        "cache for decoded images of folder:DIR, reused by later runs (default: decoded in the folder of data sets)",
         Path,
         metavar="DIR",
     )
     subset: str | None = option(
         None,
-        "use only N training examples (the same share of each class) or those whose indices are in FILE, one per "
-        "line; indices stay those of the full data set (default: all)",
+        "use only N training examples (the same fraction of each class), or those whose indices are in FILE, one per "
+        "line; indices refer to the full data set (default: all)",
         metavar="N|FILE",
     )
 
@@ -432,26 +434,28 @@ class DataConfig:
                     "dataset", f"{self.dataset}: no path after the colon; npz:FILE or folder:DIR is needed"
                 )
             if self.decode != "draft" and own[0] != "folder":
-                raise ArgumentError("decode", f"{self.decode}: applies to folder:DIR; {own[0]}:FILE has pixels")
+                raise ArgumentError(
+                    "decode", f"{self.decode}: applies only to folder:DIR; {own[0]}:FILE is already decoded"
+                )
             return
         entry = lookup(self.dataset)
         for argument in ("image_size", "channels"):
             value, fixed = getattr(self, argument), getattr(entry, argument)
             if value not in (None, fixed):
                 raise ArgumentError(
-                    argument, f"{value}: applies to own data (npz:FILE, folder:DIR); {entry.name} has {fixed}"
+                    argument, f"{value}: applies only to npz:FILE and folder:DIR; {entry.name} has {fixed}"
                 )
         if self.decode != "draft":
             raise ArgumentError(
-                "decode", f"{self.decode}: applies to folder:DIR; {entry.name} is always read in full"
+                "decode", f"{self.decode}: applies only to folder:DIR; {entry.name} is always decoded at full size"
             )
 
     def load(self, folder: str | Path) -> tuple[ImageSet, ImageSet]:
-        """Load the data set (all examples; ``subset`` is not applied).
+        """Load all examples of the data set; ``subset`` is not applied.
 
-        A catalog name is read from ``{folder}/{name}.npz`` if that exists (of any length), else from its source
-        under ``{folder}/{name}/``, which downloads what is missing. ``npz:FILE`` and ``folder:DIR`` are own data;
-        what is decoded of a folder is kept in ``cache_folder``.
+        A catalog data set is read from ``{folder}/{name}.npz`` if it exists (with any number of examples), else from
+        ``{folder}/{name}/``, and missing files are downloaded. ``npz:FILE`` and ``folder:DIR`` are own data; decoded
+        images of a folder are cached in ``cache_folder``.
 
         Args:
             folder: The folder of data sets.
@@ -460,7 +464,7 @@ class DataConfig:
             The training set and the test set.
 
         Raises:
-            FileError: The data are missing, damaged, or not in the expected form.
+            FileError: The data are missing, damaged, or not in the expected format.
         """
         from src.datasets.batches import Content
 
@@ -479,7 +483,7 @@ class DataConfig:
                     train, test = entry.load(entry, folder / entry.name)
             except OSError as error:
                 raise FileError(
-                    f"{folder}: {entry.name} could not be read or made there ({error.strerror or error})"
+                    f"{folder}: cannot read or create {entry.name} there ({error.strerror or error})"
                 ) from error
         train.content = test.content = Content(train, test)
         return train, test
@@ -489,15 +493,15 @@ def load_dataset(name: str, folder: str | Path, **options: Any) -> tuple[ImageSe
     """Load a data set by name: ``DataConfig(name, **options).load(folder)``.
 
     Args:
-        name: A catalog name in either case, ``npz:FILE`` or ``folder:DIR``.
+        name: A catalog name in upper or lower case, ``npz:FILE`` or ``folder:DIR``.
         folder: The folder of data sets.
-        **options: ``image_size``, ``channels``, ``decode`` and ``cache_folder`` of own data; see ``DataConfig``.
+        **options: ``image_size``, ``channels``, ``decode`` and ``cache_folder`` for own data; see ``DataConfig``.
 
     Returns:
         The training set and the test set.
 
     Raises:
         ArgumentError: The name is unknown, or an option does not apply to it.
-        FileError: The data are missing, damaged, or not in the expected form.
+        FileError: The data are missing, damaged, or not in the expected format.
     """
     return DataConfig(name, **options).load(folder)

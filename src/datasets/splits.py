@@ -1,4 +1,4 @@
-"""Parts of a training set: the ten validation splits, and ``--subset N|FILE``; both keep the original indices."""
+"""The ten validation splits of a training set, and ``--subset N|FILE``. Both keep the original indices."""
 
 import re
 from pathlib import Path
@@ -9,29 +9,29 @@ from src.artifacts import paths
 from src.artifacts.io import read_index_file, write_text
 from src.errors import ArgumentError, FileError
 
-SUBSET_SEED = 0  # the same examples whatever the run's seed
-COUNT = 10  # validation splits
-ROUNDING = 1e-9  # 0.55 * 6000 is a hair above 3300; the share is 3300
+SUBSET_SEED = 0  # independent of the run's seed, so that all runs use the same examples
+COUNT = 10  # number of validation splits
+ROUNDING = 1e-9  # tolerance for floating-point error: 0.55 * 6000 is slightly above 3300
 ARGUMENT = "samis_validation_split_index"
 
 
 def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
-    """The training examples that ``--subset`` names.
+    """Return the training examples selected by ``--subset``.
 
-    A number takes that many, the same share of each class (remainders go to the classes with the largest
-    fraction, the lower label first), always the same ones. Anything else is a file with one index per line.
+    A number N selects a fixed set of N examples with the same fraction of each class. Remainders go to the classes
+    with the largest fractional parts, ties to the lower label. Anything else is a file with one index per line.
 
     Args:
         text: A number or a file.
         total: Number of training examples.
-        labels: Their labels ``(total,)``.
+        labels: Labels of the training examples ``(total,)``.
 
     Returns:
-        int64 ``(m,)``, ascending.
+        Indices, int64 ``(m,)``, ascending.
 
     Raises:
         ArgumentError: The number is below 1 or above ``total``.
-        FileError: The file is missing, or contains an index out of range or twice.
+        FileError: The file is missing, or contains an index that is out of range or repeated.
     """
     text = str(text).strip()
     if not text or re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", text):
@@ -50,7 +50,7 @@ def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
         raise ArgumentError("subset", f"{text}: must be from 1 to {total}, the number of training examples")
     labels = np.asarray(labels)
     classes, sizes = np.unique(labels, return_counts=True)
-    budget, remainder = np.divmod(sizes * count, total)  # whole numbers, so that ties are exact
+    budget, remainder = np.divmod(sizes * count, total)  # integer arithmetic, so that ties are exact
     budget[np.argsort(-remainder, kind="stable")[: count - budget.sum()]] += 1
     generator = np.random.RandomState(SUBSET_SEED)
     chosen = [
@@ -61,15 +61,15 @@ def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
 
 
 def rounded_share(count: int, fraction: float) -> int:
-    """``fraction * count``, rounded half up, free of rounding noise."""
+    """Return ``fraction * count`` rounded half up, tolerating floating-point error."""
     return min(int(np.floor(fraction * count + 0.5 + ROUNDING)), count)
 
 
 def make_splits(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndarray]:
-    """Ten disjoint stratified splits that cover the training set.
+    """Make ten disjoint stratified splits that cover the training set.
 
-    Each of the first nine takes a tenth (rounded down) of each class; the tenth takes what remains. Bit-identical
-    to the SAMIS authors' splits: numpy's RandomState, drawn split by split and class by class.
+    Each of the first nine contains a tenth of each class, rounded down; the tenth contains the remaining examples.
+    Identical to the SAMIS authors' splits: drawn with NumPy's RandomState, split by split and class by class.
 
     Args:
         labels: Labels of the full training set ``(n,)``.
@@ -77,7 +77,7 @@ def make_splits(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndar
         seed: The run's seed.
 
     Returns:
-        Ten int64 arrays of positions, grouped by class, in drawn order inside a class.
+        Ten int64 arrays of indices, grouped by class, in drawn order within each class.
     """
     generator = np.random.RandomState(seed)
     remaining = [np.flatnonzero(np.asarray(labels) == label) for label in range(num_classes)]
@@ -87,7 +87,7 @@ def make_splits(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndar
         parts = []
         for label, members in enumerate(remaining):
             size = sizes[label] if number < COUNT else len(members)
-            # choice refuses an empty class even for no draws
+            # choice raises an error for an empty class, even for zero draws
             drawn = generator.choice(members, size, replace=False) if len(members) else members
             parts.append(drawn)
             remaining[label] = np.setdiff1d(members, drawn)
@@ -98,24 +98,24 @@ def make_splits(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndar
 def validation_indices(
     splits_folder: str | Path, dataset: str, seed: int, index: int, labels: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """The held-out positions of split ``index``, from its file; missing files of the ten are written first.
+    """Read the held-out indices of split ``index`` from its file. Missing files of the ten splits are written first.
 
-    Several processes may call this at once: all write the same content.
+    Several processes may call this at once; all write the same content.
 
     Args:
         splits_folder: The folder of splits.
-        dataset: Name in paths.
+        dataset: The data set's name in paths.
         seed: The run's seed.
         index: 1 to 10.
         labels: Labels of the full training set ``(n,)``.
         num_classes: Number of classes.
 
     Returns:
-        int64 ``(m,)``, original positions in the file's order.
+        Original indices in the file's order, int64 ``(m,)``.
 
     Raises:
-        ArgumentError: ``index`` is not 1 to 10, or there are too few examples for it.
-        FileError: A file is not a split of these data, or could not be written.
+        ArgumentError: ``index`` is not 1 to 10, or the split is empty because there are too few examples.
+        FileError: A file is not a split of this training set, or cannot be written.
     """
     if not 1 <= index <= COUNT:
         raise ArgumentError(ARGUMENT, f"{index}: must be from 1 to {COUNT}, or all")
@@ -123,8 +123,8 @@ def validation_indices(
     if index < COUNT and sizes.max() < COUNT:
         raise ArgumentError(
             ARGUMENT,
-            f"{index}: is empty, as no class of {dataset} has {COUNT} training examples; take split {COUNT}, or more "
-            "data",
+            f"{index}: is empty, because no class of {dataset} has {COUNT} training examples; use split {COUNT}, or "
+            "more data",
         )
     folder = paths.splits_folder(splits_folder, dataset, seed)
     files = [folder / f"val_{number}.txt" for number in range(1, COUNT + 1)]
@@ -136,14 +136,14 @@ def validation_indices(
         except (OSError, FileError) as error:
             reason = getattr(error, "strerror", None) or getattr(error.__cause__, "strerror", None) or error
             raise FileError(
-                f"{folder}: the validation splits could not be written ({reason}); set splits_folder to a folder "
-                "that can be written"
+                f"{folder}: the validation splits could not be written ({reason}); set splits_folder to a writable "
+                "folder"
             ) from error
     return _read_all(files, labels, sizes)[index - 1]
 
 
 def _read_all(paths: list[Path], labels: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """Read all splits, and check that each has its share of each class and that they are disjoint."""
+    """Read all splits, and check that they are disjoint and that each has the right number from each class."""
     owner = np.zeros(len(labels), dtype=np.int64)
     splits = []
     for number, path in enumerate(paths, start=1):
@@ -157,7 +157,7 @@ def _read_all(paths: list[Path], labels: np.ndarray, sizes: np.ndarray) -> list[
         if len(split) and split.max() >= len(labels):
             fault = f"contains the index {split.max()}"
         elif not np.array_equal(np.bincount(labels[split], minlength=len(sizes)), share):
-            fault = f"contains {len(split)} indices, or other classes, not {share.sum()}"
+            fault = f"contains {len(split)} indices, or the wrong classes, instead of {share.sum()} indices"
         elif len(np.unique(split)) < len(split):
             fault = "contains an index twice"
         elif owner[split].any():

@@ -1,6 +1,6 @@
-"""Public data sets in memory: the embedded digits, and those that torchvision reads.
+"""Public data sets in memory: the embedded digits, and data sets that torchvision reads.
 
-Missing files are downloaded, over https where the host offers it, and never used before their checksum is verified.
+Missing files are downloaded, over https if the host supports it. They are used only after their checksum is verified.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from src.datasets.batches import ImageSet
 from src.datasets.registry import DatasetEntry, Download
 from src.errors import FileError
 
-TEST_SHARE = 0.2  # of digits
-SPLIT_SEED = 0  # part of the definition of digits: changing it changes every index
-_TIMEOUT = 60  # seconds without an answer
+TEST_SHARE = 0.2  # fraction of digits used for testing
+SPLIT_SEED = 0  # part of the definition of digits; changing it changes every index
+_TIMEOUT = 60  # seconds without a response
 BLOCK = 1 << 20
 
 T = TypeVar("T")
@@ -31,14 +31,17 @@ log = logging.getLogger(__name__)
 
 
 def load_digits(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Training and test set: a fixed split that takes a fifth of each class for testing, in original order.
+    """Load digits: a fixed split with a fifth of each class for testing, in the original order.
 
-    The images are those of scikit-learn's ``load_digits``: the test set of E. Alpaydin's and C. Kaynak's "Optical
+    The images are those of scikit-learn's ``load_digits``: the test set of E. Alpaydin and C. Kaynak's "Optical
     Recognition of Handwritten Digits" (UCI Machine Learning Repository, CC BY 4.0).
 
     Args:
         entry: The catalog entry.
-        folder: Not used: the images are embedded.
+        folder: Not used; the images are embedded.
+
+    Returns:
+        The training set and the test set.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)  # pixel values 0..16
@@ -55,12 +58,15 @@ def load_digits(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def load_torchvision(class_name: str, entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Training and test set from torchvision's files under ``folder``, downloaded if they are missing.
+    """Load a data set from torchvision's files in ``folder``. Missing files are downloaded.
 
     Args:
-        class_name: Torchvision's class.
+        class_name: The torchvision class.
         entry: The catalog entry.
-        folder: Where the files are or are downloaded to.
+        folder: The folder of the files.
+
+    Returns:
+        The training set and the test set.
 
     Raises:
         FileError: The files are missing and cannot be downloaded, or are damaged.
@@ -82,20 +88,20 @@ def _read_part(class_name: str, entry: DatasetEntry, folder: Path, part: str) ->
         raise FileError(f"{folder}: the {part} files of {entry.name} are damaged; delete them to download them again")
     if not 0 <= labels.min() <= labels.max() < entry.num_classes:
         raise FileError(
-            f"{folder}: the {part} files of {entry.name} have labels from {labels.min()} to {labels.max()}; it has "
-            f"classes 0 to {entry.num_classes - 1}; delete them to download them again"
+            f"{folder}: the {part} files of {entry.name} have labels from {labels.min()} to {labels.max()}, not 0 to "
+            f"{entry.num_classes - 1}; delete them to download them again"
         )
     if part in entry.published:
         digest = hashlib.sha256(images.numpy())
         digest.update(labels.numpy())
         if digest.hexdigest()[:16] != entry.published[part]:
-            log.warning("%s: the %s files differ from the published %s; they are used as they are",
+            log.warning("%s: the %s files differ from the published %s; using them anyway",
                         folder, part, entry.name)  # fmt: skip
     return ImageSet(entry, part, images, labels)
 
 
 def _open(class_name: str, entry: DatasetEntry, folder: Path, part: str) -> Any:
-    """Torchvision's data set; the internet is used only where files are missing."""
+    """Open torchvision's data set. Accesses the network only if files are missing."""
     from src._torchvision import torchvision
 
     make = getattr(torchvision.datasets, class_name)
@@ -103,13 +109,13 @@ def _open(class_name: str, entry: DatasetEntry, folder: Path, part: str) -> Any:
     chosen = {"train": part == "train"} if named else {"split": part}
     try:
         return make(str(folder), **chosen, download=False)
-    except Exception as error:  # missing files and damaged ones raise nearly anything
+    except Exception as error:  # missing or damaged files can raise almost any exception
         reason = error
     if "not found" not in str(reason):
         raise _damaged(entry, folder, part, reason) from reason
     fetch_dataset(entry, folder)
     try:
-        return make(str(folder), **chosen, download=True)  # unpacks what was downloaded
+        return make(str(folder), **chosen, download=True)  # unpacks the downloaded files
     except OSError:  # a full disk, or a folder that cannot be written
         raise
     except Exception as error:
@@ -128,17 +134,17 @@ class _DownloadError(Exception):
 
 
 def fetch_dataset(entry: DatasetEntry, folder: Path) -> list[Path]:
-    """The files that a data set is downloaded as; missing ones are downloaded, the others verified.
+    """Download the missing files of a data set, and verify the others.
 
     Args:
         entry: The data set.
-        folder: Its folder.
+        folder: The data set's folder.
 
     Returns:
-        Their paths, in the catalog's order.
+        The paths of the files, in the catalog's order.
 
     Raises:
-        FileError: A file is damaged, or cannot be downloaded.
+        FileError: A file is damaged or cannot be downloaded.
     """
     return [_fetch_one(entry, download, folder) for download in entry.downloads]
 
@@ -159,13 +165,13 @@ def _fetch_one(entry: DatasetEntry, download: Download, folder: Path) -> Path:
         except _DownloadError as error:
             reasons.append(f"{url}: {error}")
     raise FileError(
-        f"{path}: is missing and could not be downloaded ({'; '.join(reasons)}); put it there, or {entry.name}.npz "
-        f"into {folder.parent}"
+        f"{path}: is missing and could not be downloaded ({'; '.join(reasons)}); put it there, or put "
+        f"{entry.name}.npz in {folder.parent}"
     )
 
 
 def _copy(url: str, download: Download, file: BinaryIO) -> None:
-    """Download into an open file."""
+    """Download to an open file."""
     digests = {name: hashlib.new(name) for name in ("md5", "sha256")}
     with _connected(lambda: urllib.request.urlopen(url, timeout=_TIMEOUT)) as answer:
         length = int(answer.headers.get("Content-Length") or 0) or None
@@ -182,7 +188,7 @@ def _copy(url: str, download: Download, file: BinaryIO) -> None:
 
 
 def _connected(step: Callable[[], T]) -> T:
-    """Take a step that needs the connection; what goes wrong with it is not an error of the file that is written."""
+    """Run a network operation, and raise its errors as ``_DownloadError``: they are not errors of the output file."""
     try:
         return step()
     except (OSError, http.client.HTTPException) as error:

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: SGD, Adam, AdamW, SAM and iBLR, by name."""
+"""Optimizers (SGD, Adam, AdamW, SAM and iBLR) and learning rate schedules, by name."""
 
 from src.lazy import lazy_names
 from src.optimizers.registry import IBLR_BACKENDS, OPTIMIZERS, SCHEDULES, build_optimizer, rate, torch_optimizer

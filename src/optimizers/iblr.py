@@ -1,4 +1,4 @@
-"""iBLR, the improved Bayesian learning rule (IVON): our own step, and that of the package ivon-opt.
+"""iBLR, the improved Bayesian learning rule (IVON): this project's implementation, and that of the package ivon-opt.
 
 Reference: Shen et al., Variational learning is effective for large deep networks, arXiv:2402.17641, algorithm 1.
 """
@@ -18,9 +18,9 @@ from src.errors import ArgumentError
 class IBLR(Optimizer):
     """The improved Bayesian learning rule, with a complete state and an exception-safe sampling context.
 
-    It learns a Gaussian over the weights: their mean m is the model's parameters, their variance
-    `posterior_variance`, 1 / (N (h + w)) with w = delta / N. The loss is the mean negative log-likelihood alone; the
-    prior N(0, 1/delta) enters as the weight decay w::
+    Learns a Gaussian over the weights. Its mean m is the model's parameters, and its variance is
+    ``posterior_variance``, 1 / (N (h + w)) with w = delta / N. The loss is only the mean negative log-likelihood; the
+    prior N(0, 1/delta) is applied as the weight decay w::
 
         with optimizer.sampled_params():    # at one sample of the weights
             optimizer.zero_grad()
@@ -35,18 +35,18 @@ class IBLR(Optimizer):
         h' = b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + w))
         m = m - lr (h0 + w) (v / (1 - b1^t) + w m) / (h' + w)
 
-    where, after several passes, g and e g are their means over the passes. h and v are flat vectors in
-    ``param_groups``, under ivon-opt's names, so that either implementation continues from the other's state.
+    After several passes, g and e g are means over the passes. h and v are flat vectors in ``param_groups`` under
+    ivon-opt's names, so that each implementation can continue from the other's state.
 
-    The noise comes from torch's global generator of the parameters' device: to repeat a run, seed it (inside
-    ``torch.random.fork_rng``) at the start of each epoch.
+    The noise is drawn from torch's global generator of the parameters' device. To make a run reproducible, seed it
+    (inside ``torch.random.fork_rng``) at the start of each epoch.
 
     Args:
-        params: The parameters, on their final device; those that do not require gradients are left alone.
+        params: The parameters, on their final device. Parameters that do not require gradients are not changed.
         lr: Learning rate; the effective one is lr * (hess_init + weight_decay).
         num_examples: N, the number of training examples.
         delta: Prior precision.
-        hess_init: h0, the initial Hessian; sets the scale of the variances.
+        hess_init: h0, the initial Hessian; it sets the scale of the variances.
         beta1: Decay of the gradient average.
         beta2: Decay of the Hessian average.
     """
@@ -86,18 +86,18 @@ class IBLR(Optimizer):
 
     @contextmanager
     def sampled_params(self, train: bool = True) -> Iterator[None]:
-        """Put one sample of the weights into the model while the block runs.
+        """Context manager in which the model's parameters are one sample of the weights.
 
-        After the block, also after an exception, the parameters are the mean again, bit for bit.
+        On exit, also after an exception, the parameters are restored to the mean exactly.
 
         Args:
-            train: Whether to collect the block's gradients for `step`. Parameters left without one count as zero.
+            train: Whether to collect the block's gradients for ``step``. A missing gradient counts as zero.
 
         Yields:
             Nothing.
 
         Raises:
-            RuntimeError: If the context is nested.
+            RuntimeError: The context is nested.
         """
         if self._sampling:
             raise RuntimeError("sampled_params cannot be nested")
@@ -119,7 +119,7 @@ class IBLR(Optimizer):
             noise.mul_(torch.rsqrt(total))  # sqrt(N) e
             means = [torch.empty_like(p) for p in params]
             torch._foreach_copy_(means, params)
-            # in place: the weights keep their addresses
+            # in place, so that the weights keep their memory addresses
             torch._foreach_add_(params, self._pieces(noise), alpha=group["ess"] ** -0.5)
         try:
             yield
@@ -139,17 +139,17 @@ class IBLR(Optimizer):
             self._collected = gradient, product, total
 
     def _pieces(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """A flat vector as views of the parameters' shapes; a loop over them in Python takes four times as long."""
+        """Return views of a flat vector with the parameters' shapes. A Python loop takes four times as long."""
         return _unflatten_dense_tensors(flat, self._params)
 
     def step(self, closure: None = None) -> None:
-        """Update mean and Hessian from the gradients collected by `sampled_params`.
+        """Update mean and Hessian from the gradients collected in ``sampled_params``.
 
         Args:
-            closure: Not supported: the pass belongs inside `sampled_params`.
+            closure: Not supported; run the pass inside ``sampled_params``.
 
         Raises:
-            RuntimeError: If no gradients were collected, or a closure is given.
+            RuntimeError: No gradients were collected, or a closure is given.
         """
         if closure is not None:
             raise RuntimeError("IBLR takes no closure; run the pass inside sampled_params")
@@ -176,23 +176,23 @@ class IBLR(Optimizer):
         torch._foreach_addcdiv_(self._params, direction, self._pieces(total), value=-rate)
 
     def posterior_variance(self) -> list[Tensor]:
-        """The variances 1 / (N (h + delta/N)) of the Gaussian over the weights.
+        """Return the variances 1 / (N (h + delta/N)) of the Gaussian over the weights.
 
         Returns:
-            One tensor per trained parameter, in their order and of their shapes.
+            One tensor per trained parameter, with the same order and shapes.
         """
         group = self.param_groups[0]
         return list(self._pieces(1.0 / (group["ess"] * (group["hess"] + group["weight_decay"]))))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state between two steps, in the form of ivon-opt's, with the number of steps taken.
+        """Return the state between two steps, in ivon-opt's format, and the number of steps taken.
 
         Returns:
             ``{"ivon": ..., "current_step": ...}``.
 
         Raises:
-            RuntimeError: Inside `sampled_params`, where a checkpoint would hold sampled weights, or between it and
-                `step`.
+            RuntimeError: Called inside ``sampled_params``, where a checkpoint would contain sampled weights, or
+                between it and ``step``.
         """
         if self._sampling or self._passes:
             raise RuntimeError("IBLR cannot be saved between sampled_params and step")
@@ -201,20 +201,20 @@ class IBLR(Optimizer):
         return {"ivon": {"state": nothing, "param_groups": groups}, "current_step": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state made by `state_dict`, also by that of the other implementation.
+        """Load a state returned by ``state_dict`` of this or the other implementation.
 
         Args:
-            state_dict: The state; its tensors may lie on any device, and go to the parameters' device and dtype.
+            state_dict: The state, on any device. Its tensors are moved to the parameters' device and dtype.
 
         Raises:
-            ValueError: If the state belongs to another number of parameters.
+            ValueError: The state is for a different number of parameters.
         """
         sizes = [group["hess"].numel() for group in state_dict["ivon"]["param_groups"]]
         expected = [sum(p.numel() for p in group["params"]) for group in self.param_groups]
         if sizes != expected:
             raise ValueError(f"the iBLR state has {sizes} values, the model has {expected} trained weights")
         self._load(state_dict)
-        for group in self.param_groups:  # torch maps the devices of ``state`` only
+        for group in self.param_groups:  # torch moves only ``state`` to the right device
             for key in ("hess", "momentum"):
                 group[key] = group[key].to(group["params"][0])
         self._passes, self._steps = 0, state_dict["current_step"]
@@ -224,18 +224,18 @@ class IBLR(Optimizer):
 
 
 class IvonOpt(IBLR):
-    """The same by the package ivon-opt, which must be installed; the arguments are those of `IBLR`.
+    """iBLR as implemented by the package ivon-opt, which must be installed. Takes the same arguments as ``IBLR``.
 
     Attributes:
-        inner: The package's optimizer; its ``param_groups`` and ``state`` are ours.
+        inner: The package's optimizer. This object shares its ``param_groups`` and ``state``.
 
     Raises:
-        ArgumentError: If ivon-opt is not installed.
+        ArgumentError: ivon-opt is not installed.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *args: Any, **settings: Any) -> None:
         try:
-            from ivon import IVON  # GPL-3: needed by those who choose it, by no one else
+            from ivon import IVON  # GPL-3; needed only if this backend is chosen
         except ImportError as error:
             raise ArgumentError(
                 "iblr_backend",
@@ -246,7 +246,7 @@ class IvonOpt(IBLR):
         names = ("lr", "ess", "weight_decay", "hess_init", "beta1", "beta2")
         self.inner = IVON(self._params, **{name: own[name] for name in names})
         for group in self.inner.param_groups:
-            group["hess"].fill_(own["hess_init"])  # IVON rounds it to float32, also for float64 parameters
+            group["hess"].fill_(own["hess_init"])  # IVON rounds it to float32 even for float64 parameters
         self._share_inner()
 
     def _share_inner(self) -> None:
@@ -255,7 +255,7 @@ class IvonOpt(IBLR):
 
     @contextmanager
     def _sample(self, train: bool) -> Iterator[None]:
-        means = [p.data for p in self._params]  # IVON swaps the tensors, so these keep the mean without a copy
+        means = [p.data for p in self._params]  # IVON replaces the tensors, so these keep the mean without a copy
         try:
             with self.inner.sampled_params(train=train):
                 yield
@@ -273,5 +273,5 @@ class IvonOpt(IBLR):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict["ivon"])
-        self.inner.current_step = state_dict["current_step"]  # which its own state leaves out
+        self.inner.current_step = state_dict["current_step"]  # not part of the package's state
         self._share_inner()

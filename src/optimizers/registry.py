@@ -1,7 +1,6 @@
-"""The optimizers and the learning-rate schedules by name. Torch is imported by the optimizers' builders alone.
+"""Optimizers and learning rate schedules by name. Only the optimizers' builders import torch.
 
-A schedule is a pure function of the epoch: nothing is stepped, so there is no state to save, and every optimizer is
-scheduled alike.
+A schedule is a pure function of the epoch. It has no state to save, and works the same for every optimizer.
 """
 
 from __future__ import annotations
@@ -18,40 +17,40 @@ if TYPE_CHECKING:
     from src.training.config import TrainingConfig
 
 IBLR_BACKENDS = ("own", "ivon-opt")
-DEFAULT_DELTA = 1.0  # prior precision of iBLR where neither delta nor a weight decay is given
+DEFAULT_DELTA = 1.0  # prior precision of iBLR if neither delta nor weight decay is given
 
 
 def _one_pass(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
-    """SGD, Adam, AdamW: one pass at the weights."""
+    """SGD, Adam, AdamW: one pass at the current weights."""
     yield
 
 
 def _sam_passes(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
-    """SAM: one pass at the weights, one at the top of the climb; BatchNorm's statistics follow the first alone."""
+    """SAM: one pass at the weights, one at the perturbed weights. Only the first updates BatchNorm's statistics."""
     from src.optimizers.sam import batchnorm_layers, frozen_batchnorm
 
     yield
-    if optimizer.batchnorm is None:  # looked up once: an optimizer belongs to one model
+    if optimizer.batchnorm is None:  # found once, because an optimizer belongs to one model
         optimizer.batchnorm = batchnorm_layers(model)
     with optimizer.climbed(), frozen_batchnorm(optimizer.batchnorm):
         yield
 
 
 def _sampled_pass(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
-    """iBLR: one pass at weights drawn from the posterior."""
+    """iBLR: one pass at weights sampled from the posterior."""
     with optimizer.sampled_params():
         yield
 
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """An optimizer, and how the training loop treats it.
+    """An optimizer, and how the training loop uses it.
 
     Attributes:
-        build: Makes the optimizer of parameters, the run's settings, and the number of training examples.
-        settings: The settings that it reads, beside learning rate and weight decay.
-        passes: Yields before each forward and backward pass of a step; a step ends with ``optimizer.step()``.
-        needs_sampling: Whether a pass draws its weights.
+        build: Builds the optimizer from parameters, the run's settings and the number of training examples.
+        settings: The settings it uses in addition to learning rate and weight decay.
+        passes: Yields before each forward and backward pass of a step; the step ends with ``optimizer.step()``.
+        needs_sampling: Whether each pass samples the weights.
     """
 
     build: Callable[[list[nn.Parameter], TrainingConfig, int], Optimizer]
@@ -61,15 +60,15 @@ class OptimizerEntry:
 
 
 def torch_optimizer(name: str, parameters: Iterable[nn.Parameter], **settings: Any) -> Optimizer:
-    """SGD, Adam or AdamW, its whole step fused into one kernel where torch has it.
+    """Build SGD, Adam or AdamW, with the step fused into one kernel if torch supports it.
 
-    Its states say nothing of that, and states of any other are continued fused. Their tensors are laid out in memory
-    as the parameters are: a fused kernel on a CPU goes through the memory of all of them at once.
+    State dicts do not record whether the optimizer is fused; any state dict can be loaded. Loaded tensors get the
+    memory layout of the parameters, because a fused CPU kernel iterates over their memory in parallel.
 
     Args:
         name: ``sgd``, ``adam`` or ``adamw``.
-        parameters: The parameters, on their final device and in their final layout.
-        settings: Those of torch's optimizer.
+        parameters: The parameters, on their final device and in their final memory format.
+        settings: Settings of torch's optimizer.
     """
     import torch
 
@@ -114,7 +113,7 @@ def _sgd(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: i
 
 
 def _adam(parameters: list[nn.Parameter], config: TrainingConfig, num_examples: int) -> Optimizer:
-    """Adam or AdamW; the weight decay as given: AdamW's own default is 0.01."""
+    """Build Adam or AdamW. The weight decay is always set, because AdamW's default is 0.01."""
     return torch_optimizer(config.optimizer, parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
@@ -144,30 +143,30 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 
 
 def build_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], num_examples: int) -> Optimizer:
-    """The optimizer of a run.
+    """Build the optimizer of a run.
 
     Args:
-        config: The run's settings. The weight decay is that of the torch optimizer of the name; for iblr it is the
-            prior's: delta = weight_decay * num_examples.
+        config: The run's settings. For iblr, the weight decay sets the prior: delta = weight_decay * num_examples.
+            For other optimizers, it is the torch optimizer's weight decay.
         parameters: The model's parameters, on their final device.
         num_examples: The number of training examples.
 
     Raises:
-        UserError: The package of iblr's backend is missing.
+        UserError: The package of iBLR's backend is not installed.
     """
     return OPTIMIZERS[config.optimizer].build(list(parameters), config, num_examples)
 
 
-# ---------------------------------------------------------------------------------------- learning-rate schedules
+# ---------------------------------------------------------------------------------------- learning rate schedules
 
 
 def _half_cosine(position: float) -> float:
-    """Falls from 1 at position 0 to 0 at position 1."""
+    """Half a cosine period, from 1 at position 0 to 0 at position 1."""
     return (1.0 + math.cos(math.pi * position)) / 2.0
 
 
 def _step(epoch: int, epochs: int) -> float:
-    """A tenth after each third of the run."""
+    """Divide by ten after each third of the run."""
     return 0.1 ** ((epoch - 1) // math.ceil(epochs / 3))
 
 
@@ -176,13 +175,13 @@ def _exp(epoch: int, epochs: int) -> float:
 
 
 def _after_warmup(share: Callable[[int, int], float], epoch: int, epochs: int) -> float:
-    """Linear warm-up, then a schedule counted from its end; the schedule's length is still that of the full run."""
+    """Linear warmup, followed by a schedule that starts after it. The schedule's length is that of the full run."""
     warmup = math.ceil(epochs / 40)
     return epoch / warmup if epoch <= warmup else share(epoch - warmup, epochs)
 
 
 def _warmup_cosine(epoch: int, epochs: int) -> float:
-    """Five cycles; each rises linearly from 1/100 to a peak, halved from cycle to cycle, and falls by a cosine."""
+    """Five cycles. Each rises linearly from 1/100 to a peak, which halves each cycle, and then decays by a cosine."""
     length = math.ceil(epochs / 5)
     warmup = math.ceil(length / 10)
     cycle, position = divmod(epoch - 1, length)
@@ -193,7 +192,7 @@ def _warmup_cosine(epoch: int, epochs: int) -> float:
 
 
 def _custom(epoch: int, epochs: int) -> float:
-    """Feldman and Zhang's triangle (arXiv:2008.03703): up over the first 15 %, from 0, then down to nearly 0."""
+    """Feldman and Zhang's triangle (arXiv:2008.03703): up from 0 over the first 15% of epochs, then nearly to 0."""
     up = 15 * epochs // 100
     done = epoch - 1
     return done / up if done < up else 1.0 - (done - up) / (epochs - up)
@@ -201,12 +200,12 @@ def _custom(epoch: int, epochs: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning-rate schedule.
+    """A learning rate schedule.
 
     Attributes:
-        share: Takes an epoch (from 1) and the number of epochs; returns the share of the learning rate.
-        depends_on_epochs: Whether another number of epochs changes the rates of the epochs already trained, so that
-            a run cannot be extended.
+        share: Takes an epoch (from 1) and the number of epochs, and returns the fraction of the base learning rate.
+        depends_on_epochs: Whether the rates of past epochs depend on the total number of epochs. If so, a run cannot
+            be extended.
     """
 
     share: Callable[[int, int], float]
@@ -226,23 +225,23 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> float:
-    """The learning rate of one epoch.
+    """Return the learning rate of an epoch.
 
-    The schedule runs between ``floor`` and ``lr``: ``floor + (lr - floor) * share(epoch, epochs)``. With ``cosine``
-    this is the annealing of the MPE experiments, whose last epoch is one step above the floor.
+    The rate is ``floor + (lr - floor) * share(epoch, epochs)``. With ``cosine``, this is the annealing of the MPE
+    experiments, whose last epoch is one step above the floor.
 
     Args:
-        name: A name from `SCHEDULES`.
+        name: A key of ``SCHEDULES``.
         epoch: The epoch, from 1 to ``epochs``.
         epochs: The number of epochs of the run.
         lr: The base learning rate.
-        floor: The rate that the schedule falls towards.
+        floor: The minimum learning rate.
 
     Returns:
-        The rate to use throughout the epoch.
+        The learning rate for the whole epoch.
 
     Raises:
-        ValueError: The epoch lies outside the run.
+        ValueError: The epoch is not in the run.
     """
     if not 1 <= epoch <= epochs:
         raise ValueError(f"epoch {epoch} is not one of the run's epochs 1 to {epochs}")

@@ -1,4 +1,4 @@
-"""Training models: one loop for every script, evaluation, per-example dynamics, checkpoints, resume."""
+"""Training: one loop for all scripts, evaluation, per-example dynamics, checkpoints and resuming."""
 
 from src.lazy import lazy_names
 from src.training.config import RunConfig, TrainingConfig

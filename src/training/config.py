@@ -1,4 +1,4 @@
-"""What determines a training run, and what it keeps."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from src.optimizers import IBLR_BACKENDS, OPTIMIZERS, SCHEDULES
 
 
 def _acts(setting: str) -> tuple:
-    """Where a setting that not every optimizer reads acts."""
+    """Return the ``acts`` rule of a setting that only some optimizers use."""
     names = [name for name, entry in OPTIMIZERS.items() if setting in entry.settings]
     return (lambda args: args.optimizer in names, f"without --optimizer={' or '.join(names)}")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The settings of the loop; data and model come as objects.
+    """Settings of the training loop. Data and model are passed separately.
 
     Attributes:
-        seed: Seed of initial weights and of what is random within epochs.
-        epochs: Passes over the training examples.
-        optimizer: A name of ``OPTIMIZERS``.
+        seed: Seed of the initial weights and of all randomness within epochs.
+        epochs: Passes over the training set.
+        optimizer: A key of ``OPTIMIZERS``.
         learning_rate: Base rate of the schedule.
-        lr_sched: A name of ``SCHEDULES``; the rate changes once per epoch.
-        lr_min: Floor of the rate, for the schedules that have one.
+        lr_sched: A key of ``SCHEDULES``; the rate changes once per epoch.
+        lr_min: Minimum rate, for schedules that have one.
         weight_decay: Weight decay.
         rho: Radius of SAM's perturbation.
         adaptive: Whether SAM is adaptive.
         delta: Prior precision of iBLR.
         hess_init: Initial Hessian of iBLR.
-        iblr_backend: Who computes iBLR's steps, a name of ``IBLR_BACKENDS``. They agree to rounding, so that it does
-            not determine a result, as little as the device does.
-        momentum: Momentum of SGD (also SAM's base optimizer).
-        nesterov: Whether SGD's momentum is Nesterov's.
-        precision: A name of ``PRECISIONS``.
+        iblr_backend: The implementation of iBLR's steps, one of ``IBLR_BACKENDS``. They agree up to rounding, so
+            this setting, like the device, is not part of what determines a result.
+        momentum: Momentum of SGD, including SGD as SAM's base optimizer.
+        nesterov: Whether SGD uses Nesterov momentum.
+        precision: A key of ``PRECISIONS``.
 
     Raises:
-        ArgumentError: A setting is out of its range, or does not go with another.
+        ArgumentError: A setting is out of range or cannot be combined with another.
     """
 
     epochs: int = option(160, "passes over the training set", number(int, 1))
@@ -52,13 +52,13 @@ class TrainingConfig:
     learning_rate: float = option(0.4, "base learning rate", number(float, 0, open_low=True))
     lr_sched: str = option(
         "cosine",
-        "schedule of the learning rate, stepped per epoch, for every optimizer (the SAMIS experiments keep the rate "
-        "of adam constant: const)",
+        "learning rate schedule, updated once per epoch, for any optimizer (the SAMIS experiments use const with "
+        "adam)",
         choices=tuple(SCHEDULES),
     )
     lr_min: float = option(
         0.0,
-        "floor of the learning rate (every schedule but const)",
+        "minimum learning rate (all schedules except const)",
         number(float, 0),
         acts=(lambda args: args.lr_sched != "const", "with --lr_sched=const"),
     )
@@ -79,12 +79,12 @@ class TrainingConfig:
     )
     iblr_backend: str = option(
         IBLR_BACKENDS[0],
-        "who computes the steps of iBLR: this project, or the package ivon-opt; they agree to rounding, and each "
-        "continues the runs of the other",
+        "implementation of iBLR: this project's or that of the ivon-opt package; they agree up to rounding, and each "
+        "can continue a run of the other",
         choices=IBLR_BACKENDS,
         acts=_acts("iblr_backend"),
     )
-    seed: int = option(1, "seed of initial weights, order and augmentation", SEED)
+    seed: int = option(1, "seed of initial weights, example order and augmentation", SEED)
     precision: str = "fp32"
     nesterov: bool = False
 
@@ -102,15 +102,15 @@ class TrainingConfig:
         if self.delta is not None and self.weight_decay > 0.0:
             raise ArgumentError(
                 "delta",
-                f"{self.delta:g}: cannot be combined with a weight decay, which sets the same prior; give one",
+                f"{self.delta:g}: cannot be combined with weight decay, which sets the same prior; give only one",
             )
         if self.nesterov and "nesterov" not in acting:
             raise ArgumentError("nesterov", f": has no effect on {self.optimizer}; leave it out")
         if self.nesterov and self.momentum == 0.0:
-            raise ArgumentError("nesterov", ": needs a momentum above 0; give one, or leave it out")
+            raise ArgumentError("nesterov", ": needs a momentum above 0; set momentum, or leave it out")
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings that determine the result, as plain values; ``nesterov`` only where it is on."""
+        """Return the settings that determine the result, as plain values. ``nesterov`` is included only if True."""
         settings = acting_settings(asdict(self))
         del settings["iblr_backend"]
         if not self.nesterov:
@@ -119,10 +119,10 @@ class TrainingConfig:
 
 
 def parse_save_epochs(text: str) -> str | list[int]:
-    """The value of ``--save_epochs``: ``all``, ``last``, or epochs in ascending order.
+    """Parse the value of ``--save_epochs``: ``all``, ``last``, or a list of epochs, returned in ascending order.
 
     Raises:
-        argparse.ArgumentTypeError: It is none of these.
+        argparse.ArgumentTypeError: The text is none of these.
     """
     if text in ("all", "last"):
         return text
@@ -131,47 +131,49 @@ def parse_save_epochs(text: str) -> str | list[int]:
     except ValueError:
         epochs = []
     if not epochs or epochs[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not all, last, or epochs from 1 such as 10,11,40")
+        raise argparse.ArgumentTypeError(f"{text!r} is not all, last, or a list of epochs such as 10,11,40")
     return epochs
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A training run: what is trained, on what kind of batches, and what is kept of it.
+    """Settings of a training run: the model, the loop, the batches, and the files to keep.
 
     Attributes:
         model: The model.
-        training: The settings of the loop.
+        training: The settings of the training loop.
         batch_size: Examples per step, over all processes.
-        data_augmentation: Whether images undergo the data set's random crops and flips.
-        cutout_holes: Squares blanked per image (Cutout).
+        data_augmentation: Whether to apply the data set's random crops and flips.
+        cutout_holes: Number of squares that Cutout masks per image.
         cutout_length: Side of a square in pixels.
         resume: Whether to continue from the newest resume state, if there is one.
         overwrite: Whether results with different settings may be replaced.
-        save_epochs: ``"all"``, ``"last"`` or the epochs whose checkpoints are kept beside best and last.
+        save_epochs: ``"all"``, ``"last"``, or the epochs whose checkpoints are kept in addition to best and last.
         measure_proxies: Whether to record per-example dynamics and measure scores at the end.
 
     Raises:
-        ArgumentError: A value is out of its range, or ``save_epochs`` asks for an epoch after the last.
+        ArgumentError: A value is out of range, or ``save_epochs`` includes an epoch after the last.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     batch_size: int = option(512, "examples per step, over all processes", number(int, 1), title="training")
-    data_augmentation: bool = option(False, "the data set's random crops and flips", negatable=True, title="training")
+    data_augmentation: bool = option(
+        False, "apply the data set's random crops and flips", negatable=True, title="training"
+    )
     cutout_holes: int = option(
         0,
-        "Cutout: squares blanked per image",
+        "Cutout: number of squares to mask per image",
         number(int, 0),
         title="training",
         acts=(
             lambda args: not args.cutout_holes or args.dataset not in DATASETS or DATASETS[args.dataset].cutout,
-            f"but on {', '.join(name for name, entry in DATASETS.items() if entry.cutout)} and own data",
+            f"except on {', '.join(name for name, entry in DATASETS.items() if entry.cutout)} and your own data",
         ),
     )
     cutout_length: int = option(
         16,
-        "Cutout: side of a square in pixels",
+        "Cutout: side of each square in pixels",
         number(int, 1),
         title="training",
         acts=(lambda args: args.cutout_holes > 0, "without --cutout_holes"),
@@ -180,12 +182,12 @@ class RunConfig:
     overwrite: bool = option(False, "replace results with different settings")
     save_epochs: str | list[int] = option(
         "all",
-        "epochs whose checkpoints are kept, such as 10,11,40; best and last are always kept",
+        "epochs whose checkpoints to keep, such as 10,11,40; best and last are always kept",
         parse_save_epochs,
         metavar="all|last|LIST",
     )
     measure_proxies: bool = option(
-        False, "record per-example dynamics, and measure forgetting, epochs to learn and flatness at the end"
+        False, "record per-example dynamics; at the end, measure forgetting, epochs to learn and flatness"
     )
 
     def __post_init__(self) -> None:
@@ -198,13 +200,13 @@ class RunConfig:
             )
 
     def as_dict(self, data: Mapping[str, Any], *, sync_bn: bool = False) -> dict[str, Any]:
-        """The settings of loop, data, model and batches that determine the result, as plain values.
+        """Return the settings of loop, data, model and batches that determine the result, as plain values.
 
-        Their order is that of earlier versions, so that the same training writes the same bytes.
+        The order matches earlier versions, so the same training run writes the same bytes.
 
         Args:
-            data: What identifies the data.
-            sync_bn: Whether BatchNorm's statistics are over the batches of all processes.
+            data: The settings that identify the data.
+            sync_bn: Whether BatchNorm computes its statistics over the batches of all processes.
         """
         return {
             **self.training.as_dict(),

@@ -1,4 +1,4 @@
-"""The processes that train together, or the one that trains alone; BatchNorm over the batches of all processes."""
+"""Process groups for distributed training, and BatchNorm over the batches of all processes."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,17 +12,17 @@ from torch import nn
 
 from src.errors import ArgumentError
 
-_PATIENCE = timedelta(days=1)  # others wait while the main process downloads data, or scores a trained model
+_PATIENCE = timedelta(days=1)  # other processes wait while the main one downloads data or scores a trained model
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that share each batch.
+    """The group of processes that share each batch, and this process's rank in it.
 
     Attributes:
-        rank: This process's number.
-        world: How many processes there are.
-        local_rank: This process's number on its machine.
+        rank: This process's rank.
+        world: The number of processes.
+        local_rank: This process's rank on its machine.
     """
 
     rank: int = 0
@@ -31,7 +31,7 @@ class ProcessGroup:
 
     @classmethod
     def from_environment(cls) -> "ProcessGroup":
-        """The group that torchrun describes in the environment.
+        """Return the group described by torchrun's environment variables.
 
         Raises:
             ArgumentError: The process was not started by torchrun.
@@ -47,22 +47,22 @@ class ProcessGroup:
 
     @classmethod
     def local(cls) -> "ProcessGroup":
-        """The group of one process.
+        """Return a group of one process.
 
         Raises:
-            ArgumentError: torchrun has started several, which would all do the same work.
+            ArgumentError: torchrun started several processes, which would all do the same work.
         """
         count = os.environ.get("WORLD_SIZE", "1")
         if "LOCAL_RANK" in os.environ and count != "1":
             raise ArgumentError(
                 "distributed_training",
-                f": torchrun started {count} processes, which would all do the same work; give the flag in a script "
-                "that trains, and start the others without torchrun",
+                f": torchrun started {count} processes, which would all do the same work; give this flag to training "
+                "scripts, and run other scripts without torchrun",
             )
         return cls()
 
     def start(self, device: torch.device) -> None:
-        """Join the other processes: nccl for GPUs, gloo for CPUs."""
+        """Join the process group, using nccl on GPUs and gloo on CPUs."""
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
@@ -73,7 +73,7 @@ class ProcessGroup:
         )
 
     def stop(self) -> None:
-        """Leave the group."""
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -83,7 +83,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in one message per type."""
+        """Replace each tensor with its sum over the processes, with one all-reduce per dtype and device."""
         if self.world == 1:
             return
         by_type: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
@@ -96,26 +96,26 @@ class ProcessGroup:
                 tensor.copy_(part.view_as(tensor))
 
     def least(self, value: torch.Tensor) -> torch.Tensor:
-        """The least of the processes' values."""
+        """Return the minimum of the processes' values."""
         value = value.clone()
         if self.world > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MIN)
         return value
 
     def share_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by the main process's."""
+        """Replace each tensor with that of the main process."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def wait(self) -> None:
-        """Wait for the other processes."""
+        """Wait until all processes get here."""
         if self.world > 1:
             dist.barrier()
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum over processes; its gradient is the sum of the processes' gradients."""
+    """Sum over processes. The gradient is the sum of the processes' gradients."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, value: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def _synchronized_forward(module: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
-    """BatchNorm's forward with statistics over all processes (its own forward in eval mode)."""
+    """Forward pass of BatchNorm with statistics over all processes. In eval mode, the layer's original forward."""
     if not module.training:
         return type(module).forward(module, x)
     axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -159,9 +159,9 @@ def _synchronized_forward(module: nn.modules.batchnorm._BatchNorm, x: torch.Tens
 
 @contextmanager
 def synchronized_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Let every BatchNorm of a model normalize over the batches of all processes, for the time being.
+    """Context manager in which every BatchNorm of a model normalizes over the batches of all processes.
 
-    Names of parameters and buffers stay, so checkpoints are those of the plain model.
+    Names of parameters and buffers do not change, so checkpoints are the same as without it.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:

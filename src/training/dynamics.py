@@ -1,4 +1,4 @@
-"""Per-example training dynamics, recorded from the passes that training makes anyway."""
+"""Per-example training dynamics, recorded from the forward passes of training at no extra cost."""
 
 import json
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ from src.training.distributed import ProcessGroup
 
 DYNAMICS_FILE = "dynamics.npz"
 QUANTITIES = ("loss", "probability", "margin", "correct", "el2n", "divergence")
-_SLICE = 2**16  # examples exchanged between processes at a time, to bound the memory
-_SMALLEST = 2.0**-24  # the smallest positive fp16 number: what the stored probabilities are clamped to
+_SLICE = 2**16  # examples exchanged between processes at a time, to bound memory
+_SMALLEST = 2.0**-24  # smallest positive fp16 number; stored probabilities are clamped to it
 
 
 class Dynamics:
-    """Records six numbers per example and epoch.
+    """Records six quantities per example and epoch.
 
-    All are of the model in training mode on the augmented image, before the step (for SAM, from its first
+    All are computed with the model in training mode on the augmented image, before the step (for SAM, in its first
     pass). For logits z, probabilities p and label y: ``loss`` = -log p_y; ``probability`` = p_y; ``margin`` =
     z_y - max of the other logits (Pleiss et al. 2020, eq. 1); ``correct`` = 1 if y has the largest logit, else
-    0; ``el2n`` = norm of p - onehot(y) (Paul et al. 2021, eq. 3); ``divergence`` = KL(p || p of the epoch
-    before) (Zhang et al. 2024), against probabilities kept in fp16.
+    0; ``el2n`` = norm of p - onehot(y) (Paul et al. 2021, eq. 3); ``divergence`` = KL(p || p of the previous epoch)
+    (Zhang et al. 2024), where the previous probabilities are stored in fp16.
 
-    Arrays are indexed by original position, with NaN where an example was not visited.
+    Arrays are indexed by original index and contain NaN for examples that were not visited.
     """
 
     def __init__(self, total: int, num_classes: int, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Dynamics:
 
     @torch.no_grad()
     def record(self, logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, losses: torch.Tensor) -> None:
-        """Record some examples: logits ``(b, C)``, labels, original indices and losses ``(b,)``."""
+        """Record a batch: logits ``(b, C)``; labels, original indices and losses ``(b,)``."""
         logp = torch.log_softmax(logits.float(), dim=1)
         p = logp.exp()  # (b, C)
         mine = labels[:, None]
@@ -58,7 +58,7 @@ class Dynamics:
         self._known.index_fill_(0, indices, True)
 
     def end_epoch(self, epoch: int, group: ProcessGroup) -> np.ndarray:
-        """Close an epoch: gather the shares of all processes, keep the row ``(quantities, total)``, return it."""
+        """End an epoch: merge the processes' records, then store and return the row ``(quantities, total)``."""
         if group.world > 1:
             self._gather(group)
         self.rows[epoch] = self._now.cpu().numpy().copy()
@@ -66,14 +66,14 @@ class Dynamics:
         return self.rows[epoch]
 
     def _gather(self, group: ProcessGroup) -> None:
-        """Sum the shares: each example was visited by one process, whose new probabilities all processes take."""
+        """Merge the processes' records. One process visited each example; all others copy its new probabilities."""
         for start in range(0, self._now.shape[1], _SLICE):
             part = slice(start, start + _SLICE)
             mine = ~self._now[0, part].isnan()
             seen = mine.float()
             new = torch.where(mine[:, None], self._before[part].float(), 0.0)
             now = self._now[:, part].nan_to_num(nan=0.0)
-            lost = (self._now[:, part].isnan() & mine).float()  # NaN that was recorded, such as a first divergence
+            lost = (self._now[:, part].isnan() & mine).float()  # recorded as NaN, such as a first divergence
             group.sum_([now, seen, new, lost])
             visited = seen > 0
             self._now[:, part] = torch.where(visited & (lost == 0), now, float("nan"))
@@ -81,22 +81,22 @@ class Dynamics:
             self._known[part] |= visited
 
     def fits(self, row: Any) -> bool:
-        """Whether an array has the shape and kind of a row."""
+        """Whether an array has the shape and dtype kind of a row."""
         return isinstance(row, np.ndarray) and row.shape == tuple(self._now.shape) and row.dtype.kind == "f"
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What the next epoch needs, for the resume state; the rows are kept in files of their own."""
+        """Return the state that the next epoch needs, for the resume state. Rows are stored in separate files."""
         return {"before": self._before.cpu(), "known": self._known.cpu()}
 
     def restore(self, state: Mapping[str, torch.Tensor], rows: Mapping[int, np.ndarray]) -> None:
-        """Continue from a resume state and the rows of the epochs before it."""
+        """Restore a resume state and the rows of the epochs up to it."""
         copy_tensor("before", self._before, state["before"])
         copy_tensor("known", self._known, state["known"])
         self._now.fill_(float("nan"))
         self.rows = dict(rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The recorded arrays by name, each float32 ``(epochs, total)``."""
+        """Return the recorded arrays by name, each float32 ``(epochs, total)``."""
         epochs = sorted(self.rows)
         return {name: np.stack([self.rows[epoch][i] for epoch in epochs]) for i, name in enumerate(QUANTITIES)}
 
@@ -128,9 +128,9 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
         )
     shape = arrays["loss"].shape
     if any(arrays[name].shape != shape or arrays[name].dtype.kind != "f" for name in QUANTITIES):
-        raise FileError(f"{path}: is damaged, its arrays differ in shape or are not numbers; train again")
+        raise FileError(f"{path}: is damaged: its arrays differ in shape or are not numbers; train again")
     if len(shape) != 2 or not shape[0] or shape[1:] != arrays["labels"].shape:
-        raise FileError(f"{path}: is damaged, it has no epochs of {len(arrays['labels'])} examples; train again")
+        raise FileError(f"{path}: is damaged: it has no epochs of {len(arrays['labels'])} examples; train again")
     arrays["label_hash"] = str(arrays["label_hash"])
     arrays["settings"] = parse_settings(path, arrays["settings"])
     return arrays

@@ -1,4 +1,4 @@
-"""Ensembles: many copies of one model trained side by side, each on batches of its own."""
+"""Ensembles: many copies of one model trained in parallel, each on its own batches."""
 
 import copy
 from collections.abc import Mapping
@@ -15,35 +15,35 @@ from src.models.base import copy_tensor, eval_mode, load_optimizer, load_weights
 from src.optimizers import torch_optimizer
 from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPerceptron, perceptron_layers
 
-LONG_STEP = 200_000_000  # parameters times examples of a step; beyond, a CPU hardly gains
-BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam and AdamW, torch's defaults
+LONG_STEP = 200_000_000  # parameters times examples per step; above this, vectorizing hardly helps on a CPU
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults for Adam and AdamW
 ENSEMBLE_OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 class Ensemble:
-    """M copies of one model, trained side by side.
+    """M copies of one model, trained in parallel.
 
-    A member's training is that of ``torch.optim.SGD`` (with momentum), ``Adam`` or ``AdamW`` on its own batches, with
+    Each member is trained as by ``torch.optim.SGD`` (with momentum), ``Adam`` or ``AdamW`` on its own batches, with
     its own L2 weight. The objective of member m on a batch is ``sum(w l) / sum(w) + l2[m] / 2 * |parameters|^2``,
-    all parameters included; with adamw the L2 weight is decoupled, as torch's ``weight_decay``.
+    including all parameters. With adamw, the L2 weight is decoupled, like torch's ``weight_decay``.
 
     Args:
-        model: The model, on its device and of its type; it is copied and left as it is. All of its parameters are
-            trained.
-        count: M.
-        l2: The L2 weights ``(M,)``, or one for all.
+        model: The model, on the device and in the dtype to train in. It is copied, not modified. All of its
+            parameters are trained.
+        count: Number of members M.
+        l2: The L2 weights ``(M,)``, or one for all members.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
-        momentum: Of sgd.
-        vectorised: Whether all members take a step at once, their parameters stacked; else one after another, by
-            torch's own optimizers. The weights agree to rounding.
-        initial: The state dict from which all members start; by default the model's own.
+        momentum: Momentum of sgd.
+        vectorised: Whether to step all members at once, with stacked parameters. Otherwise members are stepped one
+            after another by torch's optimizers. The weights agree up to rounding.
+        initial: The initial state dict of all members; None for the model's.
 
     Attributes:
         vectorised: As given.
-        device: Where the members are.
+        device: The members' device.
 
     Raises:
-        ValueError: An argument is out of its range, or the model cannot be vectorised.
+        ValueError: An argument is out of range, or the model cannot be vectorized.
     """
 
     def __init__(
@@ -87,32 +87,33 @@ class Ensemble:
         lr: float,
         active: Tensor | None = None,
     ) -> Tensor:
-        """Let every active member take one step.
+        """Take one step of every active member.
 
         Args:
-            images: ``(M, b, ...)``, each member its own, or ``(b, ...)`` for all; ``labels`` tells which.
-            labels: int64 ``(M, b)``, or ``(b,)`` for all members.
-            weights: ``(M, b)``, 0 for padding; a member's loss is ``sum(w l) / sum(w)``. None: all 1. Best on the
-                members' device if they are vectorised, else on the CPU.
+            images: ``(M, b, ...)`` with separate images per member, or ``(b, ...)`` shared by all members. Shared if
+                and only if ``labels`` is 1-D.
+            labels: int64 ``(M, b)``, or ``(b,)`` shared by all members.
+            weights: ``(M, b)``, 0 for padding; a member's loss is ``sum(w l) / sum(w)``. None for all 1. Fastest on
+                the members' device if they are vectorized, else on the CPU.
             lr: The learning rate.
-            active: Boolean ``(M,)``, best on the CPU; the others are not stepped at all: neither weights nor moments
-                nor counts of steps change. A member whose weights are all 0 must not be active. None: all.
+            active: Boolean ``(M,)``, fastest on the CPU. Members that are not active do not change: neither weights,
+                moments nor step counts. A member whose weights are all 0 must not be active. None for all active.
 
         Returns:
-            The members' losses ``(M,)``, before the step and without the L2 term; 0 for those that are not active.
+            The members' losses ``(M,)``, before the step and without the L2 term; 0 for inactive members.
 
         Raises:
-            ValueError: The shapes do not belong together.
+            ValueError: The shapes do not match.
         """
         shared = labels.ndim == 1
         examples = labels.shape[-1]
         expected = (examples,) if shared else (self._count, examples)
         if tuple(labels.shape) != expected or tuple(images.shape[: labels.ndim]) != expected:
             raise ValueError(
-                f"images {tuple(images.shape)} and labels {tuple(labels.shape)} are no batch of {self._count} members"
+                f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not match {self._count} members"
             )
         if weights is not None and tuple(weights.shape) != (self._count, examples):
-            raise ValueError(f"weights {tuple(weights.shape)} are not {(self._count, examples)}")
+            raise ValueError(f"weights have shape {tuple(weights.shape)}, expected {(self._count, examples)}")
         rows = numbers = None  # the active members, on their device and as given
         if active is not None and not bool(active.all()):
             numbers = active.nonzero().squeeze(1)
@@ -134,35 +135,35 @@ class Ensemble:
         return losses if rows is None else losses.new_zeros(self._count).index_copy_(0, rows, losses)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits ``(M, b, C)`` of all members on the same images ``(b, ...)``, in evaluation mode."""
+        """Return the logits ``(M, b, C)`` of all members on the same images ``(b, ...)``, in eval mode."""
         return self._members.logits(images, shared=True)
 
     def member_logits(self, images: Tensor) -> Tensor:
-        """Logits ``(M, b, C)`` of each member on images of its own ``(M, b, ...)``, in evaluation mode."""
+        """Return the logits ``(M, b, C)`` of each member on its own images ``(M, b, ...)``, in eval mode."""
         if len(images) != self._count:
-            raise ValueError(f"images for {len(images)} members, but there are {self._count}")
+            raise ValueError(f"got images for {len(images)} members; the ensemble has {self._count}")
         return self._members.logits(images, shared=False)
 
     def member(self, number: int) -> dict[str, Tensor]:
-        """A copy of the state dict of member ``number``, counted from 0."""
+        """Return a copy of the state dict of member ``number``, from 0."""
         return self._members.member(range(self._count)[number])
 
     def finite(self) -> Tensor:
-        """Whether all weights of each member are finite, boolean ``(M,)``."""
+        """Return whether each member's weights are all finite, boolean ``(M,)``."""
         return self._members.finite()
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on: tensors on the CPU and plain values, copied."""
+        """Return a copy of everything that the next step depends on, as CPU tensors and plain values."""
         return {"vectorised": self.vectorised, "count": self._count, **self._members.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state()``.
+        """Restore a state returned by ``state``.
 
         Raises:
-            ValueError: It is the state of an ensemble of another kind or size.
+            ValueError: The state is from an ensemble of a different kind or size.
         """
         if (state.get("vectorised"), state.get("count")) != (self.vectorised, self._count):
-            raise ValueError("the state is of an ensemble of another kind or size")
+            raise ValueError("the state is from an ensemble of a different kind or size")
         try:
             self._members.restore(dict(state))
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -170,9 +171,9 @@ class Ensemble:
 
 
 def why_not_vectorised(model: nn.Module) -> str | None:
-    """Why a model's copies cannot be stacked; None where they can.
+    """Return why copies of a model cannot be stacked, or None if they can.
 
-    Members share the buffers, and all take part in one pass: batch statistics and dropout need passes of their own.
+    Members share buffers and run in one pass, whereas batch statistics and dropout need one pass per member.
     """
     seen = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -188,19 +189,19 @@ def why_not_vectorised(model: nn.Module) -> str | None:
 
 
 def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_size: int) -> bool:
-    """Whether to vectorise: on a GPU every model that can be, on a CPU perceptrons, but for the longest steps.
+    """Whether vectorizing is expected to be faster: always on a GPU, and on a CPU for perceptrons with short steps.
 
-    On one thread of a CPU, ``python -m benchmarks.training ensemble`` measures, from run to run: perceptrons, whose
-    gradients are written by hand, gain the more the shorter a step is (small_mlp 2.7 to 4.6 times at batch 32, 1.2
-    to 1.5 at 1024; large_mlp 1.1 to 1.5 times at 32, 0.99 to 1.24 at 256). Where parameters times batch exceed
-    ``LONG_STEP`` hardly anything is left (large_mlp at 512 and 1024: 0.99 to 1.12). Convolutions under ``vmap``
-    become grouped ones, which gain nothing and lose at large batches. On a GPU nothing was measured: the launch of a
-    small model's kernels is expected to take longer than the kernels, so that M members in one launch cost little
-    more than one; convolutions may be the exception there, too.
+    Measured on one CPU thread with ``python -m benchmarks.training ensemble`` (ranges over runs): perceptrons, whose
+    gradients are hand-written, gain more the shorter the step (small_mlp 2.7 to 4.6 times at batch 32, 1.2 to 1.5
+    at 1024; large_mlp 1.1 to 1.5 times at 32, 0.99 to 1.24 at 256). If parameters times batch size exceed
+    ``LONG_STEP``, almost nothing is gained (large_mlp at 512 and 1024: 0.99 to 1.12). Under ``vmap``, convolutions
+    become grouped convolutions, which gain nothing and are slower at large batches. Not measured on a GPU: launching
+    a small model's kernels is expected to take longer than running them, so M members in one launch cost little more
+    than one; convolutions may be an exception there, too.
 
     Args:
         model: The model.
-        device: Where it is trained.
+        device: The device to train on.
         batch_size: Examples per step of each member.
     """
     if why_not_vectorised(model) is not None:
@@ -211,20 +212,20 @@ def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_siz
     return perceptron_layers(model) is not None and parameters * batch_size <= LONG_STEP
 
 
-# ------------------------------------------------------------------------------------ two ways of training
+# ------------------------------------------------------------------------------------ implementations
 
 
 class StackedMembers:
-    """All members at once: parameters and the optimizer's moments are stacked along a first axis.
+    """Steps all members at once, with parameters and optimizer moments stacked along a first axis.
 
     The updates are those of ``torch.optim.SGD`` (with momentum), ``Adam`` and ``AdamW``, in place.
 
     Args:
-        model: The model, for this object alone.
-        count: M.
-        l2: ``(M,)``, float64.
+        model: The model; this object takes ownership of it.
+        count: Number of members M.
+        l2: L2 weights ``(M,)``, float64.
         optimizer: One of ``ENSEMBLE_OPTIMIZERS``.
-        momentum: Of sgd.
+        momentum: Momentum of sgd.
     """
 
     def __init__(self, model: nn.Module, count: int, l2: Tensor, optimizer: str, momentum: float) -> None:
@@ -239,13 +240,13 @@ class StackedMembers:
         self._moments = {kind: _zeros_like(self._parameters) for kind in kinds}
         device = next(iter(self._parameters.values())).device
         self._steps = torch.zeros(count, dtype=torch.float64, device=device)
-        # equal ones enter the update as a number, which is faster than a factor for each member
+        # equal weights are applied as one scalar, which is faster than one factor per member
         self._l2 = float(l2[0]) if bool((l2 == l2[0]).all()) else l2.to(device)
 
     def step(self, batch: StackedBatch, lr: float, rows: Tensor | None) -> Tensor:
-        """One step of the members ``rows`` (all if None), to whom the batch belongs; their losses."""
+        """Take one step of the members ``rows`` (all if None), on their batch; return their losses."""
         parameters, moments, steps, l2 = self._parameters, self._moments, self._steps, self._l2
-        if rows is not None:  # rare: copies of these members' rows, stepped and put back
+        if rows is not None:  # rare: copy these members' rows, step them, and write them back
             parameters, steps = _take(parameters, rows), steps[rows]
             moments = {kind: _take(values, rows) for kind, values in moments.items()}
             l2 = l2 if isinstance(l2, float) else l2[rows]
@@ -262,7 +263,7 @@ class StackedMembers:
         return losses
 
     def _sgd(self, parameters: Stack, momentum: Stack, batch: StackedBatch, lr: float, l2: float | Tensor) -> Tensor:
-        """``v = momentum v + gradient + l2 w; w = w - lr v``; the gradient goes straight into v."""
+        """``v = momentum v + gradient + l2 w; w = w - lr v``. The gradient is accumulated directly into v."""
         losses = self._network.accumulate(parameters, batch, momentum, self._momentum)
         velocities, weights = [momentum[name] for name in parameters], list(parameters.values())
         if isinstance(l2, Tensor):
@@ -281,7 +282,7 @@ class StackedMembers:
         lr: float,
         l2: float | Tensor,
     ) -> Tensor:
-        """Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019), each member with its count of steps."""
+        """Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019), with a step count per member."""
         gradients = _zeros_like(parameters)
         losses = self._network.accumulate(parameters, batch, gradients, 0.0)
         scale = lr / (1.0 - BETAS[0] ** steps)  # (M,)
@@ -299,26 +300,26 @@ class StackedMembers:
         return losses
 
     def logits(self, images: Tensor, *, shared: bool) -> Tensor:
-        """Logits ``(M, b, C)``."""
+        """Return logits ``(M, b, C)``."""
         return self._network.logits(self._parameters, images, shared=shared)
 
     def member(self, number: int) -> dict[str, Tensor]:
-        """The state dict of one member."""
-        with torch.no_grad():  # through the model, whose state dict names a parameter with two owners twice
+        """Return the state dict of one member."""
+        with torch.no_grad():  # through the model: its state dict lists a shared parameter under each of its names
             for name, value in self._model.named_parameters():
                 value.copy_(self._parameters[name][number])
         return {name: value.clone() for name, value in self._model.state_dict().items()}
 
     def finite(self) -> Tensor:
-        """Whether all parameters of each member are finite, ``(M,)``."""
+        """Return whether each member's parameters are all finite, boolean ``(M,)``."""
         return torch.stack([value.flatten(1).isfinite().all(1) for value in self._parameters.values()]).all(0)
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on, copied to the CPU."""
+        """Return what the next step depends on, copied to the CPU."""
         return _on_cpu({"parameters": self._parameters, "moments": self._moments, "steps": self._steps})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``."""
+        """Restore a state returned by ``state``."""
         pairs = [(self._parameters, state["parameters"])]
         pairs += [(values, state["moments"][kind]) for kind, values in self._moments.items()]
         for ours, theirs in pairs:
@@ -328,9 +329,9 @@ class StackedMembers:
 
 
 class SequentialMembers:
-    """One member after another, each a copy of the model with torch's own optimizer; any model will do.
+    """Steps members one after another, each with its own torch optimizer. Works for any model.
 
-    The arguments are those of ``StackedMembers``.
+    Takes the same arguments as ``StackedMembers``.
     """
 
     def __init__(self, model: nn.Module, count: int, l2: Tensor, optimizer: str, momentum: float) -> None:
@@ -342,12 +343,12 @@ class SequentialMembers:
         ]
 
     def step(self, batch: StackedBatch, lr: float, rows: Tensor | None) -> Tensor:
-        """As of ``StackedMembers``."""
+        """See ``StackedMembers.step``."""
         losses = []
         for position, number in enumerate(range(len(self._models)) if rows is None else rows.tolist()):
             images = batch.images if batch.shared else batch.images[position]
             labels, shares = batch.labels[position], batch.shares
-            if isinstance(shares, Tensor):  # an example that does not count must not enter BatchNorm either
+            if isinstance(shares, Tensor):  # examples of zero weight must not enter BatchNorm statistics either
                 counting = shares[position].nonzero().squeeze(1)
                 shares = upload(shares[position][counting], labels.device)
                 counting = upload(counting, labels.device)
@@ -362,7 +363,7 @@ class SequentialMembers:
         return torch.stack(losses)
 
     def logits(self, images: Tensor, *, shared: bool) -> Tensor:
-        """Logits ``(M, b, C)``."""
+        """Return logits ``(M, b, C)``."""
         found = []
         for number, member in enumerate(self._models):
             with eval_mode(member), torch.no_grad():
@@ -370,22 +371,22 @@ class SequentialMembers:
         return torch.stack(found)
 
     def member(self, number: int) -> dict[str, Tensor]:
-        """The state dict of one member."""
+        """Return the state dict of one member."""
         return {name: value.clone() for name, value in self._models[number].state_dict().items()}
 
     def finite(self) -> Tensor:
-        """Whether all parameters of each member are finite, ``(M,)``."""
+        """Return whether each member's parameters are all finite, boolean ``(M,)``."""
         return torch.stack(
             [torch.stack([value.isfinite().all() for value in member.parameters()]).all() for member in self._models]
         )
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on, copied to the CPU."""
+        """Return what the next step depends on, copied to the CPU."""
         pairs = zip(self._models, self._optimizers, strict=True)
         return {"members": [_on_cpu([member.state_dict(), optimizer.state_dict()]) for member, optimizer in pairs]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``."""
+        """Restore a state returned by ``state``."""
         for member, optimizer, (weights, steps) in zip(self._models, self._optimizers, state["members"], strict=True):
             load_weights(member, weights)
             load_optimizer(optimizer, steps)
@@ -405,19 +406,19 @@ def _put(values: Stack, rows: Tensor, new: Stack) -> None:
 
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:
-    """``(M,)`` as a factor of ``(M, ...)``, in its type."""
+    """Reshape ``(M,)`` to broadcast over ``(M, ...)``, in the same dtype."""
     return numbers.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def _add_scaled(target: Tensor, value: Tensor, scale: float | Tensor) -> Tensor:
-    """``target + scale * value`` in place, the scale one number or one of each member."""
+    """Compute ``target + scale * value`` in place; the scale is a number or one number per member."""
     if isinstance(scale, Tensor):
         return target.addcmul_(value, _column(scale, value))
     return target.add_(value, alpha=scale) if scale else target
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy with all tensors on the CPU."""
+    """Return a copy with all tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The training loop (epochs of steps, evaluation, schedule, dynamics), and the evaluation of a trained model."""
+"""The training loop (steps, evaluation, learning rate schedule, dynamics), and evaluation of a trained model."""
 
 import logging
 import math
@@ -26,83 +26,84 @@ log = logging.getLogger(__name__)
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (b, C), labels (b,) -> losses (b,)
 _NEVER = torch.iinfo(torch.int64).max
-_CHECK_EVERY = 64  # steps between looks at whether the loss is finite: a look waits for the device
-_KEPT = 2**22  # logits that are kept at most, 16 MiB, until what is reported of their steps is computed
+_CHECK_EVERY = 64  # steps between checks that the loss is finite; each check waits for the device
+_KEPT = 2**22  # most logits kept (16 MiB) before the statistics of their steps are computed
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each example, ``(b,)``, in nats."""
+    """Return the cross-entropy of each example in nats, ``(b,)``."""
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 class EpochPlan(Protocol):
-    """Chooses the examples of each epoch again, possibly by the losses that training has seen (dynamic pruning).
+    """Chooses the examples of each epoch, possibly based on training losses so far (dynamic pruning).
 
-    The loop calls ``choose`` before an epoch, ``record`` after every few of its steps, ``end_epoch`` after the last.
-    With several processes all hold the same plan, and each records the losses of its share.
+    The loop calls ``choose`` before each epoch, ``record`` after every few steps, and ``end_epoch`` after the last.
+    In distributed training, all processes have the same plan, and each records the losses of its share.
     """
 
     @property
     def divide_by_size(self) -> bool:
-        """Whether a batch's loss is sum(w l) / b, with b its examples; else sum(w l) / sum(w)."""
+        """Whether a batch's loss is sum(w l) / b, with b the number of examples, instead of sum(w l) / sum(w)."""
         ...
 
     @property
     def depends_on_epochs(self) -> bool:
-        """Whether another number of epochs would have changed the epochs already trained."""
+        """Whether a different number of epochs would have changed the epochs already trained."""
         ...
 
     def choose(self, epoch: int, fits: Callable[[int], bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The examples of an epoch.
+        """Choose the examples of an epoch.
 
         Args:
-            epoch: Its number, from 1.
-            fits: Whether the loop can train on so many examples: their last batch may leave a process a single
-                one, which some models' BatchNorm cannot normalize. All examples always fit.
+            epoch: The epoch, from 1.
+            fits: Returns whether the loop can train on a given number of examples. It cannot if the last batch leaves
+                a process with a single example and the model's BatchNorm cannot normalize it. The full training set
+                always fits.
 
         Returns:
-            Positions in the training set, int64 ``(k,)`` with k >= 1, each once and in any order; and the weights
-            of all examples of the set, ``(n,)``, of which those of the positions are read.
+            Distinct positions in the training set, in any order, int64 ``(k,)`` with k >= 1; and weights ``(n,)`` of
+            all examples of the set, of which only those at the positions are used.
         """
         ...
 
     def record(self, indices: torch.Tensor, losses: torch.Tensor) -> None:
-        """Take the losses ``(b,)`` of some steps, unweighted and before each step, of original indices ``(b,)``."""
+        """Record the unweighted losses ``(b,)`` of some steps, before each step, and original indices ``(b,)``."""
         ...
 
     def end_epoch(self, group: ProcessGroup) -> None:
-        """Close an epoch: put the records of all processes together."""
+        """End an epoch: merge the records of all processes."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What the next epoch needs, for the resume state: tensors and plain values."""
+        """Return what the next epoch needs, for the resume state: tensors and plain values."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from such a state."""
+        """Restore a state returned by ``state``."""
         ...
 
 
 class Trainer:
-    """Trains a model; files are the business of ``run_training``.
+    """Trains a model. Does not read or write files; see ``run_training``.
 
     Args:
-        model: The model, on its device and of the precision's type.
-        train: Training batches (their weights enter the loss as sum(w l) / sum(w), which is 0 where all w are 0).
+        model: The model, on its device and in the precision's dtype.
+        train: Training batches. The loss of a batch is sum(w l) / sum(w), or 0 if all w are 0.
         test: Un-augmented test batches.
         config: The settings.
-        loss_fn: The loss of each example.
-        weights: Sample weights, one per example of the training set; default 1.
-        plan: Which examples each epoch visits, and with which weights; default all, with ``weights``.
-        dynamics: Where to record per-example dynamics, or None.
+        loss_fn: The per-example loss.
+        weights: Sample weights, one per training example; 1 by default.
+        plan: Chooses the examples of each epoch and their weights. By default, all examples with ``weights``.
+        dynamics: Records per-example dynamics; None for no recording.
         group: The processes that share each batch.
         sync_batchnorm: Whether BatchNorm normalizes over the batches of all processes.
-        compile_model: Whether to run the model through ``torch.compile``, or in which of the modes ``CUDA_GRAPHS``.
-        after_step: Called as ``f(trainer, epoch, step)`` after each step, steps counted from 1 over the run.
-        test_loss_cap: The most that one example may add to the test loss, in nats; default no limit.
+        compile_model: Whether to run the model through ``torch.compile``, or a mode in ``CUDA_GRAPHS``.
+        after_step: Called as ``f(trainer, epoch, step)`` after each step; steps are counted from 1 over the run.
+        test_loss_cap: Maximum contribution of one example to the test loss, in nats; unlimited by default.
 
     Raises:
-        ArgumentError: The optimizer does not go with several processes or with the plan, or the last batch is a
+        ArgumentError: The optimizer cannot be used with several processes or with the plan, or the last batch is a
             single example, which the model's BatchNorm cannot normalize.
     """
 
@@ -124,7 +125,7 @@ class Trainer:
         test_loss_cap: float = math.inf,
     ) -> None:
         if plan is not None and weights is not None:
-            raise ValueError("an epoch plan brings weights of its own; give one of the two")
+            raise ValueError("an epoch plan provides the weights; give only one of plan and weights")
         self.model, self.train_batches, self.test_batches, self.config = model, train, test, config
         self.loss_fn, self.weights, self.plan, self.dynamics = loss_fn, weights, plan, dynamics
         self.group = group or ProcessGroup()
@@ -139,53 +140,53 @@ class Trainer:
         self._bar = tqdm(disable=True)
         if OPTIMIZERS[config.optimizer].needs_sampling:
             if self.group.world > 1:
-                reason = "its noise is not shared; train it in one process"
+                reason = "its noise cannot be shared by several processes; train in one process"
                 raise ArgumentError("optimizer", f"{config.optimizer}: {reason}")
             if plan is not None and plan.divide_by_size:
-                # on average sum(w l) / b is n / k of the mean loss, for an epoch that visits k of n
-                reason = "its posterior needs the mean loss, which dynamic pruning scales; choose another optimizer"
+                # in an epoch that visits k of n examples, sum(w l) / b is on average n / k times the mean loss
+                reason = "its posterior needs the mean loss, which dynamic pruning rescales; choose another optimizer"
                 raise ArgumentError("optimizer", f"{config.optimizer}: {reason}")
         if not self._fits(len(train.images)):
             whose = "" if self.group.world == 1 else " for a process"
             raise ArgumentError(
                 "batch_size",
                 f": {len(train.images)} examples leave a last batch of one{whose}, which this model's BatchNorm "
-                "cannot normalize; give another size",
+                "cannot normalize; choose a different size",
             )
 
     @property
     def epoch(self) -> int:
-        """Epochs finished."""
+        """Number of finished epochs."""
         return len(self.history)
 
     @property
     def steps(self) -> int:
-        """Steps taken in the finished epochs."""
+        """Number of steps in the finished epochs."""
         return sum(record.get("steps", len(self.train_batches)) for record in self.history)
 
     @property
     def depends_on_epochs(self) -> bool:
-        """Whether another number of epochs would have changed the epochs already trained."""
+        """Whether a different number of epochs would have changed the epochs already trained."""
         return SCHEDULES[self.config.lr_sched].depends_on_epochs or (
             self.plan is not None and self.plan.depends_on_epochs
         )
 
     def epochs(self) -> Iterator[int]:
-        """The numbers of the epochs that are left, while a progress bar counts their steps."""
+        """Iterate over the remaining epochs, with a progress bar that counts steps."""
         taken, quiet = self.steps, None if self.group.is_main_process else True
         total = taken + len(self.train_batches) * (self.config.epochs - self.epoch)
         with tqdm(total=total, initial=taken, unit="step", disable=quiet, dynamic_ncols=True) as self._bar:
             yield from range(self.epoch + 1, self.config.epochs + 1)
 
     def fit(self) -> None:
-        """Train the epochs that are left, and write nothing."""
+        """Train the remaining epochs. Writes no files."""
         for epoch in self.epochs():
             self.train_epoch(epoch)
 
     def train_epoch(self, epoch: int) -> None:
-        """Take the steps of an epoch, evaluate the model on the test set, and add a record to the history.
+        """Train one epoch, evaluate the model on the test set, and append a record to the history.
 
-        The record's training loss and accuracy are those of each step's first pass, before the step.
+        The record's training loss and accuracy are from each step's first pass, before the step.
 
         Raises:
             TrainingError: A loss is not finite.
@@ -202,37 +203,37 @@ class Trainer:
         bar.total = taken + batches.steps(count) + len(batches) * (config.epochs - epoch)  # fewer, if pruned
         steps, by_size = batches.steps(count), self.plan is not None and self.plan.divide_by_size
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, weight, correct
-        bad = torch.full((), _NEVER, device=self.device)  # the first step with a loss that is not finite
-        kept: list[tuple[torch.Tensor, ...]] = []  # what _report takes of the latest steps; never the images
-        first = 1  # the first of these steps
+        bad = torch.full((), _NEVER, device=self.device)  # first step with a loss that is not finite
+        kept: list[tuple[torch.Tensor, ...]] = []  # what _report needs of the latest steps; never the images
+        first = 1  # first step in kept
         model.train()
         devices = [self.device] if self.device.type == "cuda" else []
         synchronized = synchronized_batchnorm(model) if self.sync_batchnorm else nullcontext()
         with torch.random.fork_rng(devices=devices), synchronized:
-            # What can only draw from torch's global generators (dropout, iBLR's noise) draws from these.
-            # Processes draw differently: the same dropout for all would tie their examples together.
+            # Dropout and iBLR's noise can only use torch's global generators, so seed these for the epoch.
+            # The seed differs between processes: a shared dropout mask would correlate their examples.
             purpose = "global" if self.group.is_main_process else f"global {self.group.rank}"
             torch.manual_seed(derived_seed(config.seed, epoch, purpose))
             for step, batch in enumerate(batches.epoch(epoch, positions, weights, by_size=by_size), start=1):
                 optimizer.zero_grad(set_to_none=True)
                 with closing(OPTIMIZERS[config.optimizer].passes(optimizer, model)) as passes:
-                    for number, _ in enumerate(passes):  # two for SAM; what the first computes is recorded
+                    for number, _ in enumerate(passes):  # two passes for SAM; only the first is recorded
                         if len(batch.labels) or self.sync_batchnorm:
                             if self._reuses_outputs:
                                 torch.compiler.cudagraph_mark_step_begin()
                             with autocast_context(self.device, self.precision):
                                 logits = self.forward(batch.images)
-                            # the next pass overwrites what a CUDA graph returns
+                            # the next pass overwrites the outputs of a CUDA graph
                             logits = logits.to(self.precision.dtype, copy=self._reuses_outputs)
                             losses = self.loss_fn(logits, batch.labels)
                             losses.backward(batch.shares)  # the gradient of the loss sum(shares * losses)
                             if number == 0 and len(batch.labels):
                                 first = first if kept else step
                                 kept.append((*batch[1:], losses.detach(), logits.detach()))
-                        # else the other processes share this batch: zero gradients, and a part in the exchange
+                        # A process without examples in this batch still joins the all-reduce, with zero gradients.
                         self._sum_gradients()
                 optimizer.step()
-                # What is reported is computed for many steps at once, except that the first stands alone.
+                # Statistics are computed for many steps at once, except for the first step.
                 full = bool(kept) and len(kept) * kept[0][-1].numel() >= _KEPT
                 if kept and (step in (1, steps) or step % _CHECK_EVERY == 0 or full):
                     self._report(kept, first, sums, bad)
@@ -245,7 +246,7 @@ class Trainer:
                     self._check_finite(bad, epoch)
                 bar.update()
         self.group.sum_([sums, untrained])
-        self.group.share_(model.buffers())  # running statistics, where each process keeps its own
+        self.group.share_(model.buffers())  # running statistics may differ between processes
         self._check_finite(bad, epoch)
         if self.plan is not None:
             self.plan.end_epoch(self.group)
@@ -274,7 +275,7 @@ class Trainer:
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
-        if epoch == 1:  # the first batch's loss is that of the untrained model, without an extra pass over the data
+        if epoch == 1:  # the first batch's loss is the untrained model's, without an extra pass over the data
             record["untrained_loss"] = _mean(untrained)
         if positions is not None:
             record |= {"examples": count, "steps": batches.steps(count)}
@@ -283,14 +284,14 @@ class Trainer:
     def _report(
         self, kept: Sequence[tuple[torch.Tensor, ...]], first: int, sums: torch.Tensor, bad: torch.Tensor
     ) -> None:
-        """Add up and record what some steps computed: the same few operations for one step as for many.
+        """Accumulate and record the results of one or more steps. The number of operations does not grow with them.
 
         Args:
-            kept: Labels, indices, weights and losses, each ``(b,)``, and logits ``(b, C)`` of each step. All but the
-                last are of one length.
-            first: The number of the first of these steps.
-            sums: Weighted loss, weight and correct predictions, ``(3,)``; added to, in place.
-            bad: The first step with a loss that is not finite; lowered in place.
+            kept: For each step, labels, indices, weights and losses, each ``(b,)``, and logits ``(b, C)``. All steps
+                but the last have the same b.
+            first: The first of these steps.
+            sums: Weighted loss, weight and number of correct predictions, ``(3,)``; updated in place.
+            bad: The first step with a loss that is not finite; updated in place.
         """
         labels, indices, weights, losses, logits = map(torch.cat, zip(*kept, strict=True))
         correct = (logits.argmax(1) == labels).sum()
@@ -313,16 +314,16 @@ class Trainer:
         self.group.sum_([parameter.grad for parameter in parameters])
 
     def _check_finite(self, bad: torch.Tensor, epoch: int) -> None:
-        """Stop if a process has met a loss that is not finite; ``bad`` is the step, or ``_NEVER``."""
+        """Raise if any process had a loss that is not finite. ``bad`` is the step, or ``_NEVER``."""
         step = int(self.group.least(bad))
         if step != _NEVER:
             raise TrainingError(f"the loss is not finite in epoch {epoch}, batch {step}; {self._advice()}")
 
     def require_finite(self, epoch: int) -> None:
-        """Stop if a weight is not finite, before something is measured between two looks at the loss.
+        """Check that all weights are finite. Call before measuring the model between two checks of the loss.
 
         Raises:
-            TrainingError: One is not.
+            TrainingError: A weight is not finite.
         """
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise TrainingError(f"the weights are not finite in epoch {epoch}; {self._advice()}")
@@ -331,14 +332,14 @@ class Trainer:
         return f"a smaller learning rate may help (it is {self.config.learning_rate:g})"
 
     def _fits(self, examples: int) -> bool:
-        """Whether the last batch of so many examples can be trained on."""
+        """Whether the last batch of an epoch with ``examples`` examples can be trained on."""
         size, world = self.train_batches.batch_size, self.group.world
         last = examples % size or size
-        enough = 2 if self.sync_batchnorm else 2 * world  # so that every share has two
+        enough = 2 if self.sync_batchnorm else 2 * world  # every process needs two
         return last >= enough or trains_on_one(self.model, self.train_batches.images.image_shape)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on, but the settings and the data."""
+        """Return everything that the next epoch depends on, except the settings and the data."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -348,10 +349,10 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], rows: dict[int, np.ndarray]) -> None:
-        """Continue from a state; ``rows`` are the dynamics of its epochs (empty without dynamics)."""
-        plan = state.get("plan")  # states older than plans have none
+        """Restore a state; ``rows`` contains the dynamics of its epochs (empty without dynamics)."""
+        plan = state.get("plan")  # missing in states of earlier versions
         if (plan is None) != (self.plan is None):
-            raise ValueError("either the state or this run has an epoch plan, the other has none")
+            raise ValueError("only one of the state and this run has an epoch plan")
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.history = check_history(state["history"])
@@ -364,33 +365,33 @@ class Trainer:
 
 
 def _compiled(model: nn.Module, mode: bool | str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A model run through ``torch.compile``, as a function of images ``(b, c, h, w)``.
+    """Compile a model with ``torch.compile`` and return it as a function of images ``(b, c, h, w)``.
 
-    Batches are views into larger tensors. Compiled code would take their offset as one more dynamic size, and CUDA
-    graphs would be recorded again for every value of it; a copy has none.
+    Batches are views into larger tensors. Compiled code would treat their offset as a dynamic size, and CUDA graphs
+    would be recorded again for each offset. Cloning the batch avoids this.
     """
     forward = torch.compile(model, mode=None if mode is True else mode)
     return lambda images: forward(images.clone())
 
 
 def check_history(history: Any) -> list[dict[str, Any]]:
-    """A stored history, of which results and decisions are made.
+    """Validate and return a stored history.
 
     Raises:
-        ValueError: It is not one record of numbers per epoch.
+        ValueError: The history is not one record of numbers per epoch.
     """
     if not isinstance(history, list):
         raise ValueError("its history is not a list")
     for epoch, record in enumerate(history, start=1):
         if not isinstance(record, dict) or not {"test_accuracy", "seconds"} <= record.keys():
-            raise ValueError(f"it has no accuracy of epoch {epoch}")
+            raise ValueError(f"it has no accuracy for epoch {epoch}")
         if record.get("epoch") != epoch or not all(type(number) in (int, float) for number in record.values()):
-            raise ValueError(f"its record of epoch {epoch} is not numbers")
+            raise ValueError(f"its record of epoch {epoch} does not consist of numbers")
     return history
 
 
 def _mean(sums: torch.Tensor) -> float:
-    """The mean loss, from the sum of weighted losses and that of the weights; 0 where all weights are 0."""
+    """Return the mean loss, given the sum of weighted losses and the sum of weights; 0 if all weights are 0."""
     return float(sums[0]) / (float(sums[1]) or 1.0)
 
 
@@ -400,12 +401,12 @@ def _mean(sums: torch.Tensor) -> float:
 def logits_of(
     forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, precision: str = "fp32"
 ) -> torch.Tensor:
-    """The logits ``(b, C)`` of a model in eval mode, in float32 (float64 under fp64), for no gradient.
+    """Return the logits ``(b, C)`` of a model in float32 (float64 for fp64), without gradients.
 
     Args:
-        forward: The model, or its compiled form.
-        images: ``(b, c, h, w)``, on its device.
-        precision: A name of ``PRECISIONS``.
+        forward: The model in eval mode, or its compiled version.
+        images: Images ``(b, c, h, w)``, on the model's device.
+        precision: A key of ``PRECISIONS``.
     """
     chosen = PRECISIONS[precision]
     with torch.inference_mode(), autocast_context(images.device, chosen):
@@ -422,19 +423,19 @@ def evaluate(
     group: ProcessGroup | None = None,
     loss_cap: float = math.inf,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy over a set.
+    """Compute the mean loss and accuracy on a data set.
 
     Args:
-        model: The model; run in eval mode, left as it was.
-        batches: Un-augmented batches; each process of ``group`` sees its share.
-        precision: A name of ``PRECISIONS``.
-        forward: What is called in place of ``model``, for example its compiled form.
-        loss_fn: The loss of each example.
-        group: The processes that share the set.
-        loss_cap: The most that one example may add to the loss, in nats; default no limit.
+        model: The model. It is run in eval mode, and its previous mode is restored.
+        batches: Un-augmented batches; each process of ``group`` gets its share.
+        precision: A key of ``PRECISIONS``.
+        forward: Function to call instead of ``model``, for example its compiled version.
+        loss_fn: The per-example loss.
+        group: The processes that share the data set.
+        loss_cap: Maximum contribution of one example to the loss, in nats; unlimited by default.
 
     Returns:
-        Mean loss (nats per example) and accuracy in [0, 1].
+        The mean loss (nats per example) and the accuracy in [0, 1].
     """
     totals: torch.Tensor | None = None
     with eval_mode(model):

@@ -1,4 +1,4 @@
-"""A training run on disk: how it starts, continues, and ends; its checkpoints, and the model of one."""
+"""Training runs on disk: starting, continuing, saving checkpoints and results, and loading a trained model."""
 
 import copy
 import logging
@@ -51,53 +51,53 @@ log = logging.getLogger(__name__)
 
 _FORMAT = "network-1"
 _STATE_FORMAT = "resume-2"
-_INLINE_STATE_FORMAT = "resume-1"  # of earlier versions: the weights are in the state itself
-_KEEP_STATES = 2  # the newest, and one before it in case the newest is damaged
+_INLINE_STATE_FORMAT = "resume-1"  # earlier versions: the state contains the weights
+_KEEP_STATES = 2  # the newest, and the previous one in case the newest is damaged
 _KEYS = ("model_state", "model", "dataset", "num_classes", "channels", "image_size", "normalisation", "label_hash",
          "total", "epoch", "settings")  # fmt: skip
 _RUN = ("model", "optimizer", "seed", "epoch", "lr_sched", "validation_split")
 
-# Settings of a run that differ from seed to seed, change nothing, or are those of the data.
+# Settings that differ between seeds, do not affect the result, or describe the data.
 _PER_SEED = ("seed", "held_out", "measure_proxies", "dataset", "labels", "images", "decoding")
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where a run keeps its files.
+    """Paths of a run's files.
 
     Attributes:
         checkpoints: Folder of ``epoch_{e}.pt``, ``best.pt``, ``last.pt`` and ``results.json``.
-        resume: Folder of the resume states, of their weights (the same files as the checkpoints of these epochs,
-            where both folders are in one file system with hard links) and of the recorded dynamics, one file per
-            epoch.
+        resume: Folder of the resume states, their weights and the recorded dynamics, with one file of each kind per
+            epoch. If both folders are in one file system with hard links, the weights are the same files as the
+            checkpoints.
     """
 
     checkpoints: Path
     resume: Path
 
     def epoch(self, epoch: int) -> Path:
-        """The checkpoint of an epoch."""
+        """Path of the checkpoint of an epoch."""
         return self.checkpoints / checkpoint_name(epoch)
 
     def state(self, epoch: int) -> Path:
-        """The resume state after an epoch."""
+        """Path of the resume state after an epoch."""
         return self.resume / resume_name(epoch)
 
     def weights(self, epoch: int) -> Path:
-        """The checkpoint of an epoch that its resume state refers to."""
+        """Path of the checkpoint of an epoch that its resume state refers to."""
         return self.resume / weights_name(epoch)
 
     def row(self, epoch: int) -> Path:
-        """The recorded dynamics of an epoch."""
+        """Path of the recorded dynamics of an epoch."""
         return self.resume / dynamics_row_name(epoch)
 
     @property
     def results(self) -> Path:
-        """Settings, accuracies and times."""
+        """Path of the settings, accuracies and times."""
         return self.checkpoints / "results.json"
 
     def read_results(self) -> dict[str, Any]:
-        """What ``results.json`` contains; empty where no epoch was finished, as such a start left nothing to keep.
+        """Read ``results.json``. Empty if no epoch was finished, because such a run left nothing worth keeping.
 
         Raises:
             FileError: The file is damaged.
@@ -106,31 +106,31 @@ class RunFiles:
             return {}
         results = read_json(self.results)
         if not isinstance(results, dict) or not isinstance(results.get("settings"), dict):
-            raise FileError(f"{self.results}: is damaged, it has no settings")
+            raise FileError(f"{self.results}: is damaged: it has no settings")
         try:
             check_history(results.get("history", []))
         except ValueError as error:
-            raise FileError(f"{self.results}: is damaged, {error}") from error
+            raise FileError(f"{self.results}: is damaged: {error}") from error
         for name in ("best_test_accuracy", "seconds"):
             if not isinstance(results.get(name), int | float | None):
-                raise FileError(f"{self.results}: is damaged, its {name} is not a number")
+                raise FileError(f"{self.results}: is damaged: its {name} is not a number")
         return results if results.get("history") or self.states() else {}
 
     def states(self) -> list[int]:
-        """The epochs of the resume states on disk, newest first."""
+        """Return the epochs of the resume states on disk, newest first."""
         return self._epochs(resume_name)
 
     def _epochs(self, name: Callable[[str], str]) -> list[int]:
-        """The epochs of the files in the resume folder that are so named, newest first."""
+        """Return the epochs of the files in the resume folder that match ``name``, newest first."""
         before, after = name("*").split("*")
         found = (path.name.removeprefix(before).removesuffix(after) for path in self.resume.glob(name("*")))
         return sorted((int(number) for number in found if number.isdigit()), reverse=True)
 
     def read_state(self, epoch: int) -> dict[str, Any]:
-        """The resume state after an epoch, with the model's weights, wherever they are stored.
+        """Read the resume state after an epoch, including the model's weights.
 
         Raises:
-            FileError: It, or the file of its weights, is missing, damaged, or that of another epoch or run.
+            FileError: The state or its weights file is missing, damaged, or from a different epoch or run.
         """
         path, weights = self.state(epoch), self.weights(epoch)
         state = read_checkpoint(path)
@@ -139,31 +139,33 @@ class RunFiles:
         ):
             raise FileError(f"{path}: is not a resume state of this project")
         if state.get("epoch") != epoch:
-            raise FileError(f"{path}: is the resume state of epoch {state.get('epoch')}; it was copied or renamed")
+            raise FileError(
+                f"{path}: contains the resume state of epoch {state.get('epoch')}; it was copied or renamed"
+            )
         if state["format"] == _STATE_FORMAT:
             if file_digest(weights) != state.get("weights"):
-                raise FileError(f"{weights}: was changed after {path.name} was written with it")
+                raise FileError(f"{weights}: was modified after {path.name} was written")
             state["model"] = read_checkpoint(weights).get("model_state")
         return state
 
     def newest_state(self) -> dict[str, Any] | None:
-        """The newest readable resume state; None where there is none."""
+        """Return the newest readable resume state, or None if there is none."""
         for epoch in self.states():
             with suppress(FileError):
                 return self.read_state(epoch)
         return None
 
     def remove_states(self) -> None:
-        """Remove what only an unfinished run needs."""
+        """Remove the files that only an unfinished run needs."""
         for path in self.resume.glob("*epoch=*"):
             path.unlink(missing_ok=True)
 
     def keep_states(self, newest: int) -> None:
-        """Remove the states, and their weights, of all but the newest epochs.
+        """Remove the states and weights of all but the newest epochs.
 
-        Also those of later epochs, of a run that this one replaces: they would be resumed first.
+        This includes later epochs of a run that this one replaces, which would otherwise be resumed first.
         """
-        for name in (resume_name, weights_name):  # no state is left without its weights
+        for name in (resume_name, weights_name):  # states first, so that none is left without its weights
             for epoch in self._epochs(name):
                 if not newest - _KEEP_STATES < epoch <= newest:
                     (self.resume / name(epoch)).unlink(missing_ok=True)
@@ -180,27 +182,27 @@ def run_training(
     save_epochs: str | list[int] = "all",
     measure: Callable[[Trainer], None] = lambda trainer: None,
 ) -> list[dict[str, Any]]:
-    """Train, or continue training, and write what a run writes.
+    """Train, or continue training, and write the run's files.
 
-    An epoch's files are written while the next one trains; what they contain is copied to the CPU's memory first.
+    An epoch's files are written while the next epoch trains; their contents are copied to CPU memory first.
 
     Args:
-        trainer: The loop, at its beginning.
+        trainer: The training loop, before its first epoch.
         files: The run's folders.
-        settings: Everything that determines the result; stored, and compared with what is there.
-        description: What checkpoints record about model and data (``model_description``).
+        settings: Everything that determines the result. They are stored, and compared with existing files.
+        description: The model and data facts that checkpoints record (``model_description``).
         resume: Whether to continue from the newest readable resume state, if there is one.
-        overwrite: Whether results, and with ``resume`` states, with different settings may be replaced.
-        save_epochs: ``"all"``, ``"last"`` or the epochs whose checkpoints are kept beside best and last.
-        measure: Called after each epoch before its state is written, by the main process: what it writes is
-            complete up to any epoch that a resume continues from.
+        overwrite: Whether results with different settings may be replaced; with ``resume``, also resume states.
+        save_epochs: ``"all"``, ``"last"``, or the epochs whose checkpoints are kept in addition to best and last.
+        measure: Called by the main process after each epoch, before the epoch's state is written. Its output is
+            therefore complete up to any epoch that the run resumes from.
 
     Returns:
         The history: one record per epoch.
 
     Raises:
         FileError: The folders contain a run with different settings, another process is training in them, or an
-            epoch could not be written (raised after the next one).
+            epoch could not be written (raised after the next epoch).
         TrainingError: The loss is not finite.
     """
     writes = trainer.group.is_main_process
@@ -218,34 +220,32 @@ def run_training(
         run.finish_writing()
         trainer.group.wait()
     if warning := divergence(trainer.history):
-        log.warning("%s; more epochs or a smaller learning rate may help", warning)
+        log.warning("%s; try more epochs or a smaller learning rate", warning)
     return trainer.history
 
 
 def divergence(history: list[dict[str, Any]]) -> str | None:
-    """What is wrong with a run that ends with a higher training loss than that of the untrained model.
+    """Describe the divergence of a run whose final training loss is higher than the untrained model's loss.
 
-    The untrained model's loss is that of the first batch before any step. Histories of earlier versions lack it.
+    The untrained model's loss is measured on the first batch before any step. Histories of earlier versions lack it.
 
     Returns:
-        A sentence, or None if the loss fell.
+        A warning, or None if the loss fell or the untrained model's loss is unknown.
     """
     before, after = history[0].get("untrained_loss"), history[-1]["train_loss"]
     if before is None or after <= before:
         return None
-    return (
-        f"training did not lower the loss: the last one is {after:.5g}, that of the untrained model was {before:.5g}"
-    )
+    return f"training did not lower the loss: the final loss is {after:.5g}, the untrained model's was {before:.5g}"
 
 
 def summary(history: list[dict[str, Any]]) -> str:
-    """How a run ended, in a line or two."""
+    """Summarize the outcome of a run in one or two lines."""
     lines = [f"test accuracy {100 * history[-1]['test_accuracy']:.2f} % after epoch {len(history)}"]
     return "\n".join([*lines, *filter(None, [divergence(history)])])
 
 
 class _Run:
-    """A run's files, which the main process writes: those of an epoch in a thread of their own, one at a time."""
+    """Writes a run's files, in the main process. A background thread writes each epoch's files."""
 
     def __init__(
         self,
@@ -273,20 +273,20 @@ class _Run:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Finish what is being written before the run's lock is released, whatever ends the run."""
+        """Context manager that finishes pending writes before the run's lock is released, even after an error."""
         try:
             yield
         finally:
             with uninterrupted():
                 self._writer.shutdown()
             if self._written is not None and (error := self._written.exception()):
-                log.warning("%s", error)  # what ended the run is reported in any case
+                log.warning("%s", error)  # an exception that ended the run is reported separately
 
     def finish_writing(self) -> None:
         """Wait until the newest epoch is written.
 
         Raises:
-            FileError: It could not be.
+            FileError: Writing failed.
         """
         if self._written is not None:
             wait([self._written])
@@ -294,9 +294,9 @@ class _Run:
             written.result()
 
     def start(self, overwrite: bool) -> None:
-        """Begin a run from scratch; stop if the folders contain one with different settings."""
+        """Start a run from scratch. Raise ``FileError`` if the folders contain one with different settings."""
         files = self.files
-        # without results.json the checkpoints are gone, or in another folder
+        # without results.json, the checkpoints were deleted or are in another folder
         state = None if files.results.exists() else files.newest_state()
         path = files.results if state is None else files.state(state["epoch"])
 
@@ -312,25 +312,25 @@ class _Run:
         self._write_results([])
 
     def resume(self, overwrite: bool) -> bool:
-        """Continue from the newest readable state; False where there is none, or one to be replaced."""
+        """Continue from the newest readable state. Return False if there is none or it is to be replaced."""
         trainer, files = self.trainer, self.files
         for epoch in files.states():
             path = files.state(epoch)
             try:
                 state, rows = files.read_state(epoch), self._read_rows(epoch)
             except FileError as error:
-                log.warning("%s; using the state before it", error)
+                log.warning("%s; using the previous state", error)
                 continue
             longer = trainer.config.epochs >= epoch and not trainer.depends_on_epochs
             stored, free = (state, state["settings"]), ("epochs",) if longer else ()
             if load_result(path, self.settings, lambda _, s=stored: s, overwrite=overwrite, ignore=free) is None:
-                log.info("%s: was made with different settings: starting from the beginning", path)
+                log.info("%s: has different settings; training from scratch", path)
                 return False
             try:
                 trainer.restore(state, rows)
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 raise FileError(
-                    f"{path}: does not fit this model and optimizer; delete it to continue from the state before it"
+                    f"{path}: does not fit this model and optimizer; delete it to continue from the previous state"
                 ) from error
             log.info("continuing after epoch %d of %d", epoch, trainer.config.epochs)
             if trainer.group.is_main_process:
@@ -339,11 +339,11 @@ class _Run:
                 self._publish(trainer.history)
             return True
         level = logging.WARNING if files.states() else logging.DEBUG
-        log.log(level, "no usable resume state in %s: starting from the beginning", files.resume)
+        log.log(level, "no usable resume state in %s; training from scratch", files.resume)
         return False
 
     def _read_rows(self, epochs: int) -> dict[int, np.ndarray]:
-        """The recorded dynamics of all epochs up to one."""
+        """Read the recorded dynamics of epochs 1 to ``epochs``."""
         rows = {}
         for epoch in range(1, epochs + 1) if self.trainer.dynamics is not None else ():
             path = self.files.row(epoch)
@@ -356,7 +356,7 @@ class _Run:
         return rows
 
     def save(self, epoch: int) -> None:
-        """Begin to write an epoch: its dynamics, weights, resume state, checkpoints and results, in this order."""
+        """Start writing an epoch's dynamics, weights, resume state, checkpoints and results, in this order."""
         trainer = self.trainer
         row = None if trainer.dynamics is None else trainer.dynamics.rows[epoch]
         self._written = self._writer.submit(self._write, epoch, row, _snapshot(trainer.state()))
@@ -373,7 +373,7 @@ class _Run:
         )
 
     def _write(self, epoch: int, row: np.ndarray | None, state: dict[str, Any]) -> None:
-        """Write an epoch from copies of everything that training changes; this may be another thread."""
+        """Write an epoch from copies of the training state. May run in another thread."""
         files = self.files
         if row is not None:
             write_npz(files.row(epoch), row=row, epoch=epoch)
@@ -383,14 +383,14 @@ class _Run:
         self._publish(state["history"])
 
     def _write_weights(self, epoch: int, weights: Mapping[str, Any]) -> None:
-        """Write the one file that an epoch's checkpoints and its resume state have in common."""
+        """Write the file shared by an epoch's checkpoints and resume state."""
         state = {**self.description, "model_state": weights, "epoch": epoch, "settings": self.settings}
         write_checkpoint(self.files.weights(epoch), state)
 
     def _publish(self, history: list[dict[str, Any]]) -> None:
-        """Make the newest weights the epoch's checkpoints, and write the results.
+        """Link the newest weights as the epoch's checkpoints, and write the results.
 
-        After a crash before it, or within, resuming the run does it again.
+        If a crash prevents or interrupts this, resuming the run repeats it.
         """
         files, epoch = self.files, len(history)
         accuracies = [record["test_accuracy"] for record in history]
@@ -402,7 +402,7 @@ class _Run:
         if epoch == self.trainer.config.epochs:
             targets.append(files.checkpoints / "last.pt")
         source = files.weights(epoch)
-        for path in targets:  # each from the one before, as the resume folder may be in another file system
+        for path in targets:  # link each to the previous one: the resume folder may be in another file system
             source = link(source, path)
         self._write_results(history)
         files.keep_states(epoch)
@@ -420,11 +420,11 @@ class _Run:
 
 
 def _snapshot(value: Any) -> Any:
-    """A state as it is now: copies of its tensors, on the CPU, in containers of the same kinds."""
+    """Copy a state: tensors are copied to the CPU, in containers of the same types."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        copied = copy.copy(value)  # with what torch notes beside the entries of a model's state
+        copied = copy.copy(value)  # keeps the metadata that torch attaches to a state dict
         copied.update((name, _snapshot(entry)) for name, entry in value.items())
         return copied
     if isinstance(value, list | tuple):
@@ -436,7 +436,7 @@ def _snapshot(value: Any) -> Any:
 
 
 def find_checkpoint(models_folder: str | Path, experiment: str, seed: int, epoch: int) -> Path | None:
-    """A run's checkpoint of an epoch: its own file, or ``last.pt`` if that is of the epoch; None if neither is."""
+    """Return a run's checkpoint of an epoch: its own file, else ``last.pt`` if it is from that epoch, or None."""
     own = checkpoint_path(models_folder, experiment, seed, epoch)
     if own.exists():
         return own
@@ -445,10 +445,10 @@ def find_checkpoint(models_folder: str | Path, experiment: str, seed: int, epoch
 
 
 def find_schedules(models_folder: str | Path, pattern: str, seed: int) -> list[str]:
-    """The schedules of a seed's runs.
+    """Return the learning rate schedules of a seed's runs.
 
     Args:
-        models_folder: Where checkpoints are kept.
+        models_folder: The folder of checkpoints.
         pattern: A run's name with ``*`` in place of the schedule.
         seed: The seed.
     """
@@ -458,31 +458,31 @@ def find_schedules(models_folder: str | Path, pattern: str, seed: int) -> list[s
 
 
 def free_epochs(lr_sched: str | None) -> tuple[str, ...]:
-    """The setting of a run's length, if another length would not have changed its epochs so far."""
+    """Return ``("epochs",)`` if the total number of epochs does not affect the epochs trained so far, else ``()``."""
     return ("epochs",) if lr_sched in SCHEDULES and not SCHEDULES[lr_sched].depends_on_epochs else ()
 
 
 def training_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that runs of other seeds must share, if something is to be averaged over them."""
+    """Return the settings that runs of different seeds must share to be averaged."""
     skip = {*_PER_SEED, *free_epochs(settings.get("lr_sched"))}
     return {name: value for name, value in settings.items() if name not in skip and not name.startswith("selection")}
 
 
 def training_command(script: str, flags: Mapping[str, Any]) -> str:
-    """The command that trains a missing model, for messages; a flag whose value is True has no value."""
+    """Return the command that trains a missing model, for messages. A flag whose value is True takes no value."""
     words = (f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
     command = shlex.join(["python", script, *words])
     return f"{command} (and your other training flags)"
 
 
 def image_facts(images: ImageSet) -> dict[str, str]:
-    """What settings say of a data set's images, where it is known: their digest, and rules that changed some."""
+    """Return the settings that identify a data set's images, if known: their digest and the decoding rules."""
     facts = {"images": images.digest, "decoding": images.decoding}
     return {name: value for name, value in facts.items() if value is not None}
 
 
 def data_facts(full_train: ImageSet) -> dict[str, Any]:
-    """What a checkpoint records about the data it was trained on, from the training set."""
+    """Return what a checkpoint records about its data, given the full training set."""
     entry = full_train.entry
     return {
         "dataset": entry.name,
@@ -497,12 +497,12 @@ def data_facts(full_train: ImageSet) -> dict[str, Any]:
 
 
 def model_description(model_name: str, full_train: ImageSet, normalization: Normalization) -> dict[str, Any]:
-    """What a checkpoint records about its model and data, beside weights, epoch and settings.
+    """Return what a checkpoint records about its model and data, in addition to weights, epoch and settings.
 
     Args:
         model_name: The architecture's name.
         full_train: The full training set.
-        normalization: The normalization that the model was trained with.
+        normalization: The normalization that the model is trained with.
     """
     return {
         "format": _FORMAT,
@@ -515,20 +515,20 @@ def model_description(model_name: str, full_train: ImageSet, normalization: Norm
 def load_model(
     path: str | Path, asked: Mapping[str, Any] | None = None, state: Mapping[str, Any] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model of a checkpoint, which must be the one that was asked for, whatever the file is called.
+    """Load the model of a checkpoint, and check that it is the requested one, whatever the file name.
 
     Args:
         path: The checkpoint.
-        asked: What the checkpoint or its settings must say, where they say it: ``data_facts``, and what is known of
-            the run, such as ``optimizer``, ``seed``, ``epoch``, ``lr_sched`` and ``validation_split``.
-        state: The checkpoint's content, if it has been read before.
+        asked: Values that the checkpoint or its settings must match if they record them: ``data_facts``, and known
+            facts about the run, such as ``optimizer``, ``seed``, ``epoch``, ``lr_sched`` and ``validation_split``.
+        state: The checkpoint's contents, if already read.
 
     Returns:
-        The model, on the CPU, in eval mode, and the checkpoint without its weights; its ``normalisation`` is a
+        The model on the CPU in eval mode, and the checkpoint without its weights; its ``normalisation`` is a
         ``Normalization``.
 
     Raises:
-        FileError: The file is missing, damaged, not a checkpoint of this project, or not the one asked for.
+        FileError: The file is missing, damaged, not a checkpoint of this project, or not the requested one.
     """
     state = dict(read_checkpoint(path) if state is None else state)
     missing = [key for key in _KEYS if key not in state]
@@ -539,7 +539,7 @@ def load_model(
     weights, stored = state.pop("model_state"), state["normalisation"]
     if not all(isinstance(value, dict) for value in (weights, stored, state["settings"])):
         raise FileError(
-            f"{path}: is not a checkpoint of this project (weights, normalization or settings are no dictionary); "
+            f"{path}: is not a checkpoint of this project (weights, normalization or settings are not a dictionary); "
             "train it again"
         )
     _check_asked(path, state, asked or {})
@@ -547,7 +547,7 @@ def load_model(
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         load_weights(model, weights)
         state["normalisation"] = _normalization(stored, state["channels"])
-    except ArgumentError as error:  # the file is wrong, not the caller
+    except ArgumentError as error:  # the file is at fault, not the caller
         raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it again") from error
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -559,27 +559,28 @@ def load_model(
 
 
 def _normalization(stored: Mapping[str, Any], channels: int) -> Normalization:
-    """The stored normalization: a finite mean and a positive deviation for each channel."""
+    """Validate the stored normalization: a finite mean and a positive standard deviation per channel."""
     for name, lowest in (("mean", -math.inf), ("std", 0.0)):
         values = stored[name]
         right = isinstance(values, list | tuple) and len(values) == channels
         if not right or not all(type(value) in (int, float) and lowest < value < math.inf for value in values):
-            raise ValueError(f"the {name} of its normalization is not {channels} numbers to scale pixels by")
+            raise ValueError(f"the {name} of its normalization is not {channels} valid numbers")
     return Normalization(tuple(stored["mean"]), tuple(stored["std"]))
 
 
 def _check_asked(path: str | Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Stop if a checkpoint is of another run or epoch, or was trained on other data, than was asked for."""
-    said = {"validation_split": None, "decoding": None, **state["settings"], **state}  # absent, these two are None
+    """Raise if a checkpoint is from a different run or epoch, or was trained on different data, than requested."""
+    # the first two are None if not recorded
+    said = {"validation_split": None, "decoding": None, **state["settings"], **state}
     check_identity(path, said, "train this one again", **{name: asked[name] for name in _RUN if name in asked})
     known = {name: value for name, value in asked.items() if name in said}
     found = diff_settings({name: said[name] for name in known}, known)
     if not found:
         return
     names = sorted(line.split(" ")[0] for line in found)
-    advice = "give the data that it was trained on, or train it again on these"
+    advice = "give the data that it was trained on, or train it again on this data"
     if set(names) <= {"image_size", "channels"}:
         advice = "give " + " and ".join(f"--{name}={said[name]}" for name in names)
     elif "decoding" in names and (decode := other_decode(said, asked)):
-        advice = f"give --decode={decode} for the images that it was trained on, or train it again on these"
-    raise FileError(f"{path}: was trained on other data: {', '.join(found)}; {advice}")
+        advice = f"give --decode={decode} for the images that it was trained on, or train it again on this data"
+    raise FileError(f"{path}: was trained on different data: {', '.join(found)}; {advice}")

@@ -1,6 +1,6 @@
-"""Losses and gradients of many copies of one model at once, their parameters stacked along a first axis.
+"""Losses and gradients of many copies of one model at once, with parameters stacked along a first axis.
 
-Letters: M members, b examples of a batch, C classes.
+Shapes: M members, b examples per batch, C classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ Stack = Mapping[str, Tensor]
 
 
 class StackedBatch(NamedTuple):
-    """One batch of M members.
+    """One batch for M members.
 
     Attributes:
-        images: ``(M, b, ...)``, each member its own, or ``(b, ...)``, the same for all.
+        images: ``(M, b, ...)`` with separate images per member, or ``(b, ...)`` shared by all members.
         labels: int64 ``(M, b)``.
-        shares: What each example's loss counts in its member's, ``(M, b)``, or one number for all.
-        shared: Whether all members see the same images.
+        shares: Weight of each example in its member's loss, ``(M, b)``, or one number for all.
+        shared: Whether all members use the same images.
     """
 
     images: Tensor
@@ -34,7 +34,7 @@ class StackedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Activation:
-    """An elementwise function, in place, and its derivative as a function of its value."""
+    """An in-place elementwise function, and its derivative as a function of its output."""
 
     apply: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
@@ -49,7 +49,7 @@ _ACTIVATIONS: dict[type[nn.Module], _Activation] = {
 
 @dataclass(frozen=True)
 class _Layer:
-    """A linear layer, by the names of its parameters, and the activation after it."""
+    """A linear layer, given by its parameters' names, and the activation after it."""
 
     weight: str
     bias: str | None
@@ -57,10 +57,10 @@ class _Layer:
 
 
 class StackedNetwork:
-    """Any model, through ``vmap``: autograd differentiates the sum of the members' losses.
+    """Copies of any model, through ``vmap``. Autograd differentiates the sum of the members' losses.
 
     Args:
-        model: The model; its parameters are not used, its buffers are, by every member.
+        model: The model. Its parameters are not used; its buffers are used by every member.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,7 +71,7 @@ class StackedNetwork:
         self._calls = {shared: vmap(call, in_dims=(0, None if shared else 0)) for shared in (False, True)}
 
     def logits(self, parameters: Stack, images: Tensor, *, shared: bool) -> Tensor:
-        """Logits ``(M, b, C)`` in evaluation mode, for no gradient."""
+        """Return logits ``(M, b, C)`` in eval mode, without gradients."""
         self._model.eval()
         with torch.no_grad():
             return self._calls[shared](parameters, images)
@@ -80,10 +80,10 @@ class StackedNetwork:
         """Set ``into = keep * into + gradient``, in place.
 
         Args:
-            parameters: Stacked ``(M, ...)``.
+            parameters: Stacked parameters, each ``(M, ...)``.
             batch: The batch.
-            into: Like ``parameters``.
-            keep: 0 overwrites ``into``, whatever it contains.
+            into: Tensors of the same shapes as ``parameters``.
+            keep: The factor; 0 overwrites ``into``, even values that are not finite.
 
         Returns:
             The members' losses ``(M,)``.
@@ -101,25 +101,25 @@ class StackedNetwork:
 
 
 class StackedPerceptron:
-    """A perceptron, by hand: gradients are added to their targets by the matrix products themselves.
+    """Copies of a perceptron, with hand-written gradients that the matrix products add to their targets.
 
-    On a CPU this takes half the time of autograd through ``vmap``: no gradient is ever a tensor of its own.
+    On a CPU this takes half the time of autograd through ``vmap``, because no gradient needs a separate tensor.
 
     Args:
-        layers: What ``perceptron_layers`` found.
+        layers: The result of ``perceptron_layers``.
     """
 
     def __init__(self, layers: tuple[_Layer, ...]) -> None:
         self._layers = layers
 
     def logits(self, parameters: Stack, images: Tensor, *, shared: bool) -> Tensor:
-        """Logits ``(M, b, C)``, for no gradient."""
+        """Return logits ``(M, b, C)``, without gradients."""
         with torch.no_grad():
             return self._forward(parameters, images, shared)[-1]
 
     @torch.no_grad()
     def accumulate(self, parameters: Stack, batch: StackedBatch, into: Stack, keep: float) -> Tensor:
-        """As ``StackedNetwork.accumulate``."""
+        """See ``StackedNetwork.accumulate``."""
         labels, shares = batch.labels, batch.shares
         values = self._forward(parameters, batch.images, batch.shared)
         log_p = values[-1].log_softmax(-1)  # (M, b, C)
@@ -145,7 +145,7 @@ class StackedPerceptron:
         return losses
 
     def _forward(self, parameters: Stack, images: Tensor, shared: bool) -> list[Tensor]:
-        """The input ``(M, b, d)``, or ``(b, d)`` if shared, then what each layer with its activation returns."""
+        """Return the input ``(M, b, d)``, or ``(b, d)`` if shared, followed by each layer's activations."""
         values = [images.flatten(1 if shared else 2)]
         for position, layer in enumerate(self._layers):
             inputs, weight = values[-1], parameters[layer.weight]  # (M, b, in), (M, out, in)
@@ -160,15 +160,15 @@ class StackedPerceptron:
 
 
 def _keep(target: Tensor, keep: float) -> Tensor:
-    """``target`` times ``keep``, in place; with 0 also what is not finite goes."""
+    """Multiply ``target`` by ``keep`` in place. 0 also clears values that are not finite."""
     return target.mul_(keep) if keep else target.zero_()
 
 
 def perceptron_layers(model: nn.Module) -> tuple[_Layer, ...] | None:
-    """The layers of a perceptron that ``StackedPerceptron`` knows; None for any other model.
+    """Return the layers of a perceptron that ``StackedPerceptron`` supports, or None for any other model.
 
-    That is: images are flattened, then linear layers follow, each but the last with at most one of tanh, ReLU and
-    sigmoid after it, and no parameter is used twice.
+    A supported model flattens the images and then applies linear layers. Each but the last is followed by at most one
+    tanh, ReLU or sigmoid, and no parameter is used twice.
     """
     steps = _in_order(model)
     if steps is None or len(steps) < 2 or not _flattens(steps[0]):
@@ -186,7 +186,7 @@ def perceptron_layers(model: nn.Module) -> tuple[_Layer, ...] | None:
     used = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
     if not layers or layers[-1].activation is not None:
         return None
-    # a parameter that is used twice would need the sum of two gradients
+    # a parameter used twice would need the sum of two gradients
     return tuple(layers) if sorted(used) == sorted(names.values()) else None
 
 
@@ -195,7 +195,7 @@ def _flattens(module: nn.Module) -> bool:
 
 
 def _in_order(module: nn.Module) -> list[nn.Module] | None:
-    """The modules that a plain chain calls, in order; None where it may do anything else."""
+    """Return the modules that a plain chain calls, in order, or None if the module may do anything else."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return None
     if type(module) is Network:

@@ -161,7 +161,7 @@ def _spoil(files, how):
         return r"val_annotations\.txt is empty"
     if how == "annotations in another encoding":
         files["val/val_annotations.txt"] = b"\xff\xfe" + files["val/val_annotations.txt"]
-        return r"val_annotations\.txt is not a text file in UTF-8"
+        return r"val_annotations\.txt is not a UTF-8 text file"
     if how == "two bad images":
         files["train/n01/images/n01_0.JPEG"] = b"no image"
         files["train/n02/images/n02_1.JPEG"] = jpeg(0, size=32)
@@ -169,7 +169,7 @@ def _spoil(files, how):
     if how == "missing class":
         for name in [name for name in files if "train/n02" in name]:
             del files[name]
-        return "has 2 classes below train/, not 3"
+        return "has 2 classes in train/, not 3"
     if how == "missing image":
         del files["val/images/val_2.JPEG"]
         return r"'val_2\.JPEG' of class 'n01'"
@@ -329,7 +329,7 @@ def test_imagenet_reader_that_is_killed(imagenet_folder, monkeypatch):
     train, _ = load_imagenet(IMAGENET, imagenet_folder)
     train.workers = 1
     monkeypatch.setattr("src.datasets.imagenet.read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(FileError, match="a process that reads images was killed"):
+    with pytest.raises(FileError, match="a worker process that reads images was killed"):
         list(train.stream([(torch.arange(6), None)]))
 
 
@@ -358,7 +358,7 @@ def test_imagenet_folders_that_are_not_whole(imagenet_folder):
     with pytest.raises(FileError, match="has 2 class folders; imagenet has 1000"):
         load_imagenet(lookup("imagenet"), imagenet_folder)
     (imagenet_folder / "val" / "n09").mkdir()
-    with pytest.raises(FileError, match="n09: is a class that train/ lacks"):
+    with pytest.raises(FileError, match="n09: is a class without a folder in train/"):
         load_imagenet(IMAGENET, imagenet_folder)
     os.mkfifo(imagenet_folder / "val" / "n01" / "pipe.JPEG")
     with pytest.raises(FileError, match=r"\(1\) n09: is a class.*\(2\).*pipe\.JPEG: is not a regular file"):

@@ -265,7 +265,7 @@ def test_misuse_is_refused():
         optimizer.first_step()
     with pytest.raises(ValueError, match="rho"):
         SAM(model.parameters(), sgd, rho=-1.0)
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="different parameters"):
         SAM(model.parameters(), sgd(network().parameters()))
 
 

@@ -154,7 +154,7 @@ def test_damaged_dynamics_make_the_run_start_again(blobs, tmp_path, content):
         np.savez(row, row=np.zeros(3))
     done = succeed("train_full.py", *flags)
     assert done.err.count(f"{row}: ") == 2, "both states need this row"
-    assert "starting from the beginning" in done.err
+    assert "training from scratch" in done.err
     assert path.read_bytes() == first
 
 
@@ -320,7 +320,7 @@ def test_a_file_that_only_the_leading_process_reads(blobs, finished):
     flags = quick(blobs, finished, "--learning_rate=0.1")
     lines = [result.complaint for result in as_torchrun(2, "train_full.py", *flags, "--distributed_training")]
     assert sum("learning_rate" in line for line in lines) == 1
-    assert all("learning_rate" in line or "another of the processes" in line for line in lines)
+    assert all("learning_rate" in line or "another training process" in line for line in lines)
     assert_kept(before, finished)
     first, second = as_torchrun(2, "train_full.py", *flags)
     check(first, "train_full.py", FLAG, "--distributed_training")

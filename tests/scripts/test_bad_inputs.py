@@ -52,7 +52,7 @@ BAD_FLAGS = {
         ("--optimizer=iblr --delta=1 --weight_decay=0.1", "--delta 1: .*weight decay"),
         ("--model=inception --image_size=2", "image_size"),
         *("--model=mobile_small --batch_size=119", "--coreset_func=split", "--coreset_func=craig"),
-        ("--dataset=digits --cutout_holes=1", "--cutout_holes: .*cifar10, .* and own data"),
+        ("--dataset=digits --cutout_holes=1", "--cutout_holes: .*cifar10, .* and your own data"),
         *("--dataset=digits --image_size=32", "--dataset=digits --channels=3"),
         # flags that do nothing in their combination
         *("--rho=0.05", "--rho 0.1", "--adaptive", "--no-adaptive", "--optimizer=sam --hess_init=0.1", "--delta=1"),

@@ -232,7 +232,7 @@ def test_networks_that_do_not_fit(world, flags, tmp_path):
     assert not proof.exists()
     data = write_blobs(tmp_path / "other.npz", n=60, classes=4)
     refuse(SCRIPT, f"--dataset=npz:{data}", *flags[1:], f"--exp={world.run()}", status=FILE,
-           says=("was trained on other data", r"num_classes \(3 vs"))  # fmt: skip
+           says=("was trained on different data", r"num_classes \(3 vs"))  # fmt: skip
 
 
 def test_scores_of_another_data_set(world, flags, tmp_path):

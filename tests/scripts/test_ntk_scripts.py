@@ -229,7 +229,7 @@ def test_networks_that_do_not_fit(world, tmp_path):
         (packed(model="mlp"), ("epoch_2.pt",)),
         (packed(model_state=weights), ("epoch_2.pt: .* is not finite",)),
         (packed(settings={**state["settings"], "subset": "abc"}), ("subset",)),
-        (packed(label_hash="0" * 16), ("was trained on other data: label_hash",)),
+        (packed(label_hash="0" * 16), ("was trained on different data: label_hash",)),
         (b"nothing", ("epoch_2.pt: is not a checkpoint",)),
     ):
         with spoilt(path, content):

@@ -164,8 +164,11 @@ def test_damaged_tables_and_results_are_named(blobs, tmp_path):
         ({"best_test_accuracy": ["a"]}, "best_test_accuracy is not a number"),
         ({"seconds": "long"}, "seconds is not a number"),
         ({"history": 5}, "history is not a list"),
-        ({"history": [*history[:1], None]}, "no accuracy of epoch 2"),
-        ({"history": [*history[:1], {**history[1], "test_accuracy": "a"}]}, "record of epoch 2 is not numbers"),
+        ({"history": [*history[:1], None]}, "no accuracy for epoch 2"),
+        (
+            {"history": [*history[:1], {**history[1], "test_accuracy": "a"}]},
+            "record of epoch 2 does not consist of numbers",
+        ),
     ):
         with spoilt(path, json.dumps({**content, **changes}).encode()):
             refuse("compare_pruning.py", *table, status=FILE, says=(r"results\.json: is damaged", says))

@@ -386,7 +386,7 @@ def test_resume_states_and_rows_must_be_what_their_names_say(base):
     one, two = (states / f"epoch={epoch}.pth.tar" for epoch in (1, 2))
     with spoilt(two, one.read_bytes()):
         done = succeed(*flags)
-        assert f"{two}: is the resume state of epoch 1" in done.err
+        assert f"{two}: contains the resume state of epoch 1" in done.err
         assert "continuing after epoch 1 of 2" in done.err
     rows = [states / f"dynamics_epoch={epoch}.npz" for epoch in (1, 2)]
     rows[1].write_bytes(rows[0].read_bytes())

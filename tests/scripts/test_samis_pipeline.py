@@ -85,7 +85,7 @@ def test_split_protocol_scores_each_example_by_the_pair_that_never_saw_it(blobs,
         "train_split.py", f"--dataset=npz:{blobs}", *QUICK, "--optimizer=sgd", "--epochs=1",
         "--samis_validation_split_index=all", *folders(tmp_path, *TRAIN),
     )  # fmt: skip
-    assert again.out.count("done already") == 10
+    assert again.out.count("already done") == 10
     succeed(
         "compute_sam_sgd.py", f"--dataset=npz:{blobs}", "--model=mlp", "--epochs=1",
         *folders(tmp_path, "datasets", "models", "metrics"),

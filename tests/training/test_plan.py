@@ -171,7 +171,7 @@ def test_a_plan_is_told_which_sizes_fit(make_trainer):
 def test_a_plan_excludes_weights_and_iblr(make_trainer, digits):
     trainer = make_trainer()
     parts = (trainer.model, trainer.train_batches, trainer.test_batches)
-    with pytest.raises(ValueError, match="one of the two"):
+    with pytest.raises(ValueError, match="only one of plan and weights"):
         Trainer(*parts, trainer.config, weights=torch.ones(200), plan=Thinning(digits[0]))
     with pytest.raises(ArgumentError, match="optimizer iblr: its posterior needs the mean loss"):
         Trainer(*parts, replace(trainer.config, optimizer="iblr"), plan=Thinning(digits[0], divide_by_size=True))

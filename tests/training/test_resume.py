@@ -92,7 +92,7 @@ def test_a_damaged_state_is_named_and_the_one_before_is_used(make_trainer, tmp_p
     lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 1
     assert str(newest) in lines[0]
-    assert "using the state before it" in lines[0]
+    assert "using the previous state" in lines[0]
 
 
 def test_resume_under_other_settings_is_refused_by_name(make_trainer, tmp_path):
@@ -266,7 +266,7 @@ def test_weights_that_a_state_does_not_refer_to_are_not_used(make_trainer, tmp_p
     assert_same(whole, again)
     (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert str(path) in line
-    assert "using the state before it" in line
+    assert "using the previous state" in line
 
 
 def test_a_state_of_an_earlier_version_is_continued(make_trainer, tmp_path):
