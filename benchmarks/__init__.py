@@ -1,1 +1,1 @@
-"""Ratios of speed and memory against the plain way of doing the same, measured side by side in one run."""
+"""Benchmarks of speed and memory against plain implementations, measured in the same run."""

@@ -1,8 +1,8 @@
-"""What the benchmarks share: rows of the table, and how times are taken.
+"""Shared code of the benchmarks: rows of the table, and timing.
 
-A benchmark is a function of ``quick`` that returns rows; a module lists its own as ``BENCHMARKS``. Times are
-processor seconds (of the user and the system) on one thread, where a row does not say otherwise. Both ways of doing a
-thing take turns, and of each the smallest time counts, so that other work on the machine changes the ratio little.
+A benchmark is a function of ``quick`` that returns rows. A module lists its benchmarks in ``BENCHMARKS``. Times are
+CPU seconds (user and system) on one thread, unless a row says otherwise. The implementations to compare are run in
+turn, and the minimum time of each is used, so that other load on the machine has little effect on the ratio.
 """
 
 import argparse
@@ -30,11 +30,11 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: What is done.
-        plain: What the plain way takes; NaN where it is out of reach.
-        ours: What the project takes.
+        name: The task.
+        plain: Cost of the plain implementation; NaN if it is not feasible.
+        ours: Cost of this project's implementation.
         unit: The unit of both.
-        target: The ratio ``plain / ours`` that is asked for; None where none is.
+        target: Target for the ratio ``plain / ours``; None for no target.
     """
 
     name: str
@@ -45,29 +45,29 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times as much the plain way takes."""
+        """Cost of the plain implementation relative to ours."""
         return self.plain / self.ours
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is reached; None where there is none."""
+        """Whether the target is met; None if there is none."""
         return None if self.target is None else self.ratio >= self.target
 
 
 def seconds(work: Work, clock: Callable[[], float]) -> float:
-    """What ``work`` takes by a clock."""
+    """Return the seconds that ``work`` takes on a clock."""
     start = clock()
     work()
     return clock() - start
 
 
 def in_turn(ways: Sequence[Work], repeats: int, clock: Callable[[], float] = time.process_time) -> list[float]:
-    """Run the ways in turn and return the smallest time of each, in seconds.
+    """Run functions in turn and return the minimum time of each, in seconds.
 
     Args:
-        ways: What to compare.
-        repeats: Turns that count; one more before them warms up.
-        clock: The processor's clock, or the wall's for work on several threads.
+        ways: The functions to compare.
+        repeats: Number of timed turns, after one warm-up turn.
+        clock: The CPU clock, or the wall clock for multithreaded work.
     """
     for way in ways:
         way()
@@ -76,16 +76,16 @@ def in_turn(ways: Sequence[Work], repeats: int, clock: Callable[[], float] = tim
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function(*arguments)`` returns in a process of its own, on one thread, with an untouched allocator."""
+    """Return ``function(*arguments)``, called in a new process on one thread with default allocator settings."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def peak() -> float:
-    """The largest resident memory of this process so far, in MiB."""
+    """Return the peak resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux getrusage would also count what the parent held when it started this process
+    if status.exists():  # on Linux, getrusage also counts the parent's memory at the time it started this process
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) / 2**10
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -93,7 +93,7 @@ def peak() -> float:
 
 
 def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
-    """Noise in the shape of a catalogue data set's training part."""
+    """Return random noise images with the shape of a catalog data set's training images."""
     entry = lookup(dataset)
     generator = torch.Generator().manual_seed(seed)
     shape = (count, entry.channels, entry.image_size, entry.image_size)
@@ -102,7 +102,7 @@ def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
 
 
 class PlainImages(torch.utils.data.Dataset):
-    """The plain way: images in memory, turned one at a time into PIL images and transformed."""
+    """The plain implementation: images in memory, converted to PIL images and transformed one at a time."""
 
     def __init__(self, images: ImageSet, *, augmented: bool, normalization: str = "samis") -> None:
         pixels = images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1)
@@ -120,7 +120,7 @@ class PlainImages(torch.utils.data.Dataset):
 def plain_transform(
     entry: DatasetEntry, augmented: bool, normalization: str = "samis"
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """Torchvision's transforms as papers write them: (crop, flip,) to a tensor, normalise."""
+    """Return the usual torchvision transforms: crop and flip if augmented, conversion to a tensor, normalization."""
     from src._torchvision import torchvision
 
     transforms = torchvision.transforms
@@ -133,7 +133,7 @@ def plain_transform(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, one line each under a heading."""
+    """Format the rows as a text table with a header."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'what':{width}s}  {'plain':>10s}  {'ours':>10s}  {'ratio':>7s}  {'target':>6s}  met  unit"]
     for row in rows:
@@ -147,13 +147,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def run(benchmarks: Mapping[str, Callable[[bool], list[Row]]], description: str) -> None:
-    """Run a module's benchmarks, or those named on the command line, and print their rows."""
+    """Run a module's benchmarks, or those given on the command line, and print their rows."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)}")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: whether it runs, not how fast")
+    names = ", ".join(benchmarks)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run: {names} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="use toy sizes, to test that the benchmarks run")
     args = parser.parse_args()
     if unknown := set(args.names) - set(benchmarks):
-        parser.error(f"no benchmark is called {', '.join(unknown)}: choose from {', '.join(benchmarks)}")
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {names}")
     rows = []
     for name in args.names or benchmarks:
         torch.set_num_threads(1)

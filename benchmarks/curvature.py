@@ -1,4 +1,4 @@
-"""Spectra of Hessians and tangent kernels against the plain ways to them.
+"""Hessian spectra and tangent kernels, compared with plain implementations.
 
 python -m benchmarks.curvature [hessian lanczos ntk] [--quick]
 python -c "from benchmarks.curvature import whole; print(whole())"     # resnet18, 100 classes, 50 examples
@@ -32,14 +32,14 @@ TOP, TOLERANCE, STEPS, MOST = 5, 1e-3, 100, 120
 
 
 class PlainHessian(Hessian):
-    """Hessian-vector products by double backpropagation, the usual way."""
+    """Hessian-vector products by standard double backpropagation."""
 
     _trusted = False
 
 
 @dataclass
 class Found:
-    """What a way found, and its cost."""
+    """The result of a method, and its cost."""
 
     values: Tensor
     residuals: Tensor
@@ -48,7 +48,7 @@ class Found:
 
 
 def network(name: str, images: ImageSet, epochs: int) -> nn.Module:
-    """A network trained by plain SGD, a few epochs."""
+    """Train a model with plain SGD for a few epochs."""
     net = build_model(name, images.entry.num_classes, images.entry.channels, images.entry.image_size, seed=0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     batches = Batches(images, 64, normalization=images.entry.normalizations["samis"], order="shuffled")
@@ -61,12 +61,12 @@ def network(name: str, images: ImageSet, epochs: int) -> nn.Module:
 
 
 def operator(kind: type[CurvatureOperator], net: nn.Module, images: ImageSet) -> CurvatureOperator:
-    """The matrix of the mean loss over ``images``."""
+    """Return the curvature operator of the mean loss over ``images``."""
     return kind(net, Batches(images, 128, normalization=images.entry.normalizations["samis"]), len(images))
 
 
 def deflate(vector: Tensor, known: list[Tensor]) -> Tensor:
-    """Take eigenvectors found before out of a vector, in place."""
+    """Project known eigenvectors out of a vector, in place."""
     for other in known:
         vector -= (other @ vector) * other
     return vector
@@ -96,7 +96,7 @@ def plain(matrix: CurvatureOperator, top: int, steps: int) -> Found:
 
 
 def ours(matrix: CurvatureOperator, top: int, steps: int) -> Found:
-    """One run for both."""
+    """One Lanczos run for the eigenvalues and the density."""
     config = SpectrumConfig(
         top_n=top, eigen_order="magnitude", tolerance=TOLERANCE, lanczos_steps=steps, trace_probes=0
     )
@@ -105,10 +105,10 @@ def ours(matrix: CurvatureOperator, top: int, steps: int) -> Found:
 
 
 def spectrum_rows(quick: bool) -> list[Row]:
-    """Eigenvalues and density.
+    """Benchmark eigenvalues and density.
 
     Raises:
-        RuntimeError: The two ways differ, or a residual is not what it should be.
+        RuntimeError: The two methods disagree, or a residual exceeds the tolerance.
     """
     train, _ = load_dataset("digits", "data")
     net = network("lenet", train, 1 if quick else 8)
@@ -131,9 +131,9 @@ def spectrum_rows(quick: bool) -> list[Row]:
     pairs = check.ritz(top, "magnitude")
     true = true_residuals(matrix, pairs.values, check.vectors(pairs))
     if (true > TOLERANCE * abs(pairs.values)).any():
-        raise RuntimeError(f"residuals of {true} at eigenvalues {pairs.values}")
+        raise RuntimeError(f"residuals {true} at eigenvalues {pairs.values} exceed the tolerance")
     matrix.products = 0
-    alone = ours(matrix, top, 1)  # no density, but for one step
+    alone = ours(matrix, top, 1)  # at least one step of density
     what = f"top {top} and density, lenet on {len(examples)} digits"
     return [
         Row(f"{what}: allowed / one Lanczos run", MOST, b.products, "products", 1.0),
@@ -145,7 +145,7 @@ def spectrum_rows(quick: bool) -> list[Row]:
 
 
 def trace_row(matrix: CurvatureOperator, process: Lanczos, probes: int) -> Row:
-    """How many more probes the trace takes to the same standard error where a Lanczos run is not used."""
+    """Compare the number of trace probes needed for the same standard error without and with a Lanczos run."""
     known = process.ritz(DEFLATED, "magnitude")
     estimate, vectors = TraceEstimate(), process.vectors(known)
     for _ in range(probes):
@@ -156,7 +156,7 @@ def trace_row(matrix: CurvatureOperator, process: Lanczos, probes: int) -> Row:
 
 
 def product_rows(quick: bool) -> list[Row]:
-    """Single products."""
+    """Benchmark single matrix-vector products."""
     rows = []
     for name, dataset, count in (("lenet", "mnist", 512), ("resnet8", "cifar10", 128)):
         images = random_images(dataset, 8 if quick else count)
@@ -181,13 +181,13 @@ def product_rows(quick: bool) -> list[Row]:
 
 
 def hessian(quick: bool = False) -> list[Row]:
-    """One Lanczos run against power iteration and a density run; products against curvlinops'.
+    """Compare one Lanczos run with power iteration and a density run, and products with curvlinops'.
 
-    A lenet, trained on digits for a few epochs, and the Hessian of its mean loss over a part of them. Wanted are the
-    top five eigenvalues to a relative residual of 1e-3, and the density from 100 Lanczos steps, in at most 120
-    products. The plain way iterates powers, each time in what the eigenvectors before leave over, until its residuals
-    are as small, and then runs Lanczos for the density; its products are gradients of gradients. Products are also
-    timed alone: against gradients of gradients, and against curvlinops' operators, on a lenet and a residual network.
+    The model is a lenet trained on digits for a few epochs, and the matrix is the Hessian of its mean loss over a
+    subset of them. The task is to compute the top five eigenvalues to a relative residual of 1e-3 and the density
+    from 100 Lanczos steps, with at most 120 products. The plain method runs power iteration with deflation until its
+    residuals are as small, and then Lanczos for the density; its products are gradients of gradients. Products are
+    also timed alone, against gradients of gradients and curvlinops' operators, on a lenet and a residual network.
 
     Raises:
         RuntimeError: A result is wrong.
@@ -196,13 +196,13 @@ def hessian(quick: bool = False) -> list[Row]:
 
 
 def lanczos(quick: bool = False) -> list[Row]:
-    """60 Lanczos steps without their products: every vector orthogonalized against all before it.
+    """Time 60 Lanczos steps without the products, where every vector is orthogonalized against all previous ones.
 
-    large_mlp (545,810 parameters) and the Hessian of 128 examples. The plain way keeps the vectors as rows of a
-    matrix and subtracts the components twice at each step. All ways must find the same eigenvalues.
+    Uses large_mlp (545,810 parameters) and the Hessian of 128 examples. The plain method stores the vectors as rows
+    of a matrix and subtracts the components twice per step. All methods must find the same eigenvalues.
 
     Raises:
-        RuntimeError: They differ.
+        RuntimeError: The eigenvalues differ.
     """
     steps, images = (10, random_images("mnist", 8)) if quick else (60, random_images("mnist", 128))
     matrix = operator(Hessian, network("large_mlp", images, 0), images)
@@ -211,7 +211,7 @@ def lanczos(quick: bool = False) -> list[Row]:
     spent = {}
 
     class Timed:
-        """The operator, and the seconds of its products."""
+        """The operator, with the total time of its products in seconds."""
 
         size, dtype, device, seconds = matrix.size, matrix.dtype, matrix.device, 0.0
 
@@ -264,13 +264,13 @@ def lanczos(quick: bool = False) -> list[Row]:
 CASES = {"large_mlp": (1, 28, 10, 50, 200.0), "lenet": (1, 28, 10, 50, None), "resnet18": (3, 32, 10, 4, 1.5)}
 QUICK = {"small_mlp": (1, 8, 3, 4, None)}
 IN_A_ROW = {"large_mlp": 10, "lenet": 10}
-"""Kernels of ours per turn, one after the other as for the groups of a run; one where it is not said."""
+"""Number of our kernels per timed turn, computed in sequence as for the groups of a run; 1 by default."""
 FEW = (1, 2, 4)
 MANY = 50
 
 
 def prepared(name: str, channels: int, size: int, classes: int, examples: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network, noise images and labels."""
+    """Return a model, noise images and labels."""
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     model = build_model(name, classes, channels, size, seed=0).eval()
     draw = torch.Generator().manual_seed(1)
@@ -279,7 +279,7 @@ def prepared(name: str, channels: int, size: int, classes: int, examples: int) -
 
 
 def psi_by_jacrev(model: nn.Module, images: Tensor) -> Tensor:
-    """``Psi Psi^T``, gradients vectorised over examples and classes."""
+    """``Psi Psi^T``, with gradients vectorized over examples and classes."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def outputs(values: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ def psi_by_jacrev(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def psi_by_loop(model: nn.Module, images: Tensor) -> Tensor:
-    """``Psi Psi^T``, a backward pass for each example and class."""
+    """``Psi Psi^T``, with one backward pass per example and class."""
     parameters, rows = list(model.parameters()), []
     for image in images.split(1):
         for logit in model(image)[0]:
@@ -302,14 +302,14 @@ def psi_by_loop(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def compare_kernels(name: str, plain: Tensor, ours: np.ndarray) -> None:
-    """Stop if the two kernels are not the same."""
+    """Raise an error if the two kernels differ."""
     error = float(np.linalg.norm(plain.numpy() - ours) / np.linalg.norm(ours))
     if not error < 1e-4:
-        raise RuntimeError(f"{name}: the two ways differ by {error:.2g}")
+        raise RuntimeError(f"{name}: the two kernels have a relative difference of {error:.2g}")
 
 
 def kernel_peak(name: str, sizes: tuple[int, int, int, int], computed: bool) -> float:
-    """Peak memory in MiB with the network loaded and used once, and, where ``computed``, after a kernel."""
+    """Return peak memory in MiB after one forward pass and, if ``computed``, one kernel computation."""
     model, images, labels = prepared(name, *sizes)
     with torch.no_grad():
         model(images)
@@ -319,13 +319,13 @@ def kernel_peak(name: str, sizes: tuple[int, int, int, int], computed: bool) -> 
 
 
 def few_examples() -> list[float]:
-    """Processor seconds of kernels of resnet18 with 100 classes, for few examples."""
+    """Return CPU seconds of resnet18 kernels with 100 classes, for few examples."""
     model, images, labels = prepared("resnet18", 3, 32, 100, max(FEW))
     return in_turn([lambda m=m: ntk_kernel(model, images[:m], labels[:m]) for m in FEW], 1)
 
 
 def extrapolated(times: list[float]) -> float:
-    """``a m + b m^2`` (neither negative) fitted to few examples, where relative errors count, at many."""
+    """Extrapolate to ``MANY`` examples with a nonnegative least-squares fit of ``a m + b m^2`` in relative error."""
     counts = np.array(FEW, dtype=np.float64)
     powers = np.stack([counts, counts**2], axis=1)
     a, b = nnls(powers / np.array(times)[:, None], np.ones(len(times)))[0]
@@ -333,7 +333,7 @@ def extrapolated(times: list[float]) -> float:
 
 
 def whole(examples: int = MANY, classes: int = 100, memory_mb: float = 4096.0, threads: int = 2) -> dict[str, float]:
-    """The kernel that needs 224 GB of Psi, measured: seconds by both clocks, and peak memory in MiB."""
+    """Measure the kernel whose Psi takes 224 GB: wall and CPU seconds, and peak memory in MiB."""
     model, images, labels = prepared("resnet18", 3, 32, classes, examples)
     torch.set_num_threads(threads)
     wall, processor = time.perf_counter(), time.process_time()
@@ -347,17 +347,17 @@ def whole(examples: int = MANY, classes: int = 100, memory_mb: float = 4096.0, t
 
 
 def ntk(quick: bool = False) -> list[Row]:
-    """Neural tangent kernels, with and without the matrix Psi of all gradients.
+    """Compute neural tangent kernels without and with the matrix Psi of all gradients.
 
-    The plain way forms Psi, one row per example and class, and multiplies it with itself. Psi is made by
-    ``vmap(jacrev)`` and by one backward pass after another, and the faster of both counts. Of ours, ten kernels of
-    small networks are made in a row, as a script makes those of its groups, and the time is of one. Memory (measured
-    where not ``quick``) is the growth of the process's peak over that of the loaded network, against the bytes of
-    Psi. The last row is the case that needs 224 GB of Psi: measured for few examples, extrapolated to 50 by a linear
-    and a quadratic part.
+    The plain method forms Psi, with one row per example and class, and computes ``Psi Psi^T``. Psi is computed with
+    ``vmap(jacrev)`` and with separate backward passes, and the faster time is used. For small models, ten of our
+    kernels are computed in sequence, as a script does for its groups, and the time is per kernel. Memory (not
+    measured if ``quick``) is the growth of the process's peak over that with the loaded model, compared with the size
+    of Psi. The last row is the case whose Psi takes 224 GB. It is measured for few examples and extrapolated to 50
+    with a linear and a quadratic term.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two methods disagree.
     """
     rows = []
     for name, (channels, size, classes, examples, target) in (QUICK if quick else CASES).items():

@@ -1,4 +1,4 @@
-"""Files, start-up and memory: what users wait for beside arithmetic.
+"""Files, startup and memory: costs other than computation.
 
 python -m benchmarks.files [memory checkpoints start photos figures] [--quick]
 """
@@ -33,7 +33,7 @@ from src.training import RunFiles, Trainer, TrainingConfig, run_training
 
 
 def write_images(folder: Path, count: int) -> Path:
-    """An npz file of ``count`` colour images of noise."""
+    """Write an npz file of ``count`` color noise images."""
     rng = np.random.default_rng(0)
     path = folder / f"noise_{count}.npz"
     np.savez(
@@ -47,7 +47,7 @@ def write_images(folder: Path, count: int) -> Path:
 
 
 def growth(way: Callable[[Path], None], paths: Sequence[Path]) -> float:
-    """By how much the peak grows from the first file to the second, in MiB."""
+    """Return the growth of peak memory from the first file to the second, in MiB."""
     peaks = []
     for path in paths:
         way(path)
@@ -56,7 +56,7 @@ def growth(way: Callable[[Path], None], paths: Sequence[Path]) -> float:
 
 
 def our_run(path: Path) -> None:
-    """A run of ours."""
+    """Train with this project's loop."""
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     train, test = load_dataset(f"npz:{path}", path.parent)
     normal = train.entry.normalizations["samis"]
@@ -70,7 +70,7 @@ def our_run(path: Path) -> None:
 
 
 def plain_run(path: Path) -> None:
-    """A loop over a TensorDataset of normalised images."""
+    """Train with a loop over a TensorDataset of normalized images."""
     with np.load(path) as file:
         images = torch.from_numpy(file["x_train"]).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.25)
         labels = torch.from_numpy(file["y_train"])
@@ -84,11 +84,11 @@ def plain_run(path: Path) -> None:
 
 
 def memory(quick: bool = False) -> list[Row]:
-    """How much memory a training run needs for its images, and how many bytes they are themselves.
+    """Measure the memory that a training run needs for its images, compared with their size in bytes.
 
-    A process reads one batch of images from an npz file and trains an epoch on it, then does the same with many: by
-    how much the peak of its resident memory grows is what the images cost. Ours should need one copy as uint8 (ratio
-    4 to a copy in float32); the plain way keeps normalised float32 images in a TensorDataset.
+    A process reads one batch of images from an npz file and trains on it for an epoch, then does the same with many.
+    The growth of its peak resident memory is the cost of the images. Ours should need one uint8 copy (ratio 4 to a
+    float32 copy). The plain implementation keeps normalized float32 images in a TensorDataset.
     """
     count = 2_000 if quick else 40_000
     measured = growth if quick else partial(in_fresh_process, growth)
@@ -104,7 +104,7 @@ def memory(quick: bool = False) -> list[Row]:
 
 
 def written(work: Callable[[], object]) -> int:
-    """How many bytes this process hands to files meanwhile, in all its threads."""
+    """Return the number of bytes that this process writes to files during ``work``, over all its threads."""
 
     def now() -> int:
         return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
@@ -115,11 +115,11 @@ def written(work: Callable[[], object]) -> int:
 
 
 def checkpoints(quick: bool = False) -> list[Row]:
-    """What an epoch's files cost training: bytes written, and wall seconds that its loop waits.
+    """Measure the cost of an epoch's files: bytes written, and wall seconds that the training loop waits.
 
-    The plain way is ``torch.save`` of the resume state, the epoch's checkpoint and the best one, in the loop, which
-    does not even wait for the disk. Ours is ``run_training``: the loop's seconds without those of the epochs
-    themselves, which its background thread may slow down; a last row has the whole time.
+    The plain implementation calls ``torch.save`` in the loop for the resume state, the epoch's checkpoint and the
+    best one, without waiting for the disk. Ours is ``run_training``: the loop's time minus the time of the epochs,
+    which its background thread may slow down. The last row is the total time.
     """
     name, epochs, count = ("resnet8", 2, 8) if quick else ("resnet18", 4, 64)
     images = random_images("cifar10", count)
@@ -166,16 +166,16 @@ STARTS = {
 
 
 def children_seconds() -> float:
-    """Processor seconds of the processes that have been started and have ended."""
+    """Return the CPU seconds of all child processes that have ended."""
     spent = os.times()
     return spent.children_user + spent.children_system
 
 
 def start(quick: bool = False) -> list[Row]:
-    """A script from its first line to its last, on 50 images of the digits for one epoch, against ``import torch``.
+    """Time full script runs on 50 digits images for one epoch, compared with ``import torch``.
 
-    The training itself takes a few hundredths of a second; the estimates of 1_loo_iterations.py differentiate with
-    given output gradients, for which torch imports sympy.
+    Training takes a few hundredths of a second. The estimates in 1_loo_iterations.py differentiate with given output
+    gradients, for which torch imports sympy.
     """
     with tempfile.TemporaryDirectory() as folder:
         places = [f"--{name}_folder={folder}" for name in ("datasets", "models", "log", "resume_ckpts")]
@@ -194,11 +194,11 @@ def start(quick: bool = False) -> list[Row]:
 
 
 def photos(quick: bool = False) -> list[Row]:
-    """Starts with a folder of photos: decoded in full, by draft mode, and read from what an earlier start kept.
+    """Time loading a folder of photos: decoded in full, decoded in draft mode, and read from an earlier run's cache.
 
-    JPEG files of 1600x1200 pixels at image size 64, as random waves of all lengths, the longest the strongest. The
-    plain way decodes each in full, one after the other, as scripts did; processor seconds, so that the gain of
-    several threads is in the row of the wall's clock alone.
+    The photos are 1600x1200 JPEG files of random waves of all wavelengths, with larger amplitudes at longer ones, and
+    the image size is 64. The plain implementation decodes them in full, one after another. Times are CPU seconds,
+    so the gain from several threads shows only in the wall-clock row.
     """
     count, repeats = (4, 1) if quick else (100, 3)
     with tempfile.TemporaryDirectory() as base:
@@ -207,7 +207,7 @@ def photos(quick: bool = False) -> list[Row]:
             folder = root / ("test" if number % 4 == 3 else "train") / f"class_{number % 8 // 4}"
             folder.mkdir(parents=True, exist_ok=True)
             _photo(number).save(folder / f"{number}.jpg", quality=90)
-        for part in ("train", "test"):  # of a quick run, too few for each class of each part
+        for part in ("train", "test"):  # a quick run has too few photos for every class in every part
             (root / part / "class_1").mkdir(exist_ok=True)
             _photo(count).save(root / part / "class_1" / "last.jpg", quality=90)
         files = sorted(root.rglob("*.jpg"))
@@ -223,25 +223,25 @@ def photos(quick: bool = False) -> list[Row]:
         def start(decode: str, cache: str) -> None:
             load_dataset(f"folder:{root}", base, image_size=64, decode=decode, cache_folder=Path(base) / cache)
 
-        (Path(base) / "none").write_text("")  # nothing can be kept below a file
+        (Path(base) / "none").write_text("")  # a file, so no cache can be written inside it
         log = logging.getLogger("src.datasets.own")
         log.disabled = True
         ways = (plainly, lambda: start("draft", "none"), lambda: start("draft", "kept"))
         while time.time() < max(path.stat().st_ctime for path in files) + 3:
-            time.sleep(0.1)  # photos that are younger are read again
+            time.sleep(0.1)  # the cache does not trust the timestamps of newer photos
         times = [1_000 / len(files) * taken for taken in in_turn(ways, repeats)]
         walls = [1_000 / len(files) * taken for taken in in_turn(ways[:2], repeats, time.perf_counter)]
         log.disabled = False
     unit = "s per 1,000 photos of 1600x1200"
     return [
-        Row("a start that decodes photos by draft mode", times[0], times[1], unit),
-        Row(f"the same by the wall's clock, {os.cpu_count()} processors", *walls, unit),
-        Row("a later start", times[0], times[2], unit),
+        Row("loading photos, decoded in draft mode", times[0], times[1], unit),
+        Row(f"loading photos, decoded in draft mode, wall clock, {os.cpu_count()} CPUs", *walls, unit),
+        Row("loading photos from the cache", times[0], times[2], unit),
     ]
 
 
 def _photo(seed: int) -> Image.Image:
-    """A photo of random waves."""
+    """Return an image of random waves."""
     generator = np.random.default_rng(seed)
     size = (1200, 1600)
     frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
@@ -252,7 +252,7 @@ def _photo(seed: int) -> Image.Image:
 
 
 def figures(quick: bool = False) -> list[Row]:
-    """Three rows of five images with their scores, as PNG and PDF, against axes for each image."""
+    """Time a figure of three rows of five images with scores, as PNG and PDF, compared with one axes per image."""
     rows = []
     for size in (8,) if quick else (32, 224):
         draw = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What needs every example's own gradient, without and with a pass for each.
+"""Computations that need per-example gradients, compared with one pass per example.
 
 python -m benchmarks.jacobians [variances flatness] [--quick]
 """
@@ -25,15 +25,15 @@ DELTA = 60.0
 
 @dataclass(frozen=True)
 class Case:
-    """One network.
+    """Settings of one model.
 
     Attributes:
-        channels: Of its images.
-        size: Of its images.
-        batch: Examples of the plain way's batch.
-        ours: Examples of our batch.
-        target: Ratio asked for under a diagonal posterior.
-        kronecker: Ratio asked for under a Kronecker posterior; None where it is not measured.
+        channels: Channels of the images.
+        size: Height and width of the images.
+        batch: Batch size of the plain implementation.
+        ours: Batch size of our implementation.
+        target: Target ratio for a diagonal posterior.
+        kronecker: Target ratio for a Kronecker posterior; None if it is not measured.
     """
 
     channels: int
@@ -54,7 +54,7 @@ QUICK = {"large_mlp": Case(1, 8, 3, 5, 200.0, 150.0), "lenet": Case(1, 28, 3, 5,
 
 
 def prepared(name: str, case: Case, count: int) -> tuple[nn.Module, Tensor, Posterior]:
-    """The network, noise images, and a diagonal posterior."""
+    """Return the model, noise images and a diagonal posterior."""
     model = build_model(name, 10, case.channels, case.size, seed=0).eval()
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(count, case.channels, case.size, case.size, generator=draw)
@@ -63,7 +63,7 @@ def prepared(name: str, case: Case, count: int) -> tuple[nn.Module, Tensor, Post
 
 
 def jacobian_variances(model: nn.Module, images: Tensor, posterior: Posterior) -> Tensor:
-    """The whole batch's Jacobian (b, C, P), its full contraction (b, C, C), and the diagonal of that."""
+    """Compute the batch's Jacobian (b, C, P), contract it to (b, C, C), and return the diagonal."""
     values = {name: p.detach() for name, p in model.named_parameters()}
 
     def logits(chosen: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def our_variances(model: nn.Module, images: Tensor, posterior: Posterior) -> Ten
 
 
 def laplace_variances(model: nn.Module, images: Tensor, batch: int) -> Tensor:
-    """laplace-torch with its fastest backend, as the paper's authors call it but for the slower default Jacobians."""
+    """Use laplace-torch as the paper's authors do, but with its fastest backend for the Jacobians."""
     from laplace import Laplace
     from laplace.curvature.asdl import AsdlGGN
     from torch.utils.data import DataLoader, TensorDataset
@@ -108,37 +108,37 @@ def our_kronecker_variances(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def compare(name: str, plain: Tensor, ours: Tensor) -> None:
-    """Raise if two ways' variances differ by more than single precision explains."""
+    """Raise an error if two sets of variances differ by more than single-precision rounding."""
     if not torch.allclose(plain.double(), ours, rtol=1e-3):
-        raise RuntimeError(f"{name}: the two ways disagree")
+        raise RuntimeError(f"{name}: the two implementations disagree")
 
 
 def timed(name: str, target: float, counts: tuple[int, int], plain: Callable, ours: Callable, repeats: int) -> Row:
-    """One row, in milliseconds per example; the ways work on different numbers of examples."""
+    """Return a row in milliseconds per example. The implementations use different numbers of examples."""
     times = in_turn((plain, ours), repeats)
     per_example = [1_000 * t / count for t, count in zip(times, counts, strict=True)]
     return Row(name, *per_example, "ms per example", target)
 
 
 def peak_of(way: str, name: str, case: Case, count: int) -> float:
-    """Peak memory in MiB of one way on one batch; ``count`` 1 for what it takes to do anything."""
+    """Return peak memory in MiB of one implementation on one batch. ``count`` 1 gives the baseline."""
     model, images, posterior = prepared(name, case, count)
     {"plain": jacobian_variances, "ours": our_variances}[way](model, images, posterior)
     return peak()
 
 
 def variances(quick: bool = False) -> list[Row]:
-    """Variances of logits under a Gaussian posterior, and the memory they take, without and with Jacobians.
+    """Compute variances of logits under a Gaussian posterior with and without Jacobians, and the memory used.
 
-    Diagonal posterior: the plain way builds the Jacobian of a batch by ``vmap(jacrev)`` and contracts it to all pairs
-    of classes. Kronecker posterior: the plain way is laplace-torch's fit, its backend's Jacobians and its functional
-    variance; times cover fit, eigendecomposition and variances, on the examples of the run. Batches of the plain way
-    have the size that the Memory-Perturbation Equation's commands give them (but for resnet20_frn, whose 300 do not
-    fit into the memory of small machines); ours are cut by the engine. Both ways' variances are compared on the way.
-    The memory is not measured where ``quick``: it takes processes of their own.
+    Diagonal posterior: the plain implementation computes a batch's Jacobian with ``vmap(jacrev)`` and contracts it to
+    all pairs of classes. Kronecker posterior: the plain implementation is laplace-torch's fit, its backend's
+    Jacobians and its functional variance. Times include fit, eigendecomposition and variances on the same examples.
+    The plain implementation's batch sizes are those of the Memory-Perturbation Equation's commands, except for
+    resnet20_frn, whose 300 do not fit in the memory of small machines. The engine chooses our batch sizes. The
+    variances of both are compared. Memory is not measured if ``quick``, because it needs separate processes.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     rows = []
     repeats = 1 if quick else 2
@@ -159,7 +159,7 @@ def variances(quick: bool = False) -> list[Row]:
         )
         if case.kronecker is None:
             continue
-        # the plain way leaves attributes on its model
+        # the plain implementation leaves attributes on its model
         other, batch = prepared(name, case, 1)[0], case.batch
         compare(name, laplace_variances(other, few, batch), our_kronecker_variances(model, few))
         rows.append(
@@ -214,12 +214,12 @@ def epsilon_loop(model: nn.Module, images: Tensor, labels: Tensor, rho: float = 
 
 
 def flatness(quick: bool = False) -> list[Row]:
-    """Input curvature and epsilon-flatness over a data set, in batches and one example at a time.
+    """Compute input curvature and epsilon-flatness of a data set, one example at a time and in batches.
 
-    The same network (lenet) and images both ways; the scores of both ways are compared on the way.
+    Both implementations use the same model (lenet) and images, and their scores are compared.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     count, repeats = (20, 1) if quick else (1_000, 2)
     draw = torch.Generator().manual_seed(0)
@@ -240,7 +240,7 @@ def flatness(quick: bool = False) -> list[Row]:
         )
         plain, ours = in_turn(ways, repeats)
         if not np.allclose(found["ours"], found["plain"], rtol=1e-3):
-            raise RuntimeError(f"{name}: the two ways disagree")
+            raise RuntimeError(f"{name}: the two implementations disagree")
         scale = 1_000 / count
         rows.append(Row(name, plain * scale, ours * scale, "s per 1,000 images", 5.0))
     return rows

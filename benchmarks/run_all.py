@@ -1,4 +1,4 @@
-"""Every benchmark, one after another, each in a process of its own, and one table at the end.
+"""Run all benchmarks in turn, each in its own process, and print one table.
 
     python -m benchmarks.run_all [--quick]
 
@@ -24,25 +24,25 @@ MODULES = ("training", "files", "selection", "jacobians", "curvature")
 
 
 def benchmarks_of(module: str) -> dict:
-    """A module's benchmarks by name."""
+    """Return a module's benchmarks by name."""
     return importlib.import_module(f"benchmarks.{module}").BENCHMARKS
 
 
 def run_one(module: str, name: str, quick: bool) -> list[Row]:
-    """The rows of one benchmark."""
+    """Run one benchmark and return its rows."""
     return benchmarks_of(module)[name](quick)
 
 
 def _plain_values(row: Row) -> dict[str, Any]:
-    """A row as json, in which NaN (a plain way that was not run) has no place."""
+    """Convert a row to JSON values. NaN, for a plain implementation that was not run, becomes None."""
     values = {**asdict(row), "ratio": row.ratio, "met": row.met}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def main() -> None:
-    """Measure, print the table, and write it."""
+    """Run the benchmarks, and print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="toy sizes: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="use toy sizes, to test that the benchmarks run")
     quick = parser.parse_args().quick
     started = time.perf_counter()
     rows = []
@@ -51,7 +51,7 @@ def main() -> None:
             bar.set_description(name)
             rows += in_fresh_process(run_one, module, name, quick)
     seconds = time.perf_counter() - started
-    print("Processor seconds on one thread unless the unit says otherwise; ratio = plain / ours, larger is better.")
+    print("CPU seconds on one thread unless the unit says otherwise; ratio = plain / ours, higher is better.")
     print(table(rows))
     machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
     content = {

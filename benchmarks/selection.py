@@ -1,10 +1,10 @@
-"""Choosing examples against the textbook's way of each method.
+"""Coreset selection, compared with a textbook implementation of each method.
 
     python -m benchmarks.selection [last_layer ranked graph_cut gradmatch craig grid k_center subsample] [--quick]
 
-Both ways start from the same scores, logits and embeddings, and must choose the same, or as well.
-A group of 100,000 examples takes CRAIG minutes: its seconds and the process's peak in MiB, 10,000 chosen; and the
-growth of the peak at 200,000 examples of 1,000 classes, and the seconds of subsampled choices from 20,000 of 100, by
+Both implementations start from the same scores, logits and embeddings. They must select the same examples, or an
+equally good subset. Three measurements take minutes and run separately: CRAIG on 100,000 examples in one group, its
+memory growth on 200,000 examples of 1,000 classes, and subsampled selection from 20,000 examples of 100 classes::
 
     python -c "from benchmarks.selection import large; print(large())"
     python -c "from benchmarks.selection import many_classes; print(many_classes())"
@@ -62,18 +62,18 @@ LAST_LAYER: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor], Callable[[Tenso
 
 
 def materialised(errors: Tensor, embeddings: Tensor) -> Tensor:
-    """The gradients ``[e, e (x) h]``, ``(n, C (d + 1))``."""
+    """Return the gradients ``[e, e (x) h]``, ``(n, C (d + 1))``."""
     return torch.cat([errors, (errors[:, :, None] * embeddings[:, None, :]).flatten(1)], dim=1)
 
 
 def last_layer(quick: bool = False) -> list[Row]:
-    """Norms and inner products of last-layer gradients, from their factors and from the gradients themselves.
+    """Compute norms and inner products of last-layer gradients, from the gradients and from their factors.
 
-    1,000 examples, 100 classes, embeddings of 512 numbers: a gradient has 51,300. The plain way builds them (205 MB).
-    Both ways' results are compared on the way.
+    Uses 1,000 examples, 100 classes and 512-dimensional embeddings, so a gradient has 51,300 entries. The plain
+    implementation builds the gradients (205 MB). The results of both are compared.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     count, classes, size, repeats = (20, 5, 8, 1) if quick else (1_000, 100, 512, 5)
     draw = torch.Generator().manual_seed(0)
@@ -90,25 +90,25 @@ def last_layer(quick: bool = False) -> list[Row]:
         plain, ours = in_turn(ways, repeats)
         expected = found["plain"].to(found["ours"])
         if not torch.allclose(found["ours"], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-            raise RuntimeError(f"{name}: the two ways disagree")
+            raise RuntimeError(f"{name}: the two implementations disagree")
         rows.append(Row(f"last-layer gradients: {name}", 1e3 * plain, 1e3 * ours, "ms per 1,000 examples", target))
     return rows
 
 
 def class_by_class(scores: np.ndarray, groups: list[CandidateGroup]) -> np.ndarray:
-    """The same choice, ascending."""
+    """Select by sorting each class separately; return positions in ascending order."""
     kept = [g.positions[np.argsort(scores[g.positions], kind="stable")[-g.budget :]] for g in groups]
     return np.sort(np.concatenate(kept))
 
 
 def ranked(quick: bool = False) -> list[Row]:
-    """Choosing by rank within classes, against one stable sort of the scores.
+    """Select by rank within classes, compared with one stable sort of the scores.
 
-    50,000 scores in 100 classes, 30 % of each. The target says: at most three times the sort. The choice is compared
-    with a sort of each class on the way.
+    Selects 30% of each class from 50,000 scores in 100 classes. The target is at most three times the time of the
+    sort. The selection is checked by sorting each class.
 
     Raises:
-        RuntimeError: The choice is wrong.
+        RuntimeError: The selection is wrong.
     """
     count, classes, repeats = (500, 10, 1) if quick else (50_000, 100, 20)
     generator = np.random.default_rng(0)
@@ -121,13 +121,13 @@ def ranked(quick: bool = False) -> list[Row]:
     )
     plain, ours = in_turn(ways, repeats)
     if not np.array_equal(found["ours"].indices, class_by_class(scores, groups)):
-        raise RuntimeError("choosing by rank: the choice is wrong")
+        raise RuntimeError("selection by rank: the selection is wrong")
     name = f"choice by rank, {count} in {classes} classes / one sort"
     return [Row(name, 1e3 * plain, 1e3 * ours, "ms", 1 / 3)]
 
 
 def random_class(count: int, classes: int, size: int) -> LastLayer:
-    """Logits, labels and embeddings such as a ReLU network's."""
+    """Return random logits, labels and ReLU embeddings."""
     draw = torch.Generator().manual_seed(0)
     logits = 3.0 * torch.randn(count, classes, generator=draw)
     embeddings = torch.randn(count, size, generator=draw).relu()
@@ -135,7 +135,7 @@ def random_class(count: int, classes: int, size: int) -> LastLayer:
 
 
 def plain_greedy(similarities: np.ndarray, budget: int) -> np.ndarray:
-    """All gains at each pick, as sums over the rows of what is chosen."""
+    """Recompute all gains at each pick, as sums over the rows of the selected examples."""
     sums = similarities.sum(axis=0)
     taken = np.zeros(len(sums), dtype=bool)
     picks: list[int] = []
@@ -148,21 +148,21 @@ def plain_greedy(similarities: np.ndarray, budget: int) -> np.ndarray:
 
 
 def timed(way: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
-    """The smallest processor seconds of a way, and what it picks."""
+    """Return the minimum CPU seconds of a function, and its picks."""
     picks = []
     return min(seconds(lambda: picks.append(way()), time.process_time) for _ in range(repeats)), picks[-1]
 
 
 def graph_cut(quick: bool = False) -> list[Row]:
-    """Graph cut's greedy choice: running gains, and gains summed again at each pick.
+    """Time graph cut's greedy selection with gains recomputed at each pick and with gains updated incrementally.
 
-    30 % of 5,000 examples of one group (embeddings of 512 numbers, 10 and 100 classes). The rows with a target time
-    the greedy picks alone, both ways on the same dense similarities; the others our whole choice without ("plain")
-    and with the dense similarities. All ways must pick the same. What takes more than a second runs once, without a
-    warm-up.
+    Selects 30% of 5,000 examples in one group (512-dimensional embeddings, 10 and 100 classes). The rows with a
+    target time only the greedy picks, with both implementations on the same dense similarities. The other rows time
+    our full selection without ("plain") and with dense similarities. All must pick the same examples. Anything that
+    takes more than a second runs once, without a warm-up.
 
     Raises:
-        RuntimeError: Two ways pick differently.
+        RuntimeError: Two implementations pick different examples.
     """
     count, size, repeats = (200, 16, 1) if quick else (5_000, 512, 5)
     budget = 3 * count // 10
@@ -178,7 +178,7 @@ def graph_cut(quick: bool = False) -> list[Row]:
         whole, by_matrix = timed(lambda network=network: graph_cut_picks(network, budget, MEMORY), 1)
         factored, by_columns = timed(lambda network=network: graph_cut_picks(network, budget, 0), 1)
         if not all(np.array_equal(found, expected) for found in (picks, by_matrix, by_columns)):
-            raise RuntimeError(f"graph cut, {classes} classes: two ways pick differently")
+            raise RuntimeError(f"graph cut, {classes} classes: two implementations pick different examples")
         what = f"graph cut, {count} x 30 %, {classes} classes"
         rows.append(Row(f"{what}: picks", plain, greedy, "s", 500.0))
         rows.append(Row(f"{what}: columns / dense, whole", factored, whole, "s"))
@@ -192,7 +192,7 @@ Solve = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class GradMatchCase:
-    """A class of ``count`` examples, the picks, how the plain way solves, how often to time, what is asked for."""
+    """A class of ``count`` examples, the number of picks, the plain solver, the repeats and the target ratio."""
 
     classes: int
     count: int
@@ -213,7 +213,7 @@ GRADMATCH = (
 
 
 def one_class(case: GradMatchCase) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors ``(n, C)`` of random logits that favour the label, and embeddings ``(n, d)`` as after a ReLU."""
+    """Return errors ``(n, C)`` of random logits that favor the label, and ReLU embeddings ``(n, d)``."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(case.count, case.classes, dtype=torch.float64, generator=generator)
     logits[:, 0] += 2
@@ -222,14 +222,14 @@ def one_class(case: GradMatchCase) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The ridged least-squares problem by numpy's solver."""
+    """Solve the ridge regression with NumPy's least-squares solver."""
     size = columns.shape[1]
     stacked = np.vstack([columns, math.sqrt(RIDGE) * np.eye(size)])
     return np.linalg.lstsq(stacked, np.concatenate([target, np.zeros(size)]), rcond=None)[0]
 
 
 def normal_equations(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The same through its normal equations."""
+    """Solve the ridge regression with its normal equations."""
     return np.linalg.solve(columns.T @ columns + RIDGE * np.eye(columns.shape[1]), columns.T @ target)
 
 
@@ -237,9 +237,9 @@ SOLVERS: dict[str, Solve] = {"least squares": least_squares, "normal equations":
 
 
 def written_down(errors: torch.Tensor, embeddings: torch.Tensor, picks: int, solve: Solve) -> tuple:
-    """Picks in their order and the last solution."""
+    """Run matching pursuit on materialized gradients; return the picks in order and the last solution."""
     weight = (errors[:, :, None] * embeddings[:, None, :]).flatten(1)
-    gradients = torch.cat([errors, weight], dim=1).numpy().T  # (C (d + 1), n), a gradient lies in one piece
+    gradients = torch.cat([errors, weight], dim=1).numpy().T  # (C (d + 1), n), each gradient contiguous
     target = gradients.sum(axis=1)
     residual, chosen = target, []
     while len(chosen) < picks and np.linalg.norm(residual) >= 1e-4 * np.linalg.norm(target):
@@ -256,7 +256,7 @@ def gradmatch_row(case: GradMatchCase) -> Row:
     """Time one case.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     errors, embeddings = one_class(case)
     name, found = f"GradMatch, {case.picks:,} of {case.count:,}, {case.classes} classes", {}
@@ -265,7 +265,7 @@ def gradmatch_row(case: GradMatchCase) -> Row:
         found.update(ours=pursue(errors, embeddings, case.picks, RIDGE))
 
     if case.plain is None:
-        return Row(f"{name} (ours alone)", math.nan, *in_turn((ours,), case.repeats), "s")
+        return Row(f"{name} (ours only)", math.nan, *in_turn((ours,), case.repeats), "s")
 
     def plain() -> None:
         found.update(plain=written_down(errors, embeddings, case.picks, SOLVERS[case.plain]))
@@ -273,22 +273,22 @@ def gradmatch_row(case: GradMatchCase) -> Row:
     times = in_turn((plain, ours), case.repeats)
     (picks, weights), (wanted, solution) = found["ours"], found["plain"]
     if picks.tolist() != wanted:
-        raise RuntimeError(f"{name}: the two ways pick different examples")
+        raise RuntimeError(f"{name}: the two implementations pick different examples")
     if (solution >= 0).all() and not np.allclose(weights, solution, rtol=1e-8):
         raise RuntimeError(f"{name}: weights differ by {np.abs(weights - solution).max()}")
     return Row(f"{name}, {case.plain}", *times, "s", case.target)
 
 
 def gradmatch(quick: bool = False) -> list[Row]:
-    """GradMatch: the picks of a class by matching pursuit, through inner products and on gradients written down.
+    """Time GradMatch's matching pursuit in one class, on materialized gradients and with inner products only.
 
-    The plain way holds the C (d + 1) x n matrix of last-layer gradients and solves each pick's problem from scratch:
-    the ridged least-squares problem itself, or its normal equations. Ours is ``pursue``. Both start from errors and
-    embeddings in float64; the picks and weights of both are compared on the way. The last rows have no plain way: its
-    matrix has 0.2 GB for 10 classes and 2 GB for 100, and its normal equations take 1e13 and 1e14 operations.
+    The plain implementation stores the C (d + 1) x n matrix of last-layer gradients and solves the ridge regression
+    from scratch at each pick, either directly or with its normal equations. Ours is ``pursue``. Both start from
+    errors and embeddings in float64, and their picks and weights are compared. The last rows have no plain
+    implementation: for 10 and 100 classes, it would need 0.2 and 2 GB, and 1e13 and 1e14 operations.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     if not quick:
         return [gradmatch_row(case) for case in GRADMATCH]
@@ -297,11 +297,11 @@ def gradmatch(quick: bool = False) -> list[Row]:
 
 
 OFFSET = 1e-3
-SAMPLED, KEPT = 5, 300  # when pressed: one in 5 examples is sampled, one in 300 pairs kept
+SAMPLED, KEPT = 5, 300  # "pressed" case: one in 5 examples is sampled, and one in 300 pairs is kept
 
 
 def clustered_class(count: int, classes: int, size: int) -> LastLayer:
-    """A class of eight clusters in a few dimensions, seen by a random network: many gradients are alike."""
+    """Return a class of eight low-dimensional clusters, embedded by a random model: many gradients are similar."""
     draw = torch.Generator().manual_seed(0)
     centres = 2.0 * torch.randn(8, 12, generator=draw)
     latent = torch.randn(count, 12, generator=draw) + centres[torch.randint(8, (count,), generator=draw)]
@@ -314,7 +314,7 @@ def clustered_class(count: int, classes: int, size: int) -> LastLayer:
 
 
 def plain_similarities(network: LastLayer) -> np.ndarray:
-    """``max d - d_ij + 1e-3``, in float64 as ours."""
+    """Return ``max d - d_ij + 1e-3``, in float64 like ours."""
     errors, embeddings = network.errors.double().numpy(), network.embeddings.double().numpy()
     products = embeddings @ embeddings.T
     products += 1.0
@@ -329,7 +329,7 @@ def plain_similarities(network: LastLayer) -> np.ndarray:
 
 
 def plain_picks(similarities: np.ndarray, budget: int) -> np.ndarray:
-    """The textbook's lazy greedy."""
+    """Pick with the textbook lazy greedy algorithm."""
     best = np.zeros(len(similarities))
     heap = [(-value, place) for place, value in enumerate(similarities.sum(axis=0))]
     heapq.heapify(heap)
@@ -348,19 +348,19 @@ def plain_picks(similarities: np.ndarray, budget: int) -> np.ndarray:
 
 
 def plain_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """The textbook's picks and weights."""
+    """Return the textbook implementation's picks and weights."""
     similarities = plain_similarities(network)
     picks = np.sort(plain_picks(similarities, budget))
     return picks, np.bincount(similarities[:, picks].argmax(axis=1), minlength=budget)
 
 
 def our_choice(network: LastLayer, budget: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
-    """Our picks and weights."""
+    """Return our picks and weights."""
     return choose_weighted(Distances.of(network), budget, memory, rng.numpy_generator(1, 0, "craig"))
 
 
 def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """The picks and weights by the way of large groups with few pairs."""
+    """Return the picks and weights of the algorithm for large groups, with few pairs kept."""
     distances, count = Distances.of(network), len(network.labels)
     generator = rng.numpy_generator(1, 0, "craig")
     sample = np.sort(generator.choice(count, count // SAMPLED, replace=False))
@@ -369,7 +369,7 @@ def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndar
 
 
 def craig_rows(name: str, network: LastLayer, repeats: int) -> list[Row]:
-    """Textbook and ours, and ours for large groups.
+    """Compare the textbook implementation, ours, and our algorithm for large groups.
 
     Raises:
         RuntimeError: The objectives or the sums of the weights differ.
@@ -401,7 +401,7 @@ def craig_rows(name: str, network: LastLayer, repeats: int) -> list[Row]:
 
 
 def large(count: int = 100_000, budget: int | None = None, classes: int = 10, size: int = 512) -> dict[str, float]:
-    """Processor seconds of a choice from a group that large, and the peak of its process in MiB, on one thread."""
+    """Return the CPU seconds and peak memory in MiB of a selection from a large group, on one thread."""
     return in_fresh_process(_large, count, budget or count // 10, classes, size)
 
 
@@ -411,23 +411,22 @@ def _large(count: int, budget: int, classes: int, size: int) -> dict[str, float]
     picks, weights = our_choice(network, budget, min(MEMORY, 8 * count**2 // 2**20 - 1))
     seconds = time.process_time() - start
     if len(np.unique(picks)) != budget or weights.sum() != count:
-        raise RuntimeError(f"craig, {count} examples: {len(picks)} picks, weights of {weights.sum():g}")
+        raise RuntimeError(f"craig, {count} examples: {len(picks)} picks, sum of weights {weights.sum():g}")
     return {"seconds": seconds, "peak": peak(), "peak before": before}
 
 
 def craig(quick: bool = False) -> list[Row]:
-    """CRAIG's choice in a class: a textbook lazy greedy and ours; and ours for groups whose distances do not fit.
+    """Compare CRAIG's selection in one class with a textbook lazy greedy, and with our algorithm for large groups.
 
-    A tenth of 5,000 examples (embeddings of 512 numbers, 10 and 100 classes), drawn at random or in clusters, where
-    the lazy greedy works harder. The textbook way holds the matrix of similarities, keeps gains in a heap and
-    evaluates one column at a time. "picks" starts from the matrices of both, "whole" from errors and embeddings and
-    ends with the weights. Both must reach the same objective. Other rows compare the way of large groups with the
-    exact one: as it is where the matrix just does not fit, and pressed, with a smaller sample and one pair in 300
-    kept, so that crowded gradients must be drawn (of objectives, larger is better, so the large way stands first).
-    The last row is the memory of the large way beside that of a matrix.
+    Selects a tenth of 5,000 examples (512-dimensional embeddings, 10 and 100 classes), either random or clustered;
+    clusters need more evaluations in the lazy greedy. The textbook implementation stores the similarity matrix, keeps
+    gains in a heap and evaluates one column at a time. "picks" starts from the matrices of both; "whole" starts from
+    errors and embeddings and includes the weights. Both must reach the same objective. In "large", the matrix just
+    does not fit in memory. "pressed" uses a smaller sample and keeps one pair in 300, so that crowded gradients must
+    be sampled. Higher objectives are better, so the value for large groups comes first. The last row is memory.
 
     Raises:
-        RuntimeError: A choice is worse than the textbook's.
+        RuntimeError: A selection is worse than the textbook's.
     """
     count, size, repeats, many = (300, 16, 1, 1_500) if quick else (5_000, 512, 3, 20_000)
     rows = []
@@ -443,7 +442,7 @@ def craig(quick: bool = False) -> list[Row]:
 
 
 def grid(quick: bool = False) -> list[Row]:
-    """A grid of short runs on digits: its figure drawn after every cell, and when that is due."""
+    """Time a grid of short runs on digits, with its figure drawn after every cell and at limited intervals."""
     seeds, epochs = ([1], 1) if quick else ([1, 2], 5)
     config = GridConfig(funcs=["random", "csl", "forget"], fractions=[0.1, 0.5], seeds=seeds)
     run_config = RunConfig(
@@ -467,7 +466,7 @@ def grid(quick: bool = False) -> list[Row]:
 
 
 def plain_farthest_first(embeddings: Tensor, budget: int) -> np.ndarray:
-    """All distances to each pick, by differences in float64."""
+    """Pick with all distances to each pick, computed from differences in float64."""
     points = embeddings.double()
 
     def distances(point: Tensor) -> Tensor:
@@ -482,9 +481,12 @@ def plain_farthest_first(embeddings: Tensor, budget: int) -> np.ndarray:
 
 
 def k_center(quick: bool = False) -> list[Row]:
-    """k-center's choice: all distances to each pick in float64, and ours.
+    """Compare k-center selection using all distances to each pick in float64 with ours.
 
-    10 and 30 % of 5,000 examples (embeddings of 512 numbers). RuntimeError where the two ways pick differently.
+    Selects 10% and 30% of 5,000 examples (512-dimensional embeddings).
+
+    Raises:
+        RuntimeError: The two implementations pick different examples.
     """
     count, size, repeats = (300, 16, 1) if quick else (5_000, 512, 2)
     rows = []
@@ -495,7 +497,7 @@ def k_center(quick: bool = False) -> list[Row]:
             plain, expected = timed(lambda: plain_farthest_first(embeddings, budget), repeats)  # noqa: B023
             ours, picks = timed(lambda: farthest_first(embeddings, budget), repeats)  # noqa: B023
             if not np.array_equal(picks, expected):
-                raise RuntimeError(f"k-center, {kind}: the two ways pick differently")
+                raise RuntimeError(f"k-center, {kind}: the two implementations pick different examples")
             rows.append(Row(f"k-center, {count} x {percent} %, {kind}", plain, ours, "s", 2.0))
     return rows
 
@@ -504,9 +506,9 @@ SUBSAMPLED = ("graph_cut", "craig", "gradmatch", "glister", "k_center")
 
 
 def reached(name: str, network: LastLayer, found: Selection) -> float:
-    """What a choice by a method is worth, in the unit that :func:`subsample` names."""
+    """Return the objective value of a method's selection, as described in ``subsample``."""
     picks, errors, embeddings = found.indices, network.errors.double(), network.embeddings.double()
-    if name == "graph_cut":  # without the function's diagonal
+    if name == "graph_cut":  # without the diagonal of the similarities
         similarities = Similarities.of(network)
         parts = gradient_sum(similarities.errors[picks], similarities.embeddings[picks])
         among = (len(picks) ** 2 + sum(float(part.square().sum()) for part in parts)) / 2 - len(picks)
@@ -527,12 +529,11 @@ def reached(name: str, network: LastLayer, found: Selection) -> float:
 
 
 def subsample(quick: bool = False) -> list[Row]:
-    """Greedy choices from all candidates ("plain"), and subsampled as by default above 1e8 gains.
+    """Compare greedy selection from all candidates ("plain") with subsampled selection, the default above 1e8 gains.
 
-    30 % of one group of 5,000 examples in clusters, 10 classes, embeddings of 512 numbers. Below each method's
-    times are what both reach, and what a random choice reaches: graph cut's function (larger is better); the mean
-    distance to CRAIG's nearest pick, GradMatch's relative error of the gradient, the loss on GLISTER's held-out
-    examples, and k-center's radius (smaller is better).
+    Selects 30% of 5,000 clustered examples in one group (10 classes, 512-dimensional embeddings). Objectives of both
+    and of a random selection: graph cut's function (higher is better); the mean distance to CRAIG's nearest pick,
+    GradMatch's gradient error, the loss on GLISTER's held-out examples, and k-center's radius (lower is better).
     """
     count, size = (600, 16) if quick else (5_000, 512)
     network = clustered_class(count, 10, size)
@@ -550,13 +551,13 @@ def subsample(quick: bool = False) -> list[Row]:
             times[way] = time.process_time() - start
         rows.append(Row(f"{name}, {count} x 30 %: exact / subsampled", *times.values(), "s"))
         exact, near, chance = (reached(name, network, choice) for choice in (*found.values(), at_random))
-        rows.append(Row(f"{name}: what exact / subsampled reaches", exact, near, "objective"))
-        rows.append(Row(f"{name}: what exact / random reaches", exact, chance, "objective"))
+        rows.append(Row(f"{name}: objective, exact / subsampled", exact, near, "objective"))
+        rows.append(Row(f"{name}: objective, exact / random", exact, chance, "objective"))
     return rows
 
 
 def whole_set(count: int = 20_000, classes: int = 100, size: int = 512) -> dict[str, float]:
-    """The processor seconds of each subsampled choice of 30 % from all classes at once."""
+    """Return the CPU seconds of each method's subsampled selection of 30% from all classes at once."""
     network = clustered_class(count, classes, size)
     inputs = SelectionInputs(network.labels.numpy(), classes, layers=[network])
     groups, spent = make_groups(inputs.labels, classes, fraction=0.3, per_class=False), {}
@@ -568,16 +569,16 @@ def whole_set(count: int = 20_000, classes: int = 100, size: int = 512) -> dict[
 
 
 def many_classes(count: int = 200_000, classes: int = 1_000, size: int = 512, picks: int = 400) -> dict[str, float]:
-    """The growth in MiB of a process's peak by CRAIG's exact choice from all classes at once.
+    """Return the growth of a process's peak memory, in MiB, during CRAIG's exact selection from all classes at once.
 
-    The picks are few, one pass over the distances beyond those of a sample: more take hours, not more memory.
+    There are only a few picks: more picks would take hours, but no more memory.
     """
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (count,), generator=draw)
     embeddings = torch.randn(count, size, generator=draw).relu_()
     network = LastLayer(torch.randn(count, classes, generator=draw).mul_(3.0), labels, embeddings)
     inputs = SelectionInputs(labels.numpy(), classes, layers=[network])
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten, that of checking the inputs
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak, to exclude input checks
     method, before, start = find_method("craig"), peak(), time.process_time()
     options = method.options(selection_memory=MEMORY, selection_subsample="exact")
     method.select(inputs, [CandidateGroup(np.arange(count), picks)], options)

@@ -1,4 +1,4 @@
-"""Reading, training and scoring images against the loops that most people write.
+"""Loading, training on and scoring images, compared with standard loops.
 
 python -m benchmarks.training [batches scoring steps optimizers ensemble] [--quick]
 """
@@ -29,14 +29,14 @@ from src.training.ensemble import Ensemble, vectorised_is_faster
 
 
 def prepared_images(quick: bool) -> Row:
-    """Time a pass in order, and compare the images."""
+    """Time one sequential pass, and check that the images are equal."""
     count, repeats = (256, 1) if quick else (10_000, 3)
     images = random_images("mnist", count)
     batches = Batches(images, 256, normalization=images.entry.normalizations["mpe"])
     loader = torch.utils.data.DataLoader(PlainImages(images, augmented=False, normalization="mpe"), 256)
     for theirs, own in zip(loader, batches, strict=True):
         if not torch.equal(theirs[0], own.images):
-            raise RuntimeError("the two ways prepare an image differently")
+            raise RuntimeError("the two implementations return different images")
     plain, ours = in_turn(
         (lambda: [batch[0].shape for batch in loader], lambda: [batch.images.shape for batch in batches]), repeats
     )
@@ -45,14 +45,14 @@ def prepared_images(quick: bool) -> Row:
 
 
 def batches(quick: bool = False) -> list[Row]:
-    """Batches against a DataLoader over PIL transforms.
+    """Compare Batches with a DataLoader over PIL transforms.
 
-    CIFAR-sized random images, batch 128, random crop with padding 4 and horizontal flip, normalised; and MNIST-sized
-    ones, batch 256, in order and only normalised, as the sensitivity experiments read them: there both ways must give
-    the very same numbers.
+    Uses CIFAR-sized random images with batch size 128, random crop with padding 4, horizontal flip and normalization;
+    and MNIST-sized images with batch size 256, in order and only normalized, as in the sensitivity experiments. For
+    the latter, both implementations must return exactly the same numbers.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     count, repeats = (256, 1) if quick else (5_000, 3)
     images = random_images("cifar10", count)
@@ -77,7 +77,7 @@ def batches(quick: bool = False) -> list[Row]:
 
 @dataclass(frozen=True)
 class ScoringCase:
-    """A model, the data set whose images it sees, how many of them, and what is asked for."""
+    """A model, a data set, the number of images, the target ratio, and whether to use all cores."""
 
     model: str
     dataset: str
@@ -109,10 +109,10 @@ def one_by_one(sgd: nn.Module, sam: nn.Module, loader: torch.utils.data.DataLoad
 
 
 def scoring_row(case: ScoringCase, repeats: int) -> Row:
-    """Time one model both ways.
+    """Time both implementations on one model.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     torch.set_num_threads((os.cpu_count() or 1) if case.all_cores else 1)
     images = random_images(case.dataset, case.count)
@@ -134,7 +134,7 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
     )
     both = np.stack([found["ours"]["samis_loss"], found["ours"]["samis_prob"]], axis=1)
     if not np.allclose(both, found["plain"], rtol=1e-3, atol=1e-4):
-        raise RuntimeError(f"{case.model}: the two ways disagree by {np.abs(both - found['plain']).max()}")
+        raise RuntimeError(f"{case.model}: the scores differ by up to {np.abs(both - found['plain']).max()}")
     scale = 1_000 / case.count
     name, unit = f"SAMIS scores of a pair, {case.model}", "s per 1,000 images"
     if case.all_cores:
@@ -143,16 +143,16 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
 
 
 def scoring(quick: bool = False) -> list[Row]:
-    """SAMIS scores of a pair of networks, in batches and one example at a time, reading and normalising included.
+    """Compute SAMIS scores of a pair of models, one example at a time and in batches, including data loading.
 
-    The plain way is a loop over a DataLoader of batch size one, over PIL images with ToTensor and Normalize; ours is
-    ``score_pair`` as ``compute_sam_sgd.py`` calls it, with the allocator set as the scripts set it. The scores of
-    both ways are compared on the way. A row on all cores takes the time of the wall: on one thread, convolutions in
-    batches run at the speed of a matrix product, which for resnet18 is not quite twice that of single images; on two,
-    single images gain less from the second.
+    The plain implementation loops over a DataLoader with batch size one over PIL images with ToTensor and Normalize.
+    Ours is ``score_pair`` as called by ``compute_sam_sgd.py``, with the scripts' allocator settings. The scores of
+    both are compared. A row on all cores uses wall time. On one thread, batched convolutions run at the speed of a
+    matrix product, which for resnet18 is not quite twice that of single images. On two threads, single images gain
+    less from the second thread.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     cases, repeats = SCORING, 2
@@ -167,7 +167,7 @@ RATE, MOMENTUM = 0.1, 0.9
 
 @dataclass(frozen=True)
 class Way:
-    """One way of training, with the steps that are timed after one that warms up."""
+    """One training setup, and the number of steps to time after one warm-up step."""
 
     model: str
     steps: int
@@ -180,7 +180,7 @@ class Way:
 
 
 def seconds_per_step(way: Way) -> float:
-    """Run one way; processor seconds of a step, the batch's making included."""
+    """Run one setup and return the CPU seconds per step, including loading the batch."""
     torch.manual_seed(0)
     entry = lookup("cifar10")
     model = build_model(way.model, entry.num_classes, entry.channels, entry.image_size, seed=0).train()
@@ -193,7 +193,7 @@ def seconds_per_step(way: Way) -> float:
 
 
 def plain_epoch(way: Way, model: nn.Module, moments: list[float]) -> None:
-    """The loop of any tutorial."""
+    """Run the standard tutorial loop."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     for images, labels in plain_batches(way):
         optimizer.zero_grad()
@@ -205,7 +205,7 @@ def plain_epoch(way: Way, model: nn.Module, moments: list[float]) -> None:
 
 
 def plain_batches(way: Way) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """From a DataLoader over PIL transforms, or the same ready batch again and again."""
+    """Yield batches from a DataLoader over PIL transforms, or the same batch repeatedly."""
     images = random_images("cifar10", (way.steps + 1) * way.batch)
     if way.loop == "loader":
         for batch in torch.utils.data.DataLoader(PlainImages(images, augmented=True), way.batch, shuffle=True):
@@ -217,7 +217,7 @@ def plain_batches(way: Way) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def our_epoch(way: Way, model: nn.Module, moments: list[float]) -> None:
-    """One epoch of the Trainer, set up as the scripts do."""
+    """Run one epoch of the Trainer, set up as in the scripts."""
     if way.keep_memory:
         prepare(torch.device("cpu"), PRECISIONS[way.precision], deterministic=False)
     images = random_images("cifar10", (way.steps + 1) * way.batch)
@@ -238,12 +238,13 @@ def our_epoch(way: Way, model: nn.Module, moments: list[float]) -> None:
 
 
 def steps(quick: bool = False) -> list[Row]:
-    """A training step of our Trainer against the loop of any tutorial.
+    """Compare training steps of our Trainer with the standard tutorial loop.
 
-    SGD with momentum on random CIFAR-sized images with crop and flip, batches of 128. The plain way is a loop over a
-    DataLoader over PIL transforms; a loop on one ready batch shows what remains if data cost nothing. Ours is timed
-    as the scripts run it, and with one thing changed at a time: memory layout, bfloat16, and freed memory given back.
-    Each way runs in a process of its own, because the allocator's setting cannot be undone; the processes take turns.
+    Trains with SGD with momentum on random CIFAR-sized images with crop and flip, in batches of 128. The plain
+    implementation loops over a DataLoader over PIL transforms; a loop on one prepared batch shows the time without
+    data loading. Ours is timed as in the scripts, and with one change at a time: memory format, bfloat16, and
+    returning freed memory to the system. Each setup runs in its own process, because the allocator settings cannot be
+    undone; the processes run in turn.
     """
     large = Way("resnet18", steps=1, channels_last=MODELS["resnet18"].channels_last)
     small = Way("resnet8", steps=20, channels_last=MODELS["resnet8"].channels_last, dynamics=True)
@@ -251,13 +252,13 @@ def steps(quick: bool = False) -> list[Row]:
     if quick:
         large, small = (replace(way, model="resnet8", steps=1, batch=4) for way in (large, small))
         rounds = 1
-    narrow = replace(large, batch=4)  # bf16 is very slow where the processor does not compute in it
-    # name, plain way, ours, target
+    narrow = replace(large, batch=4)  # bf16 is very slow on CPUs without native support
+    # name, plain, ours, target
     pairs = [
         (f"training, {large.model}: DataLoader loop", replace(large, loop="loader"), large, 1.0),
         (f"training, {large.model}: loop on a ready batch", replace(large, loop="ready"), large, None),
         (
-            f"training, {large.model}: ours with memory given back, kept",
+            f"training, {large.model}: ours with freed memory returned, kept",
             replace(large, keep_memory=False),
             large,
             None,
@@ -290,13 +291,13 @@ class EnsembleCase:
     """One row.
 
     Attributes:
-        name: The network.
-        members: How many of it.
+        name: The model.
+        members: Number of copies of the model.
         batch: Examples per step.
-        steps: Steps of each.
-        target: Ratio asked for.
-        channels: Of the images.
-        size: Of the images.
+        steps: Steps per model.
+        target: Target ratio; None for no target.
+        channels: Channels of the images.
+        size: Height and width of the images.
     """
 
     name: str
@@ -328,7 +329,7 @@ QUICK = (EnsembleCase("small_mlp", 3, 4, 2, size=8), EnsembleCase("lenet", 2, 3,
 def one_after_another(
     models: list[nn.Module], images: Tensor, labels: Tensor, orders: MemberSchedules, batch: int
 ) -> Callable[[], None]:
-    """The plain way: an epoch of each network in turn."""
+    """Return the plain implementation: an epoch of each model in turn."""
     settings = {"lr": LR, "momentum": 0.9, "weight_decay": L2, "fused": True}
     optimizers = [torch.optim.SGD(model.parameters(), **settings) for model in models]
 
@@ -344,19 +345,19 @@ def one_after_another(
 
 
 def compare_weights(name: str, models: list[nn.Module], ensemble: Ensemble) -> None:
-    """Raise if a network's weights differ between the ways by more than single precision explains."""
+    """Raise an error if the weights of the two implementations differ by more than single-precision rounding."""
     for number, model in enumerate(models):
         found = ensemble.member(number)
         for key, value in model.state_dict().items():
             if not torch.allclose(found[key], value, rtol=1e-3, atol=1e-5):
-                raise RuntimeError(f"{name}: the two ways disagree on {key} of network {number}")
+                raise RuntimeError(f"{name}: the two implementations disagree on {key} of model {number}")
 
 
 def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
-    """Time one network both ways, in milliseconds per step and network, with the allocator set as the scripts set it.
+    """Time both implementations, in milliseconds per step and model, with the scripts' allocator settings.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     total = case.batch * case.steps
@@ -376,24 +377,23 @@ def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
     return Row(
         f"retraining {case.members} {case.name} at batch {case.batch} at once ({choice})",
         *each,
-        "ms per step and network",
+        "ms per step and model",
         case.target,
     )
 
 
 def ensemble(quick: bool = False) -> list[Row]:
-    """Retraining many copies of a network at once, without and with the loop over them.
+    """Compare retraining many copies of a model one after another with retraining all at once.
 
-    The plain way trains one network after another: gather a batch, forward, backward, torch's fused SGD with momentum
-    0.9 and weight decay. Ours takes one step of all of them. Both see the same batches of noise images, a
-    permutation of its own for each network, and end with the same weights, which is checked. The rows bear out
-    ``src.training.ensemble.vectorised_is_faster``: on one thread of a CPU perceptrons, whose gradients are written by
-    hand, gain, the more the shorter a step is, while convolutions lose, as ``vmap`` turns them into grouped ones.
-    Each row says what the rule chooses, and runs in a process of its own, because the allocator's setting cannot be
-    undone.
+    The plain implementation trains one model after another: gather a batch, forward, backward, torch's fused SGD with
+    momentum 0.9 and weight decay. Ours steps all models at once. Both use the same batches of noise images, with a
+    separate permutation per model, and their final weights are compared. The rows support
+    ``src.training.ensemble.vectorised_is_faster``. On one CPU thread, perceptrons, whose gradients are hand-written,
+    gain more the shorter a step is. Convolutions lose, because ``vmap`` turns them into grouped convolutions. Each
+    row states what the rule chooses, and runs in its own process, because the allocator settings cannot be undone.
 
     Raises:
-        RuntimeError: The two ways disagree.
+        RuntimeError: The two implementations disagree.
     """
     row = ensemble_row if quick else partial(in_fresh_process, ensemble_row)
     return [row(case, 1 if quick else 3) for case in (QUICK if quick else ENSEMBLES)]
@@ -402,7 +402,7 @@ def ensemble(quick: bool = False) -> list[Row]:
 def step_seconds(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
 ) -> tuple[float, float]:
-    """Processor seconds of a whole training step, and of the optimizer's part of it."""
+    """Return the CPU seconds of a full training step, and of the optimizer's part of it."""
     sampled = getattr(optimizer, "sampled_params", nullcontext)
     begin = time.process_time()
     with sampled():
@@ -415,7 +415,7 @@ def step_seconds(
 
 
 def optimizer_rows(name: str, images: tuple[int, int], batch: int, repeats: int) -> list[Row]:
-    """One model's rows; each optimizer trains a copy of it, and of each time the least counts."""
+    """Return the rows of one model. Each optimizer trains a copy of it, and minimum times are used."""
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     base = build_model(name, 10, *images, seed=0)
     draw = torch.Generator().manual_seed(0)
@@ -433,7 +433,7 @@ def optimizer_rows(name: str, images: tuple[int, int], batch: int, repeats: int)
         optimizers = build(models[0].parameters()), build_optimizer(config, models[1].parameters(), 60_000)
         pairs = list(zip(models, optimizers, strict=True))
         times = [[step_seconds(*pair, ready) for pair in pairs] for _ in range(repeats + 1)][1:]
-        for what, part in (("training step", 0), ("optimizer alone", 1)):
+        for what, part in (("training step", 0), ("optimizer only", 1)):
             theirs, ours = (1_000 * min(turn[way][part] for turn in times) for way in (0, 1))
             target = 1.3 if (name, kind, part) == ("large_mlp", "iblr", 1) else None
             way = "ivon-opt, own" if kind == "iblr" else "torch's default, fused"
@@ -442,10 +442,10 @@ def optimizer_rows(name: str, images: tuple[int, int], batch: int, repeats: int)
 
 
 def optimizers(quick: bool = False) -> list[Row]:
-    """Training steps, and the part of them that the optimizer takes, by other implementations and by ours.
+    """Compare other optimizer implementations with ours, for full training steps and for the optimizer only.
 
-    SGD, Adam and AdamW as torch's default makes them and as ours are, fused; iBLR by the package ivon-opt and by our
-    own step, both with the drawing of the noise.
+    For SGD, Adam and AdamW, torch's default is compared with our fused version. For iBLR, the package ivon-opt is
+    compared with our implementation. Both include sampling the noise.
     """
     cases = [
         ("small_mlp", (1, 28), 32),
