@@ -135,7 +135,7 @@ def main() -> None:
         experiment.model,
         experiment.prepared(experiment.train),
         experiment.train.labels,
-        [np.empty(0, np.int64)] * len(deltas),  # nothing is left out
+        [np.empty(0, np.int64)] * len(deltas),  # no examples are removed
         settings,
         measure_each=measure,
         key=experiment.settings(),

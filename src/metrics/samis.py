@@ -554,7 +554,7 @@ def read_seed(path: str | Path) -> dict[str, Any]:
     losses = [array(name, kinds="f", length=len(scores), finite=False) for name in ("loss_sgd", "loss_sam")]
     indices = array("indices", kinds="i")
     if indices.min() < 0 or indices.max() >= len(scores):
-        raise FileError(f"{path}: its indices do not fit its scores; {_MAKE_AGAIN}")
+        raise FileError(f"{path}: its indices are out of range; {_MAKE_AGAIN}")
     if not all(np.isfinite(values[indices]).all() for values in (scores, *losses)):
         raise FileError(f"{path}: has scores that are not finite; {_MAKE_AGAIN}")
     facts = {"seed": "i", "epoch": "i", "protocol": "U", "label_hash": "U", "settings": "U"}
