@@ -150,6 +150,7 @@ def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: i
         figure = class_grids(
             lambda positions: fetch(images, positions),
             [both[k] for both in rows.values()],
+            [indices[both[k]] for both in rows.values()],
             [proxies[mode].scores[indices[both[k]]] for mode, both in rows.items()],
             [proxies[mode].label for mode in rows],
             f"{literal(name)}: {end} {n}",

@@ -63,7 +63,7 @@ def main() -> None:
     for metric, several in found.items():
         report(metric, several)
     panels = [(SCORES[metric].symbol, several) for metric, several in found.items()]
-    size = f"{args.model} by {args.optimizer.upper()}"
+    size = f"{args.model} trained with {args.optimizer.upper()}"
     figure = velocity_figure(panels, f"{name}, {size}", logarithmic=args.log)
     print(*save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, list(found), args.log)), sep="\n")
 

@@ -82,9 +82,9 @@ def main() -> None:
         }
         for mode, proxy in proxies.items()
     }
-    headings = {"spearman": "rank correlation"}
+    headings = {"spearman": "Rank correlation"}
     if labels is not None:
-        headings["spearman_within_class"] = "mean within class"
+        headings["spearman_within_class"] = "Mean within class"
     matrices = {
         heading: np.array([[cell[key] for cell in row.values()] for row in table.values()])
         for key, heading in headings.items()

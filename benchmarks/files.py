@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from src.datasets import Batches, load_dataset
 from src.datasets.decoding import as_seen, open_image
 from src.datasets.own import resize
 from src.devices import PRECISIONS, prepare
+from src.figures import DPI
 from src.metrics.plots import image_grid
 from src.models import build_model
 from src.training import RunFiles, Trainer, TrainingConfig, run_training
@@ -261,7 +263,7 @@ def figures(quick: bool = False) -> list[Row]:
         scores, symbols = [f"{score:.3g}" for score in draw.random(15)], ["$S(x_i)$", "$F(x_i)$", "$M(x_i)$"]
 
         def plain(folder: str, images: np.ndarray = images, scores: list = scores, symbols: list = symbols) -> None:
-            figure = Figure(figsize=(7.4, 4.9), layout="constrained")
+            figure = Figure(figsize=(4.9, 3.3), layout="constrained")
             grid = figure.subplots(3, 5)
             for axes, image, score in zip(grid.flat, images, scores, strict=True):
                 axes.imshow(image)
@@ -270,7 +272,8 @@ def figures(quick: bool = False) -> list[Row]:
                 axes.set_ylabel(symbol, rotation=0)
             figure.suptitle("lowest 5")
             for kind in ("png", "pdf"):
-                figure.savefig(Path(folder, f"plain.{kind}"), dpi=200)
+                with matplotlib.rc_context({"pdf.fonttype": 42}):  # as journals require, and as save_figure does
+                    figure.savefig(Path(folder, f"plain.{kind}"), dpi=DPI)
 
         def own(folder: str, images: np.ndarray = images, scores: list = scores, symbols: list = symbols) -> None:
             parts = np.split(images.transpose(0, 3, 1, 2), 3)

@@ -55,7 +55,7 @@ def checkpoints(result: StoredResult, count: int) -> list[str]:
         return [ORDINALS[k] if k < len(ORDINALS) else f"{k + 1}." for k in range(count)]
     if len(steps) != count:
         raise result.error(f"has {count} checkpoints, but {len(steps)} steps")
-    return [f"step {step:,}" for step in steps]
+    return [f"Step {step:,}" for step in steps]
 
 
 if __name__ == "__main__":

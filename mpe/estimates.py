@@ -219,6 +219,10 @@ def _centred_root(variances: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)) @ vectors.mT
 
 
+FEWEST_PAIRS = 10
+"""Minimum number of pairs for a bootstrap interval."""
+
+
 class Correlation(NamedTuple):
     """A correlation and the bounds of its confidence interval; NaN if undefined."""
 
@@ -238,7 +242,8 @@ def correlation_intervals(
     """Spearman and Pearson correlation with 95 % percentile bootstrap intervals (Fig. 2).
 
     Pairs are resampled with replacement and ranked again in each resample; ties get their mean rank. Resamples in
-    which ``x`` or ``y`` is constant have no correlation and are skipped.
+    which ``x`` or ``y`` is constant have no correlation and are skipped. An interval is undefined for fewer than 10
+    pairs, because its coverage would be too low, and if all resamples have the same correlation.
 
     Args:
         x: ``(n,)``.
@@ -273,6 +278,8 @@ def correlation_intervals(
             rng=np.random.default_rng(seed),
         ).bootstrap_distribution
         low, high = np.nanquantile(found, (0.025, 0.975), axis=1)
+    none = (len(x) < FEWEST_PAIRS) | ~(high - low > 1e-9)
+    low[none] = high[none] = np.nan
     ends = zip(correlations(np.arange(len(x))), low, high, strict=True)
     return {name: Correlation(*map(float, each)) for name, each in zip(names, ends, strict=True)}
 
@@ -280,8 +287,14 @@ def correlation_intervals(
 def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
     """Format the number of pairs and their correlations, one per line; a dash if a correlation is undefined."""
     found = correlation_intervals(true, estimated)
-    which = "" if np.isnan(found["Spearman"].low) else " (95 % bootstrap intervals)"
-    return "\n".join([f"n = {len(true):,}{which}", *(f"{name} {value}" for name, value in found.items())])
+    few = len(true) < FEWEST_PAIRS
+    which = f"no intervals for fewer than {FEWEST_PAIRS}" if few else "95 % bootstrap intervals"
+    known = not all(np.isnan(correlation.value) for correlation in found.values())
+    lines = [f"n = {len(true):,}" + f" ({which})" * known]
+    for name, correlation in found.items():
+        same = known and not few and bool(np.isnan(correlation.low))
+        lines.append(f"{name} {correlation}" + " (all resamples agree: no interval)" * same)
+    return "\n".join(lines)
 
 
 class Sensitivities:

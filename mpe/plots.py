@@ -1,4 +1,4 @@
-"""The Memory-Perturbation Equation figures, in the style of the paper (NeurIPS 2023).
+"""The Memory-Perturbation Equation figures (NeurIPS 2023).
 
 `StoredResult` reads an experiment's result file. Each plotting function takes plain arrays and returns a figure built
 with matplotlib's object interface, without global state, windows, or a choice of backend.
@@ -23,6 +23,7 @@ from src.artifacts.io import read_pickle, save_figure
 from src.artifacts.paths import PICKLES, pickle_path
 from src.artifacts.store import check_consistent, checked_array
 from src.errors import ArgumentError, FileError
+from src.figures import BLUE, COLORS, COLUMN, GRAY, GRID, MARKERS, ORANGE, SMALL, STEPS, STYLE, shade
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class StoredResult:
 
 
 _ANGLES = np.deg2rad(45 + np.array([0, -90, 90, 180, -45, 45, -135, 135, 22, -22, 67, -67, 112, -112, 157, -157]))
-_REACHES = (2, 8, 16, 28, 44)  # points between a marker and its label
+_REACHES = (1, 4, 8, 14, 22)  # points between a marker and its label
 
 
 class Decimals(Formatter):
@@ -218,7 +219,7 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
         ``(n, 2)`` centers.
     """
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
-    order = np.argsort(-(distances < 40).sum(axis=1), kind="stable")
+    order = np.argsort(-(distances < 20).sum(axis=1), kind="stable")
     centers = np.full_like(points, np.nan)
     for i in order:
         direction = np.column_stack([np.cos(_ANGLES), np.sin(_ANGLES)])
@@ -232,7 +233,7 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
         apart = np.abs(spots[:, None] - centers[done]) - (sizes[i] + sizes[done]) / 2
         crossed = (apart < 0).all(axis=2).sum(axis=1)
         outside = ((low < frame[0]) | (high > frame[1])).any(axis=1)
-        far = np.repeat(np.asarray(_REACHES) / 20, len(_ANGLES))
+        far = np.repeat(np.asarray(_REACHES) / 10, len(_ANGLES))
         turned = np.tile(np.arange(len(_ANGLES)) / 100, len(_REACHES))
         centers[i] = spots[np.argmin(3 * covered.sum(axis=1) + 6 * crossed + 6 * outside + far + turned)]
     return centers
@@ -251,7 +252,7 @@ def number_markers(
         texts: The n class numbers.
         colors: The n colors.
     """
-    font = 20 if len(data) <= 10 else 15 if len(data) <= 40 else 8
+    font = 8 if len(data) <= 20 else SMALL if len(data) <= 40 else 5
     figure.draw_without_rendering()  # finalizes the limits
     scale = 72 / figure.dpi
     points = axes.transData.transform(data) * scale
@@ -261,7 +262,7 @@ def number_markers(
     centers = place_labels(points, radii, sizes, frame)
     for xy, point, center, text, color, radius in zip(data, points, centers, texts, colors, radii, strict=True):
         far = np.linalg.norm(center - point) > radius + 1.4 * font
-        arrow = {"arrowstyle": "-", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 3} if far else None
+        arrow = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 3} if far else None
         style = {"fontsize": font, "color": color, "ha": "center", "va": "center", "zorder": 4, "arrowprops": arrow}
         axes.annotate(text, xy, center - point, textcoords="offset points", annotation_clip=False, **style)
 
@@ -283,20 +284,16 @@ def save_and_show(figure: Figure, stem: Path, window: bool) -> None:
 
 
 _BINS = 100  # number of groups of examples on the x axis of `evolving`
-_ESTIMATES = {  # styles of the leave-one-out estimates
-    "diag": {"color": "black", "marker": "s"},
-    "full": {"color": "tab:red", "marker": "o"},
-    "woodbury": {"color": "tab:blue", "marker": "^"},
-}
-_GREY = "0.7"
-_MARKERS = (("tab:red", "o"), ("tab:blue", "s"), ("tab:green", "^"), ("tab:orange", "D"), ("tab:purple", "v"))
-_LEAST_SIZE = 12.0  # marker area in square points for a class whose removal costs no accuracy
-_PAPER = {"axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "axes.axisbelow": True}
+_ESTIMATES = dict(zip(("diag", "full", "woodbury"), zip(COLORS, MARKERS, strict=False), strict=False))
+"""Color and marker of each leave-one-out estimate."""
+_LEAST_SIZE = 4.0  # marker area in square points for a class whose removal costs no accuracy
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+def _figure(height: float, *, grid: str = "y") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(COLUMN, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(axis=grid, **GRID)
+    return figure, axes
 
 
 def loo_iterations(epochs: np.ndarray, estimates: dict[str, np.ndarray], test_nlls: np.ndarray) -> Figure:
@@ -308,28 +305,27 @@ def loo_iterations(epochs: np.ndarray, estimates: dict[str, np.ndarray], test_nl
             covariances ``diag``, ``full``, and ``woodbury``.
         test_nlls: ``(E,)`` test losses after each epoch.
     """
-    with matplotlib.rc_context({**_PAPER, "font.size": 41, "xtick.labelsize": 39, "ytick.labelsize": 39}):
-        figure, axes = _figure(11, 6.5)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(2.2)
         every = np.arange(1, len(test_nlls) + 1)
         marker = "o" if len(test_nlls) == 1 else None  # a line through a single point is invisible
-        axes.plot(every, test_nlls, color=_GREY, lw=10, zorder=1, label="Test NLL", marker=marker, ms=16)
+        axes.plot(every, test_nlls, color=GRAY, lw=2.5, zorder=1, label="Test NLL", marker=marker)
         curves = [dense(every, test_nlls)]
         for name, values in estimates.items():
-            label = "LOO-CV" if len(estimates) == 1 else f"LOO-CV, {name}"
-            style = {**_ESTIMATES["diag" if len(estimates) == 1 else name], "lw": 11 if len(estimates) == 1 else 6}
-            axes.plot(epochs, values, label=label, zorder=10, ms=23, mew=5, mfc="white", mec=style["color"], **style)
+            label = "LOO estimate" if len(estimates) == 1 else f"LOO estimate, {name}"
+            color, marker = _ESTIMATES["diag" if len(estimates) == 1 else name]
+            axes.plot(epochs, values, label=label, zorder=3, color=color, marker=marker, mfc="white")
             curves.append(dense(epochs, values))
-        axes.margins(y=0.09)  # room for the markers
+        axes.margins(y=0.06)  # room for the markers
         if len(test_nlls) == 1:
             axes.set_xlim(0, 2)
-        axes.set_xlabel("Epochs", labelpad=15)
+        axes.set_xlabel("Epoch")
         axes.set_ylabel("NLL")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         axes.yaxis.set_major_formatter(Decimals())
-        axes.tick_params(labelcolor="0.35")
-        legend = axes.legend(loc="upper right", frameon=False, handlelength=1.6, labelspacing=0.3, borderaxespad=0)
-        keep_clear(figure, axes, legend, curves, 14)
+        legend = axes.legend(loc="upper right", borderaxespad=0)
+        keep_clear(figure, axes, legend, curves, 4)
         return figure
 
 
@@ -358,48 +354,46 @@ def loo_l2reg(
     """
     x = deltas[window - 1 :]
     marker = "o" if len(x) == 1 else None
-    with matplotlib.rc_context({**_PAPER, "font.size": 41, "axes.spines.right": test_errors is not None}):
-        figure, axes = _figure(11 if test_errors is None else 12.5, 6 if test_errors is None else 6.6)
-        series = {"Test NLL": (test_nlls, _GREY, 17.5, 1), "LOO-CV": (estimated_nll, "black", 7.5, 2)}
+    with matplotlib.rc_context({**STYLE, "axes.spines.right": test_errors is not None}):
+        figure, axes = _figure(2.2)
+        series = {"Test NLL": (test_nlls, GRAY, 2.5, 1), "LOO estimate": (estimated_nll, BLUE, 1.3, 2)}
         curves, stems = [], []
         for label, (values, color, width, zorder) in series.items():
             smooth = moving_average(values, window)
-            axes.plot(x, smooth, color=color, lw=width, zorder=zorder, label=label, marker=marker, ms=2 * width)
+            axes.plot(x, smooth, color=color, lw=width, zorder=zorder, label=label, marker=marker)
             stems.append((x[smooth.argmin()], smooth.min(), color, width))
             curves.append(dense(x, smooth, log_x=True))
         handles = axes.get_legend_handles_labels()[0]
         _delta_axis(axes, x)
         axes.margins(y=0.2)  # room for the stems below the curves
         axes.set_ylabel("NLL")
-        axes.yaxis.set_major_locator(MaxNLocator(2))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         axes.yaxis.set_major_formatter(Decimals())
-        axes.tick_params(pad=10)
         right = axes.twinx() if test_errors is not None else None
         if right is not None:
             errors = 100 * moving_average(test_errors, window)
-            handles += right.plot(x, errors, color="tab:red", lw=5, ls=(0, (3, 1)), marker=marker, label="Test error")
-            right.yaxis.set_major_locator(MaxNLocator(3))
-            right.set_ylabel("Error (%)", color="tab:red")
-            right.tick_params(axis="y", labelcolor="tab:red", pad=10)
+            handles += right.plot(x, errors, color=ORANGE, ls=(0, (3, 1)), marker=marker, label="Test error")
+            right.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+            right.set_ylabel("Test error (%)", color=ORANGE)
+            right.tick_params(axis="y", labelcolor=ORANGE)
             right.spines["top"].set_visible(False)
-        small = {} if right is None else {"fontsize": 27, "ncols": 3, "columnspacing": 0.9}
         legend = (right or axes).legend(
-            handles=handles, loc="upper center", frameon=False, handlelength=1.2, labelspacing=0.2, **small
+            handles=handles, loc="upper center", ncols=3, columnspacing=0.9, handlelength=1.2, borderaxespad=0
         )
-        keep_clear(figure, axes, legend, curves, 12)
+        keep_clear(figure, axes, legend, curves, 4)
         low = axes.get_ylim()[0]
         for at, least, color, width in stems:  # vertical lines from the minima to the axis
-            line = (0, (1, 0.7)) if color == "black" else "-"  # a dashed line does not hide the one behind it
-            axes.plot([at, at], [low, least], color=color, lw=width / 2, ls=line, zorder=4 if color == "black" else 3)
+            line = "-" if color == GRAY else (0, (1, 0.7))  # a dotted line does not hide the one behind it
+            axes.plot([at, at], [low, least], color=color, lw=width / 2, ls=line, zorder=3 if color == GRAY else 4)
         axes.set_ylim(bottom=low)
         if right is not None:
-            keep_clear(figure, right, legend, [dense(x, errors, log_x=True)], 6)
+            keep_clear(figure, right, legend, [dense(x, errors, log_x=True)], 3)
         return figure
 
 
 def _delta_axis(axes: Axes, x: np.ndarray) -> None:
     """Set up a logarithmic axis for the L2 parameter that has labels even if it spans less than two decades."""
-    axes.set_xlabel(r"$\delta$")
+    axes.set_xlabel(r"L2 parameter $\delta$ (vertical lines: minima)")
     axes.set_xscale("log")
     if len(x) == 1:
         axes.set_xlim(x[0] / 3, x[0] * 3)
@@ -420,21 +414,21 @@ def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figur
         estimated: ``(m,)`` estimated deviations.
         text: Text for the upper-left corner, such as the correlations.
     """
-    with matplotlib.rc_context({**_PAPER, "font.size": 23}):
-        figure, axes = _figure(7, 5.4)
-        axes.grid(alpha=0.5)
-        axes.scatter(true, estimated, s=75, facecolor="white", edgecolor="red", zorder=3, rasterized=len(true) > 5000)
-        axes.set(xlabel="True Deviation", ylabel="Estimated Deviation")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(2.6, grid="both")
+        style = {"s": 14, "facecolor": "white", "edgecolor": BLUE, "linewidth": 0.8}
+        axes.scatter(true, estimated, zorder=3, rasterized=len(true) > 5000, **style)
+        axes.set(xlabel="True deviation (dashed: estimated = true)", ylabel="Estimated deviation")
         axes.autoscale_view()
         # The identity line, up to the largest L1 deviation, must not change the limits.
         axes.set_autoscale_on(False)
-        axes.plot([0, 2], [0, 2], color="0.5", lw=5, ls="--", zorder=1)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.plot([0, 2], [0, 2], color=GRAY, lw=1.3, ls="--", zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         if text:
-            corner = axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=16, zorder=4)
-            corner.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2})
-            keep_clear(figure, axes, corner, [(true, estimated)], 7)
+            corner = axes.text(0.02, 0.99, text, transform=axes.transAxes, va="top", fontsize=SMALL, zorder=4)
+            corner.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+            keep_clear(figure, axes, corner, [(true, estimated)], 3)
         return figure
 
 
@@ -461,27 +455,18 @@ def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
         labels: Names of the K checkpoints.
     """
     curves = ranked_bins(sensitivities)
-    shades = np.linspace(0, 3, len(curves)) if len(curves) > 1 else [3]
-    with matplotlib.rc_context({**_PAPER, "font.size": 16}):
-        figure, axes = _figure(6, 6)
-        at = np.arange(1, curves.shape[1] + 1)
-        for row, label, p in zip(curves, labels, shades, strict=True):
-            grey = np.interp(p, range(4), (0.6, 0.45, 0.25, 0.1))
+    curves = curves[:, ::-1]  # the most sensitive to the right
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(2.6)
+        at = 100 * (np.arange(curves.shape[1]) + 0.5) / curves.shape[1]
+        for k, (row, label) in enumerate(zip(curves, labels, strict=True)):
             marker = "o" if len(at) == 1 else None
-            axes.plot(at, row, color=f"{grey:.3f}", lw=7 - p, label=label, marker=marker, solid_capstyle="round")
-        axes.invert_xaxis()  # most sensitive examples on the right
-        axes.set_xticks(at, minor=True)
-        axes.xaxis.set_major_locator(NullLocator())
-        axes.tick_params(axis="x", which="minor", labelbottom=False)
-        axes.grid(ls="--", color="0.85")
-        axes.set(xlabel="Example", ylabel="Sensitivity")
+            axes.plot(at, row, color=shade(len(curves) - 1 - k, len(curves)), label=label, marker=marker)
+        axes.set_xlim(0, 100)
+        axes.set(xlabel="Examples ranked by final sensitivity (percentile)", ylabel="Sensitivity")
         axes.set_ylim(bottom=min(0, curves.min()))
-        size = np.interp(len(curves), (6, 14), (16, 10))
-        columns = 1 if len(curves) <= 14 else -(-len(curves) // 14)
-        legend = axes.legend(
-            title="Training checkpoints", loc="upper left", fontsize=size, title_fontsize=size, ncols=columns
-        )
-        keep_clear(figure, axes, legend, [dense(at, row) for row in curves], 6)
+        legend = axes.legend(title="Checkpoint", loc="upper left", ncols=-(-len(curves) // 8))
+        keep_clear(figure, axes, legend, [dense(at, row) for row in curves], 2)
         return figure
 
 
@@ -504,29 +489,31 @@ def loco(experiments: Sequence[LeaveClassOut]) -> Figure:
     Args:
         experiments: At least one experiment.
     """
-    with matplotlib.rc_context({**_PAPER, "font.size": 15}):
-        figure, axes = _figure(6, 6)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(3.3, grid="both")
         handles, points, areas, texts, colors = [], [], [], [], []
         for k, experiment in enumerate(experiments):
-            color, marker = _MARKERS[k % len(_MARKERS)]
-            hollow = (k + k // len(_MARKERS)) % 2 == 1
+            color, marker = COLORS[k % len(COLORS)], MARKERS[k % len(COLORS)]
+            hollow = (k + k // len(COLORS)) % 2 == 1
             face = "none" if hollow else color
-            size = np.maximum(10 + 1800 * experiment.accuracy_drops, _LEAST_SIZE)
+            size = np.maximum(4 + 500 * experiment.accuracy_drops, _LEAST_SIZE)
             axes.scatter(
                 experiment.test_nlls, experiment.estimated_nll, size, marker=marker, facecolor=face, edgecolor=color,
-                alpha=0.8, linewidth=2, zorder=3,
+                alpha=0.8, linewidth=1, zorder=3,
             )  # fmt: skip
-            key = {"marker": marker, "color": color, "markerfacecolor": face, "markersize": 12, "markeredgewidth": 2}
+            key = {"marker": marker, "color": color, "markerfacecolor": face, "markersize": 6, "markeredgewidth": 1}
             handles.append(Line2D([], [], ls="", label=experiment.label, **key))
             points.append(np.column_stack([experiment.test_nlls, experiment.estimated_nll]))
             areas.append(size)
             texts += map(str, experiment.classes)
             colors += [color] * len(size)
-        axes.set(xlabel="Test Neg. Log-Likelihood (NLL)", ylabel="Estimated NLL with MPE")
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.grid(ls="--", color="0.9")
+        axes.set(xlabel="Test NLL after training without the class", ylabel="Estimated NLL")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         axes.margins(0.12)
-        legend = axes.legend(handles=handles, loc="upper left", handletextpad=0.2)
+        note = "Numbers: classes\nMarker area: loss of test accuracy"
+        legend = axes.legend(
+            handles=handles, title=note, title_fontsize=SMALL, alignment="left", loc="upper left", handletextpad=0.2
+        )
         everything = np.concatenate(points)
         keep_clear(figure, axes, legend, [tuple(everything.T)], 12)
         number_markers(figure, axes, everything, np.concatenate(areas), texts, colors)

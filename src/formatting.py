@@ -1,18 +1,4 @@
-"""Formatting of quantities in log lines and messages, and the style of all figures."""
-
-FIGURE_STYLE = {  # matplotlib settings
-    "font.size": 15,
-    "axes.titlesize": 16,
-    "axes.labelsize": 17,
-    "xtick.labelsize": 13,
-    "ytick.labelsize": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "pdf.fonttype": 42,
-}
-FIGURE_DPI = 200  # print resolution, for PNG files and for images in PDF files
-FIGURE_GRID = {"color": "0.88", "linewidth": 0.8}  # grid lines
+"""Formatting of quantities in log lines and messages."""
 
 
 def gib(count: float) -> str:

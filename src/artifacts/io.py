@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -30,7 +31,7 @@ import numpy as np
 
 from src.artifacts.plain_pickle import load_plain
 from src.errors import FileError
-from src.formatting import FIGURE_DPI
+from src.figures import DPI, STYLE
 
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file begins that is no zip archive
 
@@ -424,7 +425,7 @@ def write_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
 
 
 def save_figure(figure: Any, stem: str | Path) -> list[Path]:
-    """Write a matplotlib figure as ``stem.png`` (200 dpi) and ``stem.pdf``.
+    """Write a matplotlib figure as ``stem.png`` (300 dpi) and ``stem.pdf``.
 
     The PNG file is compressed lightly: images of photos take a third of the time, and a quarter more bytes.
     Characters that the font lacks, such as an emoji in a class name, are drawn as boxes without a warning.
@@ -432,12 +433,15 @@ def save_figure(figure: Any, stem: str | Path) -> list[Path]:
     Returns:
         The two paths.
     """
+    import matplotlib
+
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs each step of embedding a font
     stem = Path(stem)
     written = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context(STYLE):
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         for kind, more in (("png", {"pil_kwargs": {"compress_level": 1}}), ("pdf", {})):
             path = stem.with_name(f"{stem.name}.{kind}")
-            save = partial(figure.savefig, format=kind, dpi=FIGURE_DPI, **more)
+            save = partial(figure.savefig, format=kind, dpi=DPI, **more)
             written.append(write_with(path, save))
     return written

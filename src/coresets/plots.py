@@ -15,17 +15,13 @@ from scipy.optimize import isotonic_regression
 
 from src.coresets.registry import REFERENCE
 from src.errors import ArgumentError
-from src.formatting import FIGURE_GRID, FIGURE_STYLE
+from src.figures import BLACK, COLORS, GRID, LIGHT, MARKERS, MUTED, PAGE, STYLE
 
-# Paul Tol's "muted" color-blind-safe scheme, pale colors last
-_COLORS = ("#332288", "#CC6677", "#44AA99", "#882255", "#999933", "#117733", "#AA4499", "#88CCEE", "#DDCC77")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
-_BLACK = "black"
 _DASH_DOT = (0, (3, 1, 1, 1))  # short enough to be visible in the legend
-_TEXT = 13  # font size of the labels next to the lines, in points
-_GAP = 1.22 * _TEXT  # points between label centers
-_WIDTH, _HEIGHT = 7.0, 4.8  # inches; in a column at half the size, the smallest text is 6.5 points
-_KEY = (1.03, 1.075, 1.12)  # start, marker and end of a label's line sample, in widths of the axes
+_TEXT = STYLE["legend.fontsize"]  # font size of the labels next to the lines, in points
+_GAP = 1.5 * _TEXT  # points between label centers
+_HEIGHT = 3.2  # inches
+_KEY = (1.02, 1.045, 1.07)  # start, marker and end of a label's line sample, in widths of the axes
 _CROWDED = 0.12  # minimum distance between ticks, in widths of the axes
 
 
@@ -61,46 +57,56 @@ def accuracy_figure(
     key = "shots" if True in shots else "share"
     methods = list(dict.fromkeys(row["method"] for row in rows))
     styles = line_styles(methods)
-    with matplotlib.rc_context(FIGURE_STYLE):
-        figure = Figure(figsize=(_WIDTH, max(_HEIGHT, 1.4 + (len(methods) + 1) * _GAP / 72)), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(PAGE, max(_HEIGHT, 1.0 + (len(methods) + 1) * _GAP / 72)), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1)
         axes = figure.add_subplot()
-        axes.set_title(title)
-        axes.grid(axis="y", **FIGURE_GRID)
+        axes.set_title(f"{title}{_seeds(rows)}")
+        axes.grid(axis="y", **GRID)
         names = []
         for method in methods:
             own = [row for row in rows if row["method"] == method and row["mean"] is not None]
             if own:
                 names.append(_line(axes, sorted(own, key=lambda row: row[key]), key, method, styles[method]))
-        axes.set_ylabel("test accuracy (%)")
-        axes.set_xlabel("examples per class" if key == "shots" else "fraction of examples kept")
+        axes.set_ylabel("Test accuracy (%)")
+        axes.set_xlabel("Examples per class" if key == "shots" else "Fraction of examples kept")
         _ticks(axes, sorted({row[key] for row in rows}))
         if full is not None:
-            style = {"color": "0.25", "linestyle": ":"}
-            axes.axhline(100 * full, lw=2, label="all examples", zorder=2, **style)
+            style = {"color": MUTED, "linestyle": ":"}
+            axes.axhline(100 * full, label="all examples", zorder=2, **style)
             if full_std is not None:
                 band = 100 * (full - full_std), 100 * (full + full_std)
-                axes.axhspan(*band, color="0.25", alpha=0.1, lw=0, label="_all examples")
+                axes.axhspan(*band, color=MUTED, alpha=0.1, lw=0, label="_all examples")
             names.append(_Name("all examples", 100 * full, style))
         _names(figure, axes, names)
         return figure
 
 
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the lines and bands are, for the title; nothing for a single seed."""
+    counts = sorted({row["seeds"] for row in rows if row["mean"] is not None} or {0})
+    if counts[-1] < 2:
+        return ""
+    several = f"{counts[-1]:.0f}" if len(counts) == 1 else f"{counts[0]:.0f} to {counts[-1]:.0f}"
+    return f" (mean of {several} seeds; bands: ± one standard deviation)"
+
+
 def line_styles(methods: Sequence[str]) -> dict[str, dict]:
     """Assign line styles: ``random`` is black and dashed; the other methods differ in color and marker.
 
-    From the tenth method on, colors repeat with other markers, hollow, and dash-dotted lines.
+    From the seventh method on, colors repeat with other markers, hollow, and dash-dotted lines.
     """
-    styles = {REFERENCE: {"color": _BLACK, "marker": "o", "markersize": 5, "linestyle": "--", "zorder": 4}}
-    for index, method in enumerate(m for m in methods if m != REFERENCE):
-        again = (index // len(_COLORS)) % 2
+    styles = {REFERENCE: {"color": BLACK, "marker": "o", "markersize": 4, "linestyle": "--", "zorder": 4}}
+    for place, method in enumerate(m for m in methods if m != REFERENCE):
+        again = (place // len(COLORS)) % 2
         styles[method] = {
-            "color": _COLORS[index % len(_COLORS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "markersize": 9,
+            "color": COLORS[place % len(COLORS)],
+            "marker": MARKERS[place % len(MARKERS)],
+            "markersize": 5.5,
+            "markeredgewidth": 0.5,
             "linestyle": _DASH_DOT if again else "-",
-            "markerfacecolor": "white" if again else _COLORS[index % len(_COLORS)],
-            "markeredgecolor": _COLORS[index % len(_COLORS)] if again else "white",
+            "markerfacecolor": "white" if again else COLORS[place % len(COLORS)],
+            "markeredgecolor": COLORS[place % len(COLORS)] if again else "white",
             "zorder": 3,
         }
     return {method: styles[method] for method in methods}
@@ -111,13 +117,15 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, method: str, 
     x = np.array([row[key] for row in rows], dtype=float)
     mean = 100 * np.array([row["mean"] for row in rows])
     std = 100 * np.array([np.nan if row["std"] is None else row["std"] for row in rows])
-    axes.plot(x, mean, label=method, lw=2, **style)
+    axes.plot(x, mean, label=method, **style)
     if np.isnan(std).all():
         return _Name(method, mean[-1], style)
     if len(x) == 1:  # a band at a single point would have no width
-        axes.errorbar(x, mean, std, color=style["color"], fmt="none", capsize=4, label=f"_{method}")
+        axes.errorbar(x, mean, std, color=style["color"], fmt="none", capsize=2, label=f"_{method}")
     else:
-        axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.16, lw=0, label=f"_{method}")
+        axes.fill_between(
+            x, mean - std, mean + std, color=style["color"], alpha=0.6 * LIGHT, lw=0, label=f"_{method}"
+        )
     return _Name(method, mean[-1], style)
 
 
@@ -142,7 +150,7 @@ def _names(figure: Figure, axes: Axes, names: Sequence[_Name]) -> None:
     gap = _GAP / (axes.get_window_extent().height / figure.dpi * 72)
     names = sorted(names, key=lambda name: name.end)
     for name, height in zip(names, spread([(name.end - low) / (high - low) for name in names], gap), strict=True):
-        axes.plot(_KEY, [height] * 3, lw=2, transform=axes.transAxes, clip_on=False, markevery=[1], **name.style)
+        axes.plot(_KEY, [height] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **name.style)
         weight = "bold" if name.text == REFERENCE else "normal"
         axes.text(
             _KEY[2] + 0.02,

@@ -104,6 +104,15 @@ class StoredSpectrum:
             stored = np.mean(self.traces) if self.traces else self.record.get("trace_quadrature")
         return float("nan" if stored is None else stored)
 
+    @property
+    def trace_error(self) -> float:
+        """Standard error of ``trace`` over the probes; NaN if it is unknown."""
+        if "trace" in self.record:
+            error = self.record.get("trace_standard_error")
+        else:
+            error = np.std(self.traces, ddof=1) / math.sqrt(len(self.traces)) if len(self.traces) > 1 else None
+        return float("nan" if error is None else error)
+
     def share(self, low: float, high: float) -> float:
         """Fraction of the eigenvalues in ``[low, high)``, from the quadratures."""
         runs = zip(self.nodes, self.weights, strict=True)
@@ -139,7 +148,13 @@ def _read_spectrum_record(path: Path) -> dict[str, Any]:
     right = all(settings.get(name, words[0]) in words for name, words in known.items())
     if not right or not isinstance(settings.get("examples", 0), int):
         raise FileError(f"{record_path(path)}: its settings are not a spectrum's; make it again")
-    for name, kinds in (("loss", int | float), ("trace", int | float | None), ("trace_quadrature", int | float)):
+    optional = int | float | None
+    for name, kinds in (
+        ("loss", int | float),
+        ("trace", optional),
+        ("trace_standard_error", optional),
+        ("trace_quadrature", int | float),
+    ):
         if name in record and not isinstance(record[name], kinds):
             raise FileError(f"{record_path(path)}: its {name} is not a number; make it again")
     return record

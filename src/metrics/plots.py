@@ -11,21 +11,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from src.errors import ArgumentError
-from src.formatting import FIGURE_DPI, FIGURE_GRID, FIGURE_STYLE
+from src.figures import BLUE, COLUMN, DIVERGING, DPI, GRID, LIGHT, MUTED, PAGE, SMALL, STYLE
 
 BINS = 50
-PASTEL = matplotlib.colormaps["tab20"].colors[1::2]  # ten light colours
-INK = "#1f4e79"
 _KDE_BINS, _KDE_POINTS = 2048, 512
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title)
-    axes.grid(axis="y", **FIGURE_GRID)
+    axes.set_title(title[:1].upper() + title[1:])
+    axes.grid(axis="y", **GRID)
     return figure, axes
 
 
@@ -37,24 +37,28 @@ def histogram(scores: np.ndarray, label: str, title: str) -> Figure:
         label: The score's symbol.
         title: What it is, and of which data.
     """
-    with matplotlib.rc_context(FIGURE_STYLE):
-        figure, axes = _figure(10, 6, f"{title} ({len(scores):,} examples)")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(COLUMN, 2.2, f"{title} ({len(scores):,} examples)")
         counts, edges = np.histogram(scores, bins=BINS)
-        colours = [PASTEL[i % len(PASTEL)] for i in range(BINS)]
-        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colours, edgecolor="white", lw=0.5)
+        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=BLUE, edgecolor="white", lw=0.3)
         if counts.max() > len(scores) / 2:
             axes.set_yscale("log")
             axes.set_ylim(bottom=0.7)
+            axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel(label)
-        axes.set_ylabel("examples per bin")
+        axes.set_ylabel("Examples per bin")
         axes.margins(x=0.01)
         return figure
 
 
 def kernel_density(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A Gaussian kernel density estimate over the range of the scores (Scott's rule).
+    """A Gaussian kernel density estimate over the range of the scores (Scott's rule), of area 1.
 
-    Scores are binned finely first, so that a million of them cost as much as a thousand.
+    Kernels are reflected at the smallest and at the largest score. Otherwise, the part of them that is beyond the
+    range would be lost, and the density would be half of what it should be at 0, where many scores have most of
+    their examples. Scores are binned finely first, so that a million of them cost as much as a thousand.
 
     Args:
         scores: ``(n,)``, not all equal.
@@ -68,8 +72,11 @@ def kernel_density(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # as scipy.stats.gaussian_kde, whose import takes longer than all the rest here
     width = len(scores) ** -0.2 * np.sqrt(np.cov(centres[used], aweights=counts[used]))
     points = np.linspace(scores.min(), scores.max(), _KDE_POINTS)
-    bumps = np.exp(-0.5 * ((points[:, None] - centres[used]) / width) ** 2)
-    return points, bumps @ counts[used] / (len(scores) * width * np.sqrt(2 * np.pi))
+    heights = np.zeros(_KDE_POINTS)
+    for mirrored in (centres, 2 * points[0] - centres, 2 * points[-1] - centres):
+        kernels = np.exp(-0.5 * ((points[:, None] - mirrored[used]) / width) ** 2)
+        heights += kernels @ counts[used]
+    return points, heights / np.trapezoid(heights, points)
 
 
 def density(scores: np.ndarray, label: str, title: str) -> Figure:
@@ -83,14 +90,14 @@ def density(scores: np.ndarray, label: str, title: str) -> Figure:
             "modes", f"{title}: the chosen scores are all equal, so they have no density; choose more examples"
         )
     points, heights = kernel_density(scores)
-    with matplotlib.rc_context(FIGURE_STYLE):
-        figure, axes = _figure(10, 6, f"{title} ({len(scores):,} examples)")
-        axes.fill_between(points, heights, color=PASTEL[0], alpha=0.8, lw=0)
-        axes.plot(points, heights, color=INK, lw=2)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(COLUMN, 2.2, f"{title} ({len(scores):,} examples)")
+        axes.fill_between(points, heights, color=BLUE, alpha=LIGHT, lw=0)
+        axes.plot(points[[0, *range(len(points)), -1]], [0, *heights, 0], color=BLUE, clip_on=False)
         axes.set_xlabel(label)
-        axes.set_ylabel("density")
+        axes.set_ylabel("Density")
         axes.set_ylim(bottom=0)
-        axes.margins(x=0.01)
+        axes.margins(x=0.02)
         return figure
 
 
@@ -109,32 +116,32 @@ def share_figure(indices: np.ndarray, values: np.ndarray, label: str, title: str
     """
     if plot not in ("scatter", "line"):
         raise ArgumentError("plot", f"{plot!r}: unknown; choose scatter or line")
-    with matplotlib.rc_context(FIGURE_STYLE):
-        figure, axes = _figure(12, 6, f"{title} ({len(indices):,} examples)")
-        style = {"s": 9, "lw": 0} if plot == "scatter" else {"lw": 0.6}
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(PAGE, 2.4, f"{title} ({len(indices):,} examples)")
+        style = {"s": 4, "lw": 0} if plot == "scatter" else {"lw": 0.5}
         draw = axes.scatter if plot == "scatter" else axes.plot
         # tens of thousands of vector marks would make the PDF unusable
-        draw(indices, values, color=INK, alpha=0.55, rasterized=True, **style)
-        axes.set_xlabel("index of the example")
-        axes.set_ylabel(f"share of the sum of {label}")
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        draw(indices, values, color=BLUE, alpha=0.55, rasterized=True, **style)
+        axes.set_xlabel("Index of the example")
+        axes.set_ylabel(f"Share of the sum of {label}")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         return figure
 
 
-def _heat_map(axes: Axes, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
-    """A matrix of correlations with its numbers."""
-    axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
+def _heat_map(axes: Axes, matrix: np.ndarray, columns: Sequence[str], title: str) -> None:
+    """A matrix of correlations with its numbers; its rows are named by the distributions beside it."""
+    axes.imshow(matrix, cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(matrix):
-        colour = "white" if abs(value) > 0.65 else "black"
+        color = "white" if abs(value) > 0.65 else "black"
         text = "–" if np.isnan(value) else f"{value:.2f}"
-        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=13)
+        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=SMALL)
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0, labelsize=15)
+    axes.set_yticks([])
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, pad=12)
+    axes.set_title(title)
 
 
 def _ridges(axes: Axes, scores: Sequence[np.ndarray], names: Sequence[str]) -> None:
@@ -144,15 +151,16 @@ def _ridges(axes: Axes, scores: Sequence[np.ndarray], names: Sequence[str]) -> N
         spread = np.ptp(values) or 1.0
         counts, edges = np.histogram((values - values.min()) / spread, bins=60, range=(0, 1))
         heights = np.log1p(counts) / np.log1p(counts.max()) * 0.85
-        axes.stairs(row + 0.45 - heights, edges, baseline=row + 0.45, fill=True, color=PASTEL[row % len(PASTEL)])
-        axes.stairs(row + 0.45 - heights, edges, baseline=None, color=INK, lw=0.9)
+        top, bottom = row + 0.45 - heights, row + 0.45
+        axes.stairs(top, edges, baseline=bottom, fill=True, color=BLUE, alpha=LIGHT, lw=0)
+        axes.stairs(top, edges, baseline=None, color=BLUE, lw=0.6)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0, labelsize=15)
+    axes.tick_params(axis="y", length=0, labelsize=STYLE["axes.labelsize"])
     axes.spines[["left"]].set_visible(False)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("score, scaled to [0, 1]")
-    axes.set_title("distribution (log counts)", pad=12)
+    axes.set_xlabel("Score, scaled to [0, 1]")
+    axes.set_title("Distribution (log counts)")
 
 
 def comparison(
@@ -171,16 +179,17 @@ def comparison(
         matrices: Heading to ``(k, c)`` correlations, in the order in which they are drawn.
         title: What is compared.
     """
-    cell = 0.72
-    height = cell * max(len(names), 3) + 2.4
-    map_width = max(cell * len(columns) + 1.6, 3.0)  # room for its heading
-    widths = [4.6, *[map_width] * len(matrices)]
-    with matplotlib.rc_context(FIGURE_STYLE):
-        figure = Figure(figsize=(sum(widths), height), layout="constrained")
+    ridges, names_width = 1.9, 0.5  # inches
+    cell = np.clip((PAGE - ridges - names_width) / (len(matrices) * max(len(columns), 3)), 0.32, 0.45)
+    map_width = max(cell * len(columns), 1.2)  # room for its heading
+    widths = [ridges, *[map_width] * len(matrices)]
+    size = (names_width + sum(widths) + 0.2, 0.32 * max(len(names), 3) + 1.1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         _ridges(axes[0], scores, names)
         for place, (heading, matrix) in zip(axes[1:], matrices.items(), strict=True):
-            _heat_map(place, matrix, names, columns, heading)
+            _heat_map(place, matrix, columns, heading)
         figure.suptitle(title)
         return figure
 
@@ -239,36 +248,47 @@ def mosaic(images: np.ndarray, columns: int, gap_y: int, gap_x: int, split: int 
     return canvas
 
 
+SMOOTH = 24
+"""Images narrower than so many pixels are enlarged smoothly: as squares, nobody recognizes a digit of 8 x 8."""
+_CLASS_SIDE, _OVERVIEW_SIDE = 0.8, 0.41  # inches per image, about
+
+
 def image_grid(
-    images: Sequence[np.ndarray], captions: Sequence[Sequence[str]], row_labels: Sequence[str], title: str
+    images: Sequence[np.ndarray],
+    captions: Sequence[Sequence[str]],
+    row_labels: Sequence[str],
+    title: str,
+    note: str = "",
 ) -> Figure:
-    """One row of images per score, each with its score below it.
+    """One row of images per score, each with its caption below it.
 
     Args:
         images: One uint8 array ``(n_r, c, h, w)`` per row.
-        captions: One text per image.
+        captions: One text of at most two lines per image.
         row_labels: The scores' symbols.
         title: What is shown.
+        note: What the captions are, in small type below the title.
     """
     columns, rows = max(map(len, images)), len(images)
-    c, h, w = images[0].shape[1:]
-    grid = np.full((rows, columns, c, h, w), 255, dtype=np.uint8)
+    grid = np.full((rows, columns, *images[0].shape[1:]), 255, dtype=np.uint8)
     for r, row in enumerate(images):
         grid[r, : len(row)] = row
-    gap_y, gap_x = max(1, round(0.2 * h)), max(1, round(0.04 * w))
+    grid, per_inch, smooth = _enlarged(grid, _CLASS_SIDE)
+    h, w = grid.shape[-2:]
+    gap_y, gap_x = round(0.29 * per_inch), max(1, round(0.04 * w))
     canvas = mosaic(grid, columns, gap_y, gap_x)
-    side, left, top = _whole_pixels(1.15, w), 1.5, 0.55  # inches per image, for the row labels, for the title
-    width, height = side * canvas.shape[1] / w, side * canvas.shape[0] / w
-    with matplotlib.rc_context(FIGURE_STYLE):
+    left, top = 0.75, 0.45  # inches, for the row labels, for the title
+    width, height = canvas.shape[1] / per_inch, canvas.shape[0] / per_inch
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width + left + 0.1, height + top + 0.05))
         axes = _bare_axes(figure, left, 0.05, width, height, canvas)
         for r in range(rows):
             middle = r * (h + gap_y) + h / 2
-            axes.text(-0.08 * w, middle, row_labels[r], ha="right", va="center", fontsize=20)
+            axes.text(-0.08 * w, middle, row_labels[r], ha="right", va="center", fontsize=10)
             for k, caption in enumerate(captions[r]):
-                at = (k * (w + gap_x) + w / 2 - 0.5, r * (h + gap_y) + h - 0.5 + gap_y * 0.46)
-                axes.text(*at, caption, ha="center", va="center", fontsize=10)
-        _heading(figure, title)
+                at = (k * (w + gap_x) + w / 2 - 0.5, r * (h + gap_y) + h - 0.5 + 0.02 * per_inch)
+                axes.text(*at, caption, ha="center", va="top", fontsize=SMALL, linespacing=1.1)
+        _heading(figure, title, " ".join(filter(None, (note, smooth))))
         return figure
 
 
@@ -289,35 +309,33 @@ def overview(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symb
 
 
 def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symbol: str, title: str) -> Figure:
-    top, apart = 0.95, 0.25  # inches
-    names = 0.35 + min(1.4, 0.1 * max(len(name) for name, _, _ in classes))  # room for the longest, within reason
+    top, apart = 0.65, 0.15  # inches
+    names = 0.2 + min(0.9, 0.07 * max(len(name) for name, _, _ in classes))  # room for the longest, within reason
     blocks = -(-len(classes) // ROWS_PER_BLOCK)
     rows = -(-len(classes) // blocks)
-    c, h, w = classes[0][1].shape[1:]
-    side = _whole_pixels(0.62, w)
+    grid = np.full((blocks * rows, 2 * n, *classes[0][1].shape[1:]), 255, dtype=np.uint8)
+    for r, (_, low, high) in enumerate(classes):
+        grid[r, : len(low)] = low
+        grid[r, n : n + len(high)] = high[::-1]  # the most extreme examples are at the outer edges
+    grid, per_inch, smooth = _enlarged(grid, _OVERVIEW_SIDE)
+    h, w = grid.shape[-2:]
     gap = max(1, round(0.05 * w))
-    block_width = side * (2 * n * (w + gap) - gap + w // 2) / w
-    height = side * rows * (h + gap) / w
-    with matplotlib.rc_context(FIGURE_STYLE):
-        width = blocks * (names + block_width + apart)
-        figure = Figure(figsize=(width, height + top))
+    block_width = (2 * n * (w + gap) - gap + w // 2) / per_inch
+    height = rows * (h + gap) / per_inch
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(blocks * (names + block_width + apart), height + top))
         for b in range(blocks):
-            part = classes[b * rows : (b + 1) * rows]
-            grid = np.full((rows, 2 * n, c, h, w), 255, dtype=np.uint8)
-            for r, (_, low, high) in enumerate(part):
-                grid[r, : len(low)] = low
-                grid[r, n : n + len(high)] = high[::-1]  # the most extreme examples stand at the outer edges
-            canvas = mosaic(grid, 2 * n, gap, gap, split=n)
+            canvas = mosaic(grid[b * rows : (b + 1) * rows], 2 * n, gap, gap, split=n)
             x = names + b * (names + block_width + apart)
             axes = _bare_axes(figure, x, 0.0, block_width, height, canvas)
-            for r, (name, _, _) in enumerate(part):
-                size = _fitting(name, names - 0.2, 12)
-                axes.text(-0.15 * w, r * (h + gap) + h / 2, name, ha="right", va="center", fontsize=size)
+            for r, (name, _, _) in enumerate(classes[b * rows : (b + 1) * rows]):
+                size = _fitting(name, names - 0.1, 8)
+                axes.text(-0.12 * w, r * (h + gap) + h / 2, name, ha="right", va="center", fontsize=size)
             middle = n * (w + gap) / 2
-            for at, text in ((middle, f"lowest {symbol}"), (canvas.shape[1] - middle, f"highest {symbol}")):
-                size = _fitting("highest S(x_i)", n * side + 0.25, 14)
-                axes.text(at, -0.12 * h, text, ha="center", va="bottom", fontsize=size)
-        _heading(figure, title)
+            for at, text in ((middle, f"Lowest {symbol}"), (canvas.shape[1] - middle, f"Highest {symbol}")):
+                size = _fitting("Highest S(x_i)", n * w / per_inch + 0.15, 8)
+                axes.text(at, -0.1 * h, text, ha="center", va="bottom", fontsize=size)
+        _heading(figure, title, smooth)
         return figure
 
 
@@ -327,21 +345,36 @@ def _bare_axes(figure: Figure, x: float, y: float, width: float, height: float, 
     axes = figure.add_axes((x / total_width, y / total_height, width / total_width, height / total_height))
     rows, columns = canvas.shape[:2]
     image = _Mosaic(axes, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), origin="upper")
-    times = max(1, round(width * FIGURE_DPI / columns))
-    image.set_data(canvas.repeat(times, axis=0).repeat(times, axis=1))
+    image.set_data(canvas)
     axes.add_image(image)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.set_axis_off()
     return axes
 
 
-def _whole_pixels(inches: float, pixels: int) -> float:
-    """The width, about so many inches, at which each pixel of an image becomes a square of pixels in print.
+def _enlarged(grid: np.ndarray, inches: float) -> tuple[np.ndarray, float, str]:
+    """Images as they are printed: each pixel a square of print pixels, or smoothly if they are tiny.
 
-    Images that are larger than their print are drawn with those inches, and resampled.
+    Images that are larger than their print are left as they are; they are resampled as they are drawn.
+
+    Args:
+        grid: uint8 ``(rows, columns, c, h, w)``.
+        inches: About how wide each is printed.
+
+    Returns:
+        uint8 ``(rows, columns, c, times * h, times * w)``, how many of their pixels are printed per inch, and what to
+        tell the reader.
     """
-    times = inches * FIGURE_DPI / pixels
-    return inches if times < 1 else round(times) * pixels / FIGURE_DPI
+    rows, columns, c, h, w = grid.shape
+    times = round(inches * DPI / w) if inches * DPI >= w else 0
+    if times == 0:
+        return grid, w / inches, ""
+    if w >= SMOOTH:
+        return grid.repeat(times, axis=-2).repeat(times, axis=-1), DPI, ""
+    size, smooth = (times * w, times * h), np.empty((rows * columns * c, times * h, times * w), dtype=np.uint8)
+    for channel, enlarged in zip(grid.reshape(-1, h, w), smooth, strict=True):
+        enlarged[:] = Image.fromarray(channel).resize(size, Image.Resampling.BICUBIC)
+    return smooth.reshape(rows, columns, c, *smooth.shape[1:]), DPI, f"{h} × {w} pixels, enlarged smoothly."
 
 
 class _Mosaic(AxesImage):
@@ -357,9 +390,11 @@ class _Mosaic(AxesImage):
         return np.concatenate([self._A, opaque], axis=2)[::-1], box.x0, box.y0, None
 
 
-def _heading(figure: Figure, title: str) -> None:
+def _heading(figure: Figure, title: str, note: str = "") -> None:
     width, height = figure.get_size_inches()
-    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=_fitting(title, width - 0.2, 16))
+    for text, below, largest, color in ((title, 0.07, 9, "black"), (note, 0.24, SMALL, MUTED)):
+        size = _fitting(text, width - 0.1, largest)
+        figure.text(0.5, 1 - below / height, text, ha="center", va="top", fontsize=size, color=color)
 
 
 def _fitting(text: str, inches: float, largest: float) -> float:
@@ -370,6 +405,7 @@ def _fitting(text: str, inches: float, largest: float) -> float:
 def class_grids(
     fetch: Callable[[np.ndarray], np.ndarray],
     positions: Sequence[np.ndarray],
+    indices: Sequence[np.ndarray],
     scores: Sequence[np.ndarray],
     row_labels: Sequence[str],
     title: str,
@@ -379,10 +415,15 @@ def class_grids(
     Args:
         fetch: Positions ``(m,)`` to uint8 images ``(m, c, h, w)``.
         positions: Per row, the positions of its images.
+        indices: Per row, their original indices.
         scores: Per row, their scores.
         row_labels: The scores' symbols.
         title: What is shown.
     """
     lengths = np.cumsum([len(row) for row in positions])[:-1]
     images = np.split(fetch(np.concatenate(positions)), lengths)
-    return image_grid(images, [[f"{value:.3g}" for value in row] for row in scores], row_labels, title)
+    captions = [
+        [f"{index}\n{value:#.3g}" for index, value in zip(*row, strict=True)]
+        for row in zip(indices, scores, strict=True)
+    ]
+    return image_grid(images, captions, row_labels, title, "Below each image: its index and its score.")

@@ -60,7 +60,8 @@ def test_lines_bands_ticks_and_names():
     assert lines["all examples"].get_linestyle() == ":"
     np.testing.assert_allclose(lines["all examples"].get_ydata(), 95)
     np.testing.assert_allclose(axes.get_xticks(), [0.1, 0.3, 0.9])
-    assert (axes.get_title(), axes.get_xlabel()) == ("lenet on digits", "fraction of examples kept")
+    assert axes.get_title() == "lenet on digits (mean of 3 seeds; bands: ± one standard deviation)"
+    assert axes.get_xlabel() == "Fraction of examples kept"
     ends = {name: line.get_ydata()[-1] for name, line in lines.items()}
     assert names_of(figure) == sorted(ends, key=lambda name: -ends[name])
 
@@ -69,7 +70,8 @@ def test_one_seed_has_no_band_and_shots_have_their_axis():
     figure = accuracy_figure(summarize(grid(["random", "craig"], [1, 5, 10, 50], [1], shots=True)), title="t")
     axes = figure.axes[0]
     assert not axes.collections
-    assert axes.get_xlabel() == "examples per class"
+    assert axes.get_title() == "t"
+    assert axes.get_xlabel() == "Examples per class"
     assert axes.get_xscale() == "log"  # 1 and 5 would stand on each other
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "5", "10", "50"]
     assert "all examples" not in names_of(figure)

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex
 from PIL import Image
 from scipy.stats import gaussian_kde
 
@@ -15,6 +15,7 @@ from src.artifacts import paths
 from src.artifacts.io import save_figure
 from src.artifacts.store import write_scores
 from src.errors import ArgumentError
+from src.figures import BLUE, DPI
 from src.metrics import SCORES, Proxy, plots
 
 VALUES = np.random.default_rng(0).gamma(2.0, size=400)
@@ -31,20 +32,31 @@ def test_the_histogram_holds_every_example_in_50_bins():
     counts = [patch.get_height() for patch in axes.patches]
     assert len(counts) == 50
     assert sum(counts) == 400
-    assert len({to_rgb(patch.get_facecolor()) for patch in axes.patches}) == 10
+    assert {to_hex(patch.get_facecolor()).upper() for patch in axes.patches} == {BLUE}
+    assert all(count == round(count) for count in axes.get_yticks())
     assert axes.get_yscale() == "linear"
     assert axes.get_xlabel() == "$s$"
     skewed = np.concatenate([np.zeros(300), VALUES[:100]])
     assert plots.histogram(skewed, "$s$", "").axes[0].get_yscale() == "log"
 
 
-def test_the_binned_density_is_the_plain_one():
+def reflected(kernels, points):
+    return sum(kernels(at) for at in (points, 2 * points[0] - points, 2 * points[-1] - points))
+
+
+def test_the_binned_density_is_the_reflected_one():
     points, heights = plots.kernel_density(VALUES)
-    np.testing.assert_allclose(heights, gaussian_kde(VALUES)(points), rtol=0.01, atol=1e-4)
+    np.testing.assert_allclose(heights, reflected(gaussian_kde(VALUES), points), rtol=0.01, atol=1e-4)
     assert (points[0], points[-1]) == (VALUES.min(), VALUES.max())
     points, heights = plots.kernel_density(np.array([0.0, 0.0, 1.0, 2.0, 2.0, 2.0]))
     centers = np.array([1, 2049, 4095]) / 2048  # of the first, the middle and the last of 2048 bins
-    np.testing.assert_allclose(heights, gaussian_kde(centers, 6**-0.2, weights=[2, 1, 3])(points), rtol=1e-9)
+    expected = reflected(gaussian_kde(centers, 6**-0.2, weights=[2, 1, 3]), points)
+    np.testing.assert_allclose(heights, expected / np.trapezoid(expected, points), rtol=1e-9)
+
+
+def test_the_density_is_right_at_its_ends():
+    _, heights = plots.kernel_density(np.linspace(0, 1, 10_000))
+    np.testing.assert_allclose(heights, 1, atol=0.01)
 
 
 def test_a_density_of_equal_scores_is_refused():
@@ -155,19 +167,43 @@ def _inflated(stream):
         return b""
 
 
-@pytest.mark.parametrize(("side", "times"), [(12, 19), (32, 7), (50, 5), (224, 1)])
+@pytest.mark.parametrize(("side", "times"), [(24, 10), (32, 8), (50, 5), (224, 1)])
 def test_each_pixel_is_a_square_in_print(tmp_path, side, times):
     images = np.random.default_rng(0).integers(0, 255, (2, 3, side, side), dtype=np.uint8)
     png, pdf = save_figure(plots.image_grid([images], [["1", "2"]], ["$a$"], "zero"), tmp_path / "grid")
     shown = np.asarray(Image.open(png).convert("RGB"))
-    shown = shown[-10 - times * (side + max(1, round(0.2 * side))) : -10, 300:-20]  # what is not title or label
     raster, points = embedded(pdf)
+    height, width = raster.shape[:2]
+    right, below = round(0.1 * DPI), round(0.05 * DPI)
+    shown = shown[-below - height : -below, -right - width : -right]  # what is not title, label or margin
     assert shown.shape == raster.shape
-    assert np.allclose(points, [72 / 200 * raster.shape[1], 72 / 200 * raster.shape[0]])
+    assert np.allclose(points, [72 / DPI * raster.shape[1], 72 / DPI * raster.shape[0]])
     square = np.repeat(np.repeat(images.transpose(0, 2, 3, 1), times, axis=1), times, axis=2)
     for drawn in (shown, raster):
         np.testing.assert_array_equal(drawn[: times * side, : times * side], square[0])
         np.testing.assert_array_equal(drawn[: times * side, -times * side :], square[1])
+
+
+def test_tiny_images_are_enlarged_smoothly(tmp_path):
+    images = np.zeros((1, 1, 8, 8), np.uint8)
+    images[..., 4:] = 255
+    figure = plots.image_grid([images], [["1"]], ["$a$"], "zero", "Note.")
+    assert [text.get_text() for text in figure.texts] == ["zero", "Note. 8 × 8 pixels, enlarged smoothly."]
+    png, _ = save_figure(figure, tmp_path / "grid")
+    shown = np.asarray(Image.open(png).convert("L")).astype(int)
+    row = shown[round(0.8 * DPI), round(0.76 * DPI) : round(1.54 * DPI)]
+    assert row[0] == 0
+    assert row[-1] == 255
+    assert 0 < np.diff(row).max() < 20  # in squares it would jump by 255
+
+
+def test_class_figures_show_the_index_of_each_image():
+    images = np.zeros((4, 1, 8, 8), np.uint8)
+    figure = plots.class_grids(
+        lambda at: images[at], [np.array([2, 0])], [np.array([70, 50])], [np.array([0.5, 1.0])], ["$a$"], "t"
+    )
+    assert [text.get_text() for text in figure.axes[0].texts] == ["$a$", "70\n0.500", "50\n1.00"]
+    assert "index" in figure.texts[1].get_text()
 
 
 def test_large_photos_are_scaled_down_for_the_overview(tmp_path):
@@ -177,8 +213,8 @@ def test_large_photos_are_scaled_down_for_the_overview(tmp_path):
     png, _ = save_figure(figure, tmp_path / "overview")
     shown = np.asarray(Image.open(png).convert("L")).astype(float)
     assert figure.get_size_inches()[0] < 3
-    column = shown[-130:-8, round(200 * (0.35 + 0.3 + 0.3))]  # through the first image
-    np.testing.assert_allclose(np.diff(column), 250 / 124, atol=2)
+    column = shown[-125:-12, round(DPI * (0.2 + 0.21 + 0.2))]  # through the first image
+    np.testing.assert_allclose(np.diff(column), 250 / 123, atol=2)
 
 
 def test_the_overview_takes_pages_for_many_classes():

@@ -231,8 +231,26 @@ def test_what_is_drawn():
     for outlier, weight in ((-2.0, 0.05), (50.0, 0.05), (60.0, 0.05)):
         height = y[np.argmin(np.abs(x - outlier))]
         assert height > 0.9 * weight / (width(-2, 60) * (2 * np.pi) ** 0.5), "every outlier is seen"
-    assert "55 ± 7.1" in axes.texts[0].get_text()
-    assert "trace = 75" in axes.texts[0].get_text()
+    assert "55.0 ± 7.1" in axes.texts[0].get_text()
+    assert "trace = 75.0 ± 21" in axes.texts[0].get_text()
+    assert "SE" not in axes.texts[0].get_text()  # no record has one
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "Density, mean over seeds",
+        r"Largest eigenvalue $\lambda_1$ of each seed",
+    ]
+
+
+def test_the_standard_error_of_the_trace():
+    """From the record if it has the trace, otherwise from the probes."""
+    spectra = [
+        measured([1.0], [[0.0, 1.0]], [[0.5, 0.5]], {"trace": 90.0, "trace_standard_error": 3.0}),
+        StoredSpectrum("x", [1.0], [[0.0, 1.0]], [[0.5, 0.5]], [1.0, 3.0, 5.0, 7.0], {}),
+    ]
+    assert spectra[1].trace_error == pytest.approx(np.std([1, 3, 5, 7], ddof=1) / 2)
+    figure = spectrum_figure([SpectrumGroup(label, [one]) for label, one in zip("ab", spectra, strict=True)], "title")
+    assert "trace = 90.0 (SE 3)" in figure.axes[0].texts[0].get_text()
+    assert "trace = 4.00 (SE 1.3)" in figure.axes[1].texts[0].get_text()
+    assert figure.legends[0].get_title().get_text() == "SE: standard error of one estimate of the trace"
 
 
 def test_measures():
