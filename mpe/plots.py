@@ -154,7 +154,7 @@ class StoredResult:
 
 
 _ANGLES = np.deg2rad(45 + np.array([0, -90, 90, 180, -45, 45, -135, 135, 22, -22, 67, -67, 112, -112, 157, -157]))
-_REACHES = (1, 4, 8, 14, 22)  # points between a marker and its label
+_REACHES = (1.5, 4, 8, 14, 22)  # points between a marker and its label
 
 
 class Decimals(Formatter):

@@ -97,16 +97,16 @@ def line_styles(methods: Sequence[str]) -> dict[str, dict]:
     From the seventh method on, colors repeat with other markers, hollow, and dash-dotted lines.
     """
     styles = {REFERENCE: {"color": BLACK, "marker": "o", "markersize": 4, "linestyle": "--", "zorder": 4}}
-    for place, method in enumerate(m for m in methods if m != REFERENCE):
-        again = (place // len(COLORS)) % 2
+    for index, method in enumerate(m for m in methods if m != REFERENCE):
+        again = (index // len(COLORS)) % 2
         styles[method] = {
-            "color": COLORS[place % len(COLORS)],
-            "marker": MARKERS[place % len(MARKERS)],
+            "color": COLORS[index % len(COLORS)],
+            "marker": MARKERS[index % len(MARKERS)],
             "markersize": 5.5,
             "markeredgewidth": 0.5,
             "linestyle": _DASH_DOT if again else "-",
-            "markerfacecolor": "white" if again else COLORS[place % len(COLORS)],
-            "markeredgecolor": COLORS[place % len(COLORS)] if again else "white",
+            "markerfacecolor": "white" if again else COLORS[index % len(COLORS)],
+            "markeredgecolor": COLORS[index % len(COLORS)] if again else "white",
             "zorder": 3,
         }
     return {method: styles[method] for method in methods}
