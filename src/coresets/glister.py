@@ -79,9 +79,8 @@ def glister(inputs: SelectionInputs, groups: Sequence[CandidateGroup], options: 
             judges = np.flatnonzero(held) if held.any() else np.arange(len(labels))
         first, draws = int((~inside).sum()), None
         if epsilon is not None:
-            draws = [
-                Draws(count, min(group.budget, count), epsilon, generator) for count in (first, len(pool) - first)
-            ]
+            parts = (first, min(group.budget, first)), (len(pool) - first, max(group.budget - first, 1))
+            draws = [Draws(*part, epsilon, generator) for part in parts]
         chosen = greedy(layer.at(pool), first, layer.at(judges), group.budget, options, draws)
         picks.append(pool[chosen])
     return Selection.of(picks)

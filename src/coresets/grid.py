@@ -114,6 +114,7 @@ class Grid:
         path, elsewhere = self.stem.with_name(f"{self.stem.name}.json"), "choose another --name"
         pretrains = any(self.selections[func].method.needs.pretraining for func in self.config.funcs)
         ignore = () if pretrains else asdict(self.pretrain)
+        ignore = ("selection_subsample", *ignore)  # in older tables; see settings()
         cells = load_result(path, self.settings(), read, ignore=ignore, elsewhere=elsewhere)
         if other := (cells or set()) - set(self.runs):
             cell, remedy = _describe(*min(other, key=str)), REPLACE.replace(ELSEWHERE, elsewhere)
@@ -183,6 +184,7 @@ class Grid:
             "shots_up_to": bool(self.config.shots_up_to) or None,
         }
         del facts["seed"]
+        facts.pop("selection_subsample", None)  # each cell compares what "auto" resolves to
         return facts
 
     def records(self) -> list[dict[str, Any]]:

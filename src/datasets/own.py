@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import PIL
+import PIL.features
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -320,6 +320,8 @@ class _Cache:
         self.rules = {
             "format": CACHE_FORMAT,
             "pillow": PIL.__version__,
+            "jpeg": PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg"),
+            "torch": torch.__version__,  # it resizes
             **{name: getattr(config, name) for name in ("image_size", "channels", "decode")},
         }
         key = os.fsencode(f"{root}\0{config.image_size}\0{config.channels}\0{config.decode}")

@@ -63,7 +63,8 @@ def torch_optimizer(name: str, parameters: Iterable[nn.Parameter], **settings: A
     """Build SGD, Adam or AdamW, with the step fused into one kernel if torch supports it.
 
     State dicts do not record whether the optimizer is fused; any state dict can be loaded. Loaded tensors get the
-    memory layout of the parameters, because a fused CPU kernel iterates over their memory in parallel.
+    memory layout of the parameters, because a fused CPU kernel iterates over their memory in parallel. Gradients
+    must have the strides of their parameters, as those from autograd do.
 
     Args:
         name: ``sgd``, ``adam`` or ``adamw``.
@@ -81,6 +82,8 @@ def torch_optimizer(name: str, parameters: Iterable[nn.Parameter], **settings: A
         optimizer.register_state_dict_post_hook(_forget_fused)
         optimizer.register_load_state_dict_pre_hook(_set_fused)
         optimizer.register_load_state_dict_post_hook(_match_layouts)
+        if settings.get("momentum"):
+            optimizer.register_step_pre_hook(_start_late_momenta)
     return optimizer
 
 
@@ -92,6 +95,20 @@ def _forget_fused(optimizer: Optimizer, state: dict[str, Any]) -> None:
 def _set_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     groups = [{**group, "foreach": None, "fused": True} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
+
+
+def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
+    """Give parameters whose first gradient comes after the first step a momentum of 0.
+
+    Fused SGD takes buffers of all parameters or of none. A momentum of 0 leads to the same step as none, because
+    dampening is 0.
+    """
+    for group in optimizer.param_groups:
+        stepped = [p for p in group["params"] if p.grad is not None]
+        late = [p for p in stepped if optimizer.state[p].get("momentum_buffer") is None]
+        if 0 < len(late) < len(stepped):
+            for p in late:
+                optimizer.state[p]["momentum_buffer"] = p.detach().mul(0)
 
 
 def _match_layouts(optimizer: Optimizer) -> None:

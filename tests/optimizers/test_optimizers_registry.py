@@ -146,3 +146,18 @@ def test_bad_settings_are_named(name, wrong, values):
     for value in values:
         with pytest.raises(ArgumentError, match=f"^{name}"):
             TrainingConfig(**{"learning_rate": 0.1, **wrong, name: value})
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_a_parameter_whose_gradient_comes_late(name):
+    settings = {"momentum": 0.9} if name == "sgd" else {}
+    ours, theirs = ([nn.Parameter(torch.arange(3.0)) for _ in range(2)] for _ in range(2))
+    optimizers = torch_optimizer(name, ours, lr=0.1, **settings), KINDS[name](theirs, lr=0.1, **settings)
+    for step in range(4):
+        for early, late in (ours, theirs):
+            early.grad = torch.ones(3)
+            late.grad = torch.ones(3) if step > 1 else None
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)

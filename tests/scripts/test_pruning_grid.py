@@ -230,6 +230,20 @@ def test_a_table_of_other_settings_is_kept(blobs, tmp_path):
     succeed("compare_pruning.py", *small, "--learning_rate=0.1", "--overwrite")
 
 
+def test_a_table_does_not_say_what_its_cells_compare(blobs, tmp_path):
+    """Older tables record what --selection_subsample was, or not at all; for small groups auto is exact."""
+    grid = (*flags(blobs, tmp_path), "--funcs", "k_center", "--fractions", "0.5", "--seeds", "1")
+    succeed("compare_pruning.py", *grid)
+    (path,) = tmp_path.glob("**/comparison.json")
+    content = read_json(path)
+    assert "selection_subsample" not in content["settings"]
+    for recorded in ("auto", "exact"):
+        path.write_text(json.dumps({**content, "settings": {**content["settings"], "selection_subsample": recorded}}))
+        succeed("compare_pruning.py", *grid, "--table_only")
+    succeed("compare_pruning.py", *grid, "--selection_subsample=exact")
+    refuse("compare_pruning.py", *grid, "--selection_subsample=0.4", status=FILE, says="selection_subsample")
+
+
 def test_a_table_with_more_cells_is_kept(blobs, tmp_path):
     grid = (*flags(blobs, tmp_path), "--funcs", "random", "--seeds", "1")
     succeed("compare_pruning.py", *grid)
