@@ -455,7 +455,7 @@ def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
         labels: Names of the K checkpoints.
     """
     curves = ranked_bins(sensitivities)
-    curves = curves[:, ::-1]  # the most sensitive to the right
+    curves = curves[:, ::-1]  # most sensitive examples on the right
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(2.6)
         at = 100 * (np.arange(curves.shape[1]) + 0.5) / curves.shape[1]

@@ -33,7 +33,7 @@ from src.artifacts.plain_pickle import load_plain
 from src.errors import FileError
 from src.figures import DPI, STYLE
 
-_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file begins that is no zip archive
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of a torch file that is not a zip archive
 
 
 def _read(path: str | Path, what: str, load: Callable[[BinaryIO], Any]) -> Any:
@@ -427,15 +427,15 @@ def write_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
 def save_figure(figure: Any, stem: str | Path) -> list[Path]:
     """Write a matplotlib figure as ``stem.png`` (300 dpi) and ``stem.pdf``.
 
-    The PNG file is compressed lightly: images of photos take a third of the time, and a quarter more bytes.
-    Characters that the font lacks, such as an emoji in a class name, are drawn as boxes without a warning.
+    PNG compression is low, which takes a third of the time for images of photos and a quarter more bytes.
+    Characters missing from the font, such as an emoji in a class name, are drawn as boxes without a warning.
 
     Returns:
         The two paths.
     """
     import matplotlib
 
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs each step of embedding a font
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # fontTools logs every step of embedding a font
     stem = Path(stem)
     written = []
     with warnings.catch_warnings(), matplotlib.rc_context(STYLE):

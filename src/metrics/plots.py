@@ -1,6 +1,6 @@
 """Figures of scores: distributions, comparisons by rank, and the examples with the lowest and the highest scores.
 
-Figures are built on matplotlib's object interface: no global state, no window, no back end to choose.
+Figures are built with matplotlib's object interface, without global state, windows, or a choice of backend.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,12 +30,12 @@ def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def histogram(scores: np.ndarray, label: str, title: str) -> Figure:
-    """A histogram of 50 bins; its counts are logarithmic if one bin holds most examples.
+    """Plot a histogram with 50 bins. The count axis is logarithmic if one bin has more than half of the examples.
 
     Args:
         scores: ``(n,)``.
         label: The score's symbol.
-        title: What it is, and of which data.
+        title: The names of the score and the data set.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(COLUMN, 2.2, f"{title} ({len(scores):,} examples)")
@@ -54,11 +54,11 @@ def histogram(scores: np.ndarray, label: str, title: str) -> Figure:
 
 
 def kernel_density(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A Gaussian kernel density estimate over the range of the scores (Scott's rule), of area 1.
+    """Compute a Gaussian kernel density estimate over the range of the scores (Scott's rule), with area 1.
 
-    Kernels are reflected at the smallest and at the largest score. Otherwise, the part of them that is beyond the
-    range would be lost, and the density would be half of what it should be at 0, where many scores have most of
-    their examples. Scores are binned finely first, so that a million of them cost as much as a thousand.
+    Kernels are reflected at the minimum and maximum score. Without reflection, kernel mass outside the range would be
+    lost, and the density at 0, where many scores have most of their examples, would be too low by half. Scores are
+    first put into fine bins, so the cost hardly depends on the number of scores.
 
     Args:
         scores: ``(n,)``, not all equal.
@@ -69,7 +69,7 @@ def kernel_density(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     counts, edges = np.histogram(scores, bins=_KDE_BINS)
     centres = (edges[:-1] + edges[1:]) / 2
     used = counts > 0
-    # as scipy.stats.gaussian_kde, whose import takes longer than all the rest here
+    # The same bandwidth as scipy.stats.gaussian_kde, whose import takes longer than the rest of this function.
     width = len(scores) ** -0.2 * np.sqrt(np.cov(centres[used], aweights=counts[used]))
     points = np.linspace(scores.min(), scores.max(), _KDE_POINTS)
     heights = np.zeros(_KDE_POINTS)
@@ -80,14 +80,14 @@ def kernel_density(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def density(scores: np.ndarray, label: str, title: str) -> Figure:
-    """A filled kernel density estimate of scores ``(n,)``.
+    """Plot a filled kernel density estimate of scores ``(n,)``.
 
     Raises:
-        ArgumentError: All scores are equal: they have no density.
+        ArgumentError: All scores are equal, so they have no density.
     """
     if len(scores) < 2 or np.ptp(scores) == 0:
         raise ArgumentError(
-            "modes", f"{title}: the chosen scores are all equal, so they have no density; choose more examples"
+            "modes", f"{title}: the selected scores are all equal, so they have no density; select more examples"
         )
     points, heights = kernel_density(scores)
     with matplotlib.rc_context(STYLE):
@@ -102,17 +102,17 @@ def density(scores: np.ndarray, label: str, title: str) -> Figure:
 
 
 def share_figure(indices: np.ndarray, values: np.ndarray, label: str, title: str, plot: str = "scatter") -> Figure:
-    """Each example's share of the sum of all scores, against its index.
+    """Plot each example's fraction of the sum of all scores against its index.
 
     Args:
         indices: ``(m,)`` original indices.
-        values: ``(m,)`` shares.
+        values: ``(m,)`` fractions of the sum.
         label: The score's symbol.
-        title: What it is, and of which data.
+        title: The names of the score and the data set.
         plot: ``"scatter"`` or ``"line"``.
 
     Raises:
-        ArgumentError: ``plot`` is neither.
+        ArgumentError: ``plot`` is neither ``"scatter"`` nor ``"line"``.
     """
     if plot not in ("scatter", "line"):
         raise ArgumentError("plot", f"{plot!r}: unknown; choose scatter or line")
@@ -120,7 +120,7 @@ def share_figure(indices: np.ndarray, values: np.ndarray, label: str, title: str
         figure, axes = _figure(PAGE, 2.4, f"{title} ({len(indices):,} examples)")
         style = {"s": 4, "lw": 0} if plot == "scatter" else {"lw": 0.5}
         draw = axes.scatter if plot == "scatter" else axes.plot
-        # tens of thousands of vector marks would make the PDF unusable
+        # A PDF with tens of thousands of vector markers would be too slow to display.
         draw(indices, values, color=BLUE, alpha=0.55, rasterized=True, **style)
         axes.set_xlabel("Index of the example")
         axes.set_ylabel(f"Share of the sum of {label}")
@@ -131,7 +131,7 @@ def share_figure(indices: np.ndarray, values: np.ndarray, label: str, title: str
 
 
 def _heat_map(axes: Axes, matrix: np.ndarray, columns: Sequence[str], title: str) -> None:
-    """A matrix of correlations with its numbers; its rows are named by the distributions beside it."""
+    """Plot a matrix of correlations with its values. The distributions next to it name the rows."""
     axes.imshow(matrix, cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(matrix):
         color = "white" if abs(value) > 0.65 else "black"
@@ -145,7 +145,7 @@ def _heat_map(axes: Axes, matrix: np.ndarray, columns: Sequence[str], title: str
 
 
 def _ridges(axes: Axes, scores: Sequence[np.ndarray], names: Sequence[str]) -> None:
-    """One distribution per row: the logarithm of the counts of the scores scaled to [0, 1]."""
+    """Plot one distribution per row: log counts of the scores, which are scaled to [0, 1]."""
     for row, values in enumerate(scores):
         values = values[~np.isnan(values)]
         spread = np.ptp(values) or 1.0
@@ -170,18 +170,18 @@ def comparison(
     matrices: dict[str, np.ndarray],
     title: str,
 ) -> Figure:
-    """Several scores beside each other: their distributions and one heat map per correlation matrix.
+    """Plot several scores side by side: their distributions, and one heat map per correlation matrix.
 
     Args:
-        scores: k arrays ``(n,)``; NaN is left out.
-        names: The k rows' symbols.
-        columns: The c columns' symbols.
-        matrices: Heading to ``(k, c)`` correlations, in the order in which they are drawn.
-        title: What is compared.
+        scores: k arrays ``(n,)``; NaN is skipped.
+        names: The symbols of the k rows.
+        columns: The symbols of the c columns.
+        matrices: Maps a heading to ``(k, c)`` correlations, in plotting order.
+        title: The title of the figure.
     """
     ridges, names_width = 1.9, 0.5  # inches
     cell = np.clip((PAGE - ridges - names_width) / (len(matrices) * max(len(columns), 3)), 0.32, 0.45)
-    map_width = max(cell * len(columns), 1.2)  # room for its heading
+    map_width = max(cell * len(columns), 1.2)  # leaves room for the heading
     widths = [ridges, *[map_width] * len(matrices)]
     size = (names_width + sum(widths) + 0.2, 0.32 * max(len(names), 3) + 1.1)
     with matplotlib.rc_context(STYLE):
@@ -194,24 +194,24 @@ def comparison(
         return figure
 
 
-ROWS_PER_BLOCK = 25  # of the overview; more classes go into further blocks beside the first
+ROWS_PER_BLOCK = 25  # in the overview; additional classes form additional blocks to the right
 CLASSES_PER_PAGE = 100
 
 
 def extremes(
     scores: np.ndarray, labels: np.ndarray, indices: np.ndarray, n: int
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """The n lowest and n highest scored examples of each class, from one sort.
+    """Find the n examples with the lowest and the n with the highest scores in each class, with a single sort.
 
     Args:
-        scores: ``(total,)`` by original index; NaN is left out.
-        labels: ``(m,)`` classes of the examples at hand.
-        indices: ``(m,)`` their original indices.
-        n: How many; fewer where a class has fewer.
+        scores: ``(total,)`` by original index; NaN is skipped.
+        labels: ``(m,)`` classes of the examples.
+        indices: ``(m,)`` original indices of the examples.
+        n: Number of examples; fewer if a class has fewer.
 
     Returns:
-        Class to (positions of the lowest, ascending; positions of the highest, descending), positions in ``labels``.
-        Ties are broken by index.
+        Maps a class to the positions in ``labels`` of the lowest scores (ascending) and of the highest scores
+        (descending). Ties are broken by index.
     """
     own = scores[indices]
     order = np.lexsort((indices, own, labels))
@@ -221,19 +221,19 @@ def extremes(
     for c in np.unique(labels):
         start, stop = np.searchsorted(sorted_labels, [c, c + 1])
         members = order[start:stop]
-        result[int(c)] = (members[:n], members[::-1][:n].copy())  # torch takes no negative strides
+        result[int(c)] = (members[:n], members[::-1][:n].copy())  # torch does not support negative strides
     return result
 
 
 def mosaic(images: np.ndarray, columns: int, gap_y: int, gap_x: int, split: int | None = None) -> np.ndarray:
-    """Place images in rows on a white canvas.
+    """Arrange images in rows on a white canvas.
 
     Args:
         images: uint8 ``(rows, columns, c, h, w)`` with c = 1 or 3.
-        columns: How many columns.
-        gap_y: Pixels below each row, room for a caption.
+        columns: Number of columns.
+        gap_y: Pixels below each row, for a caption.
         gap_x: Pixels between columns.
-        split: A column before which the gap is as wide as half an image.
+        split: A column preceded by an additional gap of half an image width.
 
     Returns:
         uint8 ``(H, W, 3)``.
@@ -249,8 +249,8 @@ def mosaic(images: np.ndarray, columns: int, gap_y: int, gap_x: int, split: int 
 
 
 SMOOTH = 24
-"""Images narrower than so many pixels are enlarged smoothly: as squares, nobody recognizes a digit of 8 x 8."""
-_CLASS_SIDE, _OVERVIEW_SIDE = 0.8, 0.41  # inches per image, about
+"""Images narrower than this many pixels are enlarged smoothly: an 8 x 8 digit is unrecognizable as squares."""
+_CLASS_SIDE, _OVERVIEW_SIDE = 0.8, 0.41  # approximate inches per image
 
 
 def image_grid(
@@ -260,14 +260,14 @@ def image_grid(
     title: str,
     note: str = "",
 ) -> Figure:
-    """One row of images per score, each with its caption below it.
+    """Plot one row of images per score, with a caption below each image.
 
     Args:
         images: One uint8 array ``(n_r, c, h, w)`` per row.
         captions: One text of at most two lines per image.
         row_labels: The scores' symbols.
-        title: What is shown.
-        note: What the captions are, in small type below the title.
+        title: The title of the figure.
+        note: An explanation of the captions, in small type below the title.
     """
     columns, rows = max(map(len, images)), len(images)
     grid = np.full((rows, columns, *images[0].shape[1:]), 255, dtype=np.uint8)
@@ -277,7 +277,7 @@ def image_grid(
     h, w = grid.shape[-2:]
     gap_y, gap_x = round(0.29 * per_inch), max(1, round(0.04 * w))
     canvas = mosaic(grid, columns, gap_y, gap_x)
-    left, top = 0.75, 0.45  # inches, for the row labels, for the title
+    left, top = 0.75, 0.45  # inches, for the row labels and for the title
     width, height = canvas.shape[1] / per_inch, canvas.shape[0] / per_inch
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width + left + 0.1, height + top + 0.05))
@@ -293,13 +293,13 @@ def image_grid(
 
 
 def overview(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symbol: str, title: str) -> list[Figure]:
-    """All classes at a glance: per class the n lowest scored examples on the left, the n highest on the right.
+    """Plot all classes, each with the n lowest-scored examples on the left and the n highest-scored on the right.
 
     Args:
-        classes: Name, and uint8 images ``(<= n, c, h, w)`` of the lowest and of the highest, per class.
-        n: Images on each side.
+        classes: Per class, its name and uint8 images ``(<= n, c, h, w)`` with the lowest and the highest scores.
+        n: Number of images on each side.
         symbol: The score's symbol.
-        title: What is shown.
+        title: The title of the figure.
 
     Returns:
         One figure per hundred classes.
@@ -310,7 +310,7 @@ def overview(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symb
 
 def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int, symbol: str, title: str) -> Figure:
     top, apart = 0.65, 0.15  # inches
-    names = 0.2 + min(0.9, 0.07 * max(len(name) for name, _, _ in classes))  # room for the longest, within reason
+    names = 0.2 + min(0.9, 0.07 * max(len(name) for name, _, _ in classes))  # fits the longest name, up to a limit
     blocks = -(-len(classes) // ROWS_PER_BLOCK)
     rows = -(-len(classes) // blocks)
     grid = np.full((blocks * rows, 2 * n, *classes[0][1].shape[1:]), 255, dtype=np.uint8)
@@ -340,7 +340,7 @@ def _overview_page(classes: Sequence[tuple[str, np.ndarray, np.ndarray]], n: int
 
 
 def _bare_axes(figure: Figure, x: float, y: float, width: float, height: float, canvas: np.ndarray) -> Axes:
-    """Axes without ticks at a place in inches, showing a canvas pixel by pixel."""
+    """Add axes without ticks at a position in inches, and show a canvas in them pixel by pixel."""
     total_width, total_height = figure.get_size_inches()
     axes = figure.add_axes((x / total_width, y / total_height, width / total_width, height / total_height))
     rows, columns = canvas.shape[:2]
@@ -353,17 +353,16 @@ def _bare_axes(figure: Figure, x: float, y: float, width: float, height: float, 
 
 
 def _enlarged(grid: np.ndarray, inches: float) -> tuple[np.ndarray, float, str]:
-    """Images as they are printed: each pixel a square of print pixels, or smoothly if they are tiny.
+    """Enlarge images to print resolution: each pixel becomes a square, or tiny images are enlarged smoothly.
 
-    Images that are larger than their print are left as they are; they are resampled as they are drawn.
+    Images with a higher resolution than the print are unchanged and resampled when they are drawn.
 
     Args:
         grid: uint8 ``(rows, columns, c, h, w)``.
-        inches: About how wide each is printed.
+        inches: Approximate printed width of each image.
 
     Returns:
-        uint8 ``(rows, columns, c, times * h, times * w)``, how many of their pixels are printed per inch, and what to
-        tell the reader.
+        uint8 ``(rows, columns, c, times * h, times * w)``, their pixels per printed inch, and a note for the reader.
     """
     rows, columns, c, h, w = grid.shape
     times = round(inches * DPI / w) if inches * DPI >= w else 0
@@ -378,10 +377,10 @@ def _enlarged(grid: np.ndarray, inches: float) -> tuple[np.ndarray, float, str]:
 
 
 class _Mosaic(AxesImage):
-    """An image that fills its axes; it is not resampled where it has as many pixels as these, in PNG as in PDF."""
+    """An image that fills its axes. It is not resampled if it has as many pixels as the axes, in PNG and in PDF."""
 
     def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> tuple:
-        """The pixels, where they are drawn, and how they are scaled; see matplotlib."""
+        """Return the pixels, their position, and their transform; see matplotlib's ``AxesImage.make_image``."""
         rows, columns = self._A.shape[:2]
         box = self.axes.bbox
         if (rows, columns) != (round(magnification * box.height), round(magnification * box.width)):
@@ -398,7 +397,7 @@ def _heading(figure: Figure, title: str, note: str = "") -> None:
 
 
 def _fitting(text: str, inches: float, largest: float) -> float:
-    """The font size, at most ``largest``, at which a text is no wider than so many inches (a letter is 0.6 high)."""
+    """The font size, at most ``largest``, at which a text fits into ``inches`` (a letter is 0.6 em wide)."""
     return min(largest, 72 * inches / (0.6 * max(len(text), 1)))
 
 
@@ -410,15 +409,15 @@ def class_grids(
     row_labels: Sequence[str],
     title: str,
 ) -> Figure:
-    """The grid of one class and one end: one row per score.
+    """Plot the lowest or the highest scores of one class, with one row per score.
 
     Args:
-        fetch: Positions ``(m,)`` to uint8 images ``(m, c, h, w)``.
+        fetch: Maps positions ``(m,)`` to uint8 images ``(m, c, h, w)``.
         positions: Per row, the positions of its images.
-        indices: Per row, their original indices.
-        scores: Per row, their scores.
+        indices: Per row, the original indices of its images.
+        scores: Per row, the scores of its images.
         row_labels: The scores' symbols.
-        title: What is shown.
+        title: The title of the figure.
     """
     lengths = np.cumsum([len(row) for row in positions])[:-1]
     images = np.split(fetch(np.concatenate(positions)), lengths)
@@ -426,4 +425,4 @@ def class_grids(
         [f"{index}\n{value:#.3g}" for index, value in zip(*row, strict=True)]
         for row in zip(indices, scores, strict=True)
     ]
-    return image_grid(images, captions, row_labels, title, "Below each image: its index and its score.")
+    return image_grid(images, captions, row_labels, title, "Below each image: index and score.")
