@@ -361,7 +361,7 @@ class TrainingRun:
         )
         if MODELS[name].pretrain is not None and not config.model.pretrained:
             log.info(
-                "%s starts from random weights; the SAMIS experiments start from ImageNet weights (--pretrained)",
+                "%s is initialized randomly; the SAMIS experiments start from ImageNet weights (--pretrained)",
                 name,
             )
         model = build_model(

@@ -5,10 +5,10 @@ import signal
 import sys
 from pathlib import Path
 
-# Tests run beside each other: one thread each, also in the processes that they start.
+# Tests run in parallel, so each uses one thread, as do the processes that it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell that starts the tests in the background ignores Ctrl-C, and would have the scripts under test ignore it.
+# A shell that runs the tests in the background ignores SIGINT, and the scripts under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent

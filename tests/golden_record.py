@@ -71,7 +71,7 @@ PRUNE = [
 ]
 DOWN = ["--coreset_epochs=1", "--batch_size=64", "--learning_rate=0.05", "--lr_sched=const"]
 
-# chains run beside each other; within a chain each command reads what those before it wrote
+# chains run in parallel; within a chain, each command reads the files of the previous ones
 CHAINS = {
     "samis": [
         *(
@@ -322,12 +322,12 @@ def clean(text, *paths):
         text = text.replace(str(path), "BASE")
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
     text = re.sub(r"[\d.]+ (s|ms|min|MiB|KiB|GiB|MB|KB|B|it/s|seconds|minutes)\b", r"N \1", text)
-    text = re.sub(r"selection_[0-9a-f]{8}", "selection_HASH", text)  # of a file that contains seconds
+    text = re.sub(r"selection_[0-9a-f]{8}", "selection_HASH", text)  # the file contains times in seconds
     return re.sub(r"[ \t]+", " ", text)
 
 
 def plain(value):
-    """A value as something json can hold, arrays and tensors as digests, volatile keys left out."""
+    """Convert a value to JSON, with arrays and tensors as digests and without volatile keys."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""What every answer to bad input must be: one clear line, the right status, and nothing lost."""
+"""Checks that bad input is refused with one clear line and the right exit status, and that no file is lost."""
 
 import os
 import re
@@ -31,8 +31,8 @@ def refuse(script: str, *flags: object, status: int, says: str | tuple[str, ...]
         script: Its file name.
         flags: Its flags.
         status: The exit status: ``FLAG`` or ``FILE``.
-        says: Regular expressions that the one line must contain: what is named, what is wrong, what would be right.
-        keep: A folder whose files (but logs) must stay as they are, with no half-written ones beside them.
+        says: Regular expressions that the line must match: what is named, what is wrong, what to do.
+        keep: A folder whose files (except logs) must not change, and which must not contain partial files.
     """
     before = snapshot(keep) if keep else {}
     line = check(call(script, *flags), script, status, *((says,) if isinstance(says, str) else says))
@@ -42,13 +42,13 @@ def refuse(script: str, *flags: object, status: int, says: str | tuple[str, ...]
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
-    """The files below a folder, without logs and locks."""
+    """Return the files in a folder, without logs and locks."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", ".lock"))
     return {path: path.read_bytes() for path in files}
 
 
 def assert_kept(before: dict[Path, bytes], folder: Path) -> None:
-    """Check that no file changed or went, and that none is half-written."""
+    """Check that no file was changed or removed, and that there are no partial files."""
     after = snapshot(folder)
     for path, content in before.items():
         assert after.get(path) == content, f"{path} changed"
@@ -62,7 +62,7 @@ def on_a_full_disk(limit: int, script: str, *flags: object) -> Result:
 
 @contextmanager
 def spoilt(path: Path, content: bytes | None) -> Iterator[None]:
-    """Put other content in a file's place (None: remove it), and put the old one back afterwards."""
+    """Replace a file's contents (None removes the file), and restore it on exit."""
     old = path.read_bytes()
     path.unlink()
     if content is not None:
@@ -75,7 +75,7 @@ def spoilt(path: Path, content: bytes | None) -> Iterator[None]:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Root may read everything: become nobody for a while."""
+    """Run as user nobody, because root can read everything."""
     user = os.geteuid()
     if not user:
         os.seteuid(65534)
@@ -86,7 +86,7 @@ def unprivileged() -> Iterator[None]:
 
 
 class RunsCode:
-    """Pickled, it runs a command when it is read."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof

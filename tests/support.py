@@ -1,4 +1,4 @@
-"""Running scripts as users do, and small data sets of the user's own."""
+"""Helpers that run scripts as users do, and small data sets in the format of users' own data."""
 
 import contextlib
 import importlib.util
@@ -21,7 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-# The published score files: in a folder beside the checkout, or where fetch_scores.py puts them.
+# The published score files are in a folder next to the checkout, or where fetch_scores.py puts them.
 _FETCHED = ("forgettability/forg_cifar10.pkl", "memorization/cifar100_infl_matrix.npz", "sam_sgd/samis_loss_svhn.pkl")
 PUBLISHED = next(
     (
@@ -39,7 +39,7 @@ needs_published = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Result:
-    """How a script ended."""
+    """Exit status and output of a script."""
 
     status: int
     out: str
@@ -52,7 +52,7 @@ class Result:
 
 
 def call(script: str, *flags: object) -> Result:
-    """Run a script within this process (fast); flags are turned into strings."""
+    """Run a script in this process, which is fast. Flags are converted to strings."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [str(ROOT / script), *map(str, flags)]
     status: object = 0
@@ -74,22 +74,22 @@ def succeed(script: str, *flags: object) -> Result:
 
 
 def example(name: str):
-    """A script of ``examples/`` as a module."""
+    """Import a script of ``examples/`` as a module."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 class Forked:
-    """A script in a forked process, which has torch already: it starts at once, but ends like a process of its own.
+    """A script in a forked process. It starts at once, because torch is already imported, and exits like any process.
 
     Args:
         script: A script's name in the repository, or any path.
-        flags: Its flags; they are turned into strings.
-        cwd: The folder that it starts in.
-        environment: Variables that are added to the environment.
+        flags: Its flags, converted to strings.
+        cwd: The working directory.
+        environment: Additional environment variables.
         prepare: Called in the process before the script.
     """
 
@@ -112,7 +112,7 @@ class Forked:
                 setattr(sys, name, stream)
                 setattr(sys, f"__{name}__", stream)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes, also with a killed one
+            tqdm.set_lock(threading.RLock())  # its lock is shared with forked processes, including killed ones
             os.environ.update(environment or {})
             os.chdir(cwd or os.getcwd())
             if prepare:
@@ -135,14 +135,14 @@ class Forked:
             self._written[descriptor] = file.read()
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal, or None while it runs."""
+        """Return the exit status (negative for a signal), or None while it runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def communicate(self, timeout: float = 400) -> tuple[str, str]:
-        """Wait until it ends; what it wrote to standard output and error."""
+        """Wait until it ends and return its standard output and error."""
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
@@ -158,17 +158,17 @@ class Forked:
         os.kill(self._pid, number)
 
     def kill(self) -> None:
-        """End it without any clean-up."""
+        """Kill it without cleanup."""
         self.send_signal(signal.SIGKILL)
 
     def result(self) -> Result:
-        """Wait until it ends, and how it did."""
+        """Wait until it ends and return the result."""
         out, err = self.communicate()
         return Result(self.returncode, out, err)
 
 
 def as_torchrun(world: int, script: str | Path, *flags: object) -> list[Result]:
-    """Run a script in as many processes as torchrun would start, and with what it tells them."""
+    """Run a script in several processes, with the environment variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
@@ -180,7 +180,7 @@ def as_torchrun(world: int, script: str | Path, *flags: object) -> list[Result]:
 
 
 def folders(base: Path, *names: str) -> list[str]:
-    """Folder flags below ``base``."""
+    """Return flags that put folders inside ``base``."""
     return [f"--{name}_folder={base / name}" for name in names]
 
 
@@ -188,7 +188,7 @@ TRAIN = ("datasets", "models", "metrics", "log", "resume_ckpts")
 
 
 def write_blobs(path: Path, n: int = 120, classes: int = 3, size: int = 8, channels: int = 1, **changes) -> Path:
-    """A data set that can be learned: each class has its own blurred pattern, under noise."""
+    """Write a learnable data set: each class has its own blurred pattern, plus noise."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(40, 216, (classes, size, size, channels))
     arrays = {}

@@ -1,4 +1,4 @@
-"""Temporary files of killed writers go; those of living ones stay."""
+"""Temporary files of killed writers are removed; those of running writers are kept."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ write_with(sys.argv[1], write)
 
 @contextlib.contextmanager
 def writing(path):
-    """A process in the middle of writing a file."""
+    """A process that is writing a file."""
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "writing\n"
@@ -55,7 +55,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path, touch):
 
 def test_what_a_living_process_is_writing_stays(tmp_path):
     with writing(tmp_path / "file.pt") as process:
-        old = time.time() - 1e6  # a slow writer is no dead one
+        old = time.time() - 1e6  # a slow writer is not dead
         (part,) = tmp_path.glob(".*.part")
         os.utime(part, (old, old))
         write_text(tmp_path / "other.txt", "")
@@ -96,7 +96,9 @@ def test_a_link_that_a_kill_left_is_removed_and_its_file_stays(tmp_path):
     (part,) = tmp_path.glob(".*.part")
     assert os.path.samefile(part, source)
     assert best.read_text() == "before"
-    folder = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name} moved"))  # that this process has not looked at
+    folder = tmp_path.rename(
+        tmp_path.with_name(f"{tmp_path.name} moved")
+    )  # a folder that this process has not checked yet
     require_writable(folder)
     assert parts(folder) == []
     assert (folder / "made" / "weights.pt").read_text() == "weights"

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without running anything."""
+"""Files are written completely or not at all, and read without running code."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     ids=("npz", "checkpoint", "pickle"),
 )
 def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, write):
-    """The limit on file size makes every writer fail in the middle, as a full disk does."""
+    """A file size limit makes every writer fail partway, like a full disk."""
     target = write_text(tmp_path / "target", "old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
@@ -141,7 +141,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, read, s
 
 @pytest.mark.parametrize(("read", "suffix"), _READERS)
 def test_good_files_that_may_not_be_read_are_not_called_damaged(read, suffix):
-    with tempfile.TemporaryDirectory() as base:  # not tmp_path, whose parents only the owner may enter
+    with tempfile.TemporaryDirectory() as base:  # not tmp_path, whose parent folders only the owner can enter
         folder = Path(base, "closed")
         folder.mkdir()
         inside, alone = folder / f"a.{suffix}", Path(base, f"b.{suffix}")
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_flipped_bit_is_found_in_every_archive(tmp_path, compressed):
-    """Checksums: torch reads other weights and numpy other numbers from most of these files."""
+    """Without checksums, torch would read wrong weights and NumPy wrong numbers from most of these files."""
     values = np.random.default_rng(0).normal(size=40)
     (np.savez_compressed if compressed else write_npz)(tmp_path / "a.npz", a=values, name="x")
     write_checkpoint(tmp_path / "a.pt", {"a": torch.from_numpy(values), "epoch": 3})
@@ -200,7 +200,7 @@ def test_a_flipped_bit_is_found_in_every_archive(tmp_path, compressed):
                 found = read(path)
             except FileError:
                 refused += 1
-            else:  # the bit is in a part without meaning
+            else:  # the bit is in an unused part of the file
                 np.testing.assert_array_equal(found["a"], values)
                 assert found.get("epoch", 3) == 3
                 assert found.get("name", "x") == "x"
@@ -256,7 +256,7 @@ def test_an_interruption_waits_until_the_file_is_whole(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_with(tmp_path / "a.txt", write)
-    # the signal is delivered once the content is on the disk; the old name then has nothing or all of it
+    # the signal arrives once the content is on disk; the old name then has all of it or nothing
     assert [path.read_text() for path in tmp_path.iterdir()] in ([], ["first last"])
 
 

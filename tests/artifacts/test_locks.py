@@ -1,4 +1,4 @@
-"""Locks: one process at a time, freed by whatever ends it."""
+"""Locks admit one process at a time, and are released however it ends."""
 
 import errno
 import logging
@@ -19,11 +19,11 @@ from src.artifacts.locks import lock, try_lock
 from src.errors import FileError
 
 SERVER = multiprocessing.get_context("forkserver")  # fresh processes that inherit no open file
-SERVER.set_forkserver_preload(["src.artifacts.locks"])  # once, not in each of them
+SERVER.set_forkserver_preload(["src.artifacts.locks"])  # imported once, not in each process
 
 
 def work(path, pipe):
-    """Do what the test asks for, in a process of its own; a forked child lives on."""
+    """Do what the test asks for, in a separate process; a forked child stays alive."""
     held = None
     while (order := pipe.recv()) != "end":
         if order == "hold":
@@ -68,7 +68,7 @@ class Worker:
 
 @pytest.fixture
 def start(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the server looks there for what it preloads
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the fork server looks there for modules to preload
     workers = []
 
     def begin(path):
@@ -90,7 +90,7 @@ def in_thread(function):
 
 
 def test_one_of_two_processes_gets_it_and_the_name_of_the_holder_is_known(tmp_path, start):
-    path = tmp_path / "run" / "seed_1" / "claim.lock"  # its folder is made
+    path = tmp_path / "run" / "seed_1" / "claim.lock"  # its folder is created
     first, second = start(path), start(path)
     assert first.ask("hold")
     assert not second.ask("try")
@@ -116,13 +116,13 @@ def test_a_killed_holder_and_a_crashed_one_free_it_also_while_a_forked_child_liv
             assert not mine
         os.kill(killed.process.pid, signal.SIGKILL)
         killed.process.join(60)
-        for _ in range(600):  # a child that has just been forked needs a moment to close what it inherited
+        for _ in range(600):  # a newly forked child needs a moment to close the files that it inherited
             with try_lock(path) as mine:
                 if mine:
                     break
             time.sleep(0.1)
         assert mine
-        os.kill(child, 0)  # the child was alive all along
+        os.kill(child, 0)  # the child was alive the whole time
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -165,7 +165,7 @@ def test_locks_of_one_process_nest_and_end_with_the_last(tmp_path, start, monkey
     other = start(path)
     monkeypatch.chdir(tmp_path)
     with try_lock(path) as outer:
-        with try_lock("claim.lock") as inner, lock(path, "working"):  # however the path is spelled
+        with try_lock("claim.lock") as inner, lock(path, "working"):  # for any spelling of the path
             assert outer
             assert inner
         assert not other.ask("try")
@@ -190,7 +190,7 @@ def test_an_exception_frees_it_and_passes(tmp_path):
         inode = path.stat().st_ino
         with try_lock(path) as mine:
             assert mine
-        assert path.stat().st_ino == inode  # never removed: whoever waits has this very file open
+        assert path.stat().st_ino == inode  # never removed, because waiting processes have this file open
 
 
 def test_folders_that_cannot_be_written_are_one_line(tmp_path):

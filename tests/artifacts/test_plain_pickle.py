@@ -1,4 +1,4 @@
-"""Pickles of plain values are read whatever wrote them; nothing else comes out of one, and nothing is run."""
+"""Pickles of plain values can be read whatever wrote them; nothing else is loaded, and no code is run."""
 
 import argparse
 import copyreg
@@ -39,7 +39,7 @@ def read(tmp_path, data: bytes):
 
 
 def assert_same(found, wanted) -> None:
-    """Equality of values, types and dtypes (up to the order of bytes)."""
+    """Whether values, types and dtypes (up to byte order) are equal."""
     assert type(found) is type(wanted)
     if isinstance(wanted, dict):
         assert list(found) == list(wanted)
@@ -57,7 +57,7 @@ def assert_same(found, wanted) -> None:
 
 
 def assert_plain(value) -> None:
-    """Only plain values: no object that a file could have shaped."""
+    """Whether there are only plain values, and no objects that a file could control."""
     if type(value) in (list, tuple):
         for item in value:
             assert_plain(item)
@@ -76,7 +76,7 @@ def assert_plain(value) -> None:
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_values_of_every_protocol_are_read(tmp_path, protocol, names):
     data = pickle.dumps(VALUE, protocol)
-    if names == "numpy 1":  # the name becomes shorter, its length prefix does so too
+    if names == "numpy 1":  # the name becomes shorter, and so does its length prefix
         data = data.replace(b"\x16numpy._core.multiarray", b"\x15numpy.core.multiarray")
         data = data.replace(b"\x13numpy._core.numeric", b"\x12numpy.core.numeric")
         data = data.replace(b"numpy._core", b"numpy.core")
@@ -101,7 +101,7 @@ def test_shipped_and_published_scores_are_read_as_pickle_reads_them(path):
 
 
 class Calls:
-    """Pickled, it is a call; a state follows by BUILD."""
+    """An object that pickles as a call, followed by a state with BUILD."""
 
     def __init__(self, function, *arguments, state=None) -> None:
         self.parts = (function, arguments, state)
@@ -111,14 +111,14 @@ class Calls:
 
 
 class _Global:
-    """Pickled, it is a global by name."""
+    """An object that pickles as a global, by name."""
 
     def __init__(self, module: str, name: str) -> None:
         self.where = (module, name)
 
 
 def dumps(value, protocol: int = 3) -> bytes:
-    """Pickle a value that may hold ``_Global``."""
+    """Pickle a value that may contain ``_Global``."""
 
     class Pickler(pickle._Pickler):
         def save(self, thing, save_persistent_id=True):
@@ -152,7 +152,7 @@ NUMBERS_CALLED_OBJECTS = Calls(DTYPE, "f8", False, True, state=(3, "|", None, ("
 INTERFACE = {"shape": (2,), "typestr": "|O", "data": (0x41414141, False), "version": 3}
 
 ATTACKS = {
-    # The five that made numpy read a pointer of the file's choosing.
+    # The five that made NumPy read a pointer chosen by the file.
     "array over a buffer": dumps(Calls(NDARRAY, (2,), OBJECTS, POINTERS)),
     "array over a buffer, by name": dumps(Calls(NDARRAY, (2,), "O", POINTERS)),
     "field of objects": dumps(Calls(NDARRAY, (2,), [("a", "O")], POINTERS)),
@@ -166,7 +166,7 @@ ATTACKS = {
     ),
     "Namespace that is an array": dumps(Calls(NAMESPACE, state=(None, {"__array_interface__": INTERFACE}))),
     "attributes of the class Namespace": dumps([NAMESPACE])[:-2] + dumps((None, {"evil": 1}))[2:-1] + b"ba.",
-    # The same doors from other sides.
+    # The same attacks by other means.
     "objects through frombuffer": dumps(Calls(FROMBUFFER, POINTERS, OBJECTS, (2,), "C")),
     "objects through frombuffer, by name": dumps(Calls(FROMBUFFER, POINTERS, "O", (2,), "C")),
     "scalar of objects": dumps(Calls(SCALAR, OBJECTS, POINTERS[:8])),
@@ -187,7 +187,7 @@ ATTACKS = {
     "encoded text": dumps(Calls(_Global("_codecs", "encode"), "x", "rot13")),
     "bytes of any length": dumps(Calls(_Global("builtins", "bytes"), 10**12)),
     "any class": dumps(Calls(_Global("copyreg", "_reconstructor"), _Global("builtins", "object"), 1, 2, 3)),
-    # Sizes that are only claimed.
+    # Declared sizes without that much data.
     "shape without content": dumps(Calls(RECONSTRUCT, *EMPTY, state=(1, (10**12,), FLOATS, False, b""))),
     "shape of the wrong sign": dumps(Calls(RECONSTRUCT, *EMPTY, state=(1, (-1, -2), FLOATS, False, POINTERS))),
     "shape beyond all integers": dumps(Calls(RECONSTRUCT, *EMPTY, state=(1, (0, 2**80), FLOATS, False, b""))),
@@ -197,7 +197,7 @@ ATTACKS = {
     "memo of 64 GiB": b"\x80\x04Nr\xff\xff\xff\x7f",
     "number of 80,000 bits": b"\x80\x02\x8b" + struct.pack("<i", 10**4) + b"\x7f" * 10**4 + b".",
     "number of 10,000 digits": b"L" + b"9" * 10**4 + b"L\n.",
-    # Depth and size by reference.
+    # Depth and size through references.
     "list in lists": b"\x80\x04" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
     "tuple in tuples": b"\x80\x04)" + b"\x85" * 200_000 + b".",
     "tuple in tuples as a key": b"\x80\x04})" + b"\x85" * 200_000 + b"Ns.",
@@ -215,7 +215,7 @@ ATTACKS = {
     + b"\x940\x8c\x06latin1\x940"
     + b"h\x00h\x01h\x02\x86R0" * 1000
     + b"N.",
-    # Instructions that make objects.
+    # Opcodes that create objects.
     "NEWOBJ": b"\x80\x02cbuiltins\nobject\n)\x81.",
     "NEWOBJ of an array": b"\x80\x02cnumpy\nndarray\nK\x02\x85\x81.",
     "NEWOBJ_EX": b"\x80\x04cargparse\nNamespace\n)}\x92.",
@@ -231,7 +231,7 @@ ATTACKS = {
     "set": b"\x80\x04\x8f(K\x01\x90.",
     "frozenset": b"\x80\x04(K\x01\x91.",
     "bytes that may change": b"\x80\x05\x96" + struct.pack("<Q", 1) + b"a.",
-    # Bad grammar.
+    # Invalid opcode sequences.
     "nothing": b"",
     "no end": b"\x80\x04N",
     "empty stack": b"\x80\x04.",
@@ -293,7 +293,7 @@ def test_a_score_file_that_points_into_memory_ends_a_script_with_one_line(tmp_pa
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_damaged_pickles_give_plain_values_or_one_line(tmp_path, protocol):
-    """Bits are flipped, bytes removed, repeated and exchanged: about half of the results can still be read."""
+    """Flip bits, and remove, repeat and swap bytes: about half of the results can still be read."""
     rng = random.Random(protocol)
     data = pickle.dumps({**VALUE, "args": argparse.Namespace(lr=0.1)}, protocol)
     attacks = list(ATTACKS.values())

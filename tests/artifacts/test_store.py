@@ -1,4 +1,4 @@
-"""The one policy of results: which settings are the same, what is reused, refused, replaced, or combined."""
+"""The policy for results: which settings are equal, and which results are reused, refused, replaced or combined."""
 
 import errno
 import json
@@ -133,7 +133,7 @@ def test_any_other_result_is_replaced_only_on_demand(stored, change, says):
     with pytest.raises(FileError, match=rf"a\..*{says}.*--overwrite"):
         load_result(stored, SETTINGS)
     assert load_result(stored, SETTINGS, overwrite=True) is None
-    assert pickle.loads(stored.read_bytes()) == [1.5]  # nothing is removed before there is something new
+    assert pickle.loads(stored.read_bytes()) == [1.5]  # nothing is removed before the new result exists
 
 
 def test_results_that_are_combined_are_compared_each_with_each():
@@ -141,7 +141,7 @@ def test_results_that_are_combined_are_compared_each_with_each():
     check_consistent(files, ignore=["seed"])
     with pytest.raises(FileError, match=r"^b: cannot be combined with a: seed \(1 vs. 2\)"):
         check_consistent(files)
-    with pytest.raises(FileError, match=r"^d: .* b: images \(x vs. y\)"):  # a does not know its images
+    with pytest.raises(FileError, match=r"^d: .* b: images \(x vs. y\)"):  # a does not record its images
         check_consistent([*files, ("d", {"seed": 4, "images": "y"})], ignore=["seed"])
 
 
@@ -199,7 +199,7 @@ def test_a_pickle_never_stands_beside_the_record_of_another(stored, monkeypatch)
     assert seen == [(None, 3.0), (None, 4.0), (None, 4.0), ([2.5], 4.0)]
 
 
-@pytest.mark.parametrize("written", [0, 1])  # the disk is full at the pickle, or at the record
+@pytest.mark.parametrize("written", [0, 1])  # the disk fills up at the pickle or at the record
 def test_a_full_disk_leaves_the_older_result(stored, monkeypatch, written):
     room = [True] * written
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs at toy size and returns rows that make sense; no time is judged."""
+"""Every benchmark runs at toy size and returns plausible rows. Times are not checked."""
 
 import math
 
@@ -11,7 +11,7 @@ from benchmarks.run_all import MODULES, benchmarks_of
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Benchmarks run on one thread, and may set another number."""
+    """Benchmarks run on one thread, and may change the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def test_rows_are_well_formed(module, name):
         assert row.target is None or row.target > 0
     lines = table(rows).splitlines()
     assert len(lines) == len(rows) + 1
-    assert len({len(line.rsplit("  ", 1)[0]) for line in lines}) == 1  # columns stand under each other
+    assert len({len(line.rsplit("  ", 1)[0]) for line in lines}) == 1  # columns are aligned
 
 
 def test_a_row_says_whether_its_target_is_met():

@@ -10,7 +10,7 @@ from src.coresets.inputs import class_budgets, make_groups
 from src.datasets.splits import rounded_share
 from src.errors import ArgumentError
 
-percents = st.integers(1, 1000)  # of a thousand: shares that are exact as fractions, not as floats
+percents = st.integers(1, 1000)  # per thousand: fractions that are not exact as floats
 sizes_of_classes = st.lists(st.integers(0, 60_000), min_size=1, max_size=20)
 
 

@@ -16,7 +16,7 @@ def material(scores, labels=None, seed=1):
 
 
 def slow_ccs(material, groups, cutoff, bins):
-    """Algorithm 1, example by example, with the same draws."""
+    """Algorithm 1, one example at a time, with the same random draws."""
     generator = rng.numpy_generator(material.seed, 0, "ccs")
     chosen = []
     for group in groups:

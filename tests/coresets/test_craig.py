@@ -1,4 +1,4 @@
-"""CRAIG against the greedy that evaluates its objective, on gradients that are written down."""
+"""CRAIG compared with a greedy algorithm that evaluates its objective, on materialized gradients."""
 
 import logging
 from types import SimpleNamespace
@@ -24,11 +24,11 @@ from src.coresets.inputs import (
 from src.coresets.registry import find_method
 from src.errors import UserError
 
-EXACT, LARGE = 2048, 0  # MiB that select the two ways; no flag accepts 0
+EXACT, LARGE = 2048, 0  # MiB that select the two algorithms; no flag accepts 0
 
 
 def network(count=30, classes=3, size=4, seed=0, dtype=torch.float64):
-    """Random logits, labels in turn, and embeddings as after a ReLU."""
+    """Random logits, cyclic labels and ReLU embeddings."""
     draw = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(count, classes, generator=draw, dtype=torch.float64)
     embeddings = torch.randn(count, size, generator=draw, dtype=torch.float64).relu()
@@ -36,20 +36,20 @@ def network(count=30, classes=3, size=4, seed=0, dtype=torch.float64):
 
 
 def dense(layer):
-    """Distances of gradients that are written down, by differences, ``(n, n)``."""
+    """Distances of materialized gradients, computed from differences, ``(n, n)``."""
     weight = layer.errors[:, :, None] * layer.embeddings[:, None, :]
     gradients = torch.cat([layer.errors, weight.flatten(1)], dim=1).double().numpy()
     return np.linalg.norm(gradients[:, None] - gradients, axis=2)
 
 
 def objective(distances, picks):
-    """Facility location as the paper writes it."""
+    """Facility location as defined in the paper."""
     similarities = distances.max() - distances + 1e-3
     return similarities[:, np.asarray(picks, dtype=int)].max(axis=1, initial=0.0).sum()
 
 
 def greedy_by_value(distances, budget, start=()):
-    """The objective of every candidate at each pick; of equals (two that gain only from each other are) the first."""
+    """Evaluate the objective of every candidate at each pick; ties go to the first candidate."""
     picks = list(start)
     while len(picks) < budget:
         rest = [x for x in range(len(distances)) if x not in picks]
@@ -70,7 +70,7 @@ def select(layer, groups, memory=EXACT, seed=1):
 
 
 def clustered(count, seed=0):
-    """A class of a few clusters of unequal width, in float32."""
+    """A class of a few clusters with different widths, in float32."""
     draw = torch.Generator().manual_seed(seed)
     belongs = torch.randint(6, (count,), generator=draw)
     spread = torch.logspace(-2, 0, 6)[belongs][:, None]
@@ -143,7 +143,7 @@ def test_of_duplicates_the_lower_index_comes_first_and_stands_for_all(dtype, mem
     distances = Distances.of(layer)
     picks = choose(distances, 70, memory, generator()).tolist()
     place = {pick: step for step, pick in enumerate(picks)}
-    assert sorted(picks[:25]) == list(range(25))  # all that differ, then copies by index
+    assert sorted(picks[:25]) == list(range(25))  # all distinct examples, then copies by index
     assert picks[25:] == list(range(25, 70))
     assert all(place[x] < place[x + 25] for x in range(25))
     chosen = np.sort(picks)
@@ -157,7 +157,7 @@ def test_examples_go_to_the_lower_of_two_duplicates_whatever_products_round_to()
     layer = network(401, classes=5, size=97)
     twice = Distances.of(layer.at(np.concatenate([np.arange(401), np.arange(150)])))
     twice.embeddings[401:] *= 1.0 + 4e-16
-    picks = np.concatenate([np.arange(150), np.arange(401, 551)])  # each pick twice
+    picks = np.concatenate([np.arange(150), np.arange(401, 551)])  # each pick has a copy
     owner = twice.nearest(picks)[1]
     assert (owner < 150).all()
     assert (owner == twice.nearest(np.arange(150))[1]).all()
@@ -165,7 +165,7 @@ def test_examples_go_to_the_lower_of_two_duplicates_whatever_products_round_to()
 
 @pytest.mark.parametrize("memory", [EXACT, LARGE])
 def test_of_equally_good_ones_the_lower_index_wins(memory):
-    """Unit vectors, all equally far from each other: every pick is a tie."""
+    """Unit vectors at equal distances: every pick is a tie."""
     logits = torch.zeros(12, 2, dtype=torch.float64)
     layer = LastLayer(logits, torch.zeros(12, dtype=torch.int64), torch.eye(12, dtype=torch.float64))
     assert choose(Distances.of(layer), 7, memory, generator()).tolist() == list(range(7))
@@ -189,19 +189,19 @@ def test_errors_of_zero(memory):
 def test_tiny_gradients_are_told_apart():
     layer = network(30)
     small = LastLayer(layer.logits, layer.labels, layer.embeddings)
-    small.__dict__["errors"] = layer.errors * 1e-200  # squares vanish
+    small.__dict__["errors"] = layer.errors * 1e-200  # squares underflow
     for budget in (1, 10):
         expected = choose(Distances.of(layer), budget, EXACT, generator())
         assert choose(Distances.of(small), budget, EXACT, generator()).tolist() == expected.tolist()
 
 
 def test_near_duplicates_in_float32_are_told_apart():
-    """Distances of 1e-5 of the norm: the identity in float32 would give noise."""
+    """Distances of 1e-5 of the norm: in float32, the inner-product identity would give only rounding noise."""
     draw = torch.Generator().manual_seed(0)
     embeddings = 1.0 + 1e-5 * torch.randn(40, 512, generator=draw)
     layer = LastLayer(torch.zeros(40, 2), torch.zeros(40, dtype=torch.int64), embeddings)
     distances = dense(layer)
-    found = Distances.of(layer).matrix() * 0.5  # the errors' unit
+    found = Distances.of(layer).matrix() * 0.5  # the scale of the errors
     np.testing.assert_allclose(found, distances, rtol=1e-4, atol=1e-9)
     assert choose(Distances.of(layer), 10, EXACT, generator()).tolist() == greedy_by_value(distances, 10)
 
@@ -223,7 +223,7 @@ def test_gradients_that_are_not_finite_are_refused():
 
 
 class LargestInFloat64(TorchDispatchMode):
-    """Records how many float64 numbers the largest tensor has that an operation returns."""
+    """Records the number of elements of the largest float64 tensor that an operation returns."""
 
     numbers = 0
 
@@ -285,7 +285,7 @@ def test_the_large_way_keeps_no_more_pairs_than_allowed(monkeypatch):
 
 @pytest.mark.parametrize(("pairs", "most"), [(600, False), (2_000, True)])
 def test_gains_on_drawn_examples_weigh_by_their_shares(pairs, most, monkeypatch):
-    """So their mean over draws is the gain on all examples."""
+    """The mean of sampled gains over draws is the gain on all examples."""
     distances, found = Distances.of(clustered(120)), []
     matrix, taken = distances.matrix(), np.array([3, 50, 90])
     near = matrix[:, taken].min(axis=1)

@@ -15,7 +15,7 @@ def material(scores, embeddings, labels=None):
 
 
 def slow_d2(material, groups, k, gamma):
-    """The graph as a dense table, the highest feature found again for each pick."""
+    """The graph as a dense table, with the highest feature recomputed at each pick."""
     h = material.layers[0].embeddings.double().numpy()
     chosen = []
     for group in groups:

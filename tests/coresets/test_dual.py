@@ -15,7 +15,7 @@ def material(scores, probability, labels=None, seed=1):
 
 
 def planted(n=400, seed=0):
-    """Probabilities over 12 epochs around each example's own mean, and scores like DUAL's."""
+    """Probabilities over 12 epochs around each example's mean, and scores like DUAL's."""
     rng = np.random.default_rng(seed)
     mean = rng.uniform(0.05, 0.95, n)
     probability = np.clip(mean + rng.normal(size=(12, n)) * 0.5 * mean * (1 - mean), 0, 1).astype(np.float32)
@@ -23,7 +23,7 @@ def planted(n=400, seed=0):
 
 
 def slow_dual(material, groups, c):
-    """Weights one by one with scipy's Beta density; the largest weight times exponentiated noise is taken."""
+    """Compute weights one by one with SciPy's Beta density; take the largest weight times exponentiated noise."""
     probability = material.dynamics["probability"]
     n = probability.shape[1]
     means = [np.mean([float(p) for p in probability[:, i] if not np.isnan(p)]) for i in range(n)]

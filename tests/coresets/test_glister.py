@@ -1,4 +1,4 @@
-"""GLISTER against autograd and brute force."""
+"""GLISTER compared with autograd and brute force."""
 
 import copy
 import logging
@@ -16,7 +16,7 @@ from src.coresets.inputs import CandidateGroup, Draws, LastLayer, SelectionInput
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError
 
-KERNEL, FACTORS = 2048, 0  # MiB that select the two ways where V is small; no flag accepts 0
+KERNEL, FACTORS = 2048, 0  # MiB that select the two algorithms for small V; no flag accepts 0
 
 
 def problem(n=60, C=3, d=5, seed=0, classes=None):
@@ -50,7 +50,7 @@ def stepped(head, embeddings, labels, picks, eta):
 
 
 def brute_force(head, embeddings, labels, pool, judges, picks, eta):
-    """Gains of the pool by autograd."""
+    """Gains of the candidates, by autograd."""
     after = stepped(head, embeddings, labels, picks, eta)
     v = mean_gradient(after, embeddings[judges], labels[judges])
     each = [mean_gradient(head, embeddings[[x]], labels[[x]]) for x in pool]

@@ -1,4 +1,4 @@
-"""GradMatch against matching pursuit on gradients that are written down."""
+"""GradMatch compared with matching pursuit on materialized gradients."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -22,11 +22,11 @@ from src.coresets.inputs import (
 from src.coresets.registry import find_method
 from src.errors import ArgumentError, UserError
 
-STORED, RECOMPUTED = 2048, 0  # MiB that select the two ways; no flag accepts 0
+STORED, RECOMPUTED = 2048, 0  # MiB that select the two algorithms; no flag accepts 0
 
 
 def problem(n=60, C=4, d=6, seed=0, classes=None):
-    """Logits, labels and embeddings (not negative, as after a ReLU) in float64."""
+    """Logits, labels and ReLU embeddings, in float64."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % C if classes is None else torch.as_tensor(classes)
     logits = 2 * torch.randn(n, C, dtype=torch.float64, generator=generator)
@@ -41,7 +41,7 @@ def gradients(errors, embeddings):
 
 
 def explicit(A, budget, ridge):
-    """The pursuit as published: a least-squares problem from scratch per pick."""
+    """The published algorithm: solve a least-squares problem from scratch at each pick."""
     b = A.sum(axis=1)
     residual, picks = b, []
     while len(picks) < budget and np.linalg.norm(residual) >= 1e-4 * np.linalg.norm(b):
@@ -96,7 +96,7 @@ def test_weights_stay_at_zero_where_least_squares_would_be_negative(memory):
         x = np.linalg.solve(B.T @ B + 0.01 * np.eye(40), B.T @ A.sum(axis=1))
         negative += (x < 0).any()
         np.testing.assert_allclose(weights, nonnegative(B, A.sum(axis=1), 0.01), rtol=1e-7, atol=1e-9)
-        assert len(picks) == 40  # those of weight 0 are kept
+        assert len(picks) == 40  # examples of weight 0 are kept
     assert negative
 
 
@@ -184,7 +184,7 @@ def test_some_zero_gradients_and_duplicates_leave_budgets_exact(memory, ridge):
     errors = errors_of(logits, labels)
     for budget in (1, 9, 24):
         picks, weights = pursue(errors, embeddings, budget, ridge, memory)
-        assert picks[0] % 2 == 0  # of equals the lower index
+        assert picks[0] % 2 == 0  # ties go to the lower index
         assert len(set(picks.tolist())) == len(picks)
         assert (weights >= 0).all()
         found = select(
@@ -204,7 +204,7 @@ def test_more_picks_than_dimensions_without_ridge_give_the_nonnegative_minimum(w
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         errors = torch.rand(12, 1, dtype=torch.float64, generator=generator) + 0.1
-        embeddings = torch.randn(12, 2, dtype=torch.float64, generator=generator)  # gradients of 3 numbers
+        embeddings = torch.randn(12, 2, dtype=torch.float64, generator=generator)  # gradients have 3 entries
         state = way(errors, embeddings, 6, 0.0)
         for pick in range(6):
             state.take(pick)
@@ -212,7 +212,7 @@ def test_more_picks_than_dimensions_without_ridge_give_the_nonnegative_minimum(w
         A = gradients(errors, embeddings)
         weights = gradmatch._nonnegative_weights(state)
         least = A[:, :6] @ nonnegative(A[:, :6], A.sum(axis=1), 0.0)
-        np.testing.assert_allclose(A[:, :6] @ weights, least, atol=1e-9)  # w is not unique, what it adds up to is
+        np.testing.assert_allclose(A[:, :6] @ weights, least, atol=1e-9)  # w is not unique, but the weighted sum is
         assert (weights >= 0).all()
 
 

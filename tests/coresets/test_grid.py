@@ -1,4 +1,4 @@
-"""The table of a comparison: numbers against numpy, and files that read back as they were."""
+"""The table of a comparison: numbers agree with NumPy, and files round-trip."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def test_unfinished_cells_are_left_out_and_counted():
     records = [
         cell("random", 0.1, 1, 0.5),
         cell("random", 0.1, 2, 0.75),
-        cell("random", 0.1, 3, 0.01, finished=False),  # interrupted: what it has reached does not count
+        cell("random", 0.1, 3, 0.01, finished=False),  # interrupted: its partial result does not count
         cell("craig", 0.1, 1, None),
         cell("craig", 0.1, 2, None),
         cell("craig", 0.5, 1, 0.25),
@@ -79,14 +79,14 @@ def test_unfinished_cells_are_left_out_and_counted():
     random, craig, half = summarize(records)
     assert (random["mean"], random["seeds"], random["of_seeds"]) == (0.625, 2, 3)
     assert (craig["mean"], craig["std"], craig["seeds"], craig["over_random_points"]) == (None, None, 0, None)
-    assert half["over_random_points"] is None  # random has no such share
+    assert half["over_random_points"] is None  # random has no run with this fraction
     lines = markdown([random, craig, half], "lenet on digits").splitlines()
     assert lines[0] == (
         "lenet on digits: test accuracy in percent after the last epoch, mean ± standard deviation over 3 seeds; "
         "columns: fraction of examples kept; bold: best mean in the column; -: no finished run."
     )
     assert [[entry.strip() for entry in line.split("|")[1:-1]] for line in lines[4:]] == [
-        ["random", "62.5 ± 17.7 (2 of 3 seeds)", "-"],  # alone in its column: nothing is best
+        ["random", "62.5 ± 17.7 (2 of 3 seeds)", "-"],  # alone in its column: no best value is marked
         ["craig", "-", "25.0 (1 of 3 seeds)"],
     ]
 
@@ -124,7 +124,7 @@ def test_the_files_read_back(tmp_path, records):
     records.append(cell("el2n", 0.1, 1, None))
     rows = summarize(records)
     settings = {"model": "lenet", "dataset": "digits", "epochs": 5}
-    stem = tmp_path / "plots" / "rate_0.1"  # a dot in the name is no ending
+    stem = tmp_path / "plots" / "rate_0.1"  # a dot in the name is not a file extension
     paths = write_table(stem, rows, records, settings)
     assert [path.name for path in paths] == ["rate_0.1.csv", "rate_0.1.json", "rate_0.1.md"]
     assert sorted(path.name for path in stem.parent.iterdir()) == [path.name for path in paths]

@@ -22,7 +22,7 @@ from src.training import ProcessGroup, RunFiles, Trainer, TrainingConfig, run_tr
 
 
 def material(losses, labels=None, seed: int = 1) -> SelectionInputs:
-    """Two logits whose cross-entropy at class 0 (at class 1: mirrored) is the given loss."""
+    """Two logits whose cross-entropy for class 0 is the given loss (mirrored for class 1)."""
     losses = torch.as_tensor(losses, dtype=torch.float64)
     labels = np.zeros(len(losses), dtype=np.int64) if labels is None else np.asarray(labels)
     margin = -torch.log(torch.expm1(losses))
@@ -39,7 +39,7 @@ def select(given: SelectionInputs, fraction: float, per_class: bool = True) -> S
 
 
 class Scripted:
-    """In place of a generator: draws what it is told."""
+    """A fake generator that returns the given draws."""
 
     def __init__(self, places: tuple[int, ...]) -> None:
         self.places = list(places)
@@ -139,7 +139,7 @@ def make_plan(indices, prune_ratio=0.5, epochs=EPOCHS, **options):
 
 
 def told(plan, indices, losses):
-    """The plan after an epoch of these losses."""
+    """The plan after an epoch with these losses."""
     plan.record(torch.as_tensor(indices), torch.as_tensor(losses, dtype=torch.float64))
     plan.end_epoch(ProcessGroup())
     return plan
@@ -154,7 +154,7 @@ def blobs(tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(blobs):
-    """Build a float64 trainer of a tiny network; with ``plan=None``, one of all examples."""
+    """Build a float64 trainer of a tiny model; with ``plan=None``, it uses all examples."""
     train, test = blobs
 
     def make(plan, batch_size=7, model=None, after_step=(), **settings):
@@ -220,14 +220,14 @@ def test_low_losses_are_kept_in_part_and_weigh_more(ratio, low, kept):
 def test_losses_at_the_mean_are_not_low_and_those_not_seen_stay():
     plan = told(make_plan(range(4)), range(4), [1.0, 2.0, 2.0, 3.0])
     positions, weights = plan.choose(2, anything)
-    assert positions.tolist() == [0, 1, 2, 3]  # 2 is not below 2, and at least one of the low is kept
+    assert positions.tolist() == [0, 1, 2, 3]  # 2 is not below 2, and at least one low-loss example is kept
     assert weights.tolist() == [1.0] * 4
     told(plan, [3], [0.5])
     assert plan.losses.tolist() == [1.0, 2.0, 2.0, 0.5]
 
 
 def test_equal_losses_prune_without_emptying_an_epoch():
-    plan = told(make_plan(range(7), 0.99), range(7), [0.1] * 7)  # whatever the mean rounds to
+    plan = told(make_plan(range(7), 0.99), range(7), [0.1] * 7)  # however the mean is rounded
     positions, weights = plan.choose(2, anything)
     assert len(positions) >= 1
     assert weights[positions].sum().item() == pytest.approx(7)
@@ -238,7 +238,7 @@ def test_draws_belong_to_original_indices_and_epochs():
     losses = np.array([0.1] * 7 + [9.0])
     plan = told(make_plan(indices), indices, losses)
     for epoch in (2, 3):
-        numbers = rng.numpy_generator(5, epoch, "infobatch").random(50)  # longer than needed: the same numbers
+        numbers = rng.numpy_generator(5, epoch, "infobatch").random(50)  # more than needed: the same numbers
         expected = sorted(np.argsort(numbers[indices[:7]])[:3].tolist())
         assert plan.choose(epoch, anything)[0].tolist() == [*expected, 7]
     again = told(make_plan(indices), indices, losses)
@@ -260,7 +260,7 @@ def test_an_example_more_is_kept_where_the_last_batch_would_be_too_small():
 
 
 def test_the_expected_gradient_is_the_full_one(make_trainer, blobs, monkeypatch):
-    """Over all draws of an epoch of one batch: a step of rate 1 is the gradient of sum(w l) / b."""
+    """For all draws of an epoch with one batch, a step with learning rate 1 is the gradient of sum(w l) / b."""
     indices = blobs[0].indices
     low, losses = 6, torch.full((30,), 4.0)
     losses[[2, 3, 11, 17, 23, 29]] = 0.5

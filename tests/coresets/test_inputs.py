@@ -1,4 +1,4 @@
-"""What library callers give to the selection methods is checked where it enters, for all methods alike."""
+"""Arguments of the selection methods are validated on entry, in the same way for all methods."""
 
 import math
 
@@ -125,7 +125,7 @@ def random_layer(request) -> LastLayer:
 
 
 def by_autograd(layer: LastLayer) -> torch.Tensor:
-    """Each example's gradient ``[bias, weight]`` in a layer of these logits, ``(n, C (d + 1))``."""
+    """Each example's gradient ``[bias, weight]`` of the last layer, ``(n, C (d + 1))``."""
     rows = []
     for logits, label, embedding in zip(layer.logits, layer.labels, layer.embeddings, strict=True):
         weight = torch.zeros(len(logits), len(embedding), dtype=torch.float64, requires_grad=True)
@@ -187,7 +187,7 @@ def test_errors_are_exactly_0_where_nothing_is_left():
 
 
 def test_norms_of_small_errors_do_not_vanish():
-    errors = torch.tensor([[-1e-30, 1e-30]])  # squares are below what float32 can hold
+    errors = torch.tensor([[-1e-30, 1e-30]])  # squares underflow in float32
     found = gradient_norms(errors, torch.zeros(1, 3))
     assert found.dtype == torch.float64
     assert float(found) == pytest.approx(2**0.5 * 1e-30, rel=1e-6)

@@ -87,7 +87,7 @@ def test_random_parts_are_covered_on_their_own():
 
 
 def plainly(x: torch.Tensor, budget: int) -> list[int]:
-    """Distances by differences alone, of all points to each pick."""
+    """Distances of all points to each pick, computed from differences."""
     distances = (x - x.mean(dim=0)).norm(dim=1).numpy()
     picks, nearest = [int(distances.argmin())], np.full(len(x), np.inf)
     while len(picks) < budget:

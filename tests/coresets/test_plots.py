@@ -1,4 +1,4 @@
-"""The figure of a comparison: what is drawn, and names that can be told apart."""
+"""The figure of a comparison: what is drawn, and names that can be distinguished."""
 
 from itertools import pairwise
 
@@ -72,7 +72,7 @@ def test_one_seed_has_no_band_and_shots_have_their_axis():
     assert not axes.collections
     assert axes.get_title() == "t"
     assert axes.get_xlabel() == "Examples per class"
-    assert axes.get_xscale() == "log"  # 1 and 5 would stand on each other
+    assert axes.get_xscale() == "log"  # 1 and 5 would overlap
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "5", "10", "50"]
     assert "all examples" not in names_of(figure)
 

@@ -1,4 +1,4 @@
-"""The documents and the registry say the same."""
+"""The documentation and the registry agree."""
 
 import re
 import shutil
@@ -28,7 +28,7 @@ def test_every_method_is_named_on_the_page_of_pruning():
 
 
 def test_a_method_is_one_file(tmp_path):
-    """A copy of the package with one more file has the method, its flags and its line in the help text."""
+    """Adding one file to a copy of the package adds the method, its flags and its line in the help text."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.pkl", "*.npz"))
     shutil.copy(ROOT / "train_prune.py", tmp_path)
     (tmp_path / "src" / "coresets" / "first.py").write_text(

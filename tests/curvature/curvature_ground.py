@@ -26,7 +26,7 @@ def batches(images, labels, size):
 
 
 def small_network(seed=0):
-    """A convolution, BatchNorm and a linear layer: 79 parameters, kinks included; for images (n, 2, 6, 6)."""
+    """A convolution, BatchNorm, ReLU and a linear layer, 79 parameters; for images (n, 2, 6, 6)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(
@@ -39,7 +39,7 @@ def small_network(seed=0):
 
 
 def dense(net, images, labels, name="hessian"):
-    """The matrix (P, P) over the parameters that require a gradient, from torch's own derivatives of the formula."""
+    """The matrix (P, P) over the parameters that require gradients, from torch's derivatives of its definition."""
     names, parameters = zip(*((n, p) for n, p in net.named_parameters() if p.requires_grad), strict=True)
     sizes = [p.numel() for p in parameters]
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
@@ -58,7 +58,7 @@ def dense(net, images, labels, name="hessian"):
 
 
 class Matrix:
-    """A known matrix in an operator's clothes."""
+    """An operator for a known matrix."""
 
     name = "matrix"
 
@@ -72,7 +72,7 @@ class Matrix:
 
     @classmethod
     def of_spectrum(cls, eigenvalues, dtype=torch.float64, seed=0):
-        """With these eigenvalues and random eigenvectors."""
+        """A matrix with these eigenvalues and random eigenvectors."""
         draw = torch.Generator().manual_seed(seed)
         values = torch.as_tensor(eigenvalues, dtype=torch.float64)
         q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=draw, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""A whole measurement: one run for all, stopped and continued, and power iteration beside it."""
+"""Full measurements: one run for all quantities, interrupted and resumed runs, and power iteration."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ class Interrupted(BaseException):
 
 
 class Interrupting(Matrix):
-    """Stops before a product, as Ctrl-C does."""
+    """Interrupts the run before a product, like Ctrl-C."""
 
     at = None
 
@@ -90,7 +90,10 @@ def test_states_that_do_not_fit(tmp_path):
     state.prepare(True, overwrite=True)
     assert not state.folder.exists()
     write_checkpoint(tmp_path / "other.pt", {"rows": []})
-    for bad in (b"junk", (tmp_path / "other.pt").read_bytes()):  # what cannot be read does not stop a fresh start
+    for bad in (
+        b"junk",
+        (tmp_path / "other.pt").read_bytes(),
+    ):  # an unreadable file does not prevent a run from scratch
         SpectrumRun(matrix, CONFIG, state).run()
         (state.folder / "progress.pt").write_bytes(bad)
         state.prepare(False, overwrite=False)
@@ -180,7 +183,7 @@ def test_more_eigenvalues_than_the_matrix_has():
     assert found.trace.deflated == pytest.approx([4, 4, 4])
 
 
-@pytest.mark.parametrize("name", ["small", "batchnorm", "custom"])  # "custom" has a parameter that nothing uses
+@pytest.mark.parametrize("name", ["small", "batchnorm", "custom"])  # "custom" has an unused parameter
 def test_power_iteration_against_the_dense_matrix(name):
     net, (images, labels) = small_network() if name == "small" else network(name), images_and_labels(11)
     net.train()
@@ -212,7 +215,7 @@ def test_power_iteration_against_the_dense_matrix(name):
 
 
 class Loss(Interrupting):
-    """A matrix with a loss."""
+    """A matrix operator with a loss."""
 
     examples = 7
 
@@ -262,11 +265,11 @@ def test_files(tmp_path):
     assert not path.with_suffix(".state").exists()
     arrays = {key: [np.array(run) for run in stored[key]] for key in ("density_eigen", "density_weight")}
     arrays |= {key: np.array(stored[key]) for key in ("eigenvals", "trace")}
-    path.write_bytes(pickle.dumps(arrays))  # others keep arrays
+    path.write_bytes(pickle.dumps(arrays))  # other writers store arrays
     assert StoredSpectrum.read(path) == found
     assert isinstance(StoredSpectrum.read(path).eigenvalues[0], float)
     old = {**stored, "density_weight": [[complex(w) for w in run] for run in stored["density_weight"]]}
-    path.write_bytes(pickle.dumps(old))  # the papers' code kept complex weights
+    path.write_bytes(pickle.dumps(old))  # the papers' code stored complex weights
     assert StoredSpectrum.read(path) == found
     path.with_suffix(".json").unlink()
     assert StoredSpectrum.read(path).record == {}

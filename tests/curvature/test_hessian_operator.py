@@ -1,4 +1,4 @@
-"""Products with Hessians and GGNs: exact, and without a trace."""
+"""Products with Hessians and GGNs are exact and have no side effects."""
 
 import copy
 import gc
@@ -81,7 +81,7 @@ def test_against_curvlinops(name, kind, oracle):
     "name", ["resnet8", "mobile_small", "lenet", "small_inception", "resnet20_frn", "cnn_deepobs"]
 )
 def test_the_projects_networks(name):
-    """The quick way is trusted, and agrees with the gradient's gradient; what is written out changes nothing."""
+    """The fast products are used, and agree with double backpropagation; explicit formulas change nothing."""
     net = build_model(name, 4, 3, 8, seed=0).double().eval()
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.tensor([0, 3, 1])
@@ -97,7 +97,7 @@ def test_the_projects_networks(name):
 
 
 def test_a_wrong_derivative_is_found_out(caplog):
-    """Layer norm's tangent has a wrong gradient in torch 2.13, softmax's none; both are exact here (see above)."""
+    """In torch 2.13, layer norm's tangent has a wrong gradient and softmax's has none; both are exact here."""
     caplog.set_level(logging.INFO)
     images, labels = images_and_labels()
     for name, says in (
@@ -164,7 +164,7 @@ def test_the_model_is_left_as_it_was(kind, fails):
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["batchnorm", "layernorm"])  # both ways of taking products
+@pytest.mark.parametrize("name", ["batchnorm", "layernorm"])  # both implementations of products
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_nothing_is_left_behind_after_50_products(name, kind):
     net, (images, labels) = network(name), images_and_labels()
@@ -173,7 +173,7 @@ def test_nothing_is_left_behind_after_50_products(name, kind):
     alive = lambda: sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())  # noqa: E731
     first = operator @ vector
     gc.collect()
-    gc.disable()  # a reference cycle would now stay
+    gc.disable()  # a reference cycle would now leak
     try:
         before = alive()
         for _ in range(50):
@@ -198,7 +198,7 @@ def test_what_is_not_finite_is_said():
 
 
 def test_confident_outputs_do_not_round_to_zero():
-    """Probabilities of 1 - 1e-9 have a curvature of 1e-9, which float32 would lose."""
+    """Probabilities of 1 - 1e-9 have a curvature of 1e-9, which would be lost in float32."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     with torch.no_grad():
         net[1].weight.copy_(torch.tensor([[20.0, 0.0], [0.0, 0.0]]))

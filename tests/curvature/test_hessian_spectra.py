@@ -1,4 +1,4 @@
-"""Eigenvalues, residuals, quadratures, densities and traces against matrices whose spectra are known."""
+"""Eigenvalues, residuals, quadratures, densities and traces of matrices with known spectra."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_outliers_and_their_residuals(storage, dtype):
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_residuals_are_what_they_say(storage):
-    """Before convergence, too."""
+    """Also before convergence."""
     matrix = Matrix.of_spectrum(spectrum())
     process = run(matrix, 9)
     found, vectors = process.ritz(5), process.vectors(process.ritz(5))
@@ -96,7 +96,7 @@ def test_order_by_magnitude():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("order", ["largest", "magnitude"])
 def test_without_a_basis_no_ghost_is_taken_for_an_eigenvalue(dtype, order):
-    """Long after convergence, at every length: rounding copies eigenvalues again and again."""
+    """Long after convergence, at every number of steps: rounding repeatedly creates copies of eigenvalues."""
     expected = spectrum()
     matrix = Matrix.of_spectrum(expected, dtype)
     process = run(matrix, 30, "none")
@@ -112,7 +112,7 @@ def test_without_a_basis_no_ghost_is_taken_for_an_eigenvalue(dtype, order):
 
 
 def test_an_exhausted_space_goes_on_elsewhere():
-    """Multiple eigenvalues and a kernel: a single start vector sees each eigenvalue once."""
+    """Multiple eigenvalues and a null space: a single start vector finds each distinct eigenvalue once."""
     matrix = Matrix(torch.diag(torch.tensor([3.0, 3.0, 3.0, -1.0, 0.0, 0.0], dtype=torch.float64)))
     process = run(matrix, 99)
     assert process.exhausted
@@ -138,7 +138,7 @@ def test_an_exhausted_space_goes_on_elsewhere():
     st.integers(0, 99),
 )
 def test_quadratures(eigenvalues, steps, seed):
-    """Weights are a distribution; the moments are those of the start vector, to twice the number of steps."""
+    """Weights are a distribution; its moments are those of the start vector, up to twice the number of steps."""
     matrix = Matrix.of_spectrum(eigenvalues, seed=seed)
     process = run(matrix, steps, seed=seed)
     nodes, weights = quadrature(process.matrix)
@@ -157,7 +157,7 @@ def test_quadratures(eigenvalues, steps, seed):
 
 
 def test_quadratures_over_a_whole_basis_of_signs_give_the_trace():
-    """Hadamard's vectors are orthogonal: the mean over all of them is exact, for trace and density alike."""
+    """Hadamard vectors are orthogonal, so the mean over all of them is exact, both for trace and density."""
     values = np.arange(8.0) - 2
     matrix = Matrix.of_spectrum(values)
     signs = torch.tensor([[1.0]], dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_quadratures_over_a_whole_basis_of_signs_give_the_trace():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e5])
 def test_densities(scale):
-    """Area 1; the mean is the quadrature's, and the spread its spread plus the Gaussians' variance."""
+    """The area is 1, the mean is the quadrature's, and the variance is the quadrature's plus the Gaussians'."""
     nodes = [np.array([-0.2, 0.0, 0.01, 0.3, 1.0]) * scale, np.array([-0.1, 0.9]) * scale]
     weights = [np.array([0.1, 0.6, 0.1, 0.1, 0.1]), np.array([0.5, 0.5])]
     low, high = extent(nodes)
@@ -207,7 +207,7 @@ def test_a_grid_has_an_upper_bound_and_every_node_is_seen_on_it():
     assert len(points) == MOST_POINTS
     step = points[1] - points[0]
     assert step > 10 * narrow
-    nodes = [[0.0, points[500_000] + step / 2]]  # half way between two points
+    nodes = [[0.0, points[500_000] + step / 2]]  # halfway between two points
     heights = spectral_density(nodes, [[0.5, 0.5]], points, narrow)
     assert heights.sum() * step == pytest.approx(1)
     assert heights[500_000] == pytest.approx(heights.max(), rel=0.1)
@@ -248,7 +248,9 @@ def test_when_a_trace_is_good_enough():
 
     count, (mean, error) = steps(np.full(50, 2.0), 0.01)
     assert (count, mean, error) == (10, pytest.approx(100), pytest.approx(0, abs=1e-12))
-    count, (mean, error) = steps(np.linspace(-3, -1, 50), 0.01)  # a negative trace stops neither early nor never
+    count, (mean, error) = steps(
+        np.linspace(-3, -1, 50), 0.01
+    )  # with a negative trace, the loop stops neither too early nor never
     assert 10 <= count < 100
     assert error <= 0.01 * abs(mean)
     count, _ = steps(np.linspace(-1, 1, 50), 0.01)  # a trace of zero has no relative error
@@ -292,8 +294,8 @@ def test_bases(storage):
 
 @pytest.mark.parametrize(("storage", "limit"), [("full", 1e-5), ("host", 1e-5), ("half", 1e-3)])
 def test_lanczos_vectors_stay_orthonormal_in_float32(storage, limit):
-    """Outliers converge within a few steps; where it is not subtracted, rounding then brings them back."""
-    values, found = torch.from_numpy(spectrum(70_000)), {}  # more numbers than are read at a time
+    """Outliers converge within a few steps; unless they are subtracted, rounding then reintroduces them."""
+    values, found = torch.from_numpy(spectrum(70_000)), {}  # more numbers than are processed at a time
     for dtype, kind, most in ((torch.float64, "full", 1e-12), (torch.float32, storage, limit)):
         process = run(Matrix(torch.sparse.spdiags(values.to(dtype), torch.tensor(0), (70_000, 70_000))), 60, kind)
         vectors = process.basis.combine(torch.eye(61)).double()
@@ -304,7 +306,7 @@ def test_lanczos_vectors_stay_orthonormal_in_float32(storage, limit):
 
 @pytest.mark.parametrize("storage", ["full", "half"])
 def test_what_lies_in_the_basis_is_taken_out_to_rounding(storage):
-    """What is left is a millionth of the vector: subtracted once, it would be noise."""
+    """The remainder is a millionth of the vector: after a single subtraction, it would be rounding noise."""
     draw = torch.Generator().manual_seed(0)
     vectors = torch.linalg.qr(torch.randn(300, 21, generator=draw))[0].T
     basis = Basis(300, torch.float32, torch.device("cpu"), storage)

@@ -1,4 +1,4 @@
-"""Kernels and velocities of groups: identities, ranges, the spec's groups, forecasts; files of velocities."""
+"""Kernels and velocities of groups: identities, ranges, groups, memory forecasts, and velocity files."""
 
 import json
 
@@ -151,7 +151,7 @@ def test_velocities_that_are_replaced(tmp_path):
     with pytest.raises(FileError, match="different settings: classes"):
         add_groups(path, NEW, group(0.2), False)
     assert add_groups(path, NEW, group(0.2), True) == group(0.2)
-    path.unlink()  # as an interruption between the two files leaves it
+    path.unlink()  # the state after an interruption between the two files
     assert stored_groups(path, NEW, False) == group(0.2)
     with pytest.raises(FileError, match="different settings: classes"):
         stored_groups(path, OLD, False)

@@ -19,7 +19,7 @@ def made(count=50, size=12, channels=3):
 
 
 def by_example(batches, epoch=1, **arguments):
-    """Everything an epoch says of each example, by original index."""
+    """Return everything that an epoch yields for each example, by original index."""
     images, order = {}, []
     for batch in batches.epoch(epoch, **arguments):
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
@@ -103,7 +103,7 @@ def test_crop_boxes_lie_inside_and_have_allowed_shapes():
     assert 0.7 < area.max() <= 0.801  # 300 x 400 of 300 x 500
     assert ratio.min() > 0.73
     assert ratio.max() < 1.36
-    narrow = augment.crop_boxes(torch.full((1, augment.CROP_DRAWS), 0.99), 10, 1000)  # no try fits
+    narrow = augment.crop_boxes(torch.full((1, augment.CROP_DRAWS), 0.99), 10, 1000)  # no attempt fits
     assert narrow.tolist() == [[0, 493, 10, 13]]
 
 

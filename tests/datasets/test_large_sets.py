@@ -63,14 +63,14 @@ def write_zip(path, files):
 
 
 def tiny(content, *urls):
-    """The entry of a small Tiny ImageNet whose zip has this content and these addresses."""
+    """The entry of a small Tiny ImageNet with this zip content and these URLs."""
     sums = hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest()
     return replace(TINY, downloads=(Download("tiny-imagenet-200.zip", urls, *sums),))
 
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder and the address under which it is served."""
+    """A folder and the URL at which it is served."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_arguments):
@@ -108,7 +108,7 @@ def test_tiny_imagenet_is_downloaded_checked_and_kept(tmp_path, server, monkeypa
 
 
 def by_class(files, images):
-    """The files after a user's script moved the validation images into a folder per class."""
+    """The files after a script has moved the validation images to one folder per class."""
     lines = [line.split("\t") for line in files.pop("val/val_annotations.txt").decode().splitlines()]
     for name, wnid, *_ in lines:
         files[f"val/{wnid}/{images}{name}"] = files.pop(f"val/images/{name}")

@@ -74,7 +74,7 @@ def test_digits():
     assert np.allclose(measured.mean + measured.std, stated.mean + stated.std, atol=5e-5)
     everything = torch.cat([images, test.fetch(torch.arange(359))]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797
-    assert train.digest == "6e9d12cabf0602bf"  # of images, labels and split: results refer to it
+    assert train.digest == "6e9d12cabf0602bf"  # digest of images, labels and split; results refer to it
 
 
 def test_digits_are_those_of_scikit_learn():
@@ -252,7 +252,7 @@ def test_mnist_files_that_are_not_the_published_ones(tmp_path, caplog):
 def test_published_files_are_recognized(tmp_path, caplog, name):
     subprocess.run([sys.executable, SHARED / "lay_out_data.py", tmp_path, name], check=True, capture_output=True)
     for raw in tmp_path.rglob("*-ubyte"):
-        raw.unlink()  # made from the verified archives again
+        raw.unlink()  # extracted again from the verified archives
     load_dataset(name, tmp_path)
     assert not caplog.records
     packed = next(tmp_path.rglob("t10k-labels*.gz"))

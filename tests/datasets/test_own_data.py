@@ -302,13 +302,13 @@ def test_images_are_upright(tmp_path, orientation, kind):
     train, test = load_dataset(name, ".", channels=1)
     found = pixels(train)[0, 0].numpy()
     assert np.abs(found.astype(int) - TURNS[orientation](image)).max() <= (1 if kind == "WEBP" else 0)
-    # Pillow has always turned TIFF images
+    # Pillow has always rotated TIFF images
     assert train.decoding == test.decoding == ("exif" if orientation > 1 and kind != "TIFF" else None)
     assert train.subset(torch.tensor([1])).to("meta").decoding == train.decoding
 
 
 def test_other_exif_tags_do_not_matter(tmp_path):
-    """Pillow reads this orientation, but fails to write the malformed tag beside it back."""
+    """Pillow reads this orientation, but fails to write back the malformed tag next to it."""
     name = write_folder(tmp_path / "pets", mode="L")
     image = np.random.default_rng(5).integers(0, 256, (8, 8), dtype=np.uint8)
     # big endian; two entries of (tag, type, count, value): orientation, and an ASCII tag of type "undefined"
@@ -350,7 +350,7 @@ def test_transparency_shows_white(tmp_path, kind):
     for channels in (1, 3):
         train, test = load_dataset(name, ".", channels=channels)
         assert (np.abs(pixels(test)[0].numpy().astype(int) - seen) <= 1).all()
-        # 16 bits were refused before, so there are no older results that differ
+        # earlier versions refused 16 bits, so there are no older results that differ
         assert train.decoding == (None if "16" in kind else "alpha")
 
 
@@ -360,7 +360,7 @@ def test_opaque_images_are_decoded_as_before(tmp_path):
     solid[..., 3] = 255
     Image.fromarray(solid).save(tmp_path / "pets" / "train" / "ant" / "0.png")
     white = np.full((8, 8, 4), 255, np.uint8)
-    white[:4, :, 3] = 0  # transparent, but white either way
+    white[:4, :, 3] = 0  # transparent, but white in any case
     Image.fromarray(white).save(tmp_path / "pets" / "train" / "ant" / "1.png")
     train, _ = load_dataset(name, ".")
     assert train.decoding is None
@@ -386,7 +386,7 @@ def test_16_bit_gray_is_scaled(tmp_path, kind):
 def test_names_that_are_not_utf8(tmp_path):
     name = write_folder(tmp_path / "pets", classes=("ant", "bée"))
     before = load_dataset(name, ".")[0].entry.name
-    digest = hashlib.sha256()  # as it has always been for names in UTF-8
+    digest = hashlib.sha256()  # as always for UTF-8 names
     for path in sorted((tmp_path / "pets").rglob("*.png"), key=lambda path: (path.parts[-3] != "train", path)):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(tmp_path / 'pets')}\0{len(content)}\0".encode() + content)
@@ -404,7 +404,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def photo(seed, size=(240, 320)):
-    """Random waves of all lengths, the longest the strongest, as in photos; uint8 ``(h, w, 3)``."""
+    """Random waves of all wavelengths, with larger amplitudes at longer ones, as in photos; uint8 ``(h, w, 3)``."""
     generator = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
     frequency[0, 0] = 1
@@ -425,7 +425,7 @@ def write_photos(root, count=4):
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A folder that is large enough to be cached, old enough to be trusted, and not read again in vain."""
+    """A folder that is large enough to be cached and old enough for its timestamps to be trusted."""
     monkeypatch.setattr(own, "CACHED_FROM", 0)
     monkeypatch.setattr(decoding, "SETTLED", 0)
     return write_photos(tmp_path / "photos")
@@ -513,7 +513,7 @@ def test_draft_decoding_is_close_to_full_decoding(tmp_path, write, rules, channe
     assert (draft.decoding, full.decoding) == (rules, rules.replace("draft", "").strip(",") or None)
     assert draft.entry.name == full.entry.name
     difference = (pixels(draft).int() - pixels(full).int()).abs().float()
-    assert difference[3:].max() == 0  # small files are decoded as ever
+    assert difference[3:].max() == 0  # small files are decoded as before
     if "draft" in rules:
         assert 0 < difference[:3].mean() < 1.5
         assert difference[:3].max() < 16
@@ -572,7 +572,7 @@ def test_few_small_files_are_not_kept(photos, tmp_path, monkeypatch):
 
 
 def _changed(path):
-    """Other content of the same length, with the modification time put back."""
+    """Write different content of the same length, and restore the modification time."""
     times, content = path.stat(), bytearray(path.read_bytes())
     Image.fromarray(255 - photo(9)).save(path, "JPEG", quality=50)
     path.write_bytes(path.read_bytes().ljust(len(content), b"\0"))
@@ -582,7 +582,7 @@ def _changed(path):
 
 
 def _moved_over(path):
-    """The same by another file that takes its name."""
+    """Do the same by renaming another file to this name."""
     other = path.parent.parent.parent.parent / "other"
     shutil.copy2(path, other)
     _changed(other)
@@ -617,7 +617,7 @@ def test_changed_photos_are_noticed(photos, tmp_path, monkeypatch, caplog, chang
     caplog.set_level("INFO")
     monkeypatch.setattr(decoding, "SETTLED", 0 if settled else 10**13)
     before = load_dataset(photos, tmp_path, image_size=20)
-    time.sleep(0.02)  # more than the resolution of a file's times
+    time.sleep(0.02)  # more than the resolution of file timestamps
     change(tmp_path / "photos" / part / "cat" / "0.jpg")
     lines(caplog)
     after = load_dataset(photos, tmp_path, image_size=20)
@@ -747,7 +747,7 @@ def test_decode_belongs_to_folders(tmp_path):
 
 
 def test_scripts_share_a_cache_and_do_not_mix_decodings(photos, tmp_path):
-    """Two that start at once, one that comes later; results of draft decoding, of full decoding, and older ones."""
+    """Two runs that start at once and one later; results of draft decoding, full decoding and older versions."""
     data = (f"--dataset={photos}", "--image_size=20", "--model=small_mlp", "--epochs=1", "--lr_sched=const")
     where = folders(tmp_path, *TRAIN)
     started = [Forked("train_full.py", *data, f"--optimizer={name}", *where) for name in ("sgd", "sam")]
@@ -770,7 +770,7 @@ def test_scripts_share_a_cache_and_do_not_mix_decodings(photos, tmp_path):
     for path in (tmp_path / "older").rglob("results.json"):
         record = read_json(path)
         assert "decoding" not in record["settings"]
-        del record["settings"]["images"]  # as of versions that did not know their images
+        del record["settings"]["images"]  # as in versions that did not record their images
         write_json(path, record)
     assert call("train_full.py", *full, *older).status == 0
     refuse("train_full.py", *data, *older, status=FILE, says=(r"decoding \(None vs. draft\)", "--decode=full"))

@@ -1,4 +1,4 @@
-"""The plain way: Jacobians in full, covariance matrices in full, and their product."""
+"""Reference implementation: full Jacobians, full covariance matrices, and their product."""
 
 import torch
 from jacobian_networks import logits as logit_rows
@@ -9,13 +9,13 @@ from src.jacobians import Rotated
 
 
 def loop_jacobians(net, images):
-    """Per parameter (b, q, *shape), by one backward pass for each example and logit."""
+    """Jacobians per parameter (b, q, *shape), with one backward pass per example and logit."""
     rows = loop_gradients(net, images, torch.zeros(len(images)), logit_rows)
     return {name: torch.stack([torch.stack([r[name] for r in example]) for example in rows]) for name in rows[0][0]}
 
 
 def full_jacobians(net, images):
-    """Per parameter (b, q, *shape), by `torch.func.jacrev`, one example at a time."""
+    """Jacobians per parameter (b, q, *shape), with `torch.func.jacrev`, one example at a time."""
     parameters = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
 
     def outputs(values, image):
@@ -39,7 +39,7 @@ def dense(block):
 
 
 def covariances(jacobians, posterior):
-    """``J S J^T`` (b, q, q), every matrix in full."""
+    """``J S J^T`` (b, q, q), with full matrices."""
     flat = {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
     return sum(j @ dense(posterior.blocks[name]) @ j.mT for name, j in flat.items())
 
@@ -51,13 +51,13 @@ def softmax_covariances(outputs):
 
 
 def ggn_diagonals(jacobians, outputs):
-    """Per parameter the diagonal of ``sum_n J^T Lambda J``."""
+    """The diagonal of ``sum_n J^T Lambda J`` per parameter."""
     curvature = softmax_covariances(outputs)
     return {name: torch.einsum("bq...,bqr,br...->...", j, curvature, j) for name, j in jacobians.items()}
 
 
 def random_posterior(net, seed=0, rotated=True):
-    """Any covariances: entry by entry for some parameters, rotated ones (one or several groups) for the others."""
+    """Random covariances: diagonal for some parameters, rotated (in one or several groups) for the others."""
     draw = torch.Generator().manual_seed(seed)
 
     def positive(*shape):
@@ -78,7 +78,7 @@ def random_posterior(net, seed=0, rotated=True):
         shared = blocks.get(name.replace("bias", "weight"))
         if p.ndim == 1:
             if isinstance(shared, Rotated) and len(blocks) % 2:
-                outputs = shared.outputs  # as KFAC has it
+                outputs = shared.outputs  # as in KFAC
             blocks[name] = Rotated(positive(n, o), outputs)
         else:
             k = p[0].numel()

@@ -1,4 +1,4 @@
-"""Tiny networks, one per way in which parameters are used, and the per-example loop they are checked against."""
+"""Tiny models, one per way of using parameters, and the per-example reference loop."""
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def layernorm():
 
 
 class Tokens(nn.Module):
-    """Rows of the image as tokens, a learnt position each, an encoder layer, the mean as features."""
+    """Image rows as tokens with learned positions, an encoder layer, and mean pooling."""
 
     def __init__(self, batch_first):
         super().__init__()
@@ -76,7 +76,7 @@ class Tokens(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention on its own; positions far more numerous than needed for the pair form are not."""
+    """Self-attention and a linear head."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ class Twice(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two linear modules hold the same weight and their own biases."""
+    """Two linear modules share a weight and have separate biases."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Tied(nn.Module):
 
 
 class Autoencoding(nn.Module):
-    """A weight used by its module and once more, transposed, behind the hooks' back."""
+    """A weight used by its module, and once more, transposed, without the hooks."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ class Embedded(nn.Module):
 
 
 class InPlace(nn.Module):
-    """In-place work on a convolution's output, on a view of a linear output, on the images themselves."""
+    """In-place operations on a convolution's output, on a view of a linear output, and on the images."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +165,7 @@ class InPlace(nn.Module):
 
 
 class Custom(nn.Module):
-    """Parameters of the user's own beside known modules, and one that nothing uses."""
+    """Custom parameters in addition to known modules, and one unused parameter."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ class Custom(nn.Module):
 
 
 class Branching(nn.Module):
-    """The way through depends on the data, so that `vmap` cannot follow."""
+    """Data-dependent control flow, which `vmap` does not support."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +195,7 @@ class Branching(nn.Module):
 
 
 class Bare(nn.Module):
-    """Nothing but a parameter of its own: no module to capture."""
+    """Only a bare parameter: no module to capture."""
 
     def __init__(self):
         super().__init__()
@@ -219,7 +219,7 @@ class Shifted(nn.Module):
 
 
 class Folded(nn.Module):
-    """A linear module that sees (positions, batch, features), and one that sees both axes merged."""
+    """A linear module with inputs (positions, batch, features), and one with both axes merged."""
 
     def __init__(self):
         super().__init__()
@@ -277,7 +277,7 @@ NETWORKS = {
 
 
 def network(name, seed=0):
-    """The named network in float64 and eval mode, with BatchNorm statistics away from 0 and 1."""
+    """The named model in float64 and eval mode, with BatchNorm statistics that differ from 0 and 1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = NETWORKS[name]().double()
@@ -304,7 +304,7 @@ def logits(outputs, labels):
 
 
 def loop_gradients(net, images, labels, quantities):
-    """Per example and quantity the gradients of all trainable parameters: list (b) of list (q) of dict."""
+    """Gradients of all trainable parameters per example and quantity: list (b) of list (q) of dict."""
     names, parameters = zip(*((n, p) for n, p in net.named_parameters() if p.requires_grad), strict=True)
     found = []
     for image, label in zip(images.clone().split(1), labels.split(1), strict=True):
@@ -319,7 +319,7 @@ def loop_gradients(net, images, labels, quantities):
 
 
 def loop_norms(net, images, labels, quantities, weightings):
-    """The (f, q, b) squared norms by the plain loop."""
+    """The squared norms (f, q, b), computed with the plain loop."""
     parameters = dict(net.named_parameters())
     norms = []
     for weighting in weightings:

@@ -1,4 +1,4 @@
-"""laplace-torch as oracle: posterior precisions, variances and covariances, where it works."""
+"""Posterior precisions, variances and covariances agree with laplace-torch on models that it supports."""
 
 import copy
 import warnings
@@ -36,7 +36,7 @@ def frn_network():
 
 
 class Tokens(nn.Module):
-    """A linear layer that sees many positions of each example."""
+    """A linear layer applied to many positions per example."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ def built(name, dtype):
 
 
 def theirs(net, images, structure, delta, backend):
-    """Their posterior's functional covariance (b, q, q), fitted on batches of 3, 3 and 1."""
+    """The functional covariance (b, q, q) of laplace-torch's posterior, fitted on batches of 3, 3 and 1."""
     net = copy.deepcopy(net)  # it leaves attributes on the model
     labels = torch.zeros(len(images), dtype=torch.long)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Diagonal variances in pieces, and ways back channels last: exact wherever they are used, and used where meant."""
+"""Diagonal variances in pieces and channels-last backward passes are exact, and are used when intended."""
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_which_networks_go_channels_last(name, suited):
 @pytest.mark.parametrize("name", ["cnn_deepobs", "lenet", "resnet20_frn"])
 @pytest.mark.parametrize("structure", ["diag", "kfac"])
 def test_models_whose_weights_are_channels_last(name, structure):
-    """The layout of weights and images changes neither a curvature nor a variance."""
+    """The memory format of weights and images changes neither curvature nor variances."""
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):

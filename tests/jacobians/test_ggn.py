@@ -1,4 +1,4 @@
-"""Diagonal GGN and KFAC: full Jacobians, a plain loop for the factors, invariants, and what is refused."""
+"""Diagonal GGN and KFAC compared with full Jacobians and a plain loop for the factors; invariants; refusals."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def groups_of(x, n):
 
 
 def plain_factors(net, images):
-    """KFAC by loops over examples, positions and groups: module's name -> [A], [B] per group, and t."""
+    """KFAC with loops over examples, positions and groups: module name -> [A], [B] per group, and t."""
     seen = {}
     found = {}
 

@@ -1,4 +1,4 @@
-"""Numbers worked out elsewhere, to all their digits: curvature, variances, covariances of four tiny networks."""
+"""Curvature, variances and covariances of four tiny models agree with independently computed numbers."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_covariances_of_the_linear_network():
     off_diagonal = torch.stack([found[0, 0, 1], found[0, 0, 2], found[0, 1, 2]])
     expected = torch.tensor([0.11636129, 0.08519290, 0.09927974], dtype=torch.float64)
     torch.testing.assert_close(off_diagonal, expected, **DIGITS)
-    # the gauge: the curvature is blind to a shift of all logits, so that direction keeps the prior's variance
+    # the curvature is zero along a shift of all logits, so that direction keeps the prior's variance
     gauge = (images[0].square().sum() + 1.0) / DELTA
     assert gauge.item() == pytest.approx(1.14596329, abs=1e-8)
     torch.testing.assert_close(found[0].sum(1), gauge.expand(3), rtol=1e-12, atol=0.0)

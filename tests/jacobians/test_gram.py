@@ -1,4 +1,4 @@
-"""Gram matrices of Jacobians: the explicit ``J J^T``, both forms of each layer, blocks and bands, refusals."""
+"""Gram matrices of Jacobians compared with ``J J^T``; both forms of each layer, blocks, bands, refusals."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def plan_of(net, images, memory_mb):
 
 
 def keep_all_as(form, monkeypatch):
-    """Have every layer that has a choice kept as rows, or as factors."""
+    """Make every layer that supports both forms use rows, or factors."""
     monkeypatch.setattr(gram, "prefers_factors", lambda shape, *_: form == "factors" and shape.factors is not None)
 
 
@@ -81,7 +81,7 @@ def test_a_small_vision_transformer():
         )
     net = net.double().eval()
     with torch.no_grad():
-        for p in net.parameters():  # torchvision's head starts at zero
+        for p in net.parameters():  # torchvision's head is initialized to zero
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype) / 10)
     images = images_like(5, 3, 8, 8)
     torch.testing.assert_close(gram_matrix(net, images, logits), explicit(full_jacobians(net, images)), **EXACT)
@@ -118,7 +118,7 @@ def test_layers_are_kept_in_the_cheaper_form():
 
 
 class Gated(nn.Module):
-    """A layer that works on some examples alone, so that a trial on others says nothing about it."""
+    """A layer that runs only on some examples, so that a trial on others does not cover it."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +154,7 @@ def test_frozen_and_unused_parameters_do_not_count():
 
 
 def test_other_quantities():
-    """Kernels of the loss, of one logit and of the logits' sum are parts or sums of the kernel of all logits."""
+    """Kernels of the loss, of one logit and of the sum of logits are blocks or sums of the kernel of all logits."""
     net = network("convolutions")
     images, labels = images_and_labels()
     n, q = len(images), 3
@@ -167,7 +167,7 @@ def test_other_quantities():
 
 
 def test_inputs_of_whole_numbers():
-    """Tokens: the matrix is of the parameters' type, not of the inputs'."""
+    """With token inputs, the matrix has the parameters' dtype, not the inputs'."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)).double()

@@ -1,4 +1,4 @@
-"""All classes' gradients in one pass: what cannot be vectorised, and the short way back through FRN."""
+"""Gradients of all classes in one pass: models that cannot be vectorized, and FRN's short backward pass."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
 
 class _Cube(torch.autograd.Function):
-    """No rule for `torch.func`, and a way back that looks at values."""
+    """A function without a `torch.func` rule, whose backward pass depends on values."""
 
     @staticmethod
     def forward(ctx, x):
@@ -66,7 +66,7 @@ def test_networks_of_both_ways_are_exact(middle):
 @pytest.mark.parametrize(
     "middle",
     [
-        lambda: nn.ReLU(inplace=True),  # works on the normalisation's output
+        lambda: nn.ReLU(inplace=True),  # applied to the normalization's output
         lambda: Checkpointed(nn.Tanh(), FilterResponseNorm(3), nn.Conv2d(3, 3, 1)),
         lambda: nn.Sequential(*[FilterResponseNorm(3)] * 2),  # one normalization, two calls
     ],

@@ -1,4 +1,4 @@
-"""Variances of the logits: the explicit ``J S J^T``, invariants, and what is refused."""
+"""Variances of the logits compared with the explicit ``J S J^T``; invariants; refusals."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def images_like(count, *shape, seed=0):
 
 
 def randomised(net, seed=0):
-    """The network in float64, no parameter and no statistic at its first value."""
+    """The model in float64, with all parameters and statistics changed from their initial values."""
     draw = torch.Generator().manual_seed(seed)
     net = net.double().eval()
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_projects_networks(name, classes, channels, size, shape):
     images = images_like(2, *shape)
     draw = torch.Generator().manual_seed(1)
     posterior = Posterior({n: torch.rand(p.shape, generator=draw).double() for n, p in net.named_parameters()})
-    expected = sum(  # the covariance matrix of so many parameters is left implicit
+    expected = sum(  # the covariance matrix of this many parameters is not formed
         (j.flatten(2) * posterior.blocks[n].flatten()) @ j.flatten(2).mT
         for n, j in full_jacobians(net, images).items()
     )
@@ -100,9 +100,9 @@ def test_a_small_vision_transformer():
 def test_filter_response_norm(shape):
     net = randomised(nn.Sequential(FilterResponseNorm(4), nn.Conv2d(4, 2, 1), FilterResponseNorm(2), nn.Flatten()))
     images = images_like(6, *shape)
-    images[0, 1] = 0.0  # a dead map
+    images[0, 1] = 0.0  # a dead feature map
     with torch.no_grad():
-        net[0].tau[0, 1] = net[0].beta[0, 1]  # ... on the threshold: each side takes half
+        net[0].tau[0, 1] = net[0].beta[0, 1]  # at the threshold, each side gets half of the gradient
     posterior = Posterior(random_posterior(net, rotated=False))
     expected = covariances(loop_jacobians(net, images), posterior)
     torch.testing.assert_close(variances(net, images, posterior, full=True), expected, **EXACT)
@@ -143,7 +143,7 @@ def test_a_last_layers_prior_directions_cancel_against_errors():
     with torch.no_grad():
         hidden = net[:3](images)
     full = variances(net, images, posterior, full=True)
-    offset = 0.5 * (hidden.square().sum(1) + 1.0)  # (|a|^2 + 1) / delta: no class is correlated with another
+    offset = 0.5 * (hidden.square().sum(1) + 1.0)  # (|a|^2 + 1) / delta: the classes are uncorrelated
     torch.testing.assert_close(full, offset.view(-1, 1, 1) * torch.eye(3).double(), **EXACT)
     errors = net(images).detach().softmax(1) - nn.functional.one_hot(labels, 3)
     shifted = full + 7.0 * torch.ones(3, 3).double()  # the same shift of all logits
@@ -186,7 +186,7 @@ def test_single_precision_and_ragged_batches():
 
 @pytest.mark.parametrize(("all_is_kept", "cuts"), [(False, 22), (True, 6)])
 def test_what_is_kept_of_freed_memory_decides_how_batches_are_cut(monkeypatch, all_is_kept, cuts):
-    """A script's process keeps all of it, and has to mind the budget alone: 12 times 10 MiB here."""
+    """A script's process keeps all freed memory, so only the budget limits it: 12 times 10 MiB here."""
     monkeypatch.setattr(devices, "_all_is_kept", all_is_kept)
     net = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Flatten(), nn.Linear(16 * 128 * 128, 5)).eval()
     posterior = Posterior({name: torch.ones_like(p) for name, p in net.named_parameters()})

@@ -1,4 +1,4 @@
-"""Sketches of Jacobians: exact where nothing collides, right on average, the same for the same seed."""
+"""Sketches of Jacobians are exact without collisions, unbiased, and reproducible from the seed."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def sketch(net, images, dimension, seed=0, **more):
 
 
 def test_without_collisions_each_parameter_keeps_its_norm():
-    """One parameter alone, in at least as many places as it has entries: the sketch is a rotation."""
+    """For one parameter, with at least as many buckets as entries, the sketch is a rotation."""
     net = network("twice")
     for name, p in net.named_parameters():
         p.requires_grad_(name == "shared.weight")
@@ -27,7 +27,7 @@ def test_without_collisions_each_parameter_keeps_its_norm():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_right_on_average(name):
-    """Over many seeds the mean approaches the exact kernel as fast as the variance of a count sketch allows."""
+    """Over many seeds, the mean approaches the exact kernel at the rate given by a count sketch's variance."""
     net = network(name)
     images, _ = images_and_labels(3)
     psi = torch.cat([j.reshape(9, -1) for j in loop_jacobians(net, images).values()], dim=1)

@@ -1,4 +1,4 @@
-"""Per-example squared gradient norms: exact twins of the per-example loop, invariants, and what is refused."""
+"""Per-example squared gradient norms compared with the per-example loop; invariants; refusals."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def square(name, w):
 
 
 def odd(name, w):
-    """Weights that depend on the name and on each entry's place."""
+    """Weights that depend on the name and on each entry's index."""
     return (torch.arange(w.numel(), dtype=w.dtype).view_as(w) + len(name)).cos()
 
 
@@ -65,7 +65,7 @@ def test_permuting_and_rebatching_examples(name):
     whole = norms(net, images, labels)[0]
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
     torch.testing.assert_close(norms(net, images[order], labels[order])[0], whole[..., order], **EXACT)
-    with SquaredNorms(net) as squared:  # one engine for ragged batches, the first of a single example
+    with SquaredNorms(net) as squared:  # one engine for batches of different sizes, starting with a single example
         parts = [
             squared(x.clone(), y, losses, FAMILIES)[0]
             for x, y in zip(images.split([1, 6]), labels.split([1, 6]), strict=True)
@@ -120,14 +120,14 @@ def test_summed_gradients_are_the_gradient_of_the_sum():
                     torch.testing.assert_close(found[local].sum((0, 1)), gradient, **EXACT)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])  # as many examples as quantities, and not
+@pytest.mark.parametrize("count", [2, 3, 4])  # equal and unequal numbers of examples and quantities
 def test_gradients_that_are_the_same_for_all_examples(count, caplog):
     net = network("shifted")
     images, labels = images_and_labels(count)
     found, routes = norms(net, images, labels, logits)
     assert routes["shift"] == routes["gain"] == "fallback"
     torch.testing.assert_close(found, loop_norms(net, images, labels, logits, FAMILIES), **EXACT)
-    assert not caplog.records  # nor are they taken one by one
+    assert not caplog.records  # nor are they computed one by one
 
 
 def test_frozen_parameters_do_not_count():
@@ -317,7 +317,7 @@ def test_a_small_vision_transformer():
     net = VisionTransformer(
         image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=3
     ).double()
-    nn.init.normal_(net.heads.head.weight)  # zeros at construction: no gradient would pass
+    nn.init.normal_(net.heads.head.weight)  # initialized to zero, which would block gradients
     images = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 2, 1, 1, 0])
     found, routes = norms(net, images, labels)  # five examples, five tokens
@@ -334,7 +334,7 @@ def test_a_head_of_zeros_stops_all_gradients_and_stays_right():
         nn.init.zeros_(net[3].weight)
         found = squared(images, labels, losses, FAMILIES)[0]
         torch.testing.assert_close(found, loop_norms(net, images, labels, losses, FAMILIES), **EXACT)
-        nn.init.normal_(net[3].weight)  # the trial that could not decide is made again
+        nn.init.normal_(net[3].weight)  # an inconclusive trial is repeated
         squared(images, labels, losses, FAMILIES)
         found = squared(images, labels, losses, FAMILIES)[0]
     assert squared.routes["1.weight"] == "captured"

@@ -1,4 +1,4 @@
-"""What the tests of both flatness scores share: batches of tensors, a small network, the spec's linear model."""
+"""Shared by the tests of both flatness scores: batches of tensors, a small model, and a linear test vector."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ def batches(images, labels, size, indices=None):
 
 
 def linear_model():
-    """The model, image and label of the spec's test vector."""
+    """The model, image and label of the test vector."""
     net = nn.Linear(4, 3).double()
     with torch.no_grad():
         net.weight.copy_(0.1 * torch.arange(12.0).view(3, 4) - 0.5)
@@ -22,7 +22,7 @@ def linear_model():
 
 
 def small_network(seed=0):
-    """Convolution, BatchNorm with statistics of its own, in-place ReLU, dropout, LayerNorm; float64."""
+    """A convolution, BatchNorm with nontrivial statistics, in-place ReLU, dropout and LayerNorm, in float64."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(

@@ -1,4 +1,4 @@
-"""Averaging over seeds: the published scaling, and what may not be mixed."""
+"""Averaging over seeds: the published scaling, and files that cannot be combined."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_forgetting_and_epochs_to_learn_are_shares_of_the_epochs():
     scores, _ = average("forg", [seed(1, [0, 1, 2]), seed(2, [0, 2, 2])])
     np.testing.assert_allclose(scores, [0, 0.375, 0.5])
     scores, _ = average("etl", [seed(1, [1, 2, np.nan]), seed(2, [1, 4, 3])])
-    np.testing.assert_allclose(scores, [0.25, 0.75, 1.0])  # never learned by one seed: 1
+    np.testing.assert_allclose(scores, [0.25, 0.75, 1.0])  # never learned in one seed: 1
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_seeds_of_different_kinds_are_refused(facts, named):
 def test_other_lengths_other_examples_and_nan_are_refused():
     with pytest.raises(FileError, match=r"seed_2.npz: .* seed_1.npz: .*examples \(3 vs. 2\)"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2])])
-    with pytest.raises(FileError, match="subset"):  # the setting that is the reason, where one is recorded
+    with pytest.raises(FileError, match="subset"):  # the setting that differs, if one is recorded
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2], {**FACTS, "subset": 2})])
     with pytest.raises(FileError, match="scores different examples"):
         average("csl", [seed(1, [1, 2, 3]), seed(2, [1, 2, np.nan], scored=[True, True, False])])
@@ -106,7 +106,7 @@ def test_a_file_of_the_papers_code_is_read_once_and_has_no_mean_loss(tmp_path, c
     assert len(caplog.records) == 1
     with pytest.raises(FileError, match="which mean_loss needs"):
         read_pair_seed(("samis_loss", "mean_loss"), tmp_path, "toy", "mlp", 1)
-    assert len(caplog.records) == 1  # no warning of a file that is refused
+    assert len(caplog.records) == 1  # no warning about a refused file
 
 
 def test_a_seed_that_is_not_scored_is_named_with_its_command(tmp_path):
@@ -194,7 +194,7 @@ def test_results_of_other_settings_are_not_replaced(tmp_path):
     record = average("csl", [seed(1, [1, 2, 3])])[1]
     check_score_target(path, record)  # nothing there
     write_scores(path, np.array([0, 0.5, 1]), record)
-    check_score_target(path, record)  # the same again
+    check_score_target(path, record)  # repeat
     with pytest.raises(FileError, match=r"seeds \(\[1\] vs. \[1, 2\]\); give --overwrite"):
         check_score_target(path, {**record, "seeds": [1, 2]})
     write_scores(path, np.array([0, 0.5, 1]), {**record, "unrecorded_seeds": [1]})

@@ -1,4 +1,4 @@
-"""Rank comparisons: closed forms, slow twins, and the numbers known of the published files."""
+"""Rank comparisons: closed forms, slow reference implementations, and known numbers of the published files."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""Reductions of recorded dynamics: published test vectors, closed forms, slow twins, visits that are missing."""
+"""Reductions of recorded dynamics: published test vectors, closed forms, slow reference code, missing visits."""
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def test_sums_means_and_windows(run):
 def test_missing_visits_are_left_out_of_every_score(run):
     rare = np.full((13, 5), NAN, dtype=np.float32)
     rare[3, 0], rare[8, 0] = 1.0, 3.0
-    np.testing.assert_allclose(ds.csl(rare)[0], 2.0 * 13)  # what was not seen counts with the mean
+    np.testing.assert_allclose(ds.csl(rare)[0], 2.0 * 13)  # unvisited examples count as the mean
     assert ds.aum(rare)[0] == 2.0
     part = rare[:, :1]
     holes = [part[k : k + 10][~np.isnan(part[k : k + 10])] for k in range(4)]

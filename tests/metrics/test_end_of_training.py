@@ -1,4 +1,4 @@
-"""What a run with --measure_proxies leaves behind, in the published formats."""
+"""Files that a run with --measure_proxies writes, in the published formats."""
 
 import json
 import pickle

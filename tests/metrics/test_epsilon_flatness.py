@@ -1,4 +1,4 @@
-"""Epsilon-flatness: the spec's vector, the per-example loop, invariants."""
+"""Epsilon-flatness: a test vector, a per-example loop, and invariants."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from src.metrics.flatness import epsilon_flatness
 
 
 def loop(net, images, labels, rho=0.05):
-    """The perturbation of adaptive SAM itself, one example at a time."""
+    """The perturbation of adaptive SAM, one example at a time."""
     net.eval()
     scores = []
     for image, label in zip(images.split(1), labels.split(1), strict=True):
@@ -29,7 +29,7 @@ def score(net, images, labels, size=4, **options):
 
 def test_vector_of_the_linear_model():
     net, image, label = linear_model()
-    # the vector's loss was printed from float32, whose steps are 1.2e-7 here
+    # the test vector's loss was printed in float32, whose spacing is 1.2e-7 here
     assert F.cross_entropy(net(image), label).item() == pytest.approx(1.1093834, abs=2e-7)
     assert score(net, image, label)[0] == pytest.approx(0.0213830, abs=5e-8)
     assert score(net, image, label, rho=0.1)[0] == pytest.approx(2 * 0.0213830, abs=1e-7)

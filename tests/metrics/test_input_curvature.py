@@ -1,4 +1,4 @@
-"""Input curvature: the spec's vector, the per-example loop, invariants, what is refused."""
+"""Input curvature: a test vector, a per-example loop, invariants, and refusals."""
 
 import numpy as np
 import pytest

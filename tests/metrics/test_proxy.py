@@ -1,4 +1,4 @@
-"""``Proxy`` and ``Memorization``: every method, where files are sought, and files that are refused."""
+"""``Proxy`` and ``Memorization``: every method, the folders searched for files, and refused files."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def test_given_folders_are_searched_in_order_and_no_others(tmp_path, monkeypatch
 
 
 def test_data_sets_by_any_of_their_names(tmp_path):
-    """As --dataset has them, in either case, by file, and by the stem of the user's own."""
+    """Data sets as given to --dataset, in upper or lower case, by file, and by the stem of the user's own data."""
     path = store(tmp_path, dataset="cifar10")
     assert Proxy("forg", "CIFAR10", folder=tmp_path).path == path
     data = write_blobs(tmp_path / "photos.npz", n=6)
@@ -215,7 +215,7 @@ def test_scores_of_another_data_set_are_refused(tmp_path):
         Proxy("forg", "toy", folder=tmp_path, n=6)
     with pytest.raises(FileError, match="was made for different labels"):
         Proxy("forg", "toy", folder=tmp_path, n=5, label_hash="bbbb")
-    record_path(path).unlink()  # nothing is known of the labels then, as for the published files
+    record_path(path).unlink()  # the labels are then unknown, as for the published files
     assert Proxy("forg", "toy", folder=tmp_path, label_hash="bbbb").check(5) is not None
 
 

@@ -1,4 +1,4 @@
-"""Fetching the published files, against a server on this machine."""
+"""Fetching the published files from a local server."""
 
 import functools
 import hashlib
@@ -32,7 +32,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder that is served, and its address."""
+    """A folder that is served, and its URL."""
     root = tmp_path / "served"
     for file, content in zip(FILES, (CONTENT, MEM), strict=True):
         file.path(root).parent.mkdir(parents=True)

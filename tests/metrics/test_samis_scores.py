@@ -1,4 +1,4 @@
-"""SAMIS-L and SAMIS-P against their definitions, and the per-seed files."""
+"""SAMIS-L and SAMIS-P compared with their definitions, and the per-seed files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what was scored, and files come in both formats."""
+"""Figures show the scores correctly and are written in both formats."""
 
 import io
 import re
@@ -49,7 +49,7 @@ def test_the_binned_density_is_the_reflected_one():
     np.testing.assert_allclose(heights, reflected(gaussian_kde(VALUES), points), rtol=0.01, atol=1e-4)
     assert (points[0], points[-1]) == (VALUES.min(), VALUES.max())
     points, heights = plots.kernel_density(np.array([0.0, 0.0, 1.0, 2.0, 2.0, 2.0]))
-    centers = np.array([1, 2049, 4095]) / 2048  # of the first, the middle and the last of 2048 bins
+    centers = np.array([1, 2049, 4095]) / 2048  # centers of the first, middle and last of 2048 bins
     expected = reflected(gaussian_kde(centers, 6**-0.2, weights=[2, 1, 3]), points)
     np.testing.assert_allclose(heights, expected / np.trapezoid(expected, points), rtol=1e-9)
 
@@ -104,7 +104,7 @@ def test_the_comparison_shows_its_numbers():
 
 def test_extremes_per_class_by_score_then_index():
     scores = np.array([5.0, 1.0, 1.0, np.nan, 3.0, 9.0, 2.0, 0.0])
-    indices = np.array([7, 5, 4, 3, 2, 1, 0])  # a subset in its own order
+    indices = np.array([7, 5, 4, 3, 2, 1, 0])  # a subset in a different order
     labels = np.array([0, 1, 0, 0, 0, 0, 1])
     result = plots.extremes(scores, labels, indices, 2)
     lowest, highest = result[0]
@@ -149,7 +149,7 @@ def embedded(pdf):
     width, height = (int(re.search(rb"/%s (\d+)" % name, header)[1]) for name in (b"Width", b"Height"))
     length = len(zlib.decompress(data)) // height
     chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT": data, b"IEND": b""}
-    assert length == 3 * width + 1  # colors, not a palette; a filter's byte before each row
+    assert length == 3 * width + 1  # RGB, not a palette; each row starts with a filter byte
     png = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
         for name, body in chunks.items()
@@ -175,7 +175,7 @@ def test_each_pixel_is_a_square_in_print(tmp_path, side, times):
     raster, points = embedded(pdf)
     height, width = raster.shape[:2]
     right, below = round(0.1 * DPI), round(0.05 * DPI)
-    shown = shown[-below - height : -below, -right - width : -right]  # what is not title, label or margin
+    shown = shown[-below - height : -below, -right - width : -right]  # everything except titles, labels and margins
     assert shown.shape == raster.shape
     assert np.allclose(points, [72 / DPI * raster.shape[1], 72 / DPI * raster.shape[0]])
     square = np.repeat(np.repeat(images.transpose(0, 2, 3, 1), times, axis=1), times, axis=2)
@@ -213,7 +213,7 @@ def test_large_photos_are_scaled_down_for_the_overview(tmp_path):
     png, _ = save_figure(figure, tmp_path / "overview")
     shown = np.asarray(Image.open(png).convert("L")).astype(float)
     assert figure.get_size_inches()[0] < 3
-    column = shown[-125:-12, round(DPI * (0.2 + 0.21 + 0.2))]  # through the first image
+    column = shown[-125:-12, round(DPI * (0.2 + 0.21 + 0.2))]  # in the first image
     np.testing.assert_allclose(np.diff(column), 250 / 123, atol=2)
 
 

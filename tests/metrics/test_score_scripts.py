@@ -1,4 +1,4 @@
-"""The scripts that average, fetch and draw scores, as users call them."""
+"""The scripts that average, fetch and plot scores, run as by users."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from src.metrics.samis import FIELDS, save_seed
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Blobs with two made-up scores; the place, the data set's flag and its name in paths."""
+    """Blobs with two made-up scores; returns the folder, the data set's flag and its name in paths."""
     base = tmp_path_factory.mktemp("toy")
     path = write_blobs(base / "blobs.npz", n=30)
     train, _ = load_dataset(f"npz:{path}", base)

@@ -1,4 +1,4 @@
-"""Weights and images that are the same on every machine and in every version of torch."""
+"""Weights and images that are identical on every machine and in every version of torch."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def spread(*shape: int, start: int = 0) -> torch.Tensor:
 
 
 def fill(network: nn.Module) -> nn.Module:
-    """Turn a network into float64 evaluation mode with fixed weights and BatchNorm statistics of unit scale."""
+    """Convert a model to float64 and eval mode, with fixed weights and BatchNorm statistics of unit scale."""
     network = network.to(torch.float64).eval()
     with torch.no_grad():
         for k, (name, tensor) in enumerate(network.state_dict().items()):

@@ -1,4 +1,4 @@
-"""What holds for every model: the contract, published parameter counts, logits under fixed weights."""
+"""Every model: the interface, published parameter counts, and logits for fixed weights."""
 
 import pytest
 import torch
@@ -220,9 +220,9 @@ def test_auxiliary_head_of_imagenet_inception_is_frozen():
     assert frozen == 768 * 128 + 2 * 128 + 25 * 128 * 768 + 2 * 768 + 769 * 1000
 
 
-# Logits under fixed weights: a change of any architecture shows here. The weights are arithmetic, not random (see
-# ``fill`` of the conftest), so the numbers hold for every version of torch.
-# The first image's three logits of each network on (channels, size), the large ones at reduced width and depth.
+# Logits for fixed weights detect any change of an architecture. The weights are computed, not random (see ``fill`` in
+# conftest.py), so the numbers are the same in every version of torch.
+# The three logits of the first image for each model on (channels, size); large models at reduced width and depth.
 GOLDEN = {
     ("resnet18", 3, 8): (10.41778, 2.6418002, -11.658828),
     ("resnet50", 1, 8): (-211.03148, -228.23537, -86.508143),

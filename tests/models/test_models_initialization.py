@@ -1,4 +1,4 @@
-"""The starting weights of every layer, against the closed forms that the SAMIS paper's networks are drawn from."""
+"""The initial weights of every layer have the distributions of the SAMIS paper's models."""
 
 import math
 
@@ -12,7 +12,7 @@ from src.models.vit import ViT
 
 PAPER = ("resnet18", "resnet50", "wideresnet", "inception", "vgg19", "mobile_small", "mobile_large", "vit")
 
-# The largest at reduced depth and width, built by the same functions.
+# The largest models at reduced depth and width, built by the same functions.
 REDUCED = {
     "vit": lambda: ViT(10, 3, 32, layers=2, heads=2, width=128, mlp_width=256),
     "wideresnet": lambda: build_wideresnet(10, 3, depth=16, widen=4),
@@ -41,7 +41,7 @@ def normal(std):
     """A check for the normal distribution with mean 0."""
 
     def check(values):
-        if values.numel() > 500:  # no uniform distribution of this deviation reaches so far
+        if values.numel() > 500:  # beyond the range of a uniform distribution with this standard deviation
             assert values.abs().max() > 2 * std
         check_moments(values, std, kurtosis=3)
 
@@ -49,20 +49,20 @@ def normal(std):
 
 
 def check_moments(values, std, kurtosis):
-    """Mean and deviation within six standard errors, which no draw of these few hundred layers should leave."""
+    """Mean and standard deviation within six standard errors, enough for these few hundred layers."""
     scaled, n = values.double() / std, values.numel()
     assert abs(scaled.mean().item()) < 6 / math.sqrt(n)
     assert abs(scaled.square().mean().sqrt().item() - 1) < 6 * math.sqrt((kurtosis - 1) / (4 * n))
 
 
 def default(module):
-    """PyTorch's default of a convolution or a linear layer: uniform up to 1 / sqrt(fan in), weight and bias."""
+    """PyTorch's default for convolutions and linear layers: weight and bias uniform up to 1 / sqrt(fan in)."""
     check = uniform(module.weight[0].numel() ** -0.5)
     return check, check
 
 
 def expected(name, module):
-    """What the weight and the bias of a layer of one of the networks must look like."""
+    """The expected distributions of the weight and bias of a model's layer."""
     if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
         return is_one, is_zero
     convolution = isinstance(module, nn.Conv2d)
@@ -97,7 +97,7 @@ def test_every_layer_starts_as_published(name):
 
 
 def check_attention_and_tokens(network):
-    """The parameters of a vision transformer that are in no layer of their own."""
+    """The parameters of a vision transformer that are not part of a layer."""
     encoder, seen = network.body, set()
     for module in network.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -120,7 +120,7 @@ def test_the_imagenet_head_of_vgg_starts_from_the_default_too():
 
 @pytest.mark.parametrize(("name", "norm"), [("resnet18", 39.98), ("resnet50", 94.07), ("vgg19", 42.82)])
 def test_norm_of_all_convolution_weights(name, norm):
-    """Kaiming's normal (fan out), from which an earlier version started, gives 87.6, 212.2 and 99.9."""
+    """Kaiming normal (fan out), used by an earlier version, gives 87.6, 212.2 and 99.9."""
     weights = [p.detach() for p in build_model(name, 10, 3, 32, seed=1).parameters() if p.ndim == 4]
     exact = math.sqrt(sum(w.shape[0] / 3 for w in weights))  # n weights of variance 1 / (3 fan in)
     found = math.sqrt(sum(w.double().square().sum().item() for w in weights))
@@ -129,7 +129,7 @@ def test_norm_of_all_convolution_weights(name, norm):
 
 
 # Sum of the absolute values of all parameters (seed 1, 10 classes, 3x32x32) before the initialization of the paper's
-# networks was mended: the other networks start from the same numbers as before.
+# models was fixed. The initial weights of the other models have not changed.
 UNCHANGED = {
     "resnet20": 15477.03006372841,
     "resnet8": 4769.01443656944,
@@ -151,7 +151,7 @@ UNCHANGED = {
 def test_the_other_networks_start_from_the_same_numbers_as_before(name):
     parameters = build_model(name, 10, 3, 32, seed=1).parameters()
     total = sum(p.detach().double().abs().sum().item() for p in parameters)
-    # processors round draws differently; another distribution, or another order of draws, changes far more
+    # CPUs round differently; a different distribution or order of draws changes far more
     assert total == pytest.approx(UNCHANGED[name], rel=1e-6)
     assert MODELS[name].settings == {}
 

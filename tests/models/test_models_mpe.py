@@ -1,4 +1,4 @@
-"""Models of the Memory-Perturbation Equation against slow layers, closed forms and published values."""
+"""Models of the Memory-Perturbation Equation compared with slow layers, closed forms and published values."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from src.models.resnet import FRNBlock, build_resnet_frn
 
 
 def windows(x, kernel, stride):
-    """All windows of TensorFlow's SAME layers, cut one by one: (n, c, kernel, kernel, rows, columns)."""
+    """All windows of TensorFlow's SAME padding, sliced one by one: (n, c, kernel, kernel, rows, columns)."""
     n, c, *size = x.shape
     out = [(s + stride - 1) // stride for s in size]
     before = [max((o - 1) * stride + kernel - s, 0) // 2 for o, s in zip(out, size, strict=True)]
@@ -96,7 +96,7 @@ def test_same_conv_is_the_slow_one(shape, stride, kernel, fill, spread):
 def test_same_max_pool_is_the_slow_one_and_zeros_take_part(size, images):
     pool, x = nn.Sequential(*same_max_pool()), images(2, size)
     torch.testing.assert_close(pool(x), slow_pool(x))
-    assert pool(-x.abs() - 1)[..., -1, -1].eq(0).all()  # the last window always reaches beyond the map
+    assert pool(-x.abs() - 1)[..., -1, -1].eq(0).all()  # the last window always extends beyond the feature map
 
 
 def random_norm(channels, spread):
@@ -111,7 +111,7 @@ def test_norm_is_the_formula(images, spread):
     norm, x = random_norm(5, spread), images(5, 4, 3)
     torch.testing.assert_close(norm(x), slow_norm(x, *norm.parameters()), rtol=1e-12, atol=1e-12)
     assert torch.equal(norm(x), norm.eval()(x))
-    # the rows that follow change nothing
+    # later rows have no effect
     torch.testing.assert_close(norm(x)[:1], norm(x[:1]), rtol=1e-12, atol=1e-12)
 
 
@@ -128,7 +128,7 @@ def test_norm_starts_as_published():
 def test_norm_gradients_are_the_closed_forms(images, spread):
     norm, x = random_norm(2, spread), images(2, 4)
     with torch.no_grad():
-        norm.tau[0, 0] = norm.beta[0, 0]  # at x = 0 both sides of the maximum are equal, and share the gradient
+        norm.tau[0, 0] = norm.beta[0, 0]  # at x = 0, both arguments of the maximum are equal and share the gradient
         x[0, 0, 1, 1:3] = 0
     g = spread(*x.shape, start=5)
     (norm(x) * g).sum().backward()
@@ -160,7 +160,7 @@ def test_norm_forgets_the_scale_of_a_map(images, spread):
 
 
 def test_variances_through_the_norm_are_the_published_ones():
-    """Predictive variances of a diagonal posterior, from whole Jacobians, on a network of 43 weights."""
+    """Predictive variances of a diagonal posterior, from full Jacobians, for a model with 43 weights."""
     network = nn.Sequential(nn.Conv2d(1, 2, 2), FilterResponseNorm(2), nn.Flatten(), nn.Linear(8, 3)).double()
     with torch.no_grad():
         first = 1

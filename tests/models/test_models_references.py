@@ -1,4 +1,4 @@
-"""Each architecture against a second computation: plain functional operations, or torchvision's own network."""
+"""Each architecture compared with functional operations or with torchvision's model."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from src.models.resnet import build_wideresnet
 
 
 class Reader:
-    """Hands out a network's layers in the order of its state dict and applies them functionally."""
+    """Applies a model's layers functionally, in the order of its state dict."""
 
     def __init__(self, network):
         self.modules = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
@@ -42,7 +42,7 @@ class Reader:
 
 
 def copy_state(source, target):
-    """Copy weights and statistics by order, whatever their names."""
+    """Copy weights and statistics in order, ignoring names."""
     pairs = zip(source.state_dict().values(), target.state_dict().values(), strict=True)
     for ours, theirs in pairs:
         theirs.copy_(ours)

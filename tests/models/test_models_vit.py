@@ -20,7 +20,7 @@ def reduced(num_classes=10, channels=3, size=32):
 
 
 def published(num_classes=1000, size=64):
-    """A torchvision network of the reduced sizes, with a head that is not zero."""
+    """A torchvision model with reduced sizes and a nonzero head."""
     torch.manual_seed(1)
     network = VisionTransformer(size, 16, 2, 2, 8, 12, num_classes=num_classes)
     nn.init.normal_(network.heads.head.weight)

@@ -1,4 +1,4 @@
-"""Small problems that the tests of this folder share."""
+"""Small problems shared by the tests in this folder."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from src.jacobians import OutputVariances, ggn_diagonal
 
 
 def network(dtype=torch.float64, seed=0):
-    """A small convolutional network of images (2, 6, 6) with four classes, with weights that depend on ``seed``."""
+    """A small convolutional model for images (2, 6, 6) and four classes, with weights that depend on ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(
@@ -25,12 +25,12 @@ def examples(n=7, dtype=torch.float64, seed=1):
 
 
 def batches(images, labels, size=3):
-    """Pairs of at most ``size`` examples; the last one is ragged."""
+    """Batches of at most ``size`` examples; the last one is smaller."""
     return list(zip(images.split(size), labels.split(size), strict=True))
 
 
 def random_predictions(n=6, c=4, scale=0.3, seed=2, full=True):
-    """Predictions with random covariances, positive definite, of size ``scale``."""
+    """Predictions with random positive definite covariances of size ``scale``."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, c, generator=draw, dtype=torch.float64)
     root = torch.randn(n, c, c, generator=draw, dtype=torch.float64)

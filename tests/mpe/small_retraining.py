@@ -1,4 +1,4 @@
-"""A small network that is retrained, for the tests of retraining and of its resume."""
+"""A small model for the tests of retraining and resuming."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Leaving out a class: the estimate by hand, the test set as it is evaluated plainly, and the file."""
+"""Removing a class: the estimate computed by hand, a plain evaluation of the test set, and the file."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_one_pass_serves_every_form():
 
 
 def different_members(net, count):
-    """An ensemble whose members have taken a step on data of their own."""
+    """An ensemble whose members have each taken a step on different data."""
     ensemble = Ensemble(net, count)
     images, labels = examples(5 * count, seed=3)
     ensemble.step(images.unflatten(0, (count, 5)), labels.view(count, 5), None, 1.0)
@@ -94,7 +94,7 @@ def test_an_impossible_label_costs_at_most_23_nats():
 
 @pytest.mark.parametrize("models", [1, 2, 3])
 def test_what_the_file_holds(models):
-    """After the control alone, in the middle, and at the end; class 1 of three has no examples."""
+    """After only the control, in the middle, and at the end; class 1 of three has no examples."""
     rows = {"nll": np.array([0.5, 1.5, 2.5])[:models], "acc": np.array([0.9, 0.6, 0.7])[:models]}
     estimated = {"est_nll": np.array([0.1, np.nan, 0.2]), "est_nll_diag": np.array([0.1, np.nan, 0.2])}
     content = loco.content(rows, estimated, [0, 2], (0.95, 0.4))

@@ -1,4 +1,4 @@
-"""Leave-one-out estimates: closed forms, exact refits, the gauge, and numbers worked out by hand."""
+"""Leave-one-out estimates: closed forms, exact refits, shift invariance, and numbers computed by hand."""
 
 import logging
 
@@ -42,7 +42,7 @@ def test_first_order_forms():
     expected = (fisher(p) @ given.variances @ e).squeeze(2)
     torch.testing.assert_close(found.probability_deviations, expected, rtol=1e-12, atol=1e-15)
     assert found.probability_deviations.sum(1).abs().max() < 1e-15
-    found = estimate(given, "diag")  # covariances serve the diagonal form too
+    found = estimate(given, "diag")  # the diagonal form also accepts covariances
     thin = random_predictions(full=False)
     assert torch.equal(found.output_deviations, estimate(thin).output_deviations)
     torch.testing.assert_close(
@@ -89,7 +89,7 @@ def test_unstable_examples_keep_the_first_order_form(caplog):
 
 
 def test_ridge_regression_is_exact():
-    """One output, quadratic loss: v e / (1 - v), against refits; and two outputs at once."""
+    """For one output and quadratic loss, v e / (1 - v) equals exact refits; also two outputs."""
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randn(30, d, generator=draw, dtype=F64) for d in (6, 2))
     delta = 0.7
@@ -152,7 +152,7 @@ def convex():
 
 
 def test_quality_against_exact_refits(convex):
-    """The order of the table for convex softmax regression: diagonal worst, Woodbury best, nearly exact."""
+    """For convex softmax regression, the diagonal form is worst and Woodbury is best, nearly exact."""
     given, true = convex
     true_nll = -true.log_softmax(1)[torch.arange(len(given)), given.labels].mean().item()
     deviations = (true.softmax(1) - given.probabilities).abs().sum(1)
@@ -179,13 +179,13 @@ def test_the_sign_of_the_training_gap(convex):
         losses = loo_losses(given, estimate(given, form))
         assert losses.mean() > given.nll
     assert true_nll > given.nll
-    # the first-order form falls short of the truth, the diagonal one overshoots it by the gauge
+    # the first-order form underestimates; the diagonal form overestimates, because it counts shifts of all logits
     assert loo_losses(given, estimate(given, "full")).mean() < true_nll < loo_losses(given, estimate(given)).mean()
 
 
 @pytest.mark.parametrize("shift", [0.5, 40.0])
 def test_gauge(convex, shift):
-    """A common variance of all logits cannot be seen in probabilities: only the diagonal form counts it."""
+    """A variance common to all logits does not affect probabilities; only the diagonal form counts it."""
     given, _ = convex
     moved = Predictions(given.indices, given.labels, given.logits, given.variances + shift)
     for form in ("full", "woodbury"):
@@ -207,7 +207,7 @@ def test_clamped_losses_and_factors():
     assert clamped[0].item() == pytest.approx(23.0258509, abs=1e-6)
     assert plain[0].item() == pytest.approx(202.0, abs=1e-6)  # 200 and the error of 1 on each side
     assert plain[1].item() == pytest.approx(0.0, abs=1e-12)
-    # p (1 - p) counts 1e-10 at least
+    # p (1 - p) is clamped to at least 1e-10
     torch.testing.assert_close(
         found.probability_deviations, tensor([1e-10, -1e-10], [1e-20, 1e-20]), rtol=1e-6, atol=0
     )
@@ -248,8 +248,8 @@ def test_sampled_errors_converge():
     expected = torch.stack([p, 1 - p], 1) - torch.eye(2, dtype=F64)
     found = sampled_errors(given, samples=40_000, generator=generator())
     torch.testing.assert_close(found, expected, rtol=0, atol=6e-3)  # five standard errors
-    assert (expected - given.errors).abs().min() > 0.02  # which is less than what is measured
-    covariances = torch.diag_embed(variances) + 50.0  # a common shift cancels where samples are correlated
+    assert (expected - given.errors).abs().min() > 0.02  # which is smaller than the measured error
+    covariances = torch.diag_embed(variances) + 50.0  # a common shift cancels if samples are correlated
     moved = Predictions(given.indices, given.labels, logits, covariances)
     found = sampled_errors(moved, samples=40_000, generator=generator(), correlated=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=6e-3)
@@ -267,7 +267,7 @@ def test_sampled_errors_do_not_depend_on_chunks(full):
 
 
 def test_correlated_samples_are_of_the_covariance():
-    """Logits less their mean have the covariance H V H: small ones move the probabilities by Lambda times them."""
+    """Centered logits have covariance H V H; small perturbations change the probabilities by Lambda times them."""
     given = random_predictions(n=3, scale=1e-8)
     draws = generator()
     noise = torch.empty(3, 1, 4, dtype=F64)
@@ -276,7 +276,7 @@ def test_correlated_samples_are_of_the_covariance():
     found = sampled_errors(given, samples=1, generator=generator(), correlated=True) - given.residuals
     centre = torch.eye(4, dtype=F64) - 0.25
     values, vectors = torch.linalg.eigh(centre @ given.variances @ centre)
-    assert values[:, 1:].min() > 1e-11  # three directions are left
+    assert values[:, 1:].min() > 1e-11  # three directions remain
     root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
     expected = (fisher(given.probabilities) @ root @ noise.mT).squeeze(2)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-8)  # the second order
@@ -286,7 +286,7 @@ def test_correlated_samples_are_of_the_covariance():
 def test_correlated_samples_do_not_see_the_gauge(shift):
     given = random_predictions()
     same = Predictions(given.indices, given.labels, given.logits, torch.eye(4, dtype=F64).repeat(6, 1, 1))
-    for found in (given, same):  # equal eigenvalues leave the eigenvectors open
+    for found in (given, same):  # equal eigenvalues leave the eigenvectors undetermined
         moved = Predictions(found.indices, found.labels, found.logits, found.variances + shift)
         first, second = (sampled_errors(x, generator=generator(), correlated=True) for x in (found, moved))
         torch.testing.assert_close(second, first, rtol=1e-6, atol=1e-9)

@@ -1,4 +1,4 @@
-"""The steps after which sensitivities are measured, and what their file holds."""
+"""The steps after which sensitivities are measured, and the contents of their file."""
 
 from types import SimpleNamespace
 
@@ -24,11 +24,11 @@ script = example("4_evolving_sensitivities")
         ("mnist", 23500, [10, 1000, 5000, 12250]),
         ("fmnist", 12250, [10, 1000, 5000, 12250]),
         ("cifar10", 29400, [10, 2000, 10000, 24500]),
-        ("digits", 23500, [10, 1000, 5000, 12250]),  # the same shares of the run
+        ("digits", 23500, [10, 1000, 5000, 12250]),  # the same fractions of the run
         ("digits", 2350, [1, 100, 500, 1225]),
         ("fmnist", 12249, [5, 521, 2606, 6385]),  # too short for the paper's steps
         ("cifar10", 24499, [10, 1043, 5213, 12771]),
-        ("own-12ab34cd", 3, [1, 2]),  # some fall together
+        ("own-12ab34cd", 3, [1, 2]),  # some coincide
         ("digits", 1, [1]),
     ],
 )
@@ -49,7 +49,7 @@ def evolving(path, checkpoints, resume=False, class_cov="full", found=None):
     found = random_predictions() if found is None else found
 
     def predict(trainer):
-        torch.rand(1)  # as a network with dropout might
+        torch.rand(1)  # as a model with dropout might
         return found
 
     result = Result(path, {}, {}, resume=resume, overwrite=False)
@@ -86,7 +86,7 @@ def test_rows_are_written_as_they_come(tmp_path):
 @pytest.mark.parametrize("gauge", [torch.ones(4), torch.tensor([2.0, 1.0, 0.5, 3.0])])
 @pytest.mark.parametrize("shift", [0.5, 40.0])
 def test_gauge(tmp_path, gauge, shift):
-    """What shifts all logits alike, by itself or along with a logit, is seen by the diagonal form only."""
+    """Only the diagonal form counts a shift of all logits, on its own or together with a change of one logit."""
     given = random_predictions()
     half = shift * gauge.double().expand(4, 4)
     moved = Predictions(given.indices, given.labels, given.logits, given.variances + half + half.mT)
@@ -98,7 +98,7 @@ def test_gauge(tmp_path, gauge, shift):
     for form in ("full", "woodbury"):
         first, second = (row[f"sensitivity_{form}"] for row in rows)
         np.testing.assert_allclose(second, first, rtol=1e-6)
-        assert not np.allclose(first, sensitivity(estimate(given, form)), rtol=0.01)  # samples do count
+        assert not np.allclose(first, sensitivity(estimate(given, form)), rtol=0.01)  # the number of samples matters
     assert not np.allclose(rows[0]["sensitivity_diag"], rows[1]["sensitivity_diag"], rtol=0.1)
 
 
@@ -121,7 +121,7 @@ def test_rows_of_before_are_kept_up_to_where_training_goes_on(tmp_path):
         run(TRAINER, 1, step)
     before = read_pickle(path)
     again, _ = evolving(path, [1, 2, 3], resume=True)
-    again(TRAINER, 1, 2)  # training goes on after step 1
+    again(TRAINER, 1, 2)  # training continues after step 1
     assert read_pickle(path)["steps"].tolist() == [1, 2]
     again(TRAINER, 1, 3)
     np.testing.assert_array_equal(read_pickle(path)["sensitivity"], before["sensitivity"])

@@ -1,4 +1,4 @@
-"""What the experiments share, in parts that need no run: images, and result files that grow and are not lost."""
+"""Shared code of the experiments that can be tested without a run: images and incremental result files."""
 
 import weakref
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from src.jacobians import OutputVariances
 
 
 def test_prepared_images_are_held_once():
-    """No batch outlives the next: joined parts would stand beside the whole."""
+    """No batch outlives the next; concatenating parts would need twice the memory."""
     parts = [torch.randn(size, 1, 3, 3, dtype=torch.float64) for size in (4, 4, 1)]
     alive: list[weakref.ref] = []
 
@@ -57,8 +57,8 @@ def test_what_is_written_can_be_gone_on_from(path):
     assert found.keys() == {"values", "count", "args", "settings"}
     assert (found["args"], found["settings"], found["count"]) == (ARGS, SETTINGS, 2)
     np.testing.assert_array_equal(result(path, resume=True).stored["values"], np.arange(3.0))
-    assert result(path).stored == {}  # a start from nothing
-    assert "values" in read_pickle(path)  # which leaves the file until it has something better
+    assert result(path).stored == {}  # a start from scratch
+    assert "values" in read_pickle(path)  # which keeps the file until there is a new result
     result(path).write(count=3)
     assert read_pickle(path).keys() == {"count", "args", "settings"}
 
@@ -80,7 +80,7 @@ def test_results_of_other_settings_are_refused_or_replaced(path, resume):
 def test_overwrite_does_not_throw_away_what_is_of_the_same_settings(path):
     result(path).write(count=2)
     assert result(path, resume=True, overwrite=True).stored["count"] == 2
-    assert result(path, {**SETTINGS, "steps": (1, 2)}, resume=True).stored["count"] == 2  # as json has it
+    assert result(path, {**SETTINGS, "steps": (1, 2)}, resume=True).stored["count"] == 2  # as in JSON
 
 
 @pytest.mark.parametrize("content", [{"count": 1}, [1, 2], {"settings": "none"}])
@@ -132,4 +132,6 @@ def test_model_and_images_have_the_layout_that_trains_faster(name, last, tmp_pat
         variances = engine(batch)[1]
     found = experiment.laplace(1.0, "diag")
     np.testing.assert_allclose(found.variances, variances, rtol=1e-4)
-    assert weight.is_contiguous(memory_format=torch.channels_last) is last  # its optimizer's tensors are laid out so
+    assert (
+        weight.is_contiguous(memory_format=torch.channels_last) is last
+    )  # its optimizer's tensors have this memory format

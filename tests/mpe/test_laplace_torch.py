@@ -1,4 +1,4 @@
-"""laplace-torch as backend: the engine's numbers, and a clear refusal where it has none."""
+"""laplace-torch as backend: it agrees with the engine, and unsupported models are clearly refused."""
 
 import copy
 import warnings
@@ -21,7 +21,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 class Tokens(nn.Module):
-    """A linear layer that sees many positions of each example, which ASDL gets wrong."""
+    """A linear layer applied to many positions per example, which ASDL computes incorrectly."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ def test_the_backend_is_chosen_by_trial(build, structure, backend):
     ],
 )
 def test_refused_before_any_work(build, says):
-    """These it would treat without a word, leaving blocks out or meaning something else."""
+    """laplace-torch would silently accept these models and omit blocks or compute something else."""
     given = CountedBatches(batches(*examples()))
     with pytest.raises(ArgumentError, match=r"laplace_backend laplace-torch: .*; use fast") as caught:
         LaplaceTorchVariances(built(build), given, 1.0)

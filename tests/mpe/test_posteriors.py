@@ -1,4 +1,4 @@
-"""Posteriors against the formulas they are defined by."""
+"""Posteriors compared with their defining formulas."""
 
 import logging
 
@@ -29,7 +29,7 @@ def gradient_step(net, optimizer, iblr=False):
 
 
 def test_golden_ivon_step(monkeypatch):
-    """One scalar, one step, all numbers worked out by hand."""
+    """One scalar parameter and one step, with all numbers computed by hand."""
     w = nn.Parameter(torch.ones(1, dtype=F64))
     optimizer = IBLR([w], lr=0.2, num_examples=100, delta=1.0, hess_init=0.1)
     monkeypatch.setattr(torch, "randn", lambda *size, **options: torch.ones(*size, dtype=F64))
@@ -68,7 +68,7 @@ def test_plain_ivon_with_groups_in_another_order():
     ]
     optimizer = ivon.IVON(groups, lr=0.1, ess=10.0)
     start = 0.0
-    for group in optimizer.param_groups:  # every weight gets a Hessian of its own
+    for group in optimizer.param_groups:  # every weight gets a different Hessian
         group["hess"] = torch.arange(len(group["hess"]), dtype=F64) + start
         start += 1000.0
     blocks = optimizer_posterior(optimizer, net).blocks

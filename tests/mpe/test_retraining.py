@@ -1,4 +1,4 @@
-"""Retraining as plain loops would have it."""
+"""Retraining compared with plain loops."""
 
 import copy
 from functools import cache
@@ -16,7 +16,7 @@ from src.models import build_model
 
 
 def plainly(orders, settings=SETTINGS, deltas=None):
-    """Each network alone: torch's SGD on the given batches; the batches of all epochs, or a function of the epoch."""
+    """Train each model separately with torch's SGD on the given batches (fixed, or a function of the epoch)."""
     base, images, labels = material()
     found = []
     for number, left in enumerate(REMOVED):
@@ -38,7 +38,7 @@ def plainly(orders, settings=SETTINGS, deltas=None):
 
 @cache
 def replayed():
-    """Torch's own shuffling loaders, after the draws of a script that builds nothing and reads six times."""
+    """Torch's shuffling loaders, after the draws of a script that builds no model and reads the data six times."""
     found = {}
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -87,7 +87,7 @@ def test_shuffles_differ_and_seeds_matter():
     other = run(RetrainSettings(**{**vars(SETTINGS), "seed": 4}))["logits"]
     for changed in (shared, other):
         assert (np.abs(changed - seeded).max((1, 2)) > 1e-6).all()
-    # alone or among others, a network is the same
+    # a model is the same alone or in an ensemble
     np.testing.assert_allclose(run(removed=REMOVED[2:3])["logits"][0], seeded[2], rtol=0, atol=1e-12)
 
 

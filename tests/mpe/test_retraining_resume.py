@@ -1,4 +1,4 @@
-"""Retraining that was interrupted: the same bits, and nothing done twice; what its folder refuses."""
+"""Interrupted retraining is bit-identical and repeats no work; damaged and foreign files are refused."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ class StoppedError(Exception):
 
 @contextmanager
 def stopped(monkeypatch, at):
-    """Expect a run to stop when it comes to its ``at``-th epoch, counted over all chunks."""
+    """Expect a run to stop at its ``at``-th epoch, counted over all chunks."""
     count = 0
 
     def stop(*args):
@@ -41,14 +41,14 @@ def stopped(monkeypatch, at):
 
 @contextmanager
 def untrained(monkeypatch):
-    """Let a run stop with an error if it trains at all."""
+    """Make a run fail if it trains at all."""
     with monkeypatch.context() as patch:
         patch.setattr("mpe.retraining.rate", None)
         yield
 
 
 class Noisy(nn.Module):
-    """Dropout and BatchNorm: what only networks one after another can have."""
+    """A model with dropout and BatchNorm, which can only be trained sequentially."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, at, k
         removed = [[], [4, 5], [9, 3], [21, 0]]
     more = {"dtype": torch.float32, "model": model, "vectorised": vectorised, "removed": removed}
     whole = run(settings, **more)
-    torch.manual_seed(1000 + at)  # what the process drew before must not matter
+    torch.manual_seed(1000 + at)  # earlier random draws of the process must not matter
     with stopped(monkeypatch, at):
         run(settings, folder=tmp_path, **more)
     torch.manual_seed(2000 + at)
@@ -233,7 +233,7 @@ def test_a_chunk_that_could_not_be_measured_is_not_trained_again(tmp_path, monke
 
 
 class EachMeasured:
-    """Measures network by network, and fails at the ``stop``-th."""
+    """Measures one model at a time, and fails at the ``stop``-th."""
 
     def __init__(self, stop=None):
         self.stop, self.seen = stop, []
@@ -248,7 +248,7 @@ class EachMeasured:
 @pytest.mark.parametrize("vectorised", [True, False])
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_networks_are_measured_once_each_and_kept_as_they_come(tmp_path, monkeypatch, vectorised, stop):
-    """Chunks of three and two networks; the run stops within a chunk, at its end, or within the last."""
+    """Chunks of three and two models; the run stops inside a chunk, at its end, or inside the last one."""
     each = EachMeasured()
     more = {"measure": None, "chunk": 3, "vectorised": vectorised}
     whole = run(measure_each=each, **more)

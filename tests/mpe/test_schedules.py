@@ -1,4 +1,4 @@
-"""MemberSchedules of retraining: planted by hand, and replayed beside torch's own loaders."""
+"""Schedules of retraining: constructed by hand, and compared with torch's loaders."""
 
 from itertools import chain
 
@@ -37,7 +37,7 @@ def visited(orders, member, batch_size=BATCH):
 
 
 def original(removed, *, seed, name, extra):
-    """The papers' scripts: seed, build, iterate over loaders; the batches of each retraining."""
+    """The batches of each retraining in the papers' scripts: seed, build the model, iterate over loaders."""
     torch.manual_seed(seed)
     MODELS[name].build(4, 1, 8)
     everything = torch.arange(TOTAL)
@@ -62,12 +62,12 @@ def test_replay_repeats_the_loaders_batches(name, extra):
     before = torch.get_rng_state()
     generator = replay_generator(lambda: MODELS[name].build(4, 1, 8), seed=1)
     wanted = positions((), *removed)
-    for _ in range(2):  # the generator given is not used up
+    for _ in range(2):  # the given generator is not advanced
         seeds = shuffle_seeds(wanted, "replay", 0, replay=generator, extra_draws=extra)
         orders = own_schedules(wanted, seeds, TOTAL)
         assert [visited(orders, member) for member in range(1, 5)] == expected
     assert torch.equal(torch.get_rng_state(), before)
-    assert seeds[0] == seeds[1]  # the control takes a shuffle of its own kind and no draw
+    assert seeds[0] == seeds[1]  # the control has its own shuffle and does not advance the draws
     assert sorted(chain(*visited(orders, 0))) == list(range(TOTAL))
 
 

@@ -1,4 +1,4 @@
-"""The library's front: a user's own network and loader."""
+"""The public API with a user's model and loader."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from src.optimizers import IBLR
 
 
 class Own(nn.Module):
-    """A network that this project knows nothing about, with dropout and a residual."""
+    """A model that is not part of this project, with dropout and a residual connection."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def test_laplace_on_a_users_network(structure, class_cov):
     assert found.loo_nll == pytest.approx(losses.mean(), rel=1e-12)
     unclamped = loo_losses(found.predictions, found.estimates, clamp=False).mean().item()
     assert found.unclamped_loo_nll == pytest.approx(unclamped, rel=1e-12)
-    assert found.predictions.nll < found.loo_nll <= unclamped * (1 + 1e-12)  # equal where nothing is clamped
+    assert found.predictions.nll < found.loo_nll <= unclamped * (1 + 1e-12)  # equal if nothing is clamped
     order = np.argsort(-scores)
     assert found.most_sensitive(3).tolist() == order[:3].tolist()
     assert found.least_sensitive(3).tolist() == order[:-4:-1].tolist()
@@ -103,7 +103,7 @@ def test_posterior_of_the_optimizer():
     optimizer = trained(net, "adam")
     posterior = optimizer_posterior(optimizer, net, num_examples=9, delta=3.0)
     expected = by_hand(net, loader(), posterior, "diag")[0]
-    for options in ({}, {"num_examples": 9}):  # N is the loader's by default
+    for options in ({}, {"num_examples": 9}):  # by default, N is the size of the loader's data set
         found = sensitivities(net, loader(), optimizer, delta=3.0, **options)
         np.testing.assert_allclose(found.scores, expected, rtol=1e-12)
     other = sensitivities(net, loader(), optimizer, delta=3.0, num_examples=90)
@@ -146,7 +146,7 @@ class Stream(IterableDataset):
         return (self.dataset[i] for i in (3, 0, 1, 2))
 
 
-ORDERS = {  # what a DataLoader is given besides its data set, and whether it reads that in order
+ORDERS = {  # arguments of a DataLoader, and whether it reads the data set in order
     "plain": (lambda data: {"batch_size": 4}, True),
     "drop_last": (lambda data: {"batch_size": 4, "drop_last": True}, True),
     "sequential batches": (lambda data: {"batch_sampler": BatchSampler(SequentialSampler(data), 4, False)}, True),
@@ -182,7 +182,7 @@ def test_without_indices_only_loaders_in_order_are_taken(order):
     thirds = {"none": [], "float": [torch.rand(9)], "integer": [torch.arange(9)]}
     for third, columns in thirds.items():
         if third != "none" and ("workers" in order):
-            continue  # starting processes takes its time
+            continue  # starting processes is slow
         data = TensorDataset(images, labels, *columns)
         given = DataLoader(Stream(data) if order == "stream" else data, **options(data))
         before = torch.get_rng_state()
@@ -230,7 +230,7 @@ def test_something_around_a_shuffling_loader(indices):
     if indices:
         refuse_shuffling(Around(RandomSampler(data)))
         return
-    refuse_shuffling(batches(*examples(9)))  # lists say nothing of their order
+    refuse_shuffling(batches(*examples(9)))  # the order of a list is unknown
     with pytest.raises(ValueError, match="shuffle=False"):
         refuse_shuffling(Around(RandomSampler(data)))
 
@@ -340,7 +340,7 @@ def test_score_file_of_a_subset(tmp_path):
     made([0.5, 0.25], [4, 1], labels=[1, 0]).write_scores(tmp_path, "toy", total=6)
     proxy = Proxy(mode="mpe", dataset="toy", normalize=False, folder=tmp_path, n=6)
     np.testing.assert_array_equal(proxy.scores, [np.nan, 0.25, np.nan, np.nan, 0.5, np.nan])
-    assert "label_hash" not in proxy.record  # the labels of the others are not known
+    assert "label_hash" not in proxy.record  # the other labels are unknown
     with pytest.raises(ValueError, match="there are 4 examples"):
         made([0.5, 0.25], [4, 1]).write_scores(tmp_path, "toy", total=4)
 

@@ -1,4 +1,4 @@
-"""The figures: what is drawn where, and that nothing hides anything."""
+"""The figures: positions of artists, and no overlaps."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def lines(axes):
 
 
 def overlap(figure, axes, artist):
-    """How many drawn points of the axes' lines lie within an artist."""
+    """The number of points of the axes' lines that are inside an artist."""
     figure.draw_without_rendering()
     box = artist.get_window_extent()
     count = 0
@@ -181,7 +181,7 @@ def test_loco_sizes_marks_and_numbers():
     drops = np.array([0.1, 0.0, -0.2])
     axes = loco([experiment("a", [0, 4, 7], drops), experiment("b", [0, 1, 2], drops, 1)]).axes[0]
     first, second = axes.collections
-    assert first.get_sizes().tolist() == [54.0, 4.0, 4.0]  # no accuracy lost, or some gained: small, still seen
+    assert first.get_sizes().tolist() == [54.0, 4.0, 4.0]  # no accuracy lost, or some gained: small but visible
     assert len(first.get_facecolor()) == 1
     assert len(second.get_facecolor()) == 0  # hollow
     assert [text.get_text() for text in axes.texts] == ["0", "4", "7", "0", "1", "2"]

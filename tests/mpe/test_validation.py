@@ -1,4 +1,4 @@
-"""Which examples are left out, and what their files hold."""
+"""Which examples are removed, and the contents of their files."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_the_papers_examples_are_drawn(count, first, number, total):
     drawn = script.drawn_examples(count, number, seed=1)
     assert drawn[:10].tolist() == first
     assert drawn.sum() == total
-    assert np.array_equal(np.random.get_state()[1], before)  # the global generator is left alone
+    assert np.array_equal(np.random.get_state()[1], before)  # the global generator is not advanced
 
 
 def test_draws_are_distinct_and_go_on():
@@ -67,7 +67,7 @@ def test_what_the_file_of_estimates_holds():
 
 
 def different_members(net, count):
-    """An ensemble whose members have taken a step on data of their own."""
+    """An ensemble whose members have each taken a step on different data."""
     ensemble = Ensemble(net, count, l2=0.1)
     images, labels = examples(5 * count, seed=3)
     ensemble.step(images.unflatten(0, (count, 5)), labels.view(count, 5), None, 0.5)
@@ -75,7 +75,7 @@ def different_members(net, count):
 
 
 def alone(net, weights, images):
-    """Softmax of one network, as torch computes it."""
+    """Softmax of one model, computed with torch."""
     net.load_state_dict(weights)
     return net(images).detach().softmax(1).numpy()
 
@@ -128,7 +128,7 @@ CONTROL = np.random.default_rng(2).dirichlet(np.ones(3), 4)
 
 @pytest.mark.parametrize("models", [1, 3, 5])
 def test_what_the_file_of_true_deviations_holds(models):
-    """After the control alone, in the middle, and at the end."""
+    """After only the control, in the middle, and at the end."""
     rows = {"probabilities": MOVED[:models].copy(), "control": CONTROL[None]}
     rows["probabilities"][0] = np.nan
     content = script.retrain_content(rows, REMOVED, spread=1, base=BASE, indices=np.arange(6) * 100)

@@ -36,7 +36,7 @@ def iblr(model, kind=IBLR, **options):
 
 
 def train(model, optimizer, first, last, dtype=torch.float64):
-    """Epochs of two steps each, the noise seeded by the epoch."""
+    """Train epochs of two steps each, with noise seeded by the epoch."""
     for epoch in range(first, last + 1):
         with torch.random.fork_rng():
             torch.manual_seed(epoch)
@@ -48,7 +48,7 @@ def train(model, optimizer, first, last, dtype=torch.float64):
 
 
 def reference_step(m, h, momentum, t, gradient_at, lr, h0, w, n, b1=0.9, b2=0.99999):
-    """One iBLR step from its five lines; draws one standard normal vector."""
+    """Take one iBLR step, written as its five equations; draws one standard normal vector."""
     eps = torch.randn(m.numel(), dtype=m.dtype) / (n * (h + w)).sqrt()
     g = gradient_at(m + eps)
     momentum = b1 * momentum + (1 - b1) * g
@@ -90,7 +90,7 @@ def test_against_the_five_line_form(beta2, kind):
 
 @both_ways
 def test_golden_scalar(monkeypatch, kind):
-    """The published step: standard normal draw 1, gradient 0.5."""
+    """The published step, with standard normal draw 1 and gradient 0.5."""
     parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
     optimizer = kind([parameter], lr=0.2, num_examples=100, delta=1.0, hess_init=0.1)
     monkeypatch.setattr(torch, "randn", lambda *shape, **options: torch.ones(*shape, dtype=torch.float64))
@@ -313,7 +313,7 @@ def test_either_way_continues_from_the_state_of_the_other(first):
 
 @both_ways
 def test_several_passes_are_averaged(kind):
-    """The same noise twice is one pass; gradients g and 3 g at it are one of 2 g."""
+    """Two passes with the same noise equal one; gradients g and 3 g average to 2 g."""
     stepped = []
     for factors in ((2.0,), (1.0, 3.0)):
         model = network()
@@ -324,7 +324,7 @@ def test_several_passes_are_averaged(kind):
                 with optimizer.sampled_params():
                     optimizer.zero_grad(set_to_none=False)
                     (factor * loss_of(model)).backward()
-        optimizer.zero_grad(set_to_none=False)  # what was collected is not the gradients' own memory
+        optimizer.zero_grad(set_to_none=False)  # the collected values do not share memory with the gradients
         optimizer.step()
         stepped.append(torch.cat([weights(model), optimizer.param_groups[0]["hess"]]))
     torch.testing.assert_close(*stepped, rtol=0, atol=1e-13)

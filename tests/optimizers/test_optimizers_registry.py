@@ -81,7 +81,7 @@ def take_steps(optimizer, parameters, steps):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", KINDS)
 def test_fused_steps_are_those_of_torch(name, dtype):
-    """Step by step; then from a state that an unfused run in another memory layout has left."""
+    """Compare step by step; then continue from the state of an unfused run with a different memory format."""
     settings = {"lr": 0.1, "weight_decay": 0.1, **SETTINGS[name]}
     plain = weights_to_train(dtype, torch.contiguous_format)
     layout = torch.contiguous_format if dtype == torch.bfloat16 else torch.channels_last
@@ -107,7 +107,7 @@ def test_fused_steps_are_those_of_torch(name, dtype):
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "sam"])
 def test_states_are_those_of_unfused_optimizers(name):
-    """Older versions, which know no fused steps, continue from them."""
+    """Older versions, which do not support fused steps, continue from these states."""
     model = nn.Linear(3, 2)
     plain = KINDS[name if name in KINDS else "sgd"](model.parameters(), lr=0.1)
     optimizer = build_optimizer(TrainingConfig(epochs=1, optimizer=name), model.parameters(), 10)

@@ -95,7 +95,7 @@ def test_the_climb_has_length_rho_over_all_parameters(adaptive):
 
 def test_return_is_exact_to_the_bit_in_float32():
     model = network(torch.float32)
-    # A large climb: subtracting it again would leave rounding errors.
+    # A large perturbation: subtracting it would leave rounding errors.
     optimizer = SAM(model.parameters(), sgd, rho=1e4)
     start = weights(model)
     backward(model, torch.float32)
@@ -140,7 +140,7 @@ def test_second_step_uses_the_second_gradient_only():
 
 
 def test_the_steps_start_from_the_gradients_so_these_may_be_averaged_before():
-    """Two halves of a batch, their gradients averaged by hand before each step, give the whole batch's weights."""
+    """Two half batches, with gradients averaged by hand before each step, give the same weights as the full batch."""
     whole, shared = network(), network()
     train(whole, SAM(whole.parameters(), sgd), 2)
     inputs, labels = data()
@@ -311,7 +311,7 @@ def test_frozen_batchnorm_changes_no_buffer_and_no_output(kind, options, shape, 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_frozen_batchnorm_leaves_the_layers_as_they_were(momentum):
-    """After the contexts (one nested, one broken off) the layer goes on like one that never saw them."""
+    """After the contexts (one nested, one ended by an exception), the layer behaves as if they had not been used."""
     model, twin = nn.BatchNorm1d(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
     batches = torch.randn(3, 6, 3, generator=torch.Generator().manual_seed(0))
 

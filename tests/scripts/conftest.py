@@ -1,4 +1,4 @@
-"""Trained and scored networks that the tests of bad input share."""
+"""Trained and scored models shared by the tests of bad input."""
 
 import pytest
 from support import TRAIN, folders, succeed, write_blobs
@@ -10,7 +10,7 @@ EXAMPLES = 60
 
 
 class World:
-    """Where things are, and the flags that say so."""
+    """Paths of files, and the flags that select them."""
 
     def __init__(self, base, dataset, name):
         self.base, self.dataset, self.name = base, dataset, name
@@ -59,7 +59,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Two seeds of a pair of networks, scored and averaged. Tests put back what they spoil."""
+    """Two seeds of a pair of models, scored and averaged. Tests restore the files that they change."""
     base = tmp_path_factory.mktemp("world")
     data = write_blobs(base / "blobs.npz", n=EXAMPLES)
     place = World(base, f"--dataset=npz:{data}", load_dataset(f"npz:{data}", base)[0].entry.name)

@@ -1,4 +1,4 @@
-"""Small runs of the experiments that train many networks: scripts 2, 3 and 5."""
+"""Small runs of the experiments that train many models: scripts 2, 3 and 5."""
 
 import numpy as np
 from refusals import check
@@ -35,7 +35,7 @@ def run(script, base, *more):
 
 
 def same(first, second, rtol=0.0):
-    """Equal but for the flags: to the bit, or the numbers to rounding."""
+    """Check that results are equal except for the flags: exactly, or up to rounding."""
     assert first.keys() == second.keys()
     for name in first.keys() - {"args", "settings"}:
         if isinstance(first[name], str):
@@ -45,13 +45,13 @@ def same(first, second, rtol=0.0):
 
 
 def finished(folder_of):
-    """A finished run of each script, by script: its folder and its result."""
+    """A finished run of each script: its folder and result, by script."""
     base = {script: folder_of(KIND[script]) for script in SCRIPTS}
     return {script: (folder, run(script, folder)) for script, folder in base.items()}
 
 
 def refuse(status, script, base, *more, says):
-    """Run a script that must answer with one line."""
+    """Run a script that must fail with a one-line message."""
     return check(call(script, *flags(script, base, *more)), script.split("/")[1], status, *says)
 
 

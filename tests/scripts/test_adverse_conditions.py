@@ -1,4 +1,4 @@
-"""What machines and users do to a run: no network, no room, no rights, odd names, damaged states, processes."""
+"""Runs under adverse conditions: no network, full disk, no permissions, odd names, damaged states, many processes."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def quick(blobs, base, *flags):
 
 @pytest.fixture(scope="module")
 def finished(blobs, tmp_path_factory):
-    """A finished run of three epochs: where it stands. Tests put back what they spoil."""
+    """The folder of a finished run of three epochs. Tests restore the files that they change."""
     base = tmp_path_factory.mktemp("finished")
     succeed("train_full.py", *quick(blobs, base))
     return base
@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_batch(blobs, tmp_path, o
     says = (r"epoch 1, batch \d+", "learning.rate")
     refuse("train_full.py", *flags, "--learning_rate=1e30", status=1, says=says)
     assert not list(tmp_path.rglob("*.pt"))
-    succeed("train_full.py", *flags)  # nothing of the broken start stands in the way
+    succeed("train_full.py", *flags)  # leftovers of the failed run do not get in the way
 
 
 def test_a_last_step_that_breaks_the_network_is_not_saved(blobs, tmp_path):
@@ -108,7 +108,7 @@ def test_a_bad_state_is_named_and_the_one_before_it_is_used(blobs, finished, tmp
 
 def test_a_state_that_does_not_fit_is_named(blobs, finished, tmp_path):
     newest = only(finished, "epoch=3.pth.tar")
-    # as earlier versions wrote them, with the weights inside
+    # in the format of earlier versions, which includes the weights
     intact = {**RunFiles(newest.parent, newest.parent).read_state(3), "format": "resume-1"}
     steps, epochs = intact["optimizer"], intact["history"]
 
@@ -174,7 +174,7 @@ def test_damaged_pretraining_is_made_again(blobs, tmp_path):
             np.testing.assert_array_equal(again["indices"], first["indices"])
 
 
-# -------------------------------------------------------------------------------------- where to write, what to read
+# -------------------------------------------------------------------------------------- files to write and read
 
 
 @pytest.mark.parametrize("name", ["models", "metrics", "log", "resume_ckpts"])
@@ -192,7 +192,7 @@ def test_splits_that_cannot_be_written(blobs, tmp_path):
 
 
 def test_a_disk_that_fills_while_a_run_goes_on(blobs, finished, tmp_path):
-    for base, limit in ((tmp_path, 100), (finished, 6000)):  # at the start, and while the run goes on
+    for base, limit in ((tmp_path, 100), (finished, 6000)):  # at the start, and during the run
         before = snapshot(base)
         done = on_a_full_disk(limit, "train_full.py", *quick(blobs, base, "--epochs=5", "--resume"))
         check(done, "train_full.py", FILE, r"results\.json: |seed_1/\S+: ", "free disk space")
@@ -212,11 +212,11 @@ def test_a_disk_that_is_full_when_scores_are_written(world):
 
 
 def test_a_folder_that_may_not_be_entered_is_not_called_empty():
-    with tempfile.TemporaryDirectory() as base:  # not tmp_path, whose parents only the owner may enter
+    with tempfile.TemporaryDirectory() as base:  # not tmp_path, whose parent folders only the owner can enter
         closed = Path(base, "closed")
         closed.mkdir(mode=0)
         Path(base).chmod(0o755)
-        call("plot_proxies.py", "--dataset=digits", "--modes=flat")  # modules that only root may read are imported
+        call("plot_proxies.py", "--dataset=digits", "--modes=flat")  # import modules that only root can read
         with unprivileged():
             refuse("plot_proxies.py", "--dataset=digits", "--modes=flat", f"--scores_folder={closed}", status=FILE,
                    says=(f"{closed}.*: Permission denied",))  # fmt: skip
@@ -224,7 +224,7 @@ def test_a_folder_that_may_not_be_entered_is_not_called_empty():
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes of grey 8x8 pictures."""
+    """Two classes of gray 8x8 images."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 2)):
         for name in ("cat", "dog"):
@@ -303,7 +303,7 @@ def test_a_download_without_a_network(tmp_path, monkeypatch, dataset):
 
 
 def test_noise_that_processes_cannot_share(blobs, tmp_path):
-    """By torchrun itself: each process ends in one line, and torchrun reports their exit status."""
+    """With the real torchrun: each process ends with a one-line message, and torchrun reports their exit status."""
     flags = quick(blobs, tmp_path, "--optimizer=iblr", "--distributed_training")
     agent = find_spec("torch.distributed.run").origin
     launch = ("--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
@@ -311,7 +311,7 @@ def test_noise_that_processes_cannot_share(blobs, tmp_path):
     assert done.status != 0
     (line,) = [line for line in done.err.splitlines() if line.startswith("train_full.py: ")]
     assert "--optimizer" in line
-    assert done.err.count("Traceback") == 1, done.err  # that of torchrun, which reports the failure
+    assert done.err.count("Traceback") == 1, done.err  # the status of torchrun, which reports the failure
     assert f"exitcode  : {FLAG}" in done.err
 
 
@@ -327,7 +327,7 @@ def test_a_file_that_only_the_leading_process_reads(blobs, finished):
     assert (second.status, second.err) == (FLAG, "")
 
 
-# ------------------------------------------------------------------------------ a run that ends worse than it began
+# ------------------------------------------------------------------------------ a run whose loss increases
 
 SMALL = ("--dataset=digits", "--subset=100", "--model=small_mlp")
 RUN = (*SMALL, "--batch_size=50", "--lr_sched=const")
@@ -352,7 +352,7 @@ def test_a_resumed_run_remembers_the_untrained_model(tmp_path):
     flags = (*RUN, "--batch_size=100", "--learning_rate=1e9", "--resume", *folders(tmp_path, *TRAIN))
     succeed("train_full.py", *flags, "--epochs=1")
     before = history(tmp_path)[0]["untrained_loss"]
-    assert before == history(tmp_path)[0]["train_loss"]  # of the one batch, before its step
+    assert before == history(tmp_path)[0]["train_loss"]  # the loss of the only batch, before its step
     result = succeed("train_full.py", *flags, "--epochs=2")
     assert "training did not lower the loss" in result.out
     assert [record.get("untrained_loss") for record in history(tmp_path)] == [before, None]
@@ -373,4 +373,4 @@ def test_experiments_and_pretraining_warn_too(tmp_path):
         *folders(tmp_path, *TRAIN),
     )
     assert "training did not lower the loss" in result.err
-    assert "smaller learning rate may help" in result.err
+    assert "try more epochs or a smaller learning rate" in result.err

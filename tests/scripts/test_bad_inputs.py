@@ -1,6 +1,6 @@
-"""Bad input, in tables: what is given, and a word (flag, file or array) that the one line of the answer must name.
+"""Tables of bad input, each with a word (flag, file or array) that the one-line error message must name.
 
-Flags that cannot be end with status 2, files that cannot be used with 1. Nothing is written or changed.
+Invalid flags end with status 2, unusable files with status 1. Nothing is written or changed.
 """
 
 import io
@@ -33,7 +33,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
-# By script: flags, the last of which is wrong; in a pair, the word that must be named in its place.
+# Flags by script, the last of which is wrong; in a pair, the second item is the word that must be named instead.
 BAD_FLAGS = {
     "train_full.py": [
         *("--dataset=nope", "--dataset=zip:a", "--dataset=npz:", "--model=nope", "--optimizer=nope"),
@@ -128,14 +128,14 @@ REQUIRED = {
 
 
 def flag_rows():
-    """Script, flags, and the word to be named (if not given, the last flag)."""
+    """Script, flags, and the word that must be named (by default, the last flag)."""
     for script, rows in BAD_FLAGS.items():
         for row in rows:
             flags, word = row if isinstance(row, tuple) else (row, None)
             yield script, flags, word or next((f for f in flags.split()[::-1] if f[:2] == "--"), flags).split("=")[0]
     for script in SCRIPTS:
         yield script, f"{REQUIRED.get(script, '')} --datas=digits", "--dataset"
-        if script != "fetch_scores.py":  # which takes a name only
+        if script != "fetch_scores.py":  # which takes only a name
             yield script, f"{REQUIRED.get(script, '')} --dataset=nope", "--dataset"
             yield script, f"{REQUIRED.get(script, '')} --dataset=digits --image_size=5", "--image_size"
 
@@ -146,7 +146,7 @@ def blobs(tmp_path_factory):
 
 
 def training(data, base, model="mlp"):
-    """Flags of a quick run on own data; the last of a repeated flag counts."""
+    """Flags of a quick run on own data; if a flag is repeated, the last value is used."""
     return (f"--dataset={data}", f"--model={model}", "--epochs=1", "--batch_size=16", *folders(base, *TRAIN))
 
 
@@ -259,7 +259,7 @@ def test_files_that_are_no_npz(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes of grey 8x8 pictures."""
+    """Two classes of gray 8x8 images."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 2)):
         for name in ("cat", "dog"):
@@ -368,7 +368,7 @@ def test_splits_of_too_few_examples(tmp_path):
         refuse("train_split.py", *flags, index, status=FLAG, says=index.replace("=", " "))
 
 
-# ------------------------------------------------------------------------------------- networks that are to be scored
+# ------------------------------------------------------------------------------------- models to score
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_seeds_and_runs_that_are_missing(world, flags, status, word):
 
 
 def with_arrays(path, **changes):
-    """The bytes of an npz file with other arrays in it; None removes one."""
+    """The bytes of an npz file with some arrays replaced; None removes an array."""
     with np.load(path) as old:
         arrays = {**dict(old), **changes}
     file = io.BytesIO()
@@ -479,7 +479,7 @@ def test_seeds_that_are_damaged_or_do_not_belong_together(world):
 
 def test_damaged_scores_of_a_run(world, tmp_path):
     path, proof = world.dynamics.with_name("hessian_flat_train.pkl"), tmp_path / "proof"
-    record = path.with_name("end_of_training.json")  # older versions did not write it
+    record = path.with_name("end_of_training.json")  # missing in files of older versions
     contents = (
         RunsCode(proof),
         [1, 2],
@@ -579,7 +579,7 @@ READING_SCORES = [
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """A network trained on the digits."""
+    """A model trained on digits."""
     base = tmp_path_factory.mktemp("digits")
     succeed("train_full.py", "--dataset=digits", "--model=small_mlp", "--epochs=2", "--lr_sched=const",
             "--batch_size=512", *folders(base, *TRAIN))  # fmt: skip
@@ -705,7 +705,7 @@ def test_a_damaged_stored_selection_is_replaced_on_request(blobs, tmp_path, seco
         np.testing.assert_array_equal(after["indices"], wanted["indices"])
 
 
-# ----------------------------------------------------------------------------------- what is read, and from where
+# ----------------------------------------------------------------------------------- files and folders to read
 
 
 def test_the_file_that_is_read_is_named(tmp_path):

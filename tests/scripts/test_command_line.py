@@ -17,7 +17,7 @@ DIFFERENCES = (ROOT / "docs" / "differences.md").read_text()
 
 
 def parsers(script, monkeypatch):
-    """The parser of a script, caught when it is about to parse."""
+    """The parser of a script, captured when it is about to parse."""
     caught = []
 
     def catch(self, *_):
@@ -38,7 +38,7 @@ def test_help_explains_every_flag(script, monkeypatch):
     parser = parsers(script, monkeypatch)
     assert [action.dest for action in parser._actions[:2]] == ["help", "verbose"]  # in every script, in no group
     for action in parser._actions[2:]:
-        if action.help == argparse.SUPPRESS:  # flags of the paper's scripts that mean nothing here
+        if action.help == argparse.SUPPRESS:  # flags of the paper's scripts that have no effect here
             continue
         assert action.help, action.option_strings
         assert action.container.title not in ("options", "optional arguments"), f"{action.dest} is in no group"
@@ -56,7 +56,7 @@ def commands():
     paths = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / name for name in SCRIPTS), *examples)
     texts = [path.read_text() for path in paths if path.exists()]
     text = re.sub(r"\\\n\s*", "", "\n".join(texts))
-    text = text.replace("$optimizer", "sgd").replace("$seed", "1")  # the variables of loops
+    text = text.replace("$optimizer", "sgd").replace("$seed", "1")  # loop variables
     for script, flags in re.findall(r"(?:python|torchrun\s[^\n`]*?) (\w+\.py) ([^\n`#|]*)", text):
         yield (
             script if (ROOT / script).exists() else f"examples/{script}",
@@ -91,7 +91,7 @@ def test_flags_that_act_are_accepted(command, monkeypatch):
 
 TRAINING = ("train_full.py", "train_split.py", "train_prune.py")
 SHARED_PARSER = (*TRAINING, "compute_sam_sgd.py", "compute_hessian_eigen.py", "compute_ntk.py")
-OWN = {  # where this project gives such a flag a meaning
+OWN = {  # if the flag has a meaning in this project
     "train_prune.py": {"coreset_epochs"},
     "compute_ntk.py": {"lower_index", "m_samples", "ntk_velocity_epoch", "ntk_chosen_metric"},
     "compute_hessian_eigen.py": {"deactivate_bn"},

@@ -1,6 +1,6 @@
-"""Runs that are killed between any two changes of their files: the same command again ends as if nothing had been.
+"""Runs killed between any two file changes: rerunning the command gives the same result as an uninterrupted run.
 
-Each run is a forked process, which ends without any clean-up before its k-th rename or removal of a file.
+Each run is a forked process that is killed without cleanup before its k-th rename or removal of a file.
 """
 
 import json
@@ -17,7 +17,7 @@ from support import TRAIN, call, folders, write_blobs
 from src.artifacts.io import read_checkpoint, read_json, read_npz, read_pickle
 
 KILLED = 99
-MOST = int(os.environ.get("CRASH_POINTS", "3"))  # of a script, evenly spread; there are up to 60
+MOST = int(os.environ.get("CRASH_POINTS", "3"))  # crash points tested per script, evenly spaced, out of up to 60
 READERS = {".json": read_json, ".npz": read_npz, ".pkl": read_pickle, ".pt": read_checkpoint, ".tar": read_checkpoint}
 DATA = ("datasets", "models", "metrics")
 NETWORK = ("--model=small_mlp", "--epochs=2", "--batch_size=20", "--learning_rate=0.05", "--lr_sched=const")
@@ -48,7 +48,7 @@ SCRIPTS = {
 
 
 def flags_of(name, base):
-    """A script's flags; each works in folders of its own but for what the ground brings."""
+    """A script's flags. Each script uses separate folders, except for the shared ones."""
     script = name.split()[0]
     if script.startswith("examples/"):
         where = folders(base, "datasets", "models", "log", "resume_ckpts", "pickles")
@@ -63,7 +63,7 @@ def flags_of(name, base):
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    """Data, a trained pair and its averaged scores."""
+    """Shared files: data, a trained pair and its averaged scores."""
     base = tmp_path_factory.mktemp("ground") / "here"
     base.mkdir()
     data, note = f"--dataset=npz:{write_blobs(base / 'blobs.npz', n=60)}", base.with_name("note")
@@ -80,16 +80,16 @@ def ground(tmp_path_factory):
 
 
 def reset(base):
-    """Put the ground back: always in the same folder, as results hold its path."""
+    """Restore the shared files, always in the same folder, because results contain its path."""
     shutil.rmtree(base)
     shutil.copytree(base.with_name("kept"), base)
 
 
 def run(script, flags, note, die_at=None):
-    """Run a script in a forked process, which is killed before its ``die_at``-th change of a file's name.
+    """Run a script in a forked process that is killed before its ``die_at``-th rename or removal.
 
     Returns:
-        Its exit status; ``note`` then holds the number of changes, and what it wrote to standard error.
+        Its exit status. ``note`` then contains the number of changes and the standard error output.
     """
     child = os.fork()
     if child:
@@ -110,7 +110,7 @@ def run(script, flags, note, die_at=None):
 
         for name in ("link", "replace", "rename", "unlink", "rmdir"):
             setattr(os, name, counting(getattr(os, name)))
-        os.fsync = lambda descriptor: None  # what is killed here is a process, not the machine
+        os.fsync = lambda descriptor: None  # only a process is killed here, not the machine
         result = call(script, *flags)
         note.write_text(json.dumps([changes, result.err]))
         status = result.status
@@ -121,7 +121,7 @@ def run(script, flags, note, die_at=None):
 
 
 def content(base):
-    """What all files say, but for times."""
+    """The contents of all files, except times."""
     found = {}
     for path in sorted(base.rglob("*")):
         if path.is_file() and path.suffix not in (".log", ".lock"):
@@ -142,7 +142,7 @@ def _plain(value):
     return repr(value)
 
 
-SESSION = ("resumed", "products")  # of a measurement: what was done again is counted
+SESSION = ("resumed", "products")  # of a measurement: repeated work is counted
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -1,4 +1,4 @@
-"""The commands of examples/README.md run as written, but on a few images and for one epoch."""
+"""The commands in examples/README.md run as written, except on a few images and for one epoch."""
 
 import re
 import shlex
@@ -32,7 +32,7 @@ def name_of(command):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Data sets of the papers' names and shapes, of twelve images each."""
+    """Data sets with the papers' names and shapes, with twelve images each."""
     base = tmp_path_factory.mktemp("papers")
     for name, channels, size in (("mnist", 1, 28), ("fmnist", 1, 28), ("cifar10", 3, 32)):
         (base / "datasets").mkdir(exist_ok=True)
@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 
 def kind_of(command):
-    """Commands of one kind differ in data of the same shape, and in numbers."""
+    """The kind of a command: commands of one kind differ only in numbers and in data of the same shape."""
     flags = dict(zip(command[1::2], command[2::2], strict=False))
     return (command[0], *(flags.get(name) for name in ("--model", "--optimizer", "--var_version")), *sorted(flags))
 
@@ -57,7 +57,7 @@ def test_a_command(data, tmp_path, command):
     kind = KINDS[script[0]]
     assert (tmp_path / "pickles" / f"{name_of(command)}_{kind}.pkl").exists()
     plots = f"--plots_folder={tmp_path / 'plots'}"
-    for plot, *flags in PLOTS:  # what the page says to draw of it
+    for plot, *flags in PLOTS:  # the figures that the page draws from it
         if DRAWN[plot] == kind and "--names_exp" not in flags and name_of([plot, *flags]) == name_of(command):
             succeed(f"examples/{plot}", *flags, plots, *folders(tmp_path, "pickles"))
             assert list((tmp_path / "plots").glob("*.png"))

@@ -1,4 +1,4 @@
-"""Flags are generated from dataclasses: names, types, defaults, where they act; log files of runs."""
+"""Flags generated from dataclasses: names, types, defaults, and when they have an effect; log files of runs."""
 
 import logging
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def test_a_flag_that_does_not_act_is_refused():
 
 def test_a_run_keeps_the_loggers_of_its_caller(tmp_path):
     root = logging.getLogger()
-    log_to(tmp_path / "earlier.log")  # in place of the file of any script that ran in this process before
+    log_to(tmp_path / "earlier.log")  # replaces the log file of earlier scripts in this process
     before = root.handlers[:-1]
     try:
         for name in ("first", "second"):

@@ -1,4 +1,4 @@
-"""plot_hessian.py as users run it, on spectra of the shared networks and on files of other makers."""
+"""plot_hessian.py as users run it, on spectra of the shared models and on files from other programs."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ SCRIPT = "plot_hessian.py"
 
 @pytest.fixture(scope="module")
 def spectra(world, tmp_path_factory):
-    """A folder of spectra: both optimisers and seeds, and the two ends of a score."""
+    """A folder of spectra: both optimizers and seeds, and examples with low and high scores."""
     base = tmp_path_factory.mktemp("spectra")
     flags = (world.dataset, "--model=small_mlp", "--epochs=3", f"--hessian_folder={base / 'h'}", "--lanczos_steps=20",
              "--trace_probes=4", *folders(world.base, "datasets", "models", "metrics"))  # fmt: skip
@@ -129,7 +129,7 @@ def test_bad_input(flags, tmp_path, more, status, says):
 
 
 def test_the_command_for_a_missing_spectrum_makes_it(world, data_flags, spectra, tmp_path):
-    """Given to a shell as it stands, but for the folders."""
+    """The command runs in a shell as printed, except for the folders."""
     wanted = ("--model=small_mlp", "--optimizers", "sam", "--seeds", "1", "--epochs=3", "--lr_sched=const",
               "--eigen_split=test", "--operator=ggn", f"--hessian_folder={tmp_path / 'h'}")  # fmt: skip
     line = refuse(SCRIPT, *data_flags, *wanted, status=FILE, says=("make it with: python compute_hessian_eigen.py",))

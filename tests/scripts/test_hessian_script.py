@@ -1,4 +1,4 @@
-"""compute_hessian_eigen.py as users run it: good runs, bad input, interruptions."""
+"""compute_hessian_eigen.py as users run it: successful runs, bad input, interruptions."""
 
 import io
 import json
@@ -23,7 +23,7 @@ SMALL = ("--lanczos_steps=8", "--trace_probes=3", "--tolerance=0.5")
 
 @pytest.fixture
 def flags(world, tmp_path):
-    """The flags of a small measurement of the shared networks, written into an empty folder."""
+    """The flags of a small measurement of the shared models, written to an empty folder."""
     return (world.dataset, "--model=small_mlp", "--epochs=3", f"--hessian_folder={tmp_path / 'h'}", *SMALL,
             *folders(world.base, "datasets", "models", "metrics"))  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_of_train_full(world, flags, tmp_path):
 
 
 def test_the_numbers_are_those_of_the_loss(world, flags, tmp_path):
-    """Against a dense Hessian of the checkpoint's mean loss, from the files alone."""
+    """Compare with a dense Hessian of the checkpoint's mean loss, computed from the files."""
     succeed(SCRIPT, *flags, "--precision=fp64", "--lanczos_steps=60", "--tolerance=1e-6", "--eigen_split=test")
     found = pickle.loads((folder_of(world, tmp_path, part="test") / "pyhessian_eigen_lanczos.pkl").read_bytes())
     from src.training import load_model
@@ -108,7 +108,7 @@ def test_parts_of_the_data(world, flags, tmp_path):
     assert "was trained on 60 examples, but the loss is over 30," in result.err
     state = read_checkpoint(world.checkpoint)
     split = packed({**state, "settings": {**state["settings"], "examples": 54}})
-    with spoilt(world.checkpoint, split):  # as train_split.py and train_prune.py leave it
+    with spoilt(world.checkpoint, split):  # as written by train_split.py and train_prune.py
         result = succeed(SCRIPT, *flags, f"--hessian_folder={tmp_path / 'split'}")
     assert "was trained on 54 examples, but the loss is over 60," in result.err
     says = (r"lanczos\.pkl: was made with different settings", r"examples \(30 vs. 60\)", "--overwrite")
@@ -123,7 +123,7 @@ def test_operators_and_modes_have_files_of_their_own(world, flags, tmp_path):
     assert names == {f"pyhessian_eigen_{n}.pkl" for n in ("lanczos", "lanczos_ggn", "power_iter")}
     power = read_json(folder_of(world, tmp_path) / "pyhessian_eigen_power_iter.json")
     assert power["settings"]["order"] == "magnitude"
-    assert power["products"] > 8 + 3 + 5  # the residuals' products are counted
+    assert power["products"] > 8 + 3 + 5  # the products of the residuals are included
 
 
 def test_what_is_there_is_left(world, flags, tmp_path):
@@ -251,7 +251,7 @@ def resumable(world, base):
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """The result of that measurement without an interruption."""
+    """The result of that measurement without interruption."""
     base = tmp_path_factory.mktemp("whole")
     process = Forked(SCRIPT, *resumable(world, base))
     _, err = process.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""Runs that are killed or interrupted, as a user's are."""
+"""Runs that are killed or interrupted."""
 
 import shutil
 import signal
@@ -37,7 +37,7 @@ def only(base, pattern):
 def test_killed_anywhere_and_resumed_gives_the_same_bits(blobs, tmp_path):
     flags = (f"--dataset=npz:{blobs}", *FLAGS, "--resume")
     whole, killed = (folders(tmp_path / name, *TRAIN) for name in ("whole", "killed"))
-    process = Forked("train_full.py", *flags, *whole)  # in a process of its own, as the killed ones are
+    process = Forked("train_full.py", *flags, *whole)  # in a separate process, like the killed runs
     assert process.communicate(timeout=400)[0]
     for epoch in (1, 3):
         process = Forked("train_full.py", *flags, *killed)

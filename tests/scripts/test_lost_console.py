@@ -1,4 +1,4 @@
-"""Runs whose console goes away: the work is done all the same, and exit status 0 means that it was."""
+"""Runs that lose their console finish anyway, and exit with status 0 if and only if the work was done."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ from src.artifacts.paths import samis_path
 
 
 def unread_pipe():
-    """Both outputs go to a pipe that nobody reads."""
+    """Standard output and error go to a pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     for descriptor in (1, 2):
@@ -21,14 +21,14 @@ def unread_pipe():
 
 
 def full_disk():
-    """Both outputs go to a file on a full disk."""
+    """Standard output and error go to a file on a full disk."""
     full = os.open("/dev/full", os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(full, descriptor)
 
 
 def closed(*descriptors):
-    """Close standard streams, as Python finds them closed when it starts."""
+    """Close the standard streams before Python starts."""
     for descriptor in descriptors:
         os.close(descriptor)
         setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
@@ -48,7 +48,7 @@ def blobs(tmp_path_factory):
 
 
 def ends_without_a_console(script, *flags):
-    """Run a script as a process of its own, started without any stream; its exit status."""
+    """Run a script in a separate process without standard streams; return its exit status."""
     command = shlex.join([sys.executable, str(ROOT / script), *map(str, flags)])
     return subprocess.run(["sh", "-c", f"exec {command} >&- 2>&- <&-"], timeout=300).returncode
 
@@ -69,7 +69,7 @@ def check_run(base):
 @pytest.mark.parametrize("console", CONSOLES)
 def test_training_survives(blobs, tmp_path, console):
     flags = training(blobs, tmp_path)
-    if console == "a full disk":  # and so is the log's disk
+    if console == "a full disk":  # and the log's disk is also full
         succeed("train_full.py", *flags)
         (log,) = tmp_path.glob("log/*/seed_1.log")
         log.unlink()

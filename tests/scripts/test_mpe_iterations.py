@@ -41,7 +41,11 @@ def test_the_file_has_the_papers_keys_and_types(tmp_path):
     succeed(LOO, *flags(tmp_path))
     found = read_pickle(tmp_path / "pickles" / "t_iter.pkl")
     assert [type(value) for value in found["estimated_nll"]] == [np.float64] * 3
-    assert found["epochs"].tolist() == [1, 2, 3]  # the last is measured though it is none of 1, 2, 5, 10, ...
+    assert found["epochs"].tolist() == [
+        1,
+        2,
+        3,
+    ]  # the last epoch is measured although it is not one of 1, 2, 5, 10, ...
     assert found["epochs"].dtype == np.int64
     assert [type(value) for value in found["test_accs"]] == [float] * 3
     assert [type(value) for value in found["test_nlls"]] == [np.float32] * 3
@@ -61,7 +65,7 @@ def test_the_file_has_the_papers_keys_and_types(tmp_path):
     ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, optimizer):
-    """The crash: after epoch 2 was measured and stored, before epoch 3 was stored but after it was measured."""
+    """A crash after epoch 3 was measured but before it was stored; epoch 2 was measured and stored."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     succeed(LOO, *flags(whole, *optimizer))
     succeed(LOO, *flags(broken, *optimizer))

@@ -20,7 +20,7 @@ VALUES = np.linspace(0.9, 0.4, E)
 
 
 def old_files():
-    """What the paper's scripts write: lists of numpy scalars, ``args`` a Namespace or missing."""
+    """Results in the format of the paper's scripts: lists of NumPy scalars; ``args`` is a Namespace or missing."""
     nlls = [np.float32(value) for value in VALUES]
     return {
         "iter": {
@@ -89,7 +89,7 @@ def refused(place, script, status, *says, more=(), name="old"):
 
 
 def change(place, kind, name="old", **changes):
-    """Another file, with other values; None removes one."""
+    """A copy of a file with some values replaced; None removes a value."""
     content = {**old_files()[kind], **changes}
     write_pickle(place / f"{name}_{kind}.pkl", {key: value for key, value in content.items() if value is not None})
 
@@ -103,7 +103,7 @@ def test_a_script_draws_old_files(place, script, monkeypatch):
     stem = SCRIPTS[script][1]
     assert names == [f"{stem}.pdf", f"{stem}.png"]
     assert str(place / "plots" / f"{stem}.pdf") in result.out.splitlines()
-    assert path[0] == str(ROOT)  # found by the script itself, not by where it is run from
+    assert path[0] == str(ROOT)  # located relative to the script, not the working directory
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_deviations_from_the_control(place):
 def test_files_of_two_runs_are_not_drawn_together(place):
     script = "plot_validation_sensitivities.py"
     change(place, "scores", settings={"epochs": 9, "lr": 0.1})
-    draw(place, script)  # an older file that does not say its settings
+    draw(place, script)  # an older file that does not record its settings
     shutil.rmtree(place / "plots")
     change(place, "retrain", settings={"epochs": 5, "lr": 0.1})
     files = f"{place}/old_retrain.pkl: belongs to a different run than {place}/old_scores.pkl: "

@@ -25,7 +25,7 @@ from src.datasets import load_dataset
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished run of each script; tests copy what they spoil."""
+    """A finished run of each script; tests copy the files that they change."""
     return finished(tmp_path_factory.mktemp)
 
 
@@ -57,7 +57,7 @@ def test_the_files_of_script_3(done):
     assert scores["labels"].tolist() == train.labels[scores["indices"]].tolist()
 
     positions = np.arange(N)
-    np.random.seed(1)  # the legacy generator, as the paper's code uses it
+    np.random.seed(1)  # the legacy generator, as in the paper's code
     np.random.shuffle(positions)
     assert found["indices_retrain"].tolist() == positions[:4].tolist()
     assert found["indices_retrain"].dtype == np.int64
@@ -86,7 +86,7 @@ def test_the_file_of_script_5(done):
         assert found[name].dtype == np.float64
         assert np.isfinite(found[name]).all()
     assert type(found["org_acc"]) is float
-    assert (found["perturb_nll"] > found["control_nll"]).all()  # a class that is lacking is not recognised
+    assert (found["perturb_nll"] > found["control_nll"]).all()  # the model does not recognize a removed class
     assert found["perturb_nll"].std() > 1e-3
 
 
@@ -106,7 +106,7 @@ def test_every_form_of_class_covariance(script, done, tmp_path):
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory):
-    """Script 3 in float64, by shuffle."""
+    """Results of script 3 in float64, by shuffle."""
 
     def once(shuffle, *more):
         base = tmp_path_factory.mktemp(shuffle)
@@ -121,10 +121,12 @@ def test_shuffles_differ(exact):
         assert (np.abs(found[first] / found[second] - 1) > 1e-4).all()
     base = [exact[shuffle]["base_probabilities"] for shuffle in exact]
     np.testing.assert_array_equal(base[0], base[1])
-    # networks that share a shuffle differ by the example left out alone
+    # models that share a shuffle differ only by the removed example
     noise = {shuffle: exact[shuffle]["softmax_deviations_corrected"].mean() for shuffle in exact}
     assert noise["shared"] < 0.5 * noise["seeded"]
-    assert noise["shared"] < 0.5 * exact["shared"]["softmax_deviations"].mean()  # the rest is training on
+    assert (
+        noise["shared"] < 0.5 * exact["shared"]["softmax_deviations"].mean()
+    )  # the remaining difference is the effect of more training
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Networks of scripts 2, 3 and 5, against plain loops over torch's own optimiser."""
+"""Models of scripts 2, 3 and 5 compared with plain loops over torch's optimizer."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from src.optimizers import rate
 
 
 def material(base, indices):
-    """Images and labels of the training examples, normalised by hand, in float64."""
+    """Images and labels of the training examples, normalized by hand, in float64."""
     train, test = load_dataset("digits", base)
     norm = train.entry.normalizations["mpe"]
     mean, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (norm.mean, norm.std))
@@ -23,7 +23,7 @@ def material(base, indices):
 
 
 def plainly(model, images, labels, batches, *, epochs, lr, lrmin, delta):
-    """Train with torch's own SGD on fixed batches."""
+    """Train with torch's SGD on fixed batches."""
     steps = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=delta / len(labels))
     for epoch in range(1, epochs + 1):
         steps.param_groups[0]["lr"] = rate("cosine", epoch, epochs, lr, lrmin)
@@ -35,12 +35,12 @@ def plainly(model, images, labels, batches, *, epochs, lr, lrmin, delta):
 
 
 def drawn():
-    """One number from torch's global generator, as a loader draws it."""
+    """Draw one number from torch's global generator, like a loader."""
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
 def replayed(trained, images, labels, removed, extra):
-    """Networks retrained one after another under the random numbers of the paper's code."""
+    """Models retrained one after another with the random numbers of the paper's code."""
     torch.manual_seed(1)
     MODELS["small_mlp"].build(CLASSES, 1, 8)
     for _ in range(6):

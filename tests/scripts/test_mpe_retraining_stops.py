@@ -1,4 +1,4 @@
-"""Scripts 2, 3 and 5 interrupted and resumed, and what they refuse."""
+"""Scripts 2, 3 and 5 interrupted and resumed, and refused input."""
 
 import shutil
 
@@ -35,7 +35,7 @@ from src.datasets import load_dataset
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished run of each script; tests copy what they spoil."""
+    """A finished run of each script; tests copy the files that they change."""
     return finished(tmp_path_factory.mktemp)
 
 
@@ -45,7 +45,7 @@ def copy_of(done, tmp_path):
 
 
 class Stop:
-    """Ends the process after so many epochs of networks, as Ctrl-C does; states are written at every epoch."""
+    """Interrupts the process after a number of epochs, like Ctrl-C; states are written after every epoch."""
 
     def __init__(self, monkeypatch, epochs):
         self.left = epochs
@@ -75,9 +75,9 @@ class Stop:
     ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, script, more, rows):
-    """The interruption: inside the second chunk of three, or the network after ``rows``, after its first epoch."""
-    alone = "--ensemble=sequential" in more or "--model=lenet" in more  # chunks of one network
-    chunks = rows + (script != L2REG) if alone else 1  # the control gives no row
+    """The interruption, after the first epoch of the second of three chunks or of the model after ``rows``."""
+    alone = "--ensemble=sequential" in more or "--model=lenet" in more  # chunks of one model
+    chunks = rows + (script != L2REG) if alone else 1  # the control has no row
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     wanted = run(script, whole, *more)
     epochs = EPOCHS if script == L2REG else 3
@@ -86,7 +86,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
         ended = call(script, *flags(script, broken, *more))
     assert ended.status == 130
     assert "run the same command again to continue (with --resume" in ended.complaint
-    half = result(script, broken)  # what was done is there
+    half = result(script, broken)  # completed results are saved
     key = {L2REG: "test_nlls", VALIDATION: "softmax_deviations", LOCO: "perturb_nll"}[script]
     np.testing.assert_array_equal(half[key][:rows], wanted[key][:rows])
     assert np.isfinite(half[key]).sum() == rows
@@ -99,7 +99,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
 
 
 def test_networks_measured_before_an_interruption_are_not_measured_again(tmp_path, done, monkeypatch):
-    """Script 2, interrupted between the two networks of its second chunk."""
+    """Script 2, interrupted between the two models of its second chunk."""
     seen = []
 
     def measured(predictions, estimates):
@@ -124,7 +124,7 @@ def test_networks_measured_before_an_interruption_are_not_measured_again(tmp_pat
 
 @pytest.mark.parametrize("other", [False, True], ids=["its own", "another network's"])
 def test_estimates_of_before_are_kept(done, copy_of, monkeypatch, other):
-    """Script 3, resumed after its estimates were written: the variances of these weights are there already."""
+    """Script 3, resumed after its estimates were written: the variances of these weights are already saved."""
     base = copy_of(VALIDATION)
     path = base / "pickles" / "t_scores.pkl"
     before = result(VALIDATION, base, "scores")
@@ -178,11 +178,11 @@ def test_a_finished_run_is_not_trained_again(script, done, copy_of, monkeypatch)
     Stop(monkeypatch, 0)
     succeed(script, *flags(script, base, "--resume"))
     same(done[script][1], result(script, base))
-    assert call(script, *flags(script, base)).status == 130  # which without --resume it is
+    assert call(script, *flags(script, base)).status == 130  # which happens without --resume
 
 
 def test_networks_of_another_base_run_are_not_taken(copy_of):
-    """The base run's states are gone and it is trained anew, under another name's weights."""
+    """The base run's states were removed, and it is retrained from scratch, under another name's weights."""
     base = copy_of(VALIDATION)
     settings = retraining(base) / "settings.json"
     text = settings.read_text()

@@ -1,4 +1,4 @@
-"""The last line of a run that ends well is the command to run next, and it runs as printed."""
+"""The last line of a successful run is the next command, and it runs as printed."""
 
 import shlex
 import shutil
@@ -48,7 +48,7 @@ def test_the_splits(tmp_path):
         tmp_path / "models" / f"split_small_mlp_over_{dataset_name(f'npz:{data}')}_with_sam_sched_const_val_split_1"
     )
     (damaged / "seed_1").mkdir(parents=True)
-    (damaged / "seed_1" / "results.json").write_text("{")  # of another run: this one ends well all the same
+    (damaged / "seed_1" / "results.json").write_text("{")  # of another run; this run succeeds anyway
     result = follow(result, "train_split.py", "--samis_validation_split_index=all")
     shutil.rmtree(damaged)
     result = follow(result, "train_split.py", "--optimizer=sam", "--samis_validation_split_index=all")
@@ -138,5 +138,5 @@ def test_the_command_runs_from_any_folder(tmp_path, monkeypatch, capsys):
     )
     print_next("next.py", drop=("name", "adaptive"), seeds=[3, 4], rate=0.5)
     assert capsys.readouterr().out == "next: python ../tools/next.py --seeds 3 4 --rate=0.5\n"
-    print_next("next.py", ("name", "overwrite"), overwrite=True)  # where the next script needs it
+    print_next("next.py", ("name", "overwrite"), overwrite=True)  # in the folder where the next script needs it
     assert capsys.readouterr().out == "next: python ../tools/next.py --name 'it'\"'\"'s' --overwrite\n"

@@ -1,4 +1,4 @@
-"""compute_ntk.py and plot_ntk.py as a user runs them: files, going on, cheaper options, and bad input."""
+"""compute_ntk.py and plot_ntk.py as users run them: files, resuming, cheaper options, and bad input."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def test_files_and_figure(world, tmp_path):
 
 
 def test_drawing_only_some(world, tmp_path):
-    """Folders of epochs t + 1 hold kernels alone, and are no reason to stop."""
+    """Folders of epochs t + 1 contain only kernels, which is not an error."""
     succeed("compute_ntk.py", *flags(world, tmp_path))
     for more in (("--seeds", "1"), ("--epochs", "2", "2"), ("--epochs", "1", "--seeds", "2")):
         drawn = succeed("plot_ntk.py", *drawing(world, tmp_path, *more))
@@ -86,7 +86,7 @@ def test_drawing_only_some(world, tmp_path):
 
 
 def test_the_command_for_a_missing_epoch_makes_it(tmp_path):
-    """Epochs that were not reached, of a constant schedule and of one that depends on the length; epochs not kept."""
+    """Missing epochs: not reached, with schedules that do and do not depend on the length; not kept."""
     base = ("--dataset=digits", "--model=small_mlp")
     training = ("--batch_size=256", "--learning_rate=0.05")
     where = folders(tmp_path, "datasets", "models", "metrics", "log", "resume_ckpts")
@@ -119,7 +119,7 @@ def test_what_is_there_is_kept_and_what_is_missing_computed(world, tmp_path):
     again = succeed("compute_ntk.py", *flags(world, tmp_path))
     assert "a kernel of" not in again.err
     assert {path: path.stat().st_mtime_ns for path in whole} == times
-    cut = folder / "epoch_1" / "seed_2"  # as an interruption would leave it: one group done, the next kernel written
+    cut = folder / "epoch_1" / "seed_2"  # the state after an interruption: one group done, the next kernel written
     beside = json.loads((cut / "vs.json").read_text())
     shutil.rmtree(cut / "l_index_55")
     shutil.rmtree(folder / "epoch_2" / "seed_2" / "l_index_30")
@@ -172,7 +172,7 @@ def test_cheaper_options(world, tmp_path):
 
 
 def test_old_files_without_settings_are_drawn(world, tmp_path):
-    """Velocities as the paper's code left them: a dictionary alone."""
+    """Velocities in the format of the paper's code: only a dictionary."""
     folder = tmp_path / "ntks" / "digits" / RUN / "mem" / "epoch_10" / "seed_3"
     write_pickle(folder / "vs.pkl", {0: 0.1, 100: 0.2, 500: 0.25})
     drawn = succeed("plot_ntk.py", "--dataset=digits", "--model=small_mlp", f"--ntk_folder={tmp_path / 'ntks'}",
@@ -214,7 +214,7 @@ def test_scores_of_other_data(world, tmp_path):
 
 
 def test_networks_that_do_not_fit(world, tmp_path):
-    """Another architecture under the name, weights that are not finite, other data, a subset."""
+    """A different architecture under the same name, weights that are not finite, different data, a subset."""
     path = world.checkpoint.with_name("epoch_2.pt")
     state = read_checkpoint(path)
     other = read_checkpoint(world.checkpoint)
@@ -279,7 +279,7 @@ def test_a_kernel_that_does_not_fit_the_memory(world, tmp_path, monkeypatch):
 
 
 def test_own_data_with_colours(tmp_path):
-    """Any network and any data: a residual network with BatchNorm on colour images."""
+    """Other models and data: a residual network with BatchNorm on color images."""
     data = f"npz:{write_blobs(tmp_path / 'colour.npz', n=24, channels=3)}"
     where = folders(tmp_path, "datasets", "models", "metrics", "log", "resume_ckpts")
     succeed("train_full.py", f"--dataset={data}", "--model=resnet8", "--epochs=2", "--batch_size=8",

@@ -1,4 +1,4 @@
-"""Planted truth: examples whose labels were flipped must score high, whatever the score."""
+"""Examples with flipped labels must get high values of every score."""
 
 import numpy as np
 import pytest
@@ -9,18 +9,18 @@ from support import TRAIN, folders, succeed
 from src.datasets import load_dataset
 from src.metrics import Proxy
 
-# What a broken score (chance is 0.5, give or take 0.035) would miss; each floor lies well under what is printed.
+# Lower bounds that a broken score would miss (chance is 0.5 +- 0.035); each is well below the printed value.
 FLOORS = {
     "samis_loss": 0.8, "samis_prob": 0.8, "mean_loss": 0.8, "forg": 0.75, "etl": 0.85, "csl": 0.9, "aum": 0.9,
     "dual": 0.85, "dyn_unc": 0.8, "el2n": 0.9,
 }  # fmt: skip
-# The two flatness scores find flipped labels only in networks that have overfitted them, and less well.
+# The two flatness scores detect flipped labels less well, and only in models that have overfitted them.
 FLATNESS_FLOORS = {"flat": 0.58, "eps": 0.57}
 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """The digits with 5 % of the training labels flipped: the file, a folder, and which labels were flipped."""
+    """Digits with 5% of the training labels flipped: the file, a folder, and the flipped examples."""
     base = tmp_path_factory.mktemp("noisy")
     train, test = load_dataset("digits", base)
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def test_flipped_labels_score_high(noisy, premature, mode, capsys):
 
 @pytest.fixture(scope="module")
 def overfitted(noisy):
-    """Two small networks trained until they have learned many of the flipped labels by heart."""
+    """Two small models trained until they have memorized many of the flipped labels."""
     path, base, _ = noisy
     base, dataset = base / "small_mlp", f"--dataset=npz:{path}"
     for seed in (1, 2):
@@ -97,7 +97,7 @@ SENSITIVITIES = {  # posterior and form: the flags that make them, and the floor
 
 @pytest.mark.parametrize("name", SENSITIVITIES)
 def test_flipped_labels_are_sensitive(noisy, name, capsys):
-    """The Memory-Perturbation Equation, on a small network."""
+    """The Memory-Perturbation Equation on a small model."""
     path, base, _ = noisy
     (more, floor), base = SENSITIVITIES[name], base / name
     succeed(

@@ -1,4 +1,4 @@
-"""The grid of pruning runs: filled once, by one process or several, whatever is killed in between."""
+"""The grid of pruning runs is filled exactly once, by one or several processes, even if some are killed."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ def test_a_grid_is_filled_once(blobs, tmp_path):
     assert "cell 1 of" not in again.err
     assert {folder: path.stat().st_mtime_ns for folder, path in results(tmp_path).items()} == before
     more = succeed("compare_pruning.py", *flags(blobs, tmp_path, "--full"), "--fractions", "0.2", "0.5", "0.9")
-    assert more.err.count(" of 20: ") == 6  # the cells that are new
+    assert more.err.count(" of 20: ") == 6  # new cells
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,17 @@ def test_a_grid_is_filled_once(blobs, tmp_path):
     [
         ((), 0.0, [0, 1, 2, 3, "figure of 4"]),
         ((), 0.7, [0, 1, "figure of 2", 2, 3, "figure of 4", "figure of 4"]),
-        (("--overwrite",), 0.0, [0, "figure of 1", 1, 2, 3, "figure of 4"]),  # what is there may be another grid's
+        (
+            ("--overwrite",),
+            0.0,
+            [0, "figure of 1", 1, 2, 3, "figure of 4"],
+        ),  # existing files may belong to a different grid
     ],
 )
 def test_the_table_grows_with_each_cell_and_is_drawn_once_a_minute(
     blobs, tmp_path, monkeypatch, more, minutes, expected
 ):
-    """What the table contains at the start of each cell, and at each drawing, where a cell takes so many minutes."""
+    """The contents of the table at the start of each cell and at each drawing, for a given time per cell."""
     now, seen, train = [0.0], [], CoresetRun.train
 
     def finished():
@@ -107,7 +111,7 @@ def test_finished_cells_need_no_lock(blobs, tmp_path):
     succeed("compare_pruning.py", *grid)
     (path,) = results(tmp_path).values()
     (path.parent / "claim.lock").unlink()
-    (path.parent / "claim.lock").mkdir()  # as in a folder that cannot be written
+    (path.parent / "claim.lock").mkdir()  # as if the folder were not writable
     succeed("compare_pruning.py", *grid)
 
 
@@ -127,7 +131,7 @@ def test_train_prune_makes_the_same_cell(blobs, tmp_path):
 
 
 def test_processes_share_a_grid_though_one_is_killed(blobs, tmp_path):
-    """Two start together, one dies in the middle of it: the other does what is left, and nothing twice."""
+    """Two processes start together and one is killed: the other does the remaining work and repeats nothing."""
     first, second = (Forked("compare_pruning.py", *flags(blobs, tmp_path)) for _ in range(2))
     deadline = time.monotonic() + 300
     while len(results(tmp_path)) < 3 and time.monotonic() < deadline and first.poll() is None:
@@ -142,7 +146,7 @@ def test_processes_share_a_grid_though_one_is_killed(blobs, tmp_path):
         line.split(": ", 1)[1] for text in (killed_log, log) for line in text.splitlines() if " of 12: " in line
     ]
     twice = {name for name in starts if starts.count(name) > 1}
-    assert len(twice) <= 2  # the one that was killed, and those that waited for its pre-training
+    assert len(twice) <= 2  # the killed run, and those that waited for its pretraining
     assert len(set(starts)) == CELLS
 
 
@@ -250,19 +254,19 @@ def test_a_table_with_more_cells_is_kept(blobs, tmp_path):
     fewer = (*grid, "--fractions", "0.5", "--table_only")
     says = ("1 cells that this grid lacks, such as random 0.2 seed 1", "another --name")
     refuse("compare_pruning.py", *fewer, status=FILE, says=says, keep=tmp_path)
-    succeed("compare_pruning.py", *fewer, "--name=half", "--coreset_pretrain_epochs=9")  # which nothing reads
+    succeed("compare_pruning.py", *fewer, "--name=half", "--coreset_pretrain_epochs=9")  # which is not read
 
 
 def test_a_table_that_another_grid_wrote_meanwhile_is_kept(blobs, tmp_path, monkeypatch):
     grid = (*flags(blobs, tmp_path), "--seeds", "1")
     succeed("compare_pruning.py", *grid, "--funcs", "random")
-    monkeypatch.setattr("src.coresets.grid.Grid.check", lambda grid: None)  # when it began, there was no table yet
+    monkeypatch.setattr("src.coresets.grid.Grid.check", lambda grid: None)  # there was no table yet when it started
     refuse("compare_pruning.py", *grid, "--funcs", "csl", status=FILE, keep=tmp_path,
            says=("2 cells that this grid lacks", "another --name"))  # fmt: skip
 
 
 def test_overwriting_replaces_unfinished_cells(blobs, tmp_path):
-    """A run that still has its resume states, as one that was interrupted has, and other settings."""
+    """A run with resume states, as after an interruption, and different settings."""
     succeed("train_prune.py", f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=random",
             "--coreset_fraction=0.5", *TRAINING, *folders(tmp_path, *TRAIN))  # fmt: skip
     other = ("--funcs", "random", "--fractions", "0.5", "--seeds", "1", "--learning_rate=0.1")

@@ -1,4 +1,4 @@
-"""Selecting and training on the selection, as a user does: every method, both modes, per class and over all."""
+"""Selection and training on the selection, as users run them: every method, both modes, per class and over all."""
 
 import json
 import time
@@ -22,7 +22,7 @@ STATIC = [name for name, method in METHODS.items() if not method.dynamic]
 
 
 class Place:
-    """A data set of the user's own with a file of every stored score, and folders that the tests share."""
+    """A data set in the format of users' own data, a file for every stored score, and shared folders."""
 
     def __init__(self, base):
         self.base = base
@@ -105,7 +105,7 @@ def test_modes_keep_opposite_ends(place):
 
 @pytest.mark.parametrize("func", [func for func in STATIC if not func.startswith("min_")] + ["min_csl"])
 def test_shots_up_to_keep_all_of_a_smaller_class(place, tmp_path, func):
-    """Three examples of class 0, all the others of the rest."""
+    """Three examples of class 0, and all examples of the other classes."""
     keep = np.sort(np.r_[np.arange(0, N, CLASSES)[:3], [i for i in range(N) if i % CLASSES]])
     (tmp_path / "subset.txt").write_text("\n".join(map(str, keep)))
     flags = (*place.flags(func), f"--subset={tmp_path / 'subset.txt'}", *folders(tmp_path, *TRAIN))
@@ -134,8 +134,8 @@ def test_pretraining_is_shared_and_keyed(place, tmp_path):
         succeed("select_coreset.py", *place.flags(func, "--coreset_fraction=0.5"), *where)
     runs = list((tmp_path / "models" / "pretrain").glob("*/small_mlp/*/seed_*"))
     keys = {path.parent.name for path in runs}
-    assert len(keys) == 1  # one set of settings, whatever the method
-    assert {path.name for path in runs} == {"seed_1", "seed_6"}  # independent networks of el2n and grand
+    assert len(keys) == 1  # the same settings for every method
+    assert {path.name for path in runs} == {"seed_1", "seed_6"}  # independent models of el2n and grand
     states = [read_checkpoint(path / "last.pt")["model_state"] for path in runs]
     assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
     before = {path: path.stat().st_mtime_ns for path in runs[0].glob("last.pt")}
@@ -227,7 +227,7 @@ def test_dynamic_infobatch_visits_fewer_and_ends_on_all(place, tmp_path):
 
 
 def test_interrupted_pretraining_goes_on(place, tmp_path):
-    """Killed after its second epoch, it starts with the third, and the selection is that of an unbroken run."""
+    """A run killed after epoch 2 continues with epoch 3, and selects the same examples as an uninterrupted run."""
     flags = place.flags("forget", "--coreset_fraction=0.5", "--coreset_pretrain_epochs=40")
     succeed("select_coreset.py", *flags, *folders(tmp_path / "whole", *TRAIN))
     process = Forked("select_coreset.py", *flags, *folders(tmp_path / "killed", *TRAIN))
@@ -300,7 +300,7 @@ def test_subsampling_is_recorded_and_older_selections_count_as_exact(place, tmp_
     assert select().status == 0
     exact = read_npz(tmp_path / "s.npz")
     settings = json.loads(str(exact["settings"]))
-    assert settings.pop("selection_subsample") == "exact"  # what auto comes to for so few
+    assert settings.pop("selection_subsample") == "exact"  # the value of auto for this few examples
     np.savez(tmp_path / "s.npz", **{**exact, "settings": json.dumps(settings)})  # of an older version
     assert "selection: loaded from" in select().err
     assert "loaded from" in select("--selection_subsample=exact").err

@@ -33,7 +33,7 @@ def test_it_runs(tmp_path, monkeypatch):
     assert len(pictures(notebook)) == 2
     assert "nan" not in printed(notebook)
     runs = {path.parent.parent.name for path in (tmp_path / "models").rglob("results.json")}
-    assert len(runs) == 6  # the pair, three pruned models, and the one of the sensitivities
+    assert len(runs) == 6  # the pair, three pruned models, and the model of the sensitivities
 
 
 def test_the_stored_outputs():

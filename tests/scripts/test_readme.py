@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/ run as written, but on few images, for one epoch, with a small model."""
+"""The commands in README.md and docs/ run as written, except on few images, for one epoch, with a small model."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ from support import ROOT, folders, succeed
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
-SMALL = "--model=resnet8"  # resnet50 differs in nothing but size
+SMALL = "--model=resnet8"  # resnet50 differs only in size
 SHORT = {
     "train_split.py": ["--epochs=1", "--save_epochs=last", SMALL],
     "train_full.py": ["--epochs=1", "--save_epochs=last", SMALL],
@@ -34,7 +34,7 @@ def commands(text):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A data folder with a CIFAR-100 of 200 training images, all classes among them."""
+    """A data folder with a CIFAR-100 of 200 training images from all classes."""
     base = tmp_path_factory.mktemp("readme")
     (base / "datasets").mkdir()
     rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_papers_commands(folder):
-    """The two protocols share a run's name only where they share its kind, so their order does not matter."""
+    """The two protocols share run names only for runs of the same kind, so their order does not matter."""
     found = commands(section("The SAMIS paper's commands"))
     scripts = [command[0] for command in found]
     assert scripts == ["train_split.py"] * 2 + ["compute_sam_sgd.py"] + ["train_full.py"] * 2 + [
@@ -64,7 +64,7 @@ def test_the_papers_commands(folder):
 
 def test_a_command_of_the_split_protocol(folder):
     script, *flags = commands(section("The SAMIS paper's commands"))[1]
-    # two examples per class are too few for ten splits: all but the last are empty, and the script says so
+    # two examples per class are too few for ten splits: all but the last are empty, which the script reports
     from support import call
 
     result = call(
@@ -88,7 +88,7 @@ def test_a_command_of_the_split_protocol(folder):
 
 
 def test_the_pruning_commands(folder, tmp_path):
-    """The paper's, then selection alone and training on its file, then a grid."""
+    """The paper's command, then selection only and training on its file, then a grid."""
     found = commands(PAGES["pruning"])
     assert [command[0].split("_")[0] for command in found] == [
         "train", "train", "fetch", "train", "select", "train", "compare", "compare"
@@ -99,7 +99,7 @@ def test_the_pruning_commands(folder, tmp_path):
     memorization.parent.mkdir(parents=True)
     np.savez(memorization, tr_mem=np.linspace(0, 1, 200))
     data = f"--datasets_folder={folder / 'datasets'}"
-    shipped = f"--scores_folder={ROOT / 'src' / 'metrics'}"  # the commands as they are give no folder
+    shipped = f"--scores_folder={ROOT / 'src' / 'metrics'}"  # the commands as written do not set a folder
     succeed(*large, "--coreset_epochs=1", *where, shipped)
     succeed(*few_shot, "--coreset_epochs=1", *where, shipped)
     succeed(*paper, *SHORT["train_prune.py"], *where, data)
@@ -113,7 +113,7 @@ def test_the_pruning_commands(folder, tmp_path):
 
 
 def test_the_geometry_commands(tmp_path):
-    """Training, spectra and kernels of few examples, and both figures."""
+    """Training, spectra and kernels for few examples, and both figures."""
     found = commands(PAGES["geometry"].split("\n## ")[0])
     assert [command[0] for command in found] == [
         "train_full.py", "train_full.py", "compute_hessian_eigen.py", "compute_hessian_eigen.py", "plot_hessian.py",

@@ -1,4 +1,4 @@
-"""Results are what their records say: of these pixels, this run and epoch, these settings, in every file combined."""
+"""Records identify the pixels, run, epoch and settings of a result; files that do not match are not combined."""
 
 import json
 import re
@@ -23,7 +23,7 @@ RUN = "standard_small_mlp_over_digits_with_{}_sched_{}"
 
 
 def pixels(base, *parts):
-    """Other pixels for some parts of the data set, under the same labels."""
+    """Change the pixels of some parts of the data set, but not the labels."""
     path = base / "datasets" / "digits.npz"
     arrays = dict(np.load(path))
     for part in parts:
@@ -47,7 +47,7 @@ def averaging(base, *flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A pair of models on a small set of the catalogue's name; copy it before changing anything."""
+    """A pair of models on a small data set with a catalog name; copy it before changing anything."""
     base = tmp_path_factory.mktemp("trained")
     (base / "datasets").mkdir()
     write_blobs(base / "datasets" / "digits.npz", n=N)
@@ -71,7 +71,7 @@ MPE = ("--dataset=digits", "--model=small_mlp", "--epochs=1", "--bs=20", "--bs_j
 
 
 def after_other_images(base):
-    """Commands that read what was made of the images, and must not go with others: script and flags."""
+    """Commands (script and flags) that read results for these images, and must refuse results for others."""
     rest = folders(base, *TRAIN)
     return {
         "resume": ("train_full.py", *QUICK, "--epochs=2", "--lr_sched=const", "--resume", *rest),
@@ -95,13 +95,15 @@ def after_other_images(base):
 
 @pytest.fixture(scope="module")
 def everything(trained, tmp_path_factory):
-    """The pair, and one result of every kind made with it."""
+    """The pair, and one result of every kind computed from it."""
     base = shutil.copytree(trained, tmp_path_factory.mktemp("everything") / "base")
     train(base, "--seed=2")
     for seed in (1, 2):
         succeed("compute_sam_sgd.py", *scoring(base, f"--seed={seed}"))
     succeed("average_scores.py", *averaging(base))
-    prob = base / "metrics" / "sam_sgd" / "samis_prob_digits.json"  # a score of older versions, for the kernels
+    prob = (
+        base / "metrics" / "sam_sgd" / "samis_prob_digits.json"
+    )  # a score in the format of older versions, for the kernels
     record = read_json(prob)
     write_json(prob, {name: value for name, value in record.items() if name != "data_hash"})
     commands = after_other_images(base)
@@ -163,7 +165,7 @@ def test_images_as_older_versions_decoded_them_are_other_images(tmp_path):
     command = ("train_full.py", *data, *folders(tmp_path, *TRAIN))
     for optimizer in ("sgd", "sam"):
         succeed(*command, f"--optimizer={optimizer}")
-    succeed(*command)  # the same again
+    succeed(*command)  # repeat
     succeed("compute_sam_sgd.py", *data, *folders(tmp_path, *READ))
     for path in tmp_path.rglob("results.json"):
         record = read_json(path)
@@ -177,7 +179,7 @@ def test_images_as_older_versions_decoded_them_are_other_images(tmp_path):
     refuse("compute_sam_sgd.py", *data, *folders(tmp_path, *READ), "--overwrite", status=FILE, says=("decod",))
 
 
-# -------------------------------------------------------------------------------------- a file is not its name
+# -------------------------------------------------------------------------------------- renamed files
 
 
 def checkpoint(base, optimizer, epoch, seed=1):
@@ -256,12 +258,12 @@ def test_another_image_size_is_named(tmp_path):
     assert "--dataset" not in line
 
 
-# ---------------------------------------------------------------------------------- what is combined is of one kind
+# ---------------------------------------------------------------------------------- files that cannot be combined
 
 
 @pytest.fixture(scope="module")
 def splits(trained, tmp_path_factory):
-    """Twenty models on splits."""
+    """Twenty models trained on splits."""
     base = shutil.copytree(trained, tmp_path_factory.mktemp("splits") / "base")
     shutil.rmtree(base / "models")
     train(base, "--samis_validation_split_index=all", script="train_split.py")
@@ -394,7 +396,7 @@ def test_resume_states_and_rows_must_be_what_their_names_say(base):
 
 
 def test_names_of_pretrained_models_stay(base):
-    """What older versions kept of pre-training is found: neither the images nor idle settings are in its name."""
+    """Pretraining results of older versions are found: their names include neither the images nor unused settings."""
     select = after_other_images(base)["selection"]
     succeed(*select)
     (folder,) = (base / "models" / "pretrain").glob("digits/small_mlp/*")
@@ -402,7 +404,7 @@ def test_names_of_pretrained_models_stay(base):
 
 
 def test_scores_of_a_run_must_be_that_runs(tmp_path):
-    """Dynamics or scores of another optimizer or seed, copied under this one's name."""
+    """Dynamics or scores of a different optimizer or seed, copied to this run's name."""
     (tmp_path / "datasets").mkdir()
     write_blobs(tmp_path / "datasets" / "digits.npz", n=N)
     train(tmp_path, "--measure_proxies")
@@ -421,7 +423,7 @@ def test_scores_of_a_run_must_be_that_runs(tmp_path):
     for name, other in (("dynamics.npz", sam / "seed_1"), ("hessian_flat_train.pkl", sgd / "seed_2")):
         with spoilt(sgd / "seed_1" / name, (other / name).read_bytes()):
             refuse("average_scores.py", *average, "--seeds", 1, "--overwrite", status=FILE, says=(name,))
-    (sgd / "seed_1" / "end_of_training.json").unlink()  # older versions did not write it
+    (sgd / "seed_1" / "end_of_training.json").unlink()  # missing in files of older versions
     succeed("average_scores.py", *average, "--seeds", 1)
 
 
@@ -434,7 +436,7 @@ def test_settings_of_a_checkpoint_are_plain_values(base):
         refuse("compute_sam_sgd.py", *scoring(base), status=FILE, says=("epoch_2.pt", "settings"))
 
 
-# ------------------------------------------------------------- models whose starting weights changed with a version
+# ------------------------------------------------------------- changed initial weights
 
 SHORT = ("--epochs=1", "--batch_size=10", "--lr_sched=const")
 MPE_FOLDERS = ("datasets", "models", "log", "resume_ckpts", "pickles")

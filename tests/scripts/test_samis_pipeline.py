@@ -1,4 +1,4 @@
-"""From data to averaged scores through the scripts, in both protocols, and the scores against their definition."""
+"""The scripts from data to averaged scores, in both protocols, and the scores compared with their definition."""
 
 import json
 
@@ -30,7 +30,7 @@ def train_pair(data, base, *flags, script="train_full.py", seed=1):
 
 
 def by_hand(sgd_path, sam_path, train, positions):
-    """SAMIS-L and SAMIS-P of some examples, one at a time in float64 numpy."""
+    """SAMIS-L and SAMIS-P of some examples, one at a time in float64 NumPy."""
     networks = [load_model(path)[0] for path in (sgd_path, sam_path)]
     norm = load_model(sgd_path)[1]["normalisation"]
     s_l, s_p = [], []

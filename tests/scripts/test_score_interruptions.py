@@ -1,4 +1,4 @@
-"""Killed before or after any file is in place, a script that writes scores can be repeated and ends right."""
+"""A script that writes scores can be killed before or after writing any file, and succeeds when it is rerun."""
 
 import os
 import shutil
@@ -15,11 +15,11 @@ from src.metrics import SCORES
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """The process is killed here."""
 
 
 def kill_points(monkeypatch: pytest.MonkeyPatch, run: Callable[[], None]) -> Iterator[int]:
-    """Run until the k-th file is renamed, and end before or after that, for each k; yields after each."""
+    """For each k, run until just before or after the k-th file is renamed; yield after each run."""
     replace, left = os.replace, 0
 
     def dying(source: str, target: str) -> None:
@@ -46,7 +46,7 @@ def kill_points(monkeypatch: pytest.MonkeyPatch, run: Callable[[], None]) -> Ite
 
 
 def assert_whole_or_refused(path: Path, allowed: list[tuple[bytes, bytes | None]]) -> None:
-    """A reader finds scores and their own record, or is told that they do not belong together."""
+    """A reader finds scores with their record, or an error that they do not match."""
     if not path.exists():
         return
     beside = record_path(path)

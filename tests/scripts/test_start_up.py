@@ -1,4 +1,4 @@
-"""Help and the answers to bad flags import no large package, which take seconds; runs import those they need."""
+"""Help and flag errors import no large packages, which takes seconds; runs import only those they need."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from support import ROOT, TRAIN, folders
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "examples") for path in folder.glob("*.py"))
 LARGE = ["torch", "torchvision", "matplotlib", "scipy", "sklearn", "pandas", "PIL"]
 
-# Answers all command lines in one process, in which the large packages cannot be imported.
+# Runs all command lines in one process in which the large packages cannot be imported.
 ANSWER = """
 import contextlib, io, json, runpy, sys, traceback
 
@@ -31,7 +31,7 @@ for line in lines:
 
 
 def answers(*lines: list[str], absent: list[str] = LARGE) -> list[tuple[int, str, str]]:
-    """Exit status and both outputs for each command line (script and flags), without the ``absent`` packages."""
+    """Exit status, stdout and stderr for each command line (script and flags), without the ``absent`` packages."""
     words = [json.dumps(word) for word in (absent, *([str(ROOT / script), *flags] for script, *flags in lines))]
     ran = subprocess.run([sys.executable, "-c", ANSWER, *words], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
@@ -49,7 +49,7 @@ def test_help_and_unknown_flags_import_no_large_package():
         assert len(err.splitlines()) == 1, err
 
 
-# Of each script, command lines that are wrong whatever the files hold.
+# Command lines of each script that are wrong whatever the files contain.
 WRONG = {
     "train_full.py": [
         "--dataset=nothing",
@@ -176,7 +176,7 @@ def test_flags_that_are_wrong_whatever_the_files_hold_import_no_large_package():
 
 
 def test_runs_on_the_digits_import_no_package_that_they_do_not_need(tmp_path):
-    """Torch's compiler alone takes as long to import as torch, and its optimizers ask for it."""
+    """Torch's compiler alone takes as long to import as torch, and torch's optimizers import it."""
     data = ["--dataset=digits", "--subset=50"]
     lenet = [*data, "--model=lenet"]
     full = ["train_full.py", *lenet, "--epochs=1", "--measure_proxies", *folders(tmp_path, *TRAIN)]
@@ -237,7 +237,7 @@ def test_optimizers_step_as_torch_s_without_the_compiler(tmp_path):
 
 PLOTTING = ["mpe.plots", "src.coresets.plots", "src.curvature.plots", "src.metrics.plots"]
 
-# What a notebook hands to the processes that it starts: a module that may be missing, a name that may be unknown.
+# Backends that notebooks set for their child processes: a module that may be missing, a name that may be unknown.
 BACKENDS = ["module://matplotlib_inline.backend_inline", "widget"]
 DRAW = f"""
 import os, runpy, sys, torch, scipy.stats
@@ -258,7 +258,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 def test_figures_need_no_back_end(tmp_path):
-    """The modules that draw can be imported under any back end's name, and a script draws under a notebook's."""
+    """Plotting modules can be imported with any backend name, and a script can plot with a notebook's backend."""
     words = [
         " ".join([*BACKENDS, "plot_proxies.py"]),
         "--dataset=digits",

@@ -1,4 +1,4 @@
-"""A small real data set and tiny networks for the loop's tests."""
+"""A small real data set and tiny models for the tests of the training loop."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from src.training import Dynamics, Trainer, TrainingConfig
 
 
 class Tiny(nn.Module):
-    """Convolution, optional BatchNorm, dropout, linear: everything that a resume must restore."""
+    """A convolution, optional BatchNorm, dropout and a linear layer: everything that a resume must restore."""
 
     def __init__(self, batchnorm: bool = True, dropout: float = 0.2) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(digits):
-    """Build a trainer on 200 digits; keyword arguments replace settings of the loop."""
+    """Build a trainer on 200 digits; keyword arguments override settings of the loop."""
     train, test = digits
     norm = train.entry.normalizations["samis"]
 

@@ -1,4 +1,4 @@
-"""--compile changes speed, not names and not results beyond rounding."""
+"""--compile changes neither names nor, up to rounding, results."""
 
 import shutil
 
@@ -31,7 +31,7 @@ def test_compiled_training_writes_plain_checkpoints(tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "sam", "iblr"])
 @pytest.mark.parametrize("mode", [True, *CUDA_GRAPHS])
 def test_a_model_is_compiled_for_batch_sizes_alone(make_trainer, monkeypatch, mode, optimizer):
-    """For full batches, for any others, and for evaluation; CUDA graphs are recorded again for each dynamic size."""
+    """One graph each for full batches, other batches and evaluation; CUDA graphs depend on dynamic sizes."""
     sizes, modes, compile_model = [], [], torch.compile
 
     def backend(graph, inputs):

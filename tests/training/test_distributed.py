@@ -1,4 +1,4 @@
-"""Two processes give the single process's weights for the same global batch."""
+"""Two processes reach the same weights as one process with the same global batch."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ COMMON = ("--epochs=2", "--learning_rate=0.05", "--lr_sched=const", "--data_augm
 
 @pytest.fixture(scope="module")
 def blobs(tmp_path_factory):
-    # 121 examples in batches of 8: the last batch has one example, so one process gets none of it
+    # 121 examples in batches of 8: the last batch has one example, so one process gets none
     return write_blobs(tmp_path_factory.mktemp("blobs") / "blobs.npz", n=121)
 
 
@@ -39,7 +39,9 @@ def assert_close(a, b):
     [("mlp", "sam", ()), ("resnet8", "sgd", ("--sync_bn",)), ("resnet8", "sam", ("--sync_bn",))],
 )
 def test_two_processes_equal_one(blobs, tmp_path, model, optimizer, more):
-    batch = 8 if model == "mlp" else 30  # shares of resnet8's batches stay ragged: 121 = 4 * 30 + 1
+    batch = (
+        8 if model == "mlp" else 30
+    )  # the processes' shares of resnet8's batches are still unequal: 121 = 4 * 30 + 1
     flags = (
         f"--dataset=npz:{blobs}",
         f"--model={model}",
@@ -108,7 +110,7 @@ def test_bad_starts_are_one_line(blobs, tmp_path):
 
 
 def test_two_processes_choose_and_train_as_one(blobs, tmp_path):
-    """The networks of el2n are trained by both, the leading process chooses, and both train on its choice."""
+    """Both processes train the models of el2n, the main process selects, and both train on its selection."""
     flags = (f"--dataset=npz:{blobs}", "--model=small_mlp", "--coreset_func=el2n", "--coreset_fraction=0.5",
              "--coreset_epochs=2", "--coreset_pretrain_epochs=2", "--coreset_networks=2",
              "--coreset_pretrain_lr=0.05", "--batch_size=8",

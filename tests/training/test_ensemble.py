@@ -1,4 +1,4 @@
-"""An ensemble's members end with the weights that torch's own optimisers give each of them alone."""
+"""An ensemble's members end with the same weights as models trained separately with torch's optimizers."""
 
 import copy
 
@@ -16,7 +16,7 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 
 
 class Convolution(nn.Module):
-    """Convolution, pooling, a parameter of its own, a head."""
+    """A model with a convolution, pooling, a bare parameter and a head."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def network(kind, seed=0):
 
 
 def batches(steps=4, *, shared=False, padded=False, seed=1):
-    """Images, labels, weights; padded: the second member has fewer examples, the third has none in the last steps."""
+    """Images, labels, weights. If padded, member 2 has fewer examples and member 3 has none in the last steps."""
     draw = torch.Generator().manual_seed(seed)
     lead = () if shared else (MEMBERS,)
     found = []
@@ -63,7 +63,7 @@ def batches(steps=4, *, shared=False, padded=False, seed=1):
 
 
 def by_torch(model, member, data, optimizer, rates):
-    """One member, alone, by torch.optim; steps without examples are not taken."""
+    """Train one member separately with torch.optim. Steps without examples are skipped."""
     model = copy.deepcopy(model)
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     more = {"momentum": 0.9} if optimizer == "sgd" else {}
@@ -231,7 +231,7 @@ def test_padding_does_not_enter_batchnorm():
         for name, value in expected.items():
             torch.testing.assert_close(ensemble.member(member)[name], value, **TOLERANCE)
     probe = data[0][0][0]
-    shorter = ensemble.logits(probe[:2])  # evaluation mode: batches of any size agree, to rounding
+    shorter = ensemble.logits(probe[:2])  # eval mode: batches of any size agree up to rounding
     torch.testing.assert_close(ensemble.logits(probe)[:, :2], shorter, **TOLERANCE)
 
 

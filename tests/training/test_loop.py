@@ -1,4 +1,4 @@
-"""The loop against the plain PyTorch loop, its weighting, its schedule, and what it records."""
+"""The training loop compared with a plain PyTorch loop: weights, schedule and records."""
 
 import copy
 
@@ -13,7 +13,7 @@ from src.training import ProcessGroup
 
 
 def plain_epochs(trainer, model, step):
-    """The obvious loop over the same batches; ``step(model, images, labels, weights)``."""
+    """A plain loop over the same batches; ``step(model, images, labels, weights)``."""
     for epoch in range(1, trainer.config.epochs + 1):
         model.train()
         lr = rate(trainer.config.lr_sched, epoch, trainer.config.epochs, trainer.config.learning_rate)
@@ -86,7 +86,7 @@ def test_history_reports_mean_loss_per_example_and_accuracy(make_trainer):
 
 
 def test_dynamics_are_those_of_the_first_pass(make_trainer):
-    """A learning rate of almost nothing keeps the network as it was, so that each pass can be done again."""
+    """A tiny learning rate leaves the model unchanged, so that each pass can be repeated."""
     trainer = make_trainer(dropout=0.0, batchnorm=False, epochs=2, learning_rate=1e-30, lr_sched="const")
     trainer.fit()
     arrays = trainer.dynamics.arrays()
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_batch(make_trainer, rank
             with torch.no_grad():
                 trainer.model.head.bias.fill_(float("nan"))
 
-    trainer = make_trainer(after_step=(spoil,), batch_size=66)  # the last batch has nothing for process 2
+    trainer = make_trainer(after_step=(spoil,), batch_size=66)  # the last batch has no examples for process 2
     trainer.train_batches.rank, trainer.train_batches.world = rank, 3
     with pytest.raises(TrainingError, match="not finite in epoch 2, batch 3"):
         trainer.fit()

@@ -1,7 +1,7 @@
-"""What a training step costs a GPU beside arithmetic: operations that launch kernels, and waits for the device.
+"""The overhead of a training step on a GPU: kernel launches and synchronizations.
 
-Without a GPU, operations are counted on the CPU, and tensors on the device ``meta``, which have no values, take the
-place of a GPU's: whoever asks for a value, or for a number of examples that depends on values, fails.
+Without a GPU, operations are counted on the CPU, and tensors on the device ``meta``, which have no values, stand in
+for GPU tensors: code that reads a value, or a shape that depends on values, fails.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2",
 
 
 class Operations(TorchDispatchMode):
-    """Counts what launches kernels on a GPU, and lists what waits for values and what is computed on the CPU."""
+    """Counts operations that launch GPU kernels, and lists those that synchronize or run on the CPU."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Operations(TorchDispatchMode):
         if name in WAITS:
             self.waits.append(name)
         self.launched[name] += 1
-        touched = (found, args) if name in COPIES else found  # a copy from the CPU's pageable memory waits, too
+        touched = (found, args) if name in COPIES else found  # a copy from pageable CPU memory also synchronizes
         tensors = [leaf for leaf in tree_leaves(touched) if isinstance(leaf, torch.Tensor)]
         if any(tensor.device.type == "cpu" for tensor in tensors):
             self.on_cpu.append(name)
@@ -78,14 +78,14 @@ def make(model, steps, *, device="cpu", dynamics=False, plan=False, weighted=Fal
     [
         ("resnet8", {}, 80),
         ("resnet8", {"dynamics": True, "weighted": True}, 81),
-        ("resnet8", {"optimizer": "sam"}, 200),  # 13 of them keep BatchNorm's statistics
+        ("resnet8", {"optimizer": "sam"}, 200),  # 13 of them update BatchNorm's statistics
         ("large_mlp", {}, 21),
         ("large_mlp", {"optimizer": "adam"}, 22),
         ("large_mlp", {"optimizer": "iblr"}, 39),
     ],
 )
 def test_operations_of_a_step(model, settings, ceiling, monkeypatch):
-    """Of the average of 64 steps: one report, and the images of 64 steps."""
+    """The average over 64 steps, including one report and the preparation of 64 steps' images."""
     monkeypatch.setattr("src.datasets.batches.PREPARED_ON_CPU", 64 * BATCH * 3 * SIZE**2 * 4)
     counts = []
     trainer = make(model, 66, after_step=[lambda *_: counts.append(mode.launched.total())], **settings)
@@ -126,7 +126,7 @@ CASES = [
 @pytest.mark.parametrize(("model", "settings"), CASES)
 def test_an_epoch_is_computed_on_the_models_device(model, settings, monkeypatch):
     monkeypatch.setattr(Trainer, "_check_finite", lambda *_: None)
-    if settings.get("plan"):  # what is chosen depends on losses, once per epoch
+    if settings.get("plan"):  # the selection depends on losses, once per epoch
         monkeypatch.setattr(
             InfoBatchPlan, "choose", lambda plan, *_: (torch.arange(0, 140, 2), torch.ones(140, dtype=torch.float64))
         )

@@ -1,4 +1,4 @@
-"""Epoch plans in the loop, batches without weight, and Nesterov's momentum."""
+"""Epoch plans in the loop, batches of zero weight, and Nesterov momentum."""
 
 import json
 from dataclasses import asdict, replace
@@ -17,7 +17,7 @@ DOUBLE = {"dropout": 0.0, "dtype": torch.float64, "precision": "fp64"}
 
 
 class Thinning:
-    """All examples first; then those whose last loss is not below the median, by weights that grow with the loss."""
+    """Choose all examples first; then those whose last loss is at least the median, weighted by loss."""
 
     def __init__(self, images, divide_by_size=False, depends_on_epochs=False):
         self.indices, self.divide_by_size, self.depends_on_epochs = images.indices, divide_by_size, depends_on_epochs
@@ -45,7 +45,7 @@ class Thinning:
 
 @pytest.fixture
 def planned(make_trainer, digits):
-    """Build a trainer with a plan of its own."""
+    """Build a trainer with a plan."""
 
     def make(divide_by_size=False, depends_on_epochs=False, **settings):
         trainer = make_trainer(**settings)
@@ -137,7 +137,7 @@ def test_states_without_a_plan_load_where_there_is_none(make_trainer, planned):
     trainer = make_trainer(epochs=1, dynamics=False)
     trainer.fit()
     state = {**trainer.state(), "epoch": 1}
-    del state["plan"]  # as written before there were plans
+    del state["plan"]  # as in versions without plans
     again = make_trainer(epochs=1, dynamics=False)
     again.restore(state, {})
     assert_same(trainer, again)

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on ends with the very bits of one that was not."""
+"""A run that is killed and resumed is bit-identical to an uninterrupted run."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def test_resumed_run_is_bit_identical(make_trainer, tmp_path, optimizer):
 
 @pytest.mark.parametrize(("first", "then"), [("ivon-opt", "own"), ("own", "ivon-opt")])
 def test_a_run_of_one_iblr_backend_is_continued_by_the_other(make_trainer, tmp_path, first, then):
-    """As one of an older version, which had ivon-opt alone: the settings of a result do not name the backend."""
+    """A result's settings do not name the backend, as in an older version that had only ivon-opt."""
     settings = {"optimizer": "iblr", "learning_rate": RATES["iblr"]}
     whole = make_trainer(**settings)
     run(whole, tmp_path / "whole")
@@ -304,7 +304,7 @@ def test_a_write_that_fails_ends_the_run_after_the_next_epoch(make_trainer, tmp_
 
 
 def test_what_is_written_is_the_epoch_that_was_saved(make_trainer, tmp_path, monkeypatch):
-    """The write of an epoch is held until the next one has trained."""
+    """Writing an epoch is delayed until the next one has been trained."""
     trained = threading.Event()
 
     def late(path, state):
@@ -327,7 +327,7 @@ def test_what_is_written_is_the_epoch_that_was_saved(make_trainer, tmp_path, mon
     "killed_in", ["weights of epoch 1", "state of epoch 1", "weights of epoch 3", "state of epoch 3"]
 )
 def test_a_run_that_is_killed_in_the_middle_of_a_file_is_continued(make_trainer, tmp_path, monkeypatch, killed_in):
-    """The process ends within the background thread, when half of a file's bytes are written."""
+    """The process dies in the background thread after writing half of a file."""
     whole = make_trainer()
     files = run(whole, tmp_path / "whole")
     child = os.fork()

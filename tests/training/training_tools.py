@@ -1,4 +1,4 @@
-"""Comparisons of trained networks."""
+"""Comparisons of trained models."""
 
 import numpy as np
 import torch
