@@ -1,26 +1,29 @@
-"""Shared code of the benchmarks: rows of the table, and timing.
+"""Shared by the benchmarks: rows of the table, timing, and the baselines' data loaders.
 
-A benchmark is a function of ``quick`` that returns rows. A module lists its benchmarks in ``BENCHMARKS``. Times are
-CPU seconds (user and system) on one thread, unless a row says otherwise. The implementations to compare are run in
-turn, and the minimum time of each is used, so that other load on the machine has little effect on the ratio.
+A benchmark is a function of ``quick`` that returns rows; each module lists its own in ``BENCHMARKS``. A row compares
+ours with two baselines: what the papers' released code does, and the strongest alternative known to us that a
+competent user would write. Times are CPU seconds (user and system) on one thread unless a row's unit says otherwise.
+All ways of a row alternate in one run and the minimum of each counts, so that other load on the machine affects the
+ratios little.
 """
 
 import argparse
-import math
 import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-from src.datasets import DatasetEntry, ImageSet, lookup
+from src.datasets import DatasetEntry, ImageSet, Normalization, lookup
 
 Work = Callable[[], object]
 
@@ -30,44 +33,52 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: The task.
-        plain: Cost of the plain implementation; NaN if it is not feasible.
-        ours: Cost of this project's implementation.
-        unit: The unit of both.
-        target: Target for the ratio ``plain / ours``; None for no target.
+        name: What is measured.
+        authors: Cost of the way the papers' code does it. None where that code has no such step, or where there is
+            only one sensible alternative.
+        strongest: Cost of the strongest alternative. None where no alternative is feasible.
+        ours: Cost of ours.
+        unit: Unit of all three.
+        target: Required ratio ``strongest / ours``, if any. About 1 where ours is at the limit.
     """
 
     name: str
-    plain: float
+    authors: float | None
+    strongest: float | None
     ours: float
     unit: str
     target: float | None = None
 
     @property
-    def ratio(self) -> float:
-        """Cost of the plain implementation relative to ours."""
-        return self.plain / self.ours
+    def ratio(self) -> float | None:
+        """The cost of the strongest alternative over that of ours."""
+        return None if self.strongest is None else self.strongest / self.ours
+
+    @property
+    def authors_ratio(self) -> float | None:
+        """The cost of the authors' way over that of ours."""
+        return None if self.authors is None else self.authors / self.ours
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None if there is none."""
-        return None if self.target is None else self.ratio >= self.target
+        """Whether the ratio reaches the target; None without a target or an alternative."""
+        return None if self.target is None or self.ratio is None else self.ratio >= self.target
 
 
 def seconds(work: Work, clock: Callable[[], float]) -> float:
-    """Return the seconds that ``work`` takes on a clock."""
+    """The time ``work`` takes on a clock."""
     start = clock()
     work()
     return clock() - start
 
 
 def in_turn(ways: Sequence[Work], repeats: int, clock: Callable[[], float] = time.process_time) -> list[float]:
-    """Run functions in turn and return the minimum time of each, in seconds.
+    """Run the ways alternately and return the minimum time of each, in seconds.
 
     Args:
-        ways: The functions to compare.
-        repeats: Number of timed turns, after one warm-up turn.
-        clock: The CPU clock, or the wall clock for multithreaded work.
+        ways: The ways to compare.
+        repeats: Timed rounds, after one round of warm-up.
+        clock: CPU time, or wall time for work on several threads.
     """
     for way in ways:
         way()
@@ -76,14 +87,14 @@ def in_turn(ways: Sequence[Work], repeats: int, clock: Callable[[], float] = tim
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return ``function(*arguments)``, called in a new process on one thread with default allocator settings."""
+    """Return ``function(*arguments)`` from a new process, on one thread, with the default allocator."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def peak() -> float:
-    """Return the peak resident memory of this process so far, in MiB."""
+    """Peak resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, getrusage also counts the parent's memory at the time it started this process
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -93,7 +104,7 @@ def peak() -> float:
 
 
 def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
-    """Return random noise images with the shape of a catalog data set's training images."""
+    """Noise images in the shape of a catalog data set's training set."""
     entry = lookup(dataset)
     generator = torch.Generator().manual_seed(seed)
     shape = (count, entry.channels, entry.image_size, entry.image_size)
@@ -102,7 +113,7 @@ def random_images(dataset: str, count: int, seed: int = 0) -> ImageSet:
 
 
 class PlainImages(torch.utils.data.Dataset):
-    """The plain implementation: images in memory, converted to PIL images and transformed one at a time."""
+    """The authors' data pipeline: images in memory, each converted to PIL and transformed on its own."""
 
     def __init__(self, images: ImageSet, *, augmented: bool, normalization: str = "samis") -> None:
         pixels = images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1)
@@ -120,7 +131,7 @@ class PlainImages(torch.utils.data.Dataset):
 def plain_transform(
     entry: DatasetEntry, augmented: bool, normalization: str = "samis"
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """Return the usual torchvision transforms: crop and flip if augmented, conversion to a tensor, normalization."""
+    """The authors' torchvision transforms: (random crop, flip,) ToTensor, Normalize."""
     from src._torchvision import torchvision
 
     transforms = torchvision.transforms
@@ -132,26 +143,87 @@ def plain_transform(
     return transforms.Compose(chosen)
 
 
+def fast_batches(
+    pixels: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    normalization: Normalization,
+    *,
+    augmented: bool,
+    channels_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An airbench-like loader, the strongest alternative: the set is one tensor, batches are augmented as a whole.
+
+    Args:
+        pixels: uint8 ``(n, c, s, s)``.
+        labels: ``(n,)``.
+        batch_size: Examples per batch.
+        normalization: Mean and standard deviation per channel, of pixels in [0, 1].
+        augmented: Whether to shuffle, crop at random from images padded by 4 pixels, and flip at random.
+        channels_last: Memory layout of the batches.
+
+    Yields:
+        Normalized images ``(b, c, s, s)`` and their labels.
+    """
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (normalization.mean, normalization.std))
+    count, size = len(pixels), pixels.shape[-1]
+    order = torch.randperm(count) if augmented else torch.arange(count)
+    windows = (
+        F.pad(pixels, (4,) * 4).unfold(2, size, 1).unfold(3, size, 1) if augmented else None
+    )  # (n, c, 9, 9, s, s)
+    for rows in order.split(batch_size):
+        if windows is None:
+            images = pixels[rows[0] : rows[-1] + 1]
+        else:
+            images = windows[rows, :, torch.randint(9, rows.shape), torch.randint(9, rows.shape)]
+            flipped = torch.rand(rows.shape) < 0.5
+            images[flipped] = images[flipped].flip(-1)
+        images = images.float().div_(255).sub_(mean).div_(std)
+        yield images.contiguous(memory_format=torch.channels_last) if channels_last else images, labels[rows]
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Format the rows as a text table with a header."""
-    width = max(len(row.name) for row in rows)
-    lines = [f"{'what':{width}s}  {'plain':>10s}  {'ours':>10s}  {'ratio':>7s}  {'target':>6s}  met  unit"]
-    for row in rows:
-        target = "-" if row.target is None else f"{row.target:.3g}"
-        met = {True: "yes", False: "NO", None: "-"}[row.met]
-        plain, ratio = ("-", "-") if math.isnan(row.plain) else (f"{row.plain:.4g}", f"{row.ratio:.2f}")
-        lines.append(
-            f"{row.name:{width}s}  {plain:>10s}  {row.ours:10.4g}  {ratio:>7s}  {target:>6s}  {met:3s}  {row.unit}"
+    """Format the rows as text, one line each below a header."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    columns = ("what", "authors", "strongest", "ours", "authors/ours", "strongest/ours", "target", "met", "unit")
+    cells = [
+        (
+            row.name,
+            shown(row.authors, ".4g"),
+            shown(row.strongest, ".4g"),
+            shown(row.ours, ".4g"),
+            shown(row.authors_ratio, ".2f"),
+            shown(row.ratio, ".2f"),
+            shown(row.target, ".3g"),
+            {True: "yes", False: "NO", None: "-"}[row.met],
+            row.unit,
         )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in [columns, *cells]) for column in range(len(columns) - 1)]
+    lines = []
+    for name, *numbers, unit in [columns, *cells]:
+        padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded, unit]))
     return "\n".join(lines)
 
 
+LEGEND = (
+    "CPU seconds on one thread unless the unit says otherwise. Larger ratios are better; targets apply to the "
+    "strongest alternative.\nauthors '-': there is only one sensible alternative. strongest '-': none is feasible."
+)
+
+
 def run(benchmarks: Mapping[str, Callable[[bool], list[Row]]], description: str) -> None:
-    """Run a module's benchmarks, or those given on the command line, and print their rows."""
+    """Run all benchmarks of a module, or those named on the command line, and print their rows."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    names = ", ".join(benchmarks)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run: {names} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="use toy sizes, to test that the benchmarks run")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(benchmarks)} (default: all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes: checks that everything runs, times mean nothing"
+    )
     args = parser.parse_args()
     if unknown := set(args.names) - set(benchmarks):
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {names}")
@@ -159,4 +231,5 @@ def run(benchmarks: Mapping[str, Callable[[bool], list[Row]]], description: str)
     for name in args.names or benchmarks:
         torch.set_num_threads(1)
         rows += benchmarks[name](args.quick)
+    print(LEGEND)
     print(table(rows))

@@ -1,17 +1,21 @@
-"""Files, startup and memory: costs other than computation.
+"""Memory, files, start-up and figures.
 
-python -m benchmarks.files [memory checkpoints start photos figures] [--quick]
+python -m benchmarks.files [memory checkpoints start photos figures grid] [--quick]
 """
 
+import copy
 import logging
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -21,21 +25,23 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.common import Row, in_fresh_process, in_turn, peak, random_images, run
+from benchmarks.common import Row, fast_batches, in_fresh_process, in_turn, peak, random_images, run
 from src.artifacts.io import save_figure
-from src.artifacts.paths import ROOT
-from src.datasets import Batches, load_dataset
+from src.artifacts.paths import ROOT, TRAINING_FOLDERS, Folders
+from src.context import RunContext
+from src.coresets.config import GridConfig, PretrainConfig, SelectionConfig
+from src.coresets.grid import Grid
+from src.datasets import Batches, DataConfig, Normalization, load_dataset
 from src.datasets.decoding import as_seen, open_image
 from src.datasets.own import resize
-from src.devices import PRECISIONS, prepare
-from src.figures import DPI
+from src.devices import PRECISIONS, ComputeConfig, prepare
 from src.metrics.plots import image_grid
-from src.models import build_model
-from src.training import RunFiles, Trainer, TrainingConfig, run_training
+from src.models import ModelConfig, build_model
+from src.training import RunConfig, RunFiles, Trainer, TrainingConfig, run_training
 
 
 def write_images(folder: Path, count: int) -> Path:
-    """Write an npz file of ``count`` color noise images."""
+    """Write an npz file of ``count`` color images of noise."""
     rng = np.random.default_rng(0)
     path = folder / f"noise_{count}.npz"
     np.savez(
@@ -49,7 +55,7 @@ def write_images(folder: Path, count: int) -> Path:
 
 
 def growth(way: Callable[[Path], None], paths: Sequence[Path]) -> float:
-    """Return the growth of peak memory from the first file to the second, in MiB."""
+    """Growth of the peak memory from the first file to the second, in MiB."""
     peaks = []
     for path in paths:
         way(path)
@@ -58,7 +64,7 @@ def growth(way: Callable[[Path], None], paths: Sequence[Path]) -> float:
 
 
 def our_run(path: Path) -> None:
-    """Train with this project's loop."""
+    """An epoch of the Trainer."""
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     train, test = load_dataset(f"npz:{path}", path.parent)
     normal = train.entry.normalizations["samis"]
@@ -71,42 +77,42 @@ def our_run(path: Path) -> None:
     trainer.fit()
 
 
-def plain_run(path: Path) -> None:
-    """Train with a loop over a TensorDataset of normalized images."""
+def fast_run(path: Path) -> None:
+    """The usual training loop over an airbench-like loader."""
     with np.load(path) as file:
-        images = torch.from_numpy(file["x_train"]).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.25)
+        pixels = torch.from_numpy(file["x_train"]).permute(0, 3, 1, 2)
         labels = torch.from_numpy(file["y_train"])
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 128, shuffle=True)
     model = build_model("mlp", 10, 3, 32, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for batch, target in loader:
+    normalization = Normalization((0.5,) * 3, (0.25,) * 3)
+    for images, targets in fast_batches(pixels, labels, 128, normalization, augmented=True):
         optimizer.zero_grad()
-        F.cross_entropy(model(batch), target).backward()
+        F.cross_entropy(model(images), targets).backward()
         optimizer.step()
 
 
 def memory(quick: bool = False) -> list[Row]:
-    """Measure the memory that a training run needs for its images, compared with their size in bytes.
+    """Memory of a training run for its images.
 
-    A process reads one batch of images from an npz file and trains on it for an epoch, then does the same with many.
-    The growth of its peak resident memory is the cost of the images. Ours should need one uint8 copy (ratio 4 to a
-    float32 copy). The plain implementation keeps normalized float32 images in a TensorDataset.
+    A process reads one batch of images from an npz file and trains for an epoch on it, then does the same with many
+    images. The growth of its peak memory is the cost of the images. The alternative is an airbench-like loader, whose
+    padded copy of the images counts. The second row compares with the bytes of the images, the limit.
     """
     count = 2_000 if quick else 40_000
     measured = growth if quick else partial(in_fresh_process, growth)
     with tempfile.TemporaryDirectory() as folder:
         paths = [write_images(Path(folder), n) for n in (128, count)]
-        extra = {way: measured(way, paths) for way in (plain_run, our_run)}
-    copy = (count - 128) * 3 * 32**2 / 2**20
-    name = f"memory of {count:,} CIFAR-sized images"
+        extra = {way: measured(way, paths) for way in (fast_run, our_run)}
+    least = (count - 128) * 3 * 32**2 / 2**20
+    name, unit = f"memory of {count:,} CIFAR-sized images", "MiB at the peak"
     return [
-        Row(f"{name}: float32 copy", extra[plain_run], extra[our_run], "MiB at the peak", 3.5),
-        Row(f"{name}: their bytes as uint8", copy, extra[our_run], "MiB at the peak", 0.8),
+        Row(f"{name}: padded uint8 copy", None, extra[fast_run], extra[our_run], unit, 0.9),
+        Row(f"{name}: their bytes", None, least, extra[our_run], unit, 0.8),
     ]
 
 
 def written(work: Callable[[], object]) -> int:
-    """Return the number of bytes that this process writes to files during ``work``, over all its threads."""
+    """Bytes that this process, with all its threads, writes to files during ``work``."""
 
     def now() -> int:
         return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
@@ -116,18 +122,49 @@ def written(work: Callable[[], object]) -> int:
     return now() - before
 
 
-def checkpoints(quick: bool = False) -> list[Row]:
-    """Measure the cost of an epoch's files: bytes written, and wall seconds that the training loop waits.
+def save_in_loop(trainer: Trainer, folder: Path) -> None:
+    """The authors' way: ``torch.save`` of the resume state, the epoch's checkpoint and the best one, in the loop."""
+    for epoch in trainer.epochs():
+        trainer.train_epoch(epoch)
+        model = {"model_state": trainer.model.state_dict()}
+        for file, state in ((epoch, trainer.state()), (f"epoch_{epoch}", model), ("best", model)):
+            torch.save(state, folder / f"{file}.pt")
 
-    The plain implementation calls ``torch.save`` in the loop for the resume state, the epoch's checkpoint and the
-    best one, without waiting for the disk. Ours is ``run_training``: the loop's time minus the time of the epochs,
-    which its background thread may slow down. The last row is the total time.
+
+def save_in_background(trainer: Trainer, folder: Path) -> None:
+    """The strongest alternative: a thread saves copies, and the best checkpoint is a link to the epoch's."""
+
+    def save(states: dict[str, object]) -> None:
+        for file, state in states.items():
+            torch.save(state, folder / f"{file}.pt")
+        best = folder / "best.pt"
+        best.unlink(missing_ok=True)
+        os.link(folder / f"{file}.pt", best)
+
+    with ThreadPoolExecutor(1) as pool:
+        for epoch in trainer.epochs():
+            trainer.train_epoch(epoch)
+            state = {f"{epoch}": trainer.state(), f"epoch_{epoch}": {"model_state": trainer.model.state_dict()}}
+            pool.submit(save, copy.deepcopy(state))
+
+
+def save_ours(trainer: Trainer, folder: Path) -> None:
+    """``run_training``."""
+    run_training(trainer, RunFiles(folder / "a", folder / "b"), {}, {})
+
+
+def checkpoints(quick: bool = False) -> list[Row]:
+    """Cost of an epoch's files: bytes written, and wall seconds that the training loop waits.
+
+    Neither alternative waits for the disk; ours does, and its background thread may slow down the epochs, whose
+    seconds are subtracted from the waiting. The last row has the whole time.
     """
     name, epochs, count = ("resnet8", 2, 8) if quick else ("resnet18", 4, 64)
     images = random_images("cifar10", count)
     normal = {"normalization": images.entry.normalizations["samis"]}
-    measured: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
-    for ours in (False, True) * (1 if quick else 3):
+    ways = (save_in_loop, save_in_background, save_ours)
+    measured: dict[Callable, list[tuple[float, float, float]]] = {way: [] for way in ways}
+    for way in ways * (1 if quick else 3):
         trainer = Trainer(
             build_model(name, 10, 3, 32, seed=0),
             Batches(images, count // 2, order="shuffled", **normal),
@@ -135,28 +172,17 @@ def checkpoints(quick: bool = False) -> list[Row]:
             TrainingConfig(epochs=epochs),
         )
         with tempfile.TemporaryDirectory() as folder:
-
-            def plain(trainer: Trainer = trainer, folder: str = folder) -> None:
-                for epoch in trainer.epochs():
-                    trainer.train_epoch(epoch)
-                    model = {"model_state": trainer.model.state_dict()}
-                    for file, state in ((epoch, trainer.state()), (f"epoch_{epoch}", model), ("best", model)):
-                        torch.save(state, Path(folder, f"{file}.pt"))
-
-            def own(trainer: Trainer = trainer, folder: str = folder) -> None:
-                run_training(trainer, RunFiles(Path(folder, "a"), Path(folder, "b")), {}, {})
-
             start = time.perf_counter()
-            size = written(own if ours else plain)
+            size = written(partial(way, trainer, Path(folder)))
             total = time.perf_counter() - start
         waits = total - sum(record["seconds"] for record in trainer.history)
-        measured[ours].append((size / 1e6 / epochs, waits / epochs, total / epochs))
-    theirs, mine = (np.min(measured[ours], axis=0) for ours in (False, True))
+        measured[way].append((size / 1e6 / epochs, waits / epochs, total / epochs))
+    best = [np.min(measured[way], axis=0) for way in ways]
     names = ("written", "waiting for files", "in all")
     units = ("MB per epoch", "s per epoch (wall)", "s per epoch (wall)")
     return [
-        Row(f"checkpoints, {name}: {what}", *both, unit)
-        for what, both, unit in zip(names, zip(theirs, mine, strict=True), units, strict=True)
+        Row(f"checkpoints, {name}: {what}", *values, unit)
+        for what, values, unit in zip(names, zip(*best, strict=True), units, strict=True)
     ]
 
 
@@ -168,16 +194,16 @@ STARTS = {
 
 
 def children_seconds() -> float:
-    """Return the CPU seconds of all child processes that have ended."""
+    """CPU seconds of the child processes that have ended."""
     spent = os.times()
     return spent.children_user + spent.children_system
 
 
 def start(quick: bool = False) -> list[Row]:
-    """Time full script runs on 50 digits images for one epoch, compared with ``import torch``.
+    """Whole scripts on 50 images of digits for one epoch, against ``import torch``, the only sensible comparison.
 
-    Training takes a few hundredths of a second. The estimates in 1_loo_iterations.py differentiate with given output
-    gradients, for which torch imports sympy.
+    The training itself takes a few hundredths of a second. For the estimates of 1_loo_iterations.py, which
+    differentiate with given output gradients, torch imports sympy.
     """
     with tempfile.TemporaryDirectory() as folder:
         places = [f"--{name}_folder={folder}" for name in ("datasets", "models", "log", "resume_ckpts")]
@@ -192,15 +218,18 @@ def start(quick: bool = False) -> list[Row]:
 
         ways = [partial(run_python, "-c", "import torch"), *(partial(run_python, *line) for line in lines.values())]
         plain, *ours = in_turn(ways, 1 if quick else 5, children_seconds)
-    return [Row(f"start of {script}", plain, own, "s", 0.65) for script, own in zip(lines, ours, strict=True)]
+    return [
+        Row(f"{script}, 50 digits, one epoch: import torch", None, plain, own, "s", 0.65)
+        for script, own in zip(lines, ours, strict=True)
+    ]
 
 
 def photos(quick: bool = False) -> list[Row]:
-    """Time loading a folder of photos: decoded in full, decoded in draft mode, and read from an earlier run's cache.
+    """Loading a folder of photos: 100 JPEG files of 1600x1200 pixels at image size 64.
 
-    The photos are 1600x1200 JPEG files of random waves of all wavelengths, with larger amplitudes at longer ones, and
-    the image size is 64. The plain implementation decodes them in full, one after another. Times are CPU seconds,
-    so the gain from several threads shows only in the wall-clock row.
+    Authors: each photo is decoded in full, one after another, as by torchvision. Strongest alternative: PIL's draft
+    mode and a resize, one after another; for a later start, ``np.load`` of the decoded images. Ours checks every file
+    for changes on a later start. The wall-clock row includes the gain of several threads.
     """
     count, repeats = (4, 1) if quick else (100, 3)
     with tempfile.TemporaryDirectory() as base:
@@ -209,12 +238,12 @@ def photos(quick: bool = False) -> list[Row]:
             folder = root / ("test" if number % 4 == 3 else "train") / f"class_{number % 8 // 4}"
             folder.mkdir(parents=True, exist_ok=True)
             _photo(number).save(folder / f"{number}.jpg", quality=90)
-        for part in ("train", "test"):  # a quick run has too few photos for every class in every part
+        for part in ("train", "test"):  # a quick run has too few photos for each class of each part
             (root / part / "class_1").mkdir(exist_ok=True)
             _photo(count).save(root / part / "class_1" / "last.jpg", quality=90)
         files = sorted(root.rglob("*.jpg"))
 
-        def plainly() -> list[Tensor]:
+        def in_full() -> list[Tensor]:
             decoded = []
             for path in files:
                 with path.open("rb") as file:
@@ -222,28 +251,38 @@ def photos(quick: bool = False) -> list[Row]:
                 decoded.append(resize(torch.from_numpy(pixels)[None], 64))
             return decoded
 
+        def by_draft() -> np.ndarray:
+            decoded = []
+            for path in files:
+                with Image.open(path) as image:
+                    image.draft("RGB", (64, 64))
+                    decoded.append(np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)))
+            return np.stack(decoded)
+
         def start(decode: str, cache: str) -> None:
             load_dataset(f"folder:{root}", base, image_size=64, decode=decode, cache_folder=Path(base) / cache)
 
-        (Path(base) / "none").write_text("")  # a file, so no cache can be written inside it
+        (Path(base) / "none").write_text("")  # a file, so that no cache can be written below it
+        kept = Path(base) / "decoded.npy"
+        np.save(kept, by_draft())
         log = logging.getLogger("src.datasets.own")
         log.disabled = True
-        ways = (plainly, lambda: start("draft", "none"), lambda: start("draft", "kept"))
+        ways = (in_full, by_draft, lambda: start("draft", "none"))
         while time.time() < max(path.stat().st_ctime for path in files) + 3:
-            time.sleep(0.1)  # the cache does not trust the timestamps of newer photos
-        times = [1_000 / len(files) * taken for taken in in_turn(ways, repeats)]
-        walls = [1_000 / len(files) * taken for taken in in_turn(ways[:2], repeats, time.perf_counter)]
+            time.sleep(0.1)  # younger photos are not taken from the cache
+        times, walls = in_turn(ways, repeats), in_turn(ways, repeats, time.perf_counter)
+        later = in_turn((lambda: np.load(kept), lambda: start("draft", "kept")), repeats)
         log.disabled = False
-    unit = "s per 1,000 photos of 1600x1200"
+    scale, unit = 1_000 / len(files), "s per 1,000 photos of 1600x1200"
     return [
-        Row("loading photos, decoded in draft mode", times[0], times[1], unit),
-        Row(f"loading photos, decoded in draft mode, wall clock, {os.cpu_count()} CPUs", *walls, unit),
-        Row("loading photos from the cache", times[0], times[2], unit),
+        Row("a first start with photos", *(scale * t for t in times), unit),
+        Row(f"the same, {os.cpu_count()} cores", *(scale * t for t in walls), f"{unit} (wall)"),
+        Row("a later start", scale * times[0], *(scale * t for t in later), unit),
     ]
 
 
 def _photo(seed: int) -> Image.Image:
-    """Return an image of random waves."""
+    """A photo of random waves, long ones the strongest."""
     generator = np.random.default_rng(seed)
     size = (1200, 1600)
     frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
@@ -254,7 +293,7 @@ def _photo(seed: int) -> Image.Image:
 
 
 def figures(quick: bool = False) -> list[Row]:
-    """Time a figure of three rows of five images with scores, as PNG and PDF, compared with one axes per image."""
+    """Three rows of five images with their scores, as PNG and PDF; the only alternative is one axes per image."""
     rows = []
     for size in (8,) if quick else (32, 224):
         draw = np.random.default_rng(0)
@@ -282,8 +321,32 @@ def figures(quick: bool = False) -> list[Row]:
 
         with tempfile.TemporaryDirectory() as folder:
             times = in_turn([partial(plain, folder), partial(own, folder)], 1 if quick else 5)
-        rows.append(Row(f"a figure of 15 images of {size}x{size}, PNG and PDF", *times, "s"))
+        rows.append(Row(f"a figure of 15 images of {size}x{size}, PNG and PDF: 15 axes", None, *times, "s"))
     return rows
+
+
+def grid(quick: bool = False) -> list[Row]:
+    """A grid of short runs on digits: its figure drawn after every cell, and at most once a minute as ours does."""
+    seeds, epochs = ([1], 1) if quick else ([1, 2], 5)
+    config = GridConfig(funcs=["random", "csl", "forget"], fractions=[0.1, 0.5], seeds=seeds)
+    run_config = RunConfig(
+        ModelConfig("small_mlp"), TrainingConfig(epochs=epochs, learning_rate=0.05, lr_sched="const"), batch_size=64
+    )
+    selections = {name: SelectionConfig(coreset_func=name) for name in config.funcs}
+    pretrain = PretrainConfig(coreset_pretrain_epochs=2)
+    warned, times = logging.root.level, {-1.0: math.inf, 60.0: math.inf}
+    logging.root.setLevel(logging.WARNING)
+    for every in list(times) * (1 if quick else 3):
+        with tempfile.TemporaryDirectory() as name, mock.patch("src.coresets.grid._DRAW_EVERY", every):
+            folders = Folders(**{kind: Path(name, kind) for kind in (*TRAINING_FOLDERS, "plots_folder")})
+            with RunContext(DataConfig("digits"), ComputeConfig(), folders.datasets_folder, seed=1) as context:
+                table = Grid(context, config, selections, pretrain, run_config, folders)
+                start = time.process_time()
+                table.run()
+                table.write()
+                times[every] = min(times[every], time.process_time() - start)
+    logging.root.setLevel(warned)
+    return [Row(f"a grid of {len(table.runs)} runs: figure after each", None, *times.values(), "s")]
 
 
 BENCHMARKS = {
@@ -292,6 +355,7 @@ BENCHMARKS = {
     "start": start,
     "photos": photos,
     "figures": figures,
+    "grid": grid,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run all benchmarks in turn, each in its own process, and print one table.
+"""Run every benchmark in its own process, one after another, and print one table.
 
     python -m benchmarks.run_all [--quick]
 
@@ -7,24 +7,22 @@ Writes the table to ``runs/bench.json``.
 
 import argparse
 import importlib
-import math
 import platform
 import time
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import Row, in_fresh_process, table
+from benchmarks.common import LEGEND, Row, in_fresh_process, table
 from src.artifacts.io import write_json
 from src.artifacts.paths import ROOT
 
-MODULES = ("training", "files", "selection", "jacobians", "curvature")
+MODULES = ("training", "files", "selection", "subsampling", "jacobians", "curvature")
 
 
 def benchmarks_of(module: str) -> dict:
-    """Return a module's benchmarks by name."""
+    """The benchmarks of a module by name."""
     return importlib.import_module(f"benchmarks.{module}").BENCHMARKS
 
 
@@ -33,16 +31,12 @@ def run_one(module: str, name: str, quick: bool) -> list[Row]:
     return benchmarks_of(module)[name](quick)
 
 
-def _plain_values(row: Row) -> dict[str, Any]:
-    """Convert a row to JSON values. NaN, for a plain implementation that was not run, becomes None."""
-    values = {**asdict(row), "ratio": row.ratio, "met": row.met}
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
-
-
 def main() -> None:
-    """Run the benchmarks, and print and write the table."""
+    """Measure, print the table, and write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="use toy sizes, to test that the benchmarks run")
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes: checks that everything runs, times mean nothing"
+    )
     quick = parser.parse_args().quick
     started = time.perf_counter()
     rows = []
@@ -51,14 +45,16 @@ def main() -> None:
             bar.set_description(name)
             rows += in_fresh_process(run_one, module, name, quick)
     seconds = time.perf_counter() - started
-    print("CPU seconds on one thread unless the unit says otherwise; ratio = plain / ours, higher is better.")
+    print(LEGEND)
     print(table(rows))
     machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
     content = {
         "quick": quick,
         "seconds": seconds,
         "machine": machine,
-        "rows": [_plain_values(row) for row in rows],
+        "rows": [
+            {**asdict(row), "ratio": row.ratio, "authors_ratio": row.authors_ratio, "met": row.met} for row in rows
+        ],
     }
     print(f"{write_json(ROOT / 'runs' / 'bench.json', content)} ({seconds:.0f} s)")
 
