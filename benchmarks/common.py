@@ -220,10 +220,9 @@ LEGEND = (
 def run(benchmarks: Mapping[str, Callable[[bool], list[Row]]], description: str) -> None:
     """Run all benchmarks of a module, or those named on the command line, and print their rows."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(benchmarks)} (default: all)")
-    parser.add_argument(
-        "--quick", action="store_true", help="toy sizes: checks that everything runs, times mean nothing"
-    )
+    names = ", ".join(benchmarks)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run: {names} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="use toy sizes, to test that the benchmarks run")
     args = parser.parse_args()
     if unknown := set(args.names) - set(benchmarks):
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {names}")

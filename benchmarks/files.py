@@ -35,6 +35,7 @@ from src.datasets import Batches, DataConfig, Normalization, load_dataset
 from src.datasets.decoding import as_seen, open_image
 from src.datasets.own import resize
 from src.devices import PRECISIONS, ComputeConfig, prepare
+from src.figures import DPI
 from src.metrics.plots import image_grid
 from src.models import ModelConfig, build_model
 from src.training import RunConfig, RunFiles, Trainer, TrainingConfig, run_training
