@@ -184,7 +184,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             epilog="Default folders are in the repository root; other paths are relative to the current folder.",
         )
-        help = "print details, such as the loss of each epoch, that otherwise go to the log file only"
+        help = "print details, such as the loss of each epoch, that otherwise go only to the log file"
         self.add_argument("--verbose", action="store_true", help=help)
 
     def add(

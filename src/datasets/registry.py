@@ -415,7 +415,7 @@ class DataConfig:
     )
     cache_folder: Path | None = option(
         None,
-        "cache for decoded images of folder:DIR, reused by later runs (default: decoded in the folder of data sets)",
+        "cache for decoded images of folder:DIR, reused by later runs (default: decoded/ in --datasets_folder)",
         Path,
         metavar="DIR",
     )

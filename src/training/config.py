@@ -63,11 +63,13 @@ class TrainingConfig:
         acts=(lambda args: args.lr_sched != "const", "with --lr_sched=const"),
     )
     momentum: float = 0.9
-    weight_decay: float = option(0.0, "weight decay (the papers use none)", number(float, 0))
+    weight_decay: float = option(0.0, "weight decay (not used in the papers)", number(float, 0))
     rho: float = option(
         0.05, "radius of SAM's perturbation (sam only)", number(float, 0, open_low=True), acts=_acts("rho")
     )
-    adaptive: bool = option(False, "adaptive SAM, scale-invariant (sam only)", negatable=True, acts=_acts("adaptive"))
+    adaptive: bool = option(
+        False, "use adaptive, scale-invariant SAM (sam only)", negatable=True, acts=_acts("adaptive")
+    )
     delta: float | None = option(
         None,
         "prior precision of iBLR (default: weight_decay x examples, else 1)",
