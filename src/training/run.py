@@ -571,16 +571,16 @@ def _normalization(stored: Mapping[str, Any], channels: int) -> Normalization:
 def _check_asked(path: str | Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise if a checkpoint is from a different run or epoch, or was trained on different data, than requested."""
     # the first two are None if not recorded
-    said = {"validation_split": None, "decoding": None, **state["settings"], **state}
-    check_identity(path, said, "train this one again", **{name: asked[name] for name in _RUN if name in asked})
-    known = {name: value for name, value in asked.items() if name in said}
-    found = diff_settings({name: said[name] for name in known}, known)
+    recorded = {"validation_split": None, "decoding": None, **state["settings"], **state}
+    check_identity(path, recorded, "train this one again", **{name: asked[name] for name in _RUN if name in asked})
+    known = {name: value for name, value in asked.items() if name in recorded}
+    found = diff_settings({name: recorded[name] for name in known}, known)
     if not found:
         return
     names = sorted(line.split(" ")[0] for line in found)
     advice = "give the data that it was trained on, or train it again on this data"
     if set(names) <= {"image_size", "channels"}:
-        advice = "give " + " and ".join(f"--{name}={said[name]}" for name in names)
-    elif "decoding" in names and (decode := other_decode(said, asked)):
+        advice = "give " + " and ".join(f"--{name}={recorded[name]}" for name in names)
+    elif "decoding" in names and (decode := other_decode(recorded, asked)):
         advice = f"give --decode={decode} for the images that it was trained on, or train it again on this data"
     raise FileError(f"{path}: was trained on different data: {', '.join(found)}; {advice}")
