@@ -465,7 +465,8 @@ def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
         axes.set_xlim(0, 100)
         axes.set(xlabel="Examples ranked by final sensitivity (percentile)", ylabel="Sensitivity")
         axes.set_ylim(bottom=min(0, curves.min()))
-        legend = axes.legend(title="Checkpoint", loc="upper left", ncols=-(-len(curves) // 8))
+        many = {"ncols": -(-len(curves) // 9), "fontsize": SMALL, "handlelength": 1, "columnspacing": 0.8}
+        legend = axes.legend(title="Checkpoint", loc="upper left", **(many if len(curves) > 6 else {}))
         keep_clear(figure, axes, legend, [dense(at, row) for row in curves], 2)
         return figure
 
