@@ -73,7 +73,7 @@ def optimizer_posterior(
 
 def _ivon_variances(optimizer: Optimizer, num_examples: int | None, delta: float | None) -> dict[int, Tensor]:
     """``1 / (N (h + delta/N))``, keyed by parameter identity. The state is flat, in the order of the parameters."""
-    found = {}
+    found: dict[int, Tensor] = {}
     for group in optimizer.param_groups:
         own = {"num_examples": (num_examples, group["ess"]), "delta": (delta, group["ess"] * group["weight_decay"])}
         for name, (given, held) in own.items():

@@ -25,7 +25,7 @@ from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -248,7 +248,7 @@ class Parser(argparse.ArgumentParser):
         """
         for name, valued in PAPER_FLAGS.items():
             if f"--{name}" not in self._option_string_actions:
-                keywords = {} if valued else {"action": "store_true"}
+                keywords: dict[str, Any] = {} if valued else {"action": "store_true"}
                 action = self.add_argument(f"--{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS, **keywords)
                 action.ignored = True
         if func is not None:
@@ -433,9 +433,16 @@ def start_logging() -> None:
     root.addHandler(console)
 
 
-def _log_warning(message: Warning | str, category: type[Warning], filename: str, line: int, *_: Any) -> None:
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Take the place of ``warnings.showwarning``, which prints."""
-    logging.getLogger(__name__).debug("%s: %s (%s:%d)", category.__name__, message, filename, line)
+    logging.getLogger(__name__).debug("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
 
 
 def log_to(file: Path) -> None:

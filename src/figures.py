@@ -4,6 +4,8 @@ Figures are drawn at print size, one column or one page wide, so that font sizes
 module does not import matplotlib at its top level, because that would slow the start of every script.
 """
 
+from typing import Any
+
 COLUMN, PAGE = 3.3, 7.0  # widths in inches
 DPI = 300  # of PNG files, and of images in PDF files: the resolution of print
 
@@ -19,7 +21,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8",
 LIGHT = 0.25  # opacity of bands and filled areas
 
 SMALL = 6.5  # smallest font size, in points
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -43,7 +45,7 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType: text stays text, and journals accept the file
 }
 STEPS = [1, 2, 2.5, 5, 10]  # allowed steps between ticks, times a power of ten
-GRID = {"color": "0.9", "linewidth": 0.6}
+GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
 
 
 def shade(number: int, count: int) -> tuple[float, float, float, float]:

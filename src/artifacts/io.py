@@ -225,7 +225,7 @@ _OLD = 24 * 3600.0  # seconds after which a temporary file of unknown state coun
 _swept: set[str] = set()
 
 
-def write_with(path: str | Path, write: Callable[[BinaryIO], None], *, interruptible: bool = False) -> Path:
+def write_with(path: str | Path, write: Callable[[BinaryIO], object], *, interruptible: bool = False) -> Path:
     """Write a file atomically: write a temporary file next to it, flush it to disk, and rename it.
 
     Args:
@@ -389,7 +389,7 @@ def write_npz(path: str | Path, **arrays: Any) -> Path:
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Write a value as indented json. Numpy values and paths are converted to plain ones."""
-    return write_with(path, lambda file: file.write(json_bytes(value)) and None)
+    return write_with(path, lambda file: file.write(json_bytes(value)))
 
 
 def json_bytes(value: Any) -> bytes:
@@ -409,7 +409,7 @@ def _plain(value: Any) -> Any:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file (UTF-8)."""
-    return write_with(path, lambda file: file.write(text.encode()) and None)
+    return write_with(path, lambda file: file.write(text.encode()))
 
 
 def write_pickle(path: str | Path, value: Any) -> Path:

@@ -143,7 +143,8 @@ def greedy_picks(values: np.ndarray, graph: Graph, gamma: float, budget: int) ->
     weights = np.exp(-gamma * graph.squares).tolist()
     heap = [(-value, position) for position, value in enumerate(x)]
     heapq.heapify(heap)
-    taken, picks = [False] * len(x), []
+    taken = [False] * len(x)
+    picks: list[int] = []
     while len(picks) < budget:
         negative, position = heapq.heappop(heap)
         if taken[position] or -negative != x[position]:

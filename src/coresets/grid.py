@@ -69,14 +69,14 @@ class Grid:
     def _runs(self) -> Iterator[tuple[Cell, CoresetRun]]:
         """Yield cells seed by seed, so that an unfinished grid compares all methods on the same seeds."""
         config = self.config
-        shares = [
+        shares: list[dict[str, Any]] = [
             *({"coreset_fraction": share} for share in config.fractions),
             *({"coreset_fraction": None, "shots": shots} for shots in config.shots),
             *({"coreset_fraction": None, "shots_up_to": shots} for shots in config.shots_up_to),
         ]
         chosen = [replace(self.selections[func], **share) for func in config.funcs for share in shares]
         if config.full and not (REFERENCE in config.funcs and EVERYTHING in config.fractions):
-            everything = {"coreset_fraction": EVERYTHING, "shots": None, "shots_up_to": None}
+            everything: dict[str, Any] = {"coreset_fraction": EVERYTHING, "shots": None, "shots_up_to": None}
             chosen.insert(0, replace(self.selections[REFERENCE], **everything))
         for seed in config.seeds:
             run = replace(self.run_config, training=replace(self.run_config.training, seed=seed))

@@ -31,7 +31,7 @@ from src.errors import ArgumentError, FileError
 from src.formatting import duration, gib
 from src.jacobians import gram_matrix, sketch_jacobian
 from src.jacobians.engine import Quantities
-from src.jacobians.gram import make_plan, work
+from src.jacobians.gram import Plan, make_plan, work
 from src.jacobians.variances import logit_rows
 from src.training import image_facts, training_facts
 
@@ -216,7 +216,7 @@ def forecast(
         memory_mb: See ``ntk_kernel``.
     """
 
-    def plan(n: int):
+    def plan(n: int) -> Plan:
         like = images[:1].expand(n, *images.shape[1:])
         return make_plan(model, like, NTK_CLASSES[classes], labels[:1].expand(n), memory_mb)
 

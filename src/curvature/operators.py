@@ -18,8 +18,9 @@ outlives its batch, and a product leaves no state behind.
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,7 +227,13 @@ OPERATORS: dict[str, type[CurvatureOperator]] = {operator.name: operator for ope
 class _PlainFormulas(TorchFunctionMode):
     """Replaces functions whose derivative torch cannot differentiate by explicit formulas."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if function is F.hardsigmoid:
             return F.relu6(args[0] + 3) / 6
         if function is F.hardswish:

@@ -354,7 +354,8 @@ def read_velocities(
             stored.setdefault(int(epoch), {})[int(seed)] = path
     if not stored and epochs is None:
         raise FileError(f"{folder}: has no velocities; make them with compute_ntk.py")
-    found, records, sources = [], [], {}
+    found, records = [], []
+    sources: dict[str, Path] = {}
     for epoch in sorted(stored) if epochs is None else dict.fromkeys(epochs):
         of_epoch = folder / f"epoch_{epoch}"
         paths = {seed: velocity_path(of_epoch / f"seed_{seed}") for seed in seeds or sorted(stored.get(epoch, ()))}
@@ -377,7 +378,8 @@ def read_velocities(
 
 def _read_epoch(epoch: int, paths: dict[int, Path]) -> Velocities:
     """Read the velocities of several seeds, which must have the same groups."""
-    rows, first, lowers = [], next(iter(paths.values())), []
+    rows, first = [], next(iter(paths.values()))
+    lowers: list[int] = []
     for path in paths.values():
         content = read_pickle(path)
         if not isinstance(content, dict) or not all(isinstance(lower, int | np.integer) for lower in content):

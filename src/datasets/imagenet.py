@@ -54,7 +54,8 @@ def load_imagenet(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet
         raise FileError(
             f"{folder / FOLDERS['train']}: has {len(classes)} class folders; {entry.name} has {entry.num_classes}"
         )
-    return tuple(_scan(entry, part, folder / name, classes) for part, name in FOLDERS.items())
+    train, test = (_scan(entry, part, folder / name, classes) for part, name in FOLDERS.items())
+    return train, test
 
 
 def _extract(folder: Path, name: str) -> None:
@@ -301,7 +302,7 @@ def _read_tiny_imagenet(
         log.info("saved the decoded images to %s; later runs read them", cache)
     except FileError as error:
         log.warning("cannot save the decoded images: %s", error)
-    return tuple(
+    train, test = (
         ImageSet(
             entry,
             part,
@@ -311,6 +312,7 @@ def _read_tiny_imagenet(
         )
         for part in parts
     )
+    return train, test
 
 
 def _validation(

@@ -210,10 +210,11 @@ def _sets(
 ) -> tuple[ImageSet, ImageSet]:
     if names is not None and len(names) != entry.num_classes:
         names = None
-    return tuple(
+    train, test = (
         ImageSet(entry, part, storage, torch.from_numpy(label), names)
         for part, storage, label in zip(PARTS, images, labels, strict=True)
     )
+    return train, test
 
 
 def load_catalog_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSet]:
@@ -519,7 +520,8 @@ def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[Ima
     entry = _entry(root.resolve().name, decoded.content, decoded.images[0], len(photos.names), decoded.normalization)
     # printable: bytes that are not valid UTF-8 are escaped, e.g. \xff
     names = [os.fsencode(name).decode("utf-8", errors="backslashreplace") for name in photos.names]
-    return tuple(
+    train, test = (
         ImageSet(entry, part, storage, torch.tensor(photos.labels[part]), names, decoding=decoded.decoding)
         for part, storage in zip(PARTS, decoded.images, strict=True)
     )
+    return train, test

@@ -51,10 +51,11 @@ def load_digits(entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
     for label in range(entry.num_classes):
         members = np.flatnonzero(labels == label)
         held_out[generator.permutation(members)[: round(TEST_SHARE * len(members))]] = True
-    return tuple(
+    train, test = (
         ImageSet(entry, part, torch.from_numpy(images[chosen]), torch.from_numpy(labels[chosen]))
         for part, chosen in (("train", ~held_out), ("test", held_out))
     )
+    return train, test
 
 
 def load_torchvision(class_name: str, entry: DatasetEntry, folder: Path) -> tuple[ImageSet, ImageSet]:
@@ -71,7 +72,8 @@ def load_torchvision(class_name: str, entry: DatasetEntry, folder: Path) -> tupl
     Raises:
         FileError: The files are missing and cannot be downloaded, or are damaged.
     """
-    return tuple(_read_part(class_name, entry, folder, part) for part in ("train", "test"))
+    train, test = (_read_part(class_name, entry, folder, part) for part in ("train", "test"))
+    return train, test
 
 
 def _read_part(class_name: str, entry: DatasetEntry, folder: Path, part: str) -> ImageSet:

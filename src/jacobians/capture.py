@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -129,14 +129,16 @@ class _Convolution(torch.autograd.Function):
     """Convolution whose weight and bias are inputs, so that they appear in the graph; they get no gradient."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, module: nn.Conv2d) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, module: nn.Conv2d
+    ) -> Tensor:
         ctx.inputs, ctx.weight = a.detach(), weight.detach().contiguous(memory_format=torch.channels_last)
         ctx.settings = module.stride, module.padding, module.dilation, module.groups
         return output.clone(memory_format=torch.channels_last)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         stride, padding, dilation, groups = ctx.settings
         to_inputs, _, _ = torch.ops.aten.convolution_backward(
             channels_last(g), ctx.inputs, ctx.weight, None, stride, padding, dilation, False, (0, 0), groups,
@@ -163,7 +165,7 @@ def _max_pool_maps(g: Tensor, a: Tensor, positions: Tensor, settings: tuple) -> 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a: Tensor, output: Tensor, module: nn.MaxPool2d) -> Tensor:
+    def forward(ctx: Any, a: Tensor, output: Tensor, module: nn.MaxPool2d) -> Tensor:
         sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
         settings = (*(size if isinstance(size, tuple) else (size, size) for size in sizes), module.ceil_mode)
         a = a.contiguous(memory_format=torch.channels_last)
@@ -172,7 +174,7 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return *all_rows(_max_pool_maps, g, *ctx.constants), None, None
 
 
@@ -196,13 +198,13 @@ def adaptive_average_pool(module: nn.AdaptiveAvgPool2d, a: Tensor, output: Tenso
 
 class _Pad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a: Tensor, output: Tensor, top: int, left: int) -> Tensor:
+    def forward(ctx: Any, a: Tensor, output: Tensor, top: int, left: int) -> Tensor:
         ctx.rows, ctx.columns = slice(top, top + a.shape[2]), slice(left, left + a.shape[3])
         return output.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return g[:, :, ctx.rows, ctx.columns], None, None, None
 
 

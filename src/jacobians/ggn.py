@@ -9,6 +9,7 @@ Sources: Martens and Grosse 2015 (KFAC), Grosse and Martens 2016 (convolutions).
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ class _Fit(PerExampleEngine):
 
     def _add_diagonal(self, name: str, diagonal: Tensor) -> None:
         if name not in self.diagonals:
-            plain = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
+            plain: dict[str, Any] = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
             self.diagonals[name] = torch.zeros_like(self._parameters[name], **plain)
         self.diagonals[name] += diagonal.view_as(self.diagonals[name])
 

@@ -246,7 +246,9 @@ class Plan:
     @cached_property
     def bands(self) -> tuple[Band, ...]:
         """Group consecutive parameters that fit together; split one that does not fit alone into example blocks."""
-        bands, names, taken = [], [], 0.0
+        bands: list[Band] = []
+        names: list[str] = []
+        taken = 0.0
         for key, shape in self.shapes.items():
             each = self.numbers(shape)
             size = self.examples * each

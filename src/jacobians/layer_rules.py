@@ -12,6 +12,7 @@ the exact fallback in `src.jacobians.engine`.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,11 @@ class _AllRows(torch.autograd.Function):
         return tuple(found[0] for found in maps(g.unsqueeze(0), *constants))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         pass  # second derivatives are not supported
 
     @staticmethod
-    def vmap(info, in_dims: tuple, maps: Maps, g: Tensor, *constants: object) -> tuple[tuple, tuple]:
+    def vmap(info: Any, in_dims: tuple, maps: Maps, g: Tensor, *constants: object) -> tuple[tuple, tuple]:
         found = maps(g.movedim(in_dims[1], 0), *constants)
         return found, (0,) * len(found)
 
@@ -348,7 +349,7 @@ class _FilterResponse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a: Tensor, parameters: Tensor, output: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, a: Tensor, parameters: Tensor, output: Tensor, eps: float) -> Tensor:
         gamma, beta, tau = parameters[..., None, None].unbind(1)  # (b, c, 1, 1)
         inverse = (a.square().mean((2, 3), keepdim=True) + eps).rsqrt()
         scale = gamma * inverse
@@ -359,7 +360,7 @@ class _FilterResponse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return *all_rows(_filter_response_maps, g, *ctx.constants), None, None
 
 

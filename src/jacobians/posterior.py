@@ -61,10 +61,9 @@ class Posterior:
         bases: dict[int, Tensor] = {}  # a basis shared by a weight and its bias stays one tensor
         fitted = {}
         for name, p in parameters.items():
-            block = self.blocks[name]
-            rotated = isinstance(block, Rotated)
-            if not rotated:
-                block = Rotated(block.detach())
+            stored = self.blocks[name]
+            rotated = isinstance(stored, Rotated)
+            block = stored if isinstance(stored, Rotated) else Rotated(stored.detach())
             shape = block.variances.shape
             if block.variances.numel() != p.numel() if rotated else shape != p.shape:
                 raise ValueError(

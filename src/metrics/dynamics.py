@@ -56,7 +56,8 @@ def _windows(values: np.ndarray, wanted: int) -> list[np.ndarray]:
 
 def _mean_over(parts: Iterable[np.ndarray]) -> np.ndarray:
     """Running mean of a sequence of arrays ``(total,)``, ignoring NaN."""
-    total, count = 0.0, 0
+    total: np.ndarray | float = 0.0
+    count: np.ndarray | int = 0
     for part in parts:
         seen = ~np.isnan(part)
         total, count = total + np.where(seen, part, 0.0), count + seen

@@ -275,8 +275,8 @@ class SamisRun:
         # Report the protocol that is closest to complete.
         kind = min(missing, key=lambda name: (len(missing[name]) / (2 * len(kinds[name])), name))
         optimizer, lr_sched, split = missing[kind][0]
-        names = [self.experiment(*run) for run in missing[kind]]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        runs = [self.experiment(*run) for run in missing[kind]]
+        shown = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
         flags = {
             "dataset": self.context.data.dataset,
             "model": config.model,

@@ -25,7 +25,7 @@ def _one_pass(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
     yield
 
 
-def _sam_passes(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
+def _sam_passes(optimizer: Any, model: nn.Module) -> Iterator[None]:
     """SAM: one pass at the weights, one at the perturbed weights. Only the first updates BatchNorm's statistics."""
     from src.optimizers.sam import batchnorm_layers, frozen_batchnorm
 
@@ -36,7 +36,7 @@ def _sam_passes(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _sampled_pass(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
+def _sampled_pass(optimizer: Any, model: nn.Module) -> Iterator[None]:
     """iBLR: one pass at weights sampled from the posterior."""
     with optimizer.sampled_params():
         yield

@@ -112,7 +112,7 @@ class SAM(Optimizer):
         """
         if self._saved is not None:
             raise RuntimeError("first_step was called twice; call second_step or restore in between")
-        moved = [p for p in self._parameters() if p.grad is not None]
+        moved: list[torch.Tensor] = [p for p in self._parameters() if p.grad is not None]
         self._moved, self._saved = moved, tuple(p.detach().clone() for p in moved)
         if moved:
             climb = [p.grad for p in moved]  # modified in place; the gradients are cleared below
