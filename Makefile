@@ -2,7 +2,7 @@
 # make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures
 # make geometry  the same set-up, then Hessian spectra and tangent kernels of networks on the digits, with figures
 # make test    the same set-up, then the tests
-# make lint    ruff, as CI runs it
+# make lint    ruff and mypy, as CI runs them
 # make bench   speed and memory against the plain way, as ratios in one run
 
 PYTHON ?= python3
@@ -97,9 +97,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run_all
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache

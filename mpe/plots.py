@@ -502,7 +502,13 @@ def loco(experiments: Sequence[LeaveClassOut]) -> Figure:
                 experiment.test_nlls, experiment.estimated_nll, size, marker=marker, facecolor=face, edgecolor=color,
                 alpha=0.8, linewidth=1, zorder=3,
             )  # fmt: skip
-            key = {"marker": marker, "color": color, "markerfacecolor": face, "markersize": 6, "markeredgewidth": 1}
+            key: dict[str, Any] = {
+                "marker": marker,
+                "color": color,
+                "markerfacecolor": face,
+                "markersize": 6,
+                "markeredgewidth": 1,
+            }
             handles.append(Line2D([], [], ls="", label=experiment.label, **key))
             points.append(np.column_stack([experiment.test_nlls, experiment.estimated_nll]))
             areas.append(size)

@@ -182,7 +182,7 @@ class Validation:
         """Add new picks and recompute v."""
         errors = self.judged(fresh) / len(self.labels)
         if self.kernel is not None:
-            self.mean = (errors,)
+            self.mean: tuple[torch.Tensor, ...] = (errors,)
         else:
             self.mean = gradient_sum(errors, self.judges)  # v itself
 

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -234,7 +235,7 @@ class StreamedImages(ImageSet):
         return self._like(self._names, self.labels.to(device), self.indices.to(device))
 
     def _like(self, names: np.ndarray, labels: Tensor, indices: Tensor) -> "StreamedImages":
-        settings = {"indices": indices, "total": self.total, "workers": self.workers}
+        settings: dict[str, Any] = {"indices": indices, "total": self.total, "workers": self.workers}
         other = StreamedImages(self.entry, self.part, self._folder, names, labels, self.class_names, **settings)
         other.content = self.content
         return other
@@ -302,7 +303,7 @@ def _read_tiny_imagenet(
         log.info("saved the decoded images to %s; later runs read them", cache)
     except FileError as error:
         log.warning("cannot save the decoded images: %s", error)
-    train, test = (
+    train_set, test_set = (
         ImageSet(
             entry,
             part,
@@ -312,7 +313,7 @@ def _read_tiny_imagenet(
         )
         for part in parts
     )
-    return train, test
+    return train_set, test_set
 
 
 def _validation(

@@ -460,9 +460,9 @@ class _Images:
             pixels, rules = as_seen(image, self.channels)
         except (OSError, ValueError) as error:
             return error
-        image = torch.from_numpy(pixels)
-        image = image if self.image_size is None else resize(image[None], self.image_size)[0]
-        return content, image, rules | {"draft"} if reduced else rules
+        decoded = torch.from_numpy(pixels)
+        decoded = decoded if self.image_size is None else resize(decoded[None], self.image_size)[0]
+        return content, decoded, rules | {"draft"} if reduced else rules
 
 
 def folder_name(root: Path) -> str:

@@ -148,11 +148,10 @@ def _idx(folder: str, mirrors: Sequence[str], *checksums: tuple[str, str]) -> tu
     """Return the four files of MNIST or a data set in its format, given the md5 and sha256 of each."""
     names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     files = [f"{name}-ubyte.gz" for name in names]
-    train, test = (
+    return tuple(
         Download(f"{folder}/raw/{file}", tuple(f"{mirror}/{file}" for mirror in mirrors), *sums)
         for file, sums in zip(files, checksums, strict=True)
     )
-    return train, test
 
 
 _CROP_AND_FLIP = Augmentation(crop_padding=4, flip=True)

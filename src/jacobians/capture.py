@@ -116,7 +116,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-BackwardOverride = Callable[[nn.Module, Tensor, Tensor], Tensor]
+BackwardOverride = Callable[[Any, Tensor, Tensor], Tensor]
 """(module, inputs, output) -> an output with the same values and a different backward operation."""
 
 

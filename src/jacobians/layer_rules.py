@@ -81,7 +81,7 @@ class LayerRule:
     gradients: Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
     bytes_per_example: Callable[[nn.Module, Tensor, Tensor], int]
     outer: "Outer | None" = None
-    tap: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    tap: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 # ---------------------------------------------------------------------------------------------- full gradients
@@ -168,10 +168,10 @@ class Outer:
         in_row_order: (module, S in the weight's shape) -> (n, o, k) in the order of ``rows``.
     """
 
-    inputs: Callable[[nn.Module, Tensor], Tensor]
-    outputs: Callable[[nn.Module, Tensor], Tensor]
-    rows: Callable[[nn.Module, Tensor], Tensor]
-    in_row_order: Callable[[nn.Module, Tensor], Tensor]
+    inputs: Callable[[Any, Tensor], Tensor]
+    outputs: Callable[[Any, Tensor], Tensor]
+    rows: Callable[[Any, Tensor], Tensor]
+    in_row_order: Callable[[Any, Tensor], Tensor]
 
     def squares(self, module: nn.Module, a: Tensor, g: Tensor, weights: Weights) -> Tensor:
         """See `LayerRule.squares`."""
@@ -269,7 +269,7 @@ CONVOLUTION = _outer_rule(
 )
 
 
-Gradients = Callable[[nn.Module, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
+Gradients = Callable[[Any, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
 
 
 def rule_from_gradients(

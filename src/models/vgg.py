@@ -11,7 +11,7 @@ from torch import nn
 from src._torchvision import torchvision
 from src.models.base import IMAGENET_SIZE, Network, make_out_of_place, stem_padding
 
-LAYOUT = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
+LAYOUT: tuple[int | str, ...] = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
 
 
 def _fitting(layout: Sequence[int | str], size: int) -> list[int | str]:

@@ -78,7 +78,7 @@ class IBLR(Optimizer):
             "hess": params[0].new_full((size,), hess_init),
         }
         super().__init__([group], {})
-        self._params: list[Tensor] = params
+        self._params: list[Tensor] = list(params)
         self._sampling = False
         self._passes = 0  # since the last step
         self._steps = 0

@@ -89,7 +89,7 @@ class SAM(Optimizer):
         self.rho = rho
         self.adaptive = adaptive
         self.batchnorm: list[_BatchNorm] | None = None  # the model's layers, once found
-        self._moved: list[nn.Parameter] = []
+        self._moved: list[torch.Tensor] = []
         self._saved: tuple[Tensor, ...] | None = None  # the weights at w while the model is at w + e
         self._share_base()
         if {id(p) for p in self._parameters()} != {id(p) for p in params}:
