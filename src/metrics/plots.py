@@ -46,7 +46,7 @@ def histogram(scores: np.ndarray, label: str, title: str) -> Figure:
             axes.set_ylim(bottom=0.7)
             axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel(label)
         axes.set_ylabel("Examples per bin")
         axes.margins(x=0.01)
@@ -67,13 +67,13 @@ def kernel_density(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Points and densities, ``(512,)`` each.
     """
     counts, edges = np.histogram(scores, bins=_KDE_BINS)
-    centres = (edges[:-1] + edges[1:]) / 2
+    centers = (edges[:-1] + edges[1:]) / 2
     used = counts > 0
     # The same bandwidth as scipy.stats.gaussian_kde, whose import takes longer than the rest of this function.
-    width = len(scores) ** -0.2 * np.sqrt(np.cov(centres[used], aweights=counts[used]))
+    width = len(scores) ** -0.2 * np.sqrt(np.cov(centers[used], aweights=counts[used]))
     points = np.linspace(scores.min(), scores.max(), _KDE_POINTS)
     heights = np.zeros(_KDE_POINTS)
-    for mirrored in (centres, 2 * points[0] - centres, 2 * points[-1] - centres):
+    for mirrored in (centers, 2 * points[0] - centers, 2 * points[-1] - centers):
         kernels = np.exp(-0.5 * ((points[:, None] - mirrored[used]) / width) ** 2)
         heights += kernels @ counts[used]
     return points, heights / np.trapezoid(heights, points)
