@@ -1,10 +1,10 @@
-"""Shared by the benchmarks: rows of the table, timing, and the baselines' data loaders.
+"""Code shared by the benchmarks: table rows, timing, and the baselines' data loaders.
 
 A benchmark is a function of ``quick`` that returns rows; each module lists its own in ``BENCHMARKS``. A row compares
-ours with two baselines: what the papers' released code does, and the strongest alternative known to us that a
-competent user would write. Times are CPU seconds (user and system) on one thread unless a row's unit says otherwise.
-All ways of a row alternate in one run and the minimum of each counts, so that other load on the machine affects the
-ratios little.
+this project with two baselines: the papers' released code, and the strongest alternative that a competent user would
+plausibly write. Times are CPU seconds (user and system) on one thread unless a row's unit says otherwise.
+Implementations in a row alternate within one run, and the minimum time of each is reported, which reduces the effect
+of other load on the ratios.
 """
 
 import argparse
@@ -34,12 +34,12 @@ class Row:
 
     Attributes:
         name: What is measured.
-        authors: Cost of the way the papers' code does it. None where that code has no such step, or where there is
-            only one sensible alternative.
-        strongest: Cost of the strongest alternative. None where no alternative is feasible.
-        ours: Cost of ours.
-        unit: Unit of all three.
-        target: Required ratio ``strongest / ours``, if any. About 1 where ours is at the limit.
+        authors: Cost of the method in the papers' code. None if that code has no such step, or if there is only one
+            sensible alternative.
+        strongest: Cost of the strongest alternative. None if no alternative is feasible.
+        ours: Cost of this project's implementation.
+        unit: Unit of the three costs.
+        target: Required ratio ``strongest / ours``, if any. About 1 if no further speedup is possible.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """The cost of the strongest alternative over that of ours."""
+        """The strongest alternative's cost divided by this project's cost."""
         return None if self.strongest is None else self.strongest / self.ours
 
     @property
     def authors_ratio(self) -> float | None:
-        """The cost of the authors' way over that of ours."""
+        """The cost of the papers' code divided by this project's cost."""
         return None if self.authors is None else self.authors / self.ours
 
     @property

@@ -193,7 +193,7 @@ def spectrum_rows(quick: bool) -> list[Row]:
 
 
 def trace_row(matrix: CurvatureOperator, process: Lanczos, probes: int) -> Row:
-    """Probes for the same standard error of the trace with plain Hutchinson, the only comparison in this unit."""
+    """Number of probes for the same standard error of the trace; compared only with plain Hutchinson."""
     known = process.ritz(DEFLATED, "magnitude")
     estimate, vectors = TraceEstimate(), process.vectors(known)
     for _ in range(probes):
@@ -246,10 +246,10 @@ def hessian(quick: bool = False) -> list[Row]:
 
 
 def lanczos(quick: bool = False) -> list[Row]:
-    """60 Lanczos steps less their products: every vector orthogonalized against all before it.
+    """Time of 60 Lanczos steps, excluding matrix products: each vector is orthogonalized against all earlier ones.
 
     large_mlp (545,810 parameters) and the Hessian of 128 examples. The only sensible alternative keeps the vectors as
-    rows of a matrix and subtracts the components twice at each step. All ways must find the same eigenvalues.
+    rows of a matrix and subtracts the components twice at each step. Both methods must find the same eigenvalues.
 
     Raises:
         RuntimeError: The eigenvalues differ.
@@ -400,12 +400,12 @@ def whole(examples: int = MANY, classes: int = 100, memory_mb: float = 4096.0, t
 def ntk(quick: bool = False) -> list[Row]:
     """Neural tangent kernels.
 
-    Authors: the matrix Psi of all gradients, one row per example and class, by one backward pass after another.
-    Strongest alternative: the faster of that and ``vmap(jacrev)`` contracted parameter by parameter. Of ours, ten
-    kernels of small models run in a row, as a script computes those of its groups, and the time is of one. Memory,
-    not measured in quick mode, is the growth of the peak over that of the loaded model, against the bytes of Psi, the
-    only comparison. The last row is the case that needs 224 GB of Psi: measured for few examples, extrapolated to 50
-    by a linear and a quadratic part.
+    Authors: the matrix Psi of all gradients, with one backward pass for each row (example and class). Strongest
+    alternative: the faster of that and ``vmap(jacrev)`` contracted parameter by parameter. For small models, this
+    project's time is the time per kernel of ten kernels in a row, as a script computes them for its groups. Memory
+    (not measured in quick mode) is the increase in peak memory over the loaded model; it is compared only with the
+    size of Psi. In the last row Psi would take 224 GB: times are measured on a few examples and extrapolated to 50
+    with a linear and a quadratic term.
 
     Raises:
         RuntimeError: Two ways disagree.

@@ -157,8 +157,8 @@ def save_ours(trainer: Trainer, folder: Path) -> None:
 def checkpoints(quick: bool = False) -> list[Row]:
     """Cost of an epoch's files: bytes written, and wall seconds that the training loop waits.
 
-    Neither alternative waits for the disk; ours does, and its background thread may slow down the epochs, whose
-    seconds are subtracted from the waiting. The last row has the whole time.
+    Neither alternative waits for the disk; this project does, and its background thread may slow down training.
+    The waiting time excludes the epochs themselves; the last row gives the total time.
     """
     name, epochs, count = ("resnet8", 2, 8) if quick else ("resnet18", 4, 64)
     images = random_images("cifar10", count)

@@ -126,7 +126,7 @@ def our_kronecker_variances(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def compare(name: str, ours: Tensor, *others: Tensor) -> None:
-    """Raise RuntimeError if the variances differ by more than single precision explains."""
+    """Raise RuntimeError if the variances differ by more than rounding in single precision."""
     if not all(torch.allclose(other.double(), ours, rtol=1e-3) for other in others):
         raise RuntimeError(f"{name}: two ways disagree")
 
@@ -149,9 +149,9 @@ def variances(quick: bool = False) -> list[Row]:
     Diagonal posterior. Authors: the Jacobian of a batch by ``vmap(jacrev)``, contracted to all pairs of classes.
     Strongest alternative: the same in chunks of 8 examples, contracted to the diagonal alone. Kronecker posterior:
     laplace-torch with its asdl backend, fit, eigendecomposition and variances; the Jacobians in batches of the
-    authors' size, and in chunks of 8. The authors' batches are those of their commands (but for resnet20_frn, whose
-    300 exceed the memory of small machines); the engine chooses the size of ours. The variances are compared. Memory
-    is not measured in quick mode.
+    authors' size, and in chunks of 8. The authors' batch sizes are from their commands (except for resnet20_frn,
+    where 300 examples exceed the memory of small machines); this project's engine chooses its own batch size. The
+    variances are compared. Memory is not measured in quick mode.
 
     Raises:
         RuntimeError: Two ways disagree.

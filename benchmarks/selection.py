@@ -173,10 +173,10 @@ def timed(way: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarra
 def graph_cut(quick: bool = False) -> list[Row]:
     """Graph cut's greedy choice of 30 % of 5,000 examples of one group, embeddings of 512 numbers.
 
-    Rows with a target time the greedy picks alone, all ways from the same dense similarities. Authors: gains summed
-    again at each pick, run once without a warm-up. Strongest alternative: running gains in five lines of numpy. Ours
-    does the same and checks its ties, so these rows are at the limit. The other rows time our whole choice without
-    the dense similarities and with them.
+    Rows with a target time only the greedy picks, starting from the same dense similarities. Authors: gains summed
+    again at each pick, run once without a warm-up. Strongest alternative: gains updated incrementally in five lines
+    of numpy. This project does the same and resolves ties, so no speedup is expected in these rows. The other rows
+    time this project's complete selection, without and with the dense similarities.
 
     Raises:
         RuntimeError: Two implementations pick different examples.
@@ -301,10 +301,10 @@ def gradmatch_row(case: GradMatchCase) -> Row:
 def gradmatch(quick: bool = False) -> list[Row]:
     """GradMatch: the picks of a class by orthogonal matching pursuit, from errors and embeddings in float64.
 
-    The authors' code lacks the method; its column has the published algorithm, which holds the C (d + 1) x n matrix
-    of last-layer gradients and solves the normal equations of each pick from scratch. For the larger cases it is not
-    run: 0.2 GB and 1e13 operations for 10 classes, ten times as much for 100. Strongest alternative: scikit-learn's
-    ``orthogonal_mp_gram``; its weights may be negative, ours are not.
+    The authors' code lacks the method, so its column times the published algorithm, which stores the C (d + 1) x n
+    matrix of last-layer gradients and solves the normal equations from scratch at each pick. It is not run for the
+    larger cases, which need 0.2 GB and 1e13 operations for 10 classes and ten times as much for 100. Strongest
+    alternative: scikit-learn's ``orthogonal_mp_gram``, which allows negative weights; this project's does not.
 
     Raises:
         RuntimeError: Two ways disagree.

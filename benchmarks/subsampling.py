@@ -47,12 +47,12 @@ def reached(name: str, network: LastLayer, found: Selection) -> float:
 
 
 def subsample(quick: bool = False) -> list[Row]:
-    """Our greedy choices from all candidates, and subsampled ones, the default above 1e8 gains.
+    """Greedy selection from all candidates, compared with subsampling, which is the default above 1e8 gains.
 
-    30 % of one group of 5,000 clustered examples, 10 classes, embeddings of 512 numbers. Below each method's times
-    are the values that both reach, and that of a random choice: graph cut's function (larger is better); the mean
-    distance to CRAIG's nearest pick, GradMatch's relative error of the gradient, the loss on GLISTER's held-out
-    examples, and k-center's radius (smaller is better).
+    30 % of one group of 5,000 clustered examples, 10 classes, embeddings of 512 numbers. The rows below each
+    method's times give the objective values of both and of a random choice: graph cut's objective (larger is better);
+    the mean distance to CRAIG's nearest pick, GradMatch's relative error of the gradient, the loss on GLISTER's
+    held-out examples, and k-center's radius (smaller is better).
     """
     count, size = (600, 16) if quick else (5_000, 512)
     network = clustered_class(count, 10, size)
@@ -76,7 +76,7 @@ def subsample(quick: bool = False) -> list[Row]:
 
 
 def whole_set(count: int = 20_000, classes: int = 100, size: int = 512) -> dict[str, float]:
-    """The processor seconds of each subsampled choice of 30 % from all classes at once."""
+    """CPU seconds of each subsampled selection of 30 % from all classes at once."""
     network = clustered_class(count, classes, size)
     inputs = SelectionInputs(network.labels.numpy(), classes, layers=[network])
     groups, spent = make_groups(inputs.labels, classes, fraction=0.3, per_class=False), {}

@@ -62,8 +62,9 @@ def batches(quick: bool = False) -> list[Row]:
 
     CIFAR-sized random images in batches of 128, random crop with padding 4, horizontal flip, normalized; and
     MNIST-sized ones in batches of 256, in order and only normalized, where all ways must give the same bits.
-    Authors: a DataLoader over PIL transforms. Strongest alternative: an airbench-like loader. These rows are at the
-    limit; ours also draws random numbers per example and epoch, so that workers and interruptions change nothing.
+    Authors: a DataLoader over PIL transforms. Strongest alternative: an airbench-like loader. No large
+    speedup over it is possible; this project also draws random numbers per example and epoch, so that results do not
+    depend on workers or interruptions.
 
     Raises:
         RuntimeError: Two ways disagree.
@@ -179,8 +180,8 @@ def scoring(quick: bool = False) -> list[Row]:
     Authors: a loop over a DataLoader of batch size one, over PIL images with ToTensor and Normalize. Strongest
     alternative: a loop over batches of 512 from a tensor that is already normalized, in the memory format of ours.
     Ours is ``score_pair`` as ``compute_sam_sgd.py`` calls it; it reads and normalizes its images, and computes losses
-    and probabilities in float64. The scores of all ways are compared. This row is at the limit: the forward passes
-    are the same. Wall time on all cores, where a row says so.
+    and probabilities in float64. The scores of all ways are compared. No large speedup is possible, because the
+    forward passes are the same. Some rows give the wall time on all cores, as their names say.
 
     Raises:
         RuntimeError: Two ways disagree.
@@ -239,7 +240,7 @@ def plain_epoch(way: Way, model: nn.Module, moments: list[float]) -> None:
 
 
 def plain_batches(way: Way) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """From a DataLoader over PIL transforms, or from an airbench-like loader."""
+    """Yield batches from a DataLoader over PIL transforms or from an airbench-like loader."""
     images = random_images("cifar10", (way.steps + 1) * way.batch)
     if way.loop == "loader":
         for batch in torch.utils.data.DataLoader(PlainImages(images, augmented=True), way.batch, shuffle=True):
@@ -276,10 +277,11 @@ def steps(quick: bool = False) -> list[Row]:
     """Training steps: SGD with momentum on random CIFAR-sized images with crop and flip, batches of 128.
 
     Authors: a loop over a DataLoader over PIL transforms. Strongest alternative: the same loop over an airbench-like
-    loader, with fused SGD and the memory format of ours. Neither records per-example dynamics. Ours is the Trainer as
-    the scripts run it; three rows change one thing of ours at a time: freed memory returned to the system, memory
-    format, bfloat16. This row is at the limit: forward and backward passes are the same. Each way runs in its own
-    process, because the allocator's setting cannot be undone; the processes alternate.
+    loader, with fused SGD and the memory format of ours. Neither records per-example dynamics. This project's time is
+    that of the Trainer as the scripts run it. Three rows change one of its settings at a time: freed memory returned
+    to the system, memory format, bfloat16. No large speedup is possible, because the forward and backward passes are
+    the same. Each implementation runs in its own process, because the allocator's setting cannot be undone; the
+    processes alternate.
     """
     large = Way("resnet18", steps=1, channels_last=MODELS["resnet18"].channels_last)
     small = Way("resnet8", steps=20, channels_last=MODELS["resnet8"].channels_last, dynamics=True)
@@ -456,9 +458,9 @@ def ensemble(quick: bool = False) -> list[Row]:
     weight decay. Strongest alternative: the faster of the same loop with fused SGD and ``vmap(grad)`` over stacked
     parameters. Ours steps all models at once. All ways see the same batches of noise images, a separate permutation
     for each model, and must end with the same weights. Ours writes the gradients of perceptrons by hand and uses
-    ``vmap`` for other models, whose convolutions become grouped ones and lose on a CPU; each row says whether
-    ``src.training.ensemble.vectorised_is_faster`` chooses to step all models at once. Each row runs in its own
-    process, because the allocator's setting cannot be undone.
+    ``vmap`` for other models, whose convolutions become grouped convolutions and are slower on a CPU; each row says
+    whether ``src.training.ensemble.vectorised_is_faster`` chooses to step all models at once. Each row runs in its
+    own process, because the allocator's setting cannot be undone.
 
     Raises:
         RuntimeError: Two ways disagree.

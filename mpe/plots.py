@@ -225,7 +225,7 @@ def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame
         direction = np.column_stack([np.cos(_ANGLES), np.sin(_ANGLES)])
         reach = radii[i] + np.asarray(_REACHES, dtype=float)
         offsets = reach[:, None, None] * direction + np.clip(1.42 * direction, -1, 1) * sizes[i] / 2
-        spots = (points[i] + offsets).reshape(-1, 2)  # of (reaches, angles, 2)
+        spots = (points[i] + offsets).reshape(-1, 2)  # flattened from (reaches, angles, 2)
         low, high = spots - sizes[i] / 2, spots + sizes[i] / 2
         nearest = np.clip(points, low[:, None], high[:, None])  # (spots, n, 2)
         covered = np.linalg.norm(nearest - points, axis=2) < radii + 1
@@ -383,7 +383,7 @@ def loo_l2reg(
         keep_clear(figure, axes, legend, curves, 4)
         low = axes.get_ylim()[0]
         for at, least, color, width in stems:  # vertical lines from the minima to the axis
-            line = "-" if color == GRAY else (0, (1, 0.7))  # a dotted line does not hide the one behind it
+            line = "-" if color == GRAY else (0, (1, 0.7))  # dotted, so that an overlapping line stays visible
             axes.plot([at, at], [low, least], color=color, lw=width / 2, ls=line, zorder=3 if color == GRAY else 4)
         axes.set_ylim(bottom=low)
         if right is not None:

@@ -387,10 +387,10 @@ def _losable_text(file: int | str, mode: str, encoding: str, line_buffering: boo
 
 
 def _keep_console() -> None:
-    """Keep working if the console is lost, so that the exit status still says whether the work was done.
+    """Keep working if the console is lost, so that the exit status still reports whether the work was completed.
 
-    Standard descriptors that the shell closed are opened on the null device. Otherwise the next file opened would get
-    such a descriptor, and libraries would print into it.
+    Standard descriptors that the shell closed are redirected to the null device. Otherwise the next file opened would
+    get such a descriptor, and the output of libraries would end up in it.
     """
     for number in range(3):
         try:

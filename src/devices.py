@@ -175,8 +175,8 @@ _all_is_kept = False
 def keep_all_freed_memory() -> None:
     """Make glibc never return freed memory to the system. For scripts only: it affects the whole process.
 
-    Otherwise each step maps its activations again, and page faults take a large part of the time. This applies
-    especially to large tensors, which are mapped individually however high the mmap threshold is.
+    Otherwise each step maps its activations again, and page faults take a large part of the time. This affects mostly
+    large tensors: glibc caps the mmap threshold, so they are always mapped individually.
     """
     global _all_is_kept
     if platform.libc_ver()[0] == "glibc":

@@ -1,13 +1,13 @@
 """The style of all figures: sizes, fonts, and colors.
 
-Figures are drawn at print size, one column or one page wide, so that font sizes are those of the printed page. This
+Figures are drawn at print size (one column or one page wide), so font sizes are the printed sizes. This
 module does not import matplotlib at its top level, because that would slow the start of every script.
 """
 
 from typing import Any
 
 COLUMN, PAGE = 3.3, 7.0  # widths in inches
-DPI = 300  # of PNG files, and of images in PDF files: the resolution of print
+DPI = 300  # print resolution of PNG files and of images in PDF files
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Categorical colors: the color-blind-safe palette of Okabe and Ito, without yellow, which is too light on white."""

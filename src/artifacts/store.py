@@ -155,9 +155,9 @@ def check_settings_match(
 
 
 def other_decode(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The ``--decode`` that a result was made with, where that is what tells it from one of the same photos now.
+    """The ``--decode`` value of a stored result, if it differs from the requested one for the same photos; else None.
 
-    Older versions decoded in full, and did not record it.
+    Older versions always decoded at full size and did not record the setting.
     """
     there, here = ("draft" in (settings.get("decoding") or "").split(",") for settings in (stored, wanted))
     if there == here or stored.get("dataset") != wanted.get("dataset"):

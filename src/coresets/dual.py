@@ -45,7 +45,7 @@ def beta_parameters(mu: float, pruned: float, c: float) -> tuple[float, float]:
     Args:
         mu: Mean of the density if nothing is pruned.
         pruned: r, the fraction that is not kept, in [0, 1).
-        c: Exponent above 0; a larger c delays the move to easy examples.
+        c: Exponent above 0; with a larger c, the density shifts to easy examples at higher r.
     """
     beta = _CONCENTRATION * (1.0 - mu) * (1.0 - pruned**c)
     return _CONCENTRATION - beta, beta

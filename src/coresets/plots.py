@@ -83,7 +83,7 @@ def accuracy_figure(
 
 
 def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the lines and bands are, for the title; nothing for a single seed."""
+    """Description of the lines and bands for the title; empty for a single seed."""
     counts = sorted({row["seeds"] for row in rows if row["mean"] is not None} or {0})
     if counts[-1] < 2:
         return ""

@@ -1,4 +1,4 @@
-"""iBLR, the improved Bayesian learning rule (IVON): this project's implementation, and that of the package ivon-opt.
+"""iBLR, the improved Bayesian learning rule (IVON): this project's implementation and a wrapper of ivon-opt's.
 
 Reference: Shen et al., Variational learning is effective for large deep networks, arXiv:2402.17641, algorithm 1.
 """

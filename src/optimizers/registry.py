@@ -192,7 +192,7 @@ def _exp(epoch: int, epochs: int) -> float:
 
 
 def _after_warmup(share: Callable[[int, int], float], epoch: int, epochs: int) -> float:
-    """Linear warmup, followed by a schedule that starts after it. The schedule's length is that of the full run."""
+    """Linear warmup, followed by a schedule computed as if it covered all ``epochs``."""
     warmup = math.ceil(epochs / 40)
     return epoch / warmup if epoch <= warmup else share(epoch - warmup, epochs)
 

@@ -204,7 +204,7 @@ class Trainer:
         steps, by_size = batches.steps(count), self.plan is not None and self.plan.divide_by_size
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, weight, correct
         bad = torch.full((), _NEVER, device=self.device)  # first step with a loss that is not finite
-        kept: list[tuple[torch.Tensor, ...]] = []  # what _report needs of the latest steps; never the images
+        kept: list[tuple[torch.Tensor, ...]] = []  # what _report needs from the latest steps; excludes images
         first = 1  # first step in kept
         model.train()
         devices = [self.device] if self.device.type == "cuda" else []

@@ -97,7 +97,7 @@ class RunFiles:
         return self.checkpoints / "results.json"
 
     def read_results(self) -> dict[str, Any]:
-        """Read ``results.json``. Empty if no epoch was finished, because such a run left nothing worth keeping.
+        """Read ``results.json``. Returns an empty dict if no epoch was finished: such a run has nothing to keep.
 
         Raises:
             FileError: The file is damaged.
