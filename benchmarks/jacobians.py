@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from benchmarks.common import Row, in_fresh_process, in_turn, peak, run
 from src import _torchvision  # noqa: F401  prepares torchvision, which laplace-torch imports
 from src.datasets import Batch
+from src.devices import PRECISIONS, prepare
 from src.jacobians import OutputVariances, Posterior, kronecker_factors
 from src.metrics.flatness import epsilon_flatness, input_curvature
 from src.models import build_model
@@ -156,6 +157,7 @@ def variances(quick: bool = False) -> list[Row]:
     Raises:
         RuntimeError: Two ways disagree.
     """
+    prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)  # freed memory is kept, for all ways
     rows = []
     repeats = 1 if quick else 2
     cases = QUICK if quick else CASES
