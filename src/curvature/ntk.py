@@ -318,7 +318,7 @@ class KernelVelocities:
         require_writable(folder)
         self._load = lru_cache(maxsize=2)(
             self._load_model
-        )  # a velocity needs two models, and shares one with the next velocity
+        )  # a velocity needs two models; consecutive velocities share one
         self._announced = False
         self._sketch_error: float | None = None
 
