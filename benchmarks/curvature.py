@@ -136,7 +136,7 @@ def by_scipy(matrix: Counted, top: int, steps: int) -> Found:
         eigh_tridiagonal(alphas, betas[:-1])  # nodes and weights of the density
     products = matrix.products
     residuals = [np.linalg.norm(matrix.matvec(vectors[:, k]) - values[k] * vectors[:, k]) for k in order]
-    matrix.products = products  # the check is not part of the way
+    matrix.products = products  # do not count the products of the check
     return Found(torch.from_numpy(values[order]), torch.tensor(np.array(residuals)), products)
 
 

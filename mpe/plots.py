@@ -206,8 +206,8 @@ def dense(x: np.ndarray, y: np.ndarray, *, log_x: bool = False) -> tuple[np.ndar
 def place_labels(points: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame: np.ndarray) -> np.ndarray:
     """Choose centers for labels next to round markers: close to their marker, and clear of other markers and labels.
 
-    Labels are placed one at a time, the most crowded first, each where it covers the least. All lengths are in
-    typographic points.
+    Labels are placed one at a time, starting with the most crowded, each at the position with the
+    least overlap. All lengths are in typographic points.
 
     Args:
         points: ``(n, 2)`` centers of the markers.

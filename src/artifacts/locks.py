@@ -31,7 +31,7 @@ class NoLocksError(FileError):
 def try_lock(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
     """Try to lock a file without waiting.
 
-    Locks belong to processes. A process that holds a lock can acquire it again (also from another thread), and holds
+    Locks belong to processes. A process that holds a lock can acquire it again (even from another thread), and holds
     it until the last of these contexts ends. A forked child is a separate process.
 
     Args:

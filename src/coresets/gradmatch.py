@@ -40,7 +40,7 @@ _CLOSE = 1e-4  # ratio of residual to target at which the pursuit stops
 _TIE = 1e-12  # relative to the largest initial correlation; smaller differences are rounding, and the index decides
 _DEPENDENT = 1e-11  # ratio of pivot to squared norm below which a gradient lies in the span of the picks
 _NOTHING = 1e-14  # ratio of the target to the sum of all norms below which the target is rounding noise
-_SLACK = 1e-10  # relative to the largest product; slopes down to minus this count as nonnegative
+_SLACK = 1e-10  # relative to the largest product; slopes above the negative of this count as nonnegative
 _ROUNDS = 100  # limit for block pivoting, which typically takes about ten
 
 

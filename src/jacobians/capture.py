@@ -361,9 +361,9 @@ class Capture:
     def backward(self, rows: Tensor, records: Sequence[Record], keep_graph: bool = False) -> list[Tensor]:
         """Compute the gradients of each row's sum at the outputs of the records.
 
-        One pass carries all rows (`torch.func.vmap`): its layers see q times as many maps, and the batch can be small
-        enough for these to stay in the CPU caches. If a model cannot be differentiated this way, each row gets its
-        own pass. No parameter gradient is computed or stored.
+        One pass processes all rows (`torch.func.vmap`): its layers process q times as many maps, and the batch can
+        be small enough for these to stay in the CPU caches. If a model cannot be differentiated this way, each row
+        gets its own pass. No parameter gradient is computed or stored.
 
         Args:
             rows: (q, b) quantities with their graph; column i depends only on example i.

@@ -1,4 +1,4 @@
-"""iBLR, the improved Bayesian learning rule (IVON): this project's implementation and a wrapper of ivon-opt's.
+"""iBLR, the improved Bayesian learning rule (IVON): this project's implementation and an adapter for ivon-opt.
 
 Reference: Shen et al., Variational learning is effective for large deep networks, arXiv:2402.17641, algorithm 1.
 """
@@ -88,7 +88,7 @@ class IBLR(Optimizer):
     def sampled_params(self, train: bool = True) -> Iterator[None]:
         """Context manager in which the model's parameters are one sample of the weights.
 
-        On exit, also after an exception, the parameters are restored to the mean exactly.
+        On exit, even after an exception, the parameters are restored to the mean exactly.
 
         Args:
             train: Whether to collect the block's gradients for ``step``. A missing gradient counts as zero.
