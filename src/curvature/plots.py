@@ -193,8 +193,11 @@ def velocity_figure(
         heading = f"Mean of {_seeds(min(counts))}" if len(counts) == 1 else "Mean over seeds"
         heading = "One seed" if counts == {1} else f"{heading}; band: ± one standard deviation"
         lines = {line.get_label(): line for axes in axes_of for line in axes.lines}
-        columns = min(len(lines), 4 if len(panels) == 1 else 8)
-        figure.legend(handles=lines.values(), title=heading, loc="outside lower center", ncols=columns)
+        columns = (4 if len(panels) == 1 else 8) // (1 if len(counts) == 1 else 2)  # what fits in the width
+        figure.legend(
+            handles=lines.values(), title=heading, loc="outside lower center", ncols=min(len(lines), columns),
+            handlelength=1.2, columnspacing=1,
+        )  # fmt: skip
         return figure
 
 
