@@ -53,7 +53,7 @@ REST = {
     "mean over some": (nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(2)),
     "stride and no bias": (nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False), nn.MaxPool2d(2)),
     "groups": (nn.Conv2d(16, 32, 3, padding=2, dilation=2, groups=4), nn.MaxPool2d(2)),
-    "padding in words": (
+    "padding as a string": (
         nn.Conv2d(16, 16, 2, padding="same"),
         nn.Conv2d(16, 16, 3, padding="valid"),
         nn.MaxPool2d(2),

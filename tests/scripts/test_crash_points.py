@@ -27,7 +27,7 @@ KERNELS = ("--model=small_mlp", "--ntk_chosen_metric=samis_loss", "--m_samples=3
            "--ntk_velocity_epoch", "1", "--seeds", "1")  # fmt: skip
 SCRIPTS = {
     "train_full.py": (*NETWORK, "--seed=2", "--measure_proxies", "--resume"),
-    "train_full.py anew": (*NETWORK, "--seed=2"),
+    "train_full.py again": (*NETWORK, "--seed=2"),
     "train_split.py": (*NETWORK, "--samis_validation_split_index=2", "--resume"),
     "compute_sam_sgd.py": ("--model=small_mlp", "--epochs=2"),
     "average_scores.py": ("--model=small_mlp", "--seeds", "1", "--overwrite"),
@@ -37,7 +37,7 @@ SCRIPTS = {
                        "--coreset_fraction=0.5",
                        "--coreset_pretrain_epochs=2", "--resume"),
     "compute_hessian_eigen.py": (*SPECTRUM, "--save_every=2", "--resume"),
-    "compute_hessian_eigen.py anew": (*SPECTRUM, "--save_every=2"),
+    "compute_hessian_eigen.py again": (*SPECTRUM, "--save_every=2"),
     "compute_ntk.py": KERNELS,
     "examples/1_loo_iterations.py": (*EXPERIMENT, "--delta=1", "--write_scores"),
     "examples/2_loo_l2reg.py": (*EXPERIMENT, "--n_exp=2"),
