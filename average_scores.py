@@ -5,12 +5,14 @@ Reads {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz, w
 SAMIS-P, and the mean loss of both models) or by the SAMIS authors' code (the score only), or
 {metrics_folder}/{exp}/seed_{seed}/, written by a training run with --measure_proxies (all other scores). Writes
 {metrics_folder}/{sub}/{mode}_{dataset}.pkl and a json file next to it that records how it was made. Seeds with
-different epochs, protocols, data, or settings are refused.
+different epochs, protocols, data, or settings are refused. Scores that need more epochs than the run has are left out
+unless --modes names them.
 
   python average_scores.py --dataset=digits --model=lenet --seeds 1 2 3
   python average_scores.py --dataset=cifar10 --model=resnet8 --seeds 1 2 3 --optimizer=sgd --modes forg etl flat eps
 """
 
+import logging
 from argparse import Namespace
 from functools import partial
 
@@ -32,6 +34,8 @@ from src.metrics.average import (
 )
 from src.metrics.dynamics import Windows
 from src.models import ModelConfig
+
+log = logging.getLogger("average_scores")
 
 
 def parse() -> Namespace:
@@ -58,7 +62,7 @@ def main() -> None:
     """Parse, read, average, write, print."""
     args = parse()
     config, windows, data = build(AverageConfig, args), build(Windows, args), build(DataConfig, args)
-    modes, dataset = wanted_modes(config), data.dataset
+    modes, dataset = list(wanted_modes(config)), data.dataset
     if ":" in dataset:  # the name of the user's own data contains a hash of its content
         train, _ = data.load(args.datasets_folder)
         dataset = train.entry.name
@@ -73,9 +77,13 @@ def main() -> None:
         if pair_modes:
             scores |= read_pair_seed(pair_modes, args.metrics_folder, dataset, config.model, seed)
         if run_modes:
-            scores |= read_run_seed(run_modes, args.metrics_folder, run, seed, windows)
+            by_default = config.modes is None
+            scores |= read_run_seed(run_modes, args.metrics_folder, run, seed, windows, skip_short=by_default)
         for mode, values in scores.items():
             per_seed[mode].append(values)
+    if too_long := [mode for mode in modes if not per_seed[mode]]:
+        log.info("left out %s: the run has too few epochs", ", ".join(too_long))
+        modes = [mode for mode in modes if per_seed[mode]]
 
     averages = {}
     for mode in modes:

@@ -180,12 +180,29 @@ def read_pair_seed(
 
 
 def read_run_seed(
-    modes: Sequence[str], metrics_folder: str | Path, experiment: str, seed: int, windows: Windows = PAPERS_WINDOWS
+    modes: Sequence[str],
+    metrics_folder: str | Path,
+    experiment: str,
+    seed: int,
+    windows: Windows = PAPERS_WINDOWS,
+    skip_short: bool = False,
 ) -> dict[str, SeedScores]:
     """Read one seed of the scores that a training run with ``--measure_proxies`` records.
 
+    Args:
+        modes: The scores.
+        metrics_folder: The folder of recorded dynamics.
+        experiment: The run's name.
+        seed: The seed.
+        windows: The epochs that the windowed scores use.
+        skip_short: Whether to leave out scores that need more epochs than the run has, instead of raising.
+
+    Returns:
+        The scores of the seed, by mode.
+
     Raises:
         FileError: The run has no recorded dynamics for this seed, or its files are damaged.
+        ArgumentError: The run is too short for a score.
     """
     folder = dynamics_folder(metrics_folder, experiment, seed)
     path = folder / training.DYNAMICS_FILE
@@ -202,6 +219,8 @@ def read_run_seed(
     result = {}
     for mode in modes:
         score = get_score(mode)
+        if skip_short and facts["epoch"] < score.fewest_epochs:
+            continue
         if score.source == "dynamics":
             values, scored, source = score.from_dynamics(run, windows), visited, path
         else:

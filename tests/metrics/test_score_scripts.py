@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import call, folders, succeed, write_blobs
+from support import TRAIN, call, folders, succeed, write_blobs
 
 from src.artifacts.io import label_hash
 from src.artifacts.store import write_scores
@@ -157,6 +157,21 @@ def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_p
     assert proxy.record["model"] == "mlp"
     assert proxy.record["sources"] == [f"{name}/mlp/{seed}/nn_loss_diff_score.npz" for seed in (1, 2)]
     assert str(tmp_path) not in json.dumps(proxy.record)
+
+
+def test_average_scores_leaves_out_what_a_short_run_cannot_give(toy, tmp_path):
+    _, dataset, name = toy
+    model = (dataset, "--model=small_mlp")
+    succeed("train_full.py", *model, "--epochs=2", "--batch_size=16", "--learning_rate=0.05", "--lr_sched=const",
+            "--optimizer=sgd", "--seed=1", "--measure_proxies", *folders(tmp_path, *TRAIN))  # fmt: skip
+    flags = ("average_scores.py", *model, "--seeds", 1, "--optimizer=sgd", *folders(tmp_path, "datasets", "metrics"))
+    done = succeed(*flags)
+    assert re.findall("left out .*", done.err) == ["left out tdds: the run has too few epochs"]
+    assert "tdds" not in done.out
+    written = {path.stem.removesuffix(f"_{name}") for path in (tmp_path / "metrics").glob("*/*.pkl")}
+    assert written == {"forg", "etl", "flat", "eps", "csl", "aum", "dual", "dyn_unc", "el2n"}
+    refused = call(*flags, "--modes", "csl", "tdds")
+    assert (refused.status, "tdds: needs at least 3 recorded epochs" in refused.complaint) == (2, True), refused.err
 
 
 def test_fetch_scores_answers_in_one_line(tmp_path):
