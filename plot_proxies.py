@@ -11,22 +11,20 @@ published ones. Writes, as PNG and PDF,
   python plot_proxies.py --dataset=cifar10 --scores_folder=examples/scores --reference=src/metrics
 """
 
-import logging
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 
-from src.artifacts.io import label_hash, save_figure, write_json, write_text
+from src.artifacts.io import save_figure, write_json, write_text
 from src.artifacts.paths import Folders
 from src.cli import Parser, build, restrict, run_script
 from src.datasets import DataConfig
 from src.errors import FileError, FlagError
-from src.metrics import SCORES, Proxy, find_score_file
+from src.metrics import SCORES, Proxy
 from src.metrics.compare import against_reference, comparison_table
-from src.metrics.proxy import ScoreConfig, score_folders
-
-log = logging.getLogger("plot_proxies")
+from src.metrics.evaluation import find_scores, load_labels
+from src.metrics.proxy import ScoreConfig
 
 
 def parse() -> Namespace:
@@ -59,10 +57,12 @@ def main() -> None:
     args = parse()
     from src.metrics.plots import comparison
 
+    selected = (args.modes, args.scores_folder, args.metrics_folder)
     if ":" not in args.dataset:
-        found_modes(args, args.dataset)  # fails before anything is downloaded
-    dataset, labels, checks = read_labels(args)
-    proxies = read_proxies(args, dataset, checks)
+        find_scores(args.dataset, *selected)  # fails before anything is downloaded
+    dataset, labels, checks = load_labels(build(DataConfig, args), args.datasets_folder)
+    found = find_scores(dataset, *selected)
+    proxies = {mode: Proxy(mode, dataset, folder=folders, **checks) for mode, folders in found.items()}
     references = read_references(args, dataset, checks) if args.reference else proxies
     first = next(iter(proxies.values()))
     for proxy in (*proxies.values(), *references.values()):
@@ -107,45 +107,6 @@ def main() -> None:
     print(*save_figure(figure, folder / "comparison"), sep="\n")
     write_json(folder / "correlations.json", table)
     print(write_text(folder / "correlations.csv", comparison_table(table)))
-
-
-def read_labels(args: Namespace) -> tuple[str, np.ndarray | None, dict]:
-    """The data set's name in paths and, if it can be loaded, its training labels and the facts to compare."""
-    try:
-        train, _ = build(DataConfig, args).load(args.datasets_folder)
-    except FileError as error:
-        if ":" in args.dataset:
-            raise
-        log.warning("%s; skipping correlations within classes", error)
-        return args.dataset, None, {}
-    labels = train.labels.numpy()
-    checks = {"n": len(labels), "label_hash": label_hash(labels), "data_hash": train.digest}
-    return train.entry.name, labels, checks
-
-
-def found_modes(args: Namespace, dataset: str) -> dict[str, list[Path] | None]:
-    """The selected scores, or all that exist, with the folders to search."""
-    found = {}
-    for mode in args.modes or SCORES:
-        folders = score_folders(args.scores_folder, mode, args.metrics_folder)
-        try:
-            find_score_file(mode, dataset, folders)
-        except FileError:
-            if args.modes or any(given.startswith(f"{mode}=") for given in args.scores_folder):
-                raise
-            continue
-        found[mode] = folders
-    if not found:
-        # The error lists the searched folders and the command that creates scores.
-        find_score_file("samis_loss", dataset, score_folders(args.scores_folder, "samis_loss", args.metrics_folder))
-    return found
-
-
-def read_proxies(args: Namespace, dataset: str, checks: dict) -> dict[str, Proxy]:
-    """The selected scores, or all that exist."""
-    return {
-        mode: Proxy(mode, dataset, folder=folders, **checks) for mode, folders in found_modes(args, dataset).items()
-    }
 
 
 def read_references(args: Namespace, dataset: str, checks: dict) -> dict[str, Proxy]:

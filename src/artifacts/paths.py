@@ -82,6 +82,11 @@ def comparison_stem(plots_folder: str | Path, dataset: str, model: str, name: st
     return Path(plots_folder) / "pruning" / f"{model}_over_{dataset}" / name
 
 
+def evaluation_stem(plots_folder: str | Path, dataset: str, reference: str) -> Path:
+    """Scores against a reference: table (csv, json, md) and figure (png, pdf), without the extension."""
+    return Path(plots_folder) / "scores" / dataset / f"against_{reference}"
+
+
 def experiment_folder(models_folder: str | Path, experiment: str, seed: int | str) -> Path:
     """The folder of a run's checkpoints."""
     return Path(models_folder) / experiment / f"seed_{seed}"

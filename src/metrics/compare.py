@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -143,3 +144,212 @@ def comparison_table(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
         for reference, numbers in row.items():
             writer.writerow([score, reference, *numbers.values()])
     return text.getvalue()
+
+
+def pareto_front(costs: Sequence[float | None], values: Sequence[float]) -> list[int]:
+    """Find the scores that no other score beats: none costs at most as much and agrees at least as well.
+
+    Equal scores do not beat each other.
+
+    Args:
+        costs: k costs; None if unknown, which excludes the score.
+        values: k agreements; NaN excludes the score.
+
+    Returns:
+        Their positions, by ascending cost.
+    """
+    known = [i for i, cost in enumerate(costs) if cost is not None and not np.isnan(values[i])]
+    front, best = [], -np.inf
+    for _, tied in itertools.groupby(sorted(known, key=lambda i: (costs[i], -values[i])), key=lambda i: costs[i]):
+        tied = list(tied)
+        top = values[tied[0]]
+        if top > best:
+            front += [i for i in tied if values[i] == top]
+            best = top
+    return front
+
+
+# ------------------------------------------------------------------------------------------------------- bootstrap
+
+_BLOCK = 2**20  # counts in memory at a time, examples times resamples: 8 MiB
+
+
+class Interval(NamedTuple):
+    """A statistic with its percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class _Ranking:
+    """Ranks values in resamples of their examples.
+
+    A resample is represented by how often it contains each example. The mean rank of a value then follows from the
+    cumulative counts of the values below it, so values are sorted only once. Ranks are those of scipy's ``rankdata``
+    on the resample.
+
+    Args:
+        values: ``(n,)``, without NaN; g of them are distinct.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        distinct, self.group = np.unique(values, return_inverse=True)
+        self._order = np.argsort(self.group, kind="stable")
+        self._starts = np.searchsorted(self.group[self._order], np.arange(len(distinct)))
+
+    def sums(self, weights: np.ndarray) -> np.ndarray:
+        """Sum weights ``(n, R)`` over the examples with each distinct value, in ascending order: ``(g, R)``."""
+        ordered = weights[self._order]
+        return ordered if len(self._starts) == len(ordered) else np.add.reduceat(ordered, self._starts, axis=0)
+
+    def __call__(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rank each distinct value, and compute ``12 * sum (rank - mean rank)^2`` over the resample.
+
+        Args:
+            counts: float64 ``(n, R)``, how often each of R resamples contains each example.
+
+        Returns:
+            Ranks ``(g, R)``, which have no meaning for values that a resample does not contain, and spreads ``(R,)``.
+        """
+        sizes = self.sums(counts)
+        total = counts.sum(axis=0)
+        ranks = np.cumsum(sizes, axis=0)
+        ranks -= 0.5 * sizes
+        ranks += 0.5
+        return ranks, total**3 - np.einsum("gr,gr,gr->r", sizes, sizes, sizes)
+
+
+def _resampled(
+    scores: Sequence[_Ranking], reference: _Ranking, counts: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Spearman's correlation of each score with the reference in each resample, and its AUROC for a binary reference.
+
+    For a binary reference with n1 ones and n0 zeros, ``sum (rank - mean)^2 = N n1 n0 / 4``, and the Mann-Whitney
+    statistic is a linear function of the rank covariance: ``AUROC = 1/2 + 2 cov / (N n1 n0)``.
+
+    Args:
+        scores: k rankings.
+        reference: The reference's ranking.
+        counts: float64 ``(n, R)``.
+
+    Returns:
+        Two lists of k arrays ``(R,)``; NaN if a score or the reference is constant in a resample.
+    """
+    total = counts.sum(axis=0)
+    ranks, spread = reference(counts)
+    weighted = counts * ranks[reference.group]
+    correlations, areas = [], []
+    for score in scores:
+        own_ranks, own_spread = score(counts)
+        covariance = np.einsum("gr,gr->r", own_ranks, score.sums(weighted)) - total * (total + 1) ** 2 / 4
+        varies = np.minimum(spread, own_spread) > total  # if not constant, at least 3 N (N - 1); allows for rounding
+        nan = np.full(len(total), np.nan)
+        correlations.append(np.divide(12 * covariance, np.sqrt(np.abs(spread * own_spread)), out=nan, where=varies))
+        areas.append(0.5 + 6 * np.divide(covariance, spread, out=nan.copy(), where=spread > total))
+    return correlations, areas
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve of ``scores`` ``(n,)`` for finding the examples ``positive`` (bool ``(n,)``).
+
+    It is the probability that a random positive example scores higher than a random other one; ties count one half.
+    NaN scores are skipped. NaN if only one kind of example remains.
+    """
+    scores, positive, _ = _pairs(scores, positive)
+    if not len(scores):
+        return float("nan")
+    _, areas = _resampled([_Ranking(scores)], _Ranking(positive > 0), np.ones((len(scores), 1)))
+    return float(areas[0][0])
+
+
+def bootstrap(
+    scores: Sequence[np.ndarray],
+    reference: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> list[dict[str, Interval]]:
+    """Compute the rank agreement of several scores with a reference, with percentile bootstrap intervals.
+
+    Resamples are drawn over examples, with replacement, and are the same for all scores. In each, every statistic is
+    recomputed exactly: values are ranked anew, and ties share their mean rank, including the copies of an example. An
+    interval contains the sampling variation of the examples, but not the variation between training runs.
+
+    Args:
+        scores: k arrays ``(n,)``. An example with NaN in a score or in the reference is skipped for that score.
+        reference: ``(n,)``; bool if it marks planted examples.
+        labels: The classes ``(n,)``; None to skip correlations within classes.
+        resamples: Number of resamples.
+        confidence: The probability content of the intervals.
+        seed: Seed of the resamples.
+
+    Returns:
+        Per score, ``spearman``, ``spearman_within_class`` (if labels are given) and, for a bool reference, ``auroc``.
+        A mean over classes skips classes in which a score or the reference is constant.
+    """
+    planted = np.asarray(reference).dtype == bool
+    by_mask: dict[bytes, list[int]] = {}  # scores of the same examples are ranked together
+    for number, values in enumerate(scores):
+        by_mask.setdefault(_pairs(values, reference)[2].tobytes(), []).append(number)
+    found: list[dict[str, Interval]] = [{} for _ in scores]
+    for numbers in by_mask.values():
+        known = np.flatnonzero(_pairs(scores[numbers[0]], reference)[2])
+        classes = np.zeros(len(known)) if labels is None else np.asarray(labels)[known]
+        order = np.argsort(classes, kind="stable")  # makes each class a slice
+        known, classes = known[order], classes[order]
+        own = [np.asarray(scores[number], dtype=np.float64)[known] for number in numbers]
+        truth = np.asarray(reference, dtype=np.float64)[known]
+        starts = np.flatnonzero(np.r_[True, classes[1:] != classes[:-1]]) if labels is not None and len(known) else []
+        edges = [slice(start, end) for start, end in itertools.pairwise([*starts, len(known)])]
+        parts = [slice(None), *(edge for edge in edges if edge.stop - edge.start >= 3)]
+        rankings = [([_Ranking(values[part]) for values in own], _Ranking(truth[part])) for part in parts]
+        drawn = {"spearman": [], "spearman_within_class": [], "auroc": []}
+        for counts in _draw(len(reference), resamples, seed):
+            here = counts[known]
+            each = [_resampled(*ranking, here[part]) for part, ranking in zip(parts, rankings, strict=True)]
+            drawn["spearman"].append(np.array(each[0][0]))
+            drawn["auroc"].append(np.array(each[0][1]))
+            if labels is not None:
+                within = np.array([correlations for correlations, _ in each[1:]])
+                drawn["spearman_within_class"].append(_mean_known(within.reshape(-1, len(own), counts.shape[1])))
+        for place, number in enumerate(numbers):
+            values = {"spearman": spearman(own[place], truth)}
+            if labels is not None:
+                values["spearman_within_class"] = spearman_within_class(own[place], truth, classes)
+            if planted:
+                values["auroc"] = auroc(own[place], truth)
+            found[number] = {
+                name: _interval(value, np.concatenate([block[place] for block in drawn[name]]), confidence)
+                for name, value in values.items()
+            }
+    return found
+
+
+def _draw(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw bootstrap resamples of n examples, in blocks of counts ``(n, R)``, float64."""
+    rng = np.random.default_rng(seed)
+    while resamples:
+        width = min(max(1, _BLOCK // n), resamples)
+        cells = rng.integers(n, size=(width, n)) * width + np.arange(width)[:, None]
+        yield np.bincount(cells.ravel(), minlength=n * width).reshape(n, width).astype(np.float64)
+        resamples -= width
+
+
+def _mean_known(table: np.ndarray) -> np.ndarray:
+    """Mean over axis 0, skipping NaN; NaN where all entries are."""
+    known = ~np.isnan(table)
+    count = known.sum(axis=0)
+    total = np.where(known, table, 0.0).sum(axis=0)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def _interval(value: float, drawn: np.ndarray, confidence: float) -> Interval:
+    """The percentile interval of the resampled values that are defined."""
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn) or np.isnan(value):
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high))

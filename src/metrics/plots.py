@@ -3,7 +3,8 @@
 Figures are built with matplotlib's object interface, without global state, windows, or a choice of backend.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from src.errors import ArgumentError
@@ -426,3 +427,90 @@ def class_grids(
         for row in zip(indices, scores, strict=True)
     ]
     return image_grid(images, captions, row_labels, title, "Below each image: index and score.")
+
+
+def agreement_figure(rows: Sequence[Mapping[str, Any]], symbols: Mapping[str, str], title: str) -> Figure:
+    """Plot each score's agreement with a reference against its cost, with intervals and the Pareto front.
+
+    Scores of unknown cost are in a separate panel on the right. Each label is next to its point, shifted vertically
+    as little as possible to avoid overlap.
+
+    Args:
+        rows: Rows of ``evaluation.evaluate``; those whose agreement is undefined are left out.
+        symbols: Maps each score to its symbol.
+        title: The title of the figure.
+    """
+    measure = "auroc" if any(row["auroc"] is not None for row in rows) else "spearman"
+    rows = [row for row in rows if row[measure] is not None]
+    known = [row for row in rows if row["cost"] is not None]
+    unknown = [row for row in rows if row["cost"] is None]
+    panels = [panel for panel in (known, unknown) if panel]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(PAGE, 3.6), layout="constrained")
+        widths = [1 if panel is unknown and known else 4 for panel in panels] or [1]
+        grid = figure.subplots(1, max(len(panels), 1), width_ratios=widths, sharey=True, squeeze=False)[0]
+        figure.suptitle(title[:1].upper() + title[1:])
+        grid[0].set_ylabel("AUROC" if measure == "auroc" else "Spearman's rank correlation")
+        for axes, panel in zip(grid, panels, strict=False):
+            axes.grid(axis="y", **GRID)
+            costs = [0.5 if row["cost"] is None else row["cost"] for row in panel]
+            for row, cost in zip(panel, costs, strict=True):
+                best = row["pareto"]
+                values = row[measure], row[f"{measure}_low"], row[f"{measure}_high"]
+                low, high = (abs(values[0] - (values[0] if end is None else end)) for end in values[1:])
+                color = BLUE if best else MUTED
+                axes.errorbar(cost, values[0], [[low], [high]], color=color, fmt="o" if best else "s", lw=0.8, ms=4)
+            if panel is unknown:
+                axes.set_xticks([])
+                axes.set_xlim(0, 3 if known else 9)
+                axes.set_xlabel("Cost unknown")
+                continue
+            front = sorted((row["cost"], row[measure]) for row in panel if row["pareto"])
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda cost, _: f"{cost:,g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlabel("Cost (passes over the training set, forward and backward)")
+            span = min(costs) / 1.6, max(costs) * 2.2
+            axes.set_xlim(span)
+            steps = [(x, y) for x, y in front] + [(span[1], front[-1][1])]
+            axes.plot(
+                *zip(*steps, strict=True), drawstyle="steps-post", color=BLUE, lw=1, zorder=1, label="Pareto front"
+            )
+            axes.legend(loc="lower right")
+        figure.draw_without_rendering()  # fixes the limits, which the labels' positions depend on
+        for axes, panel in zip(grid, panels, strict=False):
+            _label_points(axes, panel, measure, symbols)
+        return figure
+
+
+def _label_points(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str, symbols: Mapping[str, str]) -> None:
+    """Write each symbol to the right of its point; labels of the same column are moved apart vertically."""
+    points = 72 / axes.figure.dpi
+    places = np.array([(0.5 if row["cost"] is None else row["cost"], row[measure]) for row in rows], dtype=float)
+    places = axes.transData.transform(places.reshape(-1, 2)) * points
+    order = np.argsort(places[:, 1])
+    heights, gap, width = places[:, 1].copy(), 1.15 * SMALL, 5.0 * SMALL
+    for _ in range(200):  # push overlapping neighbors apart in equal parts
+        moved = False
+        for a, b in itertools.combinations(order, 2):
+            near = abs(places[a, 0] - places[b, 0]) < width
+            overlap = gap - (heights[b] - heights[a])
+            if near and overlap > 0.05:
+                heights[a] -= overlap / 2
+                heights[b] += overlap / 2
+                moved = True
+        if not moved:
+            break
+    for row, y, height in zip(rows, places[:, 1], heights, strict=True):
+        axes.annotate(
+            symbols.get(row["score"], row["score"]),
+            (0.5 if row["cost"] is None else row["cost"], row[measure]),
+            (9, height - y),
+            textcoords="offset points",
+            fontsize=SMALL,
+            va="center",
+            color=BLUE if row["pareto"] else MUTED,
+            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.7", "shrinkA": 0, "shrinkB": 2},
+        )

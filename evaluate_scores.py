@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+r"""Evaluate scores against a reference: rank agreement with intervals, overlap at the top, and cost, in one table.
+
+The reference is a score (by default memorization), a file with one number per training example such as C-scores, or,
+with --planted, the known positions of wrong labels. Reads score files from --scores_folder and --metrics_folder if
+given, otherwise from metrics/ or from the scores shipped with the project. Writes
+{plots_folder}/scores/{dataset}/against_{reference}.{csv,json,md} and, as PNG and PDF, a figure of agreement against
+cost with the Pareto front.
+
+  python evaluate_scores.py --dataset=cifar100 --scores_folder=src/metrics --orient
+  python evaluate_scores.py --dataset=digits --reference=samis_loss --examples=odd
+"""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from src.artifacts.io import save_figure
+from src.artifacts.paths import Folders, evaluation_stem
+from src.cli import Parser, build, run_script
+from src.datasets import DataConfig
+from src.errors import FileError, FlagError
+from src.metrics import SCORES, Proxy
+from src.metrics.evaluation import (
+    EvaluationConfig,
+    chosen_examples,
+    evaluate,
+    find_scores,
+    load_labels,
+    markdown,
+    planted_mask,
+    read_column,
+    write_table,
+    wrong_signs,
+)
+from src.metrics.proxy import ScoreConfig, score_folders
+
+log = logging.getLogger("evaluate_scores")
+
+
+def parse() -> Namespace:
+    """Parse the flags."""
+    parser = Parser(__doc__)
+    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(ScoreConfig, "scores")
+    parser.add(EvaluationConfig, "evaluation")
+    parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
+    args = parser.parse_args()
+    if args.planted is None and args.reference not in SCORES and not Path(args.reference).exists():
+        raise FlagError(
+            f"--reference {args.reference}: is neither a score nor a file; choose from {', '.join(SCORES)}"
+        )
+    return args
+
+
+def main() -> None:
+    """Parse, read, evaluate, write, print."""
+    args = parse()
+    config, data = build(EvaluationConfig, args), build(DataConfig, args)
+    from src.metrics.plots import agreement_figure
+
+    selected = (config.modes, args.scores_folder, args.metrics_folder)
+    if ":" not in data.dataset:
+        find_scores(data.dataset, *selected)  # fails before anything is downloaded
+    dataset, labels, checks = load_labels(data, args.datasets_folder)
+    reference, name, source = read_reference(args, config, dataset, labels, checks)
+    found = find_scores(dataset, *selected)
+    if config.modes is None and len(found) > 1:
+        found.pop(name, None)
+    proxies = {
+        mode: Proxy(mode, dataset, folder=folders, **{"n": len(reference), **checks})
+        for mode, folders in found.items()
+    }
+    rows = evaluate(
+        {mode: proxy.scores for mode, proxy in proxies.items()},
+        reference,
+        labels,
+        {mode: proxy.record.get("cost") for mode, proxy in proxies.items()},
+        config,
+    )
+    chosen = len(chosen_examples(config.examples, len(reference)))
+    which = f"{chosen:,} examples" + (f" ({config.examples})" if config.examples != "all" else "")
+    caption = f"{dataset}: agreement with {name}, {which}"
+    stem = evaluation_stem(args.plots_folder, dataset, name.replace(" ", "_"))
+    facts = {"dataset": dataset, "reference_file": source, "files": {m: proxy.path for m, proxy in proxies.items()}}
+    figure = agreement_figure(rows, {mode: proxy.label for mode, proxy in proxies.items()}, caption)
+    paths = [*write_table(stem, rows, caption, config, facts), *save_figure(figure, stem)]
+    print(markdown(rows, caption, config.confidence))
+    if config.orient:
+        for mode in wrong_signs(rows):
+            log.warning(
+                "%s: its sign disagrees with %s (Spearman below 0); high values may be typical here, for example "
+                "because the model was not trained to the end",
+                mode,
+                name,
+            )
+    print(*paths, sep="\n")
+
+
+def read_reference(
+    args: Namespace, config: EvaluationConfig, dataset: str, labels: np.ndarray | None, checks: dict
+) -> tuple[np.ndarray, str, Path]:
+    """Read the reference: its values (bool for wrong labels), its name, and its file."""
+    if config.planted is not None:
+        if labels is None:
+            raise FileError(f"{config.planted}: needs the labels of {dataset}, which could not be loaded")
+        return planted_mask(config.planted, labels), "planted noise", config.planted
+    if config.reference in SCORES:
+        folders = score_folders(args.scores_folder, config.reference, args.metrics_folder)
+        proxy = Proxy(config.reference, dataset, folder=folders, **checks)
+        return proxy.scores, config.reference, proxy.path
+    path = Path(config.reference)
+    values = read_column(path).astype(np.float64)
+    if labels is not None and len(values) != len(labels):
+        raise FileError(f"{path}: has {len(values)} numbers, but the training set has {len(labels)} examples")
+    return (values if config.reference_high == "atypical" else -values), path.stem, path
+
+
+if __name__ == "__main__":
+    run_script(main)
