@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, {"method": "funcs", "fraction": "fractions"})
+    run_script(main, {"method": "funcs", "mode": "funcs", "fraction": "fractions"})

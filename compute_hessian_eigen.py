@@ -34,7 +34,7 @@ from src.curvature.config import (
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.errors import ArgumentError, FileError
-from src.metrics import Proxy
+from src.metrics import Proxy, get_score
 from src.metrics.proxy import ScoreConfig, score_folders
 from src.models import MODELS
 
@@ -69,6 +69,9 @@ def main() -> None:
     args = parse()
     config, folders = build(SpectrumConfig, args), build(Folders, args)
     chosen, data, compute = build(CheckpointConfig, args), build(DataConfig, args), build(ComputeConfig, args)
+    if config.high_low_spec is not None:
+        metric = config.high_low_spec.metric
+        get_score(metric, score_folders(args.scores_folder, metric, args.metrics_folder))
     import torch
 
     from src.context import RunContext
@@ -220,4 +223,4 @@ def report(record: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, {"mode": "high_low_spec"})

@@ -15,6 +15,7 @@ run, repeat the command. plot_ntk.py plots the velocities.
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.curvature.config import FLOAT_PRECISIONS, NtkConfig
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
-from src.metrics import Proxy
+from src.metrics import Proxy, get_score
 from src.metrics.compare import spearman
 from src.metrics.proxy import ScoreConfig, score_folders
 from src.models import ModelConfig
@@ -53,6 +54,7 @@ def main() -> None:
     args = parse()
     config, folders = build(NtkConfig, args), build(Folders, args)
     data, compute = build(DataConfig, args), build(ComputeConfig, args)
+    get_score(config.ntk_chosen_metric, folders_to_search(args))
     from src.context import RunContext
     from src.curvature.ntk import KernelVelocities
 
@@ -76,13 +78,18 @@ def ranking(args: Namespace, context: RunContext) -> tuple[np.ndarray, np.ndarra
     proxy = Proxy(
         args.ntk_chosen_metric,
         context.entry.name,
-        folder=score_folders(args.scores_folder, args.ntk_chosen_metric, args.metrics_folder),
+        folder=folders_to_search(args),
         n=train.total,
         label_hash=context.label_hash,
         data_hash=train.digest,
     )
     ranked = proxy.get_sorted_indices()
     return ranked[np.isin(ranked, context.train.indices.cpu().numpy())], proxy.scores
+
+
+def folders_to_search(args: Namespace) -> list[Path] | None:
+    """The folders to search for the score's file; None for the default folders."""
+    return score_folders(args.scores_folder, args.ntk_chosen_metric, args.metrics_folder)
 
 
 def report(found: dict[int, np.ndarray], lowers: list[int]) -> None:
@@ -97,4 +104,4 @@ def report(found: dict[int, np.ndarray], lowers: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, {"mode": "ntk_chosen_metric"})

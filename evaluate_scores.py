@@ -22,12 +22,13 @@ from src.artifacts.paths import Folders, evaluation_stem
 from src.cli import Parser, build, run_script
 from src.datasets import DataConfig
 from src.errors import FileError, FlagError
-from src.metrics import SCORES, Proxy
+from src.metrics import SCORES, Proxy, get_score
 from src.metrics.evaluation import (
     EvaluationConfig,
     chosen_examples,
     evaluate,
     find_scores,
+    is_score,
     load_labels,
     markdown,
     planted_mask,
@@ -48,10 +49,14 @@ def parse() -> Namespace:
     parser.add(EvaluationConfig, "evaluation")
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
     args = parser.parse_args()
-    if args.planted is None and args.reference not in SCORES and not Path(args.reference).exists():
+    folders = (args.scores_folder, args.metrics_folder)
+    if args.planted is None and not (is_score(args.reference, *folders) or Path(args.reference).exists()):
         raise FlagError(
-            f"--reference {args.reference}: is neither a score nor a file; choose from {', '.join(SCORES)}"
+            f"--reference {args.reference}: is neither a score nor a file; choose from {', '.join(SCORES)}, or a "
+            "registered score"
         )
+    for mode in args.modes or ():
+        get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
     return args
 
 
@@ -107,7 +112,7 @@ def read_reference(
         if labels is None:
             raise FileError(f"{config.planted}: needs the labels of {dataset}, which could not be loaded")
         return planted_mask(config.planted, labels), "planted noise", config.planted
-    if config.reference in SCORES:
+    if is_score(config.reference, args.scores_folder, args.metrics_folder):
         folders = score_folders(args.scores_folder, config.reference, args.metrics_folder)
         proxy = Proxy(config.reference, dataset, folder=folders, **checks)
         return proxy.scores, config.reference, proxy.path
@@ -119,4 +124,4 @@ def read_reference(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, {"mode": "modes"})

@@ -26,8 +26,9 @@ from src.cli import DATA_FLAGS, Parser, build, number, print_next, run_script
 from src.datasets import DataConfig, parse_subset
 from src.errors import FlagError
 from src.formatting import literal
-from src.metrics import SCORES, Proxy
+from src.metrics import SCORES, Proxy, get_score
 from src.metrics.proxy import ScoreConfig, score_folders
+from src.metrics.registry import score_name
 
 if TYPE_CHECKING:
     from src.datasets import ImageSet
@@ -44,10 +45,10 @@ def parse() -> Namespace:
     group.add_argument(
         "--modes",
         nargs="+",
-        choices=tuple(SCORES),
+        type=score_name,
         default=["samis_loss", "samis_prob"],
         metavar="MODE",
-        help=f"scores to plot, one row each: {', '.join(SCORES)}",
+        help=f"scores to plot, one row each: {', '.join(SCORES)}, or registered ones",
     )
     group.add_argument(
         "--n", type=number(int, 1, 50), default=5, help="number of lowest and of highest examples per class"
@@ -61,6 +62,8 @@ def parse() -> Namespace:
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
     args = parser.parse_args()
     build(DataConfig, args)  # validates the flags
+    for mode in args.modes:
+        get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
     return args
 
 

@@ -22,6 +22,7 @@ from src.datasets import DataConfig, dataset_name
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES
 from src.metrics.compare import spearman
+from src.metrics.registry import score_entry, score_name
 from src.models import ModelConfig
 
 
@@ -36,10 +37,10 @@ def parse() -> Namespace:
     add(
         "--metrics",
         nargs="+",
-        choices=tuple(SCORES),
+        type=score_name,
         default=["mem"],
         metavar="MODE",
-        help=f"scores that order the examples, one panel each: {', '.join(SCORES)}",
+        help=f"scores that order the examples, one panel each: {', '.join(SCORES)}, or registered ones",
     )
     add("--epochs", type=number(int, 1), nargs="+", help="epochs to plot (default: all found)")
     add("--seeds", type=SEED, nargs="+", help="seeds to average (default: all found)")
@@ -52,9 +53,14 @@ def main() -> None:
     """Parse, read, plot, print."""
     args = parse()
     build(DataConfig, args)  # checks the data flags
+    name = dataset_name(args.dataset)
+    for metric in args.metrics:
+        if metric not in SCORES and not any((args.ntk_folder / name).glob(f"*/{metric}")):
+            raise ArgumentError(
+                "metrics", f"{metric}: neither a built-in score nor in {args.ntk_folder / name}; see --help"
+            )
     from src.curvature.plots import velocity_figure
 
-    name = dataset_name(args.dataset)
     run = ntk_run(args.model, args.optimizer, schedule(args, name))
     found = {
         metric: read_velocities(ntk_run_folder(args.ntk_folder, name, run, metric), args.epochs, args.seeds)
@@ -62,7 +68,7 @@ def main() -> None:
     }
     for metric, several in found.items():
         report(metric, several)
-    panels = [(SCORES[metric].symbol, several) for metric, several in found.items()]
+    panels = [(score_entry(metric).symbol, several) for metric, several in found.items()]
     size = f"{args.model} trained with {args.optimizer.upper()}"
     figure = velocity_figure(panels, f"{name}, {size}", logarithmic=args.log)
     print(*save_figure(figure, velocity_figure_stem(args.plots_folder, name, run, list(found), args.log)), sep="\n")

@@ -21,10 +21,11 @@ from src.artifacts.paths import Folders
 from src.cli import Parser, build, restrict, run_script
 from src.datasets import DataConfig
 from src.errors import FileError, FlagError
-from src.metrics import SCORES, Proxy
+from src.metrics import SCORES, Proxy, get_score
 from src.metrics.compare import against_reference, comparison_table
 from src.metrics.evaluation import find_scores, load_labels
-from src.metrics.proxy import ScoreConfig
+from src.metrics.proxy import ScoreConfig, published_datasets, recipe, score_folders
+from src.metrics.registry import registered_scores, score_entry, score_name
 
 
 def parse() -> Namespace:
@@ -33,8 +34,12 @@ def parse() -> Namespace:
     parser.add(DataConfig, "data", skip=("subset",))
     parser.add(ScoreConfig, "scores")
     group = parser.add_argument_group("figures")
-    names = {"nargs": "+", "choices": tuple(SCORES), "metavar": "MODE"}
-    group.add_argument("--modes", **names, help=f"scores to plot: {', '.join(SCORES)} (default: all that exist)")
+    names = {"nargs": "+", "type": score_name, "metavar": "MODE"}
+    group.add_argument(
+        "--modes",
+        **names,
+        help=f"scores to plot: {', '.join(SCORES)}, or registered ones (default: all that exist)",
+    )
     group.add_argument(
         "--reference", type=Path, metavar="DIR", help="metrics folder with scores to compare with (default: none)"
     )
@@ -49,6 +54,8 @@ def parse() -> Namespace:
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
     args = parser.parse_args()
     build(DataConfig, args)  # validates the flags
+    for mode in args.modes or ():
+        get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
     return args
 
 
@@ -102,7 +109,8 @@ def main() -> None:
         if proxy is not reference:
             cell = table[mode][other]
             within = f" (within class {cell['spearman_within_class']:.3f})" if labels is not None else ""
-            print(f"{SCORES[mode].title} and {SCORES[other].title}: Spearman {cell['spearman']:.3f}{within}")
+            titles = f"{score_entry(mode).title} and {score_entry(other).title}"
+            print(f"{titles}: Spearman {cell['spearman']:.3f}{within}")
     print(f"{folder}: distributions of {len(proxies)} score{'s' * (len(proxies) > 1)}, PNG and PDF")
     print(*save_figure(figure, folder / "comparison"), sep="\n")
     write_json(folder / "correlations.json", table)
@@ -113,12 +121,19 @@ def read_references(args: Namespace, dataset: str, checks: dict) -> dict[str, Pr
     """The selected scores in the reference folder, or all that exist there. No other folder is searched."""
     if not args.reference.is_dir():
         raise FlagError(f"--reference {args.reference}: folder does not exist; give a metrics folder")
-    paths = {mode: SCORES[mode].path(args.reference, dataset) for mode in args.reference_modes or SCORES}
+    modes = args.reference_modes or [*SCORES, *registered_scores(args.reference)]
+    paths = {mode: score_entry(mode).path(args.reference, dataset) for mode in modes}
     missing = [path for path in paths.values() if not path.exists()]
     if args.reference_modes and missing:
-        raise FileError(f"{missing[0]}: score file not found; choose other scores with --reference_modes")
+        mode = next(mode for mode, path in paths.items() if path == missing[0])
+        how = recipe(score_entry(mode), dataset, args.reference)
+        raise FileError(f"{missing[0]}: score file not found; choose other scores with --reference_modes, or {how}")
     if len(missing) == len(paths):
-        raise FlagError(f"--reference {args.reference}: has no scores of {dataset}; give a metrics folder that does")
+        published = dataset in published_datasets()
+        fetch = f", or run fetch_scores.py --dataset {dataset} --folder={args.reference}" if published else ""
+        raise FlagError(
+            f"--reference {args.reference}: has no scores of {dataset}; give a metrics folder that does{fetch}"
+        )
     return {
         mode: Proxy(mode, dataset, folder=args.reference, **checks) for mode, path in paths.items() if path.exists()
     }

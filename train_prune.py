@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, {"method": "coreset_func", "fraction": "coreset_fraction"})
+    run_script(main, {"method": "coreset_func", "mode": "coreset_func", "fraction": "coreset_fraction"})

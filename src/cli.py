@@ -316,19 +316,30 @@ DATA_FLAGS = ("dataset", "image_size", "channels", "decode", "subset", "datasets
 """Flags that select the data; passed on to the next script."""
 
 
-def print_next(script: str, keep: Collection[str] | None = None, *, drop: Collection[str] = (), **flags: Any) -> None:
+def print_next(
+    script: str,
+    keep: Collection[str] | None = None,
+    *,
+    drop: Collection[str] = (),
+    positional: Collection[str | Path] = (),
+    **flags: Any,
+) -> None:
     """Print the command to run next, built from this command's flags except ``--overwrite``.
 
     Args:
         script: A script in the same folder as this one.
         keep: Flags, without dashes, to pass on if they were given; None for all.
         drop: Flags that are not passed on.
+        positional: Values that this command was given without a flag; they are not passed on.
         flags: Flags to set: True makes a flag without a value, a list gives several values, None omits the flag.
     """
     given: dict[str, list[str]] = {}
+    name, without_flag = "", {Path(value) for value in positional}
     for word in sys.argv[1:]:
         if word.startswith("--"):
             name = word.split("=")[0].removeprefix("--").removeprefix("no-")
+        elif Path(word) in without_flag:
+            continue
         given.setdefault(name, []).append(word)
     words = [
         word

@@ -4,9 +4,11 @@ A reader sees the old file or the new one, never a partial file. Reading a file 
 failure is a one-line error that names the file.
 """
 
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -25,7 +27,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -91,17 +93,22 @@ def read_npz(path: str | Path, names: Collection[str] | None = None) -> dict[str
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """Read one array of an npz archive."""
     with archive.open(name) as member:
-        try:
-            array = np.lib.format.read_array(member, allow_pickle=False)
-        except ValueError as error:
-            if "Object arrays" in str(error):
-                raise ValueError(
-                    f"{name} is an array of Python objects, which could run code; save it as numbers or text "
-                    "with an explicit dtype"
-                ) from error
-            raise ValueError(f"{name} is not an array: {error}") from error
-        if member.read(1):  # the checksum is verified only at the end of the member
-            raise ValueError(f"{name} has more bytes than values")
+        return _array(member, name)
+
+
+def _array(file: IO[bytes], name: str) -> np.ndarray:
+    """Read one array in numpy's npy format; ``name`` is for messages."""
+    try:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        if "Object arrays" in str(error):
+            raise ValueError(
+                f"{name} is an array of Python objects, which could run code; save it as numbers or text "
+                "with an explicit dtype"
+            ) from error
+        raise ValueError(f"{name} is not an array: {error}") from error
+    if file.read(1):  # the checksum of an npz member is verified only at its end
+        raise ValueError(f"{name} has more bytes than values")
     if array.dtype.kind not in "biufcUS":
         raise ValueError(f"{name} is an array of {array.dtype}, not of numbers or text")
     if array.dtype.kind == "U":
@@ -115,6 +122,29 @@ def _open_zip(file: BinaryIO, name: str) -> zipfile.ZipFile:
     if not zipfile.is_zipfile(file):
         raise ValueError(f"truncated, or not in {name} format")
     return zipfile.ZipFile(file)
+
+
+def read_npy(path: str | Path) -> np.ndarray:
+    """Read an array of numbers or text from an npy file.
+
+    Raises:
+        FileError: The file is missing, damaged, or contains anything else.
+    """
+    return _read(path, "an npy file", lambda file: _array(file, "it"))
+
+
+def read_csv(path: str | Path) -> list[list[str]]:
+    """Read the rows of a csv file in UTF-8, without empty lines and without spaces around the cells.
+
+    Raises:
+        FileError: The file is missing or not text.
+    """
+
+    def load(file: BinaryIO) -> list[list[str]]:
+        rows = csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""))
+        return [[cell.strip() for cell in row] for row in rows if row]
+
+    return _read(path, "a csv file", load)
 
 
 def read_json(path: str | Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,8 @@ from src.cli import SEED, Parser, build, file_name, fraction, number, option, re
 from src.coresets.inputs import Method
 from src.coresets.registry import METHODS, find_method
 from src.errors import ArgumentError
-from src.metrics.proxy import ScoreConfig
+from src.metrics import get_score
+from src.metrics.proxy import ScoreConfig, score_folders
 from src.optimizers import OPTIMIZERS, SCHEDULES
 
 _CHOSEN = (lambda args: getattr(args, "selection", None) is None, "with --selection, which lists the kept examples")
@@ -24,10 +26,14 @@ _COUNT = number(int, 1)
 def parse_method(text: str) -> str:
     """Parse the value of ``--coreset_func``; both spellings of a ``min_`` score are accepted.
 
+    ``min_NAME`` of a score that is not built in may be registered, which depends on the folders to search.
+
     Raises:
         argparse.ArgumentTypeError: No such method exists.
     """
     names = {**{name: name for name in METHODS}, **{f"min_{m.needs.stored}": m.name for m in METHODS.values()}}
+    if text not in names and re.fullmatch(r"min_\w+", text, re.ASCII):
+        return text  # a registered score; build_selection checks that it exists
     if text not in names:
         close = difflib.get_close_matches(text, names, 1)
         hint = "separate several names by spaces; " if "," in text else f"did you mean {close[0]}? " if close else ""
@@ -59,7 +65,7 @@ class SelectionConfig:
 
     coreset_func: str | None = option(
         None,
-        f"selection method: {', '.join(METHODS)}",
+        f"selection method: {', '.join(METHODS)}, or min_NAME for a registered score",
         parse_method,
         metavar="NAME",
         title="method",
@@ -206,7 +212,8 @@ class GridConfig:
 
 def _chosen(args: argparse.Namespace) -> list[Method]:
     """The requested methods; none if a file lists the kept examples."""
-    return [METHODS[name] for name in getattr(args, "funcs", None) or [args.coreset_func] if name is not None]
+    names = getattr(args, "funcs", None) or [args.coreset_func]
+    return [find_method(name) for name in names if name is not None]
 
 
 def add_selection_flags(parser: Parser, *, skip: Collection[str] = (), required: Collection[str] = ()) -> None:
@@ -250,10 +257,18 @@ def _check_optimizer(args: argparse.Namespace) -> None:
 
 
 def build_selection(args: argparse.Namespace, **values: Any) -> SelectionConfig:
-    """Build the selection config from the flags, with its method's options; ``values`` override flags."""
+    """Build the selection config from the flags, with its method's options; ``values`` override flags.
+
+    Raises:
+        ArgumentError: The method ranks by a score that is neither built in nor registered.
+    """
     name = values.get("coreset_func", getattr(args, "coreset_func", None))
-    options = None if name is None else build(METHODS[name].options, args)
-    return build(SelectionConfig, args, options=options, **values)
+    if name is None:
+        return build(SelectionConfig, args, **values)
+    method = find_method(name)
+    if mode := method.needs.stored:
+        get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
+    return build(SelectionConfig, args, options=build(method.options, args), **values)
 
 
 def _takes(name: str, args: argparse.Namespace) -> bool:

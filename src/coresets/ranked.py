@@ -24,7 +24,7 @@ from src.coresets.inputs import (
 )
 from src.errors import FileError
 from src.lazy import torch
-from src.metrics import SCORES
+from src.metrics import SCORES, Score
 
 log = logging.getLogger(__name__)
 
@@ -149,22 +149,24 @@ def random_choice(inputs: SelectionInputs, groups: Sequence[CandidateGroup], opt
     return Selection.of([generator.choice(group.positions, group.budget, replace=False) for group in groups])
 
 
+def stored_method(score: Score) -> Method:
+    """The method that ranks by a stored score."""
+    return Method(
+        _STORED.get(score.name, f"min_{score.name}"),
+        partial(stored, score.name),
+        Needs(stored=score.name),
+        paper=score.paper,
+        equation="large: highest scores; few_shot: lowest scores",
+        cost="n log n",
+        options=StoredOptions,
+    )
+
+
 _STORED = {"samis_loss": "min_sam-sgd-loss", "samis_prob": "min_sam-sgd-prob"}  # names in the SAMIS paper's scripts
 
 METHODS = (
     Method("random", random_choice, Needs(), "baseline", "uniform, without replacement", "n"),
-    *(
-        Method(
-            _STORED.get(score.name, f"min_{score.name}"),
-            partial(stored, score.name),
-            Needs(stored=score.name),
-            paper=score.paper,
-            equation="large: highest scores; few_shot: lowest scores",
-            cost="n log n",
-            options=StoredOptions,
-        )
-        for score in SCORES.values()
-    ),
+    *(stored_method(score) for score in SCORES.values()),
     Method(
         "forget",
         forget,

@@ -4,12 +4,15 @@ Each method lives in one module: its code, a dataclass of its options, and its e
 torch.
 """
 
+import re
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
+from src.coresets import ranked
 from src.coresets.inputs import Method
 from src.errors import ArgumentError
+from src.metrics.registry import score_entry
 
 # modules of this package that are not methods
 _SHARED = {"config", "grid", "inputs", "plots", "pretraining", "registry", "runner"}
@@ -20,7 +23,7 @@ REFERENCE = "random"  # the baseline for comparisons; at fraction 1 it trains on
 def _collect() -> dict[str, Method]:
     """Collect all methods: first those that rank examples by score, then the others by name."""
     names = {module.name for module in iter_modules([str(Path(__file__).parent)])} - _SHARED
-    ranked, *others = (import_module(f"src.coresets.{name}") for name in ("ranked", *sorted(names - {"ranked"})))
+    others = [import_module(f"src.coresets.{name}") for name in sorted(names - {"ranked"})]
     methods = [*ranked.METHODS, *sorted((m for other in others for m in other.METHODS), key=lambda m: m.name)]
     return {method.name: method for method in methods}
 
@@ -29,14 +32,16 @@ METHODS = _collect()
 
 
 def find_method(name: str) -> Method:
-    """Return the method with this name.
+    """Return the method with this name. For a registered score NAME, ``min_NAME`` ranks by it.
 
     Raises:
         ArgumentError: No such method exists.
     """
-    if name not in METHODS:
-        raise ArgumentError("method", f"{name}: unknown; choose from {', '.join(METHODS)}")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    if re.fullmatch(r"min_\w+", name, re.ASCII):
+        return ranked.stored_method(score_entry(name.removeprefix("min_")))
+    raise ArgumentError("method", f"{name}: unknown; choose from {', '.join(METHODS)}")
 
 
 def method_table() -> str:

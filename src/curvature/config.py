@@ -13,7 +13,7 @@ from src.artifacts.paths import standard_experiment
 from src.artifacts.store import acting_settings
 from src.cli import SEED, fraction, number, option
 from src.errors import ArgumentError
-from src.metrics.registry import SCORES
+from src.metrics.registry import SCORES, score_name
 from src.models import MODELS
 from src.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -62,9 +62,7 @@ def high_low(text: str) -> HighLow:
     parts = text.split(":")
     if len(parts) != 3 or parts[1] not in ("low", "high"):
         raise argparse.ArgumentTypeError(f"{text!r} is not metric:low|high:fraction, such as mem:low:0.3")
-    if parts[0] not in SCORES:
-        raise argparse.ArgumentTypeError(f"{text!r}: unknown score {parts[0]!r}; choose from {', '.join(SCORES)}")
-    return HighLow(parts[0], parts[1], fraction(parts[2]))
+    return HighLow(score_name(parts[0]), parts[1], fraction(parts[2]))
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,10 @@ class NtkConfig(TrainedRunConfig):
 
     seeds: list[int] = option([2026, 4113, 5977, 7481, 9833], "seeds of the runs", SEED, nargs="+")
     ntk_chosen_metric: str = option(
-        "mem", f"score that orders the examples: one of {', '.join(SCORES)}", choices=tuple(SCORES), metavar="MODE"
+        "mem",
+        f"score that orders the examples: {', '.join(SCORES)}, or a registered one",
+        score_name,
+        metavar="MODE",
     )
     m_samples: int = option(50, "examples per group", number(int, 1))
     lower_index: list[int] | None = option(

@@ -19,8 +19,8 @@ from src.cli import SEED, check_options, number, option
 from src.datasets import DataConfig
 from src.errors import ArgumentError, FileError
 from src.metrics.compare import Interval, bootstrap, pareto_front, top_overlap
-from src.metrics.proxy import find_score_file, score_folders
-from src.metrics.registry import SCORES
+from src.metrics.proxy import find_score_file, given_folders, score_folders
+from src.metrics.registry import SCORES, registered_scores, score_name
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,13 @@ TOPS = (0.01, 0.05, 0.1)
 
 
 def _reads_file(args: Any) -> bool:
-    return args.planted is None and args.reference not in SCORES
+    return args.planted is None and not is_score(args.reference, args.scores_folder, args.metrics_folder)
+
+
+def is_score(name: str, scores_folder: Sequence[str], metrics_folder: Path | None = None) -> bool:
+    """Whether this is a built-in score, or one registered in the folders to search; otherwise it may be a file."""
+    folders = score_folders(scores_folder, name, metrics_folder)
+    return name in SCORES or name in registered_scores(folders)
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class EvaluationConfig:
 
     modes: Sequence[str] | None = option(
         None,
-        f"scores to evaluate: {', '.join(SCORES)} (default: all that exist, except the reference)",
-        choices=tuple(SCORES),
+        f"scores to evaluate: {', '.join(SCORES)}, or registered ones (default: all that exist, except the "
+        "reference)",
+        score_name,
         nargs="+",
         metavar="MODE",
     )
@@ -116,11 +123,11 @@ def find_scores(
         FileError: A selected score, or one with its own folder, does not exist, or no score exists.
     """
     found = {}
-    for mode in modes or SCORES:
+    for mode in modes or [*SCORES, *registered_scores(given_folders(scores_folder, metrics_folder))]:
         folders = score_folders(scores_folder, mode, metrics_folder)
         try:
             find_score_file(mode, dataset, folders)
-        except FileError:
+        except (ArgumentError, FileError):  # ArgumentError: registered, but in the folder of another score
             if modes or any(given.startswith(f"{mode}=") for given in scores_folder):
                 raise
             continue

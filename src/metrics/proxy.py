@@ -8,6 +8,7 @@ import glob
 import hashlib
 import logging
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,14 @@ from src.artifacts.store import REPLACE, record_path
 from src.cli import option
 from src.datasets import DATASETS, dataset_flag, dataset_name
 from src.errors import ArgumentError, FileError
-from src.metrics.registry import SCORES, get_score
+from src.metrics.registry import (
+    SCORES,
+    SearchFolders,
+    get_score,
+    registered_scores,
+    score_entry,
+    search_folders,
+)
 from src.metrics.score import Score
 
 log = logging.getLogger(__name__)
@@ -39,14 +47,16 @@ _RECIPES = {
         "--dataset {dataset} --model MODEL --seeds SEEDS --modes {mode}"
     ),
     "mpe": "create it with the scripts in examples/",
+    "registered": (
+        "add it with register_score.py FILE --mode {mode} --dataset {dataset} --high atypical (typical: high "
+        "values are typical)"
+    ),
     "download": (
         "store your own estimates there (an npz file with an array tr_mem); Feldman and Zhang's estimates for "
         "cifar100 and imagenet are at https://pluskid.github.io/influence-memorization/"
     ),
 }
 _RECIPES["end"] = _RECIPES["dynamics"]
-
-SearchFolders = str | Path | Iterable[str | Path] | None
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:
@@ -222,10 +232,11 @@ def score_folders(given: Sequence[str], mode: str, metrics_folder: Path | None =
             general.append(Path(text))
             continue
         name, separator, folder = text.partition("=")
-        if separator and name not in SCORES:
+        if separator and name not in SCORES and name not in registered_scores(folder):
             raise ArgumentError(
                 "scores_folder",
-                f"{text}: no such folder, and no score named {name!r}; choose from {', '.join(SCORES)}",
+                f"{text}: no such folder, and no score named {name!r}; choose from {', '.join(SCORES)}, or a score "
+                "registered in this folder",
             )
         path = Path(folder if separator else text)
         if not path.is_dir():
@@ -240,19 +251,34 @@ def score_folders(given: Sequence[str], mode: str, metrics_folder: Path | None =
     return chosen or None
 
 
-def recipe(score: Score, dataset: str) -> str:
-    """Say how to get a score file for this data set: the command that creates it, or where to download it."""
+def given_folders(given: Sequence[str], metrics_folder: Path | None = None) -> list[Path] | None:
+    """All folders of :func:`score_folders`, for any score; None if none was given."""
+    names = dict.fromkeys(text.partition("=")[0] for text in given if not Path(text).is_dir())
+    found = [score_folders(given, name, metrics_folder) or [] for name in (*names, "")]
+    return list(dict.fromkeys(folder for folders in found for folder in folders)) or None
+
+
+def recipe(score: Score, dataset: str, folder: str | Path = paths.PACKAGED_SCORES) -> str:
+    """Say how to get a score file for this data set: the command that creates it, or where to download it.
+
+    Args:
+        score: The score.
+        dataset: The data set's name in file names.
+        folder: The metrics folder in which the file is missing.
+    """
     own = _RECIPES[score.source].format(mode=score.name, dataset=dataset_flag(dataset))
     if dataset not in published_datasets(score.name):
         return own
-    return f"download the published scores with fetch_scores.py --dataset {dataset} --modes {score.name}, or {own}"
+    target = "" if Path(folder) == paths.PACKAGED_SCORES else f" --folder={shlex.quote(str(folder))}"
+    command = f"fetch_scores.py --dataset {dataset} --modes {score.name}{target}"
+    return f"download the published scores with {command}, or {own}"
 
 
 class Proxy(StoredScores):
     """The averaged scores of one mode for one data set. High means atypical.
 
     Args:
-        mode: A key of ``SCORES``.
+        mode: A key of ``SCORES``, or a score registered in one of the folders.
         dataset: The value of ``--dataset``, or the data set's name in file names. For the user's own data, the hash
             at the end of that name may be omitted if only one file matches.
         normalize: Whether to scale the scores to [0, 1].
@@ -283,8 +309,9 @@ class Proxy(StoredScores):
         label_hash: str | None = None,
         data_hash: str | None = None,
     ) -> None:
-        kind = get_score(mode)
-        path, dataset = _find(mode, dataset, folder)
+        folders = search_folders(folder)
+        kind = get_score(mode, folders)
+        path, dataset = _find(mode, dataset, folders)
         log.info("%s scores of %s: read from %s", mode, dataset, path)
         # As in the papers' class, unnormalized memorization is a fraction of the sum; min-max scaling cancels this.
         raw = shares(store.read_memorization(path)) if mode == "mem" else store.read_scores(path)
@@ -330,7 +357,7 @@ def find_score_file(mode: str, dataset: str, folder: SearchFolders = None) -> Pa
     """Find the file that :class:`Proxy` reads.
 
     Args:
-        mode: A key of ``SCORES``.
+        mode: See :class:`Proxy`.
         dataset: See :class:`Proxy`.
         folder: See :class:`Proxy`.
 
@@ -343,9 +370,8 @@ def find_score_file(mode: str, dataset: str, folder: SearchFolders = None) -> Pa
 
 def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
     """The score file, and the data set's name in its file name."""
-    score, dataset = get_score(mode), dataset_name(dataset)
-    given = [] if folder is None else [folder] if isinstance(folder, str | Path) else folder
-    folders = [Path(place) for place in given] or [paths.ROOT / "metrics", paths.PACKAGED_SCORES]
+    folders = search_folders(folder)
+    score, dataset = get_score(mode, folders), dataset_name(dataset)
     for place in folders:
         path = score.path(place, dataset)
         if path.exists():
@@ -371,10 +397,11 @@ def _own_data(score: Score, folder: Path, stem: str) -> list[str]:
 
 def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     """The error for scores that are in none of the folders, with instructions for getting them."""
-    there = [other.name for other in SCORES.values() if any(other.path(place, dataset).exists() for place in folders)]
+    known = [*SCORES, *registered_scores(folders)]
+    there = [name for name in known if any(score_entry(name).path(place, dataset).exists() for place in folders)]
     looked = ", ".join(map(str, folders))
     message = f"{score.path('', dataset).name}: no {score.title} scores of {dataset} in {looked} "
-    message += f"(subfolder {score.folder}); {recipe(score, dataset)}"
+    message += f"(subfolder {score.folder}); {recipe(score, dataset, folders[-1])}"
     message += f"; scores found for this data set: {', '.join(there)}" if there else ""
     shipped = paths.PACKAGED_SCORES
     if shipped not in folders and score.path(shipped, dataset).exists():

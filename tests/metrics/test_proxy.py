@@ -113,7 +113,7 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
         FileError, match=r"train_full.py --measure_proxies and average_scores.py --dataset svhn .*csl"
     ):
         Proxy("csl", "svhn", folder=tmp_path)
-    with pytest.raises(FileError, match=r"fetch_scores.py --dataset svhn --modes forg, or create it with train_full"):
+    with pytest.raises(FileError, match=r"fetch_scores.py --dataset svhn --modes forg --folder=.*, or create"):
         Proxy("forg", "svhn", folder=tmp_path)
     with pytest.raises(FileError, match=r"fetch_scores.py --dataset cifar100 --modes mem"):
         Proxy("mem", "cifar100", folder=tmp_path)
@@ -123,7 +123,7 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
     ) as caught:
         Proxy("mem", "svhn", folder=tmp_path)
     assert "fetch_scores" not in str(caught.value)
-    with pytest.raises(ArgumentError, match=r"^mode 'forget': .*; choose from mem, forg"):
+    with pytest.raises(ArgumentError, match=r"^mode 'forget': .*did you mean forg\? choose from mem, forg"):
         Proxy("forget", "toy")
 
 

@@ -1,14 +1,17 @@
 """Fetching the published files from a local server."""
 
+import dataclasses
 import functools
 import hashlib
 import http.server
+import re
 import threading
 
 import pytest
-from support import PUBLISHED, needs_published
+from support import PUBLISHED, call, needs_published, succeed
 
 from src.errors import ArgumentError, FileError
+from src.metrics import proxy
 from src.metrics.proxy import BASE_URL, COMMIT, PublishedFile, fetch, published_files, published_table
 
 CONTENT = b"scores" * 100_000  # more than one chunk
@@ -110,6 +113,24 @@ def test_a_failed_download_leaves_what_stood_there(server, tmp_path):
     with pytest.raises(FileError, match="nothing was written"):
         fetch(FILES[0], tmp_path / "metrics", url, overwrite=True)
     assert sorted(path.read_bytes() for path in everything(tmp_path / "metrics")) == [b"old", b"{}"]
+
+
+def test_the_script_continues_after_a_failed_file_and_reports_it_at_the_end(server, tmp_path, monkeypatch):
+    root, url = server
+    files = [dataclasses.replace(FILES[0], mode=mode) for mode in ("eps", "flat", "forg")]
+    monkeypatch.setattr(proxy, "published_table", lambda: files)
+    for file, content in zip(files, (CONTENT[:-1] + b"!", CONTENT, CONTENT), strict=True):
+        file.path(root).parent.mkdir(exist_ok=True)
+        file.path(root).write_bytes(content)
+    flags = ("fetch_scores.py", "--dataset=cifar10", f"--base_url={url}", f"--folder={tmp_path / 'metrics'}")
+    result = call(*flags)
+    assert result.status == 1
+    assert re.search(r"1 of 3 files failed \(eps\); .*eps_cifar10.pkl: does not match", result.complaint)
+    assert result.out.count("downloaded and verified") == 2
+    assert {path.name for path in everything(tmp_path / "metrics")} == {"flat_cifar10.pkl", "forg_cifar10.pkl"}
+    files[0].path(root).write_bytes(CONTENT)
+    done = succeed(*flags)
+    assert (done.out.count("downloaded and verified"), done.out.count("already up to date")) == (1, 2)
 
 
 def test_the_table_is_complete_and_well_formed():

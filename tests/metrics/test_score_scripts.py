@@ -66,6 +66,15 @@ def test_plot_proxies_against_a_reference_folder(toy, tmp_path):
     assert (refused.status, "--reference_modes" in refused.complaint) == (1, True)
     refused = call("plot_proxies.py", *flags, "--scores_folder", base / "metrics", "--reference", tmp_path)
     assert (refused.status, "--reference" in refused.complaint) == (2, True)
+    write_scores(SCORES["csl"].path(tmp_path, "cifar10"), np.arange(5.0), {})
+    (tmp_path / "none").mkdir()
+    cifar = ("--dataset=cifar10", f"--datasets_folder={tmp_path / 'no_data'}", *flags[1:])
+    for chosen, status, remedy in (
+        ((), 2, f"fetch_scores.py --dataset cifar10 --folder={tmp_path / 'none'}"),
+        (("--reference_modes", "forg"), 1, f"--modes forg --folder={tmp_path / 'none'}"),
+    ):
+        refused = call("plot_proxies.py", *cifar, "--reference", tmp_path / "none", *chosen)
+        assert (refused.status, remedy in refused.complaint) == (status, True), refused.err
 
 
 def test_scores_of_other_labels_are_refused_by_both_figures(toy, tmp_path):
@@ -177,6 +186,7 @@ def test_average_scores_leaves_out_what_a_short_run_cannot_give(toy, tmp_path):
 def test_fetch_scores_answers_in_one_line(tmp_path):
     refused = call("fetch_scores.py", "--dataset=cifar10", "--base_url=http://127.0.0.1:9", f"--folder={tmp_path}")
     assert refused.status == 1
+    assert "6 of 6 files failed" in refused.complaint
     assert "download failed" in refused.complaint
     refused = call("fetch_scores.py", "--dataset=digits", f"--folder={tmp_path}")
     assert (refused.status, "--dataset" in refused.complaint) == (2, True)

@@ -101,6 +101,10 @@ BAD_FLAGS = {
         *(("--dataset=nope", "svhn"), ("--dataset=digits", "svhn")),
         *("--dataset=cifar10 --modes=mpe", "--base_url=nope"),
     ],
+    "register_score.py": [
+        *(("x.npy --mode=x", "--high"), ("x.npy --mode=csl --high=typical", "--mode")),
+        *("x.npy --high=typical --mode=my-score", "x.npy --mode=x --high=typical --cost=-1"),
+    ],
     "plot_proxies.py": [
         *("--modes=nope", "--plot=x", "--scores_folder=foo=/", "--reference_modes mem"),
     ],
@@ -121,6 +125,7 @@ BAD_FLAGS = {
 }  # fmt: skip
 REQUIRED = {
     "average_scores.py": "--seeds=1",
+    "register_score.py": "x.npy --mode=x --high=typical",
     "train_prune.py": "--coreset_func=random",
     "select_coreset.py": "--coreset_func=random",
     "compare_pruning.py": "--funcs=random --fractions=0.5",
@@ -165,6 +170,7 @@ def test_flags(blobs, tmp_path, monkeypatch, script, flags, word):
         "compute_sam_sgd.py": (f"--dataset={data}", place),
         "average_scores.py": (f"--dataset={data}", place),
         "fetch_scores.py": (f"--folder={tmp_path}",),
+        "register_score.py": (f"--dataset={data}", place),
         "plot_proxies.py": (f"--dataset={data}", place, "--modes=samis_loss"),
         "plot_images.py": (f"--dataset={data}", place, "--modes=samis_loss"),
     }

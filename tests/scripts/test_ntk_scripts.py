@@ -198,7 +198,7 @@ def test_old_files_without_settings_are_drawn(world, tmp_path):
         (("--lower_index", "56"), FLAG, ("--lower_index 56: a group of 5 examples", "ranks up to 55")),
         (("--lower_index", "5000"), FLAG, ("--lower_index 5000: a group of 5 examples",)),
         (("--ntk_chosen_metric=csl",), FILE, ("csl_.*no .*scores", "--scores_folder|(make|create) it")),
-        (("--ntk_chosen_metric=nonsense",), FLAG, ("--ntk_chosen_metric", "invalid choice")),
+        (("--ntk_chosen_metric=nonsense",), FLAG, ("--ntk_chosen_metric", "unknown score")),
         (("--subset=20",), FLAG, ("--lower_index 30: a group of 5 examples from this rank exceeds the 20 scored",)),
         (("--projection_dim=0",), FLAG, ("--projection_dim", "at least 1")),
     ],

@@ -99,6 +99,10 @@ WRONG = {
         "--dataset=nothing",
         "--modes nothing",
     ],
+    "register_score.py": [
+        "x.npy --dataset=digits --high=typical --mode=csl",
+        "x.npy --dataset=digits --high=typical --mode=my-score",
+    ],
     "compute_hessian_eigen.py": [
         "--operator=nothing",
         "--basis=nothing",
