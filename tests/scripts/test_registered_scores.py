@@ -153,7 +153,16 @@ def test_figures_take_the_name(world, registered, tmp_path):
     samis = Proxy("samis_loss", world.name, folder=world.base / "metrics").scores
     rank = [np.argsort(np.argsort(scores)) for scores in (samis, -VALUES)]
     assert table["samis_loss"]["my_score"]["spearman"] == pytest.approx(np.corrcoef(*rank)[0, 1])
-    for script in ("plot_images.py", "plot_proxies.py"):
+    evaluate = ("evaluate_scores.py", world.dataset, *both, f"--plots_folder={tmp_path}", "--resamples=20")
+    succeed(*evaluate, "--reference", "my_score")
+    rows = json.loads((tmp_path / "scores" / world.name / "against_my_score.json").read_text())["rows"]
+    samis_row = next(row for row in rows if row["score"] == "samis_loss")
+    assert samis_row["spearman"] == pytest.approx(table["samis_loss"]["my_score"]["spearman"])
+    succeed(*evaluate, "--reference", "samis_loss", "--modes", "my_score")
+    rows = json.loads((tmp_path / "scores" / world.name / "against_samis_loss.json").read_text())["rows"]
+    assert [(row["score"], row["cost"]) for row in rows] == [("my_score", 2.5)]
+    refuse(*evaluate, "--reference", "my_scores", status=FLAG, says="registered score")
+    for script in ("plot_images.py", "plot_proxies.py", "evaluate_scores.py"):
         refuse(script, *flags, "--modes", "my_scores", status=FLAG, says="did you mean my_score")
 
 
