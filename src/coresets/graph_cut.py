@@ -25,7 +25,7 @@ from src.lazy import torch
 
 _LAMBDA = 1.0
 _NOISE = 1e-12  # per candidate: gains are sums over all candidates, and closer gains are ties
-_ROWS = 1024  # rows of the dense matrix computed at once
+_ROWS = 256  # rows of the dense matrix computed at once, so that a block stays in cache while it is mirrored
 _DENSE_SHARE = 0.2  # fraction of candidates picked, below which single columns cost less than the matrix
 
 
@@ -75,12 +75,16 @@ class Similarities:
         return cosines[:, 0].add_(1.0).div_(2.0).cpu().numpy()
 
     def matrix(self) -> np.ndarray:
-        """All similarities, ``(n, n)``."""
+        """All similarities, ``(n, n)``. Only those on and above the diagonal are computed; the others are copies."""
         matrix = np.empty((len(self), len(self)))
         for first in range(0, len(self), _ROWS):
-            rows = slice(first, first + _ROWS)
-            block = inner_products(self.errors[rows], self.embeddings[rows], self.errors, self.embeddings)
-            matrix[rows] = block.add_(1.0).div_(2.0).cpu().numpy()
+            last = first + _ROWS
+            rows = slice(first, last)
+            block = inner_products(
+                self.errors[rows], self.embeddings[rows], self.errors[first:], self.embeddings[first:]
+            )
+            matrix[rows, first:] = block.add_(1.0).div_(2.0).cpu().numpy()
+            matrix[last:, rows] = matrix[rows, last:].T
         return matrix
 
 
@@ -105,7 +109,8 @@ def greedy_graph_cut(sums: np.ndarray, column: Callable[[int], np.ndarray], budg
     noise = _NOISE * len(sums)
     picks = np.empty(budget, dtype=np.int64)
     for step in range(budget):
-        position = picks[step] = (halves >= halves.max() - noise).argmax()  # numpy's argmax returns the first match
+        top = halves.argmax()  # ties can only be before it, as numpy's argmax returns the first match
+        position = picks[step] = (halves[: top + 1] >= halves[top] - noise).argmax()
         halves -= column(position)
         halves[position] = -np.inf
     return picks

@@ -34,7 +34,7 @@ _MANY_TIES = 0.01  # fraction of a selection; log a warning if ties decide more 
 def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highest: bool, what: str) -> Selection:
     """Keep the examples with the highest or lowest scores in each group.
 
-    Candidates are sorted by (score, position); the lowest scores are the head of that order, the highest its tail.
+    Candidates are ordered by (score, position); the lowest scores are the head of that order, the highest its tail.
 
     Args:
         scores: ``(n,)``, without NaN (infinite scores are allowed).
@@ -42,19 +42,17 @@ def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highes
         highest: Whether to keep the highest scores.
         what: Name of the score, for the warning about ties.
     """
-    group_of = np.full(len(scores), len(groups), dtype=np.int16 if len(groups) < 2**15 - 1 else np.int64)
-    for number, group in enumerate(groups):
-        group_of[group.positions] = number
-    order = np.argsort(scores, kind="stable")
-    order = order[np.argsort(group_of[order], kind="stable")]  # by group, then score, then position
-    picks, start, decided = [], 0, 0
+    picks, decided = [], 0
     for group in groups:
-        ranked = order[start : start + len(group.positions)]
-        start += len(ranked)
-        cut = len(ranked) - group.budget if highest else group.budget
-        picks.append(ranked[cut:] if highest else ranked[:cut])
-        if 0 < cut < len(ranked) and scores[ranked[cut - 1]] == scores[ranked[cut]]:
-            decided += int((scores[picks[-1]] == scores[ranked[cut]]).sum())
+        values = scores[group.positions]
+        last = len(values) - group.budget if highest else group.budget - 1
+        cutoff = np.partition(values, last)[last]  # the last score that is kept
+        inside = values > cutoff if highest else values < cutoff
+        tied = np.flatnonzero(values == cutoff)
+        room = group.budget - np.count_nonzero(inside)
+        inside[tied[len(tied) - room :] if highest else tied[:room]] = True
+        picks.append(group.positions[inside])
+        decided += room if room < len(tied) else 0
     chosen = sum(map(len, picks))
     if decided > _MANY_TIES * chosen:
         log.warning(

@@ -16,7 +16,7 @@ ORDERS = ("shuffled", "sequential", "fixed")
 
 # Bytes of float32 images prepared at once: on a GPU, enough to make kernel launch time negligible; on a CPU, few
 # enough to stay in cache. Intermediate results take up to twice as much in addition.
-PREPARED, PREPARED_ON_CPU = 64 * 2**20, 2 * 2**20
+PREPARED, PREPARED_ON_CPU = 64 * 2**20, 2**20
 
 
 class Content:
