@@ -65,8 +65,10 @@ def main() -> None:
     run.check_files(settings)
 
     scores = {field: np.full(len(context.labels), np.nan) for field in FIELDS}
+    costs: list[float | None] = []
     for pair in tqdm(pairs, unit="pair", disable=None):
-        indices, found = run.score(pair)
+        indices, found, cost = run.score(pair)
+        costs.append(cost)
         for field, values in found.items():
             scores[field][indices] = values
         if len(indices):
@@ -79,7 +81,8 @@ def main() -> None:
             tqdm.write(f"{where} ({len(indices)}): {', '.join(parts)}")
 
     digest = context.full_train.digest
-    written = save_seed(folders.metrics_folder, scores, settings, context.label_hash, digest)
+    total = None if None in costs else sum(costs)
+    written = save_seed(folders.metrics_folder, scores, settings, context.label_hash, digest, total)
     report(scores, memorization)
     print(*written, sep="\n")
     seeds, averaged = run.scored_seeds(settings), set()

@@ -174,12 +174,14 @@ def main() -> None:
         if iterations.last is None:  # evaluated in an earlier run
             iterations.measure(trainer)
         context = experiment.context
-        hashes = {"label_hash": context.label_hash, "data_hash": context.full_train.digest}
+        facts = {"label_hash": context.label_hash, "data_hash": context.full_train.digest}
+        cost = experiment.cost(trainer)
+        facts |= {} if cost is None else {"cost": cost}
         paths = iterations.last.write_scores(
             folders.metrics_folder,
             context.entry.name,
             total=experiment.train.total,
-            settings={**experiment.settings(), **hashes},
+            settings={**experiment.settings(), **facts},
         )
         print(*paths, sep="\n")
     print_next("plot_loo_iterations.py", ["pickles_folder"], name_exp=config.name_exp)

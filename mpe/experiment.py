@@ -230,6 +230,21 @@ class Experiment:
         )
         return trainer
 
+    def cost(self, trainer: Trainer) -> float | None:
+        """Cost of the base training and of predicting with variances once, in epoch-equivalents.
+
+        Variances need a forward pass and a backward pass per class. A Laplace posterior also needs its GGN: a forward
+        pass and a backward pass per class but one. A forward pass counts as 1/3, a backward pass as 2/3.
+
+        Returns:
+            The cost relative to one pass over the full training set; None if an older version trained some epochs.
+        """
+        classes = self.context.entry.num_classes
+        passes = (1 + 2 * classes) / 3
+        if not self.record.get("optim_var"):
+            passes += (1 + 2 * (classes - 1)) / 3
+        return None if trainer.cost is None else trainer.cost + passes * self.count / self.train.total
+
     def test_metrics(self, model: nn.Module | None = None) -> tuple[float, float]:
         """Compute the test accuracy and mean NLL of a model, by default ``self.model``."""
         batches = self.batches(self.context.test, max(self.config.bs, 1000))

@@ -396,7 +396,7 @@ class TrainingRun:
         )
         if dynamics is not None and context.group.is_main_process:
             remove_end_of_training_scores(folder)  # an earlier run's scores could be mistaken for this run's
-            dynamics.write(folder / DYNAMICS_FILE, context.labels, self.settings)
+            dynamics.write(folder / DYNAMICS_FILE, context.labels, self.settings, history)
             if self.final_scores:
                 write_end_of_training_scores(folder, model, self.batches(self.train), dynamics.arrays())
             log.debug("per-example dynamics and scores are in %s", folder)

@@ -401,7 +401,7 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
 # made, the number of scores (n), the size of the data set (total), and the sha256 of the pickle, which detects a
 # mismatched pair.
 
-_DERIVED = ("n", "total", "sha256", "raw_min", "raw_max")  # entries of a record that follow from the scores
+_DERIVED = ("n", "total", "sha256", "raw_min", "raw_max", "cost")  # entries of a record that follow from the scores
 
 
 def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]) -> list[Path]:

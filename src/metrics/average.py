@@ -121,6 +121,7 @@ class SeedScores:
         scored: bool ``(total,)``: which examples this seed scores; ``values`` is NaN for all others.
         facts: What must be identical across the seeds of an average: epoch, protocol, label hash, settings.
         source: The file that the scores were read from.
+        cost: The cost in epoch-equivalents; None if it is not recorded.
     """
 
     seed: int
@@ -128,6 +129,7 @@ class SeedScores:
     scored: np.ndarray
     facts: Mapping[str, Any]
     source: Path
+    cost: float | None = None
 
     @property
     def recorded(self) -> bool:
@@ -175,7 +177,7 @@ def read_pair_seed(
             facts = {"settings": {}}
         for score in scores:
             values = content["arr_0"] if score.seed_file else score.compute(*(content[name] for name in score.reads))
-            result[score.name] = SeedScores(seed, values, scored, _without_seed(facts), path)
+            result[score.name] = SeedScores(seed, values, scored, _without_seed(facts), path, content.get("cost"))
     return result
 
 
@@ -229,8 +231,25 @@ def read_run_seed(
                 raise FileError(f"{source}: is missing; finish training seed {seed} with --measure_proxies")
             _check_digest(source)
             values, scored = _end_scores(source, len(visited))
-        result[mode] = SeedScores(seed, values, scored, _without_seed({**facts, **score.settings(windows)}), source)
+        facts_of_score = _without_seed({**facts, **score.settings(windows)})
+        cost = _run_cost(score, run["costs"], windows, scored.mean())
+        result[mode] = SeedScores(seed, values, scored, facts_of_score, source, cost)
     return result
+
+
+def _run_cost(score: Score, costs: np.ndarray | None, windows: Windows, scored: float) -> float | None:
+    """Cost of one seed of a score in epoch-equivalents: the epochs that it needs, and its own passes.
+
+    Args:
+        score: The score.
+        costs: The cost of each epoch; None if unknown.
+        windows: ``el2n`` needs no epoch after the last one that it averages over.
+        scored: The scored fraction of the full training set.
+    """
+    if costs is None:
+        return None
+    epochs = windows.el2n_epochs[1] if "el2n_epochs" in score.options else None
+    return float(costs[:epochs].sum() + score.passes * scored)
 
 
 def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -322,6 +341,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
             raise FileError(
                 f"{seed.source}: the {mode} score of example {example} is not finite; train or score it again"
             )
+    costs = [seed.cost for seed in seeds]
     epochs = first.facts["epoch"] if score.share_of_epochs else 1
     raw = np.mean([seed.values / epochs for seed in seeds], axis=0)
     if score.missing is not None:
@@ -332,6 +352,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
         "seeds": [seed.seed for seed in seeds],
         **({"unrecorded_seeds": unrecorded} if unrecorded else {}),
         **first.facts,
+        **({} if None in costs else {"cost": sum(costs)}),
         "orientation": "high is atypical",
         "negated": score.negated,
         "scaling": "mean over seeds, divided by the epochs"

@@ -217,6 +217,7 @@ END_SCORES = (
         cost="SGD run + 1 pass",
         paper="SAMIS",
         compute=epsilon_flatness,
+        passes=1,
         seed_file="epsilon_flat_train.pkl",
     ),
     Score(
@@ -228,6 +229,7 @@ END_SCORES = (
         cost="SGD run + 2 passes",
         paper="Garg and Roy 2023",
         compute=input_curvature,
+        passes=2,
         seed_file="hessian_flat_train.pkl",
     ),
 )

@@ -92,7 +92,7 @@ def mean_loss(loss_sgd: np.ndarray, loss_sam: np.ndarray) -> np.ndarray:
     return (loss_sgd + loss_sam) / 2
 
 
-_of_pair = partial(Score, source="pair", folder="sam_sgd", cost="SGD run + SAM run")
+_of_pair = partial(Score, source="pair", folder="sam_sgd", cost="SGD run + SAM run", passes=2 / 3)
 
 PAIR_SCORES = (
     _of_pair(
@@ -311,7 +311,9 @@ class SamisRun:
             **training_settings(pairs),
         }
 
-    def load_pair(self, pair: Pair, held_out: np.ndarray | None) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    def load_pair(
+        self, pair: Pair, held_out: np.ndarray | None
+    ) -> tuple[nn.Module, nn.Module, dict[str, Any], float | None]:
         """Load both models and check that they are the requested ones and match the data.
 
         Args:
@@ -319,7 +321,8 @@ class SamisRun:
             held_out: The original indices of the pair's held-out split; None without a split.
 
         Returns:
-            The SGD-trained model, the SAM-trained model, and the state of the SGD checkpoint.
+            The SGD-trained model, the SAM-trained model, the state of the SGD checkpoint, and the cost of training
+            both in epoch-equivalents (None if an older version trained them).
 
         Raises:
             FileError: A checkpoint is damaged or belongs to other data, another run, or another epoch, or the two
@@ -347,13 +350,15 @@ class SamisRun:
         ignore = (*_MAY_DIFFER, *training.free_epochs(pair.lr_sched))
         if differing := diff_settings(first["settings"], second["settings"], ignore=ignore):
             log.warning("the two models differ in settings besides the optimizer: %s", ", ".join(differing))
-        return sgd, sam, first
+        costs = [state.get("cost") for state in (first, second)]
+        return sgd, sam, first, None if None in costs else sum(costs)
 
-    def score(self, pair: Pair) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def score(self, pair: Pair) -> tuple[np.ndarray, dict[str, np.ndarray], float | None]:
         """Score the examples of a pair: its held-out split, or the full training set.
 
         Returns:
-            The original indices ``(n,)`` of the examples, and ``FIELDS``, each ``(n,)``.
+            The original indices ``(n,)`` of the examples; ``FIELDS``, each ``(n,)``; and the cost of training both
+            models and scoring the examples, in epoch-equivalents, or None if unknown.
 
         Raises:
             FileError: A checkpoint is refused (see :meth:`load_pair`), or a model's losses are not finite.
@@ -371,9 +376,11 @@ class SamisRun:
             )
             members = np.isin(images.indices.cpu().numpy(), held_out)
             images = images.subset(torch.from_numpy(np.flatnonzero(members)))
-        sgd, sam, state = self.load_pair(pair, held_out)
+        sgd, sam, state, cost = self.load_pair(pair, held_out)
+        if cost is not None:
+            cost += STORED["samis_loss"].passes * len(images) / images.total
         if not len(images):
-            return np.empty(0, np.int64), {name: np.empty(0) for name in FIELDS}
+            return np.empty(0, np.int64), {name: np.empty(0) for name in FIELDS}, cost
         channels_last = MODELS[config.model].channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         models = [model.to(context.device, context.precision.dtype, memory_format=layout) for model in (sgd, sam)]
@@ -384,7 +391,7 @@ class SamisRun:
         for optimizer, path in (("sgd", pair.sgd), ("sam", pair.sam)):
             if not np.isfinite(fields[f"loss_{optimizer}"]).all():
                 raise FileError(f"{path}: its losses are not finite; train it again with a lower --learning_rate")
-        return indices, fields
+        return indices, fields, cost
 
     def check_files(self, settings: Mapping[str, Any]) -> None:
         """Refuse to replace scores that were made with different settings, unless ``config.overwrite`` is set.
@@ -483,6 +490,7 @@ def save_seed(
     settings: Mapping[str, Any],
     label_hash: str,
     data_hash: str | None = None,
+    cost: float | None = None,
 ) -> list[Path]:
     """Save the unnormalized SAMIS scores of one seed as the npz files that averaging reads.
 
@@ -494,6 +502,7 @@ def save_seed(
             settings are not averaged.
         label_hash: ``artifacts.label_hash`` of the labels of the full training set.
         data_hash: ``ImageSet.digest``, if known.
+        cost: The cost of all models and of scoring, in epoch-equivalents, if known.
 
     Returns:
         The paths of the files.
@@ -510,7 +519,7 @@ def save_seed(
             f"{paths['samis_loss'].parent}: not written, because a model's losses are not finite; "
             "train it with a lower --learning_rate"
         )
-    known = {} if data_hash is None else {"data_hash": data_hash}
+    known = {name: value for name, value in (("data_hash", data_hash), ("cost", cost)) if value is not None}
     return [
         write_npz(
             path,
@@ -535,9 +544,9 @@ def read_seed(path: str | Path) -> dict[str, Any]:
 
     Returns:
         ``arr_0``, ``loss_sgd``, and ``loss_sam`` as float64 ``(total,)``; the ``indices`` of the scored examples; the
-        dict ``settings``; and the plain values ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash``, and
-        ``score`` (``"loss"`` or ``"prob"``), the last two None if unknown. For a file of the papers' code, only
-        ``arr_0``, ``indices``, and ``settings``, which is None.
+        dict ``settings``; and the plain values ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash``,
+        ``score`` (``"loss"`` or ``"prob"``), and ``cost``, the last three None if unknown. For a file of the papers'
+        code, only ``arr_0``, ``indices``, and ``settings``, which is None.
 
     Raises:
         FileError: The file is missing, damaged, or incomplete, or a score is not finite.
@@ -564,6 +573,10 @@ def read_seed(path: str | Path) -> dict[str, Any]:
         content[name] = content[name].item()
     for name in ("data_hash", "score"):  # files of older versions lack them
         content[name] = str(content[name]) if name in content else None
+    if (cost := content.setdefault("cost", None)) is not None:
+        if cost.shape or cost.dtype.kind != "f" or not cost >= 0:
+            raise FileError(f"{path}: its cost is not a number; {_MAKE_AGAIN}")
+        content["cost"] = float(cost)
     return {**content, "settings": parse_settings(path, content["settings"])}
 
 

@@ -32,6 +32,7 @@ class Score:
             takes the model and batches, like ``flatness.epsilon_flatness``.
         reads: The names of the arrays that ``compute`` takes.
         options: The fields of ``dynamics.Windows`` that ``compute`` takes.
+        passes: Forward and backward passes over the training examples besides training; a forward pass alone is 1/3.
         fewest_epochs: The minimum number of recorded epochs.
         negated: Whether the stored score is the negative of the published quantity, so that high means atypical.
         share_of_epochs: Whether averaged files contain fractions of the number of epochs, like the published files.
@@ -52,6 +53,7 @@ class Score:
     compute: Callable[..., Any] | None = None
     reads: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    passes: float = 0.0
     fewest_epochs: int = 1
     negated: bool = False
     share_of_epochs: bool = False

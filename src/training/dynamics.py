@@ -1,7 +1,7 @@
 """Per-example training dynamics, recorded from the forward passes of training at no extra cost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,23 @@ class Dynamics:
         epochs = sorted(self.rows)
         return {name: np.stack([self.rows[epoch][i] for epoch in epochs]) for i, name in enumerate(QUANTITIES)}
 
-    def write(self, path: Path, labels: np.ndarray, settings: Mapping[str, Any]) -> Path:
-        """Write the arrays with the labels of the training set ``(total,)`` and the run's settings."""
+    def write(
+        self, path: Path, labels: np.ndarray, settings: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()
+    ) -> Path:
+        """Write the arrays with the labels of the training set ``(total,)`` and the run's settings.
+
+        Args:
+            path: The npz file.
+            labels: The labels.
+            settings: The run's settings.
+            history: The run's history, for the cost of each epoch.
+        """
+        costs = [record.get("cost") for record in history]
+        known = {} if None in costs or not costs else {"costs": np.array(costs)}
         return write_npz(
             path,
             **self.arrays(),
+            **known,
             labels=labels,
             label_hash=label_hash(labels),
             settings=json.dumps(dict(settings), sort_keys=True),
@@ -115,7 +127,8 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
     """Read recorded dynamics.
 
     Returns:
-        The arrays of ``QUANTITIES``, ``labels``, ``label_hash`` (str) and ``settings`` (dict).
+        The arrays of ``QUANTITIES``, ``labels``, ``label_hash`` (str), ``settings`` (dict) and ``costs``, the cost
+        of each epoch in epoch-equivalents, ``(epochs,)``, or None if unknown.
 
     Raises:
         FileError: The file is missing, damaged, or does not contain dynamics.
@@ -131,6 +144,9 @@ def read_dynamics(path: str | Path) -> dict[str, Any]:
         raise FileError(f"{path}: is damaged: its arrays differ in shape or are not numbers; train again")
     if len(shape) != 2 or not shape[0] or shape[1:] != arrays["labels"].shape:
         raise FileError(f"{path}: is damaged: it has no epochs of {len(arrays['labels'])} examples; train again")
+    costs = arrays.setdefault("costs", None)
+    if costs is not None and (costs.shape != shape[:1] or costs.dtype.kind != "f" or not (costs >= 0).all()):
+        raise FileError(f"{path}: is damaged: its costs are not one number per epoch; train again")
     arrays["label_hash"] = str(arrays["label_hash"])
     arrays["settings"] = parse_settings(path, arrays["settings"])
     return arrays

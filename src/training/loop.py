@@ -165,6 +165,11 @@ class Trainer:
         return sum(record.get("steps", len(self.train_batches)) for record in self.history)
 
     @property
+    def cost(self) -> float | None:
+        """Cost of the finished epochs in epoch-equivalents; None if an older version trained some of them."""
+        return training_cost(self.history)
+
+    @property
     def depends_on_epochs(self) -> bool:
         """Whether a different number of epochs would have changed the epochs already trained."""
         return SCHEDULES[self.config.lr_sched].depends_on_epochs or (
@@ -186,6 +191,9 @@ class Trainer:
     def train_epoch(self, epoch: int) -> None:
         """Train one epoch, evaluate the model on the test set, and append a record to the history.
 
+        The record's ``cost`` is in epoch-equivalents: the number of forward and backward passes, relative to one pass
+        over the full original training set. SAM takes two passes per step.
+
         The record's training loss and accuracy are from each step's first pass, before the step.
 
         Raises:
@@ -198,7 +206,7 @@ class Trainer:
             parameters["lr"] = learning_rate
         positions, weights = (None, self.weights) if self.plan is None else self.plan.choose(epoch, self._fits)
         count = len(batches.images) if positions is None else len(positions)
-        taken, bar = self.steps, self._bar
+        taken, bar, passes_per_step = self.steps, self._bar, 0
         bar.set_description(f"epoch {epoch}/{config.epochs}")
         bar.total = taken + batches.steps(count) + len(batches) * (config.epochs - epoch)  # fewer, if pruned
         steps, by_size = batches.steps(count), self.plan is not None and self.plan.divide_by_size
@@ -232,6 +240,7 @@ class Trainer:
                                 kept.append((*batch[1:], losses.detach(), logits.detach()))
                         # A process without examples in this batch still joins the all-reduce, with zero gradients.
                         self._sum_gradients()
+                        passes_per_step = number + 1
                 optimizer.step()
                 # Statistics are computed for many steps at once, except for the first step.
                 full = bool(kept) and len(kept) * kept[0][-1].numel() >= _KEPT
@@ -272,6 +281,7 @@ class Trainer:
             "train_accuracy": float(sums[2]) / count,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
+            "cost": passes_per_step * count / batches.images.total,
             "train_seconds": trained - started,
             "seconds": time.perf_counter() - started,
         }
@@ -372,6 +382,12 @@ def _compiled(model: nn.Module, mode: bool | str) -> Callable[[torch.Tensor], to
     """
     forward = torch.compile(model, mode=None if mode is True else mode)
     return lambda images: forward(images.clone())
+
+
+def training_cost(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Cost of a history's epochs in epoch-equivalents (see ``Trainer.train_epoch``); None if it is not recorded."""
+    costs = [record.get("cost") for record in history]
+    return None if None in costs else float(sum(costs))
 
 
 def check_history(history: Any) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ from src.errors import ArgumentError, FileError
 from src.models import build_model
 from src.models.base import load_weights
 from src.optimizers import SCHEDULES
-from src.training.loop import Trainer, check_history
+from src.training.loop import Trainer, check_history, training_cost
 
 log = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ class _Run:
             log.info("continuing after epoch %d of %d", epoch, trainer.config.epochs)
             if trainer.group.is_main_process:
                 if "weights" not in state:
-                    self._write_weights(epoch, state["model"])
+                    self._write_weights(epoch, state["model"], trainer.history)
                 self._publish(trainer.history)
             return True
         level = logging.WARNING if files.states() else logging.DEBUG
@@ -377,14 +377,15 @@ class _Run:
         files = self.files
         if row is not None:
             write_npz(files.row(epoch), row=row, epoch=epoch)
-        self._write_weights(epoch, state.pop("model"))
+        self._write_weights(epoch, state.pop("model"), state["history"])
         facts = {"format": _STATE_FORMAT, "epoch": epoch, "settings": self.settings}
         write_checkpoint(files.state(epoch), {**facts, "weights": file_digest(files.weights(epoch)), **state})
         self._publish(state["history"])
 
-    def _write_weights(self, epoch: int, weights: Mapping[str, Any]) -> None:
+    def _write_weights(self, epoch: int, weights: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
         """Write the file shared by an epoch's checkpoints and resume state."""
         state = {**self.description, "model_state": weights, "epoch": epoch, "settings": self.settings}
+        state["cost"] = training_cost(history[:epoch])
         write_checkpoint(self.files.weights(epoch), state)
 
     def _publish(self, history: list[dict[str, Any]]) -> None:
