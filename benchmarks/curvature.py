@@ -74,7 +74,7 @@ def deflate(vector: Tensor, known: list[Tensor]) -> Tensor:
 
 
 def plain(matrix: CurvatureOperator, top: int, steps: int) -> Found:
-    """The authors' way: power iteration with deflation for each eigenvalue, and a Lanczos run for the density."""
+    """The papers' code: power iteration with deflation for each eigenvalue, and a Lanczos run for the density."""
     vectors, values, residuals = [], [], []
     for number in range(top):
         vector = rademacher(matrix.size, 1, number, "power iteration")
@@ -144,7 +144,7 @@ def spectrum_rows(quick: bool) -> list[Row]:
     """Benchmark eigenvalues and density.
 
     Raises:
-        RuntimeError: Two ways differ, or a residual is too large.
+        RuntimeError: Two implementations differ, or a residual is too large.
     """
     train, _ = load_dataset("digits", "data")
     net = network("lenet", train, 1 if quick else 8)
@@ -182,12 +182,18 @@ def spectrum_rows(quick: bool) -> list[Row]:
     matrix.products = matrices["strongest"].products = 0
     alone = ours(matrix, top, 1)  # one step for the density
     scipy_alone = by_scipy(matrices["strongest"], top, 0)
-    what = f"top {top} and density, lenet on {len(examples)} digits"
+    what = f"top {top} eigenvalues and density, lenet on {len(examples)} digits"
     return [
-        Row(f"{what}: allowed", None, MOST, c.products, "products", 1.0),
-        Row(f"{what}: products", a.products, b.products, c.products, "products"),
+        Row(f"{what}: products allowed / used", None, MOST, c.products, "products", 1.0),
+        Row(f"{what}: Hessian-vector products", a.products, b.products, c.products, "products"),
         Row(f"{what}: time", a.seconds, b.seconds, c.seconds, "s", 1.2),
-        Row(f"top {top} alone", a.products - steps, scipy_alone.products, alone.products, "products"),
+        Row(
+            f"top {top} eigenvalues alone, lenet on {len(examples)} digits",
+            a.products - steps,
+            scipy_alone.products,
+            alone.products,
+            "products",
+        ),
         trace_row(matrix, check, probes=4 if quick else 20),
     ]
 
@@ -199,7 +205,7 @@ def trace_row(matrix: CurvatureOperator, process: Lanczos, probes: int) -> Row:
     for _ in range(probes):
         add_probe(estimate, matrix, 0, (known.values, vectors))
     errors = [mean_and_error(samples)[1] for samples in (estimate.samples, estimate.deflated)]
-    title = "trace to the same standard error: Hutchinson / ours, deflated by the Lanczos run"
+    title = "trace at equal standard error: Hutchinson / deflated with Lanczos vectors"
     return Row(title, None, probes * (errors[0] / errors[1]) ** 2, probes, "probes")
 
 
@@ -225,7 +231,9 @@ def product_rows(quick: bool) -> list[Row]:
             theirs, own = 1e3 * times["curvlinops"], 1e3 * times["ours"]
             twice = 1e3 * times["gradient of gradient"] if kind is Hessian else None
             strongest = theirs if twice is None else min(theirs, twice)
-            rows.append(Row(f"{kind.name} product, {name}, {len(images)} examples", twice, strongest, own, "ms", 1.0))
+            rows.append(
+                Row(f"{kind.name}-vector product, {name}, {len(images)} examples", twice, strongest, own, "ms", 1.0)
+            )
     return rows
 
 
@@ -298,12 +306,12 @@ def lanczos(quick: bool = False) -> list[Row]:
     if any(not np.allclose(run[2], spent["plain"][0][2], rtol=1e-3) for runs in spent.values() for run in runs):
         raise RuntimeError(f"eigenvalues differ: {spent}")
     rest, products = ({name: min(run[k] for run in runs) for name, runs in spent.items()} for k in (0, 1))
-    what = f"{steps} Lanczos steps of large_mlp without products"
+    what = f"{steps} Lanczos steps, large_mlp, excluding products"
     return [
-        Row(f"{what}: a matrix of vectors, twice / ours", None, rest["plain"], rest["full"], "s"),
-        Row(f"{what}: the same / ours in half precision", None, rest["plain"], rest["half"], "s"),
+        Row(f"{what}: vectors orthogonalized twice / ours", None, rest["plain"], rest["full"], "s"),
+        Row(f"{what}: vectors orthogonalized twice / ours in half precision", None, rest["plain"], rest["half"], "s"),
         Row(
-            f"{steps} Lanczos steps of large_mlp: products / the rest of ours",
+            f"{steps} Lanczos steps, large_mlp: products / everything else",
             None,
             products["full"],
             rest["full"],
@@ -342,7 +350,7 @@ def kernel_by_layers(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def psi_by_loop(model: nn.Module, images: Tensor) -> Tensor:
-    """The authors' way: Psi by one backward pass per example and class, and ``Psi Psi^T``."""
+    """The papers' code: Psi by one backward pass per example and class, and ``Psi Psi^T``."""
     parameters, rows = list(model.parameters()), []
     for image in images.split(1):
         for logit in model(image)[0]:
@@ -408,7 +416,7 @@ def ntk(quick: bool = False) -> list[Row]:
     with a linear and a quadratic term.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     rows = []
     for name, (channels, size, classes, examples, target) in (QUICK if quick else CASES).items():
@@ -436,10 +444,10 @@ def ntk(quick: bool = False) -> list[Row]:
     )
     numbers = sum(p.numel() for p in model.parameters())
     psi = examples * classes * numbers * 4 / 2**20
-    rows.append(Row("memory of that kernel of resnet18, against Psi's", None, psi, max(grown, 0.1), "MiB", 4.0))
+    rows.append(Row("tangent kernel, resnet18: size of Psi / peak memory", None, psi, max(grown, 0.1), "MiB", 4.0))
     seconds = extrapolated(in_fresh_process(few_examples))
     rows.append(
-        Row(f"tangent kernel, resnet18, 100 classes, {MANY} examples, extrapolated", None, None, seconds, "s")
+        Row(f"tangent kernel, resnet18, 100 classes, {MANY} examples (extrapolated)", None, None, seconds, "s")
     )
     return rows
 

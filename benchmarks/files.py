@@ -105,10 +105,10 @@ def memory(quick: bool = False) -> list[Row]:
         paths = [write_images(Path(folder), n) for n in (128, count)]
         extra = {way: measured(way, paths) for way in (fast_run, our_run)}
     least = (count - 128) * 3 * 32**2 / 2**20
-    name, unit = f"memory of {count:,} CIFAR-sized images", "MiB at the peak"
+    name, unit = f"memory of {count:,} CIFAR-sized images", "MiB (peak)"
     return [
-        Row(f"{name}: padded uint8 copy", None, extra[fast_run], extra[our_run], unit, 0.9),
-        Row(f"{name}: their bytes", None, least, extra[our_run], unit, 0.8),
+        Row(f"{name}: padded uint8 copy / ours", None, extra[fast_run], extra[our_run], unit, 0.9),
+        Row(f"{name}: uint8 pixels / ours", None, least, extra[our_run], unit, 0.8),
     ]
 
 
@@ -124,7 +124,7 @@ def written(work: Callable[[], object]) -> int:
 
 
 def save_in_loop(trainer: Trainer, folder: Path) -> None:
-    """The authors' way: ``torch.save`` of the resume state, the epoch's checkpoint and the best one, in the loop."""
+    """The papers' code: ``torch.save`` of the resume state, the epoch's checkpoint and the best one, in the loop."""
     for epoch in trainer.epochs():
         trainer.train_epoch(epoch)
         model = {"model_state": trainer.model.state_dict()}
@@ -179,7 +179,7 @@ def checkpoints(quick: bool = False) -> list[Row]:
         waits = total - sum(record["seconds"] for record in trainer.history)
         measured[way].append((size / 1e6 / epochs, waits / epochs, total / epochs))
     best = [np.min(measured[way], axis=0) for way in ways]
-    names = ("written", "waiting for files", "in all")
+    names = ("data written", "time waiting for files", "total time")
     units = ("MB per epoch", "s per epoch (wall)", "s per epoch (wall)")
     return [
         Row(f"checkpoints, {name}: {what}", *values, unit)
@@ -220,7 +220,7 @@ def start(quick: bool = False) -> list[Row]:
         ways = [partial(run_python, "-c", "import torch"), *(partial(run_python, *line) for line in lines.values())]
         plain, *ours = in_turn(ways, 1 if quick else 5, children_seconds)
     return [
-        Row(f"{script}, 50 digits, one epoch: import torch", None, plain, own, "s", 0.65)
+        Row(f"{script} on 50 digits, one epoch: import torch / ours", None, plain, own, "s", 0.65)
         for script, own in zip(lines, ours, strict=True)
     ]
 
@@ -276,9 +276,9 @@ def photos(quick: bool = False) -> list[Row]:
         log.disabled = False
     scale, unit = 1_000 / len(files), "s per 1,000 photos of 1600x1200"
     return [
-        Row("a first start with photos", *(scale * t for t in times), unit),
-        Row(f"the same, {os.cpu_count()} cores", *(scale * t for t in walls), f"{unit} (wall)"),
-        Row("a later start", scale * times[0], *(scale * t for t in later), unit),
+        Row("loading photos, empty cache", *(scale * t for t in times), unit),
+        Row(f"loading photos, empty cache, {os.cpu_count()} cores", *(scale * t for t in walls), f"{unit} (wall)"),
+        Row("loading photos, filled cache", scale * times[0], *(scale * t for t in later), unit),
     ]
 
 
@@ -322,7 +322,7 @@ def figures(quick: bool = False) -> list[Row]:
 
         with tempfile.TemporaryDirectory() as folder:
             times = in_turn([partial(plain, folder), partial(own, folder)], 1 if quick else 5)
-        rows.append(Row(f"a figure of 15 images of {size}x{size}, PNG and PDF: 15 axes", None, *times, "s"))
+        rows.append(Row(f"figure of 15 images of {size}x{size}, PNG and PDF: 15 subplots / ours", None, *times, "s"))
     return rows
 
 
@@ -347,7 +347,7 @@ def grid(quick: bool = False) -> list[Row]:
                 table.write()
                 times[every] = min(times[every], time.process_time() - start)
     logging.root.setLevel(warned)
-    return [Row(f"a grid of {len(table.runs)} runs: figure after each", None, *times.values(), "s")]
+    return [Row(f"grid of {len(table.runs)} runs: figure after every run / ours", None, *times.values(), "s")]
 
 
 BENCHMARKS = {

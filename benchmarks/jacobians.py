@@ -75,7 +75,7 @@ def jacobians_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def all_pairs(model: nn.Module, images: Tensor, posterior: Posterior) -> Tensor:
-    """The authors' way: the batch's Jacobian, its contraction to all pairs of classes, and the diagonal of that."""
+    """The papers' code: the batch's Jacobian, its contraction to all pairs of classes, and the diagonal of that."""
     found = 0.0
     for name, jacobian in jacobians_of(model, images).items():
         jacobian = jacobian.flatten(2)
@@ -129,7 +129,7 @@ def our_kronecker_variances(model: nn.Module, images: Tensor) -> Tensor:
 def compare(name: str, ours: Tensor, *others: Tensor) -> None:
     """Raise RuntimeError if the variances differ by more than rounding in single precision."""
     if not all(torch.allclose(other.double(), ours, rtol=1e-3) for other in others):
-        raise RuntimeError(f"{name}: two ways disagree")
+        raise RuntimeError(f"{name}: two implementations disagree")
 
 
 def timed(name: str, target: float, counts: Sequence[int], ways: Sequence[Callable], repeats: int) -> Row:
@@ -155,7 +155,7 @@ def variances(quick: bool = False) -> list[Row]:
     variances are compared. Memory is not measured in quick mode.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)  # freed memory is kept, for all ways
     rows = []
@@ -172,7 +172,7 @@ def variances(quick: bool = False) -> list[Row]:
             lambda model=model, some=some, posterior=posterior: diagonal_only(model, some, posterior),
             lambda model=model, many=many, posterior=posterior: our_variances(model, many, posterior),
         ]
-        title = f"variances of the logits, diagonal posterior, {name}"
+        title = f"logit variances, diagonal posterior, {name}"
         rows.append(timed(title, case.target, counts, ways, repeats))
         if case.kronecker is None:
             continue
@@ -187,7 +187,7 @@ def variances(quick: bool = False) -> list[Row]:
             lambda other=other, few=few, batch=batch: laplace_variances(other, few, batch, CHUNK),
             lambda model=model, many=many: our_kronecker_variances(model, many),
         ]
-        title = f"fit and variances, Kronecker posterior, {name}"
+        title = f"KFAC fit and logit variances, {name}"
         rows.append(timed(title, case.kronecker, (len(few), len(few), len(many)), ways, 1))
     if quick:
         return rows
@@ -196,7 +196,7 @@ def variances(quick: bool = False) -> list[Row]:
         in_fresh_process(peak_of, way, "lenet", case, case.batch) - in_fresh_process(peak_of, way, "lenet", case, 1)
         for way in (all_pairs, diagonal_only, our_variances)
     ]
-    rows.append(Row(f"memory of variances, lenet, {case.batch} images", *(max(g, 0.1) for g in grown), "MiB"))
+    rows.append(Row(f"memory of logit variances, lenet, {case.batch} images", *(max(g, 0.1) for g in grown), "MiB"))
     return rows
 
 
@@ -267,10 +267,10 @@ def flatness(quick: bool = False) -> list[Row]:
     """Input curvature and epsilon-flatness of 1,000 images, lenet.
 
     The column of the authors has the definition applied to one example at a time. Strongest alternatives: input
-    gradients of whole batches, at the limit, and ``vmap(grad)`` in chunks of 8.
+    gradients of whole batches, where a ratio of 1 is the best possible, and ``vmap(grad)`` in chunks of 8.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     count, repeats = (20, 1) if quick else (1_000, 2)
     draw = torch.Generator().manual_seed(0)
@@ -292,7 +292,7 @@ def flatness(quick: bool = False) -> list[Row]:
         )
         times = in_turn(ways, repeats)
         if not all(np.allclose(found["ours"], other, rtol=1e-3) for other in found.values()):
-            raise RuntimeError(f"{name}: two ways disagree")
+            raise RuntimeError(f"{name}: two implementations disagree")
         rows.append(Row(name, *(1_000 / count * t for t in times), "s per 1,000 images", target))
     return rows
 

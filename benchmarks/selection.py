@@ -65,10 +65,11 @@ def last_layer(quick: bool = False) -> list[Row]:
     """Norms and inner products of last-layer gradients.
 
     1,000 examples, 100 classes, embeddings of 512 numbers: a gradient has 51,300. Authors: all gradients are built
-    (205 MB). Strongest alternative: one line from their factors, as ours, so these rows are at the limit.
+    (205 MB). Strongest alternative: one line from their factors, as in this project, so a ratio of 1 is
+    the best possible.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     count, classes, size, repeats = (20, 5, 8, 1) if quick else (1_000, 100, 512, 5)
     draw = torch.Generator().manual_seed(0)
@@ -87,13 +88,13 @@ def last_layer(quick: bool = False) -> list[Row]:
         for other in (found["authors"], found["strongest"]):
             expected = other.to(found["ours"])
             if not torch.allclose(found["ours"], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-                raise RuntimeError(f"{name}: two ways disagree")
+                raise RuntimeError(f"{name}: two implementations disagree")
         rows.append(Row(f"last-layer gradients: {name}", *(1e3 * t for t in times), "ms per 1,000 examples", target))
     return rows
 
 
 def each_class_sorted(scores: np.ndarray, labels: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    """The authors' way: the highest scores of each class, found by its label and sorted alone."""
+    """The papers' code: the highest scores of each class, found by its label and sorted alone."""
     kept = []
     for label, budget in enumerate(budgets):
         members = np.flatnonzero(labels == label)
@@ -114,7 +115,7 @@ def ranked(quick: bool = False) -> list[Row]:
     Authors: each class alone. Strongest alternative: the faster of that and one sort by class and score.
 
     Raises:
-        RuntimeError: Two ways choose differently.
+        RuntimeError: Two implementations select different examples.
     """
     count, classes, repeats = (500, 10, 1) if quick else (50_000, 100, 20)
     generator = np.random.default_rng(0)
@@ -129,8 +130,8 @@ def ranked(quick: bool = False) -> list[Row]:
     )
     authors, once, ours = (1e3 * taken for taken in in_turn(ways, repeats))
     if not all(np.array_equal(choice, found["ours"]) for choice in found.values()):
-        raise RuntimeError("choice by rank: two ways choose differently")
-    return [Row(f"choice by rank, {count} scores, {classes} classes", authors, min(authors, once), ours, "ms")]
+        raise RuntimeError("selection by rank: two implementations select different examples")
+    return [Row(f"selection by rank, {count:,} scores, {classes} classes", authors, min(authors, once), ours, "ms")]
 
 
 def random_class(count: int, classes: int, size: int) -> LastLayer:
@@ -142,7 +143,7 @@ def random_class(count: int, classes: int, size: int) -> LastLayer:
 
 
 def naive_greedy(similarities: np.ndarray, budget: int) -> np.ndarray:
-    """The authors' way: all gains at each pick, as sums over the rows of the picks."""
+    """The papers' code: all gains at each pick, as sums over the rows of the picks."""
     sums = similarities.sum(axis=0)
     taken = np.zeros(len(sums), dtype=bool)
     picks: list[int] = []
@@ -171,7 +172,7 @@ def timed(way: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarra
 
 
 def graph_cut(quick: bool = False) -> list[Row]:
-    """Graph cut's greedy choice of 30 % of 5,000 examples of one group, embeddings of 512 numbers.
+    """Graph cut: greedily select 30 % of one group of 5,000 examples, with embeddings of 512 numbers.
 
     Rows with a target time only the greedy picks, starting from the same dense similarities. Authors: gains summed
     again at each pick, run once without a warm-up. Strongest alternative: gains updated incrementally in five lines
@@ -203,10 +204,10 @@ def graph_cut(quick: bool = False) -> list[Row]:
         whole, by_matrix = timed(lambda network=network: graph_cut_picks(network, budget, MEMORY), 1)
         factored, by_columns = timed(lambda network=network: graph_cut_picks(network, budget, 0), 1)
         if not all(np.array_equal(picks, expected) for picks in (*found.values(), by_matrix, by_columns)):
-            raise RuntimeError(f"graph cut, {classes} classes: two ways pick differently")
-        what = f"graph cut, {count} x 30 %, {classes} classes"
-        rows.append(Row(f"{what}: picks", authors, *times, "s", 0.8))
-        rows.append(Row(f"{what}: ours, columns / dense, whole", None, factored, whole, "s"))
+            raise RuntimeError(f"graph cut, {classes} classes: two implementations pick different examples")
+        what = f"graph cut, 30 % of {count:,}, {classes} classes"
+        rows.append(Row(f"{what}: greedy picks", authors, *times, "s", 0.8))
+        rows.append(Row(f"{what}: whole selection, column by column / dense matrix", None, factored, whole, "s"))
     return rows
 
 
@@ -216,7 +217,7 @@ RIDGE = 1.0
 
 @dataclass(frozen=True)
 class GradMatchCase:
-    """A class of ``count`` examples, the picks, whether the authors' way is timed too, and the repeats."""
+    """A class of ``count`` examples, the picks, whether the papers' code is timed too, and the repeats."""
 
     classes: int
     count: int
@@ -293,7 +294,7 @@ def gradmatch_row(case: GradMatchCase) -> Row:
         ways.insert(0, lambda: found.update(authors=plain_pursuit(*data, case.picks)))
     *others, strongest, ours = in_turn(ways, case.repeats)
     if case.authors and found["ours"][0].tolist() != found["authors"][0].tolist():
-        raise RuntimeError(f"{name}: two ways pick different examples")
+        raise RuntimeError(f"{name}: two implementations pick different examples")
     reached = {way: objective(*data, *choice) for way, choice in found.items()}
     if reached["ours"] > 1.01 * reached["strongest"]:
         raise RuntimeError(f"{name}: ours is worse: {reached}")
@@ -309,7 +310,7 @@ def gradmatch(quick: bool = False) -> list[Row]:
     alternative: scikit-learn's ``orthogonal_mp_gram``, which allows negative weights; this project's does not.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     if not quick:
         return [gradmatch_row(case) for case in GRADMATCH]
@@ -412,12 +413,12 @@ def craig_rows(name: str, network: LastLayer, repeats: int) -> list[Row]:
         raise RuntimeError(f"{name}: objectives {values}, weights {[weights.sum() for _, weights in chosen]}")
     far = [float(matrix[:, picks].min(axis=1).mean()) for picks, _ in chosen]
     return [
-        Row(f"{name}: picks", None, *picking, "s", 1.0),
-        Row(f"{name}: whole", None, *whole, "s", 1.0),
-        Row(f"{name}: ours, objective, large / exact", None, values[2], values[1], "sum of similarities", 0.99),
-        Row(f"{name}: ours, objective, pressed / exact", None, values[3], values[1], "sum of similarities", 0.99),
-        Row(f"{name}: ours, distance to picks, exact / large", None, far[1], far[2], "mean distance"),
-        Row(f"{name}: ours, distance to picks, exact / pressed", None, far[1], far[3], "mean distance"),
+        Row(f"{name}: greedy picks", None, *picking, "s", 1.0),
+        Row(f"{name}: whole selection", None, *whole, "s", 1.0),
+        Row(f"{name}: objective, sampled / exact", None, values[2], values[1], "sum of similarities", 0.99),
+        Row(f"{name}: objective, sparsely sampled / exact", None, values[3], values[1], "sum of similarities", 0.99),
+        Row(f"{name}: distance to picks, exact / sampled", None, far[1], far[2], "mean distance"),
+        Row(f"{name}: distance to picks, exact / sparsely sampled", None, far[1], far[3], "mean distance"),
     ]
 
 
@@ -437,15 +438,16 @@ def _large(count: int, budget: int, classes: int, size: int) -> dict[str, float]
 
 
 def craig(quick: bool = False) -> list[Row]:
-    """CRAIG's choice of a tenth of 5,000 examples of one class, embeddings of 512 numbers.
+    """CRAIG: select a tenth of 5,000 examples of one class, with embeddings of 512 numbers.
 
-    Random and clustered examples; the lazy greedy works harder on clusters. The only sensible alternative is the
-    textbook lazy greedy, which the authors' code has too: a dense matrix of similarities, here from the gradients'
-    factors, gains in a heap, one column evaluated at a time. "picks" starts from the matrices, "whole" from errors
-    and embeddings and ends with the weights. Both must reach the same objective. Other rows compare our way for large
-    groups with our exact one: where the matrix just does not fit, and pressed, with a smaller sample and one pair in
-    300 kept. Of objectives larger is better, so the large way comes first. The last row is the memory of a matrix and
-    of our way for large groups.
+    Random and clustered examples; lazy greedy evaluates more gains on clusters. The only sensible alternative is the
+    textbook lazy greedy, as in the papers' code: a dense matrix of similarities, here from the gradients'
+    factors, with gains in a heap and one column evaluated at a time. "greedy picks" starts from the matrices; "whole
+    selection" starts from errors and embeddings and ends with the weights. Both must reach the same objective. Other
+    rows compare this project's sampled algorithm for large groups with its exact one: "sampled" when the matrix just
+    exceeds the memory limit, and "sparsely sampled" with a smaller sample and one pair in 300 kept. Larger objectives
+    are better, so there the sampled algorithm comes first. The last row compares the size of a full matrix with the
+    peak memory of the sampled algorithm.
 
     Raises:
         RuntimeError: A selection is worse than the textbook's.
@@ -454,16 +456,16 @@ def craig(quick: bool = False) -> list[Row]:
     rows = []
     for classes in (10, 100):
         for kind, layer in (("random", random_class), ("clustered", clustered_class)):
-            name = f"craig, {count} x 10 %, {classes} classes, {kind}"
+            name = f"CRAIG, 10 % of {count:,} {kind} examples, {classes} classes"
             rows += craig_rows(name, layer(count, classes, size), repeats)
     found = _large(many, many // 10, 10, size) if quick else large(many, size=size)
     rows.append(
         Row(
-            f"craig, {many} at once: float64 matrix / all of ours",
+            f"CRAIG, {many:,} examples in one group: float64 matrix / peak memory",
             None,
             many**2 / 2**17,
             found["peak"],
-            "MiB at the peak",
+            "MiB (peak)",
         )
     )
     return rows
@@ -499,13 +501,14 @@ def farthest_by_products(embeddings: Tensor, budget: int) -> np.ndarray:
 
 
 def k_center(quick: bool = False) -> list[Row]:
-    """k-center's choice of 10 and 30 % of 5,000 examples, embeddings of 512 numbers.
+    """k-center: select 10 and 30 % of 5,000 examples, with embeddings of 512 numbers.
 
     The authors' code lacks the method. Strongest alternative: running minima of float32 distances by matrix-vector
-    products, whose picks may differ in near ties. Ours must pick as exact distances in float64 do.
+    products, whose picks may differ in near ties. This project must pick the same examples as exact
+    distances in float64.
 
     Raises:
-        RuntimeError: Ours picks differently from the exact way.
+        RuntimeError: The picks differ from those of exact distances.
     """
     count, size, repeats = (300, 16, 1) if quick else (5_000, 512, 2)
     rows = []
@@ -520,8 +523,8 @@ def k_center(quick: bool = False) -> list[Row]:
             )
             times = in_turn(ways, repeats)
             if not np.array_equal(picks["ours"], farthest_by_differences(embeddings, budget)):
-                raise RuntimeError(f"k-center, {kind}: ours picks differently from exact distances")
-            rows.append(Row(f"k-center, {count} x {percent} %, {kind}", None, *times, "s", 1.0))
+                raise RuntimeError(f"k-center, {kind}: picks differ from those of exact distances")
+            rows.append(Row(f"k-center, {percent} % of {count:,} {kind} examples", None, *times, "s", 1.0))
     return rows
 
 

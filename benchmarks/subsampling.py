@@ -68,10 +68,10 @@ def subsample(quick: bool = False) -> list[Row]:
             start = time.process_time()
             found[way] = method.select(inputs, groups, options)
             times[way] = time.process_time() - start
-        rows.append(Row(f"{name}, {count} x 30 %: ours, exact / subsampled", None, *times.values(), "s"))
+        rows.append(Row(f"{name}, 30 % of {count:,}: exact / subsampled", None, *times.values(), "s"))
         exact, near, chance = (reached(name, network, choice) for choice in (*found.values(), at_random))
-        rows.append(Row(f"{name}: value of exact / subsampled", None, exact, near, "objective"))
-        rows.append(Row(f"{name}: value of exact / random", None, exact, chance, "objective"))
+        rows.append(Row(f"{name}: objective, exact / subsampled", None, exact, near, "objective"))
+        rows.append(Row(f"{name}: objective, exact / random", None, exact, chance, "objective"))
     return rows
 
 

@@ -47,14 +47,14 @@ def prepared_images(quick: bool) -> Row:
 
     for theirs, alternative, own in zip(loader, fast(), batches, strict=True):
         if not (torch.equal(theirs[0], own.images) and torch.equal(alternative[0], own.images)):
-            raise RuntimeError("two ways prepare an image differently")
+            raise RuntimeError("two implementations prepare an image differently")
     ways = (
         lambda: [batch[0].shape for batch in loader],
         lambda: [batch[0].shape for batch in fast()],
         lambda: [batch.images.shape for batch in batches],
     )
     times = [1e6 / count * taken for taken in in_turn(ways, repeats)]
-    return Row("images prepared, MNIST", *times, "us per image", 0.9)
+    return Row("preparing MNIST images, bit-identical", *times, "us per image", 0.9)
 
 
 def batches(quick: bool = False) -> list[Row]:
@@ -63,11 +63,11 @@ def batches(quick: bool = False) -> list[Row]:
     CIFAR-sized random images in batches of 128, random crop with padding 4, horizontal flip, normalized; and
     MNIST-sized ones in batches of 256, in order and only normalized, where all ways must give the same bits.
     Authors: a DataLoader over PIL transforms. Strongest alternative: an airbench-like loader. No large
-    speedup over it is possible; this project also draws random numbers per example and epoch, so that results do not
+    speedup over it is possible: this project also draws random numbers per example and epoch, so that results do not
     depend on workers or interruptions.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     count, repeats = (256, 1) if quick else (5_000, 3)
     images = random_images("cifar10", count)
@@ -88,7 +88,7 @@ def batches(quick: bool = False) -> list[Row]:
         lambda: [batch.images.shape for batch in batches.epoch(1)],
     )
     times = [50_000 / count * taken for taken in in_turn(ways, repeats)]
-    return [Row("epoch of batches, crop and flip", *times, "s per 50,000 images", 0.9), prepared_images(quick)]
+    return [Row("batches with crop and flip", *times, "s per 50,000 images", 0.9), prepared_images(quick)]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ SCORING = (
 
 
 def one_by_one(sgd: nn.Module, sam: nn.Module, loader: torch.utils.data.DataLoader) -> np.ndarray:
-    """The authors' way: SAMIS-L and SAMIS-P ``(n, 2)`` from batches of one."""
+    """The papers' code: SAMIS-L and SAMIS-P ``(n, 2)`` from batches of one."""
     sgd.eval()
     sam.eval()
     scores = []
@@ -140,7 +140,7 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
     """Time one model in all ways.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     torch.set_num_threads((os.cpu_count() or 1) if case.all_cores else 1)
     images = random_images(case.dataset, case.count)
@@ -167,7 +167,7 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
     both = np.stack([found["ours"]["samis_loss"], found["ours"]["samis_prob"]], axis=1)
     for other in (found["authors"], found["strongest"]):
         if not np.allclose(both, other, rtol=1e-3, atol=1e-4):
-            raise RuntimeError(f"{case.model}: two ways disagree by {np.abs(both - other).max()}")
+            raise RuntimeError(f"{case.model}: two implementations disagree by {np.abs(both - other).max()}")
     name, unit = f"SAMIS scores of a pair, {case.model}", "s per 1,000 images"
     if case.all_cores:
         name, unit = f"{name}, all cores", f"{unit} (wall)"
@@ -184,7 +184,7 @@ def scoring(quick: bool = False) -> list[Row]:
     forward passes are the same. Some rows give the wall time on all cores, as their names say.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     cases, repeats = SCORING, 3
@@ -372,7 +372,7 @@ QUICK = (EnsembleCase("small_mlp", 3, 4, 2, size=8), EnsembleCase("lenet", 2, 3,
 def one_after_another(
     models: list[nn.Module], images: Tensor, labels: Tensor, orders: MemberSchedules, batch: int, *, fused: bool
 ) -> Callable[[], None]:
-    """An epoch of each model in turn, with torch's default SGD (the authors' way) or the fused one."""
+    """An epoch of each model in turn, with torch's default SGD (the papers' code) or the fused one."""
     settings = {"lr": LR, "momentum": MOMENTUM, "weight_decay": L2, "fused": fused}
     optimizers = [torch.optim.SGD(model.parameters(), **settings) for model in models]
 
@@ -417,7 +417,7 @@ def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
     """Time one case in all ways, in milliseconds per step and model, with the scripts' allocator settings.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
     total = case.batch * case.steps
@@ -445,9 +445,9 @@ def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
                 stacked.parameters[key][number],
             )
             if not all(torch.allclose(value, other, rtol=1e-3, atol=1e-5) for other in others):
-                raise RuntimeError(f"{case.name}: two ways disagree on {key} of model {number}")
-    choice = "chosen" if vectorised_is_faster(base, "cpu", case.batch) else "not chosen on a CPU"
-    name = f"retraining {case.members} {case.name} at batch {case.batch} at once ({choice})"
+                raise RuntimeError(f"{case.name}: two implementations disagree on {key} of model {number}")
+    choice = "the default" if vectorised_is_faster(base, "cpu", case.batch) else "not the default on a CPU"
+    name = f"training {case.members} {case.name} in parallel, batch {case.batch} ({choice})"
     return Row(name, authors, min(alternatives), ours, "ms per step and model", case.target)
 
 
@@ -463,7 +463,7 @@ def ensemble(quick: bool = False) -> list[Row]:
     own process, because the allocator's setting cannot be undone.
 
     Raises:
-        RuntimeError: Two ways disagree.
+        RuntimeError: Two implementations disagree.
     """
     row = ensemble_row if quick else partial(in_fresh_process, ensemble_row)
     return [row(case, 1 if quick else 3) for case in (QUICK if quick else ENSEMBLES)]
@@ -510,7 +510,7 @@ def optimizer_rows(name: str, images: tuple[int, int], batch: int, repeats: int)
             target = 1.3 if (name, kind, part) == ("large_mlp", "iblr", 1) else None
             authors = others[0] if len(others) == 2 else None
             rows.append(
-                Row(f"{name} at batch {batch}, {kind}, {what}", authors, others[-1], ours, "ms per step", target)
+                Row(f"{what}, {kind}, {name}, batch {batch}", authors, others[-1], ours, "ms per step", target)
             )
     return rows
 
