@@ -83,7 +83,7 @@ def schedule(args: Namespace, dataset: str) -> str:
     if not found:
         raise FileError(
             f"{args.ntk_folder / dataset}: has no kernels for {args.model} trained with {args.optimizer}; "
-            "make them with compute_ntk.py"
+            "compute them with compute_ntk.py"
         )
     if len(found) > 1:
         raise ArgumentError("lr_sched", f": found runs with {len(found)} schedules; choose one of {', '.join(found)}")

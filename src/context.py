@@ -221,7 +221,7 @@ class RunContext:
             if script is not None:
                 folder = experiment_folder(models_folder, experiment, seed)
                 more = _missing_epochs(folder, max(epochs), missing, epochs)
-                line += "; make it with: "
+                line += "; create it with: "
                 line += training_command(script, {"dataset": self.data.dataset, **flags, "seed": seed, **more})
             raise FileError(line)
         return paths

@@ -56,7 +56,7 @@ def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highes
     chosen = sum(map(len, picks))
     if decided > _MANY_TIES * chosen:
         log.warning(
-            "%s: %d of the %d selected examples tie at the cutoff score with excluded examples; ties go by index",
+            "%s: %d of %d selected examples tie at the cutoff score with excluded examples; ties are broken by index",
             what,
             decided,
             chosen,

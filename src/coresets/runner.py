@@ -53,19 +53,19 @@ def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str
     arrays, full = read_npz(path), context.full_train
     stored = {name: str(arrays[name]) for name in ("label_hash", "data_hash") if name in arrays}
     check_same_data(
-        path, stored, "make it with this run's --dataset", label_hash=context.label_hash, data_hash=full.digest
+        path, stored, "create it with this run's --dataset", label_hash=context.label_hash, data_hash=full.digest
     )
-    remedy = "make it with select_coreset.py (convert a mask with numpy's flatnonzero)"
+    remedy = "create it with select_coreset.py (convert a mask with numpy's flatnonzero)"
     indices = checked_array(path, arrays, "indices", kinds="iu", remedy=remedy)
     if indices.min() < 0 or indices.max() >= full.total:
-        raise FileError(f"{path}: has indices outside the training set's 0 to {full.total - 1}; make the file again")
+        raise FileError(f"{path}: an index is not from 0 to {full.total - 1}; create the file again")
     if len(np.unique(indices)) < len(indices):
         raise FileError(f"{path}: has duplicate indices; list each index once")
     arrays = {"weights": np.ones(len(indices)), "seconds": np.array(np.nan), **arrays}
     weights = checked_array(path, arrays, "weights", kinds="fiu", length=len(indices))
     if (weights < 0).any() or not 0 < weights.max() <= _LARGEST:
         raise FileError(
-            f"{path}: weights must be from 0 to {_LARGEST:g} with at least one above 0; make the file again"
+            f"{path}: weights must be from 0 to {_LARGEST:g} with at least one above 0; create the file again"
         )
     seconds = checked_array(path, arrays, "seconds", ndim=0, kinds="fiu", finite=False)
     order, names = np.argsort(indices), context.train.indices.cpu().numpy()

@@ -86,9 +86,9 @@ class StoredSpectrum:
                 [_finite_numbers(run) for run in found[f"density_{key}"]] for key in ("eigen", "weight")
             )
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise FileError(f"{path}: is not a spectrum (a list is missing or not finite); make it again") from error
+            raise FileError(f"{path}: is not a spectrum (a list is missing or invalid); measure it again") from error
         if not values or not nodes or not all(nodes) or list(map(len, nodes)) != list(map(len, weights)):
-            raise FileError(f"{path}: is not a spectrum (lists are empty or uneven); make it again")
+            raise FileError(f"{path}: is not a spectrum (lists are empty or uneven); measure it again")
         return cls(path, values, nodes, weights, traces, _read_spectrum_record(path))
 
     @property
@@ -147,7 +147,7 @@ def _read_spectrum_record(path: Path) -> dict[str, Any]:
     known = {"operator": OPERATOR_NAMES, "eigen_split": EIGEN_SPLITS}
     right = all(settings.get(name, words[0]) in words for name, words in known.items())
     if not right or not isinstance(settings.get("examples", 0), int):
-        raise FileError(f"{record_path(path)}: its settings are not a spectrum's; make it again")
+        raise FileError(f"{record_path(path)}: its settings are not a spectrum's; measure it again")
     optional = int | float | None
     for name, kinds in (
         ("loss", int | float),
@@ -156,7 +156,7 @@ def _read_spectrum_record(path: Path) -> dict[str, Any]:
         ("trace_quadrature", int | float),
     ):
         if name in record and not isinstance(record[name], kinds):
-            raise FileError(f"{record_path(path)}: its {name} is not a number; make it again")
+            raise FileError(f"{record_path(path)}: its {name} is not a number; measure it again")
     return record
 
 
@@ -228,7 +228,7 @@ def _find_seeds(query: SpectrumQuery, optimizer: str, spec: str) -> list[StoredS
         epoch = "" if query.epochs is None else f"epoch {query.epochs}, "
         raise FileError(
             f"{query.folder}: no spectrum of {query.model} over {query.dataset_name} with {optimizer} "
-            f"({query.eigen_split}, {spec}), {epoch}seed {seed}; make it with: "
+            f"({query.eigen_split}, {spec}), {epoch}seed {seed}; create it with: "
             + _command(query, optimizer, spec, seed)
         )
     spectra = [StoredSpectrum.read(path) for path in paths]
@@ -353,7 +353,7 @@ def read_velocities(
         if epoch.isdigit() and seed.isdigit():
             stored.setdefault(int(epoch), {})[int(seed)] = path
     if not stored and epochs is None:
-        raise FileError(f"{folder}: has no velocities; make them with compute_ntk.py")
+        raise FileError(f"{folder}: has no velocities; compute them with compute_ntk.py")
     found, records = [], []
     sources: dict[str, Path] = {}
     for epoch in sorted(stored) if epochs is None else dict.fromkeys(epochs):
@@ -361,7 +361,7 @@ def read_velocities(
         paths = {seed: velocity_path(of_epoch / f"seed_{seed}") for seed in seeds or sorted(stored.get(epoch, ()))}
         if not paths:
             raise FileError(
-                f"{of_epoch}: has no velocities; make them with compute_ntk.py --ntk_velocity_epoch {epoch}"
+                f"{of_epoch}: has no velocities; compute them with compute_ntk.py --ntk_velocity_epoch {epoch}"
             )
         for path in paths.values():
             settings = dict(read_record(path).get("settings", {}))

@@ -100,10 +100,11 @@ def open_image(file: BinaryIO, target: int | None = None) -> tuple[Image.Image, 
         image = Image.open(file, formats=FORMATS)
         width, height = stored = image.size
         # for other formats, draft has no effect and returns None
-        draft = target and image.draft(None, (DRAFT_MARGIN * target, DRAFT_MARGIN * target))
+        draft = image.draft(None, (DRAFT_MARGIN * target, DRAFT_MARGIN * target)) if target else None
         image.load()
-        reduced = bool(draft) and image.size != stored
-        if reduced:
+        reduced = False
+        if target and draft and image.size != stored:
+            reduced = True
             scale = target / min(width, height)
             size = max(target, round(width * scale)), max(target, round(height * scale))
             # The last pixel of a reduced row or column may be partial; the box excludes the missing part.
@@ -134,7 +135,7 @@ def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[s
     rules = set()
     # not ImageOps.exif_transpose, which also rewrites the EXIF data and fails if another tag is malformed
     try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except MemoryError:
         raise
     except Exception:  # damaged EXIF data can raise almost any exception; use the image as stored
@@ -191,7 +192,7 @@ class ImageFolder:
                     self.labels[part] += [label] * len(found)
         if self.ignored:
             examples = ", ".join(sorted(set(self.ignored))[:3])
-            log.info("%s: ignored %d hidden or system files (%s)", root, len(self.ignored), examples)
+            log.info("%s: hidden or system files ignored: %d (%s)", root, len(self.ignored), examples)
 
     def _visible(self, folder: Path) -> list[Path]:
         """Return a folder's contents, sorted by name, without hidden and system files."""

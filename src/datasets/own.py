@@ -511,12 +511,13 @@ def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[Ima
             images = [convert_channels(part, 3) for part in images]
         if read.reduced:
             log.info(
-                "%s: %d of %d photos were decoded at reduced size (--decode=full decodes in full, as older versions)",
+                "%s: %d of %d photos were decoded at reduced size (--decode=full: full size, as in older versions)",
                 root, read.reduced, read.gray + read.color,
             )  # fmt: skip
         decoding = ",".join(rule for rule in RULES if rule in read.rules) or None
         decoded = _Decoded(images, read.digest.hexdigest(), decoding, normalization_of(images[0]))
-        cache.write(decoded)
+        if cache:
+            cache.write(decoded)
     entry = _entry(root.resolve().name, decoded.content, decoded.images[0], len(photos.names), decoded.normalization)
     # printable: bytes that are not valid UTF-8 are escaped, e.g. \xff
     names = [os.fsencode(name).decode("utf-8", errors="backslashreplace") for name in photos.names]

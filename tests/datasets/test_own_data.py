@@ -259,7 +259,7 @@ def test_files_of_operating_systems_are_ignored(tmp_path, caplog):
     train, test = load_dataset(name, ".")
     assert (train.class_names, len(train), len(test), train.entry.name) == (["ant", "bee"], 6, 6, before)
     (line,) = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
-    assert "14 hidden or system files" in line
+    assert "hidden or system files ignored: 14" in line
 
 
 @pytest.mark.parametrize("where", ["train", "test", "both"])

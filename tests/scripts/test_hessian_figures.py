@@ -113,7 +113,7 @@ def test_files(world, data_flags, spectra, tmp_path):
     ("more", "status", "says"),
     [
         (("--seeds", "1", "7"), FILE, ("no spectrum of small_mlp", "seed 7", "compute_hessian_eigen.py .*--seed=7")),
-        (("--optimizers", "adam"), FILE, ("with adam", "make it with: python compute_hessian_eigen.py")),
+        (("--optimizers", "adam"), FILE, ("with adam", "create it with: python compute_hessian_eigen.py")),
         (("--epochs=9",), FILE, ("epoch 9", "--epochs=9")),
         (("--high_low_specs", "forg:low:0.3"), FILE, ("forg:low:0.3", "--high_low_spec=forg:low:0.3")),
         (("--high_low_specs", "forg"), FLAG, ("'forg' is not metric:low|high:fraction",)),
@@ -132,8 +132,8 @@ def test_the_command_for_a_missing_spectrum_makes_it(world, data_flags, spectra,
     """The command runs in a shell as printed, except for the folders."""
     wanted = ("--model=small_mlp", "--optimizers", "sam", "--seeds", "1", "--epochs=3", "--lr_sched=const",
               "--eigen_split=test", "--operator=ggn", f"--hessian_folder={tmp_path / 'h'}")  # fmt: skip
-    line = refuse(SCRIPT, *data_flags, *wanted, status=FILE, says=("make it with: python compute_hessian_eigen.py",))
-    words = shlex.split(re.search("make it with: (.*)", line)[1])
+    line = refuse(SCRIPT, *data_flags, *wanted, status=FILE, says=("create it with: python compute_",))
+    words = shlex.split(re.search("create it with: (.*)", line)[1])
     succeed(*words[1:], f"--hessian_folder={tmp_path / 'h'}", "--lanczos_steps=5", "--trace_probes=2",
             *folders(world.base, "datasets", "models"))  # fmt: skip
     succeed(SCRIPT, *data_flags, *wanted)

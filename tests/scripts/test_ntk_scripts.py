@@ -97,7 +97,7 @@ def test_the_command_for_a_missing_epoch_makes_it(tmp_path):
                 "--epochs=2", f"--save_epochs={kept}", *where)  # fmt: skip
         problem = call("compute_ntk.py", *asked, "--ntk_velocity_epoch", epoch, f"--lr_sched={schedule}")
         assert problem.status == FILE
-        command = problem.complaint.split("make it with: python ")[1].split(" (and your other")[0].split()
+        command = problem.complaint.split("create it with: python ")[1].split(" (and your other")[0].split()
         succeed(*command, *training, *where)
         succeed("compute_ntk.py", *asked, "--ntk_velocity_epoch", epoch, f"--lr_sched={schedule}")
 
@@ -261,9 +261,9 @@ def test_damaged_results(world, tmp_path):
     shutil.rmtree(tmp_path / "ntks" / world.name / RUN / "samis_loss" / "epoch_1" / "seed_1")
     succeed("compute_ntk.py", *flags(world, tmp_path))
     for more, says in (
-        (("--metrics", "csl"), "csl: has no velocities; make them with compute_ntk.py"),
-        (("--model=lenet",), "has no kernels for lenet trained with sgd; make them with compute_ntk.py"),
-        (("--epochs", "7"), "epoch_7: has no velocities; make them with compute_ntk.py"),
+        (("--metrics", "csl"), "csl: has no velocities; compute them with compute_ntk.py"),
+        (("--model=lenet",), "has no kernels for lenet trained with sgd; compute them with compute_ntk.py"),
+        (("--epochs", "7"), "epoch_7: has no velocities; compute them with compute_ntk.py"),
         (("--seeds", "3"), "seed_3.vs.pkl: file not found"),
     ):
         refuse("plot_ntk.py", *drawing(world, tmp_path, *more), status=FILE, says=(says,), keep=tmp_path)
