@@ -142,14 +142,21 @@ class Experiment:
         return self.context.batches(images, size, order=order, seed=self.config.seed, channels_last=last)
 
     def prepared(self, images: ImageSet) -> Tensor:
-        """Normalize all images ``(n, c, h, w)`` once, for repeated training."""
-        found, start = None, 0
+        """Normalize all images ``(n, c, h, w)`` once, for repeated training.
+
+        Raises:
+            ValueError: There are no images.
+        """
+        found: Tensor | None = None
+        start = 0
         for batch in self.batches(images, 1000):
             if found is None:  # allocated in full, since concatenating parts would need twice the memory
                 found = empty_images(batch.images, len(images))
             stop = start + len(batch.images)
             found[start:stop] = batch.images
             start = stop
+        if found is None:
+            raise ValueError("there are no images to normalize")
         return found
 
     # ------------------------------------------------------------------------------------------ results

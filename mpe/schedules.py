@@ -116,11 +116,16 @@ def shuffle_seeds(
     Returns:
         One seed per model. With ``shared``, all are equal. With ``replay``, a control, which the papers' scripts do
         not have, uses the first retraining's seed without advancing the sequence.
+
+    Raises:
+        ValueError: ``shuffle`` is ``replay``, and ``replay`` is missing.
     """
     if shuffle == "shared":
         return [rng.derived_seed(seed, 0, "retraining, shared")] * len(removed)
     if shuffle == "seeded":
         return [rng.derived_seed(seed, 0, f"retraining without {','.join(map(str, left))}") for left in removed]
+    if replay is None:
+        raise ValueError("shuffle='replay' needs replay, the generator's state at the first retraining")
     sequence, first = replay.clone_state(), replay.clone_state()
     _draw(first, 1)  # a data loader draws a seed for its workers, then its sampler draws the shuffle seed
     control = _draw(first, 1)

@@ -217,7 +217,7 @@ class Parser(argparse.ArgumentParser):
             default = item.default if item.default is not MISSING else item.default_factory()
             default = (defaults or {}).get(item.name, default)
             keywords, exclusive = dict(flag["keywords"]), flag["exclusive"]
-            if item.name in (choices or {}):
+            if choices and item.name in choices:
                 keywords["choices"] = tuple(choices[item.name])
             help = flag["help"](keywords["choices"]) if callable(flag["help"]) else flag["help"]
             holder = self._group(flag["title"] or title)

@@ -228,8 +228,10 @@ def read_index_file(path: str | Path) -> np.ndarray:
     def load(file: BinaryIO) -> np.ndarray:
         words = file.read().decode().split()
         wrong = next((word for word in words if not re.fullmatch(r"\d{1,18}", word, re.ASCII)), None)
-        if not words or wrong is not None:
-            raise ValueError("it is empty" if not words else f"{wrong[:40]!r} is not an index from 0")
+        if not words:
+            raise ValueError("it is empty")
+        if wrong is not None:
+            raise ValueError(f"{wrong[:40]!r} is not an index from 0")
         return np.asarray(words, dtype=np.int64)
 
     return _read(path, "a list of indices (one per line)", load)

@@ -205,7 +205,7 @@ def _run(file: io.BytesIO, budget: int) -> Any:
         if code is None:
             raise PlainPickleError("truncated, or not a pickle")
         name = code.name
-        argument = None if code.arg is None else code.arg.reader(file)
+        argument: Any = None if code.arg is None else code.arg.reader(file)
         if name in _VALUES:
             stack.append(argument)
             if name in _LONG and argument.bit_length() > _BITS:

@@ -561,9 +561,10 @@ def make_groups(
     """
     labels = np.asarray(labels)
     sizes = np.bincount(labels, minlength=num_classes)
-    if shots is not None or shots_up_to is not None:
-        _check_shots(shots, shots_up_to, sizes, per_class, class_names)
-        budgets = np.minimum(sizes, shots_up_to if shots is None else shots)
+    count = shots_up_to if shots is None else shots
+    if count is not None:
+        _check_shots("shots_up_to" if shots is None else "shots", count, sizes, per_class, class_names)
+        budgets = np.minimum(sizes, count)
     elif fraction is None or not 0.0 < fraction <= 1.0:
         raise ArgumentError("fraction", f"{fraction}: must be above 0 and at most 1")
     elif not per_class:
@@ -581,20 +582,17 @@ def make_groups(
     return [CandidateGroup(members[c], int(budgets[c]), c) for c in range(num_classes) if sizes[c]]
 
 
-def _check_shots(
-    shots: int | None, shots_up_to: int | None, sizes: np.ndarray, per_class: bool, class_names: Sequence[str]
-) -> None:
-    name, count = ("shots_up_to", shots_up_to) if shots is None else ("shots", shots)
+def _check_shots(name: str, count: int, sizes: np.ndarray, per_class: bool, class_names: Sequence[str]) -> None:
     if count < 1:
         raise ArgumentError(name, f"{count}: must be at least 1")
     if not per_class:
         raise ArgumentError(name, ": counts examples per class; leave per_class enabled")
     present = np.flatnonzero(sizes)
     smallest = present[sizes[present].argmin()]
-    if shots is not None and shots > sizes[smallest]:
+    if name == "shots" and count > sizes[smallest]:
         which = f"{class_names[smallest]!r}" if len(class_names) else smallest
         raise ArgumentError(
             "shots",
-            f"{shots}: class {which} has only {sizes[smallest]} examples; use at most that many, or "
-            f"shots_up_to={shots}, which keeps smaller classes in full",
+            f"{count}: class {which} has only {sizes[smallest]} examples; use at most that many, or "
+            f"shots_up_to={count}, which keeps smaller classes in full",
         )

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from scipy.optimize import isotonic_regression
 
 from src.coresets.registry import REFERENCE
@@ -58,8 +59,10 @@ def accuracy_figure(
     methods = list(dict.fromkeys(row["method"] for row in rows))
     styles = line_styles(methods)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(PAGE, max(_HEIGHT, 1.0 + (len(methods) + 1) * _GAP / 72)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1)
+        figure = Figure(
+            figsize=(PAGE, max(_HEIGHT, 1.0 + (len(methods) + 1) * _GAP / 72)),
+            layout=ConstrainedLayoutEngine(w_pad=0.1),
+        )
         axes = figure.add_subplot()
         axes.set_title(f"{title}{_seeds(rows)}")
         axes.grid(axis="y", **GRID)

@@ -142,7 +142,8 @@ class PretrainedModel:
             found.update(self._forward(embeddings))
         if gradient_norms and found["gradient_norms"] is None:
             found["gradient_norms"] = self._gradient_norms()
-        for name, values in found.items():
+        ready = {name: values for name, values in found.items() if values is not None}
+        for name, values in ready.items():
             if not values.isfinite().all():
                 raise TrainingError(
                     f"the pre-trained model's {name.replace('_', ' ')} are not finite; try a smaller "
@@ -150,7 +151,7 @@ class PretrainedModel:
                 )
         device = self._run.context.device
         return LastLayer(
-            labels=self._run.train.labels.to(device), **{name: found[name].to(device) for name in wanted}
+            labels=self._run.train.labels.to(device), **{name: ready[name].to(device) for name in wanted}
         )
 
     # ------------------------------------------------------------------------------------------------- features

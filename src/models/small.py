@@ -69,7 +69,8 @@ def cnn_deepobs(num_classes: int, in_channels: int, image_size: int) -> Network:
     for module in network.modules():  # Xavier normal and Xavier uniform weights, zero biases
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_normal_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)

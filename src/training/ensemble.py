@@ -115,17 +115,15 @@ class Ensemble:
         if weights is not None and tuple(weights.shape) != (self._count, examples):
             raise ValueError(f"weights have shape {tuple(weights.shape)}, expected {(self._count, examples)}")
         rows = numbers = None  # the active members, on their device and as given
+        labels = labels.expand(self._count, examples)
         if active is not None and not bool(active.all()):
             numbers = active.nonzero().squeeze(1)
             rows = upload(numbers, self.device)
             if not len(rows):
                 return images.new_zeros(self._count)
-        labels = labels.expand(self._count, examples)
-        if rows is not None:
             images, labels = images if shared else images[rows], labels[rows]
-            weights = (
-                weights if weights is None else weights[(rows if self.vectorised else numbers).to(weights.device)]
-            )
+            if weights is not None:
+                weights = weights[(rows if self.vectorised else numbers).to(weights.device)]
         shares: Tensor | float = 1.0 / max(examples, 1)
         if weights is not None:
             weights = weights.to(self.device if self.vectorised else weights.device, images.dtype)

@@ -317,11 +317,13 @@ class Trainer:
         """Sum the gradients over the processes."""
         if self.group.world == 1:
             return
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.group.sum_([parameter.grad for parameter in parameters])
+        gradients = []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        self.group.sum_(gradients)
 
     def _check_finite(self, bad: torch.Tensor, epoch: int) -> None:
         """Raise if any process had a loss that is not finite. ``bad`` is the step, or ``_NEVER``."""
@@ -452,6 +454,9 @@ def evaluate(
 
     Returns:
         The mean loss (nats per example) and the accuracy in [0, 1].
+
+    Raises:
+        ValueError: There are no batches.
     """
     totals: torch.Tensor | None = None
     with eval_mode(model):
@@ -461,6 +466,8 @@ def evaluate(
             correct = (logits.argmax(dim=1) == batch.labels).sum()
             part = torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
             totals = part if totals is None else totals + part
+    if totals is None:
+        raise ValueError("there are no batches to evaluate")
     (group or ProcessGroup()).sum_([totals])
     loss, correct, count = totals.tolist()
     return loss / count, correct / count

@@ -344,15 +344,19 @@ class _Run:
 
     def _read_rows(self, epochs: int) -> dict[int, np.ndarray]:
         """Read the recorded dynamics of epochs 1 to ``epochs``."""
-        rows = {}
-        for epoch in range(1, epochs + 1) if self.trainer.dynamics is not None else ():
+        rows: dict[int, np.ndarray] = {}
+        dynamics = self.trainer.dynamics
+        if dynamics is None:
+            return rows
+        for epoch in range(1, epochs + 1):
             path = self.files.row(epoch)
             stored = read_npz(path)
-            rows[epoch] = stored.get("row")
+            row = stored.get("row")
             if not np.array_equal(stored.get("epoch", epoch), epoch):
                 raise FileError(f"{path}: contains the dynamics of epoch {stored['epoch']}")
-            if not self.trainer.dynamics.fits(rows[epoch]):
+            if row is None or not dynamics.fits(row):
                 raise FileError(f"{path}: does not contain the dynamics of these training examples")
+            rows[epoch] = row
         return rows
 
     def save(self, epoch: int) -> None:

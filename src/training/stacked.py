@@ -204,5 +204,10 @@ def _in_order(module: nn.Module) -> list[nn.Module] | None:
         parts = list(module)
     else:
         return [module]
-    chains = [_in_order(part) for part in parts]
-    return None if any(chain is None for chain in chains) else [step for chain in chains for step in chain]
+    steps: list[nn.Module] = []
+    for part in parts:
+        chain = _in_order(part)
+        if chain is None:
+            return None
+        steps += chain
+    return steps
