@@ -132,6 +132,16 @@ def dynamics_folder(metrics_folder: str | Path, experiment: str, seed: int) -> P
     return Path(metrics_folder) / experiment / f"seed_{seed}"
 
 
+def members_folder(metrics_folder: str | Path, dataset: str, model: str, seed: int) -> Path:
+    """The folder of what models trained on random subsets predict; see ``src.metrics.memorization``."""
+    return Path(metrics_folder) / "memorization" / "members" / dataset / model / f"seed_{seed}"
+
+
+def memorization_path(metrics_folder: str | Path, name: str) -> Path:
+    """A file in the folder of memorization scores."""
+    return Path(metrics_folder) / "memorization" / name
+
+
 def samis_path(metrics_folder: str | Path, dataset: str, model: str, seed: int, which: str) -> Path:
     """The SAMIS scores of one seed; ``which`` is ``"loss"`` or ``"prob"``."""
     return Path(metrics_folder) / dataset / model / str(seed) / f"nn_{which}_diff_score.npz"

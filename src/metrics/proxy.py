@@ -51,10 +51,7 @@ _RECIPES = {
         "add it with register_score.py FILE --mode {mode} --dataset {dataset} --high atypical (typical: high "
         "values are typical)"
     ),
-    "download": (
-        "store your own estimates there (an npz file with an array tr_mem); Feldman and Zhang's estimates for "
-        "cifar100 and imagenet are at https://pluskid.github.io/influence-memorization/"
-    ),
+    "members": "create it with compute_memorization.py --dataset {dataset} --model MODEL --members 200",
 }
 _RECIPES["end"] = _RECIPES["dynamics"]
 
@@ -267,6 +264,12 @@ def recipe(score: Score, dataset: str, folder: str | Path = paths.PACKAGED_SCORE
         folder: The metrics folder in which the file is missing.
     """
     own = _RECIPES[score.source].format(mode=score.name, dataset=dataset_flag(dataset))
+    if score.published_file:
+        own += (
+            f", or store your own estimates there ({score.published_path('', dataset).name} with an array tr_mem); "
+            "Feldman and Zhang's estimates for cifar100 and imagenet are at "
+            "https://pluskid.github.io/influence-memorization/"
+        )
     if dataset not in published_datasets(score.name):
         return own
     target = "" if Path(folder) == paths.PACKAGED_SCORES else f" --folder={shlex.quote(str(folder))}"
@@ -314,7 +317,7 @@ class Proxy(StoredScores):
         path, dataset = _find(mode, dataset, folders)
         log.info("%s scores of %s: read from %s", mode, dataset, path)
         # As in the papers' class, unnormalized memorization is a fraction of the sum; min-max scaling cancels this.
-        raw = shares(store.read_memorization(path)) if mode == "mem" else store.read_scores(path)
+        raw = shares(store.read_memorization(path)) if path.suffix == ".npz" else store.read_scores(path)
         plots = paths.ROOT / "plots" / "proxies" / dataset / mode
         super().__init__(min_max(raw) if normalize else raw, path, kind.symbol, f"{kind.title}, {dataset}", plots)
         self.mode = mode
@@ -373,9 +376,9 @@ def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
     folders = search_folders(folder)
     score, dataset = get_score(mode, folders), dataset_name(dataset)
     for place in folders:
-        path = score.path(place, dataset)
-        if path.exists():
-            return path, dataset
+        for path in (score.path(place, dataset), score.published_path(place, dataset)):
+            if path.exists():
+                return path, dataset
     for place in folders if dataset not in DATASETS else ():
         full = _own_data(score, place, dataset)
         if len(full) > 1:
@@ -384,21 +387,29 @@ def _find(mode: str, dataset: str, folder: SearchFolders) -> tuple[Path, str]:
                 f"choose from {', '.join(full)}"
             )
         if full:
-            return score.path(place, full[0]), full[0]
+            own, published = score.path(place, full[0]), score.published_path(place, full[0])
+            return own if own.exists() else published, full[0]
     raise _missing(score, dataset, folders)
 
 
 def _own_data(score: Score, folder: Path, stem: str) -> list[str]:
     """The user's data sets with scores whose name is this stem followed by eight hex digits of a content hash."""
-    pattern = score.path(folder, glob.escape(f"{stem}-") + 8 * "[0-9a-f]")
-    start = score.path(folder, "|").name.index("|")
-    return sorted(path.name[start : start + len(stem) + 9] for path in pattern.parent.glob(pattern.name))
+    found = set()
+    for path_in in (score.path, score.published_path):
+        pattern = path_in(folder, glob.escape(f"{stem}-") + 8 * "[0-9a-f]")
+        start = path_in(folder, "|").name.index("|")
+        found |= {path.name[start : start + len(stem) + 9] for path in pattern.parent.glob(pattern.name)}
+    return sorted(found)
 
 
 def _missing(score: Score, dataset: str, folders: list[Path]) -> FileError:
     """The error for scores that are in none of the folders, with instructions for getting them."""
-    known = [*SCORES, *registered_scores(folders)]
-    there = [name for name in known if any(score_entry(name).path(place, dataset).exists() for place in folders)]
+    known = [score_entry(name) for name in (*SCORES, *registered_scores(folders))]
+    there = [
+        other.name
+        for other in known
+        if any(path(place, dataset).exists() for place in folders for path in (other.path, other.published_path))
+    ]
     looked = ", ".join(map(str, folders))
     message = f"{score.path('', dataset).name}: no {score.title} scores of {dataset} in {looked} "
     message += f"(subfolder {score.folder}); {recipe(score, dataset, folders[-1])}"
@@ -432,7 +443,7 @@ class PublishedFile:
 
     def path(self, folder: str | Path) -> Path:
         """The file's path in a metrics folder."""
-        return SCORES[self.mode].path(folder, self.dataset)
+        return SCORES[self.mode].published_path(folder, self.dataset)
 
     def is_content_of(self, file: BinaryIO) -> bool:
         """Whether an open file is identical to this published file."""

@@ -12,19 +12,8 @@ from pathlib import Path
 
 from src.artifacts import paths
 from src.errors import ArgumentError
-from src.metrics import dynamics, flatness, samis
+from src.metrics import dynamics, flatness, memorization, samis
 from src.metrics.score import Score
-
-MEMORIZATION = Score(
-    "mem",
-    r"$m(x_i)$",
-    "memorization",
-    source="download",
-    folder="memorization",
-    cost="thousands of runs",
-    paper="Feldman and Zhang 2020",
-    file="{dataset}_infl_matrix.npz",
-)
 
 SENSITIVITY = Score(
     "mpe",
@@ -39,7 +28,7 @@ SENSITIVITY = Score(
 SCORES: dict[str, Score] = {
     score.name: score
     for score in (
-        MEMORIZATION,
+        *memorization.MEMBER_SCORES,
         *dynamics.COUNTS,
         *flatness.END_SCORES,
         *samis.PAIR_SCORES,

@@ -23,7 +23,8 @@ class Score:
         symbol: The symbol in figures (matplotlib math text).
         title: The full name.
         source: Where the values of one seed come from: ``"pair"`` (an SGD and a SAM model), ``"dynamics"`` (recorded
-            during training), ``"end"`` (the trained model), ``"mpe"``, or ``"download"``.
+            during training), ``"end"`` (the trained model), ``"members"`` (models trained on random subsets), or
+            ``"mpe"``.
         folder: The subfolder of a metrics folder with the averaged files.
         cost: What must be trained or measured for one seed.
         paper: The paper that proposed the score.
@@ -41,6 +42,7 @@ class Score:
         seed_file: For ``"pair"``, the X of the per-seed file ``nn_X_diff_score.npz``; for a run, the per-seed file
             name. None if the score is computed from other per-seed files.
         file: The name of the averaged file.
+        published_file: The name of the published file, if it differs. It is read where the averaged file is missing.
     """
 
     name: str
@@ -60,10 +62,16 @@ class Score:
     missing: float | None = None
     seed_file: str | None = None
     file: str = "{name}_{dataset}.pkl"
+    published_file: str | None = None
 
     def path(self, metrics_folder: str | Path, dataset: str) -> Path:
         """The path of a data set's averaged file in a metrics folder."""
         return Path(metrics_folder) / self.folder / self.file.format(name=self.name, dataset=dataset)
+
+    def published_path(self, metrics_folder: str | Path, dataset: str) -> Path:
+        """The path of a data set's published file in a metrics folder; the same as ``path`` for most scores."""
+        name = self.published_file or self.file
+        return Path(metrics_folder) / self.folder / name.format(name=self.name, dataset=dataset)
 
     def from_dynamics(self, run: Mapping[str, np.ndarray], windows: Any = None) -> np.ndarray:
         """Compute the score from a run's recorded dynamics.

@@ -1,7 +1,7 @@
 """Ensembles: many copies of one model trained in parallel, each on its own batches."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from src.datasets import Batch
 from src.devices import upload
 from src.models.base import copy_tensor, eval_mode, load_optimizer, load_weights
 from src.optimizers import torch_optimizer
@@ -36,7 +37,7 @@ class Ensemble:
         momentum: Momentum of sgd.
         vectorised: Whether to step all members at once, with stacked parameters. Otherwise members are stepped one
             after another by torch's optimizers. The weights agree up to rounding.
-        initial: The initial state dict of all members; None for the model's.
+        initial: The initial state dict of all members, or one for each; None for the model's.
 
     Attributes:
         vectorised: As given.
@@ -55,7 +56,7 @@ class Ensemble:
         optimizer: str = "sgd",
         momentum: float = 0.9,
         vectorised: bool = True,
-        initial: Mapping[str, Tensor] | None = None,
+        initial: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
         if count < 1:
             raise ValueError(f"an ensemble of {count} members; give at least 1")
@@ -70,10 +71,14 @@ class Ensemble:
         if vectorised and (reason := why_not_vectorised(model)):
             raise ValueError(f"this model cannot be trained as a vectorised ensemble: {reason}")
         model = copy.deepcopy(model)
-        if initial is not None:
+        if isinstance(initial, Mapping):
             model.load_state_dict(initial)
         kind = StackedMembers if vectorised else SequentialMembers
         self._members = kind(model, count, weights.expand(count), optimizer, momentum)
+        if initial is not None and not isinstance(initial, Mapping):
+            if len(initial) != count:
+                raise ValueError(f"{len(initial)} initial state dicts for {count} members")
+            self._members.load(initial)
         self.vectorised, self.device, self._count = vectorised, next(model.parameters()).device, count
 
     def __len__(self) -> int:
@@ -184,6 +189,35 @@ def why_not_vectorised(model: nn.Module) -> str | None:
         if isinstance(drops, float) and drops > 0.0:
             return f"{name} draws random numbers"
     return None
+
+
+def stack_batches(batches: Sequence[Batch | None]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Stack one batch of every member, padded with zeros of weight 0 where members differ in size.
+
+    Args:
+        batches: One batch per member, or None if it has no more.
+
+    Returns:
+        Images ``(m, b, ...)``, labels ``(m, b)``, and ``weights`` and ``active`` of ``Ensemble.step``.
+    """
+    counts = [0 if batch is None else len(batch.labels) for batch in batches]
+    longest = max(counts)
+    if min(counts) == longest:
+        return (
+            torch.stack([each.images for each in batches]),
+            torch.stack([each.labels for each in batches]),
+            None,
+            None,
+        )
+    like = batches[counts.index(longest)]
+    images = like.images.new_zeros(len(batches), *like.images.shape)
+    labels = like.labels.new_zeros(len(batches), longest)
+    for row, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        if count:
+            images[row, :count], labels[row, :count] = batch.images, batch.labels
+    held = torch.tensor(counts)
+    weights = (torch.arange(longest) < held[:, None]).to(like.images.device)
+    return images, labels, weights, held > 0
 
 
 def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_size: int) -> bool:
@@ -301,6 +335,12 @@ class StackedMembers:
         """Return logits ``(M, b, C)``."""
         return self._network.logits(self._parameters, images, shared=shared)
 
+    def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Set the weights of all members, given their state dicts."""
+        for name, value in self._parameters.items():
+            for number, state in enumerate(states):
+                value[number].copy_(state[name])
+
     def member(self, number: int) -> dict[str, Tensor]:
         """Return the state dict of one member."""
         with torch.no_grad():  # through the model: its state dict lists a shared parameter under each of its names
@@ -367,6 +407,11 @@ class SequentialMembers:
             with eval_mode(member), torch.no_grad():
                 found.append(member(images if shared else images[number]))
         return torch.stack(found)
+
+    def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """See ``StackedMembers.load``."""
+        for member, state in zip(self._models, states, strict=True):
+            member.load_state_dict(state)
 
     def member(self, number: int) -> dict[str, Tensor]:
         """Return the state dict of one member."""

@@ -123,7 +123,7 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
     ) as caught:
         Proxy("mem", "svhn", folder=tmp_path)
     assert "fetch_scores" not in str(caught.value)
-    with pytest.raises(ArgumentError, match=r"^mode 'forget': .*did you mean forg\? choose from mem, forg"):
+    with pytest.raises(ArgumentError, match=r"^mode 'forget': .*did you mean forg\? choose from mem, mem_prob, forg"):
         Proxy("forget", "toy")
 
 
@@ -133,7 +133,8 @@ def test_every_mode_has_a_place_a_symbol_and_a_recipe():
         assert score.symbol.startswith("$")
         assert recipe(score, "toy").startswith(("create it", "store"))
     assert SCORES["forg"].path("m", "toy") == Path("m/forgettability/forg_toy.pkl")
-    assert SCORES["mem"].path("m", "toy") == Path("m/memorization/toy_infl_matrix.npz")
+    assert SCORES["mem"].path("m", "toy") == Path("m/memorization/mem_toy.pkl")
+    assert SCORES["mem"].published_path("m", "toy") == Path("m/memorization/toy_infl_matrix.npz")
 
 
 def test_the_page_of_scores_tells_what_each_one_costs():
@@ -238,7 +239,7 @@ def test_the_written_format_is_the_published_one(tmp_path):
 
 
 def memorization(folder, dataset="toy", **arrays):
-    path = SCORES["mem"].path(folder, dataset)
+    path = SCORES["mem"].published_path(folder, dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)
     return path
@@ -254,6 +255,16 @@ def test_memorization_shares_and_scaling(tmp_path):
     assert mem.get_prob(0) == pytest.approx(0.25)
     assert sum(mem.full_prob()) == pytest.approx(1.0)
     assert mem.get_sorted_indices().tolist() == [1, 3, 4, 0, 2]
+
+
+def test_own_estimates_win_over_the_published_file(tmp_path):
+    published = memorization(tmp_path, tr_mem=RAW)
+    assert Proxy("mem", "toy", folder=tmp_path).path == published
+    own = store(tmp_path, "mem", scores=RAW[::-1])
+    proxy = Proxy("mem", "toy", normalize=False, folder=tmp_path)
+    assert proxy.path == own
+    np.testing.assert_array_equal(proxy.scores, RAW[::-1])
+    assert find_score_file("mem", "toy", [tmp_path / "none", tmp_path]) == own
 
 
 def test_memorization_of_other_labels_is_refused(tmp_path):
@@ -321,7 +332,7 @@ def test_published_files_are_read_as_they_are(mode, dataset, n, low, high, mean,
 
 @needs_published
 def test_published_memorization():
-    mem = Memorization(SCORES["mem"].path(PUBLISHED, "cifar100"))
+    mem = Memorization(SCORES["mem"].published_path(PUBLISHED, "cifar100"))
     assert (mem.scores == 0).sum() == 11844
     assert (mem.scores == 1).sum() == 959
     assert mem.scores.sum() == pytest.approx(13760.56, abs=5e-3)

@@ -545,7 +545,7 @@ def test_scores_that_nobody_made(world, tmp_path, script):
 
 def test_memorization_scores(world, tmp_path):
     labels, values = np.arange(N) % 3, np.arange(N) / N
-    path = SCORES["mem"].path(tmp_path / "scores", world.name)
+    path = SCORES["mem"].published_path(tmp_path / "scores", world.name)
     path.parent.mkdir(parents=True)
     scores = f"--scores_folder={tmp_path / 'scores'}"
     compute = ("compute_sam_sgd.py", *world.compute("--overwrite", scores))

@@ -33,8 +33,8 @@ class Place:
         self.scores = np.random.default_rng(0).random(N)
         for method in METHODS.values():
             if method.needs.stored == "mem":
-                path = SCORES["mem"].path(base / "metrics", self.name)
-                path.parent.mkdir(parents=True)
+                path = SCORES["mem"].published_path(base / "metrics", self.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 np.savez(path, tr_mem=self.scores)
             elif method.needs.stored:
                 write_pickle(

@@ -90,6 +90,15 @@ WRONG = {
         "--protocol=nothing",
         "--dataset=digits --image_size=9",
     ],
+    "compute_memorization.py": [
+        "--members=5-3",
+        "--members=3 --complementary",
+        "--complementary --fraction=0.6",
+        "--from_splits 1 1",
+        "--from_splits 1 --learning_rate=0.1",
+        "--splits_folder=x",
+        "--merge x --target_se=0.1",
+    ],
     "average_scores.py": [
         "--dataset=digits --seeds 1 1",
         "--seeds=1 --modes nothing",
