@@ -56,7 +56,6 @@ def main() -> None:
 
     with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
         run = MemorizationRun(context, run_config, config, folders)
-        run.check_targets()
         keep = (*DATA_FLAGS, "metrics_folder")
         last = config.members[1]
         if config.from_splits is None:

@@ -200,15 +200,21 @@ class MemorizationRun:
 
     @property
     def cost(self) -> float:
-        """The cost of one member: 1 is a forward and backward pass over the data set's training set."""
+        """The cost of one member in epoch-equivalents: 1 is a forward and backward pass over the training set."""
         total, settings = len(self.context.labels), self.run.training
         passes = settings.epochs * rounded_share(len(self.labels), self.config.share) * _passes(settings.optimizer)
-        return (passes + _PASS * (len(self.labels) + len(self.context.test))) / total
+        return passes / total + self._cost_of_measuring
+
+    @property
+    def _cost_of_measuring(self) -> float:
+        """The cost of the predictions of one model on the training and test set."""
+        return _PASS * (len(self.labels) + len(self.context.test)) / len(self.context.labels)
 
     def train(self) -> int:
         """Train the members, or join those of other folders. Return the last one."""
         config, files = self.config, self.files
         first, last = config.members
+        self.check_targets(self.settings, {"members": last})
         size = rounded_share(len(self.labels), config.share)
         if not 0 < size < len(self.labels):
             name = "subset" if config.complementary else "fraction"
@@ -368,17 +374,18 @@ class MemorizationRun:
 
     # -------------------------------------------------------------------------------------------------- results
 
-    def split_members(self, seed: int) -> tuple[Members, dict[str, Any]]:
+    def split_members(self, seed: int) -> tuple[Members, dict[str, Any], float | None]:
         """Measure the ten models that ``train_split.py`` trained with a seed.
 
         Returns:
-            The models as members 1 to 10, and the training settings that they share.
+            The models as members 1 to 10, the training settings that they share, and the cost of training and
+            measuring them, in epoch-equivalents; None if a checkpoint does not record it.
 
         Raises:
             FileError: A checkpoint is missing, or from another run or other data, or its settings differ.
         """
         context, run, name = self.context, self.run, self.context.entry.name
-        settings, model, total, parts, files = run.training, run.model.model, len(self.labels), [], []
+        settings, model, parts, files, costs = run.training, run.model.model, [], [], []
         indices = context.train.indices.cpu().numpy()
         for split in _SPLITS:
             flags = {"model": model, "optimizer": settings.optimizer, "lr_sched": settings.lr_sched}
@@ -400,6 +407,7 @@ class MemorizationRun:
             if state["settings"].get("subset") != context.data_settings["subset"]:
                 raise FileError(f"{path}: was trained on a different subset of {name}; give the same --subset")
             files.append((path, state["settings"]))
+            costs.append(state.get("cost"))
             predict = partial(_logits, network.eval(), settings.precision)
             included = ~np.isin(indices, held_out)[None]
             parts.append(self._measure([split], included, predict, state["normalisation"]))
@@ -408,25 +416,29 @@ class MemorizationRun:
         check_consistent(files, (*_OF_A_SPLIT, *free), what="was trained differently from", remedy=remedy)
         shared = training.training_facts(files[0][1])
         shared = {name: value for name, value in shared.items() if name not in _OF_A_SPLIT}
-        return sum(parts[1:], parts[0]), {"total": total, **shared}
+        cost = None if None in costs else sum(costs) + len(costs) * self._cost_of_measuring
+        return sum(parts[1:], parts[0]), shared, cost
 
-    def check_targets(self) -> None:
+    def check_targets(self, settings: dict[str, Any], sources: dict[str, Any]) -> None:
         """Refuse to replace scores with different settings, or from more members, unless overwriting is allowed.
+
+        Args:
+            settings: See ``Results``.
+            sources: See ``Results``.
 
         Raises:
             FileError: Such scores exist.
         """
-        if self.run.overwrite or self.config.from_splits is not None:
-            return
         for score in MEMBER_SCORES:
             path = score.path(self.folders.metrics_folder, self.context.entry.name)
-            record = {"mode": score.name, "settings": self.settings}
-            check_score_target(path, record, only=record)
-            members = read_record(path).get("members", 0) if path.exists() else 0
-            if members > self.config.members[1]:
+            record = {"mode": score.name, "settings": settings, **sources}
+            there = read_record(path).get("members") if path.exists() and not self.run.overwrite else None
+            members = record.pop("members", None)
+            if None not in (members, there) and there > members:
                 raise FileError(
-                    f"{path}: was estimated from {members} members; give --members {members} or more, or --overwrite"
+                    f"{path}: was estimated from {there} members; give --members {there} or more, or --overwrite"
                 )
+            check_score_target(path, record, overwrite=self.run.overwrite, only=record)
 
     def results(self, last: int) -> Results:
         """Estimate memorization from members 1 to ``last``, or from the models of all ten splits.
@@ -444,26 +456,25 @@ class MemorizationRun:
                 settings=self.settings,
                 sources={"members": last},
             )
-        parts, shared = [], []
+        parts, shared, costs = [], [], []
         for seed in tqdm(config.from_splits, unit="seed", disable=None):
-            members, settings = self.split_members(seed)
+            members, settings, seed_cost = self.split_members(seed)
             parts.append(members)
             shared.append((f"seed {seed}", settings))
+            costs.append(seed_cost)
         check_consistent(shared)
-        settings = {
-            **self.context.data_settings,
-            "protocol": "splits",
-            "epochs": self.run.training.epochs,
-            **shared[0][1],
-        }
-        each = self.run.training.epochs * _passes(self.run.training.optimizer) * 0.9 + _PASS
         return Results.of(
             parts,
             total,
             len(_SPLITS),
-            cost=len(parts) * len(_SPLITS) * each * total / len(self.context.labels),
-            settings=settings,
-            sources={"seeds": config.from_splits},
+            cost=None if None in costs else sum(costs),
+            settings={
+                **self.context.data_settings,
+                "protocol": "splits",
+                "epochs": self.run.training.epochs,
+                **shared[0][1],
+            },
+            sources={"seeds": list(config.from_splits)},
         )
 
     def write(self, results: Results) -> list[Path]:
@@ -473,8 +484,10 @@ class MemorizationRun:
             The paths of the scores and of the other files.
 
         Raises:
+            FileError: There are scores with different settings, which may not be replaced.
             MeasurementError: Some examples are in all members, or in none. Everything but the scores is written.
         """
+        self.check_targets(results.settings, results.sources)
         context, folder, name = self.context, self.folders.metrics_folder, self.context.entry.name
         total, indices = len(context.labels), context.train.indices.cpu().numpy()
 
@@ -527,7 +540,7 @@ class MemorizationRun:
                 "negated": False,
                 "scaling": "none",
                 "median_standard_error": float(np.median(found.error)),
-                "cost": round(results.cost, 3),
+                **({} if results.cost is None else {"cost": round(results.cost, 3)}),
             }
             written.insert(0, write_scores(path, spread(found.value), record)[0])
         return written[1::-1] + written[2:]

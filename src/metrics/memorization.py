@@ -426,7 +426,8 @@ class MemberFiles:
 
     def missing(self, last: int) -> np.ndarray:
         """The members from 1 to ``last`` that are not in this folder, int64, ascending."""
-        found = [read_npz(path, ("numbers",))["numbers"] for path in self.folder.glob("members_*.npz")]
+        blocks = [self.read(first) for first in range(1, last + 1, BLOCK)]
+        found = [block.numbers for block in blocks if block is not None]
         return np.setdiff1d(np.arange(1, last + 1), np.concatenate(found) if found else [])
 
     def blocks(self, last: int) -> Iterator[Members]:
@@ -494,7 +495,7 @@ class Results:
         counts: Number of members without and with each example, int64 ``(2, n)``.
         left_out: Each example's mean class probabilities over the members without it, float16 ``(n, C)``, NaN where
             there is none; None if not recorded.
-        cost: The cost of all members, in forward and backward passes over the training set.
+        cost: The cost of all members, in epoch-equivalents; None if it is not recorded.
         settings: The settings that determine a member.
         sources: The number of members, or the seeds.
     """
@@ -503,7 +504,7 @@ class Results:
     probability: Estimate
     counts: np.ndarray
     left_out: np.ndarray | None
-    cost: float
+    cost: float | None
     settings: dict[str, Any]
     sources: dict[str, Any]
 
