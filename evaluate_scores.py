@@ -32,10 +32,10 @@ from src.metrics.evaluation import (
     load_labels,
     markdown,
     planted_mask,
-    read_column,
     write_table,
     wrong_signs,
 )
+from src.metrics.external import read_external
 from src.metrics.proxy import ScoreConfig, score_folders
 
 log = logging.getLogger("evaluate_scores")
@@ -70,14 +70,14 @@ def main() -> None:
     if ":" not in data.dataset:
         find_scores(data.dataset, *selected)  # fails before anything is downloaded
     dataset, labels, checks = load_labels(data, args.datasets_folder)
-    reference, name, source = read_reference(args, config, dataset, labels, checks)
     found = find_scores(dataset, *selected)
-    if config.modes is None and len(found) > 1:
-        found.pop(name, None)
-    proxies = {
-        mode: Proxy(mode, dataset, folder=folders, **{"n": len(reference), **checks})
-        for mode, folders in found.items()
-    }
+    if config.modes is None and config.planted is None and len(found) > 1:
+        found.pop(config.reference, None)
+    proxies = {mode: Proxy(mode, dataset, folder=folders, **checks) for mode, folders in found.items()}
+    checks.setdefault("n", len(next(iter(proxies.values()))))
+    reference, name, source = read_reference(args, config, dataset, labels, checks)
+    for proxy in proxies.values():
+        proxy.check(len(reference))
     rows = evaluate(
         {mode: proxy.scores for mode, proxy in proxies.items()},
         reference,
@@ -117,9 +117,7 @@ def read_reference(
         proxy = Proxy(config.reference, dataset, folder=folders, **checks)
         return proxy.scores, config.reference, proxy.path
     path = Path(config.reference)
-    values = read_column(path).astype(np.float64)
-    if labels is not None and len(values) != len(labels):
-        raise FileError(f"{path}: has {len(values)} numbers, but the training set has {len(labels)} examples")
+    values = read_external(path, checks["n"])
     return (values if config.reference_high == "atypical" else -values), path.stem, path
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from src.artifacts.io import label_hash, read_index_file, read_json, read_npz, write_json, write_text
-from src.artifacts.store import read_scores
+from src.artifacts.io import label_hash, read_index_file, write_json, write_text
 from src.cli import SEED, check_options, number, option
 from src.datasets import DataConfig
 from src.errors import ArgumentError, FileError
 from src.metrics.compare import Interval, bootstrap, pareto_front, top_overlap
+from src.metrics.external import FORMATS, read_numbers
 from src.metrics.proxy import find_score_file, given_folders, score_folders
 from src.metrics.registry import SCORES, registered_scores, score_name
 
@@ -67,14 +67,13 @@ class EvaluationConfig:
     )
     reference: str = option(
         "mem",
-        "what to compare with: a score, or a file with one number per training example (npy, npz, csv, json, or a "
-        "score file)",
+        f"what to compare with: a score, or a file with one number per training example: {FORMATS}",
         metavar="MODE|FILE",
         exclusive="truth",
     )
     planted: Path | None = option(
         None,
-        "compare with planted label noise: a file (npy, npz, csv, json) with the indices of the wrong labels, a "
+        "compare with planted label noise: a file (.npy, .npz, .csv, .json) with the indices of the wrong labels, a "
         "mask, or the labels without the noise, which are compared with those of the data set (default: none)",
         Path,
         metavar="FILE",
@@ -160,60 +159,6 @@ def load_labels(data: DataConfig, datasets_folder: Path) -> tuple[str, np.ndarra
     return train.entry.name, labels, checks
 
 
-def read_column(path: Path) -> np.ndarray:
-    """Read one number per example from a npy, npz, csv, json, or score file.
-
-    An npz file needs an array ``scores``, ``y_train`` or only one array. A csv file may have a header and several
-    columns; the last one is read.
-
-    Returns:
-        ``(n,)``: bool, integers, or float64.
-
-    Raises:
-        FileError: The file is missing or damaged, or does not contain one number per example.
-    """
-    if path.suffix == ".pkl":
-        return read_scores(path)
-    if path.suffix == ".npz":
-        arrays = read_npz(path)
-        name = next((name for name in ("scores", "y_train") if name in arrays), None)
-        if name is None and len(arrays) > 1:
-            raise FileError(f"{path}: has arrays {', '.join(arrays)}; name the one to read 'scores'")
-        values = arrays[name or next(iter(arrays))]
-    elif path.suffix == ".npy":
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise FileError(f"{path}: is not an npy file of numbers ({error}); restore or recreate it") from error
-    elif path.suffix == ".json":
-        values = read_json(path)
-    elif path.suffix in (".csv", ".txt"):
-        try:
-            rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise FileError(f"{path}: cannot be read as text ({error}); give a csv file") from error
-        cells = [row[-1] for row in rows]
-        header = bool(cells) and not _is_number(cells[0])
-        values = [float(cell) if _is_number(cell) else cell for cell in cells[header:]]
-    else:
-        raise FileError(f"{path}: unknown format; give a npy, npz, csv, json or score file (pkl)")
-    try:
-        array = np.asarray(values)
-    except ValueError:  # ragged lists
-        array = np.array(None)
-    if array.ndim != 1 or not array.size or array.dtype.kind not in "biuf":
-        raise FileError(f"{path}: does not contain one number per example; give a one-dimensional list of numbers")
-    return array
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def planted_mask(path: Path, labels: np.ndarray) -> np.ndarray:
     """Read which labels are wrong.
 
@@ -227,7 +172,7 @@ def planted_mask(path: Path, labels: np.ndarray) -> np.ndarray:
     Raises:
         FileError: The file is damaged, does not fit the data set, or marks no label or every label.
     """
-    values, n = read_column(path), len(labels)
+    values, n = read_numbers(path), len(labels)
     if values.dtype.kind == "f" and (np.mod(values, 1) != 0).any():
         raise FileError(f"{path}: contains fractions; give indices, a mask, or labels")
     if values.dtype == bool or (len(values) == n and set(np.unique(values)) <= {0, 1} and labels.max() > 1):

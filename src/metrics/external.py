@@ -11,7 +11,10 @@ import numpy as np
 from src.artifacts.io import read_csv, read_json, read_npy, read_npz, read_pickle
 from src.errors import FileError
 
-FORMATS = ".npy, .npz (one array), .csv (columns index,score, or one column), .json or .pkl (list or dict)"
+FORMATS = (
+    ".npy, .npz (one array, or one named scores), .csv (columns index,score, or one column), .json or .pkl (list or "
+    "dict)"
+)
 
 
 def read_external(path: str | Path, n: int) -> np.ndarray:
@@ -55,8 +58,33 @@ def read_external(path: str | Path, n: int) -> np.ndarray:
     return _finite(path, values, np.arange(n))
 
 
+def read_numbers(path: str | Path) -> np.ndarray:
+    """Read a list of numbers of any length, such as indices, a mask, or labels; of a data set file, ``y_train``.
+
+    Returns:
+        bool, integers, or float64, ``(m,)``.
+
+    Raises:
+        FileError: The file is missing, damaged, or does not contain a list of numbers.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise FileError(f"{path}: its extension is not that of a list of numbers; give .npy, .npz, .csv or .json")
+    content = read_npz(path, ("y_train",)).get("y_train") if suffix == ".npz" else None
+    try:
+        values = np.asarray(_READERS[suffix](path) if content is None else content)
+    except (ValueError, OverflowError):  # ragged lists, or huge integers
+        values = np.array(None)
+    if values.ndim != 1 or not values.size or values.dtype.kind not in "biuf":
+        raise FileError(f"{path}: does not contain a list of numbers; give one index, bool or label per entry")
+    return values
+
+
 def _read_npz(path: Path) -> np.ndarray:
     arrays = read_npz(path)
+    if "scores" in arrays:
+        return arrays["scores"]
     if len(arrays) != 1:
         names = ", ".join(sorted(arrays)[:10]) or "none"
         raise FileError(f"{path}: has {len(arrays)} arrays ({names}), expected one; save the scores alone")

@@ -176,9 +176,11 @@ def test_the_script_compares_with_a_file_of_either_orientation(toy, tmp_path):
     base, dataset, name = toy
     flags = (dataset, *folders(base, "datasets", "metrics"), f"--plots_folder={tmp_path}", "--resamples=50")
     rng = np.random.default_rng(1)
-    np.save(tmp_path / "consistency.npy", -rng.random(60))
+    np.savez(
+        tmp_path / "consistency.npz", labels=np.arange(60) % 3, scores=-rng.random(60)
+    )  # as C-scores are published
     for high, sign in (("atypical", 1), ("typical", -1)):
-        file = f"--reference={tmp_path / 'consistency.npy'}"
+        file = f"--reference={tmp_path / 'consistency.npz'}"
         succeed("evaluate_scores.py", *flags, file, f"--reference_high={high}", "--modes", "csl")
         rows = json.loads((tmp_path / "scores" / name / "against_consistency.json").read_text())["rows"]
         if high == "atypical":
@@ -189,7 +191,7 @@ def test_the_script_compares_with_a_file_of_either_orientation(toy, tmp_path):
 def test_bad_flags_and_files_end_in_one_line(toy, tmp_path):
     base, dataset, _ = toy
     flags = (dataset, *folders(base, "datasets", "metrics"), f"--plots_folder={tmp_path / 'plots'}")
-    np.save(tmp_path / "short.npy", np.arange(7.5))
+    np.save(tmp_path / "short.npy", np.arange(7.0))
     np.save(tmp_path / "far.npy", np.array([3, 60]))
     (tmp_path / "one.txt").write_text("4\n")
     for more, status, says in (
@@ -201,7 +203,7 @@ def test_bad_flags_and_files_end_in_one_line(toy, tmp_path):
         (("--reference=csl", f"--examples={tmp_path / 'one.txt'}"), FLAG, "share 1 examples"),
         (("--reference=csl", "--modes", "mem"), FILE, "no memorization scores"),
         (("--reference=csl", "--confidence=1"), FLAG, "--confidence"),
-        ((f"--reference={tmp_path / 'short.npy'}",), FILE, "short.npy.*60 examples"),
+        ((f"--reference={tmp_path / 'short.npy'}",), FILE, "short.npy.*has 7 scores.*60 examples"),
         ((f"--planted={tmp_path / 'far.npy'}",), FILE, "60 is not an index"),
         ((f"--planted={tmp_path / 'none.npy'}",), FILE, "none.npy"),
     ):
