@@ -5,7 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
-from support import ROOT, folders, succeed
+from support import ROOT, TRAIN, folders, succeed
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
@@ -60,6 +60,35 @@ def test_the_papers_commands(folder):
         more = ["--modes", "samis_loss", "--classes", "apple"] if script == "plot_images.py" else []
         succeed(script, *flags, *SHORT.get(script, []), *folders(folder, *need[script.split("_")[0]]), *more)
     assert (folder / "plots" / "images" / "cifar100" / "lowest_samis_loss_5" / "apple.png").exists()
+
+
+def test_the_core_commands_print_what_the_readme_shows(tmp_path):
+    """Numbers are not compared, since these runs have one epoch, nor are the lines that the README leaves out."""
+    need = {"train": TRAIN, "compute": TRAIN[:3], "average": ("datasets", "metrics"), "plot": ("datasets", "plots")}
+    printed, shown = {}, {}
+    for line in section("The core commands").splitlines():
+        if line.startswith("python "):
+            script, *flags = shlex.split(line)[1:]
+            epochs = [flag.split("=")[0] + "=1" for flag in flags if "epochs=" in flag]
+            where = folders(tmp_path, *need[script.split("_")[0]])
+            if script in ("plot_images.py", "train_prune.py"):
+                where.append(f"--scores_folder={tmp_path / 'metrics'}")
+            quick = ["--only_overview"] if script == "plot_images.py" else []
+            printed[line] = succeed(script, *flags, *epochs, *quick, *where).out.replace(f"{tmp_path}/", "")
+            shown[line] = []
+        elif line.startswith("# "):
+            shown[list(printed)[-1]].append(line[2:])
+    assert [command.split()[1] for command, lines in shown.items() if lines] == [
+        "train_full.py", "compute_sam_sgd.py", "average_scores.py", "plot_images.py", "train_prune.py"
+    ]  # fmt: skip
+    for command, lines in shown.items():
+        found = [masked(line) for line in printed[command].splitlines()]
+        assert [line for line in lines if masked(line) not in found] == [], printed[command]
+
+
+def masked(line):
+    """The line with every number replaced, in any notation."""
+    return re.sub(r"\d+(\.\d+)?(e[-+]\d+)?", "0", line)
 
 
 def test_a_command_of_the_split_protocol(folder):
