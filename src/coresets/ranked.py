@@ -49,7 +49,7 @@ def keep_by_rank(scores: np.ndarray, groups: Sequence[CandidateGroup], *, highes
         cutoff = np.partition(values, last)[last]  # the last score that is kept
         inside = values > cutoff if highest else values < cutoff
         tied = np.flatnonzero(values == cutoff)
-        room = group.budget - np.count_nonzero(inside)
+        room = group.budget - int(np.count_nonzero(inside))
         inside[tied[len(tied) - room :] if highest else tied[:room]] = True
         picks.append(group.positions[inside])
         decided += room if room < len(tied) else 0

@@ -160,8 +160,8 @@ def pareto_front(costs: Sequence[float | None], values: Sequence[float]) -> list
     """
     known = [i for i, cost in enumerate(costs) if cost is not None and not np.isnan(values[i])]
     front, best = [], -np.inf
-    for _, tied in itertools.groupby(sorted(known, key=lambda i: (costs[i], -values[i])), key=lambda i: costs[i]):
-        tied = list(tied)
+    for _, group in itertools.groupby(sorted(known, key=lambda i: (costs[i], -values[i])), key=lambda i: costs[i]):
+        tied = list(group)
         top = values[tied[0]]
         if top > best:
             front += [i for i in tied if values[i] == top]
@@ -302,11 +302,13 @@ def bootstrap(
         known, classes = known[order], classes[order]
         own = [np.asarray(scores[number], dtype=np.float64)[known] for number in numbers]
         truth = np.asarray(reference, dtype=np.float64)[known]
-        starts = np.flatnonzero(np.r_[True, classes[1:] != classes[:-1]]) if labels is not None and len(known) else []
+        starts = []
+        if labels is not None and len(known):
+            starts = np.flatnonzero(np.r_[True, classes[1:] != classes[:-1]]).tolist()
         edges = [slice(start, end) for start, end in itertools.pairwise([*starts, len(known)])]
         parts = [slice(None), *(edge for edge in edges if edge.stop - edge.start >= 3)]
         rankings = [([_Ranking(values[part]) for values in own], _Ranking(truth[part])) for part in parts]
-        drawn = {"spearman": [], "spearman_within_class": [], "auroc": []}
+        drawn: dict[str, list[np.ndarray]] = {"spearman": [], "spearman_within_class": [], "auroc": []}
         for counts in _draw(len(reference), resamples, seed):
             here = counts[known]
             each = [_resampled(*ranking, here[part]) for part, ranking in zip(parts, rankings, strict=True)]
@@ -316,14 +318,14 @@ def bootstrap(
                 within = np.array([correlations for correlations, _ in each[1:]])
                 drawn["spearman_within_class"].append(_mean_known(within.reshape(-1, len(own), counts.shape[1])))
         for place, number in enumerate(numbers):
-            values = {"spearman": spearman(own[place], truth)}
+            measured = {"spearman": spearman(own[place], truth)}
             if labels is not None:
-                values["spearman_within_class"] = spearman_within_class(own[place], truth, classes)
+                measured["spearman_within_class"] = spearman_within_class(own[place], truth, classes)
             if planted:
-                values["auroc"] = auroc(own[place], truth)
+                measured["auroc"] = auroc(own[place], truth)
             found[number] = {
                 name: _interval(value, np.concatenate([block[place] for block in drawn[name]]), confidence)
-                for name, value in values.items()
+                for name, value in measured.items()
             }
     return found
 

@@ -42,9 +42,10 @@ def read_external(path: str | Path, n: int) -> np.ndarray:
     content = _READERS[suffix](path)
     if isinstance(content, dict):
         return _by_index(path, content.items(), n)
+    values: np.ndarray | None
     try:
-        values = np.asarray(content)
-        values = values.astype(np.float64) if values.dtype.kind in "biuf" else None
+        array = np.asarray(content)
+        values = array.astype(np.float64) if array.dtype.kind in "biuf" else None
     except (ValueError, OverflowError):  # ragged lists, or huge integers
         values = None
     if values is None:
@@ -134,11 +135,12 @@ def _by_index(path: Path, items: Iterable[tuple[Any, Any]], n: int) -> np.ndarra
     pairs = list(items)
     try:
         # json has only text as keys
-        keys = [int(key) if isinstance(key, str) or key == int(key) else None for key, _ in pairs]
+        keys = [int(key) for key, _ in pairs]
+        whole = all(isinstance(key, str) or key == number for (key, _), number in zip(pairs, keys, strict=True))
         values = np.array([float(value) for _, value in pairs], dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        keys = [None]
-    if None in keys or not keys:
+        whole = False
+    if not pairs or not whole:
         raise FileError(f"{path}: does not map indices (integers from 0) to numbers; give {FORMATS}")
     if wrong := [key for key in keys if not 0 <= key < n]:
         raise FileError(f"{path}: has index {wrong[0]}, but the training set has examples 0 to {n - 1}")
