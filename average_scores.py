@@ -33,6 +33,7 @@ from src.metrics.average import (
     wanted_modes,
 )
 from src.metrics.dynamics import Windows
+from src.metrics.score import warn_if_not_learned
 from src.models import ModelConfig
 
 log = logging.getLogger("average_scores")
@@ -45,7 +46,7 @@ def parse() -> Namespace:
     parser.add(ModelConfig, "model", only=("model",))
     parser.add(AverageConfig, "scores", required=("seeds",))
     parser.add(Windows, "scores")
-    for name in ("window", "el2n_epochs"):
+    for name in ("window", "el2n_epochs", "etl_never_learned"):
         readers = [score.name for score in SCORES.values() if name in score.options]
         acts = partial(averages_any, readers)
         restrict(parser, {(f"--{name}",): (acts, f"without {', '.join(readers)}")})
@@ -95,12 +96,15 @@ def main() -> None:
         path = SCORES[mode].path(args.metrics_folder, dataset)
         check_score_target(path, record, overwrite=config.overwrite)
         averages[mode] = path, values, record
+    accuracies: list[float] = []
     for mode, (path, values, record) in averages.items():
         write_scores(path, values, record)
+        accuracies += [known for known in record.get("training_accuracy", ()) if known is not None]
         print(
             f"{SCORES[mode].title}: mean of {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
             f"range before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
         )
+    warn_if_not_learned([SCORES[mode] for mode in averages], min(accuracies, default=None), args.metrics_folder)
     keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]
     print_next("plot_images.py", keep, modes=list(averages))
 

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "adaptive": False,
     "cutout_holes": 0,
     "data_augmentation": False,
+    "etl_never_learned": "last",
     "hess_init": 0.1,
     "initialization": "older version",
     "lr_min": 0.0,
@@ -401,7 +402,8 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
 # made, the number of scores (n), the size of the data set (total), and the sha256 of the pickle, which detects a
 # mismatched pair.
 
-_DERIVED = ("n", "total", "sha256", "raw_min", "raw_max", "cost")  # entries of a record that follow from the scores
+# entries of a record that follow from the scores or their run
+_DERIVED = ("n", "total", "sha256", "raw_min", "raw_max", "cost", "training_accuracy")
 
 
 def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]) -> list[Path]:

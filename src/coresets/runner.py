@@ -30,8 +30,9 @@ from src.coresets.inputs import (
 from src.coresets.pretraining import PretrainedModel, settings_hash
 from src.errors import ArgumentError, FileError
 from src.metrics import SCORES, Proxy
-from src.metrics.dynamics import WINDOW, Windows
+from src.metrics.dynamics import WINDOW, Windows, training_accuracy
 from src.metrics.proxy import score_folders
+from src.metrics.score import warn_if_not_learned
 from src.training import RunConfig, RunFiles
 
 log = logging.getLogger(__name__)
@@ -271,7 +272,10 @@ class CoresetRun:
             dynamics = self.models[0].dynamics()
         if needs.reduced:
             windows = Windows(getattr(config.options, "score_window", WINDOW))
-            scores = SCORES[needs.reduced].from_dynamics(dynamics, windows)
+            score = SCORES[needs.reduced]
+            scores = score.from_dynamics(dynamics, windows)
+            if "correct" not in needs.dynamics:  # forget reads it, because it keeps never-learned examples first
+                warn_if_not_learned([score], training_accuracy(dynamics["correct"]), "pre-training")
         if needs.logits or needs.embeddings:
             full = getattr(config.options, "grand_gradient", "last") == "full"
             layers = [

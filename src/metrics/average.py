@@ -17,7 +17,7 @@ from src.cli import SEED, check_options, option
 from src.datasets import dataset_flag
 from src.errors import ArgumentError, FileError
 from src.metrics import samis
-from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows
+from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows, training_accuracy
 from src.metrics.proxy import min_max
 from src.metrics.registry import get_score, scores_from
 from src.metrics.score import Score
@@ -122,6 +122,7 @@ class SeedScores:
         facts: What must be identical across the seeds of an average: epoch, protocol, label hash, settings.
         source: The file that the scores were read from.
         cost: The cost in epoch-equivalents; None if it is not recorded.
+        training_accuracy: The training accuracy of the run's last epoch in [0, 1]; None if it is not recorded.
     """
 
     seed: int
@@ -130,6 +131,7 @@ class SeedScores:
     facts: Mapping[str, Any]
     source: Path
     cost: float | None = None
+    training_accuracy: float | None = None
 
     @property
     def recorded(self) -> bool:
@@ -233,7 +235,8 @@ def read_run_seed(
             values, scored = _end_scores(source, len(visited))
         facts_of_score = _without_seed({**facts, **score.settings(windows)})
         cost = _run_cost(score, run["costs"], windows, scored.mean())
-        result[mode] = SeedScores(seed, values, scored, facts_of_score, source, cost)
+        accuracy = training_accuracy(run["correct"])
+        result[mode] = SeedScores(seed, values, scored, facts_of_score, source, cost, accuracy)
     return result
 
 
@@ -342,6 +345,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
                 f"{seed.source}: the {mode} score of example {example} is not finite; train or score it again"
             )
     costs = [seed.cost for seed in seeds]
+    accuracies = [seed.training_accuracy for seed in seeds]
     epochs = first.facts["epoch"] if score.share_of_epochs else 1
     raw = np.mean([seed.values / epochs for seed in seeds], axis=0)
     if score.missing is not None:
@@ -353,6 +357,7 @@ def average(mode: str, seeds: Sequence[SeedScores]) -> tuple[np.ndarray, dict[st
         **({"unrecorded_seeds": unrecorded} if unrecorded else {}),
         **first.facts,
         **({} if None in costs else {"cost": sum(costs)}),
+        **({"training_accuracy": accuracies} if any(known is not None for known in accuracies) else {}),
         "orientation": "high is atypical",
         "negated": score.negated,
         "scaling": "mean over seeds, divided by the epochs"

@@ -20,7 +20,7 @@ from src.artifacts.io import file_digest, write_json, write_pickle
 from src.cli import check_options, number, option
 from src.errors import ArgumentError
 from src.metrics import flatness
-from src.metrics.score import Score
+from src.metrics.score import Score, warn_if_not_learned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,18 +84,42 @@ def forgetting_events(correct: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(correct).all(axis=0), np.nan, events)
 
 
-def epochs_to_learn(correct: np.ndarray) -> np.ndarray:
-    """Epochs to learn: the first epoch (counting from 1) after which an example stays correct.
-
-    The score is 1 if the example was never misclassified, NaN if it was misclassified at its last visit or never
-    visited, and otherwise 1 + the last epoch in which it was misclassified.
+def training_accuracy(correct: np.ndarray) -> float:
+    """The training accuracy of the last epoch, in training mode and on augmented images.
 
     Args:
         correct: ``(epochs, total)`` of 0, 1, NaN.
+
+    Returns:
+        The fraction of correct examples among those visited in the last epoch, in [0, 1].
+    """
+    return float(np.nanmean(correct[-1], dtype=np.float64))
+
+
+NEVER_LEARNED = ("last", "after_last")
+
+
+def epochs_to_learn(correct: np.ndarray, etl_never_learned: str = "last") -> np.ndarray:
+    """Epochs to learn: the first epoch (counting from 1) after which an example stays correct.
+
+    The score is 1 if the example was never misclassified, and otherwise 1 + the last epoch in which it was
+    misclassified. An example is never learned if it was misclassified at its last visit. The published files store it
+    like one that is learned in the last epoch, also if it is never learned in only some of the averaged seeds.
+
+    Args:
+        correct: ``(epochs, total)`` of 0, 1, NaN.
+        etl_never_learned: The value of an example that is never learned. ``"last"``, the published convention: NaN,
+            which averages replace by the number of epochs. ``"after_last"``: the number of epochs + 1, in each seed,
+            so that it ranks above all learned examples.
+
+    Returns:
+        float64 ``(total,)``; NaN also for examples that were never visited.
     """
     steps = np.arange(1, len(correct) + 1)[:, None]
     learned = np.where(correct == 0, steps, 0).max(axis=0) + 1.0
-    return np.where(_last_seen(correct)[-1] == 1, learned, np.nan)
+    last = _last_seen(correct)[-1]
+    never = len(correct) + 1.0 if etl_never_learned == "after_last" else np.nan
+    return np.where(last == 1, learned, np.where(np.isnan(last), np.nan, never))
 
 
 def csl(loss: np.ndarray) -> np.ndarray:
@@ -180,6 +204,7 @@ COUNTS = (
         paper="Toneva et al. 2019",
         compute=forgetting_events,
         reads=("correct",),
+        assumes_learned=True,
         share_of_epochs=True,
         seed_file="forgettability_train.pkl",
     ),
@@ -191,6 +216,7 @@ COUNTS = (
         paper="SAMIS",
         compute=epochs_to_learn,
         reads=("correct",),
+        options=("etl_never_learned",),
         share_of_epochs=True,
         missing=1.0,
         seed_file="epochs_to_learn_train.pkl",
@@ -223,6 +249,7 @@ REDUCTIONS = (
         compute=dual,
         reads=("probability",),
         options=("window",),
+        assumes_learned=True,
         fewest_epochs=2,
     ),
     _recorded(
@@ -233,6 +260,7 @@ REDUCTIONS = (
         compute=dyn_unc,
         reads=("probability",),
         options=("window",),
+        assumes_learned=True,
         fewest_epochs=2,
     ),
     _recorded(
@@ -252,6 +280,7 @@ REDUCTIONS = (
         compute=tdds,
         reads=("divergence",),
         options=("window",),
+        assumes_learned=True,
         fewest_epochs=3,
     ),
 )
@@ -261,14 +290,15 @@ _WINDOWED = ", ".join(score.name for score in REDUCTIONS if "window" in score.op
 
 @dataclass(frozen=True)
 class Windows:
-    """The epochs that the windowed scores use.
+    """How scores are computed from recorded dynamics.
 
     Attributes:
         window: J, the number of epochs in a window.
         el2n_epochs: The first and last epoch of EL2N, counting from 1.
+        etl_never_learned: See :func:`epochs_to_learn`.
 
     Raises:
-        ArgumentError: A window has fewer than two epochs, or an epoch is below 1.
+        ArgumentError: A window has fewer than two epochs, an epoch is below 1, or a choice is unknown.
     """
 
     window: int = option(WINDOW, f"number of epochs in a window of {_WINDOWED}", number(int, 2))
@@ -278,6 +308,12 @@ class Windows:
         number(int, 1),
         nargs=2,
         metavar=("FIRST", "LAST"),
+    )
+    etl_never_learned: str = option(
+        "last",
+        "value of etl for an example that is never learned: the last epoch, like one that is learned last, as in the "
+        "published files (last), or one epoch later (after_last)",
+        choices=NEVER_LEARNED,
     )
 
     def __post_init__(self) -> None:
@@ -290,7 +326,7 @@ PAPERS_WINDOWS = Windows()
 
 SEED_FILES = {score.name: score.seed_file for score in (*COUNTS, *flatness.END_SCORES)}
 HISTORY_FILES = ("forgettability_history.pkl", "epochs_to_learn_history.pkl")
-RECORD_FILE = "end_of_training.json"  # the sha256 of each score file; absent in folders written by older versions
+RECORD_FILE = "end_of_training.json"  # see write_end_of_training_scores; absent in folders of older versions
 NOT_VISITED = 255
 _RUN_FILES = (*SEED_FILES.values(), *HISTORY_FILES)
 
@@ -314,7 +350,8 @@ def write_end_of_training_scores(
     A score file is a dict original index -> float of the visited examples. Its values are raw: not divided by the
     number of epochs, not scaled. Epochs to learn is NaN for an example that was never learned. Both history files
     contain the per-epoch correctness from which the counts are computed: uint8 ``(epochs, total)``, 255 where an
-    example was not visited.
+    example was not visited. ``end_of_training.json`` has the sha256 of each score file and the training accuracy of
+    the last epoch. A low one is also logged.
 
     Args:
         folder: The run's dynamics folder.
@@ -343,8 +380,10 @@ def write_end_of_training_scores(
         write_pickle(folder / SEED_FILES[name], dict(zip(visited.tolist(), values[visited].tolist(), strict=True)))
         for name, values in scores.items()
     ]
-    digests = {path.name: file_digest(path) for path in written}
+    accuracy = training_accuracy(correct)
+    record = {**{path.name: file_digest(path) for path in written}, "training_accuracy": accuracy}
     # The history files come last, since their presence marks the folder as complete.
-    written.append(write_json(folder / RECORD_FILE, digests))
+    written.append(write_json(folder / RECORD_FILE, record))
+    warn_if_not_learned((*COUNTS, *flatness.END_SCORES, *REDUCTIONS), accuracy, folder)
     history = np.where(np.isnan(correct), NOT_VISITED, correct).astype(np.uint8)
     return written + [write_pickle(folder / name, history) for name in HISTORY_FILES]

@@ -218,6 +218,7 @@ END_SCORES = (
         paper="SAMIS",
         compute=epsilon_flatness,
         passes=1,
+        assumes_learned=True,
         seed_file="epsilon_flat_train.pkl",
     ),
     Score(

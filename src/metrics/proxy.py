@@ -33,7 +33,7 @@ from src.metrics.registry import (
     score_entry,
     search_folders,
 )
-from src.metrics.score import Score
+from src.metrics.score import Score, warn_if_not_learned
 
 log = logging.getLogger(__name__)
 
@@ -326,6 +326,13 @@ class Proxy(StoredScores):
         if self.record.get("mode", mode) != mode:
             raise FileError(f"{path}: contains {self.record['mode']} scores, not {mode}; it was copied or renamed")
         self.check(n, label_hash, data_hash)
+        warn_if_not_learned([kind], _lowest(self.record.get("training_accuracy")), path)
+
+
+def _lowest(accuracies: Any) -> float | None:
+    """The lowest known training accuracy of the averaged seeds; None if none is known."""
+    known = [value for value in accuracies or () if isinstance(value, int | float)]
+    return min(known, default=None)
 
 
 class Memorization(StoredScores):

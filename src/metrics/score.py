@@ -4,7 +4,8 @@ Each score is declared next to the code that computes it: in ``dynamics.py``, ``
 registry collects these declarations. Flags, messages, tables, and tests enumerate the registry.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from typing import Any
 import numpy as np
 
 from src.errors import ArgumentError
+
+log = logging.getLogger(__name__)
+
+LEARNED = 0.8  # training accuracy of the last epoch below which scores that assume learned examples are not trusted
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Score:
         options: The fields of ``dynamics.Windows`` that ``compute`` takes.
         passes: Forward and backward passes over the training examples besides training; a forward pass alone is 1/3.
         fewest_epochs: The minimum number of recorded epochs.
+        assumes_learned: Whether the score has its sign only once the model has learned most examples. An example
+            that is never learned is atypical, but gets a *low* score of this kind, like an easy example: for example,
+            its predictions never change. Below a training accuracy of ``LEARNED``, such scores can rank examples the
+            wrong way around. The other scores are high for examples that are not learned.
         negated: Whether the stored score is the negative of the published quantity, so that high means atypical.
         share_of_epochs: Whether averaged files contain fractions of the number of epochs, like the published files.
             All other scores are min-max scaled.
@@ -57,6 +66,7 @@ class Score:
     options: tuple[str, ...] = ()
     passes: float = 0.0
     fewest_epochs: int = 1
+    assumes_learned: bool = False
     negated: bool = False
     share_of_epochs: bool = False
     missing: float | None = None
@@ -99,3 +109,23 @@ class Score:
     def settings(self, windows: Any = None) -> dict[str, Any]:
         """The fields of ``windows`` that affect the score, by name."""
         return {} if windows is None else {name: getattr(windows, name) for name in self.options}
+
+
+def warn_if_not_learned(scores: Iterable[Score], accuracy: float | None, where: str | Path) -> None:
+    """Log one warning if scores that assume learned examples come from a model that has not learned enough of them.
+
+    Args:
+        scores: The scores in use.
+        accuracy: The training accuracy of the last epoch in [0, 1]; None or NaN if unknown.
+        where: The run or file, for the message.
+    """
+    names = [score.name for score in scores if score.assumes_learned]
+    if names and accuracy is not None and accuracy < LEARNED:
+        log.warning(
+            "%s: the training accuracy of the last epoch is %.1f %%, below %.0f %%: %s can have the wrong sign, "
+            "since examples that are never learned get low scores, like easy ones; train longer, or use aum or csl",
+            where,
+            100 * accuracy,
+            100 * LEARNED,
+            ", ".join(names),
+        )

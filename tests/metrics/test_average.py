@@ -1,6 +1,7 @@
 """Averaging over seeds: the published scaling, and files that cannot be combined."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,16 @@ def test_forgetting_and_epochs_to_learn_are_shares_of_the_epochs():
     np.testing.assert_allclose(scores, [0, 0.375, 0.5])
     scores, _ = average("etl", [seed(1, [1, 2, np.nan]), seed(2, [1, 4, 3])])
     np.testing.assert_allclose(scores, [0.25, 0.75, 1.0])  # never learned in one seed: 1
+
+
+def test_the_training_accuracy_of_each_seed_is_recorded_but_no_reason_to_refuse(tmp_path):
+    seeds = [replace(seed(k, [1, 2, 3]), training_accuracy=value) for k, value in ((1, 0.5), (2, None))]
+    _, record = average("dual", seeds)
+    assert record["training_accuracy"] == [0.5, None]
+    scores, old = average("dual", [seed(k, [1, 2, 3]) for k in (1, 2)])  # as before it was recorded
+    assert "training_accuracy" not in old
+    write_scores(tmp_path / "dual_toy.pkl", scores, old)
+    check_score_target(tmp_path / "dual_toy.pkl", record)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ def test_published_vectors():
     correct = columns("1111", "0000", "0101", "1011", "1110", "0111")
     np.testing.assert_array_equal(ds.forgetting_events(correct), [0, 0, 1, 1, 1, 0])
     np.testing.assert_array_equal(ds.epochs_to_learn(correct), [1, NAN, 4, 3, NAN, 2])
+    np.testing.assert_array_equal(ds.epochs_to_learn(correct, "after_last"), [1, 5, 4, 3, 5, 2])
+    assert ds.training_accuracy(correct) == 4 / 6
+    assert ds.training_accuracy(columns("10", "11", "1-")) == 0.5  # of the visited examples
 
 
 def test_epochs_without_a_visit_neither_forget_nor_learn():
@@ -39,6 +42,12 @@ def test_histories_against_a_loop(histories):
         expected = seen.count("10") if seen else NAN
         np.testing.assert_equal(events, expected)
         np.testing.assert_equal(epochs, history.rfind("0") + 2.0 if seen.endswith("1") else NAN)
+    after = ds.epochs_to_learn(correct, "after_last")
+    expected = []
+    for history in histories:
+        seen = history.replace("-", "")
+        expected.append(NAN if not seen else 7 if seen[-1] == "0" else history.rfind("0") + 2)
+    np.testing.assert_array_equal(after, expected)
 
 
 @pytest.fixture

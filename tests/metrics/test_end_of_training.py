@@ -43,7 +43,9 @@ def test_every_file_of_the_format_is_there(written):
 
 def test_digests_are_recorded_in_the_order_of_earlier_versions(written):
     names = [SEED_FILES[mode] for mode in ("forg", "etl", "flat", "eps")]
-    assert list(json.loads((written[0] / RECORD_FILE).read_text())) == names
+    record = json.loads((written[0] / RECORD_FILE).read_text())
+    assert list(record) == [*names, "training_accuracy"]
+    assert record["training_accuracy"] == 0.75  # of the four examples of the subset
 
 
 def test_values_are_raw_counts_and_measured_flatness(written):
@@ -73,6 +75,7 @@ def test_scores_that_are_not_finite_are_named(written, tmp_path, monkeypatch, ca
     found = {"flat": values, "eps": np.zeros_like(values)}
     measured = tuple(replace(s, compute=lambda *_, name=s.name, **__: found[name]) for s in flatness.END_SCORES)
     monkeypatch.setattr(flatness, "END_SCORES", measured)
+    correct = np.where(np.isnan(correct), np.nan, 1)  # an accuracy that needs no warning
     write_end_of_training_scores(tmp_path, model, None, {"correct": correct})
     assert "input curvature is not finite for 2 examples (indices 8, 41)" in caplog.text
     assert len(caplog.records) == 1
