@@ -66,14 +66,14 @@ class Row:
 
 
 def seconds(work: Work, clock: Callable[[], float]) -> float:
-    """The time ``work`` takes on a clock."""
+    """Elapsed time of ``work`` on a clock."""
     start = clock()
     work()
     return clock() - start
 
 
 def in_turn(ways: Sequence[Work], repeats: int, clock: Callable[[], float] = time.process_time) -> list[float]:
-    """Run the ways alternately and return the minimum time of each, in seconds.
+    """Run the implementations alternately and return the minimum time of each, in seconds.
 
     Args:
         ways: The ways to compare.

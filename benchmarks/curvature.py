@@ -40,7 +40,7 @@ class PlainHessian(Hessian):
 
 @dataclass
 class Found:
-    """Result and cost of one way."""
+    """Result and cost of one implementation."""
 
     values: Tensor
     residuals: Tensor
@@ -238,7 +238,7 @@ def product_rows(quick: bool) -> list[Row]:
 
 
 def hessian(quick: bool = False) -> list[Row]:
-    """Hessian spectrum, and single products.
+    """Hessian spectrum, and single matrix-vector products.
 
     A lenet, trained on digits for a few epochs, and the Hessian of its mean loss over some of them. Wanted: the top
     five eigenvalues to a relative residual of 1e-3, and the density from 100 Lanczos steps, in at most 120 products.
@@ -323,7 +323,7 @@ def lanczos(quick: bool = False) -> list[Row]:
 CASES = {"large_mlp": (1, 28, 10, 50, 200.0), "lenet": (1, 28, 10, 50, None), "resnet18": (3, 32, 10, 4, 1.5)}
 QUICK = {"small_mlp": (1, 8, 3, 4, None)}
 IN_A_ROW = {"large_mlp": 10, "lenet": 10}
-"""Our kernels per timing, one after another as for the groups of a run; 1 where not listed."""
+"""Kernels that this project computes in a row per timing, as for the groups of a run; 1 if not listed."""
 FEW = (1, 2, 4)
 MANY = 50
 

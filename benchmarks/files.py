@@ -270,7 +270,7 @@ def photos(quick: bool = False) -> list[Row]:
         log.disabled = True
         ways = (in_full, by_draft, lambda: start("draft", "none"))
         while time.time() < max(path.stat().st_ctime for path in files) + 3:
-            time.sleep(0.1)  # younger photos are not taken from the cache
+            time.sleep(0.1)  # more recently changed photos are not read from the cache
         times, walls = in_turn(ways, repeats), in_turn(ways, repeats, time.perf_counter)
         later = in_turn((lambda: np.load(kept), lambda: start("draft", "kept")), repeats)
         log.disabled = False
@@ -283,7 +283,7 @@ def photos(quick: bool = False) -> list[Row]:
 
 
 def _photo(seed: int) -> Image.Image:
-    """A photo of random waves, long ones the strongest."""
+    """A synthetic photo of random waves, in which low frequencies are strongest."""
     generator = np.random.default_rng(seed)
     size = (1200, 1600)
     frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
@@ -327,7 +327,7 @@ def figures(quick: bool = False) -> list[Row]:
 
 
 def grid(quick: bool = False) -> list[Row]:
-    """A grid of short runs on digits: its figure drawn after every cell, and at most once a minute as ours does."""
+    """A grid of short runs on digits: its figure drawn after every cell, or, as here, at most once a minute."""
     seeds, epochs = ([1], 1) if quick else ([1, 2], 5)
     config = GridConfig(funcs=["random", "csl", "forget"], fractions=[0.1, 0.5], seeds=seeds)
     run_config = RunConfig(

@@ -133,13 +133,13 @@ def compare(name: str, ours: Tensor, *others: Tensor) -> None:
 
 
 def timed(name: str, target: float, counts: Sequence[int], ways: Sequence[Callable], repeats: int) -> Row:
-    """One row, in milliseconds per example; ``counts`` are the numbers of examples that the ways work on."""
+    """One row, in milliseconds per example; the implementations process ``counts`` examples."""
     times = in_turn(ways, repeats)
     return Row(name, *(1_000 * t / count for t, count in zip(times, counts, strict=True)), "ms per example", target)
 
 
 def peak_of(way: Callable, name: str, case: Case, count: int) -> float:
-    """Peak memory in MiB of one way on ``count`` images; of one image for the baseline."""
+    """Peak memory in MiB of one implementation on ``count`` images; of one image for the baseline."""
     way(*prepared(name, case, count))
     return peak()
 
@@ -157,7 +157,9 @@ def variances(quick: bool = False) -> list[Row]:
     Raises:
         RuntimeError: Two implementations disagree.
     """
-    prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)  # freed memory is kept, for all ways
+    prepare(
+        torch.device("cpu"), PRECISIONS["fp32"], deterministic=False
+    )  # freed memory is kept, for all implementations
     rows = []
     repeats = 1 if quick else 2
     cases = QUICK if quick else CASES

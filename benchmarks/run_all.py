@@ -35,7 +35,7 @@ def main() -> None:
     """Measure, print the table, and write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="toy sizes: checks that everything runs, times mean nothing"
+        "--quick", action="store_true", help="toy sizes: check that everything runs; the times are meaningless"
     )
     quick = parser.parse_args().quick
     started = time.perf_counter()

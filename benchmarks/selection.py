@@ -94,7 +94,7 @@ def last_layer(quick: bool = False) -> list[Row]:
 
 
 def each_class_sorted(scores: np.ndarray, labels: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    """The papers' code: the highest scores of each class, found by its label and sorted alone."""
+    """The papers' code: the highest scores of each class, sorted class by class."""
     kept = []
     for label, budget in enumerate(budgets):
         members = np.flatnonzero(labels == label)
@@ -112,7 +112,7 @@ def sorted_once(scores: np.ndarray, labels: np.ndarray, budgets: np.ndarray) -> 
 def ranked(quick: bool = False) -> list[Row]:
     """The highest 30 % of 50,000 scores in each of 100 classes.
 
-    Authors: each class alone. Strongest alternative: the faster of that and one sort by class and score.
+    Authors: class by class. Strongest alternative: the faster of that and one sort by class and score.
 
     Raises:
         RuntimeError: Two implementations select different examples.
@@ -166,7 +166,7 @@ def running_greedy(sums: np.ndarray, similarities: np.ndarray, budget: int) -> n
 
 
 def timed(way: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
-    """The minimum CPU seconds of a way, and its picks."""
+    """The minimum CPU seconds of an implementation, and its picks."""
     picks = []
     return min(seconds(lambda: picks.append(way()), time.process_time) for _ in range(repeats)), picks[-1]
 
@@ -189,7 +189,7 @@ def graph_cut(quick: bool = False) -> list[Row]:
         network = random_class(count, classes, size)
         factors = Similarities.of(network)
         dense, sums = factors.matrix(), factors.sums()
-        matrix, totals = np.asarray(dense), np.asarray(sums)  # the sums are given to ours too
+        matrix, totals = np.asarray(dense), np.asarray(sums)  # this project also gets the sums
         authors, expected = timed(lambda matrix=matrix: naive_greedy(matrix, budget), 1)
         found: dict[str, np.ndarray] = {}
         ways = (
@@ -319,7 +319,7 @@ def gradmatch(quick: bool = False) -> list[Row]:
 
 
 OFFSET = 1e-3
-SAMPLED, KEPT = 5, 300  # "pressed" case: one in 5 examples is sampled, and one in 300 pairs is kept
+SAMPLED, KEPT = 5, 300  # "sparsely sampled" case: one in 5 examples is sampled, and one in 300 pairs is kept
 
 
 def clustered_class(count: int, classes: int, size: int) -> LastLayer:
@@ -370,19 +370,19 @@ def plain_picks(similarities: np.ndarray, budget: int) -> np.ndarray:
 
 
 def plain_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picks and weights of the textbook way."""
+    """Picks and weights of textbook lazy greedy."""
     similarities = plain_similarities(network)
     picks = np.sort(plain_picks(similarities, budget))
     return picks, np.bincount(similarities[:, picks].argmax(axis=1), minlength=budget)
 
 
 def our_choice(network: LastLayer, budget: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return our picks and weights."""
+    """Picks and weights of this project's selection."""
     return choose_weighted(Distances.of(network), budget, memory, rng.numpy_generator(1, 0, "craig"))
 
 
-def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picks and weights of our way for large groups, with few pairs."""
+def sparse_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """Picks and weights of this project's sampled algorithm, with few pairs."""
     distances, count = Distances.of(network), len(network.labels)
     generator = rng.numpy_generator(1, 0, "craig")
     sample = np.sort(generator.choice(count, count // SAMPLED, replace=False))
@@ -391,7 +391,7 @@ def pressed_choice(network: LastLayer, budget: int) -> tuple[np.ndarray, np.ndar
 
 
 def craig_rows(name: str, network: LastLayer, repeats: int) -> list[Row]:
-    """Compare the textbook implementation, ours, and our algorithm for large groups.
+    """Compare textbook lazy greedy with this project's exact and sampled algorithms.
 
     Raises:
         RuntimeError: The objectives or the sums of the weights differ.
@@ -406,7 +406,7 @@ def craig_rows(name: str, network: LastLayer, repeats: int) -> list[Row]:
         plain_choice(network, budget),
         our_choice(network, budget, MEMORY),
         our_choice(network, budget, too_small),
-        pressed_choice(network, budget),
+        sparse_choice(network, budget),
     ]
     values = [float(similarities[:, picks].max(axis=1).sum()) for picks, _ in chosen]
     if abs(values[1] - values[0]) > 1e-6 * values[0] or any(weights.sum() != count for _, weights in chosen):

@@ -24,7 +24,7 @@ SUBSAMPLED = ("graph_cut", "craig", "gradmatch", "glister", "k_center")
 
 
 def reached(name: str, network: LastLayer, found: Selection) -> float:
-    """The value of a choice by the method's own criterion; see :func:`subsample`."""
+    """The value of a selection under the method's own objective; see :func:`subsample`."""
     picks, errors, embeddings = found.indices, network.errors.double(), network.embeddings.double()
     if name == "graph_cut":  # without the function's diagonal
         similarities = Similarities.of(network)

@@ -61,7 +61,7 @@ def batches(quick: bool = False) -> list[Row]:
     """Batches of images.
 
     CIFAR-sized random images in batches of 128, random crop with padding 4, horizontal flip, normalized; and
-    MNIST-sized ones in batches of 256, in order and only normalized, where all ways must give the same bits.
+    MNIST-sized ones in batches of 256, in order and only normalized, where all results must be bit-identical.
     Authors: a DataLoader over PIL transforms. Strongest alternative: an airbench-like loader. No large
     speedup over it is possible: this project also draws random numbers per example and epoch, so that results do not
     depend on workers or interruptions.
@@ -137,7 +137,7 @@ def in_whole_batches(sgd: nn.Module, sam: nn.Module, images: Tensor, labels: Ten
 
 
 def scoring_row(case: ScoringCase, repeats: int) -> Row:
-    """Time one model in all ways.
+    """Time all implementations for one model.
 
     Raises:
         RuntimeError: Two implementations disagree.
@@ -199,7 +199,7 @@ RATE, MOMENTUM = 0.1, 0.9
 
 @dataclass(frozen=True)
 class Way:
-    """One way of training, and the number of steps that are timed after a first one."""
+    """One training loop, and the number of steps timed after a first one."""
 
     model: str
     steps: int
@@ -212,7 +212,7 @@ class Way:
 
 
 def seconds_per_step(way: Way) -> float:
-    """Train one way and return the CPU seconds per step, preparation of the batch included."""
+    """Train with one loop and return the CPU seconds per step, including the preparation of the batch."""
     torch.manual_seed(0)
     entry = lookup("cifar10")
     model = build_model(way.model, entry.num_classes, entry.channels, entry.image_size, seed=0).train()
@@ -414,7 +414,7 @@ def vmapped(
 
 
 def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
-    """Time one case in all ways, in milliseconds per step and model, with the scripts' allocator settings.
+    """Time all implementations of one case, in milliseconds per step and model, with the scripts' allocator settings.
 
     Raises:
         RuntimeError: Two implementations disagree.
