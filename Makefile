@@ -1,4 +1,4 @@
-# make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw
+# make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw, compare with memorization
 # make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures
 # make geometry  the same set-up, then Hessian spectra and tangent kernels of networks on the digits, with figures
 # make test    the same set-up, then the tests
@@ -17,6 +17,7 @@ DATA := --dataset=digits --model=resnet8
 TRAINING := --data_augmentation --epochs=$(EPOCHS) --batch_size=128 --learning_rate=0.1 --lr_sched=const --measure_proxies --resume
 READING := --datasets_folder=$(RUNS)/data --models_folder=$(RUNS)/ckpts --metrics_folder=$(RUNS)/metrics
 FOLDERS := $(READING) --log_folder=$(RUNS)/logs --resume_ckpts_folder=$(RUNS)/resume_ckpts
+MEMBERS := --model=small_mlp --members=500 --epochs=20 --batch_size=32 --learning_rate=0.1 --lr_sched=cosine
 DRAWING := --datasets_folder=$(RUNS)/data --scores_folder=$(RUNS)/metrics --plots_folder=$(RUNS)/plots
 
 MPE := runs/mpe_digits
@@ -58,8 +59,11 @@ samis: $(STAMP)
 	$(BIN)/python average_scores.py $(DATA) --seeds $(SEEDS) --metrics_folder=$(RUNS)/metrics --optimizer=sgd >> $(RUNS)/logs/average_scores.txt; \
 	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob csl $(DRAWING) | $(BRIEF); \
 	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss csl forg $(DRAWING) | $(BRIEF); \
+	$(BIN)/python compute_memorization.py --dataset=digits $(MEMBERS) --datasets_folder=$(RUNS)/data --metrics_folder=$(RUNS)/metrics | $(BRIEF); \
+	printf '\nHow well do the scores of resnet8 agree with memorization, measured with 500 models (small_mlp) on random subsets?\n'; \
+	$(BIN)/python evaluate_scores.py --dataset=digits --modes samis_loss samis_prob mean_loss csl aum $(DRAWING) | $(BRIEF); \
 	printf '\nFigures to open (all are in %s):\n' $(RUNS)/plots; \
-	ls $(RUNS)/plots/images/digits/overview_samis_loss_5.png $(RUNS)/plots/proxies/digits/comparison.png; \
+	ls $(RUNS)/plots/images/digits/overview_samis_loss_5.png $(RUNS)/plots/proxies/digits/comparison.png $(RUNS)/plots/scores/digits/against_mem.png; \
 	printf 'Scores to use (all are listed in %s):\n' $(RUNS)/logs/average_scores.txt; ls $(RUNS)/metrics/sam_sgd/*.pkl; \
 	printf 'Next: make mpe, make geometry, or prune the training set by a score (docs/pruning.md)\n'
 

@@ -85,7 +85,7 @@ def train_members(
         The last member trained: the last one requested, unless the target standard error was reached earlier.
     """
     first, last = config.members
-    tally, seconds = None, 0.0
+    tally, seconds, trained, began = None, 0.0, 0, time.perf_counter()
     with tqdm(total=last - first + 1, unit="member", disable=None, dynamic_ncols=True) as bar:
         for start in range((first - 1) // BLOCK * BLOCK + 1, last + 1, BLOCK):
             numbers = range(max(first, start), min(start + BLOCK, last + 1))
@@ -96,17 +96,14 @@ def train_members(
                 for chunk in chunks:
                     missing = [number for number in chunk if number not in there]
                     if missing:
-                        began = time.perf_counter()
                         part = fit(missing, np.stack([masks(number) for number in missing]))
                         block = part if block is None else block + part
                         files.write(block)
-                        if not seconds:
-                            seconds = (time.perf_counter() - began) / len(missing)
-                            log.info(
-                                "%s per member, %s for the members left",
-                                duration(seconds),
-                                duration(seconds * (last - missing[-1])),
-                            )
+                        trained += len(missing)
+                        seconds = (time.perf_counter() - began) / trained
+                        if trained == len(missing):
+                            total = duration(seconds * (last - missing[0] + 1))
+                            log.info("%s per member, about %s in total", duration(seconds), total)
                     rows = np.isin(block.numbers, chunk)
                     tally = tally or Tally(block.included.shape[1])
                     tally.add(block.included[rows], block.correct[rows])
@@ -116,6 +113,9 @@ def train_members(
                     if config.target_se is not None and error <= config.target_se:
                         log.info("median standard error %.4f after member %d; stopping", error, chunk[-1])
                         return chunk[-1]
+            if trained and numbers[-1] < last:
+                left = duration(seconds * (last - numbers[-1]))
+                log.info("member %d of %d; median standard error %.4f; %s left", numbers[-1], last, error, left)
     return last
 
 
