@@ -2,9 +2,9 @@
 
 A benchmark is a function of ``quick`` that returns rows; each module lists its own in ``BENCHMARKS``. A row compares
 this project with two baselines: the papers' released code, and the strongest alternative that a competent user would
-plausibly write. Times are CPU seconds (user and system) on one thread unless a row's unit says otherwise.
-Implementations in a row alternate within one run, and the minimum time of each is reported, which reduces the effect
-of other load on the ratios.
+plausibly write. A few rows compare two variants of this project instead. Times are CPU seconds (user and system) on
+one thread unless a row's unit says otherwise. Implementations in a row alternate within one run, and the minimum time
+of each is reported, which reduces the effect of other load on the ratios.
 """
 
 import argparse
@@ -39,7 +39,9 @@ class Row:
         strongest: Cost of the strongest alternative. None if no alternative is feasible.
         ours: Cost of this project's implementation.
         unit: Unit of the three costs.
-        target: Required ratio ``strongest / ours``, if any. About 1 if no further speedup is possible.
+        target: Lowest acceptable ratio ``strongest / ours``, if any: below all ratios that were measured, so that a
+            lower one means that this project has become slower.
+        variant: Whether ``strongest`` is another variant of this project.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row:
     ours: float
     unit: str
     target: float | None = None
+    variant: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -182,43 +185,71 @@ def fast_batches(
         yield images.contiguous(memory_format=torch.channels_last) if channels_last else images, labels[rows]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Format the rows as text, one line each below a header."""
-
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    columns = ("what", "authors", "strongest", "ours", "authors/ours", "strongest/ours", "target", "met", "unit")
-    cells = [
-        (
-            row.name,
-            shown(row.authors, ".4g"),
-            shown(row.strongest, ".4g"),
-            shown(row.ours, ".4g"),
-            shown(row.authors_ratio, ".2f"),
-            shown(row.ratio, ".2f"),
-            shown(row.target, ".3g"),
-            {True: "yes", False: "NO", None: "-"}[row.met],
-            row.unit,
-        )
-        for row in rows
+def median_run(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Of each row's measurements in several runs of a benchmark, the one with the median ratio."""
+    return [
+        sorted(found, key=lambda row: row.ours if row.ratio is None else row.ratio)[len(found) // 2]
+        for found in zip(*runs, strict=True)
     ]
-    widths = [max(len(line[column]) for line in [columns, *cells]) for column in range(len(columns) - 1)]
-    lines = []
-    for name, *numbers, unit in [columns, *cells]:
-        padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded, unit]))
-    return "\n".join(lines)
 
 
-LEGEND = (
-    "CPU seconds on one thread unless the unit says otherwise. Larger ratios are better; targets apply to the "
-    "strongest alternative.\nauthors '-': there is only one sensible alternative. strongest '-': none is feasible."
-)
+HEADER = ("what", "authors' way", "strongest", "ours", "unit", "authors' / ours", "strongest / ours", "target")
+LEGEND = """\
+Times are CPU seconds on one thread unless the unit says otherwise. Larger ratios are better; a target is the lowest
+acceptable ratio to the strongest alternative. "-" as authors' way: the papers' code has no such step, or only one
+alternative is sensible; as strongest: no alternative is feasible.
+Benchmarks: `training steps` means `python -m benchmarks.training steps`.
+"""
+
+
+def table(found: Mapping[str, Sequence[Row]]) -> str:
+    """Format rows as Markdown: comparisons with alternatives, then variants of this project.
+
+    Args:
+        found: The rows of each benchmark, by its module and name.
+    """
+
+    def shown(value: float | None, form: str = ".3g") -> str:
+        if value is None:
+            return "-"
+        return f"{value:,.0f}" if value >= 100 else format(value, form)
+
+    parts = []
+    for variants in (False, True):
+        cells = [
+            (
+                row.name,
+                shown(row.authors),
+                shown(row.strongest),
+                shown(row.ours),
+                row.unit,
+                shown(row.authors_ratio, ".2g"),
+                shown(row.ratio, ".2f" if (row.ratio or 0) < 2 else ".2g"),
+                f"{shown(row.target)}{' (missed)' if row.met is False else ''}",
+                f"`{benchmark}`",
+            )
+            for benchmark, rows in found.items()
+            for row in rows
+            if row.variant == variants
+        ]
+        header = (*HEADER, "benchmark")
+        if variants:  # drop the columns without meaning
+            cells = [(cell[0], *cell[2:5], cell[6], cell[8]) for cell in cells]
+            header = ("variants of this project: first / second", "first", "second", "unit", "ratio", "benchmark")
+        if cells:
+            widths = [max(len(line[column]) for line in (header, *cells)) for column in range(len(header))]
+            lines = [header, ["-" * width for width in widths], *cells]
+            parts.append(
+                "\n".join(
+                    f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths, strict=True))} |"
+                    for line in lines
+                )
+            )
+    return "\n\n".join(parts)
 
 
 def run(benchmarks: Mapping[str, Callable[[bool], list[Row]]], description: str) -> None:
-    """Run all benchmarks of a module, or those named on the command line, and print their rows."""
+    """Run all benchmarks of the main module, or those named on the command line, and print their rows."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     names = ", ".join(benchmarks)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run: {names} (default: all)")
@@ -226,9 +257,9 @@ def run(benchmarks: Mapping[str, Callable[[bool], list[Row]]], description: str)
     args = parser.parse_args()
     if unknown := set(args.names) - set(benchmarks):
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {names}")
-    rows = []
+    module, found = Path(sys.argv[0]).stem, {}
     for name in args.names or benchmarks:
         torch.set_num_threads(1)
-        rows += benchmarks[name](args.quick)
+        found[f"{module} {name}"] = benchmarks[name](args.quick)
     print(LEGEND)
-    print(table(rows))
+    print(table(found))

@@ -105,10 +105,10 @@ def memory(quick: bool = False) -> list[Row]:
         paths = [write_images(Path(folder), n) for n in (128, count)]
         extra = {way: measured(way, paths) for way in (fast_run, our_run)}
     least = (count - 128) * 3 * 32**2 / 2**20
-    name, unit = f"memory of {count:,} CIFAR-sized images", "MiB (peak)"
+    name = f"peak memory of training on {count:,} CIFAR-sized images"
     return [
-        Row(f"{name}: padded uint8 copy / ours", None, extra[fast_run], extra[our_run], unit, 0.9),
-        Row(f"{name}: uint8 pixels / ours", None, least, extra[our_run], unit, 0.8),
+        Row(name, None, extra[fast_run], extra[our_run], "MiB", 1.8),
+        Row(f"{name}, compared with their bytes", None, least, extra[our_run], "MiB", 0.8),
     ]
 
 
@@ -179,10 +179,10 @@ def checkpoints(quick: bool = False) -> list[Row]:
         waits = total - sum(record["seconds"] for record in trainer.history)
         measured[way].append((size / 1e6 / epochs, waits / epochs, total / epochs))
     best = [np.min(measured[way], axis=0) for way in ways]
-    names = ("data written", "time waiting for files", "total time")
+    names = ("checkpoints, bytes written", "checkpoints, waiting for files", "epoch with checkpoints")
     units = ("MB per epoch", "s per epoch (wall)", "s per epoch (wall)")
     return [
-        Row(f"checkpoints, {name}: {what}", *values, unit)
+        Row(f"{what}, {name}", *values, unit)
         for what, values, unit in zip(names, zip(*best, strict=True), units, strict=True)
     ]
 
@@ -220,7 +220,7 @@ def start(quick: bool = False) -> list[Row]:
         ways = [partial(run_python, "-c", "import torch"), *(partial(run_python, *line) for line in lines.values())]
         plain, *ours = in_turn(ways, 1 if quick else 5, children_seconds)
     return [
-        Row(f"{script} on 50 digits, one epoch: import torch / ours", None, plain, own, "s", 0.65)
+        Row(f"{script} on 50 digits, compared with import torch", None, plain, own, "s", 0.6)
         for script, own in zip(lines, ours, strict=True)
     ]
 
@@ -274,11 +274,11 @@ def photos(quick: bool = False) -> list[Row]:
         times, walls = in_turn(ways, repeats), in_turn(ways, repeats, time.perf_counter)
         later = in_turn((lambda: np.load(kept), lambda: start("draft", "kept")), repeats)
         log.disabled = False
-    scale, unit = 1_000 / len(files), "s per 1,000 photos of 1600x1200"
+    scale, unit = 1_000 / len(files), "s per 1,000 of 1600x1200"
     return [
-        Row("loading photos, empty cache", *(scale * t for t in times), unit),
-        Row(f"loading photos, empty cache, {os.cpu_count()} cores", *(scale * t for t in walls), f"{unit} (wall)"),
-        Row("loading photos, filled cache", scale * times[0], *(scale * t for t in later), unit),
+        Row("first start with photos", *(scale * t for t in times), unit),
+        Row(f"first start with photos, {os.cpu_count()} cores", *(scale * t for t in walls), f"{unit} (wall)"),
+        Row("later start with photos", scale * times[0], *(scale * t for t in later), unit),
     ]
 
 
@@ -322,12 +322,12 @@ def figures(quick: bool = False) -> list[Row]:
 
         with tempfile.TemporaryDirectory() as folder:
             times = in_turn([partial(plain, folder), partial(own, folder)], 1 if quick else 5)
-        rows.append(Row(f"figure of 15 images of {size}x{size}, PNG and PDF: 15 subplots / ours", None, *times, "s"))
+        rows.append(Row(f"figure of 15 images of {size}x{size}, PNG and PDF", None, *times, "s"))
     return rows
 
 
 def grid(quick: bool = False) -> list[Row]:
-    """A grid of short runs on digits: its figure drawn after every cell, or, as here, at most once a minute."""
+    """A grid of short runs on digits: its figure is drawn after every run, or once a minute, which is the default."""
     seeds, epochs = ([1], 1) if quick else ([1, 2], 5)
     config = GridConfig(funcs=["random", "csl", "forget"], fractions=[0.1, 0.5], seeds=seeds)
     run_config = RunConfig(
@@ -347,7 +347,15 @@ def grid(quick: bool = False) -> list[Row]:
                 table.write()
                 times[every] = min(times[every], time.process_time() - start)
     logging.root.setLevel(warned)
-    return [Row(f"grid of {len(table.runs)} runs: figure after every run / ours", None, *times.values(), "s")]
+    return [
+        Row(
+            f"grid of {len(table.runs)} runs: figure after each / at most once a minute",
+            None,
+            *times.values(),
+            "s",
+            variant=True,
+        )
+    ]
 
 
 BENCHMARKS = {

@@ -174,7 +174,7 @@ def variances(quick: bool = False) -> list[Row]:
             lambda model=model, some=some, posterior=posterior: diagonal_only(model, some, posterior),
             lambda model=model, many=many, posterior=posterior: our_variances(model, many, posterior),
         ]
-        title = f"logit variances, diagonal posterior, {name}"
+        title = f"output variances, diagonal posterior, {name}"
         rows.append(timed(title, case.target, counts, ways, repeats))
         if case.kronecker is None:
             continue
@@ -189,7 +189,7 @@ def variances(quick: bool = False) -> list[Row]:
             lambda other=other, few=few, batch=batch: laplace_variances(other, few, batch, CHUNK),
             lambda model=model, many=many: our_kronecker_variances(model, many),
         ]
-        title = f"KFAC fit and logit variances, {name}"
+        title = f"KFAC: fit and output variances, {name}"
         rows.append(timed(title, case.kronecker, (len(few), len(few), len(many)), ways, 1))
     if quick:
         return rows
@@ -198,7 +198,7 @@ def variances(quick: bool = False) -> list[Row]:
         in_fresh_process(peak_of, way, "lenet", case, case.batch) - in_fresh_process(peak_of, way, "lenet", case, 1)
         for way in (all_pairs, diagonal_only, our_variances)
     ]
-    rows.append(Row(f"memory of logit variances, lenet, {case.batch} images", *(max(g, 0.1) for g in grown), "MiB"))
+    rows.append(Row(f"memory of output variances, lenet, {case.batch} images", *(max(g, 0.1) for g in grown), "MiB"))
     return rows
 
 

@@ -1,6 +1,6 @@
 """Run every benchmark in its own process, one after another, and print one table.
 
-    python -m benchmarks.run_all [--quick]
+    python -m benchmarks.run_all [--quick] [--runs N]
 
 Writes the table to ``runs/bench.json``.
 """
@@ -14,7 +14,7 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import LEGEND, Row, in_fresh_process, table
+from benchmarks.common import LEGEND, Row, in_fresh_process, median_run, table
 from src.artifacts.io import write_json
 from src.artifacts.paths import ROOT
 
@@ -37,26 +37,40 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="toy sizes: check that everything runs; the times are meaningless"
     )
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--runs", type=int, default=1, help="runs of each benchmark; rows with the median ratio count"
+    )
+    args = parser.parse_args()
+    if args.runs < 1:
+        parser.error(f"--runs {args.runs}: must be at least 1")
     started = time.perf_counter()
-    rows = []
+    found: dict[str, list[Row]] = {}
     with tqdm([(module, name) for module in MODULES for name in benchmarks_of(module)], unit="benchmark") as bar:
         for module, name in bar:
             bar.set_description(name)
-            rows += in_fresh_process(run_one, module, name, quick)
+            runs = [in_fresh_process(run_one, module, name, args.quick) for _ in range(args.runs)]
+            found[f"{module} {name}"] = median_run(runs)
     seconds = time.perf_counter() - started
     print(LEGEND)
-    print(table(rows))
-    machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
+    print(table(found))
     content = {
-        "quick": quick,
+        "quick": args.quick,
+        "runs": args.runs,
         "seconds": seconds,
-        "machine": machine,
+        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
         "rows": [
-            {**asdict(row), "ratio": row.ratio, "authors_ratio": row.authors_ratio, "met": row.met} for row in rows
+            {
+                "benchmark": benchmark,
+                **asdict(row),
+                "ratio": row.ratio,
+                "authors_ratio": row.authors_ratio,
+                "met": row.met,
+            }
+            for benchmark, rows in found.items()
+            for row in rows
         ],
     }
-    print(f"{write_json(ROOT / 'runs' / 'bench.json', content)} ({seconds:.0f} s)")
+    print(f"\n{write_json(ROOT / 'runs' / 'bench.json', content)} ({seconds:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -68,10 +68,11 @@ def subsample(quick: bool = False) -> list[Row]:
             start = time.process_time()
             found[way] = method.select(inputs, groups, options)
             times[way] = time.process_time() - start
-        rows.append(Row(f"{name}, 30 % of {count:,}: exact / subsampled", None, *times.values(), "s"))
+        what = f"{name}, 30 % of {count:,}"
+        rows.append(Row(f"{what}: exact / subsampled", None, *times.values(), "s", variant=True))
         exact, near, chance = (reached(name, network, choice) for choice in (*found.values(), at_random))
-        rows.append(Row(f"{name}: objective, exact / subsampled", None, exact, near, "objective"))
-        rows.append(Row(f"{name}: objective, exact / random", None, exact, chance, "objective"))
+        rows.append(Row(f"{what}, objective: exact / subsampled", None, exact, near, "objective", variant=True))
+        rows.append(Row(f"{what}, objective: exact / random choice", None, exact, chance, "objective", variant=True))
     return rows
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.common import PlainImages, Row, fast_batches, random_images, table
+from benchmarks.common import PlainImages, Row, fast_batches, median_run, random_images, table
 from benchmarks.run_all import MODULES, benchmarks_of
 
 
@@ -32,9 +32,25 @@ def test_rows_are_well_formed(module, name):
             assert alternative is None or 0 < alternative < math.inf
         assert row.authors is None or row.strongest is not None
         assert row.target is None or row.target > 0
-    lines = table(rows).splitlines()
-    assert len(lines) == len(rows) + 1
-    assert len({len(line.rsplit("  ", 1)[0]) for line in lines}) == 1  # columns are aligned
+        assert not row.variant or (row.authors is None and row.strongest and row.target is None)
+    for part in table({f"{module} {name}": rows}).split("\n\n"):
+        assert len({len(line) for line in part.splitlines()}) == 1  # columns are aligned
+
+
+def test_the_table_separates_variants_and_marks_missed_targets():
+    rows = [Row("training", 400.0, 1.5, 2.0, "s", target=0.9), Row("ours", None, 3.0, 1.0, "s", variant=True)]
+    alternatives, variants = table({"module name": rows}).split("\n\n")
+    cells = [
+        [cell.strip() for cell in part.splitlines()[-1].strip("|").split("|")] for part in (alternatives, variants)
+    ]
+    assert cells[0] == ["training", "400", "1.5", "2", "s", "200", "0.75", "0.9 (missed)", "`module name`"]
+    assert cells[1] == ["ours", "3", "1", "s", "3", "`module name`"]
+
+
+def test_the_run_with_the_median_ratio_counts():
+    runs = [[Row("a", None, strongest, 2.0, "s"), Row("b", None, None, ours, "s")]
+            for strongest, ours in ((8.0, 1.0), (2.0, 3.0), (4.0, 2.0))]  # fmt: skip
+    assert [(row.strongest, row.ours) for row in median_run(runs)] == [(4.0, 2.0), (None, 2.0)]
 
 
 def test_a_target_applies_to_the_strongest_alternative():
