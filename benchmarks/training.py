@@ -170,7 +170,7 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
     both = np.stack([found["ours"]["samis_loss"], found["ours"]["samis_prob"]], axis=1)
     for other in (found["authors"], found["strongest"]):
         if not np.allclose(both, other, rtol=1e-3, atol=1e-4):
-            raise RuntimeError(f"{case.model}: two ways disagree by {np.abs(both - other).max()}")
+            raise RuntimeError(f"{case.model}: two implementations disagree by {np.abs(both - other).max()}")
     name, unit = f"SAMIS of a pair, {case.model}", "s per 1,000 images"
     if case.all_cores:
         name, unit = f"{name}, {os.cpu_count()} threads", f"{unit} (wall)"
@@ -446,7 +446,7 @@ def ensemble_row(case: EnsembleCase, repeats: int) -> Row:
                 stacked.parameters[key][number],
             )
             if not all(torch.allclose(value, other, rtol=1e-3, atol=1e-5) for other in others):
-                raise RuntimeError(f"{case.name}: two ways disagree on {key} of model {number}")
+                raise RuntimeError(f"{case.name}: two implementations disagree on {key} of model {number}")
     choice = "" if vectorised_is_faster(base, "cpu", case.batch) else ": not used on a CPU"
     name = f"{case.members} {case.name} at once, batch {case.batch}{choice}"
     return Row(name, authors, min(alternatives), ours, "ms per step and model", case.target)
