@@ -458,7 +458,7 @@ class MemberFiles:
             first = int(new.numbers[0])
             with lock(self.path(first).with_suffix(".lock"), "training these members"):
                 old = self.read(first)
-                twice = [] if old is None else np.intersect1d(old.numbers, new.numbers)
+                twice = np.empty(0, np.int64) if old is None else np.intersect1d(old.numbers, new.numbers)
                 if len(twice):
                     same = all(
                         np.array_equal(getattr(old, name)[np.isin(old.numbers, twice)],
