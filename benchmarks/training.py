@@ -4,7 +4,6 @@ python -m benchmarks.training [batches scoring steps optimizers ensemble] [--qui
 """
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -94,22 +93,8 @@ def batches(quick: bool = False) -> list[Row]:
     ]
 
 
-@dataclass(frozen=True)
-class ScoringCase:
-    """A model, the data set and the number of its images, and whether all cores are used."""
-
-    model: str
-    dataset: str
-    count: int
-    all_cores: bool = False
-
-
-SCORING = (
-    ScoringCase("mlp", "mnist", 2_000),
-    ScoringCase("lenet", "mnist", 2_000),
-    ScoringCase("resnet18", "cifar10", 128),
-    ScoringCase("resnet18", "cifar10", 64, all_cores=True),
-)
+# model, data set, number of images
+SCORING = (("mlp", "mnist", 2_000), ("lenet", "mnist", 2_000), ("resnet18", "cifar10", 128))
 
 
 def one_by_one(sgd: nn.Module, sam: nn.Module, loader: torch.utils.data.DataLoader) -> np.ndarray:
@@ -139,23 +124,22 @@ def in_whole_batches(sgd: nn.Module, sam: nn.Module, images: Tensor, labels: Ten
     return torch.cat(scores).numpy()
 
 
-def scoring_row(case: ScoringCase, repeats: int) -> Row:
+def scoring_row(model: str, dataset: str, count: int, repeats: int) -> Row:
     """Time all implementations for one model.
 
     Raises:
         RuntimeError: Two implementations disagree.
     """
-    torch.set_num_threads((os.cpu_count() or 1) if case.all_cores else 1)
-    images = random_images(case.dataset, case.count)
-    entry, layout = images.entry, MODELS[case.model].channels_last
+    images = random_images(dataset, count)
+    entry, layout = images.entry, MODELS[model].channels_last
     loader = torch.utils.data.DataLoader(PlainImages(images, augmented=False), 1)
     batches = Batches(images, 512, normalization=entry.normalizations["samis"], channels_last=layout)
     ready = torch.cat([batch.images for batch in batches])
     shape = (entry.num_classes, entry.channels, entry.image_size)
     memory = torch.channels_last if layout else torch.contiguous_format
-    plain_pair = [build_model(case.model, *shape, seed=seed) for seed in (1, 2)]
+    plain_pair = [build_model(model, *shape, seed=seed) for seed in (1, 2)]
     alternative_pair, our_pair = (
-        [build_model(case.model, *shape, seed=seed).to(memory_format=memory) for seed in (1, 2)] for _ in range(2)
+        [build_model(model, *shape, seed=seed).to(memory_format=memory) for seed in (1, 2)] for _ in range(2)
     )
     found = {}
     times = in_turn(
@@ -165,16 +149,12 @@ def scoring_row(case: ScoringCase, repeats: int) -> Row:
             lambda: found.update(ours=score_pair(*our_pair, batches)[1]),
         ),
         repeats,
-        time.perf_counter if case.all_cores else time.process_time,
     )
     both = np.stack([found["ours"]["samis_loss"], found["ours"]["samis_prob"]], axis=1)
     for other in (found["authors"], found["strongest"]):
         if not np.allclose(both, other, rtol=1e-3, atol=1e-4):
-            raise RuntimeError(f"{case.model}: two implementations disagree by {np.abs(both - other).max()}")
-    name, unit = f"SAMIS of a pair, {case.model}", "s per 1,000 images"
-    if case.all_cores:
-        name, unit = f"{name}, {os.cpu_count()} threads", f"{unit} (wall)"
-    return Row(name, *(1_000 / case.count * taken for taken in times), unit, 0.75)
+            raise RuntimeError(f"{model}: two implementations disagree by {np.abs(both - other).max()}")
+    return Row(f"SAMIS of a pair, {model}", *(1_000 / count * t for t in times), "s per 1,000 images", 0.75)
 
 
 def scoring(quick: bool = False) -> list[Row]:
@@ -184,17 +164,15 @@ def scoring(quick: bool = False) -> list[Row]:
     alternative: a loop over batches of 512 from a tensor that is already normalized, in the memory format of ours.
     Ours is ``score_pair`` as ``compute_sam_sgd.py`` calls it; it reads and normalizes its images, and computes losses
     and probabilities in float64. The scores of all ways are compared. No large speedup is possible, because the
-    forward passes are the same. Some rows give the wall time on all cores, as their names say.
+    forward passes are the same.
 
     Raises:
         RuntimeError: Two implementations disagree.
     """
     prepare(torch.device("cpu"), PRECISIONS["fp32"], deterministic=False)
-    cases, repeats = SCORING, 3
     if quick:
-        cases = [replace(case, model=case.model.replace("resnet18", "resnet8"), count=4) for case in SCORING]
-        repeats = 1
-    return [scoring_row(case, repeats) for case in cases]
+        return [scoring_row(model.replace("resnet18", "resnet8"), dataset, 4, 1) for model, dataset, _ in SCORING]
+    return [scoring_row(*case, 3) for case in SCORING]
 
 
 RATE, MOMENTUM = 0.1, 0.9
