@@ -223,13 +223,13 @@ def stack_batches(batches: Sequence[Batch | None]) -> tuple[Tensor, Tensor, Tens
 def vectorised_is_faster(model: nn.Module, device: torch.device | str, batch_size: int) -> bool:
     """Whether vectorizing is expected to be faster: always on a GPU, and on a CPU for perceptrons with short steps.
 
-    Measured on one CPU thread with ``python -m benchmarks.training ensemble`` (ranges over runs): perceptrons, whose
-    gradients are hand-written, gain more the shorter the step (small_mlp 2.7 to 4.6 times at batch 32, 1.2 to 1.5
-    at 1024; large_mlp 1.1 to 1.5 times at 32, 0.99 to 1.24 at 256). If parameters times batch size exceed
-    ``LONG_STEP``, almost nothing is gained (large_mlp at 512 and 1024: 0.99 to 1.12). Under ``vmap``, convolutions
-    become grouped convolutions, which gain nothing and are slower at large batches. Not measured on a GPU: launching
-    a small model's kernels is expected to take longer than running them, so M members in one launch cost little more
-    than one; convolutions may be an exception there, too.
+    Measured on one CPU thread with ``python -m benchmarks.training ensemble``, against the faster of fused SGD for
+    one model after another and ``vmap(grad)``: perceptrons, whose gradients are hand-written, gain more the shorter
+    the step (small_mlp 1.9 times at batch 32, 1.3 at 1024; large_mlp 1.2 times at 32, 1.05 at 256). If parameters
+    times batch size exceed ``LONG_STEP``, almost nothing is gained (large_mlp at 512: 1.02). Under ``vmap``,
+    convolutions become grouped convolutions, which are slower (lenet 0.93 times as fast at batch 32, 0.71 at 256).
+    Not measured on a GPU: launching a small model's kernels is expected to take longer than running them, so M
+    members in one launch cost little more than one; convolutions may be an exception there, too.
 
     Args:
         model: The model.
