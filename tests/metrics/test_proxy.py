@@ -143,6 +143,16 @@ def test_the_page_of_scores_tells_what_each_one_costs():
     assert {name: rows.get(name) for name in SCORES} == {name: score.cost for name, score in SCORES.items()}
 
 
+def test_the_page_of_scores_tells_when_each_one_can_be_trusted():
+    text = (paths.ROOT / "docs" / "scores.md").read_text().split("## When to trust a score")[1].split("\n## ")[0]
+    rows = {
+        cells[1].strip(" `"): cells[2].strip() for line in text.splitlines() if len(cells := line.split("|")) == 8
+    }
+    low = {name: name in rows and rows[name].startswith("low") for name in SCORES}
+    assert low == {name: score.assumes_learned for name, score in SCORES.items()}
+    assert rows.keys() >= SCORES.keys()
+
+
 def test_a_file_made_on_a_subset_keeps_original_indices(tmp_path):
     store(tmp_path, scores=np.array([np.nan, 4.0, np.nan, 2.0, 3.0, np.nan]))
     proxy = Proxy("forg", "toy", folder=tmp_path)
