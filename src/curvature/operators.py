@@ -9,8 +9,8 @@ curvature matrix-vector products for second-order gradient descent"):
     GGN v      =  J^T (L J v)                                L = (diag p - p p^T) / n,   p = softmax(z)
     Hessian v  =  J^T (L J v)  +  d<e, J v> / d parameters   e = (p - onehot(y)) / n, held fixed
 
-On one CPU thread, this takes 0.7 to 0.8 times as long as differentiating the gradient, and 0.6 to 0.8 times as long
-as curvlinops' operators (benchmarks/curvature.py), which serve as the reference in the tests. Keeping a batch's
+On one CPU thread, this takes 0.7 to 0.8 times as long as differentiating the gradient or as curvlinops' operators
+(``python -m benchmarks.curvature hessian``), which serve as the reference in the tests. Keeping a batch's
 graphs between products would not save time on convolutions: the second backward pass alone takes longer. No graph
 outlives its batch, and a product leaves no state behind.
 """
