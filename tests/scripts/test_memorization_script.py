@@ -1,12 +1,14 @@
 """compute_memorization.py: planted truth, parts of several machines, the models of train_split.py, and bad flags."""
 
 import json
+import re
+import time
 
 import numpy as np
 import pytest
 import torch
 from refusals import FILE, FLAG, refuse
-from support import call, folders, succeed, write_blobs
+from support import Forked, call, folders, succeed, write_blobs
 
 from src.artifacts.io import read_json, read_npz
 from src.artifacts.store import read_scores
@@ -130,6 +132,25 @@ def test_parts_of_several_machines_equal_one_run(planted, tmp_path):
     one = (*flags, *folders(tmp_path / "one", "datasets", "metrics"))
     refuse("compute_memorization.py", *one, "--members=40", status=FILE, says=(path.name, "damaged"))
     succeed("compute_memorization.py", *one, "--members=40", "--overwrite")
+
+
+def test_a_killed_run_continues(planted, tmp_path):
+    """The members finished before the kill are kept, and the scores equal those of an uninterrupted run."""
+    _, flags, _ = planted
+    flags = (*flags[:2], "--epochs=2", "--batch_size=32", "--learning_rate=0.1", "--members=300")
+    where = folders(tmp_path / "killed", "datasets", "metrics")
+    process = Forked("compute_memorization.py", *flags, "--ensemble_size=10", *where)
+    while process.poll() is None and not list((tmp_path / "killed").rglob("members_1.npz")):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    again = succeed("compute_memorization.py", *flags, *where)
+    assert 0 < int(re.search(r"300 members, (\d+) already trained", again.err)[1]) < 300
+    succeed("compute_memorization.py", *flags, *folders(tmp_path / "whole", "datasets", "metrics"))
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).rglob("mem*.*") if path.suffix != ".lock"}
+             for name in ("killed", "whole")]  # fmt: skip
+    assert len(files[0]) == 3 + 4
+    assert files[0] == files[1]
 
 
 def test_one_after_another_equals_side_by_side_up_to_rounding(planted, tmp_path):
