@@ -56,7 +56,6 @@ def main() -> None:
 
     with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
         run = MemorizationRun(context, run_config, config, folders)
-        keep = (*DATA_FLAGS, "metrics_folder")
         last = config.members[1]
         if config.from_splits is None:
             last = run.train()
@@ -74,6 +73,7 @@ def main() -> None:
         error = f"median standard error {np.median(found.error):.4f}"
         print(f"{title}: mean {found.value.mean():.4f}, {high} of {total} examples above 0.5, {error}")
     print(*written, sep="\n")
+    keep = [flag for flag in (*DATA_FLAGS, "metrics_folder") if flag != "subset"]
     print_next("plot_images.py", keep, modes=["mem"])
 
 

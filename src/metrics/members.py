@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 _EVALUATED = 256  # fewest examples per batch when members are measured
 _PASS = 1 / 3  # cost of a forward pass, as a share of a forward and backward pass
 _SPLITS = range(1, 11)
+_LARGEST = 65504.0  # of float16
 _INFLUENCES = 2**24  # influences computed at once
 _OF_A_SPLIT = ("validation_split", "held_out", "examples", "measure_proxies")
 
@@ -366,8 +367,8 @@ class MemorizationRun:
             start = stop
         for log_p, labels in predictions(context.test):
             rows["test_correct"].append(log_p.argmax(-1) == labels[..., 0])
-            rest = log_p.scatter(-1, labels, -math.inf).logsumexp(-1)
-            rows["test_margin"].append((log_p.gather(-1, labels)[..., 0] - rest).half())
+            margin = log_p.gather(-1, labels)[..., 0] - log_p.scatter(-1, labels, -math.inf).logsumexp(-1)
+            rows["test_margin"].append(margin.clamp(-_LARGEST, _LARGEST).half())
         joined = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in rows.items()}
         sums = torch.cat(left_out).cpu().numpy().astype(np.uint32) if left_out else None
         return Members(np.asarray(numbers), included, **joined, left_out=sums)
@@ -549,7 +550,8 @@ class MemorizationRun:
         """Write the influence of every training example on the correctness of every test example.
 
         ``influence_{dataset}.npy`` is float16 ``(t, n)``, NaN for training examples that are in all members or in
-        none. It is computed and written in blocks of test examples. ``np.load(path, mmap_mode="r")`` reads a part.
+        none. With a subset, the columns are its examples in ascending order. It is computed and written in blocks of
+        test examples. ``np.load(path, mmap_mode="r")`` reads a part.
 
         Args:
             last: The last member.
