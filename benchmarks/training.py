@@ -437,7 +437,7 @@ def ensemble(quick: bool = False) -> list[Row]:
     weight decay. Strongest alternative: the faster of the same loop with fused SGD and ``vmap(grad)`` over stacked
     parameters. Ours steps all models at once. All ways see the same batches of noise images, a separate permutation
     for each model, and must end with the same weights. Ours writes the gradients of perceptrons by hand and uses
-    ``vmap`` for other models, whose convolutions become grouped convolutions and are slower on a CPU; each row says
+    ``vmap`` for other models, whose convolutions become grouped convolutions and are slower on a CPU; each row states
     whether ``src.training.ensemble.vectorised_is_faster`` chooses to step all models at once. Each row runs in its
     own process, because the allocator's setting cannot be undone.
 

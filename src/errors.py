@@ -1,6 +1,6 @@
 """Errors that the user can fix. Each has a one-line message and an exit status for scripts.
 
-A message names the argument or file, says what is wrong, and says what to do.
+A message names the argument or file, the problem, and the remedy.
 """
 
 
