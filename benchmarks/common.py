@@ -193,11 +193,11 @@ def median_run(runs: Sequence[Sequence[Row]]) -> list[Row]:
     ]
 
 
-HEADER = ("what", "authors' way", "strongest", "ours", "unit", "authors' / ours", "strongest / ours", "target")
+HEADER = ("what", "papers' code", "strongest", "ours", "unit", "papers' / ours", "strongest / ours", "target")
 LEGEND = """\
 Times are CPU seconds on one thread unless the unit says otherwise. Larger ratios are better; a target is the lowest
-acceptable ratio to the strongest alternative. "-" as authors' way: the papers' code has no such step, or only one
-alternative is sensible; as strongest: no alternative is feasible.
+acceptable ratio to the strongest alternative. "-" under papers' code: it has no such step, or there is only one
+sensible alternative; under strongest: no alternative is feasible.
 Benchmarks: `training steps` means `python -m benchmarks.training steps`.
 """
 

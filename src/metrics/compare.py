@@ -275,7 +275,7 @@ def bootstrap(
     """Compute the rank agreement of several scores with a reference, with percentile bootstrap intervals.
 
     Resamples are drawn over examples, with replacement, and are the same for all scores. In each, every statistic is
-    recomputed exactly: values are ranked again, and ties share their mean rank, including the copies of an example. An
+    recomputed exactly: values are re-ranked, and ties share their mean rank, including the copies of an example. An
     interval contains the sampling variation of the examples, but not the variation between training runs.
 
     Args:
