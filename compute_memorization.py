@@ -4,10 +4,12 @@ r"""Estimate how much a model memorizes each training example, by training model
 Memorization of an example (Feldman and Zhang 2020) is the accuracy on it of models that were trained on it, minus the
 accuracy of models that were not. Trains --members models on a random share of every class and writes what they
 predict to {metrics_folder}/memorization/members/{dataset}/{model}/seed_{seed}/. An interrupted run continues where it
-stopped. With --merge, joins the members of other machines; with --from_splits, uses the models of train_split.py.
-Writes {metrics_folder}/memorization/: mem_{dataset}.pkl (from correctness) and mem_prob_{dataset}.pkl (from the
-probability of the label), each with a json file; estimates_{dataset}.npz with standard errors and counts;
-out_of_sample_{dataset}.npz with class probabilities; and, with --influence, influence_{dataset}.npy.
+stopped. With --folds K, member k is trained on all but fold k of a cross-validation. With --merge, joins the members
+of other machines; with --from_splits, uses the models of train_split.py. Writes {metrics_folder}/memorization/:
+mem_{dataset}.pkl (from correctness), mem_prob_{dataset}.pkl (from the probability of the label) and
+out_prob_{dataset}.pkl (minus its out-of-sample mean), each with a json file; estimates_{dataset}.npz with standard
+errors and counts; out_of_sample_{dataset}.npz with class probabilities; and, with --influence,
+influence_{dataset}.npy.
 
   python compute_memorization.py --dataset=digits --model=small_mlp --members=2000 --epochs=20 --batch_size=32 \
       --learning_rate=0.1 --lr_sched=cosine
@@ -74,7 +76,7 @@ def main() -> None:
         print(f"{title}: mean {found.value.mean():.4f}, {high} of {total} examples above 0.5, {error}")
     print(*written, sep="\n")
     keep = [flag for flag in (*DATA_FLAGS, "metrics_folder") if flag != "subset"]
-    print_next("plot_images.py", keep, modes=["mem"])
+    print_next("plot_images.py", keep, modes=["mem" if config.folds is None else "out_prob"])
 
 
 if __name__ == "__main__":

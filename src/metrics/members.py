@@ -111,7 +111,8 @@ def train_members(
                     bar.update(len(chunk))
                     error = tally.typical_error()
                     bar.set_postfix(standard_error=f"{error:.3f}")
-                    if config.target_se is not None and error <= config.target_se:
+                    whole = chunk[-1] % (config.unit or 1) == 0
+                    if config.target_se is not None and error <= config.target_se and whole:
                         log.info("median standard error %.4f after member %d; stopping", error, chunk[-1])
                         return chunk[-1]
             if trained and numbers[-1] < last:
@@ -152,6 +153,7 @@ class MemorizationRun:
             "protocol": "subsets",
             "fraction": config.share,
             "complementary": config.complementary,
+            **({} if config.folds is None else {"folds": config.folds}),
         }
 
     @property
@@ -165,7 +167,7 @@ class MemorizationRun:
         """The training examples of a member, bool ``(n,)``."""
         config = self.config
         return included_examples(
-            self.labels, config.fraction, self.run.training.seed, member, complementary=config.complementary
+            self.labels, config.fraction, self.run.training.seed, member, config.complementary, config.folds
         )
 
     @cached_property
@@ -452,7 +454,7 @@ class MemorizationRun:
             return Results.of(
                 self.files.blocks(last),
                 total,
-                2 if config.complementary else None,
+                config.unit,
                 cost=last * self.cost,
                 settings=self.settings,
                 sources={"members": last},
@@ -500,6 +502,7 @@ class MemorizationRun:
 
         about = {"label_hash": context.label_hash, "settings": json.dumps(results.settings, sort_keys=True)}
         estimates = {"mem": results.correct, "mem_prob": results.probability}
+        scores = {mode: found.value for mode, found in estimates.items()} | {"out_prob": -results.probability.outside}
         arrays = {"members_in": spread(results.counts[1]), "members_out": spread(results.counts[0])}
         for mode, found in estimates.items():
             arrays |= {
@@ -525,9 +528,9 @@ class MemorizationRun:
                 f"estimate; train about {needed} members (--members {needed}), or use --complementary; "
                 f"estimates of the others are in {written[0]}"
             )
-        settings = self.run.training
+        settings, written_scores = self.run.training, []
         for score in MEMBER_SCORES:
-            found, path = estimates[score.name], score.path(folder, name)
+            path = score.path(folder, name)
             record = {
                 "dataset": name,
                 "model": self.run.model.model,
@@ -538,13 +541,14 @@ class MemorizationRun:
                 "data_hash": context.full_train.digest,
                 "settings": results.settings,
                 "orientation": "high is atypical",
-                "negated": False,
+                "negated": score.negated,
                 "scaling": "none",
-                "median_standard_error": float(np.median(found.error)),
                 **({} if results.cost is None else {"cost": round(results.cost, 3)}),
             }
-            written.insert(0, write_scores(path, spread(found.value), record)[0])
-        return written[1::-1] + written[2:]
+            if score.name in estimates:
+                record["median_standard_error"] = float(np.median(estimates[score.name].error))
+            written_scores.append(write_scores(path, spread(scores[score.name]), record)[0])
+        return written_scores + written
 
     def write_influence(self, last: int) -> Path:
         """Write the influence of every training example on the correctness of every test example.

@@ -6,9 +6,10 @@ the mean of a quantity q_i over the members that were trained on i, minus the me
     mem_i = mean_{m: i in S_m} q_i(m) - mean_{m: i not in S_m} q_i(m)
 
 with q the correctness of the prediction (``mem``, as published) or the probability of the label (``mem_prob``, which
-varies less between members). The influence on a test example (their eq. 2) replaces q_i by the test example's
-correctness. Both means are over independent models, so the variance of their difference is estimated without bias by
-``s_in^2 / k_in + s_out^2 / k_out``, with unbiased variances s^2 over k members.
+varies less between members). The last mean for the probability, negated, is the score ``out_prob``. The influence on
+a test example (their eq. 2) replaces q_i by the test example's correctness. Both means are over independent models,
+so the variance of their difference is estimated without bias by ``s_in^2 / k_in + s_out^2 / k_out``, with unbiased
+variances s^2 over k members.
 
 Shapes: m members, n training examples, t test examples, C classes.
 """
@@ -42,6 +43,14 @@ _of_members = partial(
 MEMBER_SCORES = (
     _of_members("mem", r"$m(x_i)$", "memorization", published_file="{dataset}_infl_matrix.npz"),
     _of_members("mem_prob", r"$m_p(x_i)$", "memorization of the probability"),
+    _of_members(
+        "out_prob",
+        r"$-p_{y}^{\mathrm{out}}(x_i)$",
+        "out-of-sample probability, negated",
+        cost="5 SGD runs",
+        paper="Xu et al. 2025",
+        negated=True,
+    ),
 )
 
 BLOCK = 100  # members per file
@@ -74,6 +83,8 @@ class MemorizationConfig:
         fraction: The share of every class that each member is trained on.
         complementary: Whether members 2k - 1 and 2k are trained on complementary halves, so that every example is in
             exactly one of them. ``fraction`` is then ignored.
+        folds: The number of folds of a cross-validation: every ``folds`` consecutive members leave out one fold each.
+            ``fraction`` is then ignored. None for random subsets.
         target_se: The median standard error of ``mem`` at which to stop; None to train all members.
         influence: Whether to write the influence of every training example on every test example.
         out_of_sample: Whether to sum the class probabilities over the members that were not trained on the example.
@@ -97,12 +108,24 @@ class MemorizationConfig:
         0.7,
         "share of every class that each member is trained on",
         number(float, 0, 1, open_low=True, open_high=True),
-        acts=(_OF_MEMBERS, (lambda args: not args.complementary, "with --complementary, which trains on halves")),
+        acts=(
+            _OF_MEMBERS,
+            (lambda args: not args.complementary, "with --complementary, which trains on halves"),
+            (lambda args: args.folds is None, "with --folds"),
+        ),
     )
     complementary: bool = option(
         False,
         "train members 2k-1 and 2k on complementary halves, so that few members suffice for an estimate of every "
         "example",
+        acts=(_OF_MEMBERS, (lambda args: args.folds is None, "with --folds")),
+    )
+    folds: int | None = option(
+        None,
+        "cross-validation: member k leaves out fold k of this many stratified folds, and the next members repeat "
+        "this with other folds; --members must be a multiple (default: random subsets)",
+        number(int, 2),
+        metavar="K",
         acts=_OF_MEMBERS,
     )
     target_se: float | None = option(
@@ -151,10 +174,17 @@ class MemorizationConfig:
     def __post_init__(self) -> None:
         check_options(self)
         first, last = self.members
+        if self.complementary and self.folds is not None:
+            raise ArgumentError("complementary", ": cannot be combined with folds; choose one of them")
         if self.complementary and not (first % 2 and last % 2 == 0):
             raise ArgumentError(
                 "members", f"{first}-{last}: complementary members come in pairs; start with an odd number and end "
                 "with an even one"
+            )  # fmt: skip
+        if self.folds is not None and self.from_splits is None and ((first - 1) % self.folds or last % self.folds):
+            raise ArgumentError(
+                "members", f"{first}-{last}: is not a number of whole rounds of {self.folds} folds; give "
+                f"{self.folds}, or a multiple"
             )  # fmt: skip
         if self.from_splits is not None and len(set(self.from_splits)) < len(self.from_splits):
             raise ArgumentError(
@@ -164,20 +194,30 @@ class MemorizationConfig:
     @property
     def share(self) -> float:
         """The share of every class that each member is trained on."""
-        return 0.5 if self.complementary else self.fraction
+        return 0.5 if self.complementary else self.fraction if self.folds is None else 1 - 1 / self.folds
+
+    @property
+    def unit(self) -> int | None:
+        """The number of consecutive members that depend on each other; see ``Tally``. None if all are independent."""
+        return 2 if self.complementary else self.folds
 
 
 # ------------------------------------------------------------------------------------------------------ estimator
 
 
 def included_examples(
-    labels: np.ndarray, fraction: float, seed: int, member: int, complementary: bool = False
+    labels: np.ndarray,
+    fraction: float,
+    seed: int,
+    member: int,
+    complementary: bool = False,
+    folds: int | None = None,
 ) -> np.ndarray:
-    """Draw the training examples of a member: a random share of every class.
+    """Draw the training examples of a member: a random share of every class, or all but one fold.
 
-    All members have ``round(fraction n)`` examples (complementary ones the rest in turn), and every example is
-    included with the same probability. Where a class's share is not a whole number, it is rounded up or down at
-    random.
+    With ``folds``, every class is divided evenly among the folds, and so is the whole training set. Otherwise, all
+    members have ``round(fraction n)`` examples (complementary ones the rest in turn), and every example is included
+    with the same probability. Where a class's share is not a whole number, it is rounded up or down at random.
 
     Args:
         labels: ``(n,)``.
@@ -185,10 +225,17 @@ def included_examples(
         seed: The base seed.
         member: The member's number, from 1.
         complementary: Whether members 2k - 1 and 2k share one draw, of which the second is trained on the rest.
+        folds: The number of folds. Each round of so many members has its own folds.
 
     Returns:
         bool ``(n,)``.
     """
+    if folds is not None:
+        generator = rng.numpy_generator(seed, (member - 1) // folds + 1, "memorization folds")
+        order = np.lexsort((generator.random(len(labels)), labels))  # by class, shuffled within each
+        fold = np.empty(len(labels), np.int64)
+        fold[order] = np.arange(len(labels)) % folds
+        return fold != (member - 1) % folds
     number, purpose = ((member + 1) // 2, "halves") if complementary else (member, "subset")
     generator = rng.numpy_generator(seed, number, f"memorization {purpose}")
     total = len(labels)
@@ -230,41 +277,42 @@ class Tally:
     Args:
         total: n, the number of examples.
         unit: None if members are independent. Otherwise, every ``unit`` consecutive members form a unit in which each
-            example is both included and left out (2 for complementary halves, 10 for ten splits). The members of a
-            unit are dependent, so the standard error is that of the mean over units.
+            example is both included and left out (2 for complementary halves, 10 for ten splits, K for K folds). The
+            members of a unit are dependent, so the standard error is that of the mean over units.
 
     Attributes:
         counts: Number of members without and with each example, int64 ``(2, n)``.
     """
 
     def __init__(self, total: int, unit: int | None = None) -> None:
-        self._unit, self._units = unit, 0
+        self._unit, self._units, self._members = unit, 0, 0
         self.counts = np.zeros((2, total), np.int64)
         self._sums, self._squares = np.zeros((2, total)), np.zeros((2, total))
         self._difference, self._difference_squares = np.zeros(total), np.zeros(total)
+        self._before = self.counts.copy(), self._sums.copy()  # at the start of the current unit
 
     def add(self, included: np.ndarray, values: np.ndarray) -> None:
-        """Add members, whole units at a time.
+        """Add members in ascending order. A unit may be added in parts.
 
         Args:
             included: Which examples each member was trained on, bool ``(m, n)``.
             values: The quantity, ``(m, n)``.
         """
-        before = self.counts.copy(), self._sums.copy()
-        for row, (mask, numbers) in enumerate(zip(included, values, strict=True), start=1):
+        for mask, numbers in zip(included, values, strict=True):
             value = numbers.astype(np.float64)
             for group, inside in enumerate((~mask, mask)):
                 chosen = np.where(inside, value, 0.0)
                 self.counts[group] += inside
                 self._sums[group] += chosen
                 self._squares[group] += chosen**2
-            if self._unit is not None and row % self._unit == 0:
+            self._members += 1
+            if self._unit is not None and self._members % self._unit == 0:
                 with np.errstate(invalid="ignore"):  # a unit without the example, or with it in all members
-                    means = (self._sums - before[1]) / (self.counts - before[0])
+                    means = (self._sums - self._before[1]) / (self.counts - self._before[0])
                 self._difference += means[1] - means[0]
                 self._difference_squares += (means[1] - means[0]) ** 2
                 self._units += 1
-                before = self.counts.copy(), self._sums.copy()
+                self._before = self.counts.copy(), self._sums.copy()
 
     def estimate(self) -> Estimate:
         """Estimate memorization and its standard error."""

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from src.errors import FileError
+from src.errors import ArgumentError, FileError
 from src.metrics.members import train_members
 from src.metrics.memorization import (
     MemberFiles,
@@ -129,6 +129,32 @@ def test_members_get_a_random_share_of_every_class(fraction, complementary):
         np.testing.assert_array_equal(masks[0::2], ~masks[1::2])
     np.testing.assert_array_equal(masks[1998], included_examples(labels, fraction, 7, 1999, complementary))
     assert (masks[0] != included_examples(labels, fraction, 8, 1, complementary)).any()
+
+
+def test_folds_leave_out_every_example_once_per_round():
+    labels = RNG(0).permutation(np.repeat([0, 1, 2, 5], [2, 10, 33, 58]))
+    held = np.stack([~included_examples(labels, 0.7, 7, member, folds=3) for member in range(1, 7)])
+    for each in (held[:3], held[3:]):
+        assert (each.sum(0) == 1).all()
+        assert set(each.sum(1)) == {34, 35}
+        for label in np.unique(labels):
+            assert np.ptp(each[:, labels == label].sum(1)) <= 1
+    assert (held[:3] != held[3:]).any()
+
+    config = MemorizationConfig(members=(1, 201), folds=3)  # 201 members are in three files, none a whole round
+    values, tallies = RNG(1).normal(size=(201, 103)), [Tally(103, config.unit) for _ in range(2)]
+    masks = np.stack([included_examples(labels, 0.7, 7, member, folds=3) for member in range(1, 202)])
+    tallies[0].add(masks, values)
+    for rows in (slice(100), slice(100, 200), slice(200, None)):
+        tallies[1].add(masks[rows], values[rows])
+    rounds = np.stack([np.where(masks[r : r + 3], values[r : r + 3] / 2, -values[r : r + 3]).sum(0)
+                       for r in range(0, 201, 3)])  # fmt: skip
+    for found in (tally.estimate() for tally in tallies):
+        np.testing.assert_allclose(found.value, rounds.mean(0), atol=1e-12)
+        np.testing.assert_allclose(found.error, rounds.std(0, ddof=1) / 67**0.5, atol=1e-12)
+    for members in ((1, 4), (2, 4), (1, 200)):
+        with pytest.raises(ArgumentError, match="whole rounds of 3"):
+            MemorizationConfig(members=members, folds=3)
 
 
 def test_how_many_members_cover_every_example():

@@ -123,7 +123,9 @@ def test_a_missing_file_tells_how_to_get_it(tmp_path):
     ) as caught:
         Proxy("mem", "svhn", folder=tmp_path)
     assert "fetch_scores" not in str(caught.value)
-    with pytest.raises(ArgumentError, match=r"^mode 'forget': .*did you mean forg\? choose from mem, mem_prob, forg"):
+    with pytest.raises(
+        ArgumentError, match=r"^mode 'forget': .*did you mean forg\? choose from mem, mem_prob, out_prob, forg"
+    ):
         Proxy("forget", "toy")
 
 

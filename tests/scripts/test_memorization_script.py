@@ -187,6 +187,34 @@ def test_a_model_with_batch_normalization_and_too_few_members(tmp_path):
     assert len(Proxy("mem", "blobs", folder=tmp_path / "metrics").indices) == 60
 
 
+def test_cross_validation(planted, tmp_path):
+    """Out-of-sample probabilities of two rounds of folds find the wrong labels."""
+    _, flags, _ = planted
+    flags, where = ("compute_memorization.py", *flags, "--folds=4"), folders(tmp_path, "datasets", "metrics")
+    refuse(*flags, "--members=6", *where, status=FLAG, says="whole rounds of 4 folds")
+    refuse(*flags, "--members=8", "--fraction=0.5", *where, status=FLAG, says="with --folds")
+    refuse(*flags, "--members=8", "--complementary", *where, status=FLAG, says="with --folds")
+    succeed(*flags, "--members=8", *where)
+    name = next(tmp_path.rglob("mem_digits-*.pkl")).stem.removeprefix("mem_")
+    members, settings = read_members(next(tmp_path.rglob("members_1.npz")))
+    assert settings["folds"] == 4
+    assert ((~members.included[:4]).sum(0) == 1).all()
+    held = (members.probability.astype(float) * ~members.included).sum(0) / 2
+    proxy = Proxy("out_prob", name, normalize=False, folder=tmp_path / "metrics", n=324)
+    np.testing.assert_allclose(proxy.scores, -held, atol=1e-12)
+    assert proxy.record["negated"]
+    assert (proxy.scores[:ALONE][:, None] > proxy.scores[18:300]).mean() > 0.95
+    refuse(
+        "compute_memorization.py",
+        *planted[1],
+        "--folds=2",
+        "--members=8",
+        *where,
+        status=FILE,
+        says=r"folds \(4 vs. 2\)",
+    )
+
+
 def test_the_models_of_train_split(tmp_path):
     """Against accuracy and probabilities computed from the checkpoints, one model at a time."""
     data, where = write_blobs(tmp_path / "blobs.npz", n=63), folders(tmp_path, "datasets", "models", "metrics")
