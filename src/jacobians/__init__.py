@@ -6,6 +6,7 @@ from src.jacobians.ggn import ggn_diagonal, kronecker_factors
 from src.jacobians.gram import gram_matrix, sketch_jacobian
 from src.jacobians.layer_rules import register_layer_rule, rule_from_gradients
 from src.jacobians.posterior import Curvature, Posterior, Rotated
+from src.jacobians.products import gradient_covariances
 from src.jacobians.variances import OutputVariances
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Rotated",
     "SquaredNorms",
     "ggn_diagonal",
+    "gradient_covariances",
     "gram_matrix",
     "kronecker_factors",
     "refuse_batch_statistics",

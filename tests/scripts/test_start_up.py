@@ -103,6 +103,10 @@ WRONG = {
         "--dataset=digits --seeds 1 1",
         "--seeds=1 --modes nothing",
     ],
+    "evaluate_scores.py": [
+        "--reference=nothing",
+        "--resamples=1",
+    ],
     "fetch_scores.py": [
         "--base_url=nothing",
         "--dataset=nothing",
