@@ -5,22 +5,27 @@ The reference is a score (by default memorization), a file with one number per t
 with --planted, the known positions of wrong labels. Reads score files from --scores_folder and --metrics_folder if
 given, otherwise from metrics/ or from the scores shipped with the project. Writes
 {plots_folder}/scores/{dataset}/against_{reference}.{csv,json,md} and, as PNG and PDF, a figure of agreement against
-cost with the Pareto front.
+cost with the Pareto front. With --members, also writes {plots_folder}/scores/{dataset}/lds.{csv,json,md}: the linear
+datamodeling score of attributions, on the models that compute_memorization.py trained on random subsets.
 
   python evaluate_scores.py --dataset=cifar100 --scores_folder=src/metrics --orient
   python evaluate_scores.py --dataset=digits --reference=samis_loss --examples=odd
+  python evaluate_scores.py --dataset=digits --members=metrics/memorization/members/digits/small_mlp/seed_1 \
+      --mpe_checkpoint=ckpts/standard_small_mlp_over_digits_with_sgd_sched_cosine/seed_1/last.pt
 """
 
 import logging
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from src.artifacts.io import save_figure
-from src.artifacts.paths import Folders, evaluation_stem
-from src.cli import Parser, build, run_script
+from src.artifacts.paths import Folders, evaluation_stem, lds_stem
+from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
 from src.datasets import DataConfig
+from src.devices import ComputeConfig
 from src.errors import FileError, FlagError
 from src.metrics import SCORES, Proxy, get_score
 from src.metrics.evaluation import (
@@ -32,10 +37,11 @@ from src.metrics.evaluation import (
     load_labels,
     markdown,
     planted_mask,
-    write_table,
+    write_rows,
     wrong_signs,
 )
 from src.metrics.external import read_external
+from src.metrics.lds import LdsConfig, lds_markdown, lds_row, read_attribution, read_subsets
 from src.metrics.proxy import ScoreConfig, score_folders
 
 log = logging.getLogger("evaluate_scores")
@@ -47,6 +53,9 @@ def parse() -> Namespace:
     parser.add(DataConfig, "data", skip=("subset",))
     parser.add(ScoreConfig, "scores")
     parser.add(EvaluationConfig, "evaluation")
+    parser.add(LdsConfig, "linear datamodeling score")
+    parser.add(ComputeConfig, "computing", only=("device",))
+    restrict(parser, {("--device",): (lambda args: args.mpe_checkpoint is not None, "without --mpe_checkpoint")})
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder", "plots_folder"))
     args = parser.parse_args()
     folders = (args.scores_folder, args.metrics_folder)
@@ -63,7 +72,7 @@ def parse() -> Namespace:
 def main() -> None:
     """Parse, read, evaluate, write, print."""
     args = parse()
-    config, data = build(EvaluationConfig, args), build(DataConfig, args)
+    config, lds, data = build(EvaluationConfig, args), build(LdsConfig, args), build(DataConfig, args)
     from src.metrics.plots import agreement_figure
 
     selected = (config.modes, args.scores_folder, args.metrics_folder)
@@ -91,8 +100,9 @@ def main() -> None:
     stem = evaluation_stem(args.plots_folder, dataset, name.replace(" ", "_"))
     facts = {"dataset": dataset, "reference_file": source, "files": {m: proxy.path for m, proxy in proxies.items()}}
     figure = agreement_figure(rows, {mode: proxy.label for mode, proxy in proxies.items()}, caption)
-    paths = [*write_table(stem, rows, caption, config, facts), *save_figure(figure, stem)]
-    print(markdown(rows, caption, config.confidence))
+    table = markdown(rows, caption, config.confidence)
+    paths = [*write_rows(stem, rows, {**asdict(config), **facts}, table), *save_figure(figure, stem)]
+    print(table)
     if config.orient:
         for mode in wrong_signs(rows):
             log.warning(
@@ -101,7 +111,34 @@ def main() -> None:
                 mode,
                 name,
             )
+    if lds.members is not None:
+        paths += measure_lds(args, config, lds, dataset, checks)
     print(*paths, sep="\n")
+    keep = [name for name in (*DATA_FLAGS, "scores_folder", "metrics_folder") if name != "subset"]
+    print_next("plot_images.py", keep, modes=[rows[0]["score"]])
+
+
+def measure_lds(args: Namespace, config: EvaluationConfig, lds: LdsConfig, dataset: str, checks: dict) -> list[Path]:
+    """Measure the linear datamodeling score of all attributions, print the table, and write it."""
+    members = read_subsets(lds.members, checks["n"], checks.get("label_hash"))
+    chosen = lds.chosen(members.test_correct.shape[1])
+    bootstrap = {"resamples": config.resamples, "confidence": config.confidence, "seed": config.bootstrap_seed}
+    rows = []
+    for text in lds.attribution:
+        name, attribution = read_attribution(text, members)
+        rows.append(lds_row(name, attribution[chosen], members, chosen, bootstrap))
+    if lds.mpe_checkpoint is not None:
+        from mpe.attribution import contributions_from_checkpoint
+        from src.context import RunContext
+
+        context = RunContext(build(DataConfig, args), build(ComputeConfig, args), args.datasets_folder)
+        attribution, cost = contributions_from_checkpoint(context, lds.mpe_checkpoint, chosen, lds.mpe_delta)
+        rows.append(lds_row("MPE", attribution, members, chosen, bootstrap, cost))
+    caption = f"{dataset}: linear datamodeling score on {len(members.numbers)} models trained on subsets"
+    text = lds_markdown(rows, caption, config.confidence)
+    print(text)
+    settings = {**asdict(lds), **bootstrap, "confidence": config.confidence, "dataset": dataset}
+    return write_rows(lds_stem(args.plots_folder, dataset), rows, settings, text)
 
 
 def read_reference(

@@ -87,6 +87,11 @@ def evaluation_stem(plots_folder: str | Path, dataset: str, reference: str) -> P
     return Path(plots_folder) / "scores" / dataset / f"against_{reference}"
 
 
+def lds_stem(plots_folder: str | Path, dataset: str) -> Path:
+    """The table of linear datamodeling scores (csv, json, md), without the extension."""
+    return Path(plots_folder) / "scores" / dataset / "lds"
+
+
 def experiment_folder(models_folder: str | Path, experiment: str, seed: int | str) -> Path:
     """The folder of a run's checkpoints."""
     return Path(models_folder) / experiment / f"seed_{seed}"

@@ -7,7 +7,7 @@ import csv
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -334,17 +334,14 @@ def _range(row: Row, measure: str) -> str:
     return "-" if low is None else f"{low:.3f} to {high:.3f}"
 
 
-def write_table(
-    stem: Path, rows: Sequence[Row], caption: str, config: EvaluationConfig, facts: Mapping[str, Any]
-) -> list[Path]:
-    """Write ``stem.csv``, ``stem.json`` (with settings and files) and ``stem.md``; returns the paths."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+def write_rows(stem: Path, rows: Sequence[Row], settings: Mapping[str, Any], text: str) -> list[Path]:
+    """Write a table as ``stem.csv``, ``stem.json`` (with settings) and ``stem.md`` (the text); returns the paths."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    settings = {**asdict(config), **facts}
     return [
-        write_text(stem.with_name(f"{stem.name}.csv"), text.getvalue()),
+        write_text(stem.with_name(f"{stem.name}.csv"), lines.getvalue()),
         write_json(stem.with_name(f"{stem.name}.json"), {"settings": settings, "rows": list(rows)}),
-        write_text(stem.with_name(f"{stem.name}.md"), markdown(rows, caption, config.confidence)),
+        write_text(stem.with_name(f"{stem.name}.md"), text),
     ]
