@@ -2,16 +2,17 @@
 
 import json
 import re
+import shlex
 import time
 
 import numpy as np
 import pytest
 import torch
 from refusals import FILE, FLAG, refuse
-from support import Forked, call, folders, succeed, write_blobs
+from support import ROOT, Forked, call, folders, succeed, write_blobs
 
 from src.artifacts.io import read_json, read_npz
-from src.artifacts.store import read_scores
+from src.artifacts.store import diff_settings, read_scores
 from src.datasets import load_dataset, validation_indices
 from src.metrics import Proxy
 from src.metrics.memorization import read_members
@@ -132,6 +133,20 @@ def test_parts_of_several_machines_equal_one_run(planted, tmp_path):
     one = (*flags, *folders(tmp_path / "one", "datasets", "metrics"))
     refuse("compute_memorization.py", *one, "--members=40", status=FILE, says=(path.name, "damaged"))
     succeed("compute_memorization.py", *one, "--members=40", "--overwrite")
+
+
+def test_the_documented_command_makes_the_shipped_scores(tmp_path):
+    """The settings are the same; two members do not suffice for scores, but show them."""
+    page = (ROOT / "docs" / "scores.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("python compute_memorization.py"))
+    _, script, *flags = shlex.split(line)
+    shipped = read_json(ROOT / "src" / "metrics" / "memorization" / "mem_digits.json")
+    assert f"--members={shipped['members']}" in flags
+    call(script, *flags, "--members=2", *folders(tmp_path, "datasets", "metrics"))
+    _, settings = read_members(next(tmp_path.rglob("members_1.npz")))
+    assert not diff_settings(shipped["settings"], settings)
+    assert shipped["label_hash"] == settings["labels"]
+    assert Proxy("mem", "digits", folder=ROOT / "src" / "metrics", normalize=False).scores.max() > 0.5
 
 
 def test_a_killed_run_continues(planted, tmp_path):
