@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from src.errors import ArgumentError, UserError
 
@@ -271,6 +272,7 @@ def bootstrap(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[dict[str, Interval]]:
     """Compute the rank agreement of several scores with a reference, with percentile bootstrap intervals.
 
@@ -285,6 +287,7 @@ def bootstrap(
         resamples: Number of resamples.
         confidence: The probability content of the intervals.
         seed: Seed of the resamples.
+        progress: Whether to show a progress bar.
 
     Returns:
         Per score, ``spearman``, ``spearman_within_class`` (if labels are given) and, for a bool reference, ``auroc``.
@@ -295,6 +298,8 @@ def bootstrap(
     for number, values in enumerate(scores):
         by_mask.setdefault(_pairs(values, reference)[2].tobytes(), []).append(number)
     found: list[dict[str, Interval]] = [{} for _ in scores]
+    total = resamples * len(by_mask)
+    bar = tqdm(total=total, desc="bootstrap", unit="resample", leave=False, disable=None if progress else True)
     for numbers in by_mask.values():
         known = np.flatnonzero(_pairs(scores[numbers[0]], reference)[2])
         classes = np.zeros(len(known)) if labels is None else np.asarray(labels)[known]
@@ -317,6 +322,7 @@ def bootstrap(
             if labels is not None:
                 within = np.array([correlations for correlations, _ in each[1:]])
                 drawn["spearman_within_class"].append(_mean_known(within.reshape(-1, len(own), counts.shape[1])))
+            bar.update(counts.shape[1])
         for place, number in enumerate(numbers):
             measured = {"spearman": spearman(own[place], truth)}
             if labels is not None:
@@ -327,6 +333,7 @@ def bootstrap(
                 name: _interval(value, np.concatenate([block[place] for block in drawn[name]]), confidence)
                 for name, value in measured.items()
             }
+    bar.close()
     return found
 
 

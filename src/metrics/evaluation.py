@@ -262,6 +262,7 @@ def evaluate(
         resamples=config.resamples,
         confidence=config.confidence,
         seed=config.bootstrap_seed,
+        progress=True,
     )
     rows = []
     for (name, values), intervals in zip(own.items(), found, strict=True):
