@@ -111,13 +111,16 @@ def train_members(
                     bar.update(len(chunk))
                     error = tally.typical_error()
                     bar.set_postfix(standard_error=f"{error:.3f}")
+                    before, done = (
+                        (number - first) * 10 // (last - first + 1) for number in (chunk[0], chunk[-1] + 1)
+                    )
+                    if missing and before < done < 10:  # for log files, which have no progress bar
+                        left = duration(seconds * (last - chunk[-1]))
+                        log.info("member %d of %d; median standard error %.4f; %s left", chunk[-1], last, error, left)
                     whole = chunk[-1] % (config.unit or 1) == 0
                     if config.target_se is not None and error <= config.target_se and whole:
                         log.info("median standard error %.4f after member %d; stopping", error, chunk[-1])
                         return chunk[-1]
-            if trained and numbers[-1] < last:
-                left = duration(seconds * (last - numbers[-1]))
-                log.info("member %d of %d; median standard error %.4f; %s left", numbers[-1], last, error, left)
     return last
 
 

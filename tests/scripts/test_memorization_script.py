@@ -56,7 +56,15 @@ def test_wrong_labels_are_memorized_unless_they_are_repeated(planted):
     record = read_json(base / "metrics" / "memorization" / f"mem_{name}.json")
     assert (record["members"], record["settings"]["fraction"], record["model"]) == (60, 0.7, "small_mlp")
     assert record["cost"] == pytest.approx(60 * (30 * 227 + (324 + 40) / 3) / 324, abs=1e-3)
-    for word in ("227 of 324 examples", "60 members", "side by side", "standard error", "per member"):
+    for word in (
+        "227 of 324 examples",
+        "60 members",
+        "side by side",
+        "standard error",
+        "per member",
+        "member 50 of 60",
+        " left",
+    ):
         assert word in done.err
     assert "examples above 0.5" in done.out
 
