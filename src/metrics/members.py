@@ -207,9 +207,9 @@ class MemorizationRun:
     @property
     def cost(self) -> float:
         """The cost of one member in epoch-equivalents: 1 is a forward and backward pass over the training set."""
-        total, settings = len(self.context.labels), self.run.training
-        passes = settings.epochs * rounded_share(len(self.labels), self.config.share) * _passes(settings.optimizer)
-        return passes / total + self._cost_of_measuring
+        settings, size = self.run.training, rounded_share(len(self.labels), self.config.share)
+        passes = 2 if settings.optimizer == "sam" else 1
+        return settings.epochs * passes * size / len(self.context.labels) + self._cost_of_measuring
 
     @property
     def _cost_of_measuring(self) -> float:
@@ -441,9 +441,8 @@ class MemorizationRun:
             there = read_record(path).get("members") if path.exists() and not self.run.overwrite else None
             members = record.pop("members", None)
             if None not in (members, there) and there > members:
-                raise FileError(
-                    f"{path}: was estimated from {there} members; give --members {there} or more, or --overwrite"
-                )
+                found = f"was estimated from {there} members"
+                raise FileError(f"{path}: {found}; give --members {there} or more, or --overwrite")
             check_score_target(path, record, overwrite=self.run.overwrite, only=record)
 
     def results(self, last: int) -> Results:
@@ -593,8 +592,3 @@ class MemorizationRun:
 def _logits(model: nn.Module, precision: str, images: Tensor) -> Tensor:
     """Logits ``(1, b, C)`` of a single model."""
     return training.logits_of(model, images, precision)[None]
-
-
-def _passes(optimizer: str) -> int:
-    """Forward and backward passes per step."""
-    return 2 if optimizer == "sam" else 1
