@@ -147,6 +147,11 @@ def memorization_path(metrics_folder: str | Path, name: str) -> Path:
     return Path(metrics_folder) / "memorization" / name
 
 
+def label_issues_path(metrics_folder: str | Path, dataset: str) -> Path:
+    """The table of label issues of a data set."""
+    return Path(metrics_folder) / "label_errors" / dataset / "label_issues.csv"
+
+
 def samis_path(metrics_folder: str | Path, dataset: str, model: str, seed: int, which: str) -> Path:
     """The SAMIS scores of one seed; ``which`` is ``"loss"`` or ``"prob"``."""
     return Path(metrics_folder) / dataset / model / str(seed) / f"nn_{which}_diff_score.npz"

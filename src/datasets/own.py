@@ -34,6 +34,20 @@ CACHED_FROM = 4 << 20  # bytes of image files; decoding fewer takes at most abou
 log = logging.getLogger(__name__)
 
 
+def training_files(dataset: str) -> list[Path] | None:
+    """The files of the training images, in the order of the training set.
+
+    Args:
+        dataset: The value of ``--dataset``.
+
+    Returns:
+        The files of ``folder:DIR``; None for all other data sets, whose images are not read from single files.
+    """
+    kind, _, folder = dataset.partition(":")
+    root = Path(folder).expanduser()
+    return ImageFolder(root, Faults(root)).files["train"] if kind == "folder" else None
+
+
 def convert_channels(images: Tensor, channels: int) -> Tensor:
     """Convert uint8 ``(n, c, h, w)`` to gray (1) or color (3)."""
     if images.shape[1] == channels:

@@ -55,11 +55,13 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     a, b, _ = _pairs(a, b)
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    ranks = []
-    for values in (a, b):
-        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[which])  # ties share their mean rank
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.corrcoef(ranked(a), ranked(b))[0, 1])
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """Ranks of ``values`` ``(n,)`` from 1 to n; ties share their mean rank."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def spearman_within_class(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> float:

@@ -47,6 +47,7 @@ _RECIPES = {
         "--dataset {dataset} --model MODEL --seeds SEEDS --modes {mode}"
     ),
     "mpe": "create it with the scripts in examples/",
+    "audit": "create it with audit_labels.py --dataset {dataset}",
     "registered": (
         "add it with register_score.py FILE --mode {mode} --dataset {dataset} --high atypical (typical: high "
         "values are typical)"

@@ -25,6 +25,16 @@ SENSITIVITY = Score(
     paper="Nickl et al. 2023",
 )
 
+LABEL_ERROR = Score(
+    "label_error",
+    r"$\mathrm{LE}(x_i)$",
+    "log odds of a wrong label",
+    source="audit",
+    folder="label_errors",
+    cost="5 SGD runs",
+    paper="ours",
+)
+
 SCORES: dict[str, Score] = {
     score.name: score
     for score in (
@@ -34,6 +44,7 @@ SCORES: dict[str, Score] = {
         *samis.PAIR_SCORES,
         *dynamics.REDUCTIONS,
         SENSITIVITY,
+        LABEL_ERROR,
     )
 }
 

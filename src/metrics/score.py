@@ -28,8 +28,8 @@ class Score:
         symbol: The symbol in figures (matplotlib math text).
         title: The full name.
         source: Where the values of one seed come from: ``"pair"`` (an SGD and a SAM model), ``"dynamics"`` (recorded
-            during training), ``"end"`` (the trained model), ``"members"`` (models trained on random subsets), or
-            ``"mpe"``.
+            during training), ``"end"`` (the trained model), ``"members"`` (models trained on random subsets),
+            ``"mpe"``, or ``"audit"`` (out-of-sample probabilities).
         folder: The subfolder of a metrics folder with the averaged files.
         cost: What must be trained or measured for one seed.
         paper: The paper that proposed the score.

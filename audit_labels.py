@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+r"""Find probably wrong labels in a training set, from class probabilities of models not trained on the example.
+
+Reads out_of_sample_{dataset}.npz, which compute_memorization.py writes (quickest with --folds 5 --members 5), or the
+probabilities in any file given with --probabilities. With --combine, averages the ranks with those of stored scores,
+such as aum of an ordinary training run. Writes {metrics_folder}/label_errors/{dataset}/label_issues.csv, most
+suspicious first, and label_issues.json; and the score of every example, {metrics_folder}/label_errors/
+label_error_{dataset}.pkl, which plot_images.py, train_prune.py and evaluate_scores.py read.
+
+  python compute_memorization.py --dataset=digits --model=small_mlp --members=5 --folds=5 --epochs=20 \
+      --batch_size=32 --learning_rate=0.05 --lr_sched=cosine
+  python audit_labels.py --dataset=digits
+  python audit_labels.py --dataset=folder:photos --image_size=32 --probabilities=probabilities.npy --top=100
+"""
+
+import numpy as np
+
+from src.artifacts.io import file_digest, label_hash, write_json, write_text
+from src.artifacts.paths import Folders, label_issues_path, memorization_path
+from src.artifacts.store import check_score_target, read_record, write_scores
+from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
+from src.datasets import DataConfig, dataset_flag
+from src.errors import FileError
+from src.metrics import SCORES, Proxy, get_score
+from src.metrics.label_errors import (
+    AuditConfig,
+    audit,
+    cleanlab_issues,
+    common_mistakes,
+    issue_table,
+    mean_rank,
+    read_probabilities,
+)
+from src.metrics.proxy import ScoreConfig, score_folders
+
+MOST_SUSPICIOUS = 5
+
+
+def main() -> None:
+    """Parse, read, audit, write, print."""
+    parser = Parser(__doc__)
+    parser.add(DataConfig, "data", skip=("subset",), required=("dataset",))
+    parser.add(AuditConfig, "audit")
+    parser.add(ScoreConfig, "scores")
+    parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder"))
+    args = parser.parse_args()
+    from src.datasets.own import training_files  # imports torch
+
+    config, data = build(AuditConfig, args), build(DataConfig, args)
+    for mode in config.combine:
+        get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
+    train, _ = data.load(args.datasets_folder)
+    name, labels, names = train.entry.name, train.labels.numpy(), train.class_names
+    checks = {"n": train.total, "label_hash": label_hash(labels), "data_hash": train.digest}
+
+    source = config.probabilities or memorization_path(args.metrics_folder, f"out_of_sample_{name}.npz")
+    if config.probabilities is None and not source.exists():
+        raise FileError(
+            f"{source}: file not found; create it with compute_memorization.py --dataset {dataset_flag(name)} "
+            "--folds 5 --members 5, or give --probabilities FILE"
+        )
+    probabilities = read_probabilities(source, train.total, train.entry.num_classes, checks["label_hash"])
+    combined = {
+        mode: Proxy(mode, name, folder=score_folders(args.scores_folder, mode, args.metrics_folder), **checks)
+        for mode in config.combine
+    }
+    settings = {
+        "probabilities": file_digest(source),
+        "combine": {m: file_digest(p.path) for m, p in combined.items()},
+    }
+    path, score_path = (
+        label_issues_path(args.metrics_folder, name),
+        SCORES["label_error"].path(args.metrics_folder, name),
+    )
+    check_score_target(score_path, {"settings": settings}, overwrite=config.overwrite, only=("settings",))
+
+    found = audit(probabilities, labels)
+    score = mean_rank([found.score, *(proxy.scores for proxy in combined.values())]) if combined else found.score
+    order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
+    listed = order[: config.top or max(1, round(found.errors))]
+    files = training_files(args.dataset)
+    rows = [
+        {
+            "index": i,
+            "file": "" if files is None else files[i],
+            "given label": names[labels[i]],
+            "suggested label": names[found.suggested[i]],
+            "probability": f"{found.probability[i]:.4f}",
+            "score": f"{score[i]:.6g}",
+            "rank": rank,
+        }
+        for rank, i in enumerate(listed.tolist(), start=1)
+    ]
+    if config.cleanlab:
+        ranks, issues = cleanlab_issues(probabilities, labels)
+        for row in rows:
+            row |= {"cleanlab rank": ranks[row["index"]], "cleanlab issue": int(issues[row["index"]])}
+    costs = [read_record(memorization_path(args.metrics_folder, f"out_prob_{name}.pkl")).get("cost")]
+    costs = [None] if config.probabilities else costs + [proxy.record.get("cost") for proxy in combined.values()]
+    mistakes = [
+        {"suggested label": names[suggested], "given label": names[given], "examples": count}
+        for suggested, given, count in common_mistakes(found, labels)
+    ]
+    facts = {
+        "dataset": name,
+        "mode": "label_error",
+        "label_hash": checks["label_hash"],
+        "data_hash": train.digest,
+        "settings": settings,
+        "source": str(source),
+        "orientation": "high is atypical",
+        "negated": False,
+        **({} if None in costs else {"cost": sum(costs)}),
+    }
+    audited = {
+        "examples": len(order),
+        "estimated_errors": round(found.errors, 2),
+        "exponent": found.exponent,
+        "strength": found.strength,
+        "most_common": mistakes,
+        **({"cleanlab_issues": int(issues.sum())} if config.cleanlab else {}),
+    }
+    written = [write_text(path, issue_table(rows)), write_json(path.with_suffix(".json"), {**facts, **audited})]
+    written.append(write_scores(score_path, score, facts)[0])
+
+    print(f"about {found.errors:.0f} of {len(order)} labels are probably wrong ({found.errors / len(order):.1%})")
+    if config.cleanlab:
+        both = np.count_nonzero(issues[order[: issues.sum()]])
+        print(f"cleanlab selects {issues.sum()}, of which {both} are among the {issues.sum()} most suspicious here")
+    for pair in mistakes[:3]:
+        print(f"{pair['examples']} labeled {pair['given label']} look like {pair['suggested label']}")
+    print(f"most suspicious: index{'' if files is None else ', file'}, given label, suggested label (probability)")
+    for row in rows[:MOST_SUSPICIOUS]:
+        where = f"{row['index']}{'' if files is None else ', ' + str(row['file'])}"
+        print(f"  {where}, {row['given label']}, {row['suggested label']} ({row['probability']})")
+    print(*written, sep="\n")
+    print_next("plot_images.py", [*DATA_FLAGS, "metrics_folder"], modes=["label_error"])
+
+
+if __name__ == "__main__":
+    run_script(main, {"mode": "combine"})
