@@ -44,11 +44,11 @@ def main() -> None:
     parser.add(ScoreConfig, "scores")
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder"))
     args = parser.parse_args()
-    from src.datasets.own import training_files  # imports torch
-
     config, data = build(AuditConfig, args), build(DataConfig, args)
     for mode in config.combine:
         get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
+    from src.datasets.own import training_files  # imports torch
+
     train, _ = data.load(args.datasets_folder)
     name, labels, names = train.entry.name, train.labels.numpy(), train.class_names
     checks = {"n": train.total, "label_hash": label_hash(labels), "data_hash": train.digest}
@@ -74,6 +74,8 @@ def main() -> None:
     )
     check_score_target(score_path, {"settings": settings}, overwrite=config.overwrite, only=("settings",))
 
+    if config.cleanlab:
+        ranks, issues = cleanlab_issues(probabilities, labels)
     found = audit(probabilities, labels)
     score = mean_rank([found.score, *(proxy.scores for proxy in combined.values())]) if combined else found.score
     order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
@@ -91,10 +93,8 @@ def main() -> None:
         }
         for rank, i in enumerate(listed.tolist(), start=1)
     ]
-    if config.cleanlab:
-        ranks, issues = cleanlab_issues(probabilities, labels)
-        for row in rows:
-            row |= {"cleanlab rank": ranks[row["index"]], "cleanlab issue": int(issues[row["index"]])}
+    for row in rows if config.cleanlab else ():
+        row |= {"cleanlab rank": ranks[row["index"]], "cleanlab issue": int(issues[row["index"]])}
     costs = [read_record(memorization_path(args.metrics_folder, f"out_prob_{name}.pkl")).get("cost")]
     costs = [None] if config.probabilities else costs + [proxy.record.get("cost") for proxy in combined.values()]
     mistakes = [

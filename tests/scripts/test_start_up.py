@@ -94,10 +94,16 @@ WRONG = {
         "--members=5-3",
         "--members=3 --complementary",
         "--complementary --fraction=0.6",
+        "--folds=5 --members=12",
         "--from_splits 1 1",
         "--from_splits 1 --learning_rate=0.1",
         "--splits_folder=x",
         "--merge x --target_se=0.1",
+    ],
+    "audit_labels.py": [
+        "--top=3",
+        "--dataset=digits --top=0",
+        "--dataset=digits --combine nothing",
     ],
     "average_scores.py": [
         "--dataset=digits --seeds 1 1",
