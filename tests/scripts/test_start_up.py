@@ -101,7 +101,6 @@ WRONG = {
         "--merge x --target_se=0.1",
     ],
     "audit_labels.py": [
-        "--top=3",
         "--dataset=digits --top=0",
         "--dataset=digits --combine nothing",
     ],
