@@ -459,7 +459,8 @@ def agreement_figure(rows: Sequence[Mapping[str, Any]], symbols: Mapping[str, st
                 values = row[measure], row[f"{measure}_low"], row[f"{measure}_high"]
                 low, high = (abs(values[0] - (values[0] if end is None else end)) for end in values[1:])
                 color = BLUE if best else MUTED
-                axes.errorbar(cost, values[0], [[low], [high]], color=color, fmt="o" if best else "s", lw=0.8, ms=4)
+                style: dict[str, Any] = {"fmt": "o", "zorder": 3} if best else {"fmt": "s", "zorder": 2}
+                axes.errorbar(cost, values[0], [[low], [high]], color=color, lw=0.8, ms=4, **style)
             if panel is unknown:
                 axes.set_xticks([])
                 axes.set_xlim(0, 3 if known else 9)
