@@ -21,7 +21,7 @@ SENSITIVITY = Score(
     "memory-perturbation sensitivity",
     source="mpe",
     folder="mpe",
-    cost="SGD run + 2 passes",
+    cost="SGD run + 2 passes per class",
     paper="Nickl et al. 2023",
 )
 
