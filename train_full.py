@@ -16,7 +16,7 @@ from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.models import ModelConfig
-from src.training import RunConfig, TrainingConfig
+from src.training import RunConfig, TrainingConfig, add_recipes
 
 
 def main() -> None:
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add(RunConfig, "run")
     parser.add(ComputeConfig, "computing")
     parser.add(Folders, "folders", only=TRAINING_FOLDERS)
+    add_recipes(parser)
     parser.accept_paper_flags("full")
     args = parser.parse_args()
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)

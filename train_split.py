@@ -25,7 +25,7 @@ from src.datasets import DataConfig, validation_indices
 from src.devices import ComputeConfig
 from src.errors import FileError, FlagError
 from src.models import ModelConfig
-from src.training import RunConfig, TrainingConfig
+from src.training import RunConfig, TrainingConfig, add_recipes
 
 SPLITS = range(1, 11)
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add(RunConfig, "run")
     parser.add(ComputeConfig, "computing")
     parser.add(Folders, "folders", only=(*TRAINING_FOLDERS, "splits_folder"))
+    add_recipes(parser)
     parser.accept_paper_flags("split")
     args = parser.parse_args()
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)

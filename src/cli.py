@@ -13,6 +13,7 @@ Each setting is defined once, as a field of a dataclass that configures the libr
 import argparse
 import difflib
 import io
+import itertools
 import logging
 import math
 import os
@@ -178,6 +179,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         self.checks: list[Callable[[argparse.Namespace], None]] = []
+        self._recipes: Mapping[str, Mapping[str, Any]] = {}
         super().__init__(
             description=description,
             formatter_class=_HelpFormatter,
@@ -230,6 +232,16 @@ class Parser(argparse.ArgumentParser):
             action = holder.add_argument(f"--{item.name}", default=default, help=help, **keywords)
             action.rules = flag["rules"]
 
+    def add_recipes(self, recipes: Mapping[str, Mapping[str, Any]], help: str) -> None:
+        """Add ``--recipe NAME``, which replaces the defaults of other flags.
+
+        Args:
+            recipes: By name, the defaults by flag (without dashes). A function is called for its default.
+            help: The help text.
+        """
+        self._recipes = recipes
+        self.add_argument("--recipe", choices=tuple(recipes), help=help)
+
     def _group(self, title: str) -> Any:
         """Return the group with a title, creating it if needed."""
         for group in self._action_groups:
@@ -261,6 +273,9 @@ class Parser(argparse.ArgumentParser):
             FlagError: A flag has no effect in this combination, whatever its value, or flags contradict each other.
         """
         words = sys.argv[1:] if args is None else list(args)
+        for name, recipe in self._recipes.items():
+            if f"--recipe={name}" in words or ("--recipe", name) in itertools.pairwise(words):
+                self.set_defaults(**{flag: value() if callable(value) else value for flag, value in recipe.items()})
         found = super().parse_args(words, namespace)
         if found.verbose and _speaks():
             for handler in logging.getLogger().handlers:

@@ -371,7 +371,10 @@ class TrainingRun:
             model = model.to(memory_format=torch.channels_last)
         dynamics = Dynamics(self.train.total, entry.num_classes, context.device) if config.measure_proxies else None
         augmentation = entry.training_augmentation(
-            config.data_augmentation, cutout_holes=config.cutout_holes, cutout_length=config.cutout_length
+            config.data_augmentation,
+            alternate_flips=config.alternate_flips,
+            cutout_holes=config.cutout_holes,
+            cutout_length=config.cutout_length,
         )
         trainer = Trainer(
             model,

@@ -125,6 +125,20 @@ class ComputeConfig:
             raise ArgumentError("device", f"{self.device}: each process needs its own GPU; give cuda or cpu")
 
 
+def computes_bf16() -> bool:
+    """Whether the processor that is used by default has instructions for bfloat16 products.
+
+    On processors without them, bf16 is slower than fp32.
+    """
+    if Path("/proc/driver/nvidia").exists() and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})  # bf16: the name on ARM
+
+
 TRAINING_ONLY = ("compile", "distributed_training", "sync_bn")
 """The fields of ``ComputeConfig`` that affect only training."""
 

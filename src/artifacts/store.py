@@ -29,6 +29,7 @@ REMAKE_OVER = f"{REMAKE} with --overwrite"
 # weights), the value before records contained the setting. All other settings default to None.
 DEFAULTS: dict[str, Any] = {
     "adaptive": False,
+    "alternate_flips": False,
     "cutout_holes": 0,
     "data_augmentation": False,
     "etl_never_learned": "last",

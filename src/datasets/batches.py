@@ -405,7 +405,9 @@ class _Draws:
             span = 2 * augmentation.crop_padding + 1
             self._offsets = upload(torch.randint(span, (total, 2), generator=generator("crop")), device)
         if augmentation.flip:
-            self._mirrored = upload(torch.rand(total, generator=generator("flip")) < 0.5, device)
+            alternate = augmentation.alternate_flips
+            drawn = torch.rand(total, generator=rng.generator(seed, 0 if alternate else epoch, "flip")) < 0.5
+            self._mirrored = upload(~drawn if alternate and epoch % 2 else drawn, device)
         if augmentation.cutout_holes:
             shape = (total, augmentation.cutout_holes, 2)
             self._centers = upload(torch.randint(size, shape, generator=generator("cutout")), device)

@@ -48,6 +48,8 @@ class Augmentation:
     Attributes:
         crop_padding: Zero padding on each side before a random crop of the original size; 0 for no crop.
         flip: Whether to flip each image horizontally with probability one half.
+        alternate_flips: Whether the flips are drawn once, and inverted every other epoch, so that two consecutive
+            epochs use both versions of each image (Jordan 2024, arXiv:2404.00498).
         cutout_holes: Number of squares per image that are set to the mean color.
         cutout_length: Side of these squares in pixels, before clipping at the border.
         random_resized_crop: Whether to crop a box of random area and aspect ratio and scale it to the image size.
@@ -55,6 +57,7 @@ class Augmentation:
 
     crop_padding: int = 0
     flip: bool = False
+    alternate_flips: bool = False
     cutout_holes: int = 0
     cutout_length: int = 16
     random_resized_crop: bool = False
@@ -115,7 +118,12 @@ class DatasetEntry:
     content: str | None = None
 
     def training_augmentation(
-        self, switched_on: bool, *, cutout_holes: int = 0, cutout_length: int = 16
+        self,
+        switched_on: bool,
+        *,
+        alternate_flips: bool = False,
+        cutout_holes: int = 0,
+        cutout_length: int = 16,
     ) -> Augmentation | None:
         """Return the augmentation of a training run, given its flags; None for no augmentation.
 
@@ -128,7 +136,9 @@ class DatasetEntry:
                 "cutout_holes", f"{cutout_holes}: is supported for {allowed} and your own data, not for {self.name}"
             )
         chosen = self.augmentation if switched_on else self.always
-        chosen = replace(chosen, cutout_holes=cutout_holes, cutout_length=cutout_length)
+        chosen = replace(
+            chosen, alternate_flips=alternate_flips, cutout_holes=cutout_holes, cutout_length=cutout_length
+        )
         return chosen or None
 
 

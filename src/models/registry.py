@@ -62,6 +62,13 @@ _add("resnet18", "resnet", channels_last=True, initialization="default", note="R
 _add("resnet50", "resnet", channels_last=True, initialization="default", note="ResNet-50 with the CIFAR stem")
 _add("resnet20", "resnet", channels_last=True, note="CIFAR's ResNet-20, widths 16-32-64")
 _add("resnet8", "resnet", channels_last=True, note="CIFAR-style ResNet-8, widths 16-32-64, for work on a CPU")
+_add(
+    "fastnet",
+    "fastnet",
+    channels_last=True,
+    smallest=lambda in_channels: 8,
+    note="small and wide residual model for good accuracy per second, for --recipe=fast",
+)
 _add("wideresnet", "resnet", note="WRN-28-10")
 _add(
     "inception",

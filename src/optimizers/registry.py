@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules by name. Only the optimizers' builders import torch.
 
-A schedule is a pure function of the epoch. It has no state to save, and works the same for every optimizer.
+A schedule is a pure function of the epoch, or of the step. It has no state to save, and works the same for every
+optimizer.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sgd": OptimizerEntry(_sgd, ("momentum", "nesterov")),
     "adam": OptimizerEntry(_adam),
     "adamw": OptimizerEntry(_adam),
-    "sam": OptimizerEntry(_sam, ("momentum", "rho", "adaptive"), _sam_passes),
+    "sam": OptimizerEntry(_sam, ("momentum", "nesterov", "rho", "adaptive"), _sam_passes),
     "iblr": OptimizerEntry(_iblr, ("delta", "hess_init", "iblr_backend"), _sampled_pass, needs_sampling=True),
 }
 
@@ -215,6 +216,15 @@ def _custom(epoch: int, epochs: int) -> float:
     return done / up if done < up else 1.0 - (done - up) / (epochs - up)
 
 
+def _onecycle(epoch: float, epochs: int) -> float:
+    """One triangle: up from 0 over the first quarter of the steps, then down to 0.
+
+    Smith and Topin 2019, "Super-convergence" (arXiv:1708.07120).
+    """
+    done = (epoch - 1) / epochs
+    return min(done / 0.25, (1.0 - done) / 0.75)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A learning rate schedule.
@@ -223,10 +233,13 @@ class Schedule:
         share: Takes an epoch (from 1) and the number of epochs, and returns the fraction of the base learning rate.
         depends_on_epochs: Whether the rates of past epochs depend on the total number of epochs. If so, a run cannot
             be extended.
+        every_step: Whether the rate changes with every step; ``share`` then also takes fractions of epochs. All
+            other schedules change it once per epoch.
     """
 
-    share: Callable[[int, int], float]
+    share: Callable[[float, int], float]
     depends_on_epochs: bool = True
+    every_step: bool = False
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -238,11 +251,12 @@ SCHEDULES: dict[str, Schedule] = {
     "warmup_exp": Schedule(lambda epoch, epochs: _after_warmup(_exp, epoch, epochs)),
     "warmup_cosine": Schedule(_warmup_cosine),
     "custom": Schedule(_custom),
+    "onecycle": Schedule(_onecycle, every_step=True),
 }
 
 
-def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> float:
-    """Return the learning rate of an epoch.
+def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0, progress: float = 0.0) -> float:
+    """Return the learning rate of an epoch, or of a point in it.
 
     The rate is ``floor + (lr - floor) * share(epoch, epochs)``. With ``cosine``, this is the annealing of the MPE
     experiments, whose last epoch is one step above the floor.
@@ -253,13 +267,15 @@ def rate(name: str, epoch: int, epochs: int, lr: float, floor: float = 0.0) -> f
         epochs: The number of epochs of the run.
         lr: The base learning rate.
         floor: The minimum learning rate.
+        progress: Fraction of the epoch, in [0, 1]; used only by schedules that change the rate every step.
 
     Returns:
-        The learning rate for the whole epoch.
+        The learning rate.
 
     Raises:
         ValueError: The epoch is not in the run.
     """
     if not 1 <= epoch <= epochs:
         raise ValueError(f"epoch {epoch} is not one of the run's epochs 1 to {epochs}")
-    return floor + (lr - floor) * SCHEDULES[name].share(epoch, epochs)
+    schedule = SCHEDULES[name]
+    return floor + (lr - floor) * schedule.share(epoch + progress if schedule.every_step else epoch, epochs)

@@ -1,7 +1,7 @@
 """Training: one loop for all scripts, evaluation, per-example dynamics, checkpoints and resuming."""
 
 from src.lazy import lazy_names
-from src.training.config import RunConfig, TrainingConfig
+from src.training.config import RunConfig, TrainingConfig, add_recipes
 
 _LAZY = {
     "distributed": ("ProcessGroup",),
@@ -23,4 +23,4 @@ _LAZY = {
     ),
 }
 __getattr__ = lazy_names(__name__, **_LAZY)
-__all__ = ["RunConfig", "TrainingConfig", *(name for names in _LAZY.values() for name in names)]
+__all__ = ["RunConfig", "TrainingConfig", "add_recipes", *(name for names in _LAZY.values() for name in names)]

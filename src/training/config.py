@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from src.artifacts.store import acting_settings
-from src.cli import SEED, check_options, number, option
+from src.cli import SEED, Parser, check_options, number, option
 from src.datasets import DATASETS
+from src.devices import computes_bf16
 from src.errors import ArgumentError
 from src.models import ModelConfig
 from src.optimizers import IBLR_BACKENDS, OPTIMIZERS, SCHEDULES
@@ -30,7 +31,7 @@ class TrainingConfig:
         epochs: Passes over the training set.
         optimizer: A key of ``OPTIMIZERS``.
         learning_rate: Base rate of the schedule.
-        lr_sched: A key of ``SCHEDULES``; the rate changes once per epoch.
+        lr_sched: A key of ``SCHEDULES``.
         lr_min: Minimum rate, for schedules that have one.
         weight_decay: Weight decay.
         rho: Radius of SAM's perturbation.
@@ -52,8 +53,8 @@ class TrainingConfig:
     learning_rate: float = option(0.4, "base learning rate", number(float, 0, open_low=True))
     lr_sched: str = option(
         "cosine",
-        "learning rate schedule, updated once per epoch, for any optimizer (the SAMIS experiments use const with "
-        "adam)",
+        "learning rate schedule for any optimizer, updated once per epoch, onecycle at every step (the SAMIS "
+        "experiments use const with adam)",
         choices=tuple(SCHEDULES),
     )
     lr_min: float = option(
@@ -63,6 +64,7 @@ class TrainingConfig:
         acts=(lambda args: args.lr_sched != "const", "with --lr_sched=const"),
     )
     momentum: float = 0.9
+    nesterov: bool = option(False, "use Nesterov momentum (sgd and sam)", negatable=True, acts=_acts("nesterov"))
     weight_decay: float = option(0.0, "weight decay (not used in the papers)", number(float, 0))
     rho: float = option(
         0.05, "radius of SAM's perturbation (sam only)", number(float, 0, open_low=True), acts=_acts("rho")
@@ -88,7 +90,6 @@ class TrainingConfig:
     )
     seed: int = option(1, "seed of initial weights, example order and augmentation", SEED)
     precision: str = "fp32"
-    nesterov: bool = False
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -120,6 +121,41 @@ class TrainingConfig:
         return settings
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": {
+        "model": "fastnet",
+        "epochs": 16,
+        "batch_size": 256,
+        "learning_rate": 0.4,
+        "lr_sched": "onecycle",
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "data_augmentation": True,
+        "alternate_flips": True,
+        "precision": lambda: "bf16" if computes_bf16() else "fp32",
+    },
+}
+"""Defaults of a script's flags by recipe; a function is called when the recipe is chosen.
+
+``fast`` is this project's own, for scores of good quality within minutes to hours of one CPU core. It follows Page
+2019, "How to train your ResNet", and Jordan 2024 (arXiv:2404.00498). docs/scores.md has its accuracy and cost. The
+papers' settings are the defaults without a recipe.
+"""
+
+
+def add_recipes(parser: Parser) -> None:
+    """Add ``--recipe``, which replaces the defaults of a training script's flags."""
+    parser.add_recipes(RECIPES, "defaults for quick training of good models; flags override it")
+    parser.checks.append(_check_recipe)
+
+
+def _check_recipe(args: argparse.Namespace) -> None:
+    if args.recipe is not None and args.optimizer not in ("sgd", "sam"):
+        raise ArgumentError(
+            "recipe", f"{args.recipe}: is for sgd and sam, not {args.optimizer}; leave out one of them"
+        )
+
+
 def parse_save_epochs(text: str) -> str | list[int]:
     """Parse the value of ``--save_epochs``: ``all``, ``last``, or a list of epochs, returned in ascending order.
 
@@ -146,6 +182,7 @@ class RunConfig:
         training: The settings of the training loop.
         batch_size: Examples per step, over all processes.
         data_augmentation: Whether to apply the data set's random crops and flips.
+        alternate_flips: Whether images are flipped in every other epoch instead of at random.
         cutout_holes: Number of squares that Cutout masks per image.
         cutout_length: Side of a square in pixels.
         resume: Whether to continue from the newest resume state, if there is one.
@@ -162,6 +199,18 @@ class RunConfig:
     batch_size: int = option(512, "examples per step, over all processes", number(int, 1), title="training")
     data_augmentation: bool = option(
         False, "apply the data set's random crops and flips", negatable=True, title="training"
+    )
+    alternate_flips: bool = option(
+        False,
+        "flip each image in every other epoch, starting at random, instead of at random in every epoch",
+        negatable=True,
+        title="training",
+        acts=(
+            lambda args: (
+                args.data_augmentation and (args.dataset not in DATASETS or DATASETS[args.dataset].augmentation.flip)
+            ),
+            "without an augmentation that flips images",
+        ),
     )
     cutout_holes: int = option(
         0,
@@ -216,6 +265,7 @@ class RunConfig:
             **self.model.as_dict(),
             "batch_size": self.batch_size,
             "data_augmentation": self.data_augmentation,
+            **({"alternate_flips": True} if self.alternate_flips else {}),
             "cutout_holes": self.cutout_holes,
             "cutout_length": self.cutout_length if self.cutout_holes else None,
             "sync_bn": sync_bn,

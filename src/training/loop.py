@@ -35,6 +35,17 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
+def input_gradient_norms(gradients: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each example's loss gradient with respect to its image, float32 ``(b,)``.
+
+    Args:
+        gradients: Gradients of the batch's loss ``(b, c, h, w)``.
+        shares: Each example's coefficient in that loss ``(b,)``. The result is NaN where it is 0.
+    """
+    norms = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), dtype=torch.float32)
+    return torch.where(shares > 0, norms / shares, float("nan")).float()
+
+
 class EpochPlan(Protocol):
     """Chooses the examples of each epoch, possibly based on training losses so far (dynamic pruning).
 
@@ -201,9 +212,6 @@ class Trainer:
         """
         started = time.perf_counter()
         config, model, optimizer, batches = self.config, self.model, self.optimizer, self.train_batches
-        learning_rate = rate(config.lr_sched, epoch, config.epochs, config.learning_rate, config.lr_min)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate
         positions, weights = (None, self.weights) if self.plan is None else self.plan.choose(epoch, self._fits)
         count = len(batches.images) if positions is None else len(positions)
         taken, bar, passes_per_step = self.steps, self._bar, 0
@@ -223,27 +231,34 @@ class Trainer:
             purpose = "global" if self.group.is_main_process else f"global {self.group.rank}"
             torch.manual_seed(derived_seed(config.seed, epoch, purpose))
             for step, batch in enumerate(batches.epoch(epoch, positions, weights, by_size=by_size), start=1):
+                if step == 1 or SCHEDULES[config.lr_sched].every_step:
+                    learning_rate = self._set_rate(epoch, (step - 0.5) / steps)  # the rate halfway through the step
                 optimizer.zero_grad(set_to_none=True)
                 with closing(OPTIMIZERS[config.optimizer].passes(optimizer, model)) as passes:
                     for number, _ in enumerate(passes):  # two passes for SAM; only the first is recorded
                         if len(batch.labels) or self.sync_batchnorm:
+                            # in all passes, because compiled code depends on it
+                            images = batch.images.detach().requires_grad_(self.dynamics is not None)
                             if self._reuses_outputs:
                                 torch.compiler.cudagraph_mark_step_begin()
                             with autocast_context(self.device, self.precision):
-                                logits = self.forward(batch.images)
+                                logits = self.forward(images)
                             # the next pass overwrites the outputs of a CUDA graph
                             logits = logits.to(self.precision.dtype, copy=self._reuses_outputs)
                             losses = self.loss_fn(logits, batch.labels)
                             losses.backward(batch.shares)  # the gradient of the loss sum(shares * losses)
                             if number == 0 and len(batch.labels):
                                 first = first if kept else step
-                                kept.append((*batch[1:], losses.detach(), logits.detach()))
+                                more = (losses.detach(), logits.detach())
+                                if images.grad is not None:
+                                    more += (input_gradient_norms(images.grad, batch.shares),)
+                                kept.append((*batch[1:], *more))
                         # A process without examples in this batch still joins the all-reduce, with zero gradients.
                         self._sum_gradients()
                         passes_per_step = number + 1
                 optimizer.step()
                 # Statistics are computed for many steps at once, except for the first step.
-                full = bool(kept) and len(kept) * kept[0][-1].numel() >= _KEPT
+                full = bool(kept) and len(kept) * kept[0][4].numel() >= _KEPT
                 if kept and (step in (1, steps) or step % _CHECK_EVERY == 0 or full):
                     self._report(kept, first, sums, bad)
                     kept.clear()
@@ -260,6 +275,7 @@ class Trainer:
         if self.plan is not None:
             self.plan.end_epoch(self.group)
         trained = time.perf_counter()
+        by_class = None if self.dynamics is None else self.dynamics.class_sums()
         test_loss, test_accuracy = evaluate(
             model,
             self.test_batches,
@@ -268,11 +284,12 @@ class Trainer:
             loss_fn=self.loss_fn,
             group=self.group,
             loss_cap=self.test_loss_cap,
+            by_class=by_class,
         )
         if not math.isfinite(test_loss):
             raise TrainingError(f"the test loss is not finite after epoch {epoch}; {self._advice()}")
         if self.dynamics is not None:
-            self.dynamics.end_epoch(epoch, self.group)
+            self.dynamics.end_epoch(epoch, self.group, by_class)
         bar.set_postfix(loss=f"{_mean(sums):.4f}", test=f"{100 * test_accuracy:.2f}%")
         record = {
             "epoch": epoch,
@@ -291,25 +308,33 @@ class Trainer:
             record |= {"examples": count, "steps": batches.steps(count)}
         self.history.append(record)
 
+    def _set_rate(self, epoch: int, progress: float) -> float:
+        """Set and return the learning rate at a fraction of an epoch."""
+        config = self.config
+        value = rate(config.lr_sched, epoch, config.epochs, config.learning_rate, config.lr_min, progress)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = value
+        return value
+
     def _report(
         self, kept: Sequence[tuple[torch.Tensor, ...]], first: int, sums: torch.Tensor, bad: torch.Tensor
     ) -> None:
         """Accumulate and record the results of one or more steps. The number of operations does not grow with them.
 
         Args:
-            kept: For each step, labels, indices, weights and losses, each ``(b,)``, and logits ``(b, C)``. All steps
-                but the last have the same b.
+            kept: For each step, labels, indices, weights and losses, each ``(b,)``, logits ``(b, C)``, and, if
+                dynamics are recorded, norms of the input gradients ``(b,)``. All steps but the last have the same b.
             first: The first of these steps.
             sums: Weighted loss, weight and number of correct predictions, ``(3,)``; updated in place.
             bad: The first step with a loss that is not finite; updated in place.
         """
-        labels, indices, weights, losses, logits = map(torch.cat, zip(*kept, strict=True))
+        labels, indices, weights, losses, logits, *norms = map(torch.cat, zip(*kept, strict=True))
         correct = (logits.argmax(1) == labels).sum()
         sums += torch.stack([(losses.double() * weights).sum(), weights.sum(dtype=torch.float64), correct])
         step = first + torch.arange(len(losses), device=self.device) // len(kept[0][0])
         torch.minimum(bad, step.where(~losses.isfinite(), _NEVER).min(), out=bad)
         if self.dynamics is not None:
-            self.dynamics.record(logits, labels, indices, losses)
+            self.dynamics.record(logits, labels, indices, losses, *norms)
         if self.plan is not None:
             self.plan.record(indices, losses)
 
@@ -440,6 +465,7 @@ def evaluate(
     loss_fn: LossFunction = cross_entropy,
     group: ProcessGroup | None = None,
     loss_cap: float = math.inf,
+    by_class: torch.Tensor | None = None,
 ) -> tuple[float, float]:
     """Compute the mean loss and accuracy on a data set.
 
@@ -451,6 +477,7 @@ def evaluate(
         loss_fn: The per-example loss.
         group: The processes that share the data set.
         loss_cap: Maximum contribution of one example to the loss, in nats; unlimited by default.
+        by_class: float64 ``(2, C)``. Each class's sum of losses and number of examples are added to it.
 
     Returns:
         The mean loss (nats per example) and the accuracy in [0, 1].
@@ -462,12 +489,15 @@ def evaluate(
     with eval_mode(model):
         for batch in batches:
             logits = logits_of(model if forward is None else forward, batch.images, precision)
-            loss = loss_fn(logits, batch.labels).clamp(max=loss_cap).sum().double()
+            losses = loss_fn(logits, batch.labels).clamp(max=loss_cap)
+            loss = losses.sum().double()
             correct = (logits.argmax(dim=1) == batch.labels).sum()
             part = torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
             totals = part if totals is None else totals + part
+            if by_class is not None:
+                by_class.index_add_(1, batch.labels, torch.stack([losses.double(), torch.ones_like(losses).double()]))
     if totals is None:
         raise ValueError("there are no batches to evaluate")
-    (group or ProcessGroup()).sum_([totals])
+    (group or ProcessGroup()).sum_([totals] if by_class is None else [totals, by_class])
     loss, correct, count = totals.tolist()
     return loss / count, correct / count

@@ -1,15 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from src.optimizers import SCHEDULES, rate
 
-NAMES = ["const", "step", "exp", "cosine", "warmup_step", "warmup_exp", "warmup_cosine", "custom"]
+NAMES = ["const", "step", "exp", "cosine", "warmup_step", "warmup_exp", "warmup_cosine", "custom", "onecycle"]
 
 
 def rates(name, epochs, lr=0.4, floor=0.0):
-    return [rate(name, epoch, epochs, lr, floor) for epoch in range(1, epochs + 1)]
+    """The rate halfway through each epoch, which is that of the whole epoch unless the rate changes every step."""
+    return [rate(name, epoch, epochs, lr, floor, 0.5) for epoch in range(1, epochs + 1)]
 
 
 def drops(name, epochs):
@@ -28,7 +30,7 @@ def torch_rates(build, epochs, lr=0.4):
     return values
 
 
-def test_the_registry_holds_the_eight_schedules():
+def test_the_registry_holds_the_nine_schedules():
     assert list(SCHEDULES) == NAMES
     assert {n for n in NAMES if not SCHEDULES[n].depends_on_epochs} == {"const", "exp"}
 
@@ -106,6 +108,14 @@ def test_custom_is_the_published_triangle():
 def test_custom_scales_with_rate_and_epochs():
     assert rates("custom", 160, lr=0.1) == pytest.approx([r / 4 for r in rates("custom", 160)])
     assert rates("custom", 320)[::2] == pytest.approx(rates("custom", 160))
+
+
+def test_onecycle_is_a_triangle_over_the_steps_with_its_peak_at_a_quarter():
+    epochs, steps, lr = 5, 8, 0.4
+    found = [rate("onecycle", e, epochs, lr, progress=s / steps) for e in range(1, epochs + 1) for s in range(steps)]
+    done = np.arange(epochs * steps) / (epochs * steps)
+    assert found == pytest.approx(np.interp(done, [0, 0.25, 1], [0, lr, 0]), abs=1e-15)
+    assert [name for name in NAMES if SCHEDULES[name].every_step] == ["onecycle"]
 
 
 @pytest.mark.parametrize("name", NAMES)
