@@ -46,8 +46,9 @@ def parse() -> Namespace:
     parser.add(ModelConfig, "model", only=("model",))
     parser.add(AverageConfig, "scores", required=("seeds",))
     parser.add(Windows, "scores")
-    for name in ("window", "el2n_epochs", "etl_never_learned"):
-        readers = [score.name for score in SCORES.values() if name in score.options]
+    for name in ("window", "el2n_epochs", "etl_never_learned", "late_epochs"):
+        direct = {score.name for score in SCORES.values() if name in score.options}
+        readers = [score.name for score in SCORES.values() if {score.name, *score.combines} & direct]
         acts = partial(averages_any, readers)
         restrict(parser, {(f"--{name}",): (acts, f"without {', '.join(readers)}")})
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder"))
@@ -79,12 +80,12 @@ def main() -> None:
             scores |= read_pair_seed(pair_modes, args.metrics_folder, dataset, config.model, seed)
         if run_modes:
             by_default = config.modes is None
-            scores |= read_run_seed(run_modes, args.metrics_folder, run, seed, windows, skip_short=by_default)
+            scores |= read_run_seed(run_modes, args.metrics_folder, run, seed, windows, skip_missing=by_default)
         for mode, values in scores.items():
             per_seed[mode].append(values)
-    if too_long := [mode for mode in modes if not per_seed[mode]]:
-        log.info("left out %s: the run has too few epochs", ", ".join(too_long))
-        modes = [mode for mode in modes if per_seed[mode]]
+    if missing := [mode for mode in modes if len(per_seed[mode]) < len(config.seeds)]:
+        log.info("left out %s: a run is too short for it or did not record it", ", ".join(missing))
+        modes = [mode for mode in modes if mode not in missing]
 
     averages = {}
     for mode in modes:

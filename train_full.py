@@ -15,6 +15,7 @@ from src.artifacts.paths import TRAINING_FOLDERS, Folders, standard_experiment
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
+from src.metrics.dynamics import EndConfig
 from src.models import ModelConfig
 from src.training import RunConfig, TrainingConfig, add_recipes
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add(ModelConfig, "model")
     parser.add(TrainingConfig, "training")
     parser.add(RunConfig, "run")
+    parser.add(EndConfig, "run")
     parser.add(ComputeConfig, "computing")
     parser.add(Folders, "folders", only=TRAINING_FOLDERS)
     add_recipes(parser)
@@ -39,7 +41,7 @@ def main() -> None:
     with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
         name = context.entry.name
         experiment = standard_experiment(args.model, name, args.optimizer, args.lr_sched)
-        run = TrainingRun(context, config, folders, experiment, context.train)
+        run = TrainingRun(context, config, folders, experiment, context.train, end_scores=args.end_scores)
         history = run.fit()
         if not context.group.is_main_process:
             return

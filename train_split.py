@@ -24,6 +24,7 @@ from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig, validation_indices
 from src.devices import ComputeConfig
 from src.errors import FileError, FlagError
+from src.metrics.dynamics import EndConfig
 from src.models import ModelConfig
 from src.training import RunConfig, TrainingConfig, add_recipes
 
@@ -53,6 +54,7 @@ def main() -> None:
         help="the validation split to hold out, or all ten in turn",
     )
     parser.add(RunConfig, "run")
+    parser.add(EndConfig, "run")
     parser.add(ComputeConfig, "computing")
     parser.add(Folders, "folders", only=(*TRAINING_FOLDERS, "splits_folder"))
     add_recipes(parser)
@@ -84,6 +86,7 @@ def main() -> None:
                 split_experiment(args.model, name, args.optimizer, args.lr_sched, split),
                 context.train.subset(torch.from_numpy(keep)),
                 {"validation_split": split, "held_out": label_hash(held_out)},
+                args.end_scores,
             )
             done = len(args.samis_validation_split_index) > 1 and run.is_done()
             if not done:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from src.datasets import (
 from src.devices import PRECISIONS, ComputeConfig, prepare, resolve_device
 from src.errors import FileError
 from src.metrics.dynamics import (
+    EndConfig,
     has_end_of_training_scores,
     remove_end_of_training_scores,
     write_end_of_training_scores,
@@ -292,7 +293,8 @@ class TrainingRun:
         experiment: The run's name in paths.
         train: The training examples, with their original indices.
         more_settings: Settings in addition to those of context and config, such as the held-out split.
-        final_scores: With ``config.measure_proxies``, whether to also measure the scores of the trained model.
+        end_scores: With ``config.measure_proxies``, scores of the trained model to measure; None to write only the
+            recorded dynamics.
     """
 
     context: RunContext
@@ -301,7 +303,7 @@ class TrainingRun:
     experiment: str
     train: ImageSet
     more_settings: Mapping[str, Any] = field(default_factory=dict)
-    final_scores: bool = True
+    end_scores: Sequence[str] | None = EndConfig().end_scores
 
     @property
     def files(self) -> RunFiles:
@@ -400,8 +402,9 @@ class TrainingRun:
         if dynamics is not None and context.group.is_main_process:
             remove_end_of_training_scores(folder)  # an earlier run's scores could be mistaken for this run's
             dynamics.write(folder / DYNAMICS_FILE, context.labels, self.settings, history)
-            if self.final_scores:
-                write_end_of_training_scores(folder, model, self.batches(self.train), dynamics.arrays())
+            if self.end_scores is not None:
+                batches = self.batches(self.train)
+                write_end_of_training_scores(folder, model, batches, dynamics.arrays(), self.end_scores)
             log.debug("per-example dynamics and scores are in %s", folder)
         context.group.wait()
         return history
@@ -417,5 +420,6 @@ class TrainingRun:
             stored = read_dynamics(self.dynamics_folder / DYNAMICS_FILE)["settings"]
         except FileError:  # starting the run reports or replaces the file
             return False
-        complete = not self.final_scores or has_end_of_training_scores(self.dynamics_folder)
+        scores = self.end_scores
+        complete = scores is None or has_end_of_training_scores(self.dynamics_folder, scores)
         return complete and not diff_settings(stored, self.settings)

@@ -75,7 +75,7 @@ class PretrainedModel:
             save_epochs="last",
             measure_proxies=True,
         )
-        self._run = TrainingRun(context, config, folders, "", context.train, final_scores=False)
+        self._run = TrainingRun(context, config, folders, "", context.train, end_scores=None)
         facts = {**_IN_KEY, **self._run.settings}
         facts = {name: value for name, value in facts.items() if name not in ("seed", "images")}
         if context.group.world > 1 and not context.compute.sync_bn:  # BatchNorm then sees smaller batches

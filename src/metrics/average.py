@@ -189,7 +189,7 @@ def read_run_seed(
     experiment: str,
     seed: int,
     windows: Windows = PAPERS_WINDOWS,
-    skip_short: bool = False,
+    skip_missing: bool = False,
 ) -> dict[str, SeedScores]:
     """Read one seed of the scores that a training run with ``--measure_proxies`` records.
 
@@ -199,14 +199,14 @@ def read_run_seed(
         experiment: The run's name.
         seed: The seed.
         windows: The epochs that the windowed scores use.
-        skip_short: Whether to leave out scores that need more epochs than the run has, instead of raising.
+        skip_missing: Whether to leave out scores that the run is too short for or did not record, instead of raising.
 
     Returns:
         The scores of the seed, by mode.
 
     Raises:
         FileError: The run has no recorded dynamics for this seed, or its files are damaged.
-        ArgumentError: The run is too short for a score.
+        ArgumentError: The run is too short for a score, or did not record what it needs.
     """
     folder = dynamics_folder(metrics_folder, experiment, seed)
     path = folder / training.DYNAMICS_FILE
@@ -220,23 +220,39 @@ def read_run_seed(
     visited = ~np.isnan(run["correct"]).all(axis=0)
     facts = {"epoch": len(run["correct"]), "label_hash": run["label_hash"], "settings": run["settings"]}
     facts["data_hash"] = run["settings"].get("images")
-    result = {}
-    for mode in modes:
+
+    def read(mode: str) -> SeedScores:
         score = get_score(mode)
-        if skip_short and facts["epoch"] < score.fewest_epochs:
-            continue
-        if score.source == "dynamics":
-            values, scored, source = score.from_dynamics(run, windows), visited, path
+        scored, source, used = visited, path, score.settings(windows)
+        if score.combines:
+            parts = [read(part) for part in score.combines]
+            values = np.mean([_ranks(part.values) for part in parts], axis=0)
+            used = {
+                name: value for part in score.combines for name, value in get_score(part).settings(windows).items()
+            }
+        elif score.source == "dynamics":
+            values = score.from_dynamics(run, windows)
         else:
             source = folder / score.seed_file
+            record = folder / RECORD_FILE
+            if not source.exists() and record.exists() and source.name not in read_json(record):
+                raise ArgumentError("modes", f"{mode}: was not measured for seed {seed}; train it with --end_scores")
             if not source.exists():
                 raise FileError(f"{source}: is missing; finish training seed {seed} with --measure_proxies")
             _check_digest(source)
             values, scored = _end_scores(source, len(visited))
-        facts_of_score = _without_seed({**facts, **score.settings(windows)})
+            values = -values if score.negated else values
         cost = _run_cost(score, run["costs"], windows, scored.mean())
         accuracy = training_accuracy(run["correct"])
-        result[mode] = SeedScores(seed, values, scored, facts_of_score, source, cost, accuracy)
+        return SeedScores(seed, values, scored, _without_seed({**facts, **used}), source, cost, accuracy)
+
+    result = {}
+    for mode in modes:
+        try:
+            result[mode] = read(mode)
+        except ArgumentError:
+            if not skip_missing:
+                raise
     return result
 
 
@@ -253,6 +269,13 @@ def _run_cost(score: Score, costs: np.ndarray | None, windows: Windows, scored: 
         return None
     epochs = windows.el2n_epochs[1] if "el2n_epochs" in score.options else None
     return float(costs[:epochs].sum() + score.passes * scored)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0 to 1, ties averaged; NaN where ``values`` is NaN. float64 ``(n,)``."""
+    from scipy.stats import rankdata
+
+    return (rankdata(values, nan_policy="omit") - 1) / max(1, np.isfinite(values).sum() - 1)
 
 
 def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,27 +8,29 @@ is stored negated. A window longer than the run is shortened to the length of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from src.artifacts.io import file_digest, write_json, write_pickle
 from src.cli import check_options, number, option
 from src.errors import ArgumentError
+from src.lazy import torch
 from src.metrics import flatness
 from src.metrics.score import Score, warn_if_not_learned
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from src.datasets import Batches
+    from src.datasets import Batch, Batches
 
 log = logging.getLogger(__name__)
 
+LATE = 3  # epochs at the end of a run that late_prob averages over
 WINDOW = 10  # epochs; J of DUAL, Dyn-Unc and TDDS, and the early epochs of EL2N
 
 
@@ -136,6 +138,55 @@ def aum(margin: np.ndarray) -> np.ndarray:
     Low means atypical; the score is stored negated.
     """
     return _mean(margin)
+
+
+def late_aum(margin: np.ndarray) -> np.ndarray:
+    """AUM of the second half of the run, when the model is good. Low means atypical; the score is stored negated."""
+    return _mean(margin[len(margin) // 2 :])
+
+
+def late_prob(probability: np.ndarray, late_epochs: int = LATE) -> np.ndarray:
+    """Mean probability of the label in the last epochs. Low means atypical; the score is stored negated.
+
+    Args:
+        probability: ``(epochs, total)``.
+        late_epochs: The number of epochs.
+    """
+    return _mean(probability[-late_epochs:])
+
+
+def csg(input_gradient: np.ndarray) -> np.ndarray:
+    """Cumulative sample gradient: the sum over training of the norms of the loss's gradient at the image.
+
+    "Memorization through the lens of sample gradients", ICLR 2026 (openreview.net/forum?id=jeTiBeW3iZ). Gradients are
+    those of training steps, on augmented images. An epoch without a visit counts as the example's mean norm.
+    """
+    return _mean(input_gradient) * len(input_gradient)
+
+
+def cld(loss: np.ndarray, class_test_loss: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Correlation of loss differences: how well an example's loss follows the held-out loss of its class.
+
+    Nagaraj et al. 2025 (arXiv:2508.20230): the Pearson correlation between the differences of the example's losses at
+    consecutive checkpoints and those of the mean loss of its class on a validation set. Here, checkpoints are epochs,
+    an example's loss is that before its training step, and the validation set is the test set. Low means atypical;
+    the score is stored negated. Differences with an epoch without a visit are ignored.
+
+    Args:
+        loss: ``(epochs, total)``.
+        class_test_loss: Mean test losses ``(epochs, C)``.
+        labels: ``(total,)``.
+
+    Returns:
+        float64 ``(total,)`` in [-1, 1]; 0 where one of the losses is constant, NaN with fewer than two differences.
+    """
+    own, held_out = np.diff(loss.astype(np.float64), axis=0), np.diff(class_test_loss.astype(np.float64), axis=0)
+    of_class = np.where(np.isnan(own), np.nan, held_out[:, labels])  # (epochs - 1, total)
+    own, of_class = own - _mean(own), of_class - _mean(of_class)
+    covariance = np.nansum(own * of_class, axis=0)
+    scale = np.sqrt(np.nansum(own**2, axis=0) * np.nansum(of_class**2, axis=0))
+    known = np.isfinite(own * of_class).sum(axis=0) > 1
+    return np.where(known, np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 0), np.nan)
 
 
 def dual(probability: np.ndarray, window: int = WINDOW) -> np.ndarray:
@@ -283,7 +334,139 @@ REDUCTIONS = (
         assumes_learned=True,
         fewest_epochs=3,
     ),
+    _recorded(
+        "csg",
+        r"$\mathrm{CSG}(x_i)$",
+        "cumulative sample gradient",
+        paper="ICLR 2026, jeTiBeW3iZ",
+        compute=csg,
+        reads=("input_gradient",),
+    ),
+    _recorded(
+        "cld",
+        r"$-\mathrm{CLD}(x_i)$",
+        "correlation of loss differences",
+        paper="Nagaraj et al. 2025",
+        compute=cld,
+        reads=("loss", "class_test_loss", "labels"),
+        fewest_epochs=4,
+        negated=True,
+    ),
+    _recorded(
+        "late_prob",
+        r"$-p_{\mathrm{late}}(x_i)$",
+        "probability, late epochs",
+        paper="this project",
+        compute=late_prob,
+        reads=("probability",),
+        options=("late_epochs",),
+        negated=True,
+    ),
+    _recorded(
+        "late_aum",
+        r"$-\mathrm{AUM}_{\mathrm{late}}(x_i)$",
+        "area under the margin, second half",
+        paper="this project",
+        compute=late_aum,
+        reads=("margin",),
+        negated=True,
+    ),
 )
+
+# ------------------------------------------------------------------------------------ scores of the trained model
+
+
+def end_outputs(
+    model: nn.Module, batches: Batches, *, total: int | None = None, progress: bool = False
+) -> dict[str, np.ndarray]:
+    """Loss and margin of every example at the end of training, in one forward pass in eval mode.
+
+    Args:
+        model: The trained model.
+        batches: Batches without augmentation, on the model's device.
+        total: Length of the results; None for the size of the full training set.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``end_loss``, the cross-entropy, and ``end_margin``, the logit of the label minus the largest other logit.
+        Each is float64 ``(total,)`` by original index, NaN for examples in no batch.
+    """
+    from src.models.base import eval_mode
+
+    margins = np.full(batches.images.total if total is None else total, np.nan)
+
+    def score(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            logits, label = model(batch.images).double(), batch.labels[:, None]
+        margin = logits.gather(1, label)[:, 0] - logits.scatter(1, label, float("-inf")).amax(dim=1)
+        margins[batch.indices.cpu().numpy()] = margin.cpu().numpy()
+        return flatness.example_losses(logits, batch.labels)
+
+    with eval_mode(model):
+        losses = flatness.scores_by_index(batches, score, total, "loss and margin", progress)
+    return {"end_loss": losses, "end_margin": margins}
+
+
+_trained = partial(
+    Score, source="end", folder="dynamics", cost="SGD run + 1 forward pass", passes=1 / 3, paper="this project"
+)
+
+END_SCORES = (
+    *flatness.END_SCORES,
+    _trained(
+        "end_loss",
+        r"$\ell_{\mathrm{end}}(x_i)$",
+        "loss at the end of training",
+        compute=end_outputs,
+        seed_file="end_loss_train.pkl",
+    ),
+    _trained(
+        "end_margin",
+        r"$-m_{\mathrm{end}}(x_i)$",
+        "margin at the end of training",
+        compute=end_outputs,
+        negated=True,
+        seed_file="end_margin_train.pkl",
+    ),
+)
+
+LATE_RANK = Score(
+    "late_rank",
+    r"$R_{\mathrm{late}}(x_i)$",
+    "mean rank of late scores",
+    source="end",
+    folder="dynamics",
+    cost="SGD run + 1 forward pass",
+    passes=1 / 3,
+    paper="this project",
+    combines=("end_loss", "late_prob", "late_aum"),
+)
+
+
+@dataclass(frozen=True)
+class EndConfig:
+    """Scores of the trained model to measure at the end of a run.
+
+    Attributes:
+        end_scores: Names of ``END_SCORES``.
+
+    Raises:
+        ArgumentError: A score does not exist.
+    """
+
+    end_scores: Sequence[str] = option(
+        tuple(score.name for score in END_SCORES),
+        "scores of the trained model to measure with --measure_proxies; none if empty (eps and flat take several "
+        "passes over the training set, the others one forward pass)",
+        choices=tuple(score.name for score in END_SCORES),
+        nargs="*",
+        metavar="SCORE",
+        acts=(lambda args: args.measure_proxies, "without --measure_proxies"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
 
 _WINDOWED = ", ".join(score.name for score in REDUCTIONS if "window" in score.options)
 
@@ -296,6 +479,7 @@ class Windows:
         window: J, the number of epochs in a window.
         el2n_epochs: The first and last epoch of EL2N, counting from 1.
         etl_never_learned: See :func:`epochs_to_learn`.
+        late_epochs: The number of epochs at the end that ``late_prob`` averages over.
 
     Raises:
         ArgumentError: A window has fewer than two epochs, an epoch is below 1, or a choice is unknown.
@@ -315,6 +499,7 @@ class Windows:
         "published files (last), or one epoch later (after_last)",
         choices=NEVER_LEARNED,
     )
+    late_epochs: int = option(LATE, "number of epochs at the end that late_prob averages over", number(int, 1))
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -324,16 +509,17 @@ PAPERS_WINDOWS = Windows()
 
 # ---------------------------------------------------------------------------------------------- files of one run
 
-SEED_FILES = {score.name: score.seed_file for score in (*COUNTS, *flatness.END_SCORES)}
+SEED_FILES = {score.name: score.seed_file for score in (*COUNTS, *END_SCORES)}
 HISTORY_FILES = ("forgettability_history.pkl", "epochs_to_learn_history.pkl")
 RECORD_FILE = "end_of_training.json"  # see write_end_of_training_scores; absent in folders of older versions
 NOT_VISITED = 255
 _RUN_FILES = (*SEED_FILES.values(), *HISTORY_FILES)
 
 
-def has_end_of_training_scores(folder: str | Path) -> bool:
+def has_end_of_training_scores(folder: str | Path, end_scores: Iterable[str]) -> bool:
     """Whether a run's dynamics folder contains every file of ``write_end_of_training_scores``."""
-    return all((Path(folder) / name).exists() for name in _RUN_FILES)
+    names = [SEED_FILES[name] for name in (*(score.name for score in COUNTS), *end_scores)]
+    return all((Path(folder) / name).exists() for name in (*names, *HISTORY_FILES))
 
 
 def remove_end_of_training_scores(folder: str | Path) -> None:
@@ -343,7 +529,11 @@ def remove_end_of_training_scores(folder: str | Path) -> None:
 
 
 def write_end_of_training_scores(
-    folder: str | Path, model: nn.Module, batches: Batches, dynamics: Mapping[str, np.ndarray]
+    folder: str | Path,
+    model: nn.Module,
+    batches: Batches,
+    dynamics: Mapping[str, np.ndarray],
+    end_scores: Collection[str],
 ) -> list[Path]:
     """Score the trained model and write the run's per-seed files in the published formats.
 
@@ -358,6 +548,7 @@ def write_end_of_training_scores(
         model: The trained model.
         batches: The training examples in order, without augmentation, on the model's device.
         dynamics: The recorded arrays ``(epochs, total)``; only ``correct`` is used.
+        end_scores: The scores of the trained model to measure.
 
     Returns:
         The paths of the files.
@@ -365,8 +556,14 @@ def write_end_of_training_scores(
     folder, correct = Path(folder), dynamics["correct"]
     visited = np.flatnonzero(~np.isnan(correct).all(axis=0))
     scores = {score.name: score.from_dynamics(dynamics) for score in COUNTS}
-    for score in reversed(flatness.END_SCORES):  # the order in which earlier versions listed them in the record
-        values = score.compute(model, batches, total=correct.shape[1], progress=True)
+    measured: dict[Any, Any] = {}  # by function, because several scores may come from one pass
+    for score in sorted(END_SCORES, key=lambda score: score.name != "flat"):  # as earlier versions listed them
+        if score.name not in end_scores:
+            continue
+        if score.compute not in measured:
+            measured[score.compute] = score.compute(model, batches, total=correct.shape[1], progress=True)
+        values = measured[score.compute]
+        values = values[score.name] if isinstance(values, dict) else values
         wrong = visited[~np.isfinite(values[visited])]
         if len(wrong):
             log.warning(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from src.artifacts import paths
 from src.errors import ArgumentError
-from src.metrics import dynamics, flatness, memorization, samis
+from src.metrics import dynamics, memorization, samis
 from src.metrics.score import Score
 
 SENSITIVITY = Score(
@@ -40,9 +40,10 @@ SCORES: dict[str, Score] = {
     for score in (
         *memorization.MEMBER_SCORES,
         *dynamics.COUNTS,
-        *flatness.END_SCORES,
+        *dynamics.END_SCORES,
         *samis.PAIR_SCORES,
         *dynamics.REDUCTIONS,
+        dynamics.LATE_RANK,
         SENSITIVITY,
         LABEL_ERROR,
     )

@@ -39,6 +39,7 @@ class Score:
         reads: The names of the arrays that ``compute`` takes.
         options: The fields of ``dynamics.Windows`` that ``compute`` takes.
         passes: Forward and backward passes over the training examples besides training; a forward pass alone is 1/3.
+        combines: The scores whose ranks are averaged; ``compute`` is then None.
         fewest_epochs: The minimum number of recorded epochs.
         assumes_learned: Whether the score has its sign only once the model has learned most examples. An example
             that is never learned is atypical, but gets a *low* score of this kind, like an easy example: for example,
@@ -65,6 +66,7 @@ class Score:
     reads: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     passes: float = 0.0
+    combines: tuple[str, ...] = ()
     fewest_epochs: int = 1
     assumes_learned: bool = False
     negated: bool = False
@@ -94,9 +96,14 @@ class Score:
             float64 ``(total,)``; high means atypical, NaN for examples that were never visited.
 
         Raises:
-            ArgumentError: The run is too short.
+            ArgumentError: The run is too short, or did not record what the score needs.
         """
         arrays = [run[name] for name in self.reads]
+        if any(np.isnan(array).all() for array in arrays):
+            raise ArgumentError(
+                "modes",
+                f"{self.name}: the run recorded no {' and '.join(self.reads)}; leave this score out, or train again",
+            )
         if len(arrays[0]) < self.fewest_epochs:
             raise ArgumentError(
                 "modes",
