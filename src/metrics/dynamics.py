@@ -533,7 +533,7 @@ def write_end_of_training_scores(
     model: nn.Module,
     batches: Batches,
     dynamics: Mapping[str, np.ndarray],
-    end_scores: Collection[str],
+    end_scores: Collection[str] = EndConfig().end_scores,
 ) -> list[Path]:
     """Score the trained model and write the run's per-seed files in the published formats.
 

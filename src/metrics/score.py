@@ -99,16 +99,16 @@ class Score:
             ArgumentError: The run is too short, or did not record what the score needs.
         """
         arrays = [run[name] for name in self.reads]
-        if any(np.isnan(array).all() for array in arrays):
-            raise ArgumentError(
-                "modes",
-                f"{self.name}: the run recorded no {' and '.join(self.reads)}; leave this score out, or train again",
-            )
         if len(arrays[0]) < self.fewest_epochs:
             raise ArgumentError(
                 "modes",
                 f"{self.name}: needs at least {self.fewest_epochs} recorded epochs, the run has {len(arrays[0])}; "
                 "leave this score out, or train longer",
+            )
+        if any(np.isnan(array).all() for array in arrays):
+            raise ArgumentError(
+                "modes",
+                f"{self.name}: the run recorded no {' and '.join(self.reads)}; leave this score out, or train again",
             )
         values = self.compute(*arrays, **self.settings(windows))
         return -values if self.negated else values

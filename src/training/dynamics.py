@@ -67,7 +67,7 @@ class Dynamics:
         divergence = (p * (logp - before.log())).sum(dim=1).clamp_min(0)
         divergence = divergence.where(self._known[indices], float("nan"))
         correct = (logits.argmax(dim=1) == labels).float()
-        columns = [losses.float(), p_label, margin, correct, error.norm(dim=1), divergence, input_gradients]
+        columns = [losses.float(), p_label, margin, correct, error.norm(dim=1), divergence, input_gradients.float()]
         self._now[:, indices] = torch.stack(columns)
         self._before[indices] = p.half()
         self._known.index_fill_(0, indices, True)

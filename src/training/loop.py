@@ -35,17 +35,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
-def input_gradient_norms(gradients: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Return the norm of each example's loss gradient with respect to its image, float32 ``(b,)``.
-
-    Args:
-        gradients: Gradients of the batch's loss ``(b, c, h, w)``.
-        shares: Each example's coefficient in that loss ``(b,)``. The result is NaN where it is 0.
-    """
-    norms = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), dtype=torch.float32)
-    return torch.where(shares > 0, norms / shares, float("nan")).float()
-
-
 class EpochPlan(Protocol):
     """Chooses the examples of each epoch, possibly based on training losses so far (dynamic pruning).
 
@@ -249,10 +238,10 @@ class Trainer:
                             losses.backward(batch.shares)  # the gradient of the loss sum(shares * losses)
                             if number == 0 and len(batch.labels):
                                 first = first if kept else step
-                                more = (losses.detach(), logits.detach())
+                                kept.append((*batch[1:], losses.detach(), logits.detach()))
                                 if images.grad is not None:
-                                    more += (input_gradient_norms(images.grad, batch.shares),)
-                                kept.append((*batch[1:], *more))
+                                    norms = torch.linalg.vector_norm(images.grad, dim=(1, 2, 3))
+                                    kept[-1] += (norms, batch.shares)
                         # A process without examples in this batch still joins the all-reduce, with zero gradients.
                         self._sum_gradients()
                         passes_per_step = number + 1
@@ -323,18 +312,21 @@ class Trainer:
 
         Args:
             kept: For each step, labels, indices, weights and losses, each ``(b,)``, logits ``(b, C)``, and, if
-                dynamics are recorded, norms of the input gradients ``(b,)``. All steps but the last have the same b.
+                dynamics are recorded, norms of the batch loss's input gradients and shares in that loss, each ``(b,)``.
+                All steps but the last have the same b.
             first: The first of these steps.
             sums: Weighted loss, weight and number of correct predictions, ``(3,)``; updated in place.
             bad: The first step with a loss that is not finite; updated in place.
         """
-        labels, indices, weights, losses, logits, *norms = map(torch.cat, zip(*kept, strict=True))
+        labels, indices, weights, losses, logits, *gradients = map(torch.cat, zip(*kept, strict=True))
         correct = (logits.argmax(1) == labels).sum()
         sums += torch.stack([(losses.double() * weights).sum(), weights.sum(dtype=torch.float64), correct])
         step = first + torch.arange(len(losses), device=self.device) // len(kept[0][0])
         torch.minimum(bad, step.where(~losses.isfinite(), _NEVER).min(), out=bad)
         if self.dynamics is not None:
-            self.dynamics.record(logits, labels, indices, losses, *norms)
+            norms, shares = gradients
+            norms = torch.where(shares > 0, norms / shares, float("nan"))  # of the example's own loss
+            self.dynamics.record(logits, labels, indices, losses, norms)
         if self.plan is not None:
             self.plan.record(indices, losses)
 

@@ -150,6 +150,19 @@ def test_epochs_and_seeds_differ():
         assert not any(same(left, right) for left, right in [(one, two), (one, three), (one, plain)])
 
 
+def test_alternating_flips_show_both_versions_in_consecutive_epochs():
+    images = made()
+    augmentation = Augmentation(flip=True, alternate_flips=True)
+    plain, _ = by_example(Batches(images, 50, normalization=NORMAL))
+    flipping = Batches(images, 50, normalization=NORMAL, augmentation=augmentation, seed=5)
+    one, two, three = (by_example(flipping, epoch)[0] for epoch in (1, 2, 3))
+    for key, image in plain.items():
+        assert torch.equal(two[key], one[key].flip(-1))
+        assert torch.equal(three[key], one[key])
+        assert torch.equal(image, one[key]) or torch.equal(image, two[key])
+    assert 5 < sum(torch.equal(plain[key], one[key]) for key in plain) < 45
+
+
 @pytest.mark.parametrize(("world", "batch_size"), [(2, 8), (3, 7), (4, 3)])
 def test_ranks_share_each_batch(world, batch_size):
     images = made(22)

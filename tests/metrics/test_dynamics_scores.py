@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from src.errors import ArgumentError
 from src.metrics import SCORES, scores_from
 from src.metrics import dynamics as ds
+from src.training.dynamics import QUANTITIES
 
 NAN = np.nan
 
@@ -116,8 +117,35 @@ def test_missing_visits_are_left_out_of_every_score(run):
 def test_every_score_follows_its_example(run):
     order = np.array([3, 0, 4, 1, 2])
     correct = (run > 0.5).astype(np.float32)
-    arrays = dict.fromkeys(("loss", "margin", "probability", "el2n", "divergence"), run) | {"correct": correct}
+    arrays = dict.fromkeys(QUANTITIES, run) | {"correct": correct}
+    shared = {"class_test_loss": run, "labels": np.arange(5)}
     for name in scores_from("dynamics"):
-        moved = SCORES[name].from_dynamics({key: value[:, order] for key, value in arrays.items()}, ds.Windows())
+        arrays |= shared
+        permuted = {key: value[:, order] for key, value in arrays.items() if key in QUANTITIES}
+        moved = SCORES[name].from_dynamics(permuted | shared | {"labels": order}, ds.Windows())
         expected = SCORES[name].from_dynamics(arrays)[order]
         np.testing.assert_allclose(moved, expected, rtol=1e-12, err_msg=name)
+
+
+def test_late_scores_are_means_over_the_end_of_the_run(run):
+    np.testing.assert_allclose(ds.late_prob(run), run[10:].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ds.late_prob(run, 20), run.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ds.late_aum(run), run[6:].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ds.csg(run), run.sum(axis=0), rtol=1e-6)
+
+
+def test_cld_is_the_correlation_of_consecutive_differences(run):
+    held_out, labels = np.random.default_rng(1).random((13, 3)), np.array([0, 1, 2, 0, 1])
+    expected = [
+        np.corrcoef(np.diff(run[:, i].astype(float)), np.diff(held_out[:, c]))[0, 1] for i, c in enumerate(labels)
+    ]
+    np.testing.assert_allclose(ds.cld(run, held_out, labels), expected, rtol=1e-9)
+    missed = run.copy()
+    missed[5, 0] = np.nan  # the two differences with this epoch are ignored
+    known = [0, 1, 2, 3, *range(6, 12)]
+    own, of_class = np.diff(run[:, 0].astype(float))[known], np.diff(held_out[:, 0])[known]
+    found = ds.cld(missed, held_out, labels)
+    assert found[0] == pytest.approx(np.corrcoef(own, of_class)[0, 1], rel=1e-9)
+    np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-9)
+    missed[1:, 1] = np.nan
+    assert np.isnan(ds.cld(missed, held_out, labels)[1])

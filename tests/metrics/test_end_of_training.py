@@ -10,7 +10,7 @@ import torch
 
 from src.artifacts.io import read_pickle
 from src.datasets import Batches, Normalization, load_dataset
-from src.metrics import flatness
+from src.metrics import dynamics
 from src.metrics.dynamics import HISTORY_FILES, NOT_VISITED, RECORD_FILE, SEED_FILES, write_end_of_training_scores
 from src.models import build_model
 
@@ -42,7 +42,7 @@ def test_every_file_of_the_format_is_there(written):
 
 
 def test_digests_are_recorded_in_the_order_of_earlier_versions(written):
-    names = [SEED_FILES[mode] for mode in ("forg", "etl", "flat", "eps")]
+    names = [SEED_FILES[mode] for mode in ("forg", "etl", "flat", "eps", "end_loss", "end_margin")]
     record = json.loads((written[0] / RECORD_FILE).read_text())
     assert list(record) == [*names, "training_accuracy"]
     assert record["training_accuracy"] == 0.75  # of the four examples of the subset
@@ -53,9 +53,31 @@ def test_values_are_raw_counts_and_measured_flatness(written):
     scores = {mode: list(read_pickle(folder / name).values()) for mode, name in SEED_FILES.items()}
     assert scores["forg"] == [0, 1, 1, 0]
     np.testing.assert_array_equal(scores["etl"], [1, 3, np.nan, 3])
-    for mode in ("flat", "eps"):
+    for mode in ("flat", "eps", "end_loss", "end_margin"):
         assert np.isfinite(scores[mode]).all()
         assert len(set(scores[mode])) == 4
+
+
+def test_end_loss_and_margin_against_one_image_at_a_time(written, tmp_path):
+    folder, _, _, model = written
+    train, _ = load_dataset("digits", tmp_path)
+    for i in CHOSEN:
+        image = (train.fetch(torch.tensor([i])).double() / 255 - 0.3) / 0.4
+        with torch.no_grad():
+            logits = model.double()(image)[0]
+        model.float()
+        label = int(train.labels[i])
+        others = [float(z) for c, z in enumerate(logits) if c != label]
+        loss, margin = (read_pickle(folder / SEED_FILES[name])[i] for name in ("end_loss", "end_margin"))
+        assert loss == pytest.approx(float(logits.exp().sum().log() - logits[label]), rel=1e-4)
+        assert margin == pytest.approx(float(logits[label]) - max(others), rel=1e-4, abs=1e-5)
+
+
+def test_only_the_requested_scores_are_measured(written, tmp_path):
+    _, _, correct, model = written
+    write_end_of_training_scores(tmp_path, model, None, {"correct": correct}, end_scores=())
+    record = json.loads((tmp_path / RECORD_FILE).read_text())
+    assert list(record) == [SEED_FILES["forg"], SEED_FILES["etl"], "training_accuracy"]
 
 
 def test_histories_are_bytes_with_a_mark_for_not_visited(written):
@@ -72,9 +94,9 @@ def test_scores_that_are_not_finite_are_named(written, tmp_path, monkeypatch, ca
     _, _, correct, model = written
     values = np.zeros(correct.shape[1])
     values[[8, 41]] = np.nan, np.inf
-    found = {"flat": values, "eps": np.zeros_like(values)}
-    measured = tuple(replace(s, compute=lambda *_, name=s.name, **__: found[name]) for s in flatness.END_SCORES)
-    monkeypatch.setattr(flatness, "END_SCORES", measured)
+    found = dict.fromkeys(dynamics.EndConfig().end_scores, np.zeros_like(values)) | {"flat": values}
+    measured = tuple(replace(s, compute=lambda *_, name=s.name, **__: found[name]) for s in dynamics.END_SCORES)
+    monkeypatch.setattr(dynamics, "END_SCORES", measured)
     correct = np.where(np.isnan(correct), np.nan, 1)  # an accuracy that needs no warning
     write_end_of_training_scores(tmp_path, model, None, {"correct": correct})
     assert "input curvature is not finite for 2 examples (indices 8, 41)" in caplog.text

@@ -162,6 +162,8 @@ PUBLISHED = {
     "small_mlp": (None, None, 25818, None, None),
     "cnn_deepobs": (895210, None, None, None, None),
     "resnet20_frn": (274042, None, None, None, None),
+    # stem 3072 + 128, units 73728 + 256 and 294912 + 512, residual blocks 2 (147456 + 256) and 2 (589824 + 512), head
+    "fastnet": (1851274, None, None, None, None),
     # 269,722 with identity shortcuts, plus the projections 16-32 and 32-64 with their norms (576 + 2,176)
     "resnet20": (272474, None, None, None, None),
 }
@@ -184,6 +186,7 @@ EMBEDDINGS = {
     "small_inception": 336,
     "cnn_deepobs": 256,
     "resnet20_frn": 64,
+    "fastnet": 256,
 }
 
 

@@ -138,7 +138,6 @@ def test_a_device_without_fused_steps_goes_without():
         ("delta", {"optimizer": "sgd"}, (2.0,)),
         ("hess_init", {"optimizer": "iblr"}, (0.0,)),
         ("nesterov", {"optimizer": "adam"}, (True,)),
-        ("nesterov", {"optimizer": "sam"}, (True,)),
         ("nesterov", {"momentum": 0.0}, (True,)),
     ],
 )

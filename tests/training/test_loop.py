@@ -165,3 +165,34 @@ def test_a_last_batch_that_leaves_a_process_one_example_is_refused(make_trainer,
     with pytest.raises(ArgumentError, match="batch_size: 67 examples leave a last batch of one for a process"):
         make_trainer(**shared)
     make_trainer(**shared, sync_batchnorm=True)
+
+
+def test_input_gradients_and_class_losses_are_those_of_autograd(make_trainer):
+    trainer = make_trainer(
+        dropout=0.0, dtype=torch.float64, precision="fp64", epochs=1, augment=False, batch_size=200
+    )
+    twin = copy.deepcopy(trainer.model)
+    (batch,) = trainer.train_batches.epoch(1)
+    images = batch.images.clone().requires_grad_()
+    nn.functional.cross_entropy(twin.train()(images), batch.labels, reduction="sum").backward()
+    trainer.fit()
+    arrays = trainer.dynamics.arrays()
+    expected = images.grad.flatten(1).norm(dim=1).float()
+    np.testing.assert_allclose(arrays["input_gradient"][0, batch.indices], expected, rtol=1e-6)
+    trainer.model.eval()
+    parts = [(nn.functional.cross_entropy(trainer.model(b.images), b.labels, reduction="none"), b.labels)
+             for b in trainer.test_batches]  # fmt: skip
+    losses, labels = (torch.cat(part).detach().numpy() for part in zip(*parts, strict=True))
+    by_class = [losses[labels == c].mean() for c in range(10)]
+    np.testing.assert_allclose(arrays["class_test_loss"][0], by_class, rtol=1e-6)
+
+
+def test_a_schedule_per_step_sets_the_rate_of_every_step(make_trainer):
+    rates = []
+    trainer = make_trainer(
+        epochs=2, lr_sched="onecycle", after_step=[lambda t, *_: rates.append(t.optimizer.param_groups[0]["lr"])]
+    )
+    trainer.fit()
+    middle = (np.arange(len(rates)) + 0.5) / len(rates)
+    assert rates == pytest.approx(np.interp(middle, [0, 0.25, 1], [0, 0.05, 0]))
+    assert [record["learning_rate"] for record in trainer.history] == [rates[3], rates[7]]
