@@ -312,8 +312,8 @@ class Trainer:
 
         Args:
             kept: For each step, labels, indices, weights and losses, each ``(b,)``, logits ``(b, C)``, and, if
-                dynamics are recorded, norms of the batch loss's input gradients and shares in that loss, each ``(b,)``.
-                All steps but the last have the same b.
+                dynamics are recorded, norms of the batch loss's input gradients and shares of that loss, each
+                ``(b,)``. All steps but the last have the same b.
             first: The first of these steps.
             sums: Weighted loss, weight and number of correct predictions, ``(3,)``; updated in place.
             bad: The first step with a loss that is not finite; updated in place.
