@@ -379,7 +379,10 @@ REDUCTIONS = (
 def end_outputs(
     model: nn.Module, batches: Batches, *, total: int | None = None, progress: bool = False
 ) -> dict[str, np.ndarray]:
-    """Loss and margin of every example at the end of training, in one forward pass in eval mode.
+    """Loss and margin of every example at the end of training, in eval mode.
+
+    If the data set's augmentation flips images, both are means over the image and its mirror image: a second view costs
+    a forward pass and removes much of the noise of a single model.
 
     Args:
         model: The trained model.
@@ -394,13 +397,18 @@ def end_outputs(
     from src.models.base import eval_mode
 
     margins = np.full(batches.images.total if total is None else total, np.nan)
+    mirrored = batches.images.entry.augmentation.flip
 
     def score(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            logits, label = model(batch.images).double(), batch.labels[:, None]
-        margin = logits.gather(1, label)[:, 0] - logits.scatter(1, label, float("-inf")).amax(dim=1)
+        label, found = batch.labels[:, None], []
+        for images in (batch.images, batch.images.flip(-1)) if mirrored else (batch.images,):
+            with torch.no_grad():
+                logits = model(images).double()
+            margin = logits.gather(1, label)[:, 0] - logits.scatter(1, label, float("-inf")).amax(dim=1)
+            found.append(torch.stack([flatness.example_losses(logits, batch.labels), margin]))
+        loss, margin = torch.stack(found).mean(dim=0)
         margins[batch.indices.cpu().numpy()] = margin.cpu().numpy()
-        return flatness.example_losses(logits, batch.labels)
+        return loss
 
     with eval_mode(model):
         losses = flatness.scores_by_index(batches, score, total, "loss and margin", progress)
@@ -408,7 +416,7 @@ def end_outputs(
 
 
 _trained = partial(
-    Score, source="end", folder="dynamics", cost="SGD run + 1 forward pass", passes=1 / 3, paper="this project"
+    Score, source="end", folder="dynamics", cost="SGD run + 2 forward passes", passes=2 / 3, paper="this project"
 )
 
 END_SCORES = (
@@ -436,8 +444,8 @@ LATE_RANK = Score(
     "mean rank of late scores",
     source="end",
     folder="dynamics",
-    cost="SGD run + 1 forward pass",
-    passes=1 / 3,
+    cost="SGD run + 2 forward passes",
+    passes=2 / 3,
     paper="this project",
     combines=("end_loss", "late_prob", "late_aum"),
 )
@@ -457,7 +465,7 @@ class EndConfig:
     end_scores: Sequence[str] = option(
         tuple(score.name for score in END_SCORES),
         "scores of the trained model to measure with --measure_proxies; none if empty (eps and flat take several "
-        "passes over the training set, the others one forward pass)",
+        "passes over the training set, the others two forward passes)",
         choices=tuple(score.name for score in END_SCORES),
         nargs="*",
         metavar="SCORE",
