@@ -13,8 +13,7 @@ influence_{dataset}.npy.
 
   python compute_memorization.py --dataset=digits --model=small_mlp --members=2000 --epochs=20 --batch_size=32 \
       --learning_rate=0.1 --lr_sched=cosine
-  python compute_memorization.py --dataset=cifar100 --model=resnet18 --members=200 --epochs=30 --batch_size=128 \
-      --learning_rate=0.1 --data_augmentation --target_se=0.05
+  python compute_memorization.py --dataset=cifar100 --recipe=fast --members=200 --target_se=0.05
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.metrics.memorization import MemorizationConfig
 from src.models import ModelConfig
-from src.training import RunConfig, TrainingConfig
+from src.training import RunConfig, TrainingConfig, add_recipes
 
 OF_TRAINING = (
     "learning_rate", "lr_min", "weight_decay", "rho", "adaptive", "delta", "hess_init", "iblr_backend", "seed",
-    "data_augmentation", "cutout_holes", "cutout_length", "pretrained",
+    "data_augmentation", "alternate_flips", "cutout_holes", "cutout_length", "pretrained", "nesterov",
 )  # fmt: skip
 
 
@@ -49,6 +48,7 @@ def main() -> None:
     restrict(parser, {tuple(f"--{name}" for name in OF_TRAINING): trained})
     reads = (lambda args: args.from_splits is not None, "without --from_splits")
     restrict(parser, {("--models_folder", "--splits_folder"): reads})
+    add_recipes(parser)
     args = parser.parse_args()
     config, folders = build(MemorizationConfig, args), build(Folders, args)
     data, compute = build(DataConfig, args), build(ComputeConfig, args)

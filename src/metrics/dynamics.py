@@ -381,8 +381,8 @@ def end_outputs(
 ) -> dict[str, np.ndarray]:
     """Loss and margin of every example at the end of training, in eval mode.
 
-    If the data set's augmentation flips images, both are means over the image and its mirror image: a second view costs
-    a forward pass and removes much of the noise of a single model.
+    If the data set's augmentation flips images, both are means over the image and its mirror image: the second view
+    costs a forward pass and removes much of the noise of a single model.
 
     Args:
         model: The trained model.

@@ -284,8 +284,9 @@ class MemorizationRun:
         steps = max(len(each) for each in batches)
         for epoch in range(1, settings.epochs + 1):
             own = [each.epoch(epoch) for each in batches]
-            learning_rate = rate(settings.lr_sched, epoch, settings.epochs, settings.learning_rate, settings.lr_min)
-            for _ in range(steps):
+            schedule = (settings.lr_sched, epoch, settings.epochs, settings.learning_rate, settings.lr_min)
+            for step in range(steps):
+                learning_rate = rate(*schedule, (step + 0.5) / steps)  # the rate halfway through the step
                 images, labels, weights, active = stack_batches([next(each, None) for each in own])
                 ensemble.step(images, labels, weights, learning_rate, active)
         if not bool((finite := ensemble.finite()).all()):
@@ -307,7 +308,10 @@ class MemorizationRun:
         """The training batches of a member."""
         context, run = self.context, self.run
         augmentation = context.entry.training_augmentation(
-            run.data_augmentation, cutout_holes=run.cutout_holes, cutout_length=run.cutout_length
+            run.data_augmentation,
+            alternate_flips=run.alternate_flips,
+            cutout_holes=run.cutout_holes,
+            cutout_length=run.cutout_length,
         )
         return context.batches(
             context.train.subset(torch.from_numpy(np.flatnonzero(mask))),

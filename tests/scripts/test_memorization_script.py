@@ -183,7 +183,7 @@ def test_one_after_another_equals_side_by_side_up_to_rounding(planted, tmp_path)
     for ensemble in ("vectorised", "sequential"):
         where = folders(tmp_path / ensemble, "datasets", "metrics")
         succeed("compute_memorization.py", *flags[:3], "--epochs=12", "--batch_size=25", "--learning_rate=0.1",
-                "--lr_sched=step", "--weight_decay=0.01", "--data_augmentation", "--members=4", "--complementary",
+                "--lr_sched=onecycle", "--weight_decay=0.01", "--data_augmentation", "--members=4", "--complementary",
                 f"--ensemble={ensemble}", *where)  # fmt: skip
         found.append(read_members(next((tmp_path / ensemble).rglob("members_1.npz")))[0])
     np.testing.assert_array_equal(found[0].included, found[1].included)

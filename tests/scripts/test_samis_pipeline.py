@@ -196,3 +196,21 @@ def test_several_schedules_must_be_told_apart(blobs, tmp_path):
     assert refused.status == 1
     assert "lr_sched (step vs. const)" in refused.complaint
     succeed("compute_sam_sgd.py", *flags, "--lr_sched=const", "--overwrite")
+
+
+def test_the_fast_recipe_sets_defaults_that_flags_override(tmp_path):
+    flags = ("train_full.py", "--recipe=fast", "--dataset=digits", "--subset=60", "--epochs=1", "--measure_proxies",
+             "--end_scores", "end_loss", "--save_epochs=last", *folders(tmp_path, *TRAIN))  # fmt: skip
+    succeed(*flags, "--learning_rate=0.1")
+    (results,) = (tmp_path / "models").glob(
+        "standard_fastnet_over_digits_with_sgd_sched_onecycle/seed_1/results.json"
+    )
+    settings = json.loads(results.read_text())["settings"]
+    expected = {"model": "fastnet", "batch_size": 256, "learning_rate": 0.1, "nesterov": True, "weight_decay": 5e-4,
+                "data_augmentation": True, "alternate_flips": True, "epochs": 1}  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+    assert call(*flags, "--optimizer=adam").status == 2
+    assert call("train_full.py", "--recipe=slow").status == 2
+    assert call("train_full.py", "--dataset=digits", "--data_augmentation", "--alternate_flips").status == 2
+    written = {path.name for path in (tmp_path / "metrics").rglob("*_train.pkl")}
+    assert written == {"end_loss_train.pkl", "forgettability_train.pkl", "epochs_to_learn_train.pkl"}
