@@ -115,6 +115,8 @@ def main() -> None:
     audited = {
         "examples": len(order),
         "estimated_errors": round(found.errors, 2),
+        "expected_count": round(found.expected, 2),
+        "confident_count": round(found.confident, 2),
         "exponent": found.exponent,
         "strength": found.strength,
         "most_common": mistakes,
@@ -123,7 +125,11 @@ def main() -> None:
     written = [write_text(path, issue_table(rows)), write_json(path.with_suffix(".json"), {**facts, **audited})]
     written.append(write_scores(score_path, score, facts)[0])
 
-    print(f"about {found.errors:.0f} of {len(order)} labels are probably wrong ({found.errors / len(order):.1%})")
+    low, high = sorted((found.expected, found.confident))
+    print(
+        f"about {found.errors:.0f} of {len(order)} labels are probably wrong ({found.errors / len(order):.1%}); "
+        f"two estimates: {low:.0f} and {high:.0f}"
+    )
     if config.cleanlab:
         both = np.count_nonzero(issues[order[: issues.sum()]])
         print(f"cleanlab selects {issues.sum()}, of which {both} are among the {issues.sum()} most suspicious here")

@@ -108,13 +108,19 @@ def measure(data: Path, folder: Path, args: argparse.Namespace, seed: int) -> No
         f"--members={FOLDS * args.rounds}", "--ensemble=auto", places["metrics"])  # fmt: skip
 
 
-def suspicions(metrics: Path, labels: np.ndarray, classes: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Every score of the examples, high for suspicious ones, and costs in epoch-equivalents.
+def suspicions(
+    metrics: Path, labels: np.ndarray, classes: int
+) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, float]]:
+    """Score the examples in every way.
 
     Args:
         metrics: A metrics folder with scores of one data set.
         labels: The labels with noise ``(n,)``.
         classes: C.
+
+    Returns:
+        The scores, high for suspicious examples; their costs in epoch-equivalents; and the estimated numbers of wrong
+        labels, by method.
     """
     found, costs = {}, {}
     for mode, score in SCORES.items():
@@ -125,6 +131,7 @@ def suspicions(metrics: Path, labels: np.ndarray, classes: int) -> tuple[dict[st
     p = read_probabilities(source, len(labels), classes, "")
     own = audit(p, labels)
     found[OWN], costs[OWN] = own.score, costs["out_prob"]
+    estimates = {OWN: own.errors, "expected count": own.expected, "confident count": own.confident}
     found[COMBINED], costs[COMBINED] = mean_rank([own.score, found["aum"]]), costs["out_prob"] + costs["aum"]
     try:
         from cleanlab.filter import find_label_issues
@@ -141,7 +148,8 @@ def suspicions(metrics: Path, labels: np.ndarray, classes: int) -> tuple[dict[st
         issues[ranked] = issues.max() + np.arange(len(ranked), 0, -1)
         found["cleanlab find_label_issues"] = issues
         costs |= {name: costs["out_prob"] for name in found if name.startswith("cleanlab")}
-    return found, costs
+        estimates["cleanlab find_label_issues"] = len(ranked)
+    return found, costs, estimates
 
 
 def precision(scores: np.ndarray, wrong: np.ndarray) -> float:
@@ -176,6 +184,15 @@ def table(cases: list[dict]) -> str:
     for name, cells, cost in rows:
         values = [f"{cell[0]:.3f} / {cell[1]:.3f}" for cell in (*cells, np.mean(cells, axis=0))]
         lines.append(f"| {name} | {' | '.join(values)} | {'unknown' if cost is None else f'{cost:.0f}'} |")
+    lines += ["", f"| estimated number of wrong labels, share of the true one | {' | '.join(header[1:-2])} |"]
+    lines.append(f"|---{'|---:' * len(keys)}|")
+    for name in cases[0]["estimates"]:
+        shares = [
+            np.mean([case["estimates"][name] / case["wrong"]
+                     for case in cases if (case["noise"], case["rate"]) == key])
+            for key in keys
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(f'{share:.2f}' for share in shares)} |")
     seeds = sorted({case["seed"] for case in cases})
     return "\n".join([*lines, "", f"Precision / AUROC, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}.", ""])
 
@@ -208,7 +225,7 @@ def main() -> None:
                     measure(data, folder, args, seed)
                     arrays = np.load(data)
                     labels, clean = arrays["y_train"], arrays["clean"]
-                    found, costs = suspicions(folder / "metrics", labels, int(clean.max()) + 1)
+                    found, costs, estimates = suspicions(folder / "metrics", labels, int(clean.max()) + 1)
                     wrong = labels != clean
                     scores = {
                         name: {
@@ -218,7 +235,13 @@ def main() -> None:
                         }
                         for name, values in found.items()
                     }
-                    facts = {"noise": kind, "rate": rate, "seed": seed, "wrong": int(wrong.sum())}
+                    facts = {
+                        "noise": kind,
+                        "rate": rate,
+                        "seed": seed,
+                        "wrong": int(wrong.sum()),
+                        "estimates": estimates,
+                    }
                     seconds = time.perf_counter() - began
                     write_json(record, {**facts, "settings": settings, "seconds": seconds, "scores": scores})
                 cases.append(json.loads(record.read_text()))

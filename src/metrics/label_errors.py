@@ -7,10 +7,10 @@ noisy copy of the true class: ``P(y_i = k | true class j) = T[j, k]``, so that
 
 The noise matrix T maximizes the likelihood of the labels (expectation maximization), with a Dirichlet prior worth s
 examples per class whose mean is uniform noise at the overall rate. The exponent t >= 1 makes the probabilities
-sharper, because a model that was trained on noisy labels predicts the noise, too. Both t and s maximize the
-likelihood of held-out labels. If cats are often labeled as dogs, an image labeled as a dog that looks somewhat like a
-cat is thus more suspicious than one that looks somewhat like a truck. Scores that depend on the probabilities of one
-example alone, such as the probability of the label, cannot tell the two apart.
+sharper: a model that was trained on noisy labels, or for a short time, is less sure than it could be. First t, for
+uniform noise, then s maximizes the likelihood of held-out labels. If cats are often labeled as dogs, an image labeled
+as a dog that looks somewhat like a cat is thus more suspicious than one that looks somewhat like a truck. Scores that
+depend on the probabilities of one example alone, such as the probability of the label, cannot tell the two apart.
 
 The idea of a noise matrix estimated from out-of-sample probabilities is that of confident learning (Northcutt et al.
 2021), which counts examples above per-class thresholds instead. Shapes: n examples, C classes.
@@ -36,8 +36,9 @@ from src.metrics.compare import ranked
 from src.metrics.registry import score_name
 
 FLOOR = 2.0**-17  # half the resolution of stored probabilities; smaller probabilities are raised to it
-EXPONENTS = (1.0, 1.5, 2.0)
+EXPONENTS = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 STRENGTHS = (2.0, 20.0, 200.0)
+_UNIFORM = 1e9  # a strength at which the noise matrix is the mean of its prior
 _FOLDS = 5
 _LARGEST = 50_000  # examples from which the exponent and the strength are chosen
 _TOLERANCE, _ITERATIONS = 1e-5, 300
@@ -92,7 +93,9 @@ class Audit(NamedTuple):
         score: Log odds that the label is wrong, float64 ``(n,)``.
         suggested: The most probable other class, int64 ``(n,)``.
         probability: The probability that the suggested class is the true one ``(n,)``.
-        errors: The expected number of wrong labels.
+        expected: The expected number of wrong labels. It tends to be too low, since what a model is unsure about is
+            attributed to the image and not to the label.
+        confident: The number of wrong labels by :func:`confident_count`, which tends to be too high.
         noise: T, the probability of each label given the true class, ``(C, C)``.
         exponent: t.
         strength: s.
@@ -101,15 +104,16 @@ class Audit(NamedTuple):
     score: np.ndarray
     suggested: np.ndarray
     probability: np.ndarray
-    errors: float
+    expected: float
+    confident: float
     noise: np.ndarray
     exponent: float
     strength: float
 
-    def ranking(self) -> np.ndarray:
-        """The examples with probabilities, most suspicious first; ties by index."""
-        order = np.argsort(-self.score, kind="stable")  # NaN sorts last
-        return order[: np.count_nonzero(~np.isnan(self.score))]
+    @property
+    def errors(self) -> float:
+        """The estimated number of wrong labels: the geometric mean of the two counts, whose biases are opposite."""
+        return float(np.sqrt(self.expected * self.confident))
 
 
 def audit(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Audit:
@@ -142,7 +146,30 @@ def audit(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Audit
     score[known] = np.log(other) - np.log(given)
     suggested[known] = joint.argmax(1)
     probability[known] = joint.max(1) / (given + other)
-    return Audit(score, suggested, probability, float((other / (given + other)).sum()), noise, exponent, strength)
+    expected = float((other / (given + other)).sum())
+    confident = confident_count(p, y)
+    return Audit(score, suggested, probability, expected, confident, noise, exponent, strength)
+
+
+def confident_count(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """The number of wrong labels by the confident joint of Northcutt et al. 2021 (Confident learning, eq. 1 to 3).
+
+    An example counts as class j if its probability of j is at least the mean of the examples labeled j; of several
+    such classes, the most probable. The share of wrong labels among the examples that count is estimated for each
+    given label.
+
+    Args:
+        probabilities: ``(n, C)``.
+        labels: ``(n,)``.
+    """
+    present, which, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    rows = np.arange(len(labels))
+    thresholds = np.full(probabilities.shape[1], np.inf)
+    thresholds[present] = np.bincount(which, probabilities[rows, labels]) / sizes
+    candidates = np.where(probabilities >= thresholds, probabilities, -1.0)
+    counts, wrong = candidates.max(1) >= 0, candidates.argmax(1) != labels
+    shares = np.bincount(which, counts & wrong) / np.maximum(np.bincount(which, counts), 1)
+    return float(shares @ sizes)
 
 
 def sharpened(probabilities: np.ndarray, exponent: float) -> np.ndarray:
@@ -189,7 +216,9 @@ def fit_noise(probabilities: np.ndarray, labels: np.ndarray, strength: float) ->
 
 
 def choose(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Choose the exponent and the strength of the prior that make the labels of held-out examples most likely.
+    """Choose the exponent, then the strength of the prior, that make the labels of held-out examples most likely.
+
+    The exponent is chosen for uniform noise. A free noise matrix could make up for a wrong one.
 
     Args:
         probabilities: ``(n, C)``.
@@ -197,18 +226,17 @@ def choose(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> tupl
         seed: Seed of the five folds, and of the examples if there are more than 50,000.
     """
     order = np.random.default_rng(seed).permutation(len(labels))[:_LARGEST]
-    fold = np.arange(len(order)) % _FOLDS
-    best, chosen = -np.inf, (EXPONENTS[0], STRENGTHS[0])
-    for exponent in EXPONENTS:
-        q, y = sharpened(probabilities[order], exponent), labels[order]
-        for strength in STRENGTHS:
-            likelihood = 0.0
-            for k in range(_FOLDS):
-                noise = fit_noise(q[fold != k], y[fold != k], strength)
-                likelihood += np.log((q[fold == k] * noise[:, y[fold == k]].T).sum(1)).sum()
-            if likelihood > best:
-                best, chosen = likelihood, (exponent, strength)
-    return chosen
+    fold, p, y = np.arange(len(order)) % _FOLDS, probabilities[order], labels[order]
+
+    def likelihood(exponent: float, strength: float) -> float:
+        q, total = sharpened(p, exponent), 0.0
+        for k in range(_FOLDS):
+            noise = fit_noise(q[fold != k], y[fold != k], strength)
+            total += float(np.log((q[fold == k] * noise[:, y[fold == k]].T).sum(1)).sum())
+        return total
+
+    exponent = max(EXPONENTS, key=lambda value: likelihood(value, _UNIFORM))
+    return exponent, max(STRENGTHS, key=lambda value: likelihood(exponent, value))
 
 
 def mean_rank(scores: Sequence[np.ndarray]) -> np.ndarray:

@@ -60,6 +60,7 @@ def test_a_run_on_few_examples(tmp_path, monkeypatch, capsys):
     folds = 5 * (12 * 160 + (200 + 40) / 3) / 200
     assert case["scores"]["out_prob"]["cost"] == pytest.approx(folds, abs=1e-3)
     assert case["scores"][label_noise.OWN]["auroc"] > 0.8
+    assert 0.3 < case["estimates"][label_noise.OWN] / 20 < 3
     assert "| label_error and aum |" in capsys.readouterr().out
     monkeypatch.setattr(label_noise, "run", None)
     label_noise.main()

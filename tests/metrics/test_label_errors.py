@@ -13,6 +13,7 @@ from src.metrics.label_errors import (
     audit,
     cleanlab_issues,
     common_mistakes,
+    confident_count,
     fit_noise,
     mean_rank,
     read_probabilities,
@@ -53,12 +54,26 @@ def test_the_score_is_the_log_odds_of_the_posterior():
         assert found.score[i] == pytest.approx(np.log(wrong[-1] / posterior[labels[i]]))
         assert found.suggested[i] == others[posterior[others].argmax()]
         assert found.probability[i] == pytest.approx(posterior[others].max())
-    assert found.errors == pytest.approx(sum(wrong))
-    assert found.errors == pytest.approx((true != labels).sum(), rel=0.1)
+    assert found.expected == pytest.approx(sum(wrong))
+    assert found.expected == pytest.approx((true != labels).sum(), rel=0.1)
+    assert found.errors**2 == pytest.approx(found.expected * found.confident)
     assert found.exponent == 1  # the probabilities are exact
     # 30 % of class 0 is labeled 1, and none the other way around: no single score of an example's p can know that
     assert auroc(found.score, true != labels) > auroc(-p[np.arange(3000), labels], true != labels) + 0.02
     assert common_mistakes(found, labels)[0][:2] == (0, 1)
+
+
+def test_the_confident_count():
+    """Worked by hand."""
+    p = np.array([0.9, 0.6, 0.65, 0.65, 0.1, 0.4, 0.7, 0.7])
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    one = 1 - p
+    thresholds = p[labels == 0].mean(), one[labels == 1].mean()
+    assert thresholds == (pytest.approx(0.58), pytest.approx(0.4))
+    # label 0: all count (0.9, 0.6, 0.65, 0.65 as 0, 0.1 as 1); label 1: 0.4 counts as 1, both 0.7 as 0
+    assert confident_count(np.stack([p, one], 1), labels) == pytest.approx(5 * 1 / 5 + 3 * 2 / 3)
+    p[1:3], p[5:] = 0.5, 0.2  # the thresholds become 0.53 and 0.8, so these two examples do not count
+    assert confident_count(np.stack([p, 1 - p], 1), labels) == pytest.approx(5 * 1 / 3)
 
 
 def test_perfect_separation():

@@ -56,7 +56,7 @@ def test_planted_errors_are_listed(planted, tmp_path):
     assert sum(pair["examples"] for pair in record["most_common"]) == 5
     proxy = Proxy("label_error", "blobs", folder=tmp_path / "metrics", n=120)
     assert proxy.get_sorted_indices()[-5:][::-1].tolist() == [int(row["index"]) for row in rows]
-    assert "about 5 of 120 labels are probably wrong (3." in done.out
+    assert "about 5 of 120 labels are probably wrong (4.2%); two estimates: 5 and 5" in done.out
     assert done.out.count("\n  ") == 5
     assert "plot_images.py" in done.out
     succeed("plot_images.py", flags[0], "--modes=label_error", "--n=2", "--only_overview", *where,
