@@ -76,7 +76,10 @@ def main() -> None:
         print(f"{title}: mean {found.value.mean():.4f}, {high} of {total} examples above 0.5, {error}")
     print(*written, sep="\n")
     keep = [flag for flag in (*DATA_FLAGS, "metrics_folder") if flag != "subset"]
-    print_next("plot_images.py", keep, modes=["mem" if config.folds is None else "out_prob"])
+    if config.folds is None:
+        print_next("plot_images.py", keep, modes=["mem"])
+    else:
+        print_next("audit_labels.py", keep)
 
 
 if __name__ == "__main__":
