@@ -128,7 +128,8 @@ class PretrainedModel:
         """The arrays recorded during pre-training, ``(epochs, n)``, in the order of the training examples."""
         arrays = read_dynamics(self._run.dynamics_folder / DYNAMICS_FILE)
         positions = self._run.train.indices.cpu().numpy()
-        return {name: values[:, positions] for name, values in arrays.items() if getattr(values, "ndim", 0) == 2}
+        per_example = arrays["loss"].shape  # the test losses are recorded per class
+        return {name: each[:, positions] for name, each in arrays.items() if np.shape(each) == per_example}
 
     def last_layer(self, *, embeddings: bool = False, gradient_norms: bool = False) -> LastLayer:
         """Return the model's last layer on the un-augmented training examples, from disk if it was stored earlier.
