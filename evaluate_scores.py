@@ -99,7 +99,7 @@ def main() -> None:
     caption = f"{dataset}: agreement with {name}, {which}"
     stem = evaluation_stem(args.plots_folder, dataset, name.replace(" ", "_"))
     facts = {"dataset": dataset, "reference_file": source, "files": {m: proxy.path for m, proxy in proxies.items()}}
-    figure = agreement_figure(rows, {mode: proxy.label for mode, proxy in proxies.items()}, caption)
+    figure = agreement_figure(rows, caption)
     table = markdown(rows, caption, config.confidence)
     paths = [*write_rows(stem, rows, {**asdict(config), **facts}, table), *save_figure(figure, stem)]
     print(table)

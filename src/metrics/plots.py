@@ -429,7 +429,7 @@ def class_grids(
     return image_grid(images, captions, row_labels, title, "Below each image: index and score.")
 
 
-def agreement_figure(rows: Sequence[Mapping[str, Any]], symbols: Mapping[str, str], title: str) -> Figure:
+def agreement_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Plot each score's agreement with a reference against its cost, with intervals and the Pareto front.
 
     Scores of unknown cost are in a separate panel on the right. Each label is next to its point, shifted vertically
@@ -437,7 +437,6 @@ def agreement_figure(rows: Sequence[Mapping[str, Any]], symbols: Mapping[str, st
 
     Args:
         rows: Rows of ``evaluation.evaluate``; those whose agreement is undefined are left out.
-        symbols: Maps each score to its symbol.
         title: The title of the figure.
     """
     measure = "auroc" if any(row["auroc"] is not None for row in rows) else "spearman"
@@ -481,12 +480,12 @@ def agreement_figure(rows: Sequence[Mapping[str, Any]], symbols: Mapping[str, st
             axes.legend(loc="lower right")
         figure.draw_without_rendering()  # fixes the limits, which the labels' positions depend on
         for axes, panel in zip(grid, panels, strict=False):
-            _label_points(axes, panel, measure, symbols)
+            _label_points(axes, panel, measure)
         return figure
 
 
-def _label_points(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str, symbols: Mapping[str, str]) -> None:
-    """Write each symbol to the right of its point; labels of the same column are moved apart vertically."""
+def _label_points(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
+    """Write each score's name to the right of its point; labels of the same column are moved apart vertically."""
     points = 72 / axes.figure.dpi
     places = np.array([(0.5 if row["cost"] is None else row["cost"], row[measure]) for row in rows], dtype=float)
     places = axes.transData.transform(places.reshape(-1, 2)) * points
@@ -505,7 +504,7 @@ def _label_points(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str, s
             break
     for row, y, height in zip(rows, places[:, 1], heights, strict=True):
         axes.annotate(
-            symbols.get(row["score"], row["score"]),
+            row["score"],
             (0.5 if row["cost"] is None else row["cost"], row[measure]),
             (9, height - y),
             textcoords="offset points",

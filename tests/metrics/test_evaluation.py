@@ -217,13 +217,13 @@ def test_the_figure_has_every_score_once_with_known_costs_on_a_log_axis():
          "cost": cost, "pareto": best}
         for name, value, cost, best in (("a", 0.5, 10.0, True), ("b", 0.501, 10.0, True), ("c", 0.8, None, False))
     ]  # fmt: skip
-    figure = agreement_figure(rows, {"a": "A", "b": "B", "c": "C"}, "toy")
+    figure = agreement_figure(rows, "toy")
     known, unknown = figure.axes
     assert known.get_xscale() == "log"
     texts = {text.get_text(): text for axes in figure.axes for text in axes.texts}
-    assert sorted(texts) == ["A", "B", "C"]
+    assert sorted(texts) == ["a", "b", "c"]
     figure.draw_without_rendering()
-    boxes = [texts[name].get_window_extent() for name in "AB"]
+    boxes = [texts[name].get_window_extent() for name in "ab"]
     assert not boxes[0].overlaps(boxes[1])
     assert unknown.get_xlabel() == "Cost unknown"
     assert known.get_legend_handles_labels()[1] == ["Pareto front"]
