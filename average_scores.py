@@ -84,7 +84,7 @@ def main() -> None:
         for mode, values in scores.items():
             per_seed[mode].append(values)
     if missing := [mode for mode in modes if len(per_seed[mode]) < len(config.seeds)]:
-        log.info("left out %s: a run is too short for it or did not record it", ", ".join(missing))
+        log.info("left out %s: a run is too short for it or did not record what it needs", ", ".join(missing))
         modes = [mode for mode in modes if mode not in missing]
 
     averages = {}

@@ -72,7 +72,8 @@ def main() -> None:
             written.append(run.write_influence(last))
     for title, found in (("memorization", results.correct), ("memorization of the probability", results.probability)):
         high, total = np.count_nonzero(found.value > 0.5), len(found.value)
-        error = f"median standard error {np.median(found.error):.4f}"
+        median = found.median_error
+        error = "no standard error" if median is None else f"median standard error {median:.4f}"
         print(f"{title}: mean {found.value.mean():.4f}, {high} of {total} examples above 0.5, {error}")
     print(*written, sep="\n")
     keep = [flag for flag in (*DATA_FLAGS, "metrics_folder") if flag != "subset"]

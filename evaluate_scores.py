@@ -120,7 +120,7 @@ def main() -> None:
 
 def measure_lds(args: Namespace, config: EvaluationConfig, lds: LdsConfig, dataset: str, checks: dict) -> list[Path]:
     """Measure the linear datamodeling score of all attributions, print the table, and write it."""
-    members = read_subsets(lds.members, checks["n"], checks.get("label_hash"))
+    members = read_subsets(lds.members, **checks)
     chosen = lds.chosen(members.test_correct.shape[1])
     bootstrap = {"resamples": config.resamples, "confidence": config.confidence, "seed": config.bootstrap_seed}
     rows = []

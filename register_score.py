@@ -38,7 +38,7 @@ def main() -> None:
     )
     group.add_argument(
         "--cost",
-        type=number(float, 0),
+        type=number(float, 0, open_low=True),
         metavar="EPOCHS",
         help="cost of the scores, in forward and backward passes over the training set (default: unknown)",
     )

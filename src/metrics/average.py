@@ -17,6 +17,7 @@ from src.cli import SEED, check_options, option
 from src.datasets import dataset_flag
 from src.errors import ArgumentError, FileError
 from src.metrics import samis
+from src.metrics.compare import ranked
 from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows, training_accuracy
 from src.metrics.proxy import min_max
 from src.metrics.registry import get_score, scores_from
@@ -273,9 +274,9 @@ def _run_cost(score: Score, costs: np.ndarray | None, windows: Windows, scored: 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 0 to 1, ties averaged; NaN where ``values`` is NaN. float64 ``(n,)``."""
-    from scipy.stats import rankdata
-
-    return (rankdata(values, nan_policy="omit") - 1) / max(1, np.isfinite(values).sum() - 1)
+    known, found = ~np.isnan(values), np.full(len(values), np.nan)
+    found[known] = (ranked(values[known]) - 1) / max(1, known.sum() - 1)
+    return found
 
 
 def _end_scores(path: Path, total: int) -> tuple[np.ndarray, np.ndarray]:

@@ -79,6 +79,14 @@ def spearman_within_class(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> f
     return float(np.mean(each)) if each else float("nan")
 
 
+def mean_known(values: np.ndarray) -> np.ndarray:
+    """Mean over axis 0, skipping NaN, in float64; NaN where all entries are NaN."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=0)
+    total = np.where(known, values, 0.0).sum(axis=0, dtype=np.float64)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
 def half_overlaps(a: np.ndarray, b: np.ndarray) -> Overlap:
     """Count the examples that both rankings place in their lower half, and in their upper half.
 
@@ -323,7 +331,7 @@ def bootstrap(
             drawn["auroc"].append(np.array(each[0][1]))
             if labels is not None:
                 within = np.array([correlations for correlations, _ in each[1:]])
-                drawn["spearman_within_class"].append(_mean_known(within.reshape(-1, len(own), counts.shape[1])))
+                drawn["spearman_within_class"].append(mean_known(within.reshape(-1, len(own), counts.shape[1])))
             bar.update(counts.shape[1])
         for place, number in enumerate(numbers):
             measured = {"spearman": spearman(own[place], truth)}
@@ -332,7 +340,7 @@ def bootstrap(
             if planted:
                 measured["auroc"] = auroc(own[place], truth)
             found[number] = {
-                name: _interval(value, np.concatenate([block[place] for block in drawn[name]]), confidence)
+                name: percentile_interval(value, np.concatenate([block[place] for block in drawn[name]]), confidence)
                 for name, value in measured.items()
             }
     bar.close()
@@ -349,16 +357,8 @@ def _draw(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         resamples -= width
 
 
-def _mean_known(table: np.ndarray) -> np.ndarray:
-    """Mean over axis 0, skipping NaN; NaN where all entries are."""
-    known = ~np.isnan(table)
-    count = known.sum(axis=0)
-    total = np.where(known, table, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
-
-
-def _interval(value: float, drawn: np.ndarray, confidence: float) -> Interval:
-    """The percentile interval of the resampled values that are defined."""
+def percentile_interval(value: float, drawn: np.ndarray, confidence: float) -> Interval:
+    """A statistic with the percentile interval of its resampled values ``(R,)``, of which NaN are skipped."""
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn) or np.isnan(value):
         return Interval(value, float("nan"), float("nan"))

@@ -21,6 +21,7 @@ from src.cli import check_options, number, option
 from src.errors import ArgumentError
 from src.lazy import torch
 from src.metrics import flatness
+from src.metrics.compare import mean_known
 from src.metrics.score import Score, warn_if_not_learned
 
 if TYPE_CHECKING:
@@ -34,19 +35,11 @@ LATE = 3  # epochs at the end of a run that late_prob averages over
 WINDOW = 10  # epochs; J of DUAL, Dyn-Unc and TDDS, and the early epochs of EL2N
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over axis 0, ignoring NaN; NaN if all values are NaN."""
-    seen = ~np.isnan(values)
-    count = seen.sum(axis=0)
-    total = np.where(seen, values, 0.0).sum(axis=0, dtype=np.float64)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-
 def _std(values: np.ndarray) -> np.ndarray:
     """Unbiased standard deviation over axis 0, ignoring NaN; NaN if fewer than two values remain."""
     seen = ~np.isnan(values)
     count = seen.sum(axis=0)
-    spread = np.where(seen, (values - _mean(values)) ** 2, 0.0).sum(axis=0)
+    spread = np.where(seen, (values - mean_known(values)) ** 2, 0.0).sum(axis=0)
     return np.sqrt(np.divide(spread, count - 1, out=np.full(spread.shape, np.nan), where=count > 1))
 
 
@@ -129,7 +122,7 @@ def csl(loss: np.ndarray) -> np.ndarray:
 
     An epoch without a visit counts as the example's mean loss, which keeps rarely visited examples comparable.
     """
-    return _mean(loss) * len(loss)
+    return mean_known(loss) * len(loss)
 
 
 def aum(margin: np.ndarray) -> np.ndarray:
@@ -137,12 +130,12 @@ def aum(margin: np.ndarray) -> np.ndarray:
 
     Low means atypical; the score is stored negated.
     """
-    return _mean(margin)
+    return mean_known(margin)
 
 
 def late_aum(margin: np.ndarray) -> np.ndarray:
     """AUM of the second half of the run, when the model is good. Low means atypical; the score is stored negated."""
-    return _mean(margin[len(margin) // 2 :])
+    return mean_known(margin[len(margin) // 2 :])
 
 
 def late_prob(probability: np.ndarray, late_epochs: int = LATE) -> np.ndarray:
@@ -152,7 +145,7 @@ def late_prob(probability: np.ndarray, late_epochs: int = LATE) -> np.ndarray:
         probability: ``(epochs, total)``.
         late_epochs: The number of epochs.
     """
-    return _mean(probability[-late_epochs:])
+    return mean_known(probability[-late_epochs:])
 
 
 def csg(input_gradient: np.ndarray) -> np.ndarray:
@@ -161,7 +154,7 @@ def csg(input_gradient: np.ndarray) -> np.ndarray:
     "Memorization through the lens of sample gradients", ICLR 2026 (openreview.net/forum?id=jeTiBeW3iZ). Gradients are
     those of training steps, on augmented images. An epoch without a visit counts as the example's mean norm.
     """
-    return _mean(input_gradient) * len(input_gradient)
+    return mean_known(input_gradient) * len(input_gradient)
 
 
 def cld(loss: np.ndarray, class_test_loss: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -179,10 +172,20 @@ def cld(loss: np.ndarray, class_test_loss: np.ndarray, labels: np.ndarray) -> np
 
     Returns:
         float64 ``(total,)`` in [-1, 1]; 0 where one of the losses is constant, NaN with fewer than two differences.
+
+    Raises:
+        ArgumentError: A class of visited examples has fewer than two differences of test losses, for example because
+            it has no test examples.
     """
     own, held_out = np.diff(loss.astype(np.float64), axis=0), np.diff(class_test_loss.astype(np.float64), axis=0)
+    present = np.unique(labels[~np.isnan(loss).all(axis=0)])
+    lacking = present[np.isfinite(held_out[:, present]).sum(axis=0) < 2]
+    if len(lacking):
+        raise ArgumentError(
+            "modes", f"cld: class {lacking[0]} has test losses of too few epochs, or no test examples; leave cld out"
+        )
     of_class = np.where(np.isnan(own), np.nan, held_out[:, labels])  # (epochs - 1, total)
-    own, of_class = own - _mean(own), of_class - _mean(of_class)
+    own, of_class = own - mean_known(own), of_class - mean_known(of_class)
     covariance = np.nansum(own * of_class, axis=0)
     scale = np.sqrt(np.nansum(own**2, axis=0) * np.nansum(of_class**2, axis=0))
     known = np.isfinite(own * of_class).sum(axis=0) > 1
@@ -194,7 +197,7 @@ def dual(probability: np.ndarray, window: int = WINDOW) -> np.ndarray:
 
     The standard deviation is unbiased. A window has J = 10 epochs by default.
     """
-    return _mean_over((1.0 - _mean(w)) * _std(w) for w in _windows(probability, window))
+    return _mean_over((1.0 - mean_known(w)) * _std(w) for w in _windows(probability, window))
 
 
 def dyn_unc(probability: np.ndarray, window: int = WINDOW) -> np.ndarray:
@@ -221,7 +224,7 @@ def el2n(error_norm: np.ndarray, el2n_epochs: Sequence[int] = (1, WINDOW)) -> np
     first, last = el2n_epochs
     if not 1 <= first <= min(last, len(error_norm)):
         raise ArgumentError("el2n_epochs", f"{first} {last}: is outside the run, which has {len(error_norm)} epochs")
-    return _mean(error_norm[first - 1 : last])
+    return mean_known(error_norm[first - 1 : last])
 
 
 def tdds(divergence: np.ndarray, window: int = WINDOW, decay: float = 0.9) -> np.ndarray:
@@ -237,7 +240,7 @@ def tdds(divergence: np.ndarray, window: int = WINDOW, decay: float = 0.9) -> np
     """
     parts = []
     for part in _windows(divergence[1:], window):
-        spread = (part - _mean(part)) ** 2
+        spread = (part - mean_known(part)) ** 2
         parts.append(np.where(np.isnan(spread), 0.0, spread).sum(axis=0))
     weights = decay * (1.0 - decay) ** np.arange(len(parts) - 1, -1, -1)
     scores = np.tensordot(weights, np.stack(parts), axes=1)
@@ -589,6 +592,7 @@ def write_end_of_training_scores(
     record = {**{path.name: file_digest(path) for path in written}, "training_accuracy": accuracy}
     # The history files come last, since their presence marks the folder as complete.
     written.append(write_json(folder / RECORD_FILE, record))
-    warn_if_not_learned((*COUNTS, *flatness.END_SCORES, *REDUCTIONS), accuracy, folder)
+    measured_end = (score for score in END_SCORES if score.name in end_scores)
+    warn_if_not_learned((*COUNTS, *measured_end, *REDUCTIONS), accuracy, folder)
     history = np.where(np.isnan(correct), NOT_VISITED, correct).astype(np.uint8)
     return written + [write_pickle(folder / name, history) for name in HISTORY_FILES]

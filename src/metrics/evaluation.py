@@ -249,11 +249,11 @@ def evaluate(
     reference, labels = reference[chosen], None if labels is None else labels[chosen]
     own = {name: np.asarray(values, dtype=np.float64)[chosen] for name, values in scores.items()}
     planted = reference.dtype == bool
-    for name, values in own.items():
-        both = ~np.isnan(values) if planted else ~(np.isnan(values) | np.isnan(reference))
-        if both.sum() < 3:
+    shared = {name: int((~np.isnan(values) & ~np.isnan(reference)).sum()) for name, values in own.items()}
+    for name, count in shared.items():
+        if count < 3:
             raise ArgumentError(
-                "examples", f"{config.examples}: {name} and the reference share {both.sum()} examples; choose more"
+                "examples", f"{config.examples}: {name} and the reference share {count} examples; choose more"
             )
     found = bootstrap(
         list(own.values()),
@@ -274,8 +274,7 @@ def evaluate(
             row[f"top_{100 * top:.0f}"] = (
                 _share_marked(values, reference, top) if planted else top_overlap(values, reference, top)
             )
-        both = ~np.isnan(values) if planted else ~(np.isnan(values) | np.isnan(reference))
-        rows.append({**row, "examples": int(both.sum()), "cost": costs.get(name), "pareto": False})
+        rows.append({**row, "examples": shared[name], "cost": costs.get(name), "pareto": False})
     main = "auroc" if planted else "spearman"
     agreement = [np.nan if row[main] is None else row[main] for row in rows]
     for place in pareto_front([row["cost"] for row in rows], agreement):

@@ -21,7 +21,7 @@ from src.artifacts.io import read_npy
 from src.artifacts.store import check_consistent, check_same_data
 from src.cli import check_options, number, option
 from src.errors import ArgumentError, FileError
-from src.metrics.compare import Interval, spearman
+from src.metrics.compare import Interval, percentile_interval, spearman
 from src.metrics.memorization import Members, read_members
 
 MOST_TEST_EXAMPLES = 500
@@ -90,13 +90,14 @@ class LdsConfig:
         return np.arange(min(self.test_examples, total)) * total // min(self.test_examples, total)
 
 
-def read_subsets(folder: Path, n: int, label_hash: str | None = None) -> Members:
+def read_subsets(folder: Path, n: int, label_hash: str | None = None, data_hash: str | None = None) -> Members:
     """Read all members in a folder.
 
     Args:
         folder: A folder of ``compute_memorization.py``.
         n: The number of training examples.
         label_hash: The hash of their labels, if known.
+        data_hash: The hash of their images, if known.
 
     Raises:
         FileError: There are fewer than three members, they are damaged, or they were trained on other data or
@@ -108,8 +109,10 @@ def read_subsets(folder: Path, n: int, label_hash: str | None = None) -> Members
         raise FileError(f"{folder}: has fewer than 3 members; give a folder that compute_memorization.py wrote")
     check_consistent([(path, settings) for path, _, settings in read])
     for path, members, settings in read:
-        facts = {"total": members.included.shape[1], "label_hash": settings.get("labels")}
-        check_same_data(path, facts, "give members trained on this data set", total=n, label_hash=label_hash)
+        known = {"label_hash": settings.get("labels"), "data_hash": settings.get("images")}
+        facts = {"total": members.included.shape[1], **known}
+        remedy = "give members trained on this data set"
+        check_same_data(path, facts, remedy, total=n, label_hash=label_hash, data_hash=data_hash)
     return reduce(add, (members for _, members, _ in read))
 
 
@@ -155,7 +158,7 @@ def mean_interval(values: np.ndarray, resamples: int, confidence: float, seed: i
     if not len(known):
         return Interval(*3 * [float("nan")])
     means = known[np.random.default_rng(seed).integers(len(known), size=(resamples, len(known)))].mean(axis=1)
-    return Interval(known.mean(), *np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    return percentile_interval(float(known.mean()), means, confidence)
 
 
 def lds_row(

@@ -524,7 +524,8 @@ class MemorizationRun:
             written.append(write_npz(path, probabilities=probabilities, labels=context.labels, **about))
         elif self.config.out_of_sample:
             log.warning(
-                "some members have no out-of-sample probabilities (--no-out_of_sample); these are not written"
+                "out-of-sample probabilities are not written: some members were trained with --no-out_of_sample, or "
+                "share a file with members after the last one requested"
             )
         lacking = np.count_nonzero((results.counts == 0).any(axis=0))
         if lacking:
@@ -551,8 +552,8 @@ class MemorizationRun:
                 "scaling": "none",
                 **({} if results.cost is None else {"cost": round(results.cost, 3)}),
             }
-            if score.name in estimates:
-                record["median_standard_error"] = float(np.median(estimates[score.name].error))
+            if score.name in estimates and (error := estimates[score.name].median_error) is not None:
+                record["median_standard_error"] = error
             written_scores.append(write_scores(path, spread(scores[score.name]), record)[0])
         return written_scores + written
 

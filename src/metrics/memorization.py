@@ -270,6 +270,12 @@ class Estimate(NamedTuple):
     inside: np.ndarray
     outside: np.ndarray
 
+    @property
+    def median_error(self) -> float | None:
+        """The median standard error over the examples that have one; None if none has."""
+        known = self.error[~np.isnan(self.error)]
+        return float(np.median(known)) if len(known) else None
+
 
 class Tally:
     """Running sums over members of one quantity, from which memorization is estimated.

@@ -114,7 +114,8 @@ def _unknown(name: str, known: Iterable[str]) -> ArgumentError:
     hint = f"did you mean {close[0]}? " if close else ""
     return ArgumentError(
         "mode",
-        f"{name!r}: unknown score; {hint}choose from {', '.join(known)}, or add your own with register_score.py",
+        f"{name!r}: unknown score; {hint}choose from {', '.join(known)}, or add your own with register_score.py "
+        "under a name of letters, digits, and _",
     )
 
 

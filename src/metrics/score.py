@@ -1,7 +1,7 @@
 """The description of one score.
 
-Each score is declared next to the code that computes it: in ``dynamics.py``, ``flatness.py``, or ``samis.py``. The
-registry collects these declarations. Flags, messages, tables, and tests enumerate the registry.
+Each score is declared next to the code that computes it: in ``dynamics.py``, ``flatness.py``, ``memorization.py``, or
+``samis.py``. The registry collects these declarations. Flags, messages, tables, and tests enumerate the registry.
 """
 
 import logging

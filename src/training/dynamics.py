@@ -1,4 +1,8 @@
-"""Per-example training dynamics, recorded from the forward passes of training at no extra cost."""
+"""Per-example training dynamics, recorded during training.
+
+All but the input gradients come from the forward passes at almost no cost. Input gradients extend each backward pass
+to the images.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -149,3 +149,8 @@ def test_cld_is_the_correlation_of_consecutive_differences(run):
     np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-9)
     missed[1:, 1] = np.nan
     assert np.isnan(ds.cld(missed, held_out, labels)[1])
+    held_out[:, 2] = np.nan  # a class without test examples
+    with pytest.raises(ArgumentError, match=r"cld: class 2 .* no test examples"):
+        ds.cld(run, held_out, labels)
+    unseen = np.where(np.arange(5) == 2, np.nan, run)  # no example of this class was visited
+    np.testing.assert_allclose(np.delete(ds.cld(unseen, held_out, labels), 2), np.delete(expected, 2), rtol=1e-9)

@@ -113,6 +113,11 @@ def test_examples_of_all_members_or_of_none_have_no_estimate():
     found = tally.estimate()
     np.testing.assert_array_equal(found.value, [np.nan, np.nan, 0, 0])
     assert np.isnan(found.error).all()  # a variance needs two members
+    assert found.median_error is None
+    tally.add(np.array([[0, 0, 1, 1], [0, 0, 1, 1]], bool), np.zeros((2, 4)))
+    found = tally.estimate()
+    np.testing.assert_array_equal(np.isnan(found.error), [False, True, False, True])
+    assert found.median_error == np.mean(found.error[[0, 2]])  # of the examples that have one
 
 
 @pytest.mark.parametrize(("fraction", "complementary"), [(0.7, False), (0.5, True)])

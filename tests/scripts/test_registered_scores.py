@@ -125,6 +125,16 @@ def test_files_that_are_refused(world, tmp_path, name, content, says):
     assert not (tmp_path / "metrics").exists()
 
 
+def test_flags_that_are_refused(world, tmp_path):
+    for more, says in (
+        (("--cost=0",), "--cost: 0 is not a finite number above 0"),  # costs are drawn on a logarithmic axis
+        (("--mode=my-score",), "'my-score'.*under a name of letters, digits, and _"),
+        (("--mode=mem",), "--mode mem: is a built-in score"),
+    ):
+        flags = register(world, tmp_path / "metrics", write(tmp_path, "v.npy", VALUES), "--high=typical", *more)
+        refuse(*flags, status=FLAG, says=says)
+
+
 def test_no_code_of_a_pickle_runs(world, tmp_path):
     path = write(tmp_path, "boom.pkl", pickle.dumps({0: RunsCode(tmp_path / "proof")}))
     refuse(*register(world, tmp_path / "metrics", path, "--high=atypical"), status=FILE, says="boom.pkl")
