@@ -115,7 +115,7 @@ def test_parts_of_several_machines_equal_one_run(planted, tmp_path):
         "compute_memorization.py", *flags, "--members=40", *merge, *folders(tmp_path / "c", "datasets", "metrics")
     )
     assert (refused.status, "has no member 1-25" in refused.err) == (FILE, True)
-    assert "no out-of-sample" in run("a", "--members=40", *merge).err
+    assert "out-of-sample probabilities are not written" in run("a", "--members=40", *merge).err
     content = {}
     for name in ("one", "extended", "a"):
         content[name] = {path.name: path.read_bytes() for path in (tmp_path / name).rglob("mem*_*.[pj]*")}
