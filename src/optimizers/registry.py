@@ -183,22 +183,22 @@ def _half_cosine(position: float) -> float:
     return (1.0 + math.cos(math.pi * position)) / 2.0
 
 
-def _step(epoch: int, epochs: int) -> float:
+def _step(epoch: float, epochs: int) -> float:
     """Divide by ten after each third of the run."""
     return 0.1 ** ((epoch - 1) // math.ceil(epochs / 3))
 
 
-def _exp(epoch: int, epochs: int) -> float:
+def _exp(epoch: float, epochs: int) -> float:
     return 0.98 ** (epoch - 1)
 
 
-def _after_warmup(share: Callable[[int, int], float], epoch: int, epochs: int) -> float:
+def _after_warmup(share: Callable[[float, int], float], epoch: float, epochs: int) -> float:
     """Linear warmup, followed by a schedule computed as if it covered all ``epochs``."""
     warmup = math.ceil(epochs / 40)
     return epoch / warmup if epoch <= warmup else share(epoch - warmup, epochs)
 
 
-def _warmup_cosine(epoch: int, epochs: int) -> float:
+def _warmup_cosine(epoch: float, epochs: int) -> float:
     """Five cycles. Each rises linearly from 1/100 to a peak, which halves each cycle, and then decays by a cosine."""
     length = math.ceil(epochs / 5)
     warmup = math.ceil(length / 10)
@@ -209,7 +209,7 @@ def _warmup_cosine(epoch: int, epochs: int) -> float:
     return lowest + (peak - lowest) * _half_cosine((position - warmup) / (length - warmup))
 
 
-def _custom(epoch: int, epochs: int) -> float:
+def _custom(epoch: float, epochs: int) -> float:
     """Feldman and Zhang's triangle (arXiv:2008.03703): up from 0 over the first 15% of epochs, then nearly to 0."""
     up = 15 * epochs // 100
     done = epoch - 1
