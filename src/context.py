@@ -294,7 +294,7 @@ class TrainingRun:
         train: The training examples, with their original indices.
         more_settings: Settings in addition to those of context and config, such as the held-out split.
         end_scores: With ``config.measure_proxies``, scores of the trained model to measure; None to write only the
-            recorded dynamics.
+            recorded dynamics, without input gradients.
     """
 
     context: RunContext
@@ -371,7 +371,10 @@ class TrainingRun:
         ).to(context.device, context.precision.dtype)
         if MODELS[name].channels_last:
             model = model.to(memory_format=torch.channels_last)
-        dynamics = Dynamics(self.train.total, entry.num_classes, context.device) if config.measure_proxies else None
+        dynamics = None
+        if config.measure_proxies:  # only scores of a run use the input gradients
+            scored = self.end_scores is not None
+            dynamics = Dynamics(self.train.total, entry.num_classes, context.device, input_gradients=scored)
         augmentation = entry.training_augmentation(
             config.data_augmentation,
             alternate_flips=config.alternate_flips,

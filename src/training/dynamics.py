@@ -37,9 +37,16 @@ class Dynamics:
     gradient with respect to the normalized image, including its effect through BatchNorm on the rest of the batch.
 
     Arrays are indexed by original index and contain NaN for examples that were not visited.
+
+    Args:
+        total: Size of the full training set.
+        num_classes: C.
+        device: The device that records are kept on.
+        input_gradients: Whether to record ``input_gradient``, which makes training slower; NaN otherwise.
     """
 
-    def __init__(self, total: int, num_classes: int, device: torch.device) -> None:
+    def __init__(self, total: int, num_classes: int, device: torch.device, input_gradients: bool = True) -> None:
+        self.input_gradients = input_gradients
         self.rows: dict[int, np.ndarray] = {}  # epoch -> (quantities, total)
         self._now = torch.full((len(QUANTITIES), total), float("nan"), device=device)
         self._before = torch.zeros((total, num_classes), dtype=torch.float16, device=device)

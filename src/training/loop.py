@@ -207,6 +207,7 @@ class Trainer:
         bar.set_description(f"epoch {epoch}/{config.epochs}")
         bar.total = taken + batches.steps(count) + len(batches) * (config.epochs - epoch)  # fewer, if pruned
         steps, by_size = batches.steps(count), self.plan is not None and self.plan.divide_by_size
+        input_gradients = self.dynamics is not None and self.dynamics.input_gradients
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, weight, correct
         bad = torch.full((), _NEVER, device=self.device)  # first step with a loss that is not finite
         kept: list[tuple[torch.Tensor, ...]] = []  # what _report needs from the latest steps; excludes images
@@ -227,7 +228,7 @@ class Trainer:
                     for number, _ in enumerate(passes):  # two passes for SAM; only the first is recorded
                         if len(batch.labels) or self.sync_batchnorm:
                             # in all passes, because compiled code depends on it
-                            images = batch.images.detach().requires_grad_(self.dynamics is not None)
+                            images = batch.images.detach().requires_grad_(input_gradients)
                             if self._reuses_outputs:
                                 torch.compiler.cudagraph_mark_step_begin()
                             with autocast_context(self.device, self.precision):
@@ -312,8 +313,8 @@ class Trainer:
 
         Args:
             kept: For each step, labels, indices, weights and losses, each ``(b,)``, logits ``(b, C)``, and, if
-                dynamics are recorded, norms of the batch loss's input gradients and shares of that loss, each
-                ``(b,)``. All steps but the last have the same b.
+                they are recorded, norms of the batch loss's input gradients and shares of that loss, each ``(b,)``.
+                All steps but the last have the same b.
             first: The first of these steps.
             sums: Weighted loss, weight and number of correct predictions, ``(3,)``; updated in place.
             bad: The first step with a loss that is not finite; updated in place.
@@ -324,8 +325,9 @@ class Trainer:
         step = first + torch.arange(len(losses), device=self.device) // len(kept[0][0])
         torch.minimum(bad, step.where(~losses.isfinite(), _NEVER).min(), out=bad)
         if self.dynamics is not None:
-            norms, shares = gradients
-            norms = torch.where(shares > 0, norms / shares, float("nan"))  # of the example's own loss
+            norms = torch.full_like(losses, float("nan"))
+            if gradients:  # of the example's own loss
+                norms = torch.where(gradients[1] > 0, gradients[0] / gradients[1], norms)
             self.dynamics.record(logits, labels, indices, losses, norms)
         if self.plan is not None:
             self.plan.record(indices, losses)

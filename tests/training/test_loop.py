@@ -196,3 +196,15 @@ def test_a_schedule_per_step_sets_the_rate_of_every_step(make_trainer):
     middle = (np.arange(len(rates)) + 0.5) / len(rates)
     assert rates == pytest.approx(np.interp(middle, [0, 0.25, 1], [0, 0.05, 0]))
     assert [record["learning_rate"] for record in trainer.history] == [rates[3], rates[7]]
+
+
+def test_input_gradients_are_recorded_only_on_request(make_trainer):
+    with_gradients, without = make_trainer(dynamics=True), make_trainer(dynamics=True)
+    without.dynamics.input_gradients = False
+    for trainer in (with_gradients, without):
+        trainer.train_epoch(1)
+    arrays, fewer = with_gradients.dynamics.arrays(), without.dynamics.arrays()
+    assert not np.isnan(arrays.pop("input_gradient")).all()
+    assert np.isnan(fewer.pop("input_gradient")).all()
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(fewer[name], values, err_msg=name)
