@@ -8,6 +8,7 @@ from src.datasets.registry import (
     Normalization,
     dataset_flag,
     dataset_name,
+    flips_images,
     load_dataset,
     lookup,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "dataset_flag",
     "dataset_name",
     "empty_images",
+    "flips_images",
     "load_dataset",
     "lookup",
     "make_splits",

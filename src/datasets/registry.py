@@ -515,3 +515,8 @@ def load_dataset(name: str, folder: str | Path, **options: Any) -> tuple[ImageSe
         FileError: The data are missing, damaged, or not in the expected format.
     """
     return DataConfig(name, **options).load(folder)
+
+
+def flips_images(dataset: str) -> bool:
+    """Whether a data set's augmentation flips images, given its name; that of the user's own data does."""
+    return dataset not in DATASETS or DATASETS[dataset].augmentation.flip

@@ -14,7 +14,7 @@ from src.artifacts.io import file_digest, read_json, read_pickle
 from src.artifacts.paths import dynamics_folder, samis_path, split_experiment, standard_experiment
 from src.artifacts.store import check_consistent, check_identity
 from src.cli import SEED, check_options, option
-from src.datasets import dataset_flag
+from src.datasets import dataset_flag, flips_images
 from src.errors import ArgumentError, FileError
 from src.metrics import samis
 from src.metrics.compare import ranked
@@ -243,7 +243,7 @@ def read_run_seed(
             _check_digest(source)
             values, scored = _end_scores(source, len(visited))
             values = -values if score.negated else values
-        cost = _run_cost(score, run["costs"], windows, scored.mean())
+        cost = _run_cost(score, run["costs"], windows, scored.mean(), run["settings"].get("dataset", ""))
         accuracy = training_accuracy(run["correct"])
         return SeedScores(seed, values, scored, _without_seed({**facts, **used}), source, cost, accuracy)
 
@@ -257,7 +257,7 @@ def read_run_seed(
     return result
 
 
-def _run_cost(score: Score, costs: np.ndarray | None, windows: Windows, scored: float) -> float | None:
+def _run_cost(score: Score, costs: np.ndarray | None, windows: Windows, scored: float, dataset: str) -> float | None:
     """Cost of one seed of a score in epoch-equivalents: the epochs that it needs, and its own passes.
 
     Args:
@@ -265,11 +265,13 @@ def _run_cost(score: Score, costs: np.ndarray | None, windows: Windows, scored: 
         costs: The cost of each epoch; None if unknown.
         windows: ``el2n`` needs no epoch after the last one that it averages over.
         scored: The scored fraction of the full training set.
+        dataset: The data set's name in file names.
     """
     if costs is None:
         return None
     epochs = windows.el2n_epochs[1] if "el2n_epochs" in score.options else None
-    return float(costs[:epochs].sum() + score.passes * scored)
+    views = 2 if score.mirrored and flips_images(dataset) else 1
+    return float(costs[:epochs].sum() + views * score.passes * scored)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -419,7 +419,13 @@ def end_outputs(
 
 
 _trained = partial(
-    Score, source="end", folder="dynamics", cost="SGD run + 2 forward passes", passes=2 / 3, paper="this project"
+    Score,
+    source="end",
+    folder="dynamics",
+    cost="SGD run + 2 forward passes",
+    paper="this project",
+    passes=1 / 3,
+    mirrored=True,
 )
 
 END_SCORES = (
@@ -441,15 +447,10 @@ END_SCORES = (
     ),
 )
 
-LATE_RANK = Score(
+LATE_RANK = _trained(
     "late_rank",
     r"$R_{\mathrm{late}}(x_i)$",
     "mean rank of late scores",
-    source="end",
-    folder="dynamics",
-    cost="SGD run + 2 forward passes",
-    passes=2 / 3,
-    paper="this project",
     combines=("end_loss", "late_prob", "late_aum"),
 )
 

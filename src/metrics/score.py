@@ -39,6 +39,7 @@ class Score:
         reads: The names of the arrays that ``compute`` takes.
         options: The fields of ``dynamics.Windows`` that ``compute`` takes.
         passes: Forward and backward passes over the training examples besides training; a forward pass alone is 1/3.
+        mirrored: Whether these passes are made for the mirror images as well, if the data set's augmentation flips.
         combines: The scores whose ranks are averaged; ``compute`` is then None.
         fewest_epochs: The minimum number of recorded epochs.
         assumes_learned: Whether the score has its sign only once the model has learned most examples. An example
@@ -66,6 +67,7 @@ class Score:
     reads: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     passes: float = 0.0
+    mirrored: bool = False
     combines: tuple[str, ...] = ()
     fewest_epochs: int = 1
     assumes_learned: bool = False

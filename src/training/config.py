@@ -9,7 +9,7 @@ from typing import Any
 
 from src.artifacts.store import acting_settings
 from src.cli import SEED, Parser, check_options, number, option
-from src.datasets import DATASETS
+from src.datasets import DATASETS, flips_images
 from src.devices import computes_bf16
 from src.errors import ArgumentError
 from src.models import ModelConfig
@@ -206,9 +206,7 @@ class RunConfig:
         negatable=True,
         title="training",
         acts=(
-            lambda args: (
-                args.data_augmentation and (args.dataset not in DATASETS or DATASETS[args.dataset].augmentation.flip)
-            ),
+            lambda args: args.data_augmentation and flips_images(args.dataset),
             "without an augmentation that flips images",
         ),
     )
