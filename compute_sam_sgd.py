@@ -101,7 +101,8 @@ def read_memorization(args: Namespace, dataset: str, checks: dict) -> Proxy | No
     """Read the memorization scores to compare with.
 
     If --scores_folder is given, it must contain them. Otherwise, the function searches --metrics_folder, where this
-    script writes, and then the default folders, and returns None if there are none.
+    script writes, and then the default folders, and returns None if there are none. Scores in the default folders,
+    such as those that ship with the project, may be of other data with this name; they are then not compared.
     """
     folders = score_folders(args.scores_folder, "mem")
     if folders is not None:
@@ -112,7 +113,13 @@ def read_memorization(args: Namespace, dataset: str, checks: dict) -> Proxy | No
             break
     else:
         return None
-    return Proxy("mem", dataset, folder=folder, **checks)
+    try:
+        return Proxy("mem", dataset, folder=folder, **checks)
+    except FileError as error:
+        if folder is not None:
+            raise
+        log.info("%s; skipping the comparison with memorization", error)
+        return None
 
 
 def report(scores: dict[str, np.ndarray], memorization: Proxy | None) -> None:

@@ -232,15 +232,16 @@ class Parser(argparse.ArgumentParser):
             action = holder.add_argument(f"--{item.name}", default=default, help=help, **keywords)
             action.rules = flag["rules"]
 
-    def add_recipes(self, recipes: Mapping[str, Mapping[str, Any]], help: str) -> None:
+    def add_recipes(self, recipes: Mapping[str, Mapping[str, Any]], title: str, help: str) -> None:
         """Add ``--recipe NAME``, which replaces the defaults of other flags.
 
         Args:
             recipes: By name, the defaults by flag (without dashes). A function is called for its default.
+            title: The group of the flag.
             help: The help text.
         """
         self._recipes = recipes
-        self.add_argument("--recipe", choices=tuple(recipes), help=help)
+        self._group(title).add_argument("--recipe", choices=tuple(recipes), help=help)
 
     def _group(self, title: str) -> Any:
         """Return the group with a title, creating it if needed."""

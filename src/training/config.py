@@ -145,7 +145,9 @@ papers' settings are the defaults without a recipe.
 
 def add_recipes(parser: Parser) -> None:
     """Add ``--recipe``, which replaces the defaults of a training script's flags."""
-    parser.add_recipes(RECIPES, "defaults for quick training of good models; flags override it")
+    parser.add_recipes(
+        RECIPES, "training", "defaults for quick training of good models; flags override it (default: none)"
+    )
     parser.checks.append(_check_recipe)
 
 
