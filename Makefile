@@ -60,7 +60,7 @@ samis: $(STAMP)
 	$(BIN)/python plot_images.py --dataset=digits --modes samis_loss samis_prob csl $(DRAWING) | $(BRIEF); \
 	$(BIN)/python plot_proxies.py --dataset=digits --modes samis_loss samis_prob mean_loss csl forg $(DRAWING) | $(BRIEF); \
 	$(BIN)/python compute_memorization.py --dataset=digits $(MEMBERS) --datasets_folder=$(RUNS)/data --metrics_folder=$(RUNS)/metrics | $(BRIEF); \
-	printf '\nHow well do the scores of resnet8 agree with memorization, measured with 500 models (small_mlp) on random subsets?\n'; \
+	printf '\nHow well do the scores of resnet8 agree with memorization, measured with small_mlp models trained on random subsets?\n'; \
 	$(BIN)/python evaluate_scores.py --dataset=digits --modes samis_loss samis_prob mean_loss csl aum $(DRAWING) | $(BRIEF); \
 	printf '\nFigures to open (all are in %s):\n' $(RUNS)/plots; \
 	ls $(RUNS)/plots/images/digits/overview_samis_loss_5.png $(RUNS)/plots/proxies/digits/comparison.png $(RUNS)/plots/scores/digits/against_mem.png; \

@@ -243,18 +243,20 @@ def evaluate(
         expensive and at least as good. A value that does not exist is None.
 
     Raises:
-        ArgumentError: Fewer than three examples are left.
+        ArgumentError: Fewer than three examples are left for a score that was requested, or for all scores. Otherwise,
+            such a score is left out with a warning.
     """
     chosen = chosen_examples(config.examples, len(reference))
     reference, labels = reference[chosen], None if labels is None else labels[chosen]
     own = {name: np.asarray(values, dtype=np.float64)[chosen] for name, values in scores.items()}
     planted = reference.dtype == bool
     shared = {name: int((~np.isnan(values) & ~np.isnan(reference)).sum()) for name, values in own.items()}
-    for name, count in shared.items():
-        if count < 3:
-            raise ArgumentError(
-                "examples", f"{config.examples}: {name} and the reference share {count} examples; choose more"
-            )
+    for name in [name for name, count in shared.items() if count < 3]:
+        line = f"{name} and the reference share {shared[name]} examples"
+        if config.modes is not None or max(shared.values()) < 3:
+            raise ArgumentError("examples", f"{config.examples}: {line}; choose more")
+        log.warning("left out %s: %s", name, line)
+        del own[name]
     found = bootstrap(
         list(own.values()),
         reference,

@@ -188,6 +188,16 @@ def test_the_script_compares_with_a_file_of_either_orientation(toy, tmp_path):
         assert rows[0]["spearman"] == pytest.approx(sign * first)
 
 
+def test_a_score_of_too_few_examples_is_left_out_unless_it_was_requested(caplog):
+    values = np.arange(10.0)
+    scores = {"aum": values, "few": np.where(values < 2, values, np.nan)}
+    rows = evaluate(scores, values, None, {}, EvaluationConfig(resamples=20))
+    assert [row["score"] for row in rows] == ["aum"]
+    assert caplog.messages == ["left out few: few and the reference share 2 examples"]
+    with pytest.raises(ArgumentError, match="few and the reference share 2"):
+        evaluate(scores, values, None, {}, EvaluationConfig(resamples=20, modes=["aum", "few"]))
+
+
 def test_bad_flags_and_files_end_in_one_line(toy, tmp_path):
     base, dataset, _ = toy
     flags = (dataset, *folders(base, "datasets", "metrics"), f"--plots_folder={tmp_path / 'plots'}")
