@@ -95,7 +95,7 @@ def measure(data: Path, folder: Path, args: argparse.Namespace, seed: int) -> No
     given = dict(flag.lstrip("-").split("=", 1) for flag in args.training if "=" in flag)
     usual = {name: f"--{name}={given[name]}" for name in ("model", "lr_sched", "epochs") if name in given}
     for optimizer in ("sgd", "sam") if args.samis else ("sgd",):
-        proxies = ["--measure_proxies"] if optimizer == "sgd" else []
+        proxies = ["--measure_proxies", "--input_gradients"] if optimizer == "sgd" else []
         run("train_full.py", dataset, seeded, f"--optimizer={optimizer}", *args.training, *proxies,
             "--save_epochs=last", "--resume", *places.values())  # fmt: skip
     average = ("average_scores.py", dataset, usual["model"], "--seeds", str(seed), "--overwrite", places["metrics"])

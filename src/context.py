@@ -372,9 +372,8 @@ class TrainingRun:
         if MODELS[name].channels_last:
             model = model.to(memory_format=torch.channels_last)
         dynamics = None
-        if config.measure_proxies:  # only scores of a run use the input gradients
-            scored = self.end_scores is not None
-            dynamics = Dynamics(self.train.total, entry.num_classes, context.device, input_gradients=scored)
+        if config.measure_proxies:
+            dynamics = Dynamics(self.train.total, entry.num_classes, context.device, config.input_gradients)
         augmentation = entry.training_augmentation(
             config.data_augmentation,
             alternate_flips=config.alternate_flips,

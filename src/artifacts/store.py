@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "etl_never_learned": "last",
     "hess_init": 0.1,
     "initialization": "older version",
+    "input_gradients": False,
     "lr_min": 0.0,
     "measure_proxies": False,
     "momentum": 0.9,

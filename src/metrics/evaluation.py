@@ -243,8 +243,8 @@ def evaluate(
         expensive and at least as good. A value that does not exist is None.
 
     Raises:
-        ArgumentError: Fewer than three examples are left for a score that was requested, or for all scores. Otherwise,
-            such a score is left out with a warning.
+        ArgumentError: Fewer than three examples are left for a score that was requested, or for all scores. Other
+            such scores are left out with a warning.
     """
     chosen = chosen_examples(config.examples, len(reference))
     reference, labels = reference[chosen], None if labels is None else labels[chosen]

@@ -191,6 +191,7 @@ class RunConfig:
         overwrite: Whether results with different settings may be replaced.
         save_epochs: ``"all"``, ``"last"``, or the epochs whose checkpoints are kept in addition to best and last.
         measure_proxies: Whether to record per-example dynamics and measure scores at the end.
+        input_gradients: Whether the dynamics include the norms of input gradients.
 
     Raises:
         ArgumentError: A value is out of range, or ``save_epochs`` includes an epoch after the last.
@@ -240,6 +241,12 @@ class RunConfig:
     measure_proxies: bool = option(
         False, "record per-example dynamics; at the end, measure forgetting, epochs to learn and flatness"
     )
+    input_gradients: bool = option(
+        False,
+        "with --measure_proxies, also record the norms of input gradients, for the score csg (slows down training, "
+        "most with models whose first layer takes much of the time, such as lenet)",
+        acts=(lambda args: args.measure_proxies, "without --measure_proxies"),
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -270,4 +277,5 @@ class RunConfig:
             "cutout_length": self.cutout_length if self.cutout_holes else None,
             "sync_bn": sync_bn,
             "measure_proxies": self.measure_proxies,
+            **({"input_gradients": True} if self.input_gradients else {}),
         }

@@ -45,7 +45,7 @@ class Dynamics:
         input_gradients: Whether to record ``input_gradient``, which makes training slower; NaN otherwise.
     """
 
-    def __init__(self, total: int, num_classes: int, device: torch.device, input_gradients: bool = True) -> None:
+    def __init__(self, total: int, num_classes: int, device: torch.device, input_gradients: bool = False) -> None:
         self.input_gradients = input_gradients
         self.rows: dict[int, np.ndarray] = {}  # epoch -> (quantities, total)
         self._now = torch.full((len(QUANTITIES), total), float("nan"), device=device)

@@ -14,6 +14,7 @@ from support import folders, succeed, write_blobs
 from src.artifacts.io import label_hash
 from src.artifacts.store import write_scores
 from src.datasets import load_dataset
+from src.errors import ArgumentError
 from src.metrics import SCORES
 from src.metrics.compare import auroc, bootstrap, pareto_front, spearman
 from src.metrics.evaluation import EvaluationConfig, evaluate, planted_mask

@@ -71,7 +71,7 @@ def make_trainer(digits):
             Batches(test, 64, normalization=norm, dtype=dtype),
             config,
             weights=weights,
-            dynamics=Dynamics(train.total, 10, torch.device("cpu")) if dynamics else None,
+            dynamics=Dynamics(train.total, 10, torch.device("cpu"), True) if dynamics else None,
             after_step=after_step,
             group=group,
             sync_batchnorm=sync_batchnorm,

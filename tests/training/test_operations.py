@@ -77,7 +77,7 @@ def make(model, steps, *, device="cpu", dynamics=False, plan=False, weighted=Fal
     ("model", "settings", "ceiling"),
     [
         ("resnet8", {}, 80),
-        ("resnet8", {"dynamics": True, "weighted": True}, 83),
+        ("resnet8", {"dynamics": True, "weighted": True}, 81),
         ("resnet8", {"optimizer": "sam"}, 200),  # 13 of them update BatchNorm's statistics
         ("large_mlp", {}, 21),
         ("large_mlp", {"optimizer": "adam"}, 22),
