@@ -72,7 +72,8 @@ class AuditConfig:
     )
     combine: list[str] = option(
         [],
-        "scores to combine with the audit, such as aum: examples are then listed by the mean of their ranks (default: none)",
+        "scores to combine with the audit, such as aum; examples are then listed by the mean of their ranks "
+        "(default: none)",
         score_name,
         nargs="+",
         metavar="MODE",
