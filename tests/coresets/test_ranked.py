@@ -76,7 +76,7 @@ def test_a_notice_counts_what_ties_decide(caplog, scores, budget, highest, decid
         assert not caplog.records
     else:
         (record,) = caplog.records
-        assert record.getMessage().startswith(f"min_forg: {decided} of the {budget} selected")
+        assert record.getMessage().startswith(f"min_forg: {decided} of {budget} selected")
 
 
 def test_few_ties_need_no_notice(caplog):

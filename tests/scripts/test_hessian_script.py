@@ -176,7 +176,7 @@ def test_what_is_there_is_left(world, flags, tmp_path):
         (("--top_n=100000",), FLAG, ("--top_n 100000: must be at most", "number of parameters")),
         (("--top_n=0",), FLAG, ("--top_n: 0 is not an integer of at least 1",)),
         (("--high_low_spec=mem:0.3",), FLAG, ("--high_low_spec: 'mem:0.3' is not metric:low|high:fraction",)),
-        (("--high_low_spec=nope:low:0.3",), FLAG, ("unknown score 'nope'", "samis_loss")),
+        (("--high_low_spec=nope:low:0.3",), FLAG, ("'nope': unknown score", "samis_loss")),
         (("--high_low_spec=mem:low:1.5",), FLAG, ("--high_low_spec: 1.5 is not",)),
         (("--high_low_spec=samis_loss:low:0.001",), FLAG, ("--high_low_spec: 0.001 of 60 examples selects none",)),
         (
