@@ -176,10 +176,10 @@ def test_average_scores_leaves_out_what_a_short_run_cannot_give(toy, tmp_path):
             "--optimizer=sgd", "--seed=1", "--measure_proxies", *folders(tmp_path, *TRAIN))  # fmt: skip
     flags = ("average_scores.py", *model, "--seeds", 1, "--optimizer=sgd", *folders(tmp_path, "datasets", "metrics"))
     done = succeed(*flags)
-    assert re.findall("left out (.*):", done.err) == ["tdds, cld"]
+    assert re.findall("left out (.*):", done.err) == ["tdds, csg, cld"]
     assert "tdds" not in done.out
     written = {path.stem.removesuffix(f"_{name}") for path in (tmp_path / "metrics").glob("*/*.pkl")}
-    assert written == {*RUN_MODES} - {"tdds", "cld"}
+    assert written == {*RUN_MODES} - {"tdds", "csg", "cld"}
     refused = call(*flags, "--modes", "csl", "tdds")
     assert (refused.status, "tdds: needs at least 3 recorded epochs" in refused.complaint) == (2, True), refused.err
 
