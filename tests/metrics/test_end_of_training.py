@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support import write_blobs
 
 from src.artifacts.io import read_pickle
 from src.datasets import Batches, Normalization, load_dataset
@@ -71,6 +72,24 @@ def test_end_loss_and_margin_against_one_image_at_a_time(written, tmp_path):
         loss, margin = (read_pickle(folder / SEED_FILES[name])[i] for name in ("end_loss", "end_margin"))
         assert loss == pytest.approx(float(logits.exp().sum().log() - logits[label]), rel=1e-4)
         assert margin == pytest.approx(float(logits[label]) - max(others), rel=1e-4, abs=1e-5)
+
+
+def test_end_scores_average_the_mirror_image_where_training_flips(tmp_path):
+    train, _ = load_dataset(f"npz:{write_blobs(tmp_path / 'blobs.npz')}", tmp_path)
+    entry = train.entry
+    assert entry.augmentation.flip
+    model = build_model("mlp", entry.num_classes, entry.channels, entry.image_size, seed=0).double().eval()
+    batches = Batches(train, 7, normalization=entry.normalizations["samis"], dtype=torch.float64)
+    found = dynamics.end_outputs(model, batches)
+    losses, margins = np.zeros((2, train.total)), np.zeros((2, train.total))
+    for batch in batches:
+        for view, images in enumerate((batch.images, torch.flip(batch.images, (3,)))):
+            for index, label, z in zip(batch.indices, batch.labels, model(images).detach(), strict=True):
+                losses[view, index] = z.exp().sum().log() - z[label]
+                margins[view, index] = z[label] - max(v for c, v in enumerate(z) if c != label)
+    assert np.abs(losses[0] - losses[1]).max() > 1e-3
+    np.testing.assert_allclose(found["end_loss"], losses.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(found["end_margin"], margins.mean(axis=0), rtol=1e-9)
 
 
 def test_only_the_requested_scores_are_measured(written, tmp_path):

@@ -160,3 +160,18 @@ def test_a_parameter_whose_gradient_comes_late(name):
             optimizer.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_sam_takes_the_steps_of_its_base_optimizer_with_nesterov_momentum():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    config = TrainingConfig(optimizer="sam", learning_rate=0.1, nesterov=True)
+    optimizer = build_optimizer(config, [weight], 10)
+    twin, momentum = weight.detach().clone(), torch.zeros(2, dtype=torch.float64)
+    for _ in range(3):
+        for _ in OPTIMIZERS["sam"].passes(optimizer, torch.nn.Module()):
+            weight.grad = 2 * weight.detach()  # the loss |w|^2
+        optimizer.step()
+        climbed = twin + config.rho * twin / (twin.norm() + 1e-12)
+        momentum = 0.9 * momentum + 2 * climbed
+        twin = twin - 0.1 * (2 * climbed + 0.9 * momentum)
+        torch.testing.assert_close(weight.detach(), twin, rtol=1e-9, atol=0)
