@@ -44,7 +44,7 @@ def frozen_batchnorm(model: nn.Module | list[_BatchNorm]) -> Iterator[None]:
             torch._foreach_copy_(buffers, saved[dtype])
 
 
-BaseOptimizer = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+BaseOptimizer = Optimizer | Callable[..., Optimizer]
 
 
 class SAM(Optimizer):
@@ -63,36 +63,52 @@ class SAM(Optimizer):
     may be averaged over processes before either step, because both use ``.grad``. ``param_groups`` and ``state`` are
     shared with the base optimizer, so a learning rate set on one applies to both.
 
+    Gradient accumulation: call ``backward`` for every part of the batch before ``first_step``, and again for every
+    part before ``second_step``. Loss scaling: ``first_step`` takes the scaled gradients, because e does not depend on
+    their scale (nor on clipping by norm), and ``scaler.step(optimizer)`` is the second step. Call ``scaler.unscale_``
+    at most once, before the second step. If a gradient overflows, the weights are restored and no step is taken.
+
     Args:
-        params: The parameters. Those without a gradient are not perturbed.
-        base: A function that builds the base optimizer from a list of parameters, or an optimizer of the same
-            parameters.
+        params: The parameters, or parameter groups with options of the base optimizer. Parameters without a gradient
+            are not perturbed.
+        base_optimizer: A class of optimizers or a function that builds one, called with the parameters and
+            ``options``, or an optimizer of the same parameters.
         rho: Radius of the perturbation, at least 0.
         adaptive: Whether to scale the perturbation by the weights.
+        **options: Options of the base optimizer, such as ``lr``.
 
     Raises:
-        ValueError: ``rho`` is negative or not finite, or ``base`` has different parameters.
+        ValueError: ``rho`` is negative or not finite, a group has its own, ``base_optimizer`` has different
+            parameters, or it is already built and options are given.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then also calls step if a gradient overflowed
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
-        base: BaseOptimizer,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
         rho: float = 0.05,
         adaptive: bool = False,
+        **options: Any,
     ) -> None:
         if not 0.0 <= rho < float("inf"):
             raise ValueError(f"rho must be finite and at least 0, not {rho}")
         params = list(params)
-        super().__init__([{"params": params}], {})
-        self.base = base if isinstance(base, Optimizer) else base(params)
+        super().__init__(params, {})
+        if any({"rho", "adaptive"} & group.keys() for group in self.param_groups):
+            raise ValueError("rho and adaptive are the same for all parameter groups; give them to SAM")
+        if options and isinstance(base_optimizer, Optimizer):
+            raise ValueError(f"the base optimizer is already built; {', '.join(options)} would have no effect")
+        own = {id(p) for p in self._parameters()}
+        self.base = base_optimizer if isinstance(base_optimizer, Optimizer) else base_optimizer(params, **options)
         self.rho = rho
         self.adaptive = adaptive
         self.batchnorm: list[_BatchNorm] | None = None  # the model's layers, once found
         self._moved: list[torch.Tensor] = []
         self._saved: tuple[Tensor, ...] | None = None  # the weights at w while the model is at w + e
         self._share_base()
-        if {id(p) for p in self._parameters()} != {id(p) for p in params}:
+        if {id(p) for p in self._parameters()} != own:
             raise ValueError("the base optimizer has different parameters than SAM")
 
     def _share_base(self) -> None:
@@ -103,9 +119,19 @@ class SAM(Optimizer):
         for group in self.param_groups:
             yield from group["params"]
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer, and so to SAM."""
+        if hasattr(self, "base"):
+            self.base.add_param_group(param_group)
+        else:  # torch's constructor adds the first groups
+            super().add_param_group(param_group)
+
     @torch.no_grad()
-    def first_step(self) -> None:
-        """Save the weights w, move to w + e along the current gradients, and clear the gradients (set to None).
+    def first_step(self, zero_grad: bool = True) -> None:
+        """Save the weights w and move to w + e along the current gradients.
+
+        Args:
+            zero_grad: Whether to clear the gradients (set them to None). If not, those of the second pass are added.
 
         Raises:
             RuntimeError: The weights are already at w + e.
@@ -115,7 +141,7 @@ class SAM(Optimizer):
         moved: list[torch.Tensor] = [p for p in self._parameters() if p.grad is not None]
         self._moved, self._saved = moved, tuple(p.detach().clone() for p in moved)
         if moved:
-            climb = [p.grad for p in moved]  # modified in place; the gradients are cleared below
+            climb = [p.grad if zero_grad else p.grad.clone() for p in moved]  # modified in place
             if self.adaptive:  # |w| g and w g have the same norm, and T g = w (w g)
                 torch._foreach_mul_(climb, moved)
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(climb)))
@@ -123,7 +149,8 @@ class SAM(Optimizer):
             if self.adaptive:
                 torch._foreach_mul_(climb, moved)
             torch._foreach_add_(moved, climb)
-        self.zero_grad()
+        if zero_grad:
+            self.zero_grad()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -146,8 +173,11 @@ class SAM(Optimizer):
             self.restore()
             raise
 
-    def second_step(self) -> None:
+    def second_step(self, zero_grad: bool = False) -> None:
         """Restore w exactly and take the base optimizer's step with the current gradients.
+
+        Args:
+            zero_grad: Whether to clear the gradients afterwards.
 
         Raises:
             RuntimeError: ``first_step`` was not called before.
@@ -156,19 +186,40 @@ class SAM(Optimizer):
             raise RuntimeError("second_step needs first_step before it")
         self.restore()
         self.base.step()
+        self._opt_called = True  # torch's schedulers warn if they do not see a step
+        if zero_grad:
+            self.zero_grad()
 
-    def step(self, closure: None = None) -> None:
-        """Call ``second_step``, under torch's name.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take the second step, or both steps if a closure is given.
+
+        ``torch.amp.GradScaler.step`` calls this without a closure. Gradients are unscaled here; if one overflowed
+        in either pass, the weights are restored and no step is taken.
 
         Args:
-            closure: Not supported; the caller runs both passes.
+            closure: A function that computes the loss of the batch, calls ``backward``, and returns the loss. It is
+                called at w + e; the current gradients must be those at w.
+
+        Returns:
+            What the closure returns; None without a closure.
 
         Raises:
-            RuntimeError: ``first_step`` was not called before, or a closure is given.
+            RuntimeError: Without a closure, ``first_step`` was not called before; with one, it was.
         """
         if closure is not None:
-            raise RuntimeError("SAM takes no closure; run both passes around first_step and second_step")
+            with self.climbed(), torch.enable_grad():
+                found = closure()
+            self.second_step()
+            return found
+        if getattr(self, "found_inf", None) is not None:  # GradScaler sets found_inf and grad_scale for this call
+            if self.found_inf:
+                self.restore()
+                return None
+            if self.grad_scale is not None:  # None if unscale_ was called; in float32, as there
+                gradients = [p.grad for p in self._parameters() if p.grad is not None]
+                torch._foreach_mul_(gradients, self.grad_scale.double().reciprocal().float().item())
         self.second_step()
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer and SAM's settings.

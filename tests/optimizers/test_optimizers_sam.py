@@ -1,5 +1,6 @@
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -256,9 +257,9 @@ def test_misuse_is_refused():
     with pytest.raises(RuntimeError, match="first_step before"):
         optimizer.step()
     backward(model)
-    with pytest.raises(RuntimeError, match="closure"):
-        optimizer.step(lambda: None)
     optimizer.first_step()
+    with pytest.raises(RuntimeError, match="twice"):
+        optimizer.step(lambda: None)
     with pytest.raises(RuntimeError, match="cannot be saved"):
         optimizer.state_dict()
     with pytest.raises(RuntimeError, match="twice"):
@@ -267,6 +268,10 @@ def test_misuse_is_refused():
         SAM(model.parameters(), sgd, rho=-1.0)
     with pytest.raises(ValueError, match="different parameters"):
         SAM(model.parameters(), sgd(network().parameters()))
+    with pytest.raises(ValueError, match="already built; lr"):
+        SAM(model.parameters(), sgd(model.parameters()), lr=0.1)
+    with pytest.raises(ValueError, match="all parameter groups"):
+        SAM([{"params": model.parameters(), "rho": 0.1}], torch.optim.SGD, lr=0.1)
 
 
 def test_built_by_name_it_is_sgd_inside():
@@ -365,3 +370,129 @@ def test_the_second_pass_runs_the_compiled_code_of_the_first():
         optimizer.step()
     assert len(graphs) == 1
     assert model[1].num_batches_tracked == 3
+
+
+# ------------------------------------------------------------------------------ as in a plain loop of another project
+
+
+def slow_sam_step(model, buffers, *, lr=0.1, momentum=0.9, rho=0.05):
+    """One step of SAM with SGD, written out with full-batch gradients."""
+    inputs, labels = data()
+    parameters = list(model.parameters())
+
+    def gradients():
+        return torch.autograd.grad(nn.functional.cross_entropy(model(inputs), labels), parameters)
+
+    start = [p.detach().clone() for p in parameters]
+    first = gradients()
+    norm = torch.cat([g.flatten() for g in first]).norm()
+    with torch.no_grad():
+        for p, g in zip(parameters, first, strict=True):
+            p.add_(g, alpha=float(rho / norm))
+    second = gradients()
+    with torch.no_grad():
+        for p, w, g, buffer in zip(parameters, start, second, buffers, strict=True):
+            buffer.mul_(momentum).add_(g)
+            p.copy_(w - lr * buffer)
+
+
+def part_losses(model):
+    """The batch's mean loss as a sum over three parts of different sizes."""
+    inputs, labels = data()
+    for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        yield nn.functional.cross_entropy(model(inputs[part]), labels[part], reduction="sum") / len(labels)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradient_accumulation_and_loss_scaling_take_the_full_batch_step(scaled):
+    """Both the perturbation and the step come from the accumulated gradients; a scale of 2^16 changes neither."""
+    model, slow = network(), network()
+    buffers = [torch.zeros_like(p) for p in slow.parameters()]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    for _ in range(3):
+        slow_sam_step(slow, buffers)
+        for loss in part_losses(model):
+            scaler.scale(loss).backward()
+        optimizer.first_step(zero_grad=True)
+        for loss in part_losses(model):
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns if a schedule sees no step
+            schedule.step()
+        torch.testing.assert_close(weights(model), weights(slow), rtol=0, atol=1e-13)
+    assert not scaled or scaler.get_scale() == 2.0**16
+
+
+def test_a_closure_takes_both_steps_and_second_step_may_clear_gradients():
+    model, slow = network(), network()
+    buffers = [torch.zeros_like(p) for p in slow.parameters()]
+    optimizer = SAM([{"params": model[0].parameters()}], torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    slow_sam_step(slow, buffers)
+    before = backward(model)
+    after = optimizer.step(lambda: backward(model))
+    assert after > before  # the loss at w + e
+    torch.testing.assert_close(weights(model), weights(slow), rtol=0, atol=1e-14)
+    slow_sam_step(slow, buffers)
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.first_step(zero_grad=False)
+    kept = [p.grad.clone() for p in model.parameters()]
+    assert all(g.any() for g in kept)
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.second_step(zero_grad=True)
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(weights(model), weights(slow), rtol=0, atol=1e-14)
+
+
+def test_clipping_after_unscaling_once():
+    """The second gradient is unscaled by hand, then clipped; the first is not unscaled."""
+    plain, model = network(), network()
+    plain_optimizer, optimizer = (SAM(m.parameters(), torch.optim.SGD, lr=0.1) for m in (plain, model))
+    scaler = torch.amp.GradScaler("cpu")
+    backward(plain)
+    plain_optimizer.first_step()
+    backward(plain)
+    assert torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01) > 0.01
+    plain_optimizer.second_step()
+    for last in (False, True):
+        inputs, labels = data()
+        scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
+        if not last:
+            optimizer.first_step()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    scaler.step(optimizer)
+    torch.testing.assert_close(weights(model), weights(plain), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("overflows", ["first", "second"])
+def test_an_overflow_in_either_pass_restores_weights_and_takes_no_step(overflows):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu")
+    inputs, labels = data()
+
+    def scaled_pass(factor):
+        scaler.scale(nn.functional.cross_entropy(model(inputs), labels) * factor).backward()
+
+    for infinite in (True, False):  # after the overflow, a step with the lower scale
+        start = weights(model)
+        scaled_pass(float("inf") if infinite and overflows == "first" else 1.0)
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        with optimizer.climbed(), frozen_batchnorm(model):
+            scaled_pass(float("inf") if infinite and overflows == "second" else 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(weights(model), start) == infinite
+        assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+        assert scaler.get_scale() == 2.0**15
+        optimizer.state_dict()  # not at w + e
