@@ -5,7 +5,7 @@ Reads out_of_sample_{dataset}.npz, which compute_memorization.py writes (quickes
 probabilities in any file given with --probabilities. With --combine, averages the ranks with those of stored scores,
 such as aum of an ordinary training run. Writes {metrics_folder}/label_errors/{dataset}/label_issues.csv, most
 suspicious first, and label_issues.json; and the score of every example, {metrics_folder}/label_errors/
-label_error_{dataset}.pkl, which plot_images.py, train_prune.py and evaluate_scores.py read.
+label_error_{dataset}.pkl, which plot_images.py, train_prune.py and evaluate_scores.py read, and .csv.
 
   python compute_memorization.py --dataset=digits --model=small_mlp --members=5 --folds=5 --epochs=20 \
       --batch_size=32 --learning_rate=0.05 --lr_sched=cosine
@@ -15,11 +15,12 @@ label_error_{dataset}.pkl, which plot_images.py, train_prune.py and evaluate_sco
 
 import numpy as np
 
-from src.artifacts.io import file_digest, label_hash, write_json, write_text
+from src.artifacts.io import file_digest, label_hash, write_csv, write_json
 from src.artifacts.paths import Folders, label_issues_path, memorization_path
 from src.artifacts.store import check_score_target, read_record, write_scores
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig, dataset_flag
+from src.datasets.files import write_score_table
 from src.errors import FileError
 from src.metrics import SCORES, Proxy, get_score
 from src.metrics.label_errors import (
@@ -27,7 +28,6 @@ from src.metrics.label_errors import (
     audit,
     cleanlab_issues,
     common_mistakes,
-    issue_table,
     mean_rank,
     read_probabilities,
 )
@@ -47,8 +47,6 @@ def main() -> None:
     config, data = build(AuditConfig, args), build(DataConfig, args)
     for mode in config.combine:
         get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
-    from src.datasets.own import training_files  # imports torch
-
     train, _ = data.load(args.datasets_folder)
     name, labels, names = train.entry.name, train.labels.numpy(), train.class_names
     checks = {"n": train.total, "label_hash": label_hash(labels), "data_hash": train.digest}
@@ -80,7 +78,7 @@ def main() -> None:
     score = mean_rank([found.score, *(proxy.scores for proxy in combined.values())]) if combined else found.score
     order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
     listed = order[: config.top or max(1, round(found.errors))]
-    files = training_files(args.dataset)
+    files, examples = train.files, train.examples
     rows = [
         {
             "index": i,
@@ -122,8 +120,8 @@ def main() -> None:
         "most_common": mistakes,
         **({"cleanlab_issues": int(issues.sum())} if config.cleanlab else {}),
     }
-    written = [write_text(path, issue_table(rows)), write_json(path.with_suffix(".json"), {**facts, **audited})]
-    written.append(write_scores(score_path, score, facts)[0])
+    written = [write_csv(path, rows), write_json(path.with_suffix(".json"), {**facts, **audited})]
+    written += [write_scores(score_path, score, facts)[0], write_score_table(score_path, score, examples)]
 
     low, high = sorted((found.expected, found.confident))
     print(
@@ -137,7 +135,7 @@ def main() -> None:
         print(f"{pair['examples']} labeled {pair['given label']} look like {pair['suggested label']}")
     print(f"most suspicious: index{'' if files is None else ', file'}, given label, suggested label (probability)")
     for row in rows[:MOST_SUSPICIOUS]:
-        where = f"{row['index']}{'' if files is None else ', ' + str(row['file'])}"
+        where = f"{row['index']}{'' if files is None else ', ' + row['file']}"
         print(f"  {where}, {row['given label']}, {row['suggested label']} ({row['probability']})")
     print(*written, sep="\n")
     print_next("plot_images.py", [*DATA_FLAGS, "metrics_folder"], modes=["label_error"])

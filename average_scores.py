@@ -4,9 +4,10 @@ r"""Average per-example scores over seeds, in the format that Proxy and the othe
 Reads {metrics_folder}/{dataset}/{model}/{seed}/nn_{loss,prob}_diff_score.npz, written by compute_sam_sgd.py (SAMIS-L,
 SAMIS-P, and the mean loss of both models) or by the SAMIS authors' code (the score only), or
 {metrics_folder}/{exp}/seed_{seed}/, written by a training run with --measure_proxies (all other scores). Writes
-{metrics_folder}/{sub}/{mode}_{dataset}.pkl and a json file next to it that records how it was made. Seeds with
-different epochs, protocols, data, or settings are refused. Scores that need more epochs than the run has are left out
-unless --modes names them.
+{metrics_folder}/{sub}/{mode}_{dataset}.pkl, a json file next to it that records how it was made, and a csv file with
+index, file, class, score, rank (1 is the most atypical example) and rank within class. Seeds with different epochs,
+protocols, data, or settings are refused. Scores that need more epochs than the run has are left out unless --modes
+names them.
 
   python average_scores.py --dataset=digits --model=lenet --seeds 1 2 3
   python average_scores.py --dataset=cifar10 --model=resnet8 --seeds 1 2 3 --optimizer=sgd --modes forg etl flat eps
@@ -16,10 +17,14 @@ import logging
 from argparse import Namespace
 from functools import partial
 
+import numpy as np
+
+from src.artifacts.io import label_hash
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
 from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
 from src.datasets import DataConfig
+from src.datasets.files import Examples, write_score_table
 from src.errors import FlagError
 from src.metrics import SCORES
 from src.metrics.average import (
@@ -65,9 +70,9 @@ def main() -> None:
     args = parse()
     config, windows, data = build(AverageConfig, args), build(Windows, args), build(DataConfig, args)
     modes, dataset = list(wanted_modes(config)), data.dataset
-    if ":" in dataset:  # the name of the user's own data contains a hash of its content
-        train, _ = data.load(args.datasets_folder)
-        dataset = train.entry.name
+    examples = data.examples(args.datasets_folder)
+    if examples is not None:  # the name of the user's own data contains a hash of its content
+        dataset = examples.name
 
     origin = {"dataset": dataset, "model": config.model}
     per_seed: dict[str, list] = {mode: [] for mode in modes}
@@ -100,6 +105,7 @@ def main() -> None:
     accuracies: list[float] = []
     for mode, (path, values, record) in averages.items():
         write_scores(path, values, record)
+        write_score_table(path, values, matching(examples, values, record))
         accuracies += [known for known in record.get("training_accuracy", ()) if known is not None]
         print(
             f"{SCORES[mode].title}: mean of {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
@@ -108,6 +114,18 @@ def main() -> None:
     warn_if_not_learned([SCORES[mode] for mode in averages], min(accuracies, default=None), args.metrics_folder)
     keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]
     print_next("plot_images.py", keep, modes=list(averages))
+
+
+def matching(examples: Examples | None, values: np.ndarray, record: dict) -> Examples | None:
+    """Return the training examples if the scores are theirs. The file of a catalog data set may have changed."""
+    if examples is None:
+        log.info("the csv files have no classes, because %s is not in --datasets_folder", record["dataset"])
+        return None
+    found = label_hash(examples.labels)
+    if len(values) == len(examples.labels) and record.get("label_hash", found) == found:
+        return examples
+    log.warning("the csv files have no classes, because %s in --datasets_folder has other labels", record["dataset"])
+    return None
 
 
 def check_run(experiment: str | None, dataset: str, record: dict) -> str:

@@ -7,8 +7,8 @@ predict to {metrics_folder}/memorization/members/{dataset}/{model}/seed_{seed}/.
 stopped. With --folds K, member k is trained on all but fold k of a cross-validation. With --merge, joins the members
 of other machines; with --from_splits, uses the models of train_split.py. Writes {metrics_folder}/memorization/:
 mem_{dataset}.pkl (from correctness), mem_prob_{dataset}.pkl (from the probability of the label) and
-out_prob_{dataset}.pkl (minus its out-of-sample mean), each with a json file; estimates_{dataset}.npz with standard
-errors and counts; out_of_sample_{dataset}.npz with class probabilities; and, with --influence,
+out_prob_{dataset}.pkl (minus its out-of-sample mean), each with a json and a csv file; estimates_{dataset}.npz with
+standard errors and counts; out_of_sample_{dataset}.npz with class probabilities; and, with --influence,
 influence_{dataset}.npy.
 
   python compute_memorization.py --dataset=digits --model=small_mlp --members=2000 --epochs=20 --batch_size=32 \

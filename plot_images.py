@@ -95,8 +95,12 @@ def main() -> None:
         )
     for proxy in proxies.values():
         order = np.argsort(-proxy.scores[indices], kind="stable")[: args.n]  # NaN sorts last
-        named = (f"{indices[k]} ({images.class_names[labels[k]]})" for k in order)
-        print(f"highest {proxy.title.split(',')[0]}, index (class): {', '.join(named)}")
+        named = (
+            f"{indices[k]} ({images.class_names[labels[k]] if images.files is None else images.files[indices[k]]})"
+            for k in order
+        )
+        what = "class" if images.files is None else "file"
+        print(f"highest {proxy.title.split(',')[0]}, index ({what}): {', '.join(named)}")
     keep = {*DATA_FLAGS, "scores_folder", "metrics_folder", "plots_folder"} - {"subset"}
     print_next("plot_proxies.py", keep, modes=args.modes)
 
@@ -157,6 +161,7 @@ def draw_class(images: ImageSet, proxies: dict[str, Proxy], ends: dict, label: i
             [proxies[mode].scores[indices[both[k]]] for mode, both in rows.items()],
             [proxies[mode].label for mode in rows],
             f"{literal(name)}: {end} {n}",
+            images.files,
         )
         save_figure(figure, folder / f"{end}_{'_'.join(proxies)}_{n}" / stem)
 

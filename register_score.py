@@ -19,6 +19,7 @@ from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
 from src.cli import DATA_FLAGS, Parser, build, number, print_next, run_script
 from src.datasets import DataConfig
+from src.datasets.files import write_score_table
 from src.errors import FlagError
 from src.metrics import SCORES
 from src.metrics.external import FORMATS, read_external
@@ -66,7 +67,9 @@ def main() -> None:
     }
     path = score_entry(args.mode).path(args.metrics_folder, train.entry.name)
     check_score_target(path, record, overwrite=args.overwrite)
-    write_scores(path, -values if negated else values, record)
+    scores = -values if negated else values
+    write_scores(path, scores, record)
+    write_score_table(path, scores, train.examples)
     scored = values[~np.isnan(values)]
     print(
         f"{args.mode}: {len(scored)} of {train.total} examples, {scored.min():.6g} to {scored.max():.6g} in "

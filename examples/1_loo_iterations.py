@@ -4,7 +4,8 @@ r"""Estimate the leave-one-out loss during training and compare it with the test
 Reads the data set in --datasets_folder. After every epoch, writes {pickles_folder}/{name_exp}_iter.pkl: the test
 accuracy and NLL at every epoch, and the leave-one-out estimate at epochs 1, 2, 5, 10, 20, ... and the last epoch.
 plot_loo_iterations.py plots this file. Writes the model to {models_folder}/mpe/{name_exp}_iter/seed_{seed}/. With
---write_scores, also writes the sensitivity of every training example to {metrics_folder}/mpe/mpe_{dataset}.pkl.
+--write_scores, also writes the sensitivity of every training example to {metrics_folder}/mpe/mpe_{dataset}.pkl, and
+to a csv file next to it.
 
   python 1_loo_iterations.py --name_exp fmnist_lenet_iblr --dataset FMNIST --model lenet --optimizer iblr --lr 0.1 \
       --lrmin 0 --hess_init 0.1 --delta 60 --epochs 100 --bs 256 --bs_jacs 500 --optim_var
@@ -182,6 +183,7 @@ def main() -> None:
             context.entry.name,
             total=experiment.train.total,
             settings={**experiment.settings(), **facts},
+            examples=context.full_train.examples,
         )
         print(*paths, sep="\n")
     print_next("plot_loo_iterations.py", ["pickles_folder"], name_exp=config.name_exp)

@@ -47,6 +47,7 @@ from mpe.posterior import (
 from src.artifacts.io import label_hash
 from src.artifacts.store import write_scores
 from src.datasets import dataset_name
+from src.datasets.files import Examples, write_score_table
 from src.jacobians import OutputVariances, Posterior
 from src.jacobians.ggn import root_of_softmax_covariance
 from src.metrics import SCORES
@@ -355,6 +356,7 @@ class Sensitivities:
         *,
         total: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        examples: Examples | None = None,
     ) -> list[Path]:
         """Write the scores as a score file of mode ``mpe``, which ``Proxy(mode="mpe")`` reads.
 
@@ -363,9 +365,11 @@ class Sensitivities:
             dataset: the value of ``--dataset``, or the data set's name in file names.
             total: size of the full training set, if only a subset was scored; by default the highest index + 1.
             settings: additional entries for the json file next to the scores.
+            examples: the training examples (``ImageSet.examples``), for the csv file; None leaves their files and
+                classes empty.
 
         Returns:
-            The paths of the two files.
+            The paths of the pickle, the json file and the csv file.
 
         Raises:
             ArgumentError: ``dataset`` is not a valid name.
@@ -385,7 +389,8 @@ class Sensitivities:
             labels = np.empty(total, dtype=np.int64)
             labels[self.indices] = self.predictions.labels.numpy()
             record.setdefault("label_hash", label_hash(labels))
-        return write_scores(SCORES["mpe"].path(folder, dataset), scores, record)
+        path = SCORES["mpe"].path(folder, dataset)
+        return [*write_scores(path, scores, record), write_score_table(path, scores, examples)]
 
 
 def sensitivities(

@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -133,8 +133,12 @@ def read_npy(path: str | Path) -> np.ndarray:
     return _read(path, "an npy file", lambda file: _array(file, "it"))
 
 
-def read_csv(path: str | Path) -> list[list[str]]:
-    """Read the rows of a csv file in UTF-8, without empty lines and without spaces around the cells.
+def read_csv(path: str | Path, *, stripped: bool = True) -> list[list[str]]:
+    """Read the rows of a csv file in UTF-8, without empty lines.
+
+    Args:
+        path: The file.
+        stripped: Whether to remove spaces around the cells.
 
     Raises:
         FileError: The file is missing or not text.
@@ -142,7 +146,7 @@ def read_csv(path: str | Path) -> list[list[str]]:
 
     def load(file: BinaryIO) -> list[list[str]]:
         rows = csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""))
-        return [[cell.strip() for cell in row] for row in rows if row]
+        return [[cell.strip() if stripped else cell for cell in row] for row in rows if row]
 
     return _read(path, "a csv file", load)
 
@@ -442,6 +446,15 @@ def _plain(value: Any) -> Any:
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file (UTF-8)."""
     return write_with(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows with the same columns as a csv file (UTF-8). Cells with commas, quotes or line breaks are quoted."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_text(path, text.getvalue())
 
 
 def write_pickle(path: str | Path, value: Any) -> Path:

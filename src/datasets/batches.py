@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from src import rng
 from src.datasets import augment
+from src.datasets.files import Examples, FileNames
 from src.datasets.registry import Augmentation, DatasetEntry, Normalization
 from src.devices import upload
 
@@ -63,6 +64,8 @@ class ImageSet:
         decoding: The rules of ``as_seen`` that changed pixels of this data set, such as ``"exif,alpha"``; None if
             none did.
         content: Identifies the images of both parts; None if the parts were not loaded together.
+        files: The file of each example of the full set, by original index; None if the images do not come from single
+            files.
         streamed: Whether images are read from files batch by batch instead of being in memory.
     """
 
@@ -81,6 +84,7 @@ class ImageSet:
         total: int | None = None,
         rows: Tensor | None = None,
         decoding: str | None = None,
+        files: FileNames | None = None,
     ) -> None:
         self.entry = entry
         self.part = part
@@ -89,6 +93,7 @@ class ImageSet:
         self.total = len(labels) if total is None else total
         self.indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
         self.decoding = decoding
+        self.files = files
         self._storage = storage
         self._rows = rows  # rows of the storage; None for all rows in order
 
@@ -104,6 +109,11 @@ class ImageSet:
     def digest(self) -> str | None:
         """Digest of the full data set's images and test labels, 16 hex digits; None if unknown."""
         return None if self.content is None else self.content.digest
+
+    @property
+    def examples(self) -> Examples:
+        """The names, labels and files of this full set."""
+        return Examples(self.entry.name, self.labels.cpu().numpy(), self.class_names, self.files)
 
     def add_content(self, digest: "hashlib._Hash") -> None:
         """Add the images of this full set to a digest."""
@@ -169,7 +179,11 @@ class ImageSet:
             rows=rows,
             decoding=self.decoding,
         )
-        other.content = self.content
+        return self._share(other)
+
+    def _share(self, other: "ImageSet") -> "ImageSet":
+        """Give another set of the same data what describes the full set."""
+        other.content, other.files = self.content, self.files
         return other
 
 

@@ -20,7 +20,8 @@ from src.artifacts.io import write_npz
 from src.datasets.augment import crop_boxes
 from src.datasets.batches import ImageSet
 from src.datasets.decoding import Faults, is_system_file, open_image
-from src.datasets.own import CLASS_NAMES
+from src.datasets.files import FileNames
+from src.datasets.own import CLASS_NAMES, FILES
 from src.datasets.registry import DatasetEntry
 from src.datasets.vision import fetch_dataset
 from src.errors import FileError
@@ -105,7 +106,10 @@ def _scan(entry: DatasetEntry, part: str, folder: Path, classes: list[str]) -> "
     if not names:
         raise FileError(f"{folder}: has no images in class folders; extract the archives again")
     # Names are bytes in one array, because a list of a million strings would be copied into every worker.
-    return StreamedImages(entry, part, folder, np.array([os.fsencode(name) for name in names]), labels, classes)
+    paths = np.array([os.fsencode(name) for name in names])
+    found = StreamedImages(entry, part, folder, paths, labels, classes)
+    found.files = FileNames(folder, paths)
+    return found
 
 
 def read_image(path: Path, size: int, draws: Tensor | None = None) -> Tensor:
@@ -237,8 +241,7 @@ class StreamedImages(ImageSet):
     def _like(self, names: np.ndarray, labels: Tensor, indices: Tensor) -> "StreamedImages":
         settings: dict[str, Any] = {"indices": indices, "total": self.total, "workers": self.workers}
         other = StreamedImages(self.entry, self.part, self._folder, names, labels, self.class_names, **settings)
-        other.content = self.content
-        return other
+        return self._share(other)
 
     def add_content(self, digest: "hashlib._Hash") -> None:
         """Add the names and sizes of the files to a digest. Reading all files would take hours."""
@@ -298,6 +301,7 @@ def _read_tiny_imagenet(
     for part, files in parts.items():
         arrays[f"x_{part}"] = _decode(entry, where, files, read)
         arrays[f"y_{part}"] = np.array([label for _, label in files])
+        arrays[f"{FILES}_{part}"] = np.array([name for name, _ in files])
     try:
         write_npz(cache, **arrays)
         log.info("saved the decoded images to %s; later runs read them", cache)
@@ -310,6 +314,7 @@ def _read_tiny_imagenet(
             torch.from_numpy(arrays.pop(f"x_{part}")).permute(0, 3, 1, 2).contiguous(),
             torch.from_numpy(arrays[f"y_{part}"]),
             classes,
+            files=FileNames(where, arrays[f"{FILES}_{part}"]),
         )
         for part in parts
     )

@@ -19,11 +19,12 @@ from tqdm import tqdm
 from src.artifacts.io import read_npz, write_with
 from src.datasets.batches import ImageSet
 from src.datasets.decoding import PARTS, Faults, ImageFolder, ahead, as_seen, open_image
+from src.datasets.files import Examples, FileNames, printable
 from src.datasets.registry import Augmentation, DataConfig, DatasetEntry, Normalization
 from src.errors import FileError
 from src.formatting import gib
 
-CLASS_NAMES = "class_names"  # an optional array
+CLASS_NAMES, FILES = "class_names", "files"  # optional arrays: class_names, and files_train and files_test
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's "L"
 PROGRESS_FROM = 2000  # files
 ODD_SIZES_LISTED = 3
@@ -32,20 +33,6 @@ CACHE_FORMAT = 1  # increment when a change to decoding gives different pixels f
 CACHED_FROM = 4 << 20  # bytes of image files; decoding fewer takes at most about a second
 
 log = logging.getLogger(__name__)
-
-
-def training_files(dataset: str) -> list[Path] | None:
-    """The files of the training images, in the order of the training set.
-
-    Args:
-        dataset: The value of ``--dataset``.
-
-    Returns:
-        The files of ``folder:DIR``; None for all other data sets, whose images are not read from single files.
-    """
-    kind, _, folder = dataset.partition(":")
-    root = Path(folder).expanduser()
-    return ImageFolder(root, Faults(root)).files["train"] if kind == "folder" else None
 
 
 def convert_channels(images: Tensor, channels: int) -> Tensor:
@@ -190,8 +177,8 @@ def _labels(path: Path, key: str, array: np.ndarray, count: int) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None]:
-    """Read and validate the images and labels of both parts, and the class names if the file has them."""
+def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None, list[FileNames | None]]:
+    """Read and validate the images and labels of both parts, and class and file names if the file has them."""
     arrays = read_npz(path)
     missing = [key for part in PARTS for key in (f"x_{part}", f"y_{part}") if key not in arrays]
     if missing:
@@ -205,28 +192,39 @@ def _read(path: Path) -> tuple[list[Tensor], list[np.ndarray], list[str] | None]
         raise FileError(
             f"{path}: x_train has images (c, h, w) = {shapes[0]}, x_test {shapes[1]}; they must have the same shape"
         )
-    return images, labels, _class_names(path, arrays.get(CLASS_NAMES))
+    names, files = _text(path, CLASS_NAMES, arrays), []
+    for part, label in zip(PARTS, labels, strict=True):
+        listed = _text(path, f"{FILES}_{part}", arrays)
+        if listed is not None and len(listed) != len(label):
+            raise FileError(f"{path}: {FILES}_{part} has {len(listed)} names, but x_{part} has {len(label)} images")
+        files.append(None if listed is None else FileNames(path, listed))
+    return images, labels, names, files
 
 
-def _class_names(path: Path, names: np.ndarray | None) -> list[str] | None:
-    """Return class names that can be printed, even if their bytes are not valid UTF-8."""
+def _text(path: Path, key: str, arrays: dict[str, np.ndarray]) -> list[str] | None:
+    """Return an optional array of names, which can be printed even if their bytes are not valid UTF-8."""
+    names = arrays.get(key)
     if names is None:
         return None
     if names.ndim != 1:
-        raise FileError(f"{path}: {CLASS_NAMES} has shape {names.shape}; one name per class is needed")
+        raise FileError(f"{path}: {key} has shape {names.shape}; a list of names is needed")
     if names.dtype.kind == "S":
         return [name.decode("utf-8", errors="backslashreplace") for name in names]
     return [str(name).encode("utf-8", errors="backslashreplace").decode() for name in names]
 
 
 def _sets(
-    entry: DatasetEntry, images: list[Tensor], labels: list[np.ndarray], names: list[str] | None
+    entry: DatasetEntry,
+    images: list[Tensor],
+    labels: list[np.ndarray],
+    names: list[str] | None,
+    files: list[FileNames | None],
 ) -> tuple[ImageSet, ImageSet]:
     if names is not None and len(names) != entry.num_classes:
         names = None
     train, test = (
-        ImageSet(entry, part, storage, torch.from_numpy(label), names)
-        for part, storage, label in zip(PARTS, images, labels, strict=True)
+        ImageSet(entry, part, storage, torch.from_numpy(label), names, files=listed)
+        for part, storage, label, listed in zip(PARTS, images, labels, files, strict=True)
     )
     return train, test
 
@@ -239,7 +237,7 @@ def load_catalog_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSe
     Raises:
         FileError: The file is damaged or does not fit the catalog.
     """
-    images, labels, names = _read(path)
+    images, labels, names, files = _read(path)
     wanted = (entry.channels, entry.image_size, entry.image_size)
     found = tuple(images[0].shape[1:])
     if found != wanted:
@@ -249,7 +247,7 @@ def load_catalog_npz(entry: DatasetEntry, path: Path) -> tuple[ImageSet, ImageSe
             raise FileError(
                 f"{path}: y_{part} has the label {label.max()}; {entry.name} has classes 0 to {entry.num_classes - 1}"
             )
-    return _sets(entry, images, labels, names)
+    return _sets(entry, images, labels, names, files)
 
 
 def load_npz(path: Path, config: DataConfig, cache_folder: Path | None = None) -> tuple[ImageSet, ImageSet]:
@@ -265,7 +263,7 @@ def load_npz(path: Path, config: DataConfig, cache_folder: Path | None = None) -
     Raises:
         FileError: The file is missing, damaged, or not in the expected format.
     """
-    images, labels, names = _read(path)
+    images, labels, names, files = _read(path)
     num_classes = _count_classes(str(path), *labels)
     digest = _npz_digest(images, labels)
     height, width = images[0].shape[2:]
@@ -275,18 +273,20 @@ def load_npz(path: Path, config: DataConfig, cache_folder: Path | None = None) -
         if config.channels is not None:
             storage = convert_channels(storage, config.channels)
         images[index] = storage if config.image_size is None else resize(storage, config.image_size)
-    return _sets(_entry(path.stem, digest, images[0], num_classes), images, labels, names)
+    return _sets(_entry(path.stem, digest, images[0], num_classes), images, labels, names, files)
 
 
-def npz_name(path: Path) -> str:
-    """Return the name of the data set in an npz file.
+def npz_examples(path: Path) -> Examples:
+    """Return the training examples of an npz file, without converting the images.
 
     Raises:
         FileError: The file is missing, damaged, or not in the expected format.
     """
-    images, labels, _ = _read(path)
-    _count_classes(str(path), *labels)
-    return _name(path.stem, _npz_digest(images, labels))
+    images, labels, names, files = _read(path)
+    count = _count_classes(str(path), *labels)
+    if names is None or len(names) != count:
+        names = [str(label) for label in range(count)]
+    return Examples(_name(path.stem, _npz_digest(images, labels)), labels[0], names, files[0])
 
 
 def _npz_digest(images: list[Tensor], labels: list[np.ndarray]) -> str:
@@ -479,8 +479,10 @@ class _Images:
         return content, decoded, rules | {"draft"} if reduced else rules
 
 
-def folder_name(root: Path) -> str:
-    """Return the name of a folder's data set: the folder name and 8 hex digits of a hash of its paths and contents.
+def folder_examples(root: Path) -> Examples:
+    """Return the training examples of a folder, without decoding the images.
+
+    Their name is the folder name and 8 hex digits of a hash of all paths and contents.
 
     Raises:
         FileError: A folder is missing or empty, or a file cannot be read.
@@ -489,15 +491,17 @@ def folder_name(root: Path) -> str:
     photos = ImageFolder(root, faults)
     faults.raise_if_any()
     try:
-        return _name(root.resolve().name, photos.content())
+        name = _name(root.resolve().name, photos.content())
     except OSError as error:
         raise FileError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    files = FileNames(root, [photos.relative(path) for path in photos.files["train"]])
+    return Examples(name, np.array(photos.labels["train"]), [printable(each) for each in photos.names], files)
 
 
 def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[ImageSet, ImageSet]:
     """Load own data from a folder. Classes are sorted by name, images by class and file name.
 
-    ``folder_name`` gives the data set's name. Images are decoded as a viewer shows them (``as_seen``); JPEG files
+    ``folder_examples`` gives the data set's name. Images are decoded as a viewer shows them (``as_seen``); JPEG files
     much larger than the image size are decoded at a reduced size (``open_image``). If the files have at least
     ``CACHED_FROM`` bytes, the decoded images are saved, and later runs read them instead (``_Cache``).
 
@@ -533,10 +537,17 @@ def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[Ima
         if cache:
             cache.write(decoded)
     entry = _entry(root.resolve().name, decoded.content, decoded.images[0], len(photos.names), decoded.normalization)
-    # printable: bytes that are not valid UTF-8 are escaped, e.g. \xff
-    names = [os.fsencode(name).decode("utf-8", errors="backslashreplace") for name in photos.names]
+    names = [printable(name) for name in photos.names]
     train, test = (
-        ImageSet(entry, part, storage, torch.tensor(photos.labels[part]), names, decoding=decoded.decoding)
+        ImageSet(
+            entry,
+            part,
+            storage,
+            torch.tensor(photos.labels[part]),
+            names,
+            decoding=decoded.decoding,
+            files=FileNames(root, [photos.relative(path) for path in photos.files[part]]),
+        )
         for part, storage in zip(PARTS, decoded.images, strict=True)
     )
     return train, test

@@ -6,6 +6,7 @@ loaders import torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from src.lazy import later
 
 if TYPE_CHECKING:
     from src.datasets.batches import ImageSet
+    from src.datasets.files import Examples
+
+log = logging.getLogger(__name__)
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -101,6 +105,7 @@ class DatasetEntry:
         downloads: The files to download.
         published: Digest of the decoded images and labels by part, for files that are not otherwise verified.
         content: Hex digest of the files of own data; None for catalog data sets.
+        embedded: Whether the images are part of this project, so that nothing is downloaded.
     """
 
     name: str
@@ -116,6 +121,7 @@ class DatasetEntry:
     downloads: tuple[Download, ...] = ()
     published: Mapping[str, str] = field(default_factory=dict)
     content: str | None = None
+    embedded: bool = False
 
     def training_augmentation(
         self,
@@ -176,6 +182,7 @@ _ENTRIES = (
         load=later("src.datasets.vision", "load_digits"),
         augmentation=Augmentation(crop_padding=1),
         class_names=DIGITS,
+        embedded=True,
     ),
     DatasetEntry(
         name="mnist",
@@ -329,9 +336,10 @@ OWN_SOURCES: dict[str, Callable[[Path, DataConfig, Path], tuple[ImageSet, ImageS
     "npz": later("src.datasets.own", "load_npz"),
     "folder": later("src.datasets.own", "load_folder"),
 }
-OWN_NAMES: dict[str, Callable[[Path], str]] = {
-    "npz": later("src.datasets.own", "npz_name"),
-    "folder": later("src.datasets.own", "folder_name"),
+# Their names, labels and files, without decoding images.
+OWN_EXAMPLES: dict[str, Callable[[Path], Examples]] = {
+    "npz": later("src.datasets.own", "npz_examples"),
+    "folder": later("src.datasets.own", "folder_examples"),
 }
 DECODED = "decoded"  # folder of decoded photos, inside the folder of data sets
 
@@ -373,7 +381,7 @@ def dataset_name(text: str) -> str:
         FileError: Own data are missing, damaged, or not in the expected format.
     """
     if own := _own_source(text):
-        return OWN_NAMES[own[0]](Path(own[1]).expanduser())
+        return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser()).name
     if text.lower() in DATASETS:
         return text.lower()
     if not text or text.startswith(".") or ":" in text or Path(text).name != text:
@@ -497,6 +505,29 @@ class DataConfig:
                 ) from error
         train.content = test.content = Content(train, test)
         return train, test
+
+    def examples(self, folder: str | Path) -> Examples | None:
+        """Load the names, labels and files of all training examples. Own images are not decoded.
+
+        Args:
+            folder: The folder of data sets.
+
+        Returns:
+            The training examples; None if this is a catalog data set that is not in the folder, or damaged there.
+
+        Raises:
+            FileError: Own data are missing or not in the expected format.
+        """
+        if own := _own_source(self.dataset):
+            return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser())
+        entry, folder = lookup(self.dataset), Path(folder)
+        if not (entry.embedded or any((folder / name).exists() for name in (entry.name, f"{entry.name}.npz"))):
+            return None
+        try:
+            return self.load(folder)[0].examples
+        except FileError as error:
+            log.warning("%s", error)
+            return None
 
 
 def load_dataset(name: str, folder: str | Path, **options: Any) -> tuple[ImageSet, ImageSet]:

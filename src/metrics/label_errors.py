@@ -18,13 +18,11 @@ The idea of a noise matrix estimated from out-of-sample probabilities is that of
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -324,15 +322,6 @@ def read_probabilities(path: str | Path, total: int, classes: int, labels: str) 
     if empty.all():
         raise FileError(f"{path}: all rows are NaN; {_REMEDY}")
     return values
-
-
-def issue_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format label issues as csv text, one line each."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def common_mistakes(found: Audit, labels: np.ndarray, count: int = 10) -> list[tuple[int, int, int]]:

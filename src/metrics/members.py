@@ -24,6 +24,7 @@ from src.artifacts.io import label_hash, write_npz, write_with
 from src.artifacts.locks import lock
 from src.artifacts.paths import Folders, members_folder, memorization_path, split_experiment
 from src.artifacts.store import check_consistent, check_score_target, read_record, write_scores
+from src.datasets.files import write_score_table
 from src.datasets.splits import rounded_share, validation_indices
 from src.errors import ArgumentError, FileError, MeasurementError, TrainingError
 from src.formatting import duration
@@ -554,7 +555,11 @@ class MemorizationRun:
             }
             if score.name in estimates and (error := estimates[score.name].median_error) is not None:
                 record["median_standard_error"] = error
-            written_scores.append(write_scores(path, spread(scores[score.name]), record)[0])
+            values = spread(scores[score.name])
+            written_scores += [
+                write_scores(path, values, record)[0],
+                write_score_table(path, values, context.full_train.examples),
+            ]
         return written_scores + written
 
     def write_influence(self, last: int) -> Path:

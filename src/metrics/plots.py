@@ -15,8 +15,10 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+from src.datasets.files import short_name
 from src.errors import ArgumentError
 from src.figures import BLUE, COLUMN, DIVERGING, DPI, GRID, LIGHT, MUTED, PAGE, SMALL, STYLE
+from src.formatting import literal
 
 BINS = 50
 _KDE_BINS, _KDE_POINTS = 2048, 512
@@ -265,7 +267,7 @@ def image_grid(
 
     Args:
         images: One uint8 array ``(n_r, c, h, w)`` per row.
-        captions: One text of at most two lines per image.
+        captions: One text of two or three lines per image.
         row_labels: The scores' symbols.
         title: The title of the figure.
         note: An explanation of the captions, in small type below the title.
@@ -276,7 +278,8 @@ def image_grid(
         grid[r, : len(row)] = row
     grid, per_inch, smooth = _enlarged(grid, _CLASS_SIDE)
     h, w = grid.shape[-2:]
-    gap_y, gap_x = round(0.29 * per_inch), max(1, round(0.04 * w))
+    lines = 1 + max(caption.count("\n") for row in captions for caption in row)
+    gap_y, gap_x = round((0.07 + 0.11 * lines) * per_inch), max(1, round(0.04 * w))
     canvas = mosaic(grid, columns, gap_y, gap_x)
     left, top = 0.75, 0.45  # inches, for the row labels and for the title
     width, height = canvas.shape[1] / per_inch, canvas.shape[0] / per_inch
@@ -409,6 +412,7 @@ def class_grids(
     scores: Sequence[np.ndarray],
     row_labels: Sequence[str],
     title: str,
+    files: Sequence[str] | None = None,
 ) -> Figure:
     """Plot the lowest or the highest scores of one class, with one row per score.
 
@@ -419,14 +423,19 @@ def class_grids(
         scores: Per row, the scores of its images.
         row_labels: The scores' symbols.
         title: The title of the figure.
+        files: The file of each example of the full set, by original index; None if there are none.
     """
     lengths = np.cumsum([len(row) for row in positions])[:-1]
     images = np.split(fetch(np.concatenate(positions)), lengths)
     captions = [
-        [f"{index}\n{value:#.3g}" for index, value in zip(*row, strict=True)]
+        [
+            f"{index}\n{value:#.3g}" + ("" if files is None else f"\n{literal(short_name(files[index]))}")
+            for index, value in zip(*row, strict=True)
+        ]
         for row in zip(indices, scores, strict=True)
     ]
-    return image_grid(images, captions, row_labels, title, "Below each image: index and score.")
+    shown = "index and score" if files is None else "index, score and file name"
+    return image_grid(images, captions, row_labels, title, f"Below each image: {shown}.")
 
 
 def agreement_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

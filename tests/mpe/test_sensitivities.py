@@ -312,7 +312,7 @@ def test_score_file_is_read_by_proxy(tmp_path):
     net, (images, labels) = network(), examples()
     found = sensitivities(net, batches(images, labels), "kfac", delta=3.0)
     paths = found.write_scores(tmp_path, "toy", settings={"epochs": 5})
-    assert [path.name for path in paths] == ["mpe_toy.pkl", "mpe_toy.json"]
+    assert [path.name for path in paths] == ["mpe_toy.pkl", "mpe_toy.json", "mpe_toy.csv"]
     proxy = Proxy(mode="mpe", dataset="toy", normalize=False, folder=tmp_path, n=7, label_hash=label_hash(labels))
     np.testing.assert_array_equal(proxy.scores, found.scores)
     assert proxy.get_sorted_indices().tolist() == found.least_sensitive(7).tolist()

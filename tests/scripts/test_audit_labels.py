@@ -86,7 +86,7 @@ def test_ranks_are_combined_with_those_of_a_score(planted, tmp_path):
 
 
 def test_the_files_of_a_folder(tmp_path, monkeypatch):
-    """The paths in the table are those of the images, in the order of the training set."""
+    """The paths in the table, relative to the folder, are those of the images in the order of the training set."""
     generator = np.random.default_rng(1)
     for part, count in (("train", 6), ("test", 1)):
         for level, name in enumerate(("dark", "light")):
@@ -101,9 +101,9 @@ def test_the_files_of_a_folder(tmp_path, monkeypatch):
                    *folders(tmp_path, "datasets", "metrics"))  # fmt: skip
     rows, _ = read_issues(tmp_path)
     assert [(row["file"], row["given label"], row["suggested label"]) for row in rows] == [
-        ("photos/train/dark/9.png", "dark", "light")
+        ("train/dark/9.png", "dark", "light")
     ]
-    assert "photos/train/dark/9.png, dark, light" in done.out
+    assert "train/dark/9.png, dark, light" in done.out
 
 
 def test_bad_input(planted, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def test_a_killed_run_continues(planted, tmp_path):
     succeed("compute_memorization.py", *flags, *folders(tmp_path / "whole", "datasets", "metrics"))
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).rglob("mem*.*") if path.suffix != ".lock"}
              for name in ("killed", "whole")]  # fmt: skip
-    assert len(files[0]) == 3 + 4
+    assert len(files[0]) == 3 + 6
     assert files[0] == files[1]
 
 
