@@ -461,7 +461,7 @@ def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
     Raises:
         ValueError: the loader may shuffle and provides no indices.
     """
-    if _in_order(loader):
+    if reads_in_order(loader):
         return
     batches = getattr(loader, "batch_sampler", None)
     holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
@@ -478,7 +478,7 @@ def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
         )
 
 
-def _in_order(loader: Iterable[Sequence[Tensor]]) -> bool:
+def reads_in_order(loader: Iterable[Sequence[Tensor]]) -> bool:
     """Whether batches without indices are assumed to contain examples 0, 1, 2, ...
 
     Among torch DataLoaders, only those known to do so qualify. If a batch sampler is given, a DataLoader's

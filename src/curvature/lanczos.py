@@ -356,13 +356,18 @@ class TraceEstimate:
         """The samples with the lower variance."""
         return self.deflated or self.samples
 
+    @property
+    def mean_and_error(self) -> tuple[float, float]:
+        """The estimate and its standard error; NaN if there are too few samples."""
+        return mean_and_error(self.best)
+
     def is_done(self, probes: int, tolerance: float) -> bool:
         """Whether there are ``probes`` samples, or the standard error is within ``tolerance`` of the mean."""
         if len(self.samples) >= probes:
             return True
         if len(self.samples) < LEAST_PROBES:
             return False
-        mean, error = mean_and_error(self.best)
+        mean, error = self.mean_and_error
         return error <= tolerance * abs(mean)
 
 

@@ -459,7 +459,7 @@ class SpectrumRun:
 def describe(spectrum: Spectrum, config: SpectrumConfig) -> dict[str, Any]:
     """The record's entries for a spectrum; NaN becomes None, because json has no NaN."""
     found = Ritz(spectrum.eigenvalues, spectrum.residuals, None)
-    trace, trace_error = _finite(mean_and_error(spectrum.trace.best))
+    trace, trace_error = _finite(spectrum.trace.mean_and_error)
     return {
         "eigenvalues": spectrum.eigenvalues.tolist(),
         "residuals": spectrum.residuals.tolist(),
