@@ -36,7 +36,7 @@ from src.devices import TRAINING_ONLY, ComputeConfig
 from src.errors import ArgumentError, FileError
 from src.metrics import Proxy, get_score
 from src.metrics.proxy import ScoreConfig, score_folders
-from src.models import MODELS
+from src.models import model_entry, model_flag
 
 if TYPE_CHECKING:
     from src.context import RunContext
@@ -84,7 +84,7 @@ def main() -> None:
     settings = result_settings(config, context, trained, images)
     warn_of_other_examples(trained, settings)
 
-    last = MODELS[trained.state["model"]].channels_last and context.device.type == "cpu"
+    last = model_entry(trained.state["model"]).channels_last and context.device.type == "cpu"
     model = trained.model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     normalization = trained.state["normalisation"]
     batches = context.batches(images, config.batch_size, normalization=normalization, channels_last=last)
@@ -133,7 +133,7 @@ def main() -> None:
             "operator",
             "eigen_mode",
         ],
-        model=trained.state["model"],
+        model=model_flag(trained.state["model"]),
         optimizers=[args.optimizer],
         lr_sched=args.lr_sched,
         seeds=[args.seed],

@@ -29,7 +29,7 @@ from src.metrics import SCORES, Proxy, find_score_file
 from src.metrics.compare import half_overlaps, spearman_test
 from src.metrics.proxy import ScoreConfig, score_folders
 from src.metrics.samis import FIELDS, SamisConfig, SamisRun, save_seed
-from src.models import ModelConfig
+from src.models import ModelConfig, model_flag
 
 log = logging.getLogger("compute_sam_sgd")
 
@@ -91,7 +91,7 @@ def main() -> None:
     print_next(
         "average_scores.py",
         [flag for flag in (*DATA_FLAGS, "metrics_folder") if flag != "subset"],
-        model=config.model,
+        model=model_flag(config.model),
         seeds=seeds,
         overwrite=(bool(averaged) and averaged < set(seeds)) or None,
     )

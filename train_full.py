@@ -16,7 +16,7 @@ from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.metrics.dynamics import EndConfig
-from src.models import ModelConfig
+from src.models import ModelConfig, model_flag
 from src.training import RunConfig, TrainingConfig, add_recipes
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
     # SAMIS needs a pair of models, one trained with SGD and one with SAM; curvature needs only one model.
     keep = (*DATA_FLAGS, "models_folder", "device")
-    flags = {"model": args.model, "seed": args.seed, "epochs": args.epochs, "lr_sched": args.lr_sched}
+    flags = {"model": model_flag(args.model), "seed": args.seed, "epochs": args.epochs, "lr_sched": args.lr_sched}
     other = {"sgd": "sam", "sam": "sgd"}.get(args.optimizer)
     if other is None:
         print_next("compute_hessian_eigen.py", keep, **flags, optimizer=args.optimizer)

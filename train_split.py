@@ -25,7 +25,7 @@ from src.datasets import DataConfig, validation_indices
 from src.devices import ComputeConfig
 from src.errors import FileError, FlagError
 from src.metrics.dynamics import EndConfig
-from src.models import ModelConfig
+from src.models import ModelConfig, model_flag
 from src.training import RunConfig, TrainingConfig, add_recipes
 
 SPLITS = range(1, 11)
@@ -118,7 +118,7 @@ def main() -> None:
         print_next(
             "compute_sam_sgd.py",
             (*DATA_FLAGS, "splits_folder", "models_folder", "metrics_folder", "device", "precision"),
-            model=args.model,
+            model=model_flag(args.model),
             seed=args.seed,
             epochs=args.epochs,
             lr_sched=args.lr_sched,

@@ -46,7 +46,7 @@ class ExperimentConfig:
     """The settings shared by the five experiments in ``examples/``, named like the paper's flags.
 
     Attributes:
-        model: A key of ``MODELS``.
+        model: The name of a model; see ``src.models.model_name``.
         optimizer: sgd, adam, adamw, or iblr.
     """
 

@@ -23,7 +23,7 @@ from src.datasets import Batches, DataConfig, ImageSet, empty_images
 from src.devices import ComputeConfig
 from src.errors import ArgumentError, FileError
 from src.jacobians import OutputVariances, Posterior
-from src.models import MODELS, build_model
+from src.models import build_model, model_entry
 from src.training import (
     RunFiles,
     Trainer,
@@ -132,7 +132,7 @@ class Experiment:
     @property
     def channels_last(self) -> bool:
         """Whether the model and its images use the channels-last memory format, which trains faster on a CPU."""
-        return MODELS[self.config.model].channels_last
+        return model_entry(self.config.model).channels_last
 
     def batches(
         self, images: ImageSet, size: int, order: str = "sequential", channels_last: bool | None = None
@@ -165,7 +165,7 @@ class Experiment:
         """All settings that determine the result."""
         return {
             **acting_settings({name: value for name, value in self.record.items() if name not in _FREE}),
-            **MODELS[self.config.model].settings,
+            **model_entry(self.config.model).settings,
             **self.context.data_settings,
             "examples": self.count,
         }

@@ -40,7 +40,7 @@ from src.artifacts.store import REPLACE, check_identity, check_settings_match, l
 from src.datasets import empty_images
 from src.devices import upload
 from src.errors import ArgumentError, FileError, TrainingError
-from src.models import MODELS
+from src.models import model_entry
 from src.models.base import trains_on_one
 from src.optimizers import rate
 from src.rng import derived_seed
@@ -569,7 +569,7 @@ def retrain_without(
     )
     replay = None
     if settings.shuffle == "replay":
-        build = partial(MODELS[config.model].build, entry.num_classes, entry.channels, entry.image_size)
+        build = partial(model_entry(config.model).build, entry.num_classes, entry.channels, entry.image_size)
         replay = replay_generator(build, seed=config.seed)
     return retrain(
         experiment.model,

@@ -34,7 +34,7 @@ from src.metrics.dynamics import (
     remove_end_of_training_scores,
     write_end_of_training_scores,
 )
-from src.models import MODELS, build_model
+from src.models import build_model, model_entry, model_flag
 from src.optimizers import SCHEDULES
 from src.training import (
     DYNAMICS_FILE,
@@ -248,7 +248,8 @@ class RunContext:
         model_name = asked.pop("model", None)
         model, state = load_model(path, {**data_facts(self.full_train), **asked}, state)
         if model_name not in (None, state["model"]):
-            raise FileError(f"{path}: contains {state['model']}, not {model_name}; give --model={state['model']}")
+            flag = model_flag(state["model"])
+            raise FileError(f"{path}: contains {state['model']}, not {model_name}; give --model={flag}")
         for name, value in model.state_dict().items():
             if not value.isfinite().all():
                 raise FileError(f"{path}: {name} is not finite; train it again with a lower --learning_rate")
@@ -328,7 +329,7 @@ class TrainingRun:
 
     def batches(self, images: ImageSet, **keywords: Any) -> Batches:
         """Iterate in batches of the run's size, seed and memory format; see ``RunContext.batches``."""
-        last, config = MODELS[self.config.model.model].channels_last, self.config
+        last, config = model_entry(self.config.model.model).channels_last, self.config
         return self.context.batches(
             images, config.batch_size, seed=config.training.seed, channels_last=last, **keywords
         )
@@ -361,15 +362,21 @@ class TrainingRun:
             training.epochs,
             log_file,
         )
-        if MODELS[name].pretrain is not None and not config.model.pretrained:
+        if model_entry(name).pretrain is not None and not (config.model.pretrained or config.model.init):
             log.info(
                 "%s is initialized randomly; the SAMIS experiments start from ImageNet weights (--pretrained)",
                 name,
             )
         model = build_model(
-            name, entry.num_classes, entry.channels, entry.image_size, training.seed, config.model.pretrained
+            name,
+            entry.num_classes,
+            entry.channels,
+            entry.image_size,
+            training.seed,
+            config.model.pretrained,
+            config.model.init,
         ).to(context.device, context.precision.dtype)
-        if MODELS[name].channels_last:
+        if model_entry(name).channels_last:
             model = model.to(memory_format=torch.channels_last)
         dynamics = None
         if config.measure_proxies:

@@ -24,6 +24,8 @@ from src.coresets.inputs import LastLayer
 from src.devices import autocast_context
 from src.errors import ArgumentError, FileError, TrainingError
 from src.jacobians import SquaredNorms
+from src.models import MODELS, FeatureReader, build_model, model_flag
+from src.models.base import two_images
 from src.training import DYNAMICS_FILE, RunConfig, TrainingConfig, read_dynamics
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,23 @@ class PretrainedModel:
                 run.files.remove_states()
             group.wait()
 
+    def check_features(self, method: str) -> None:
+        """Check, before training, that the model has the embeddings that a selection method needs.
+
+        Raises:
+            ArgumentError: Its last layer is not linear.
+        """
+        name, entry = self._run.config.model.model, self._run.context.entry
+        if name in MODELS:
+            return
+        model = build_model(name, entry.num_classes, entry.channels, entry.image_size, seed=0)
+        try:
+            FeatureReader(model, two_images(entry.channels, entry.image_size))
+        except ValueError as error:
+            raise ArgumentError(
+                "model", f"{model_flag(name)}: {method} needs embeddings, but {error}; choose another model or method"
+            ) from error
+
     def dynamics(self) -> dict[str, np.ndarray]:
         """The arrays recorded during pre-training, ``(epochs, n)``, in the order of the training examples."""
         arrays = read_dynamics(self._run.dynamics_folder / DYNAMICS_FILE)
@@ -190,13 +209,14 @@ class PretrainedModel:
         dtype = context.precision.dtype
         logits, features = [], []
         batches = self._run.batches(self._run.train)
+        read = FeatureReader(model, next(iter(batches)).images[:2]) if embeddings else None
         with torch.inference_mode():
             for batch in tqdm(batches, desc="last layer", unit="batch", disable=None, dynamic_ncols=True):
                 with autocast_context(context.device, context.precision):
-                    h = model.features(batch.images)  # (b, d)
-                    z = model.head(h)  # (b, C)
+                    # (b, d) and (b, C)
+                    h, z = (None, model(batch.images)) if read is None else read(batch.images)
                 logits.append(z.to(dtype).cpu())
-                if embeddings:
+                if h is not None:
                     features.append(h.to(dtype).cpu())
         found = {"logits": torch.cat(logits)}
         if embeddings:

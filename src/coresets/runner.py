@@ -165,6 +165,8 @@ class CoresetRun:
         needs, epochs = config.method.needs, self.pretrain.coreset_pretrain_epochs
         if needs.stored:
             self._stored_scores()
+        if needs.embeddings and self._gradient != "full":
+            self.models[0].check_features(config.coreset_func)
         fewest = SCORES[needs.reduced].fewest_epochs if needs.reduced else 1
         if epochs < fewest:
             raise ArgumentError(
@@ -277,7 +279,7 @@ class CoresetRun:
             if "correct" not in needs.dynamics:  # forget reads it, because it keeps never-learned examples first
                 warn_if_not_learned([score], training_accuracy(dynamics["correct"]), "pre-training")
         if needs.logits or needs.embeddings:
-            full = getattr(config.options, "grand_gradient", "last") == "full"
+            full = self._gradient == "full"
             layers = [
                 model.last_layer(embeddings=needs.embeddings and not full, gradient_norms=full)
                 for model in self.models
@@ -291,6 +293,11 @@ class CoresetRun:
             layers=layers,
             names=context.train.indices.cpu().numpy(),
         )
+
+    @property
+    def _gradient(self) -> str:
+        """For GraNd: the gradient of which parameters, ``"last"`` layer or ``"full"``."""
+        return getattr(self.config.options, "grand_gradient", "last")
 
     @cached_property
     def _proxy(self) -> Proxy:

@@ -14,7 +14,7 @@ from src.artifacts.store import acting_settings
 from src.cli import SEED, fraction, number, option
 from src.errors import ArgumentError
 from src.metrics.registry import SCORES, score_name
-from src.models import MODELS
+from src.models import model_option
 from src.optimizers import OPTIMIZERS, SCHEDULES
 
 OPERATOR_NAMES = ("hessian", "ggn")
@@ -100,12 +100,7 @@ NOT_NAMED = (lambda args: args.exp is None, "with --exp, which names the run")
 class CheckpointConfig(TrainedRunConfig):
     """Identifies a trained model by the flags of train_full.py, by its run's name, or by its checkpoint file."""
 
-    model: str | None = option(
-        None,
-        f"one of {', '.join(MODELS)} (default: resnet50, or the model of --exp or --checkpoint)",
-        choices=tuple(MODELS),
-        metavar="NAME",
-    )
+    model: str | None = model_option(None, " (default: resnet50, or the model of --exp or --checkpoint)")
     seed: int = option(1, "seed of the run", SEED, acts=NOT_FILE)
     epochs: int = option(160, "epoch of the checkpoint", number(int, 1), acts=NOT_FILE)
     exp: str | None = option(

@@ -44,7 +44,7 @@ from src.metrics.memorization import (
     members_needed,
     spans,
 )
-from src.models import MODELS, build_model
+from src.models import build_model, model_entry
 from src.optimizers import rate
 
 if TYPE_CHECKING:
@@ -301,9 +301,9 @@ class MemorizationRun:
         """A model with its initial weights, on the device."""
         entry, model = self.context.entry, self.run.model
         built = build_model(
-            model.model, entry.num_classes, entry.channels, entry.image_size, seed, model.pretrained
+            model.model, entry.num_classes, entry.channels, entry.image_size, seed, model.pretrained, model.init
         ).to(self.context.device, self.context.precision.dtype)
-        return built.to(memory_format=torch.channels_last) if MODELS[model.model].channels_last else built
+        return built.to(memory_format=torch.channels_last) if model_entry(model.model).channels_last else built
 
     def _batches(self, number: int, mask: np.ndarray) -> Batches:
         """The training batches of a member."""
@@ -317,7 +317,7 @@ class MemorizationRun:
         return context.batches(
             context.train.subset(torch.from_numpy(np.flatnonzero(mask))),
             run.batch_size,
-            channels_last=MODELS[run.model.model].channels_last,
+            channels_last=model_entry(run.model.model).channels_last,
             order="shuffled",
             augmentation=augmentation,
             seed=member_seed(run.training.seed, number),
@@ -355,7 +355,7 @@ class MemorizationRun:
         left_out: list[Tensor] = []
 
         def predictions(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-            size, last = max(self.run.batch_size, _EVALUATED), MODELS[self.run.model.model].channels_last
+            size, last = max(self.run.batch_size, _EVALUATED), model_entry(self.run.model.model).channels_last
             for batch in context.batches(images, size, normalization=normalization, channels_last=last):
                 with torch.inference_mode():
                     log_p = predict(batch.images).log_softmax(-1)  # (m, b, C)

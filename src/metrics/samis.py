@@ -33,7 +33,7 @@ from src.datasets import validation_indices
 from src.errors import ArgumentError, FileError
 from src.lazy import torch
 from src.metrics.score import Score
-from src.models import MODELS
+from src.models import model_entry
 from src.optimizers import SCHEDULES
 
 if TYPE_CHECKING:
@@ -381,7 +381,7 @@ class SamisRun:
             cost += STORED["samis_loss"].passes * len(images) / images.total
         if not len(images):
             return np.empty(0, np.int64), {name: np.empty(0) for name in FIELDS}, cost
-        channels_last = MODELS[config.model].channels_last
+        channels_last = model_entry(config.model).channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         models = [model.to(context.device, context.precision.dtype, memory_format=layout) for model in (sgd, sam)]
         batches = context.batches(

@@ -55,6 +55,68 @@ class Network(nn.Module):
         return self.head(self.features(images))
 
 
+def two_images(channels: int, size: int) -> torch.Tensor:
+    """Two different images ``(2, channels, size, size)`` with values in [-1, 1], to try a model on."""
+    return torch.linspace(-1, 1, 2 * channels * size**2).view(2, channels, size, size)
+
+
+class FeatureReader:
+    """Computes a model's embeddings and logits in one forward pass, for a ``Network`` or any other model.
+
+    The head of another model is the last ``nn.Linear`` whose outputs are the logits, and the embeddings are its
+    inputs. This is checked on one batch: ``head(features(x)) == model(x)``.
+
+    Args:
+        model: The model.
+        images: A batch ``(n, c, h, w)`` for the check, on the model's device and in its dtype.
+
+    Attributes:
+        head: The last layer.
+
+    Raises:
+        ValueError: The logits are not the outputs of a linear layer.
+    """
+
+    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        self._model = model
+        if isinstance(model, Network):
+            self.head = model.head
+            return
+        calls: list[tuple[nn.Linear, torch.Tensor]] = []
+        hooks = [
+            module.register_forward_hook(lambda linear, inputs, _: calls.append((linear, inputs[0])))
+            for module in model.modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            with eval_mode(model), torch.no_grad():
+                logits = model(images)
+                heads = [
+                    linear
+                    for linear, h in calls
+                    if h.ndim == 2 and torch.equal(F.linear(h, linear.weight, linear.bias), logits)
+                ]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not heads or sum(linear is heads[-1] for linear, _ in calls) > 1:
+            raise ValueError("its logits are not the outputs of a linear layer (nn.Linear) that is called once")
+        self.head = heads[-1]
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the embeddings ``(n, d)`` and logits ``(n, num_classes)`` of images ``(n, c, h, w)``."""
+        if isinstance(self._model, Network):
+            h = self._model.features(images)
+            return h, self.head(h)
+        found: list[torch.Tensor] = []
+        hook = self.head.register_forward_hook(lambda linear, inputs, _: found.append(inputs[0]))
+        try:
+            logits = self._model(images)
+        finally:
+            hook.remove()
+        return found[0], logits
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode and restore each module's mode on exit.

@@ -42,7 +42,7 @@ from src.artifacts.paths import (
 from src.artifacts.store import check_identity, diff_settings, load_result, other_decode
 from src.datasets import ImageSet, Normalization
 from src.errors import ArgumentError, FileError
-from src.models import build_model
+from src.models import build_model, model_entry, model_flag
 from src.models.base import load_weights
 from src.optimizers import SCHEDULES
 from src.training.loop import Trainer, check_history, training_cost
@@ -475,6 +475,7 @@ def training_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def training_command(script: str, flags: Mapping[str, Any]) -> str:
     """Return the command that trains a missing model, for messages. A flag whose value is True takes no value."""
+    flags = {name: model_flag(value) if name == "model" else value for name, value in flags.items()}
     words = (f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())
     command = shlex.join(["python", script, *words])
     return f"{command} (and your other training flags)"
@@ -505,13 +506,14 @@ def model_description(model_name: str, full_train: ImageSet, normalization: Norm
     """Return what a checkpoint records about its model and data, in addition to weights, epoch and settings.
 
     Args:
-        model_name: The architecture's name.
+        model_name: The model's name in file names.
         full_train: The full training set.
         normalization: The normalization that the model is trained with.
     """
     return {
         "format": _FORMAT,
         "model": model_name,
+        **({"model_source": model_flag(model_name)} if model_entry(model_name).source else {}),
         **data_facts(full_train),
         "normalisation": {"mean": list(normalization.mean), "std": list(normalization.std)},
     }
@@ -548,6 +550,7 @@ def load_model(
             "train it again"
         )
     _check_asked(path, state, asked or {})
+    check_source(path, state)
     try:
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         load_weights(model, weights)
@@ -561,6 +564,20 @@ def load_model(
         ) from error
     model.to(next(value for value in weights.values() if value.is_floating_point()).dtype).eval()
     return model, state
+
+
+def check_source(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint's model is defined in a file that the caller has not named, or that has changed since."""
+    try:
+        model_entry(state["model"])
+    except ArgumentError as error:
+        if "model_source" in state:
+            raise FileError(
+                f"{path}: contains {state['model']!s:.80}; give --model=FILE.py:NAME with the source that it was "
+                f"trained with (then {state['model_source']!s:.200})"
+            ) from error
+    except TypeError:  # not a text; building the model reports it
+        pass
 
 
 def _normalization(stored: Mapping[str, Any], channels: int) -> Normalization:
