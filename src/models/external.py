@@ -10,11 +10,12 @@ A checkpoint never names the code to run: only a file that the caller names is e
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -232,7 +233,7 @@ def check_outputs(
                         raise
                     raise ArgumentError(
                         "model",
-                        f"{text}: does not support {image_size}x{image_size} images with {in_channels} channels "
+                        f"{text}: does not support {image_size}x{image_size}x{in_channels} images "
                         f"({str(error).removeprefix('the model: ')}); choose another model or image size",
                     ) from error
             if not isinstance(outputs, torch.Tensor) or outputs.shape != (2, num_classes):
@@ -251,7 +252,7 @@ def _kind(value: Any) -> str:
     """Describe a value for messages."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
+    return f"an object of type {type(value).__name__}"
 
 
 # ------------------------------------------------------------------------------------------- timm and torchvision
@@ -283,42 +284,53 @@ def build_timm(
             "model", f"{text}: needs the package timm; install it with: pip install -r requirements-timm.txt"
         ) from error
     if not timm.is_model(name.split(".")[0]):
-        close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         raise ArgumentError(
-            "model",
-            f"{text}: timm {timm.__version__} has no such model; "
-            + (f"try {close}" if close else "see timm.list_models()"),
+            "model", f"{text}: timm {timm.__version__} has no such model{_close(name, timm.list_models())}"
         )
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels, "img_size": image_size}
     if pretrained:
         options["pretrained"] = True
-    if isinstance(pretrained, str | Path):
-        options["pretrained_cfg_overlay"] = {"state_dict": read_weights(pretrained), "hf_hub_id": None, "url": None}
-    for attempt in (options, {key: value for key, value in options.items() if key != "img_size"}):
+    stored = None if pretrained in (True, False) else read_weights(pretrained)
+    if stored is not None:
+        options["pretrained_cfg_overlay"] = {"state_dict": stored, "hf_hub_id": None, "url": None}
+    try:
         try:
-            return timm.create_model(name, **attempt)
+            model = timm.create_model(name, **options)
         except TypeError as error:  # most convolutional models do not take an image size
-            if "img_size" not in str(error) or attempt is not options:
-                reason = error
-                break
-        except Exception as error:
-            reason = error
-            break
-    shown = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
-    if pretrained:
-        raise FileError(
-            f"{text}: its pretrained weights cannot be "
-            + (
-                f"downloaded ({shown}); give a local file with --pretrained=FILE"
-                if pretrained is True
-                else f"loaded from {pretrained} ({shown})"
-            )
-        ) from reason
-    raise ArgumentError(
-        "model",
-        f"{text}: cannot be built for {image_size}x{image_size} images with {in_channels} channels ({shown}); choose "
-        "another model or image size",
-    ) from reason
+            if "img_size" not in str(error):
+                raise
+            del options["img_size"]
+            model = timm.create_model(name, **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if stored is not None:
+            raise FileError(f"{pretrained}: does not fit {text} ({reason}); give weights of this model") from error
+        if pretrained:
+            raise FileError(
+                f"{text}: its pretrained weights cannot be downloaded ({reason}); give a local file with "
+                "--pretrained=FILE"
+            ) from error
+        raise ArgumentError(
+            "model",
+            f"{text}: cannot be built for {image_size}x{image_size}x{in_channels} images ({reason}); choose another "
+            "model or image size",
+        ) from error
+    if stored is not None:  # timm ignores missing and unexpected weights
+        heads = model.pretrained_cfg.get("classifier") or ()
+        free = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+        recomputed = ("relative_position_index", "attn_mask")  # constants in older files
+        for key in sorted(set(model.state_dict()) ^ set(stored)):
+            if not key.startswith(free) and not key.endswith(recomputed):
+                raise FileError(
+                    f"{pretrained}: does not fit {text} ({key} is missing or unexpected); give weights of this model"
+                )
+    return model
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name."""
+    close = difflib.get_close_matches(name, known, 3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def build_torchvision(
@@ -345,10 +357,7 @@ def build_torchvision(
     text, models = f"torchvision:{name}", torchvision.models
     known = models.list_models(module=models)
     if name not in known:
-        close = [other for other in known if name[:5] in other][:5]
-        raise ArgumentError(
-            "model", f"{text}: torchvision has no such image classifier; choose from {', '.join(close or known)}"
-        )
+        raise ArgumentError("model", f"{text}: torchvision has no such image classifier{_close(name, known)}")
     options: dict[str, Any] = {}
     if name in ("inception_v3", "googlenet"):
         options = {"aux_logits": False, "init_weights": True}
@@ -362,7 +371,7 @@ def build_torchvision(
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ArgumentError(
             "model",
-            f"{text}: cannot be built for {image_size}x{image_size} images with {in_channels} channels ({error}); "
+            f"{text}: cannot be built for {image_size}x{image_size}x{in_channels} images ({error}); "
             "choose another model",
         ) from error
     if not pretrained:
@@ -412,10 +421,6 @@ def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
         padding_mode=conv.padding_mode,
     )
     setattr(model.get_submodule(parent), attribute, new)
-
-
-BUILDERS: dict[str, Callable[..., nn.Module]] = {"timm": build_timm, "torchvision": build_torchvision}
-"""The packages whose models ``--model`` accepts, by the prefix before the colon."""
 
 
 # ------------------------------------------------------------------------------------------------ weights in files
@@ -475,8 +480,8 @@ def load_initial(model: nn.Module, path: str | Path, name: str, num_classes: int
 
     stored, own = read_weights(path), model.state_dict()
     differing = [key for key in own if key in stored and stored[key].shape != own[key].shape]
-    same_inputs = [key for key in differing if stored[key].shape[1:] == own[key].shape[1:]]
-    if differing and differing == [key for key in same_inputs if own[key].shape[:1] == (num_classes,)]:
+    heads = [key for key in differing if own[key].shape == (num_classes, *stored[key].shape[1:])]
+    if differing and heads == differing and set(stored) == set(own):
         key = differing[0]
         raise FileError(
             f"{path}: its head is for {len(stored[key])} classes ({key}), but the data set has {num_classes}; give "

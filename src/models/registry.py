@@ -153,7 +153,7 @@ def model_name(text: str) -> str:
         return text
     path, colon, attribute = text.rpartition(":")
     if not colon or not path.endswith(".py"):
-        raise ArgumentError("model", f"{text}: unknown; choose from {', '.join(MODELS)}, or give {_FORMS}")
+        raise ArgumentError("model", f"{text!r}: unknown; choose from {', '.join(MODELS)}, or give {_FORMS}")
     from src.models.external import SourceFile
 
     source = SourceFile(Path(path), attribute)
