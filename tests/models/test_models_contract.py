@@ -134,7 +134,7 @@ def test_unknown_name_lists_the_names():
 
 
 def test_pretrained_weights_are_refused_where_there_are_none():
-    with pytest.raises(ArgumentError, match=r"^pretrained: .*use vit$"):
+    with pytest.raises(ArgumentError, match=r"^pretrained: .*use vit, timm:NAME or torchvision:NAME$"):
         build_model("resnet18", 10, 3, 32, seed=0, pretrained=True)
 
 
