@@ -18,7 +18,7 @@ import numpy as np
 from src.artifacts.io import file_digest, label_hash, write_csv, write_json
 from src.artifacts.paths import Folders, label_issues_path, memorization_path
 from src.artifacts.store import check_score_target, read_record, write_scores
-from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
+from src.cli import FULL_DATA_FLAGS, SUBSET_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig, dataset_flag
 from src.datasets.files import write_score_table
 from src.errors import FileError
@@ -39,7 +39,7 @@ MOST_SUSPICIOUS = 5
 def main() -> None:
     """Parse, read, audit, write, print."""
     parser = Parser(__doc__)
-    parser.add(DataConfig, "data", skip=("subset",), required=("dataset",))
+    parser.add(DataConfig, "data", skip=SUBSET_FLAGS, required=("dataset",))
     parser.add(AuditConfig, "audit")
     parser.add(ScoreConfig, "scores")
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder"))
@@ -138,7 +138,7 @@ def main() -> None:
         where = f"{row['index']}{'' if files is None else ', ' + row['file']}"
         print(f"  {where}, {row['given label']}, {row['suggested label']} ({row['probability']})")
     print(*written, sep="\n")
-    print_next("plot_images.py", [*DATA_FLAGS, "metrics_folder"], modes=["label_error"])
+    print_next("plot_images.py", [*FULL_DATA_FLAGS, "metrics_folder"], modes=["label_error"])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 from src.artifacts.io import label_hash
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
-from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
+from src.cli import FULL_DATA_FLAGS, SUBSET_FLAGS, Parser, build, print_next, restrict, run_script
 from src.datasets import DataConfig
 from src.datasets.files import Examples, write_score_table
 from src.errors import FlagError
@@ -47,7 +47,7 @@ log = logging.getLogger("average_scores")
 def parse() -> Namespace:
     """Parse the flags."""
     parser = Parser(__doc__)
-    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(DataConfig, "data", skip=SUBSET_FLAGS)
     parser.add(ModelConfig, "model", only=("model",))
     parser.add(AverageConfig, "scores", required=("seeds",))
     parser.add(Windows, "scores")
@@ -112,7 +112,7 @@ def main() -> None:
             f"range before scaling {record['raw_min']:.6g} to {record['raw_max']:.6g}: {path}"
         )
     warn_if_not_learned([SCORES[mode] for mode in averages], min(accuracies, default=None), args.metrics_folder)
-    keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]
+    keep = [*FULL_DATA_FLAGS, "metrics_folder"]
     print_next("plot_images.py", keep, modes=list(averages))
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from src.artifacts.io import label_hash
 from src.artifacts.paths import Folders, eigen_name, hessian_path
 from src.artifacts.store import load_result, record_path
-from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
+from src.cli import FULL_DATA_FLAGS, Parser, build, print_next, restrict, run_script
 from src.curvature.config import (
     FLOAT_PRECISIONS,
     NOT_FILE,
@@ -58,7 +58,7 @@ def parse() -> Namespace:
     parser.add_argument("--deactivate_bn", action="store_true", help=SUPPRESS)
     parser.accept_paper_flags()
     orders = (lambda args: args.high_low_spec is not None, "without --high_low_spec")
-    restrict(parser, {("--subset",): TRAINING_SET, ("--scores_folder",): orders})
+    restrict(parser, {("--subset", "--exclude"): TRAINING_SET, ("--scores_folder",): orders})
     for rule in (NOT_FILE, NOT_NAMED):
         restrict(parser, {("--optimizer", "--lr_sched"): rule})
     return parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> None:
     print_next(
         "plot_hessian.py",
         [
-            *(name for name in DATA_FLAGS if name != "subset"),
+            *FULL_DATA_FLAGS,
             "hessian_folder",
             "eigen_split",
             "operator",

@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from src.artifacts.paths import Folders
-from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
+from src.cli import FULL_DATA_FLAGS, Parser, build, print_next, restrict, run_script
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.metrics.memorization import MemorizationConfig
@@ -76,7 +76,7 @@ def main() -> None:
         error = "no standard error" if median is None else f"median standard error {median:.4f}"
         print(f"{title}: mean {found.value.mean():.4f}, {high} of {total} examples above 0.5, {error}")
     print(*written, sep="\n")
-    keep = [flag for flag in (*DATA_FLAGS, "metrics_folder") if flag != "subset"]
+    keep = [*FULL_DATA_FLAGS, "metrics_folder"]
     if config.folds is None:
         print_next("plot_images.py", keep, modes=["mem"])
     else:

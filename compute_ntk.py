@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.artifacts.paths import Folders
-from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
+from src.cli import FULL_DATA_FLAGS, Parser, build, print_next, run_script
 from src.curvature.config import FLOAT_PRECISIONS, NtkConfig
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
@@ -65,7 +65,7 @@ def main() -> None:
     print(run.folder(run.seeds[0], run.epochs[0]).parents[1])
     print_next(
         "plot_ntk.py",
-        [*(name for name in DATA_FLAGS if name != "subset"), "ntk_folder", "model", "optimizer", "lr_sched"],
+        [*FULL_DATA_FLAGS, "ntk_folder", "model", "optimizer", "lr_sched"],
         metrics=[config.ntk_chosen_metric],
         epochs=run.epochs,
         seeds=run.seeds,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from src.artifacts.paths import Folders
 from src.artifacts.store import read_record
-from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
+from src.cli import FULL_DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.errors import FileError
@@ -90,7 +90,7 @@ def main() -> None:
         averaged = set(read_record(SCORES["samis_loss"].path(folders.metrics_folder, name)).get("seeds", ()))
     print_next(
         "average_scores.py",
-        [flag for flag in (*DATA_FLAGS, "metrics_folder") if flag != "subset"],
+        [*FULL_DATA_FLAGS, "metrics_folder"],
         model=model_flag(config.model),
         seeds=seeds,
         overwrite=(bool(averaged) and averaged < set(seeds)) or None,

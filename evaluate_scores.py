@@ -23,7 +23,7 @@ import numpy as np
 
 from src.artifacts.io import save_figure
 from src.artifacts.paths import Folders, evaluation_stem, lds_stem
-from src.cli import DATA_FLAGS, Parser, build, print_next, restrict, run_script
+from src.cli import FULL_DATA_FLAGS, SUBSET_FLAGS, Parser, build, print_next, restrict, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
 from src.errors import FileError, FlagError
@@ -50,7 +50,7 @@ log = logging.getLogger("evaluate_scores")
 def parse() -> Namespace:
     """Parse the flags."""
     parser = Parser(__doc__)
-    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(DataConfig, "data", skip=SUBSET_FLAGS)
     parser.add(ScoreConfig, "scores")
     parser.add(EvaluationConfig, "evaluation")
     parser.add(LdsConfig, "linear datamodeling score")
@@ -114,7 +114,7 @@ def main() -> None:
     if lds.members is not None:
         paths += measure_lds(args, config, lds, dataset, checks)
     print(*paths, sep="\n")
-    keep = [name for name in (*DATA_FLAGS, "scores_folder", "metrics_folder") if name != "subset"]
+    keep = [*FULL_DATA_FLAGS, "scores_folder", "metrics_folder"]
     print_next("plot_images.py", keep, modes=[rows[0]["score"]])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from src.artifacts.io import save_figure, write_json, write_text
 from src.artifacts.paths import Folders, eigen_name, spectrum_figure_name, spectrum_figure_stem
-from src.cli import Parser, build, file_name, restrict, run_script
+from src.cli import SUBSET_FLAGS, Parser, build, file_name, restrict, run_script
 from src.curvature.config import SpectrumQuery
 from src.curvature.results import (
     SpectrumGroup,
@@ -37,7 +37,7 @@ OF_RUNS = ("--model", "--optimizers", "--lr_sched", "--seeds", "--epochs", "--ei
 def parse() -> Namespace:
     """Parse and check the flags."""
     parser = Parser(__doc__)
-    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(DataConfig, "data", skip=SUBSET_FLAGS)
     parser.add(ModelConfig, "model", only=("model",))
     parser.add(SpectrumQuery, "spectra")
     group = parser.add_argument_group("figure")

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from src.artifacts.io import label_hash, save_figure
 from src.artifacts.paths import Folders
-from src.cli import DATA_FLAGS, Parser, build, number, print_next, run_script
-from src.datasets import DataConfig, parse_subset
+from src.cli import FULL_DATA_FLAGS, Parser, build, number, print_next, run_script
+from src.datasets import DataConfig, training_indices
 from src.errors import FlagError
 from src.formatting import literal
 from src.metrics import SCORES, Proxy, get_score
@@ -79,8 +79,9 @@ def main() -> None:
         mode: Proxy(mode, dataset, folder=score_folders(args.scores_folder, mode, args.metrics_folder), **checks)
         for mode in args.modes
     }
-    if args.subset is not None:
-        images = images.subset(parse_subset(args.subset, images.total, images.labels))
+    chosen = training_indices(build(DataConfig, args), images.examples)
+    if chosen is not None:
+        images = images.subset(chosen)
     labels, indices = images.labels.numpy(), images.indices.numpy()
     ends = {mode: extremes(proxy.scores, labels, indices, args.n) for mode, proxy in proxies.items()}
     classes = chosen_classes(args.classes, images.class_names)
@@ -101,7 +102,7 @@ def main() -> None:
         )
         what = "class" if images.files is None else "file"
         print(f"highest {proxy.title.split(',')[0]}, index ({what}): {', '.join(named)}")
-    keep = {*DATA_FLAGS, "scores_folder", "metrics_folder", "plots_folder"} - {"subset"}
+    keep = {*FULL_DATA_FLAGS, "scores_folder", "metrics_folder", "plots_folder"}
     print_next("plot_proxies.py", keep, modes=args.modes)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from src.artifacts.io import save_figure
 from src.artifacts.paths import Folders, ntk_run, ntk_run_folder, velocity_figure_stem
-from src.cli import SEED, Parser, build, number, run_script
+from src.cli import SEED, SUBSET_FLAGS, Parser, build, number, run_script
 from src.curvature.config import TrainedRunConfig
 from src.curvature.results import Velocities, read_velocities
 from src.datasets import DataConfig, dataset_name
@@ -29,7 +29,7 @@ from src.models import ModelConfig
 def parse() -> Namespace:
     """Parse and check the flags."""
     parser = Parser(__doc__)
-    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(DataConfig, "data", skip=SUBSET_FLAGS)
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "resnet18"})
     parser.add(TrainedRunConfig, "model")
     group = parser.add_argument_group("figure")

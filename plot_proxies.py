@@ -18,7 +18,7 @@ import numpy as np
 
 from src.artifacts.io import save_figure, write_json, write_text
 from src.artifacts.paths import Folders
-from src.cli import Parser, build, restrict, run_script
+from src.cli import SUBSET_FLAGS, Parser, build, restrict, run_script
 from src.datasets import DataConfig
 from src.errors import FileError, FlagError
 from src.metrics import SCORES, Proxy, get_score
@@ -31,7 +31,7 @@ from src.metrics.registry import registered_scores, score_entry, score_name
 def parse() -> Namespace:
     """Parse the flags."""
     parser = Parser(__doc__)
-    parser.add(DataConfig, "data", skip=("subset",))
+    parser.add(DataConfig, "data", skip=SUBSET_FLAGS)
     parser.add(ScoreConfig, "scores")
     group = parser.add_argument_group("figures")
     names = {"nargs": "+", "type": score_name, "metavar": "MODE"}

@@ -17,7 +17,7 @@ import numpy as np
 from src.artifacts.io import file_digest, label_hash
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
-from src.cli import DATA_FLAGS, Parser, build, number, print_next, run_script
+from src.cli import FULL_DATA_FLAGS, SUBSET_FLAGS, Parser, build, number, print_next, run_script
 from src.datasets import DataConfig
 from src.datasets.files import write_score_table
 from src.errors import FlagError
@@ -44,7 +44,7 @@ def main() -> None:
         help="cost of the scores, in forward and backward passes over the training set (default: unknown)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace scores registered from another file")
-    parser.add(DataConfig, "data", skip=("subset",), required=("dataset",))
+    parser.add(DataConfig, "data", skip=SUBSET_FLAGS, required=("dataset",))
     parser.add(Folders, "folders", only=("datasets_folder", "metrics_folder"))
     args = parser.parse_args()
     if args.mode in SCORES:
@@ -75,7 +75,7 @@ def main() -> None:
         f"{args.mode}: {len(scored)} of {train.total} examples, {scored.min():.6g} to {scored.max():.6g} in "
         f"{args.file}{', negated' if negated else ''}: {path}"
     )
-    keep = [name for name in (*DATA_FLAGS, "metrics_folder") if name != "subset"]
+    keep = [*FULL_DATA_FLAGS, "metrics_folder"]
     print_next("plot_proxies.py", keep, positional=[args.file], modes=[args.mode])
 
 

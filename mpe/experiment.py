@@ -56,6 +56,7 @@ _FREE = (  # flags that affect neither a result nor its name
     "datasets_folder",
     "cache_folder",
     "decode",  # its effect is recorded as "decoding"
+    "exclude",  # its effect is recorded as "subset"
     "models_folder",
     "metrics_folder",
     "log_folder",

@@ -500,8 +500,8 @@ def check_retraining(experiment: Experiment, retraining: RetrainingConfig, count
     config, record = experiment.config, experiment.record
     if min(counts) < experiment.count and len(experiment.train.labels.unique()) < 2:
         raise ArgumentError(
-            "subset",
-            f"{record['subset']}: its {experiment.count} training examples belong to one class; give examples of at "
+            chosen := "exclude" if record["subset"] is None else "subset",
+            f"{record[chosen]}: its {experiment.count} training examples belong to one class; give examples of at "
             "least two classes",
         )
     _vectorised(experiment, retraining)

@@ -328,7 +328,13 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
             action.rules = [*getattr(action, "rules", ()), rule]
 
 
-DATA_FLAGS = ("dataset", "image_size", "channels", "decode", "subset", "datasets_folder", "cache_folder")
+SUBSET_FLAGS = ("subset", "exclude")
+"""Flags that select training examples."""
+
+FULL_DATA_FLAGS = ("dataset", "image_size", "channels", "decode", "datasets_folder", "cache_folder")
+"""Flags that select the full data; passed on to the next script."""
+
+DATA_FLAGS = (*FULL_DATA_FLAGS, *SUBSET_FLAGS)
 """Flags that select the data; passed on to the next script."""
 
 

@@ -24,7 +24,7 @@ from src.datasets import (
     DatasetEntry,
     ImageSet,
     Normalization,
-    parse_subset,
+    training_indices,
 )
 from src.devices import PRECISIONS, ComputeConfig, prepare, resolve_device
 from src.errors import FileError
@@ -107,9 +107,9 @@ class RunContext:
             self.group.wait()
         self.full_train, self.test = train.to(self.device), test.to(self.device)
         self.train = self.full_train
-        if data.subset is not None:
-            self.train = self.train.subset(parse_subset(data.subset, train.total, train.labels.cpu()))
-            log.info("using %d of %d training examples (--subset)", len(self.train), train.total)
+        chosen = training_indices(data, train.examples)
+        if chosen is not None:
+            self.train = self.train.subset(chosen)
 
     def __enter__(self) -> RunContext:
         return self
@@ -141,7 +141,8 @@ class RunContext:
     def data_settings(self) -> dict[str, Any]:
         """The settings that identify the data of a result."""
         entry = self.entry
-        subset = None if self.data.subset is None else label_hash(self.train.indices.cpu().numpy())
+        used = self.train.indices.cpu().numpy()
+        subset = None if self.train is self.full_train else label_hash(used)
         return {
             "dataset": entry.name,
             "image_size": entry.image_size,

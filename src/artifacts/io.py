@@ -133,6 +133,15 @@ def read_npy(path: str | Path) -> np.ndarray:
     return _read(path, "an npy file", lambda file: _array(file, "it"))
 
 
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        FileError: The file is missing or not text.
+    """
+    return _read(path, "a text file", lambda file: file.read().decode("utf-8-sig"))
+
+
 def read_csv(path: str | Path, *, stripped: bool = True) -> list[list[str]]:
     """Read the rows of a csv file in UTF-8, without empty lines.
 

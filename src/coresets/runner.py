@@ -73,7 +73,7 @@ def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str
     outside = indices[order][~np.isin(indices[order], names)]
     if len(outside):
         raise FileError(
-            f"{path}: has example {outside[0]}, which is not in --subset; use the subset it was made with"
+            f"{path}: has example {outside[0]}, which --subset or --exclude leaves out; give the flags of the file"
         )
     positions = np.searchsorted(names, indices[order]).astype(np.int64)
     settings = parse_settings(path, arrays["settings"]) if "settings" in arrays else {}
@@ -320,7 +320,7 @@ class CoresetRun:
         if np.isnan(scores).any():
             raise FileError(
                 f"{proxy.path}: has scores for {len(proxy.indices)} of {len(proxy)} examples, which do not cover all "
-                "candidates; score all examples, or use the --subset they were made with"
+                "candidates; score all examples, or give the --subset and --exclude they were made with"
             )
         return scores
 

@@ -436,7 +436,7 @@ class KernelVelocities:
         model, state = self.context.load_model(path, state, **self._expected, seed=seed, epoch=epoch)
         trained_on = state["settings"].get("subset")
         if trained_on is not None and trained_on != self.common["subset"]:
-            raise FileError(f"{path}: was trained on a subset of the data; use the same --subset")
+            raise FileError(f"{path}: was trained on a subset of the data; use the same --subset and --exclude")
         return model, state
 
     def _announce(self, path: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:

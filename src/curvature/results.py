@@ -201,7 +201,7 @@ def find_spectra(query: SpectrumQuery) -> tuple[list[SpectrumGroup], str]:
         check_consistent(
             ((one.path, {"examples": one.settings.get("examples")}) for one in alike),
             what="was measured on a different number of examples than",
-            remedy="measure both with the same --subset, or list them with --files",
+            remedy="measure both with the same --subset and --exclude, or list them with --files",
         )
     return groups, next(iter(epochs.values()))
 

@@ -12,7 +12,7 @@ from src.datasets.registry import (
     load_dataset,
     lookup,
 )
-from src.datasets.splits import make_splits, parse_subset, validation_indices
+from src.datasets.splits import make_splits, parse_subset, training_indices, validation_indices
 from src.lazy import lazy_names
 
 __getattr__ = lazy_names(__name__, batches=["Batch", "Batches", "ImageSet", "empty_images"])
@@ -34,5 +34,6 @@ __all__ = [
     "lookup",
     "make_splits",
     "parse_subset",
+    "training_indices",
     "validation_indices",
 ]

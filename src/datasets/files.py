@@ -44,6 +44,10 @@ class FileNames(Sequence):
     def __getitem__(self, index: Any) -> str:
         return printable(os.fsdecode(self._names[index]))
 
+    def relative(self, path: str) -> str:
+        """Return a path, absolute or relative to the current folder, as a name relative to the root."""
+        return Path(os.path.relpath(path, self.root)).as_posix() if path else ""
+
     def path(self, index: int) -> Path | None:
         """Return the path of an example's file; None if the files are in an archive."""
         path = self.root / os.fsdecode(self._names[index])

@@ -404,6 +404,7 @@ class DataConfig:
             size; ``"full"`` always decodes at full size, as versions before this setting did.
         cache_folder: Folder of decoded photos; ``None`` for ``decoded`` in the folder of data sets.
         subset: The training examples to use; see ``parse_subset``. None for all.
+        exclude: A file that lists training examples not to use; see ``read_exclusions``. None for none.
 
     Raises:
         ArgumentError: The name is unknown, or an argument does not apply to it.
@@ -443,6 +444,12 @@ class DataConfig:
         "line; indices refer to the full data set (default: all)",
         metavar="N|FILE",
     )
+    exclude: str | None = option(
+        None,
+        "leave out the training examples listed in FILE: one index or file name per line, or a csv file with a "
+        "column index or file, such as label_issues.csv; --subset N takes N of the others (default: none)",
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -469,7 +476,7 @@ class DataConfig:
             )
 
     def load(self, folder: str | Path) -> tuple[ImageSet, ImageSet]:
-        """Load all examples of the data set; ``subset`` is not applied.
+        """Load all examples of the data set; ``subset`` and ``exclude`` are not applied.
 
         A catalog data set is read from ``{folder}/{name}.npz`` if it exists (with any number of examples), else from
         ``{folder}/{name}/``, and missing files are downloaded. ``npz:FILE`` and ``folder:DIR`` are own data; decoded

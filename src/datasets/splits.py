@@ -1,18 +1,121 @@
-"""The ten validation splits of a training set, and ``--subset N|FILE``. Both keep the original indices."""
+"""Which training examples to use: ``--subset``, ``--exclude``, and the ten validation splits. Indices are kept."""
 
+from __future__ import annotations
+
+import logging
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from src.artifacts import paths
-from src.artifacts.io import read_index_file, write_text
+from src.artifacts.io import read_csv, read_index_file, read_text, write_text
 from src.errors import ArgumentError, FileError
+
+if TYPE_CHECKING:
+    from src.datasets.files import Examples
+    from src.datasets.registry import DataConfig
+
+log = logging.getLogger(__name__)
 
 SUBSET_SEED = 0  # independent of the run's seed, so that all runs use the same examples
 COUNT = 10  # number of validation splits
 ROUNDING = 1e-9  # tolerance for floating-point error: 0.55 * 6000 is slightly above 3300
 ARGUMENT = "samis_validation_split_index"
+
+
+def training_indices(config: DataConfig, examples: Examples) -> np.ndarray | None:
+    """Return the training examples that a configuration selects.
+
+    ``exclude`` is applied first: ``subset=N`` draws N of the remaining examples, and examples in both files are
+    excluded.
+
+    Args:
+        config: The configuration with ``subset`` and ``exclude``.
+        examples: All training examples.
+
+    Returns:
+        Original indices, int64 ``(m,)``, ascending; None for all examples.
+
+    Raises:
+        ArgumentError: ``subset`` is not from 1 to the number of remaining examples.
+        FileError: A file is missing or lists unknown examples, or no example is left.
+    """
+    if config.subset is None and config.exclude is None:
+        return None
+    total = len(examples.labels)
+    kept = np.arange(total)
+    if config.exclude is not None:
+        excluded = read_exclusions(config.exclude, examples)
+        kept = np.setdiff1d(kept, excluded)
+        log.info("excluded %d of %d training examples (--exclude %s)", len(excluded), total, config.exclude)
+    if config.subset is not None:
+        if _is_number(config.subset):
+            kept = kept[parse_subset(config.subset, len(kept), examples.labels[kept])]
+        else:
+            kept = np.intersect1d(parse_subset(config.subset, total, examples.labels), kept)
+        log.info("using %d of %d training examples (--subset)", len(kept), total)
+    if not len(kept):
+        raise FileError(f"{config.exclude}: excludes all training examples; list fewer")
+    return kept
+
+
+def read_exclusions(path: str | Path, examples: Examples) -> np.ndarray:
+    """Read the examples to exclude.
+
+    Args:
+        path: A text file with one index or file name per line, or a csv file with a column ``index``, or ``file``. A
+            file name is relative to the data set's folder, as in our csv files, or any path of the file. A line of
+            digits is an index.
+        examples: All training examples.
+
+    Returns:
+        Original indices, int64 ``(m,)``, ascending and unique.
+
+    Raises:
+        FileError: The file is missing or empty, an index is out of range, or a name matches no training example.
+    """
+    path = Path(path).expanduser()
+    rows = read_csv(path, stripped=False)
+    total, files = len(examples.labels), examples.files
+    columns = [cell.strip() for cell in rows[0]] if rows else []
+    column = next((name for name in ("index", "file") if name in columns), None)
+    if column is None:  # the lines as they are, because names may contain commas and quotes
+        lines = read_text(path).splitlines()
+    else:
+        at = columns.index(column)
+        lines = [row[at] if at < len(row) else "" for row in rows[1:]]
+    lines = [line for line in lines if line.strip() or column]
+    if not lines:
+        raise FileError(f"{path}: is empty; list one index or file name per line")
+    numbers = {} if files is None or column == "index" else {name: index for index, name in enumerate(files)}
+    found, unknown = set(), []
+    for line in lines:
+        if column != "file" and re.fullmatch(r"\d{1,18}", line.strip(), re.ASCII):
+            if int(line) >= total:
+                raise FileError(f"{path}: contains the index {line.strip()}; the training set has 0 to {total - 1}")
+            found.add(int(line))
+            continue
+        names = (line, line.strip(), "" if files is None else files.relative(line.strip()))
+        index = next((numbers[name] for name in names if name in numbers), None)
+        if index is None:
+            unknown.append(line.strip())
+        else:
+            found.add(index)
+    if unknown:
+        more = f" ({len(unknown)} lines do not)" if len(unknown) > 1 else ""
+        known = (
+            "list indices, because its images have no file names"
+            if files is None
+            else (f"names are relative to {files.root}, such as {files[0]}")
+        )
+        raise FileError(f"{path}: {unknown[0]!r} matches no training example of {examples.name}{more}; {known}")
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"\s*[+-]?\d+\s*", str(text)))
 
 
 def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
@@ -36,7 +139,7 @@ def parse_subset(text: str, total: int, labels: np.ndarray) -> np.ndarray:
     text = str(text).strip()
     if not text or re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", text):
         raise ArgumentError("subset", f"{text!r}: give a whole number from 1 to {total}, or a file of indices")
-    if not re.fullmatch(r"[+-]?\d+", text):
+    if not _is_number(text):
         path = Path(text).expanduser()
         positions = np.sort(read_index_file(path))
         twice = positions[1:][np.diff(positions) == 0]

@@ -416,7 +416,9 @@ class MemorizationRun:
                 path, **flags, seed=seed, epoch=settings.epochs, validation_split=split, held_out=label_hash(held_out)
             )
             if state["settings"].get("subset") != context.data_settings["subset"]:
-                raise FileError(f"{path}: was trained on a different subset of {name}; give the same --subset")
+                raise FileError(
+                    f"{path}: was trained on a different subset of {name}; give the same --subset and --exclude"
+                )
             files.append((path, state["settings"]))
             costs.append(state.get("cost"))
             predict = partial(_logits, network.eval(), settings.precision)

@@ -342,7 +342,9 @@ class SamisRun:
         for path, state in ((pair.sgd, first), (pair.sam, second)):
             if state["settings"].get("subset") != self.context.data_settings["subset"]:
                 dataset = self.context.entry.name
-                raise FileError(f"{path}: was trained on a different subset of {dataset}; give the same --subset")
+                raise FileError(
+                    f"{path}: was trained on a different subset of {dataset}; give the same --subset and --exclude"
+                )
         if first["normalisation"] != second["normalisation"]:
             raise FileError(
                 f"{pair.sam}: was trained with a different normalization than {pair.sgd}; train one of them again"

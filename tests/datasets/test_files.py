@@ -10,9 +10,11 @@ from PIL import Image
 from refusals import FILE, refuse
 from support import TRAIN, folders, succeed, write_blobs
 
-from src.artifacts.io import read_npz
-from src.datasets import load_dataset
+from src.artifacts.io import read_json, read_npz
+from src.datasets import DataConfig, load_dataset, training_indices
 from src.datasets.files import short_name
+from src.datasets.splits import read_exclusions
+from src.errors import ArgumentError
 from src.metrics import Proxy
 
 ODD = ["a b.png", "ü–日本.png", "$x^2$.png", 'comma, "quote".png', "it's 100%.png", " lead.png"]
@@ -111,6 +113,78 @@ def test_data_without_files_become_png_files(tmp_path):
         image = Image.open(tmp_path / "out" / places[row["class"]] / f"{int(row['index']):02}.png")
         expected = train.fetch(torch.tensor([int(row["index"])]))[0, 0]
         np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def listed(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos") / "my photos")
+
+
+def test_exclusions_are_indices_names_paths_or_csv_files(photos, tmp_path, monkeypatch):
+    examples = DataConfig(f"folder:{photos}").examples(tmp_path)
+    names = list(examples.files)
+
+    def indices(*lines, name="list.txt"):
+        return read_exclusions(listed(tmp_path / name, *lines), examples).tolist()
+
+    assert indices("3", " 0 ", "3") == [0, 3]
+    assert indices(*names[2:8]) == [2, 3, 4, 5, 6, 7]
+    monkeypatch.chdir(photos.parent)
+    assert indices(f"my photos/{names[1]}", photos / names[4], "", "7") == [1, 4, 7]
+    for column, values in (("index", [5, 2]), ("file", [names[5], names[2]])):
+        with (tmp_path / "issues.csv").open("w", newline="", encoding="utf-8") as file:
+            rows = [[k, value, 0.5] for k, value in enumerate(values)]
+            csv.writer(file).writerows([["rank", column, "score"], *rows])
+        assert read_exclusions(tmp_path / "issues.csv", examples).tolist() == [2, 5]
+
+
+def test_exclusions_combine_with_subsets(photos, tmp_path):
+    examples = DataConfig(f"folder:{photos}").examples(tmp_path)
+    out = listed(tmp_path / "out", 0, 1, 6)
+
+    def chosen(**options):
+        return training_indices(DataConfig(f"folder:{photos}", **options), examples)
+
+    assert chosen() is None
+    assert chosen(exclude=str(out)).tolist() == [2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert chosen(exclude=str(out), subset=str(listed(tmp_path / "in", 0, 2, 6, 9))).tolist() == [2, 9]
+    some = chosen(exclude=str(out), subset="5")
+    assert len(some) == 5
+    assert not set(some) & {0, 1, 6}
+    assert set(chosen(subset="12").tolist()) == set(range(12))
+    with pytest.raises(ArgumentError, match="from 1 to 9"):
+        chosen(exclude=str(out), subset="10")
+
+
+def test_excluded_examples_are_not_trained_on(photos, tmp_path):
+    data = f"--dataset=folder:{photos}"
+    names = sorted(ODD)
+    out = listed(tmp_path / "out.txt", f"train/light/{names[1]}", 2)
+    where = folders(tmp_path, *TRAIN)
+    full = (data, *TRAINING, "--optimizer=sgd", "--measure_proxies")
+    succeed("train_full.py", *full, f"--exclude={out}", *where)
+    succeed("average_scores.py", data, "--model=small_mlp", "--seeds=1", "--optimizer=sgd", "--modes=aum",
+            where[0], where[2])  # fmt: skip
+    scores = Proxy("aum", "my_photos", folder=tmp_path / "metrics").scores
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [2, 7]
+    assert read_json(next(tmp_path.rglob("results.json")))["settings"]["examples"] == 10
+    other = listed(tmp_path / "less", 2)
+    refuse("train_full.py", *full, f"--exclude={other}", *where, status=FILE, says="subset")
+    succeed("train_full.py", *full, f"--exclude={listed(tmp_path / 'again', 2, 7)}", "--resume", *where)
+    for lines, says in (
+        (["train/light/a b.png", "light/none.png", "x"], ("'light/none.png' matches no training example", "2 lines")),
+        ([12], ("index 12", "0 to 11")),
+        (range(12), ("all training examples",)),
+        ([], ("empty",)),
+    ):
+        bad = listed(tmp_path / "bad.txt", *lines)
+        refuse("train_full.py", *full, f"--exclude={bad}", *where, status=FILE, says=("bad.txt", *says))
+    refuse("train_full.py", *full, "--exclude=nowhere.txt", *where, status=FILE, says="nowhere.txt")
 
 
 def test_short_names():
