@@ -468,7 +468,7 @@ METHODS = (
     Method(
         "craig",
         craig,
-        Needs(embeddings=True),
+        Needs(logits=True, embeddings=True),
         paper="Mirzasoleiman et al. 2020",
         equation="greedy for sum_i max_{j in S} (max d - d_ij), d between last-layer gradients; weight = number of "
         "examples nearest to j (algorithm 1)",

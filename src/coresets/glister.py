@@ -211,7 +211,7 @@ METHODS = (
     Method(
         "glister",
         glister,
-        Needs(embeddings=True),
+        Needs(logits=True, embeddings=True),
         paper="Killamsetty et al. 2021 (GLISTER)",
         equation="greedy in <g_x, v>, v the mean gradient of a held-out 10 % after a step eta along the picks "
         "(alg. 2)",

@@ -322,7 +322,7 @@ METHODS = (
     Method(
         "gradmatch",
         gradmatch,
-        Needs(embeddings=True),
+        Needs(logits=True, embeddings=True),
         paper="Killamsetty et al. 2021 (GradMatch)",
         equation="orthogonal matching pursuit: min ||sum_S w_i g_i - sum_j g_j||^2 + lambda ||w||^2, w >= 0 (alg. 2)",
         cost="n k (C + d) + n k^2; subsampled: n (C + d)",

@@ -187,7 +187,7 @@ METHODS = (
     Method(
         "graph_cut",
         graph_cut,
-        Needs(embeddings=True),
+        Needs(logits=True, embeddings=True),
         paper="Iyer et al. 2021",
         equation="greedy for sum_{i in V, j in S} s_ij - sum_{i,j in S} s_ij, s = (1 + cos of last-layer "
         "gradients) / 2",

@@ -299,7 +299,7 @@ class Needs:
         reduced: Name of a score computed from the dynamics of pre-training, if any.
         dynamics: Names of the recorded arrays that the method reads directly.
         logits: Whether it reads the pre-trained model's logits.
-        embeddings: Whether it also reads the embeddings.
+        embeddings: Whether it reads the embeddings.
         ensemble: Whether it reads several independently initialized models instead of one.
     """
 
@@ -322,7 +322,7 @@ class Needs:
         if self.reduced or self.dynamics:
             parts.append("dynamics of pre-training")
         if self.logits or self.embeddings:
-            what = "embeddings and logits" if self.embeddings else "logits"
+            what = " and ".join(["embeddings"] * self.embeddings + ["logits"] * self.logits)
             parts.append(f"{what} of {'R pre-trained models' if self.ensemble else 'a pre-trained model'}")
         return ", ".join(parts) or "labels"
 

@@ -209,7 +209,7 @@ METHODS = (
     Method(
         "grand",
         grand,
-        Needs(embeddings=True, ensemble=True),
+        Needs(logits=True, embeddings=True, ensemble=True),
         paper="Paul et al. 2021",
         equation="highest mean over R models of ||e|| sqrt(1 + ||h||^2) (definition 2.1; full: in all parameters)",
         cost="n (C + d) R; full: R backward passes",

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 import mpe
 from mpe import Sensitivities
 from src.cli import check_options
-from src.coresets import METHODS, LastLayer, Selection, SelectionInputs, find_method, make_groups
+from src.coresets import METHODS, LastLayer, Needs, Selection, SelectionInputs, find_method, make_groups
 from src.curvature.config import SpectrumConfig
 from src.curvature.ntk import NTK_CLASSES, kernel_bytes, ntk_kernel, velocity
 from src.curvature.operators import OPERATORS
@@ -124,8 +124,8 @@ def select(
         shots_up_to: The same, but a class with fewer examples is kept in full.
         features: ``(n, d)``, inputs of a trained model's last linear layer.
         logits: ``(n, C)``, its outputs.
-        scores: ``(n,)``, for ``min_NAME``; also instead of ``dynamics`` for methods that need only one score, with
-            high values for atypical examples.
+        scores: ``(n,)``, for ``min_NAME``. Without ``dynamics``, also for methods that need only one score of them
+            (``aum``, for example); high values must mean atypical.
         dynamics: The recorded dynamics of a training run.
         per_class: Whether to select within each class.
         seed: Seed of the method's random draws.
@@ -153,7 +153,7 @@ def select(
     required = {
         "scores": needs.stored,
         "dynamics": needs.dynamics or (needs.reduced and scores is None),
-        "logits": needs.logits or needs.embeddings,
+        "logits": needs.logits,
         "features": needs.embeddings,
     }
     given = {"scores": scores, "dynamics": dynamics, "logits": logits, "features": features}
@@ -164,20 +164,8 @@ def select(
     labels = np.asarray(torch.as_tensor(labels).cpu())
     if not labels.size:
         raise ArgumentError("labels", ": there are none")
-    layers = []
-    if required["logits"]:
-        columns = [_per_model(logits)]
-        columns.append(_per_model(features) if needs.embeddings else [None] * len(columns[0]))
-        if len(columns[0]) != len(columns[1]) or (len(columns[0]) > 1 and not needs.ensemble):
-            wanted = "as many features as logits" if needs.ensemble else "those of one model"
-            raise ArgumentError("logits", f": of {len(columns[0])} models; {method} takes {wanted}")
-        for outputs, inputs in zip(*columns, strict=True):
-            if outputs.ndim != 2 or outputs.shape[1] < 2:
-                raise ArgumentError(
-                    "logits", f": have shape {tuple(outputs.shape)}; give (n, C) for at least 2 classes"
-                )
-            layers.append(LastLayer(outputs, torch.from_numpy(labels).long(), inputs))
-    classes = layers[0].logits.shape[1] if layers else int(labels.max(initial=0)) + 1
+    layers = _last_layers(method, needs, labels, logits, features)
+    classes = layers[0].logits.shape[1] if layers else int(labels.max()) + 1
     if needs.reduced and dynamics is not None:
         windows = {"window": chosen.score_window} if "score_window" in entry.option_names else {}
         scores = dynamics.scores(needs.reduced, **windows)
@@ -195,10 +183,32 @@ def select(
     return entry.select(inputs, groups, chosen)
 
 
-def _per_model(values: Any) -> list[Tensor]:
-    """One tensor ``(n, ...)`` on the CPU for each model; an array of 2 dimensions belongs to one model."""
-    several = values if isinstance(values, list | tuple) else [values]
-    return [torch.as_tensor(part).detach().cpu() for part in several]
+def _last_layers(method: str, needs: Needs, labels: np.ndarray, logits: Any, features: Any) -> list[LastLayer]:
+    """The last layer of each model, with those of logits and features that the method reads.
+
+    Raises:
+        ArgumentError: The method takes another number of models, or logits have another shape.
+        UserError: See ``LastLayer``.
+    """
+    columns = []
+    for name, values, read in (("logits", logits, needs.logits), ("features", features, needs.embeddings)):
+        if read:
+            several = values if isinstance(values, list | tuple) else [values]
+            columns.append([torch.as_tensor(part).detach().cpu() for part in several])
+            if len(columns[-1]) > 1 and not needs.ensemble:
+                raise ArgumentError(name, f": of {len(columns[-1])} models; {method} takes those of one")
+    if len({len(column) for column in columns}) > 1:
+        raise ArgumentError("features", f": of {len(columns[1])} models, but there are logits of {len(columns[0])}")
+    if needs.logits:
+        for outputs in columns[0]:
+            if outputs.ndim != 2 or outputs.shape[1] < 2:
+                raise ArgumentError("logits", f": have shape {tuple(outputs.shape)}; give (n, C), at least 2 classes")
+    elif columns:  # embeddings alone
+        columns.insert(0, [torch.zeros(len(labels), int(labels.max()) + 1)])
+    if needs.logits and not needs.embeddings:
+        columns.append([None] * len(columns[0]))
+    classes = torch.from_numpy(labels)
+    return [LastLayer(outputs, classes.long(), inputs) for outputs, inputs in zip(*columns, strict=True)]
 
 
 def hessian_spectrum(

@@ -229,8 +229,12 @@ def test_every_method_selects_or_says_what_is_missing(name):
     assert method.weighted or not found.weighted
     assert len(select(name, shots=2, per_class=True, seed=2, **inputs).indices) == 8
     needs = method.needs
-    required = [("scores", needs.stored), ("dynamics", needs.dynamics), ("logits", needs.logits or needs.embeddings),
+    required = [("scores", needs.stored), ("dynamics", needs.dynamics), ("logits", needs.logits),
                 ("features", needs.embeddings)]  # fmt: skip
+    used = {argument: inputs[argument] for argument, needed in required if needed}
+    reduced = {"dynamics": inputs["dynamics"]} if needs.reduced else {}
+    alone = select(name, fraction=0.3, labels=inputs["labels"], **{**used, **reduced})
+    assert np.array_equal(alone.indices, found.indices)  # inputs that it does not use have no effect
     for left_out in [argument for argument, needed in required if needed]:
         with pytest.raises(ArgumentError, match=f"{name} needs .*; give {left_out}$"):
             select(name, fraction=0.3, **{**inputs, left_out: None})
@@ -267,8 +271,9 @@ def test_selections_against_plain_sorting():
         ({"epsilon": 1}, "epsilon: is not an option of craig; it has selection_"),
         ({"selection_memory": 0}, "selection_memory"),
         ({"logits": torch.zeros(40, 1)}, r"have shape \(40, 1\); give \(n, C\)"),
-        ({"logits": [torch.zeros(40, 4)] * 2}, "of 2 models; craig takes those of one model"),
+        ({"logits": [torch.zeros(40, 4)] * 2}, "of 2 models; craig takes those of one"),
         ({"features": torch.zeros(39, 6)}, "embeddings: has shape"),
+        ({"method": "grand", "logits": [torch.zeros(40, 4)] * 2}, "features: of 1 models, but there are logits of 2"),
         ({"labels": torch.arange(40)}, "is not from 0 to 3"),
         ({"labels": []}, "labels: there are none"),
         ({"method": "min_mem", "coreset_mode": "small"}, "small: choose from large"),
