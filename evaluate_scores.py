@@ -87,6 +87,7 @@ def main() -> None:
     reference, name, source = read_reference(args, config, dataset, labels, checks)
     for proxy in proxies.values():
         proxy.check(len(reference))
+    paths = [] if lds.members is None else measure_lds(args, config, lds, dataset, checks)
     rows = evaluate(
         {mode: proxy.scores for mode, proxy in proxies.items()},
         reference,
@@ -101,7 +102,7 @@ def main() -> None:
     facts = {"dataset": dataset, "reference_file": source, "files": {m: proxy.path for m, proxy in proxies.items()}}
     figure = agreement_figure(rows, caption)
     table = markdown(rows, caption, config.confidence)
-    paths = [*write_rows(stem, rows, {**asdict(config), **facts}, table), *save_figure(figure, stem)]
+    paths += [*write_rows(stem, rows, {**asdict(config), **facts}, table), *save_figure(figure, stem)]
     print(table)
     if config.orient:
         for mode in wrong_signs(rows):
@@ -111,8 +112,6 @@ def main() -> None:
                 mode,
                 name,
             )
-    if lds.members is not None:
-        paths += measure_lds(args, config, lds, dataset, checks)
     print(*paths, sep="\n")
     keep = [*FULL_DATA_FLAGS, "scores_folder", "metrics_folder"]
     print_next("plot_images.py", keep, modes=[rows[0]["score"]])

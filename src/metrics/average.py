@@ -180,7 +180,8 @@ def read_pair_seed(
             facts = {"settings": {}}
         for score in scores:
             values = content["arr_0"] if score.seed_file else score.compute(*(content[name] for name in score.reads))
-            result[score.name] = SeedScores(seed, values, scored, _without_seed(facts), path, content.get("cost"))
+            known = content.get("cost"), content.get("training_accuracy")
+            result[score.name] = SeedScores(seed, values, scored, _without_seed(facts), path, *known)
     return result
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LATE = 3  # epochs at the end of a run that late_prob averages over
 WINDOW = 10  # epochs; J of DUAL, Dyn-Unc and TDDS, and the early epochs of EL2N
 
 
@@ -133,19 +132,19 @@ def aum(margin: np.ndarray) -> np.ndarray:
     return mean_known(margin)
 
 
-def late_aum(margin: np.ndarray) -> np.ndarray:
-    """AUM of the second half of the run, when the model is good. Low means atypical; the score is stored negated."""
-    return mean_known(margin[len(margin) // 2 :])
-
-
-def late_prob(probability: np.ndarray, late_epochs: int = LATE) -> np.ndarray:
-    """Mean probability of the label in the last epochs. Low means atypical; the score is stored negated.
+def late_aum(margin: np.ndarray, late_epochs: int | None = None) -> np.ndarray:
+    """AUM of the last epochs, when the model is good. Low means atypical; the score is stored negated.
 
     Args:
-        probability: ``(epochs, total)``.
-        late_epochs: The number of epochs.
+        margin: ``(epochs, total)``.
+        late_epochs: The number of epochs; None for the second half of the run.
     """
-    return mean_known(probability[-late_epochs:])
+    return mean_known(margin[-late_epochs if late_epochs else len(margin) // 2 :])
+
+
+def late_prob(probability: np.ndarray, late_epochs: int | None = None) -> np.ndarray:
+    """Mean probability of the label in the last epochs, as in ``late_aum``. Low means atypical; stored negated."""
+    return late_aum(probability, late_epochs)
 
 
 def csg(input_gradient: np.ndarray) -> np.ndarray:
@@ -368,10 +367,11 @@ REDUCTIONS = (
     _recorded(
         "late_aum",
         r"$-\mathrm{AUM}_{\mathrm{late}}(x_i)$",
-        "area under the margin, second half",
+        "area under the margin, late epochs",
         paper="this project",
         compute=late_aum,
         reads=("margin",),
+        options=("late_epochs",),
         negated=True,
     ),
 )
@@ -491,7 +491,7 @@ class Windows:
         window: J, the number of epochs in a window.
         el2n_epochs: The first and last epoch of EL2N, counting from 1.
         etl_never_learned: See :func:`epochs_to_learn`.
-        late_epochs: The number of epochs at the end that ``late_prob`` averages over.
+        late_epochs: See :func:`late_aum`.
 
     Raises:
         ArgumentError: A window has fewer than two epochs, an epoch is below 1, or a choice is unknown.
@@ -511,7 +511,9 @@ class Windows:
         "published files (last), or one epoch later (after_last)",
         choices=NEVER_LEARNED,
     )
-    late_epochs: int = option(LATE, "number of epochs at the end that late_prob averages over", number(int, 1))
+    late_epochs: int | None = option(
+        None, "epochs at the end that late_prob and late_aum average over (default: second half)", number(int, 1)
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

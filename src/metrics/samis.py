@@ -92,6 +92,7 @@ def mean_loss(loss_sgd: np.ndarray, loss_sam: np.ndarray) -> np.ndarray:
     return (loss_sgd + loss_sam) / 2
 
 
+# SAMIS assumes learned examples: on those that neither model learns, the two models hardly differ.
 _of_pair = partial(Score, source="pair", folder="sam_sgd", cost="SGD run + SAM run", passes=2 / 3)
 
 PAIR_SCORES = (
@@ -103,6 +104,7 @@ PAIR_SCORES = (
         compute=samis_loss,
         reads=("loss_sgd", "loss_sam"),
         seed_file="loss",
+        assumes_learned=True,
     ),
     _of_pair(
         "samis_prob",
@@ -112,6 +114,7 @@ PAIR_SCORES = (
         compute=samis_prob,
         reads=("logits_sgd", "logits_sam"),
         seed_file="prob",
+        assumes_learned=True,
     ),
     _of_pair(
         "mean_loss",
@@ -498,8 +501,8 @@ def save_seed(
 
     Args:
         metrics_folder: The folder of scores.
-        scores: ``FIELDS`` without correctness, each float64 ``(total,)``, NaN for examples that were not scored. Each
-            score is stored as ``arr_0`` in its own file, together with the losses.
+        scores: ``FIELDS``, each float64 ``(total,)``, NaN for examples that were not scored. Each score is stored as
+            ``arr_0`` in its own file, together with the losses and, in sample, the accuracy of the SGD-trained model.
         settings: All settings that determine the scores, see :meth:`SamisRun.settings`. Scores with different
             settings are not averaged.
         label_hash: ``artifacts.label_hash`` of the labels of the full training set.
@@ -521,7 +524,9 @@ def save_seed(
             f"{paths['samis_loss'].parent}: not written, because a model's losses are not finite; "
             "train it with a lower --learning_rate"
         )
-    known = {name: value for name, value in (("data_hash", data_hash), ("cost", cost)) if value is not None}
+    accuracy = scores["correct_sgd"][indices].mean() if settings["protocol"] == "full" else None
+    known = {"data_hash": data_hash, "cost": cost, "training_accuracy": accuracy}
+    known = {name: value for name, value in known.items() if value is not None}
     return [
         write_npz(
             path,
@@ -547,8 +552,8 @@ def read_seed(path: str | Path) -> dict[str, Any]:
     Returns:
         ``arr_0``, ``loss_sgd``, and ``loss_sam`` as float64 ``(total,)``; the ``indices`` of the scored examples; the
         dict ``settings``; and the plain values ``seed``, ``epoch``, ``protocol``, ``label_hash``, ``data_hash``,
-        ``score`` (``"loss"`` or ``"prob"``), and ``cost``, the last three None if unknown. For a file of the papers'
-        code, only ``arr_0``, ``indices``, and ``settings``, which is None.
+        ``score`` (``"loss"`` or ``"prob"``), ``cost``, and ``training_accuracy``, the last four None if unknown. For
+        a file of the papers' code, only ``arr_0``, ``indices``, and ``settings``, which is None.
 
     Raises:
         FileError: The file is missing, damaged, or incomplete, or a score is not finite.
@@ -575,10 +580,11 @@ def read_seed(path: str | Path) -> dict[str, Any]:
         content[name] = content[name].item()
     for name in ("data_hash", "score"):  # files of older versions lack them
         content[name] = str(content[name]) if name in content else None
-    if (cost := content.setdefault("cost", None)) is not None:
-        if cost.shape or cost.dtype.kind != "f" or not cost >= 0:
-            raise FileError(f"{path}: its cost is not a number; {_MAKE_AGAIN}")
-        content["cost"] = float(cost)
+    for name in ("cost", "training_accuracy"):
+        if (value := content.setdefault(name, None)) is not None:
+            if value.shape or value.dtype.kind != "f" or not value >= 0:
+                raise FileError(f"{path}: its {name} is not a number; {_MAKE_AGAIN}")
+            content[name] = float(value)
     return {**content, "settings": parse_settings(path, content["settings"])}
 
 

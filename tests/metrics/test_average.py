@@ -85,7 +85,9 @@ def test_examples_that_no_seed_scores_stay_without_a_score():
 
 def write_pair(folder, number, **changes):
     rng = np.random.default_rng(number)
-    columns = {name: rng.random(TOTAL) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam")}
+    columns = {
+        name: rng.random(TOTAL) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam", "correct_sgd")
+    }
     settings = {"dataset": "toy", "model": "mlp", "seed": number, "epoch": 3, "protocol": "full", "lr_sched": "const"}
     save_seed(folder, columns, {**settings, **changes}, "ab")
     return columns

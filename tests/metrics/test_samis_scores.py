@@ -64,13 +64,15 @@ def test_a_batch_is_the_sum_of_its_parts(logits):
 
 
 def seed_file(folder, **changes):
-    columns = {name: np.linspace(0, 1, 6) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam")}
+    columns = {
+        name: np.linspace(0, 1, 6) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam", "correct_sgd")
+    }
     settings = {"dataset": "digits", "model": "mlp", "seed": 1, "epoch": 3, "protocol": "full"}
     return save_seed(folder, {**columns, **changes}, settings, "ab")
 
 
 def test_seed_files_have_the_field_s_key_and_come_back(tmp_path):
-    columns = {name: np.arange(6.0) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam")}
+    columns = {name: np.arange(6.0) for name in ("samis_loss", "samis_prob", "loss_sgd", "loss_sam", "correct_sgd")}
     for column in columns.values():
         column[2] = np.nan
     loss, prob = seed_file(tmp_path, **columns)

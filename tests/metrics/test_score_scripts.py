@@ -152,7 +152,7 @@ def test_average_scores_answers_bad_flags_in_one_line(toy, tmp_path):
 def test_average_scores_keeps_other_results_and_writes_all_or_nothing(toy, tmp_path):
     _, dataset, name = toy
     for seed in (1, 2):
-        columns = {key: np.random.default_rng(seed).random(30) for key in FIELDS[:4]}
+        columns = {key: np.random.default_rng(seed).random(30) for key in FIELDS[:5]}
         settings = {"dataset": name, "model": "mlp", "seed": seed, "epoch": 2, "protocol": "full"}
         save_seed(tmp_path / "metrics", columns, settings, "ab")
     flags = ("average_scores.py", dataset, "--model=mlp", *folders(tmp_path, "datasets", "metrics"))

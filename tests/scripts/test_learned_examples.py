@@ -1,6 +1,7 @@
 """Scores that assume a model has learned its examples: warnings where it has not; never-learned examples in etl."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -56,8 +57,8 @@ def warnings(result):
 
 
 def test_the_scores_that_assume_learned_examples():
-    assert {"forg", "dual", "dyn_unc", "tdds", "eps"} <= set(ASSUMING)
-    assert not {"aum", "csl", "el2n", "etl", "samis_loss", "samis_prob", "mean_loss", "mem"} & set(ASSUMING)
+    assert {"forg", "dual", "dyn_unc", "tdds", "eps", "samis_loss", "samis_prob"} <= set(ASSUMING)
+    assert not {"aum", "csl", "el2n", "etl", "mean_loss", "mem"} & set(ASSUMING)
     unsure, learned = np.full((12, 1), 0.1), np.linspace(0.1, 0.99, 12)[:, None]  # never learned, and learned slowly
     for name in ("dual", "dyn_unc"):
         low, high = (SCORES[name].from_dynamics({"probability": values}) for values in (unsure, learned))
@@ -71,11 +72,24 @@ def test_one_line_where_such_scores_are_written(weak, strong):
     for result, accuracy in zip(weak.trained, weak.accuracies, strict=True):
         (line,) = warnings(result)
         assert f"{100 * accuracy:.1f} %" in line
-        assert all(f" {name}," in line or f" {name} " in line for name in ASSUMING)
+        assert all(f" {name}," in line or f" {name} " in line for name in ASSUMING if SCORES[name].source != "pair")
     (line,) = warnings(weak.averaged)
     assert f"{100 * min(weak.accuracies):.1f} %" in line
     assert not any(warnings(result) for result in (*strong.trained, strong.averaged))
     assert warnings(succeed(*weak.average("--modes", "aum", "csl"))) == []
+
+
+def test_samis_warns_if_the_models_it_compares_have_not_learned(weak, tmp_path):
+    pair = (weak.dataset, "--model=small_mlp", f"--epochs={EPOCHS}")
+    metrics = f"--metrics_folder={tmp_path}"
+    succeed("train_full.py", *pair, "--batch_size=16", "--learning_rate=0.0003", "--lr_sched=const",
+            "--optimizer=sam", "--seed=1", "--save_epochs=last", *folders(weak.base, *TRAIN))  # fmt: skip
+    scored = succeed("compute_sam_sgd.py", *pair, "--seed=1", *folders(weak.base, "datasets", "models"), metrics)
+    accuracy = float(re.search(r"SGD loss [\d.]+ accuracy ([\d.]+) %", scored.err + scored.out)[1])
+    averaged = succeed("average_scores.py", weak.dataset, "--model=small_mlp", "--seeds", 1, metrics)
+    (line,) = warnings(averaged)
+    assert f"{accuracy:.1f} %" in line
+    assert "samis_loss, samis_prob can" in line
 
 
 def test_the_accuracy_is_in_both_records(weak):
