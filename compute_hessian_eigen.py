@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 r"""Measure the curvature of a trained model's loss: top Hessian eigenvalues, spectral density, trace.
 
-Reads a checkpoint of train_full.py under --models_folder (with --exp: of any other run; with --checkpoint: any file).
+Reads a checkpoint of train_full.py under --models_folder (with --exp: of any other run; with --checkpoint: any file,
+also a state dict from elsewhere). In the path below, epoch_{epochs} is then checkpoint_{8 digits of its sha256}, and
+optimizer and schedule are "unknown" if the file does not record them.
 The loss is the mean cross-entropy over the training or test set, un-augmented. Writes
 {hessian_folder}/{eigen_split}_{high_low_spec or all}_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_{bn or
 nobn}/{seed}/epoch_{epochs}/pyhessian_eigen_{eigen_mode}.pkl (eigenvals, trace, density_eigen, density_weight) and a
@@ -186,6 +188,8 @@ def warn_of_other_examples(trained: TrainedModel, settings: dict[str, Any]) -> N
     if settings["eigen_split"] != "train" or settings["high_low_spec"] is not None:
         return
     stored = trained.state["settings"]
+    if not stored:  # weights from elsewhere, trained on unknown examples
+        return
     count = stored.get("examples", settings["examples"])
     if stored.get("subset") != settings["subset"] or count != settings["examples"]:
         log.warning(

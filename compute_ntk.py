@@ -6,6 +6,8 @@ Writes to {ntk_folder}/{dataset}/{model}_with_{optimizer}_sched_{lr_sched}/{metr
 l_index_{rank}/m_{m}/k.pkl (float32 arrays, example by example, class by class) and the velocities vs.pkl (rank of the
 group's first example -> velocity), each with a json record. Stored results are reused; to continue an interrupted
 run, repeat the command. plot_ntk.py plots the velocities.
+With --checkpoint A B, measures two files instead, checkpoints or state dicts from elsewhere, and writes to
+{ntk_folder}/{dataset}/{model}_checkpoints/{metric}/checkpoints_{8 digits of the sha256 of A}_{of B}/file_{1,2}/.
 
   python compute_ntk.py --dataset=digits --model=lenet --ntk_chosen_metric=samis_loss --m_samples=20 \
       --ntk_velocity_epoch 1 5 --seeds 1
@@ -21,8 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.artifacts.paths import Folders
-from src.cli import FULL_DATA_FLAGS, Parser, build, print_next, run_script
-from src.curvature.config import FLOAT_PRECISIONS, NtkConfig
+from src.cli import FULL_DATA_FLAGS, Parser, build, print_next, restrict, run_script
+from src.curvature.config import FLOAT_PRECISIONS, NOT_FILE, NtkConfig
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
 from src.metrics import Proxy, get_score
@@ -39,13 +41,14 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data")
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "resnet18"})
-    of_runs = ("optimizer", "lr_sched", "seeds")
+    of_runs = ("optimizer", "lr_sched", "seeds", "checkpoint")
     parser.add(NtkConfig, "model", only=of_runs)
     parser.add(NtkConfig, "kernels", skip=of_runs)
     parser.add(ScoreConfig, "scores")
     parser.add(ComputeConfig, "computing", skip=TRAINING_ONLY, choices={"precision": FLOAT_PRECISIONS})
     parser.add(Folders, "folders", only=("datasets_folder", "models_folder", "metrics_folder", "ntk_folder"))
     parser.accept_paper_flags()
+    restrict(parser, {("--optimizer", "--lr_sched"): NOT_FILE})
     return parser.parse_args()
 
 
@@ -61,7 +64,13 @@ def main() -> None:
     context = RunContext(data, compute, folders.datasets_folder)
     ranked, scores = ranking(args, context)
     run = KernelVelocities(config, context, folders.models_folder, folders.ntk_folder, ranked, scores)
-    report(run.compute(), run.lowers)
+    found = run.compute()
+    if config.checkpoint is not None:
+        for lower, value in zip(run.lowers, found[0][0], strict=True):
+            print(f"rank {lower}: velocity {value:.4g}")
+        print(run.folder(0, 0).parent)
+        return
+    report(found, run.lowers)
     print(run.folder(run.seeds[0], run.epochs[0]).parents[1])
     print_next(
         "plot_ntk.py",

@@ -5,7 +5,7 @@ Reads the data set in --datasets_folder. After every epoch, writes {pickles_fold
 accuracy and NLL at every epoch, and the leave-one-out estimate at epochs 1, 2, 5, 10, 20, ... and the last epoch.
 plot_loo_iterations.py plots this file. Writes the model to {models_folder}/mpe/{name_exp}_iter/seed_{seed}/. With
 --write_scores, also writes the sensitivity of every training example to {metrics_folder}/mpe/mpe_{dataset}.pkl, and
-to a csv file next to it.
+to a csv file next to it. With --checkpoint, measures the model in that file without training, as epoch 1.
 
   python 1_loo_iterations.py --name_exp fmnist_lenet_iblr --dataset FMNIST --model lenet --optimizer iblr --lr 0.1 \
       --lrmin 0 --hess_init 0.1 --delta 60 --epochs 100 --bs 256 --bs_jacs 500 --optim_var
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import mpe
-from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, STRUCTURES, ExperimentConfig
+from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, STRUCTURES, TRAINS_BASE, ExperimentConfig
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target
 from src.cli import Parser, build, option, print_next, run_script
@@ -42,8 +42,10 @@ EVALUATED = (1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300)
 class LooConfig:
     """Settings specific to this experiment."""
 
-    optimizer: str = option("sgd", "optimizer", choices=("sgd", "iblr", "adam", "adamw"))
-    optim_var: bool = option(False, "use variances from the optimizer's state (iblr, adam) instead of Laplace")
+    optimizer: str = option("sgd", "optimizer", choices=("sgd", "iblr", "adam", "adamw"), acts=TRAINS_BASE)
+    optim_var: bool = option(
+        False, "use variances from the optimizer's state (iblr, adam) instead of Laplace", acts=TRAINS_BASE
+    )
     var_version: str = option(
         STRUCTURES[0],
         "structure of the Laplace posterior",
@@ -166,17 +168,15 @@ def main() -> None:
     trainer = experiment.train_base(measure=iterations)
     iterations.finish(trainer)
     last = trainer.history[-1]
-    print(
-        f"test accuracy {100 * last['test_accuracy']:.2f} %, test NLL {last['test_loss']:.6f} "
-        f"after {config.epochs} epochs"
-    )
+    after = f"after {config.epochs} epochs" if config.checkpoint is None else f"of {config.checkpoint}"
+    print(f"test accuracy {100 * last['test_accuracy']:.2f} %, test NLL {last['test_loss']:.6f} {after}")
     print(result.path)
     if own.write_scores:
         if iterations.last is None:  # evaluated in an earlier run
             iterations.measure(trainer)
         context = experiment.context
         facts = {"label_hash": context.label_hash, "data_hash": context.full_train.digest}
-        cost = experiment.cost(trainer)
+        cost = experiment.cost(trainer)  # unknown for a checkpoint
         facts |= {} if cost is None else {"cost": cost}
         paths = iterations.last.write_scores(
             folders.metrics_folder,

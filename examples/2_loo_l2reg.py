@@ -65,7 +65,9 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "mnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "large_mlp"})
-    parser.add(ExperimentConfig, "experiment", skip=("delta", "hess_init", "iblr_backend"), defaults=DEFAULTS)
+    parser.add(
+        ExperimentConfig, "experiment", skip=("delta", "checkpoint", "hess_init", "iblr_backend"), defaults=DEFAULTS
+    )
     parser.add(DeltasConfig, "L2 parameters")
     parser.add(RetrainingConfig, "parallel training", only=("ensemble_size", "ensemble"))
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)

@@ -3,7 +3,7 @@ r"""Compare estimated sensitivities with leave-one-out retraining (Figure 2).
 
 Trains a model and estimates, with a Laplace posterior, how much its prediction on every training example would
 change if that example were left out. Then retrains the model without one random example at a time, for --n_retrain
-examples, many models in parallel.
+examples, many models in parallel. With --checkpoint, the base model is that file's instead of a newly trained one.
 Reads the data set in --datasets_folder. Writes {pickles_folder}/{name_exp}_scores.pkl (the estimates) and, as
 models finish, {name_exp}_retrain.pkl (the true deviations); plot_validation_sensitivities.py plots both.
 

@@ -49,7 +49,9 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
-    parser.add(ExperimentConfig, "experiment", skip=("laplace_backend",), defaults={"lr": 0.1, "lrmin": 0.0})
+    parser.add(
+        ExperimentConfig, "experiment", skip=("checkpoint", "laplace_backend"), defaults={"lr": 0.1, "lrmin": 0.0}
+    )
     parser.add_argument(
         "--checkpoints",
         type=number(int, 1),

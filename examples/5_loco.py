@@ -39,7 +39,7 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
-    parser.add(ExperimentConfig, "experiment", skip=("hess_init", "iblr_backend"), defaults=DEFAULTS)
+    parser.add(ExperimentConfig, "experiment", skip=("checkpoint", "hess_init", "iblr_backend"), defaults=DEFAULTS)
     parser.add(RetrainingConfig, "retraining", defaults=RETRAINING)
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
     parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)

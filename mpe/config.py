@@ -26,6 +26,9 @@ other models or the order of training. ``replay``: the same random draws as in t
 noise between models and saves time, but the batches differ from those of training without the removed examples.
 """
 
+TRAINS_BASE = (lambda args: getattr(args, "checkpoint", None) is None, "with --checkpoint, which is not trained")
+"""When a setting of the base training has an effect."""
+
 _POSITIVE = number(float, 0, open_low=True)
 _COUNT = number(int, 1)
 _RATE = number(float, 0)
@@ -52,15 +55,22 @@ class ExperimentConfig:
 
     name_exp: str = option("fmnist_lenet", "name of the result files", file_name)
     seed: int = option(1, "seed for the initial weights, data order, and samples", SEED)
-    lr: float = option(1e-2, "initial learning rate", _POSITIVE)
-    lrmin: float = option(1e-4, "final learning rate of the cosine schedule", _RATE)
+    lr: float = option(1e-2, "initial learning rate", _POSITIVE, acts=TRAINS_BASE)
+    lrmin: float = option(1e-4, "final learning rate of the cosine schedule", _RATE, acts=TRAINS_BASE)
     bs: int = option(256, "training batch size", _COUNT)
-    epochs: int = option(100, "number of training epochs", _COUNT)
+    epochs: int = option(100, "number of training epochs", _COUNT, acts=TRAINS_BASE)
     delta: float = option(60.0, "L2 parameter (prior precision)", _POSITIVE)
     base_shuffle: str = option(
         "none",
         "shuffling of the training examples: none, once for all epochs, or every epoch",
         choices=tuple(SHUFFLE_ORDERS),
+        acts=TRAINS_BASE,
+    )
+    checkpoint: Path | None = option(
+        None,
+        "do not train, but use the weights in FILE: a checkpoint, or any state dict of the model (default: train)",
+        Path,
+        metavar="FILE",
     )
     resume: bool = option(False, "continue an interrupted run with the same settings")
     overwrite: bool = option(False, "replace results made with different settings")

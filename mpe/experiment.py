@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mpe.config import CLASS_COVARIANCES, SHUFFLE_ORDERS, ExperimentConfig
 from mpe.laplace_torch import LaplaceTorchVariances
 from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posterior, predict
-from src.artifacts.io import read_pickle, require_writable, write_pickle
+from src.artifacts.io import file_digest, read_pickle, require_writable, write_pickle
 from src.artifacts.paths import Folders, experiment_folder, mpe_experiment, pickle_path, resume_folder
 from src.artifacts.store import acting_settings, load_result
 from src.cli import log_to
@@ -91,12 +91,14 @@ class Experiment:
         context: Device and data, with normalization ``"mpe"``.
         record: The flags as plain values.
         train: The training examples.
+        normalization: The normalization of the images: ``"mpe"``, or that of the checkpoint.
         count: N, the number of training examples.
         files: Checkpoints and resume states of the base run.
-        model: The model, newly built or trained.
+        model: The model: newly built, trained, or with the weights of ``config.checkpoint``.
 
     Raises:
         ArgumentError: The model does not support the data.
+        FileError: The checkpoint is damaged, or does not fit the model or the data.
     """
 
     def __init__(
@@ -120,13 +122,24 @@ class Experiment:
             experiment_folder(folders.models_folder, run, config.seed),
             resume_folder(folders.resume_ckpts_folder, run, config.seed),
         )
+        self.normalization = self.context.normalization
         self.model = self.build()  # refuses data that the model does not support
+        if config.checkpoint is None:
+            self.record.pop("checkpoint", None)  # as in the files of older versions
+        else:
+            self.record["checkpoint"] = file_digest(config.checkpoint)
+            model, state = self.context.load_file(config.checkpoint, config.model)
+            self.model, self.normalization = self._laid_out(model), state["normalisation"]
         require_writable(config.pickles_folder)
 
     def build(self) -> nn.Module:
         """Build the untrained model, which depends only on the seed."""
         entry, config = self.context.entry, self.config
         model = build_model(config.model, entry.num_classes, entry.channels, entry.image_size, config.seed)
+        return self._laid_out(model)
+
+    def _laid_out(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device, in the precision and memory format of training."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(self.context.device, self.context.precision.dtype, memory_format=layout)
 
@@ -140,7 +153,9 @@ class Experiment:
     ) -> Batches:
         """Create batches without augmentation, in the model's memory format unless ``channels_last`` is given."""
         last = self.channels_last if channels_last is None else channels_last
-        return self.context.batches(images, size, order=order, seed=self.config.seed, channels_last=last)
+        return self.context.batches(
+            images, size, order=order, seed=self.config.seed, channels_last=last, normalization=self.normalization
+        )
 
     def prepared(self, images: ImageSet) -> Tensor:
         """Normalize all images ``(n, c, h, w)`` once, for repeated training.
@@ -191,7 +206,7 @@ class Experiment:
         measure: Callable[[Trainer], None] = lambda trainer: None,
         after_step: Sequence[Callable[[Trainer, int, int], None]] = (),
     ) -> Trainer:
-        """Train ``self.model`` on all examples. Training can be resumed.
+        """Train ``self.model`` on all examples. Training can be resumed. The weights of a checkpoint are not trained.
 
         The objective is ``mean CE + delta / (2 N) |w|^2``. The L2 term is implemented as weight decay delta / N for
         sgd and adam, as decoupled weight decay for adamw, and as the prior for iblr.
@@ -201,7 +216,7 @@ class Experiment:
             after_step: Called after each step.
 
         Returns:
-            The trainer, which has the optimizer and the history.
+            The trainer, which has the optimizer and the history; for a checkpoint, one record with test metrics.
         """
         config = self.config
         prior = {"delta": config.delta} if config.optimizer == "iblr" else {"weight_decay": config.delta / self.count}
@@ -226,11 +241,15 @@ class Experiment:
             after_step=after_step,
             test_loss_cap=LOSS_CAP,
         )
+        if config.checkpoint is not None:
+            accuracy, loss = self.test_metrics()
+            trainer.history.append({"epoch": 1, "test_accuracy": accuracy, "test_loss": loss})
+            return trainer
         run_training(
             trainer,
             self.files,
             {**training.as_dict(), **self.data_and_model(), "batch_size": config.bs},
-            model_description(config.model, self.context.full_train, self.context.normalization),
+            model_description(config.model, self.context.full_train, self.normalization),
             resume=config.resume,
             overwrite=config.overwrite,
             save_epochs="last",

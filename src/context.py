@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.artifacts.io import label_hash, require_writable
+from src.artifacts.io import label_hash, read_checkpoint, require_writable
 from src.artifacts.paths import Folders, dynamics_folder, experiment_folder, resume_folder
 from src.artifacts.store import diff_settings
 from src.cli import log_to
@@ -255,6 +255,44 @@ class RunContext:
             if not value.isfinite().all():
                 raise FileError(f"{path}: {name} is not finite; train it again with a lower --learning_rate")
         # per-example gradients and second derivatives use the default memory format
+        return model.to(self.device, self.precision.dtype), state
+
+    def load_file(self, path: Path, model_name: str | None) -> tuple[nn.Module, dict[str, Any]]:
+        """Load a checkpoint of this project that was trained on this data, or any state dict of a named model.
+
+        Args:
+            path: The file.
+            model_name: The model; None for the one that the checkpoint names.
+
+        Returns:
+            The same as ``load_model``. A state dict has no settings and no epoch, and this context's normalization.
+
+        Raises:
+            FileError: See ``load_model``; or the weights do not fit the model or are not finite.
+        """
+        checkpoint = None if path.suffix == ".safetensors" else read_checkpoint(path)
+        if checkpoint is not None and {"format", "settings", "normalisation"} & checkpoint.keys():
+            return self.load_model(path, checkpoint, model=model_name)
+        if model_name is None:
+            raise FileError(f"{path}: is not a checkpoint of this project; give --model for the weights in it")
+        entry = self.entry
+        model = build_model(model_name, entry.num_classes, entry.channels, entry.image_size, seed=0, init=path).eval()
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise FileError(f"{path}: {name} is not finite; give other weights")
+        log.info(
+            "%s: has no settings; the images are normalized with mean %s and standard deviation %s",
+            path,
+            self.normalization.mean,
+            self.normalization.std,
+        )
+        state = {
+            "model": model_name,
+            **data_facts(self.full_train),
+            "normalisation": self.normalization,
+            "epoch": None,
+            "settings": {},
+        }
         return model.to(self.device, self.precision.dtype), state
 
 

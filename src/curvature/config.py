@@ -92,7 +92,7 @@ class TrainedRunConfig:
         return standard_experiment(model, dataset, self.optimizer, lr_sched), flags
 
 
-NOT_FILE = (lambda args: args.checkpoint is None, "with --checkpoint, which names the file")
+NOT_FILE = (lambda args: args.checkpoint is None, "with --checkpoint, which names the model's file")
 NOT_NAMED = (lambda args: args.exp is None, "with --exp, which names the run")
 
 
@@ -110,7 +110,13 @@ class CheckpointConfig(TrainedRunConfig):
         metavar="NAME",
         exclusive="run",
     )
-    checkpoint: Path | None = option(None, "checkpoint file (default: none)", Path, metavar="FILE", exclusive="run")
+    checkpoint: Path | None = option(
+        None,
+        "checkpoint file, or with --model any state dict of that model (default: none)",
+        Path,
+        metavar="FILE",
+        exclusive="run",
+    )
 
 
 TRAINING_SET = (lambda args: args.eigen_split == "train", "with --eigen_split=test: it selects training examples")
@@ -244,7 +250,14 @@ class NtkConfig(TrainedRunConfig):
 
     model: str = "resnet18"
 
-    seeds: list[int] = option([2026, 4113, 5977, 7481, 9833], "seeds of the runs", SEED, nargs="+")
+    seeds: list[int] = option([2026, 4113, 5977, 7481, 9833], "seeds of the runs", SEED, nargs="+", acts=NOT_FILE)
+    checkpoint: list[Path] | None = option(
+        None,
+        "instead of runs: two files, checkpoints or state dicts of the model, to measure the velocity between",
+        Path,
+        nargs=2,
+        metavar="FILE",
+    )
     ntk_chosen_metric: str = option(
         "mem",
         f"score that orders the examples: {', '.join(SCORES)}, or a registered one",
@@ -263,6 +276,7 @@ class NtkConfig(TrainedRunConfig):
         "epochs t; reads the checkpoints of t and t + 1 (default: the paper's, or 1 5 10 20)",
         number(int, 1),
         nargs="+",
+        acts=NOT_FILE,
     )
     ntk_classes: str = option(
         "all",

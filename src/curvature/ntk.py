@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from src.artifacts.io import file_digest, label_hash, read_checkpoint, read_pickle, require_writable
 from src.artifacts.locks import lock
-from src.artifacts.paths import kernel_path, ntk_folder, ntk_run, velocity_path
+from src.artifacts.paths import kernel_path, ntk_folder, ntk_run, ntk_run_folder, velocity_path
 from src.artifacts.store import check_consistent, checked_array, load_result, read_record, record_path, write_recorded
 from src.context import RunContext
 from src.curvature.config import SKETCH_CHECKED, NtkConfig
@@ -290,20 +290,26 @@ class KernelVelocities:
     ) -> None:
         self.config, self.context, self.ranked, self.scores = config, context, ranked, scores
         name = context.entry.name
-        self.seeds = list(dict.fromkeys(config.seeds))
-        self.epochs = sorted(set(config.ntk_velocity_epoch or VELOCITY_EPOCHS.get(name, VELOCITY_EPOCHS["svhn"])))
         self.lowers = sorted(set(config.lower_index or lower_indices(name, len(ranked), config.m_samples)))
         check_groups(self.lowers, config.m_samples, len(ranked))
-        experiment, flags = config.find_full_run(config.model, models_folder, name, self.seeds[0])
-        self._expected = {**flags, "validation_split": None}
-        wanted = sorted({e for t in self.epochs for e in (t, t + 1)})
-        self.paths = {
-            (seed, epoch): path
-            for seed in self.seeds
-            for epoch, path in context.find_checkpoints(models_folder, experiment, seed, wanted, **flags).items()
-        }
+        if config.checkpoint is not None:
+            self.seeds, self.epochs = [0], [0]
+            self.paths = {(0, i): path for i, path in enumerate(config.checkpoint)}
+            run = f"{config.model}_checkpoints"
+        else:
+            self.seeds = list(dict.fromkeys(config.seeds))
+            self.epochs = sorted(set(config.ntk_velocity_epoch or VELOCITY_EPOCHS.get(name, VELOCITY_EPOCHS["svhn"])))
+            experiment, flags = config.find_full_run(config.model, models_folder, name, self.seeds[0])
+            self._expected = {**flags, "validation_split": None}
+            wanted = sorted({e for t in self.epochs for e in (t, t + 1)})
+            self.paths = {
+                (seed, epoch): path
+                for seed in self.seeds
+                for epoch, path in context.find_checkpoints(models_folder, experiment, seed, wanted, **flags).items()
+            }
+            run = ntk_run(**flags)
         self._read_checkpoints()
-        self._where = (folder, name, ntk_run(**flags), config.ntk_chosen_metric)
+        self._where = (folder, name, run, config.ntk_chosen_metric)
         self.common = {
             "dataset": name,
             "labels": context.label_hash,
@@ -326,13 +332,18 @@ class KernelVelocities:
         """Read every checkpoint once: its digest, its training settings, and its weights up to a memory limit."""
         self._digests, self._states, facts, kept = {}, {}, [], 0
         for key, path in self.paths.items():
-            state = read_checkpoint(path)
             self._digests[key] = file_digest(path)
+            if self.config.checkpoint is not None:
+                continue
+            state = read_checkpoint(path)
             settings = state.get("settings")
             facts.append((path, training_facts(settings if isinstance(settings, dict) else {})))
             kept += path.stat().st_size
             if kept <= _KEPT_BYTES:
                 self._states[key] = state
+        if self.config.checkpoint is not None:  # the digests identify them, and they need not be of one run
+            self.training: dict[str, Any] = {}
+            return
         check_consistent(
             facts,
             what="was trained with different settings than",
@@ -351,7 +362,10 @@ class KernelVelocities:
         return {epoch: np.array(values) for epoch, values in found.items()}
 
     def folder(self, seed: int, epoch: int) -> Path:
-        """The folder of one seed's kernels and velocities at an epoch."""
+        """The folder of one seed's kernels at an epoch and velocities from it to the next, or those of files."""
+        if self.config.checkpoint is not None:
+            names = [self._digests[key][:8] for key in self.paths]
+            return ntk_run_folder(*self._where) / f"checkpoints_{'_'.join(names)}" / f"file_{epoch + 1}"
         return ntk_folder(*self._where, epoch, seed)
 
     def _velocities(self, seed: int, epoch: int, bar: tqdm) -> list[float]:
@@ -432,6 +446,8 @@ class KernelVelocities:
 
     def _load_model(self, seed: int, epoch: int) -> tuple[nn.Module, dict[str, Any]]:
         """Load a model and its checkpoint's metadata."""
+        if self.config.checkpoint is not None:
+            return self.context.load_file(self.paths[seed, epoch], self.config.model)
         path, state = self.paths[seed, epoch], self._states.pop((seed, epoch), None)
         model, state = self.context.load_model(path, state, **self._expected, seed=seed, epoch=epoch)
         trained_on = state["settings"].get("subset")

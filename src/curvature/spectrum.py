@@ -107,7 +107,7 @@ def find_model(config: CheckpointConfig, models_folder: Path, context: RunContex
         FileError: The checkpoint does not exist (the message has the command that makes it) or does not match.
     """
     if config.checkpoint is not None:
-        model, state = context.load_model(config.checkpoint, model=config.model)
+        model, state = context.load_file(config.checkpoint, config.model)
         settings = state["settings"]
         names = (settings.get(key, "unknown") for key in ("optimizer", "lr_sched"))
         experiment = standard_experiment(state["model"], context.entry.name, *names)

@@ -22,6 +22,7 @@ from src.metrics.dynamics import PAPERS_WINDOWS, RECORD_FILE, Windows, training_
 from src.metrics.proxy import min_max
 from src.metrics.registry import get_score, scores_from
 from src.metrics.score import Score
+from src.models import model_flag
 from src.optimizers import OPTIMIZERS, SCHEDULES
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def read_pair_seed(
         if not path.exists():
             raise FileError(
                 f"{path}: seed {seed} has not been scored yet; run compute_sam_sgd.py "
-                f"--dataset {dataset_flag(dataset)} --model {model} --seed {seed} --epochs EPOCH"
+                f"--dataset {dataset_flag(dataset)} --model {model_flag(model)} --seed {seed} --epochs EPOCH"
             )
         content = samis.read_seed(path)
         scored = np.zeros(len(content["arr_0"]), dtype=bool)
@@ -432,6 +433,6 @@ def find_run(metrics_folder: str | Path, dataset: str, config: AverageConfig) ->
             f"{', '.join(found)}",
         )
     raise FileError(
-        f"{folder}: no recorded dynamics for {' or '.join(patterns)}; "
-        f"record them with train_full.py --dataset {dataset_flag(dataset)} --model {model} --measure_proxies"
+        f"{folder}: no recorded dynamics for {' or '.join(patterns)}; record them with train_full.py --dataset "
+        f"{dataset_flag(dataset)} --model {model_flag(model)} --measure_proxies"
     )

@@ -183,7 +183,7 @@ def model_entry(text: str) -> ModelEntry:
         build = later("src.models.external", f"build_{package}", model)
         return ModelEntry(name, build, f"{model} of {package}", build_pretrained=build)
     if name not in _sources:
-        raise ArgumentError("model", f"{name}: its source is needed; give --model=FILE.py:NAME")
+        raise ArgumentError("model", f"{name}: the source is needed; give --model=FILE.py:NAME")
     source = _sources[name]
     return ModelEntry(name, source.build, f"{source.attribute} of {source.path.name}", source=source)
 

@@ -550,12 +550,14 @@ def load_model(
             "train it again"
         )
     _check_asked(path, state, asked or {})
-    check_source(path, state)
     try:
         model = build_model(state["model"], state["num_classes"], state["channels"], state["image_size"], seed=0)
         load_weights(model, weights)
         state["normalisation"] = _normalization(stored, state["channels"])
     except ArgumentError as error:  # the file is at fault, not the caller
+        if model_flag(state["model"]) != state["model"]:
+            source = f", unchanged since training with {state['model_source']}" if "model_source" in state else ""
+            raise FileError(f"{path}: contains the model{error.text}{source}") from error
         raise FileError(f"{path}: is not a checkpoint of this project ({error}); train it again") from error
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -564,20 +566,6 @@ def load_model(
         ) from error
     model.to(next(value for value in weights.values() if value.is_floating_point()).dtype).eval()
     return model, state
-
-
-def check_source(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Raise if a checkpoint's model is defined in a file that the caller has not named, or that has changed since."""
-    try:
-        model_entry(state["model"])
-    except ArgumentError as error:
-        if "model_source" in state:
-            raise FileError(
-                f"{path}: contains {state['model']!s:.80}; give --model=FILE.py:NAME with the source that it was "
-                f"trained with (then {state['model_source']!s:.200})"
-            ) from error
-    except TypeError:  # not a text; building the model reports it
-        pass
 
 
 def _normalization(stored: Mapping[str, Any], channels: int) -> Normalization:
