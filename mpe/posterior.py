@@ -180,7 +180,7 @@ def refuse_not_finite(indices: Tensor, *values: Tensor) -> None:
         MeasurementError: a value is not finite; the message names the first such examples.
     """
     wrong = torch.stack([~value.isfinite().reshape(len(value), -1).all(1) for value in values]).any(0)
-    found = indices[wrong].sort().values.tolist()
+    found = indices[wrong.cpu()].sort().values.tolist()
     if found:
         first = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
         raise MeasurementError(

@@ -355,7 +355,7 @@ class PerExampleEngine(ABC):
                 # vmap does not support some operation; one by one is also exact and reproduces a model's own errors
                 log.warning(
                     "%s cannot be vectorized over examples; computing one example at a time (slow): %.160s",
-                    type(self.model).__name__,
+                    self.model._get_name(),
                     str(error).strip().splitlines()[0],
                 )
                 self._vectorizes = False

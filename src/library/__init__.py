@@ -3,6 +3,7 @@
 Another project imports everything from here, under these names.
 """
 
+from src.library.batches import Indexed
 from src.library.measures import (
     SamisScores,
     Selection,
@@ -21,6 +22,7 @@ from src.optimizers import SAM, frozen_batchnorm
 __all__ = [
     "SAM",
     "DynamicsRecorder",
+    "Indexed",
     "SamisScores",
     "Selection",
     "Sensitivities",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from mpe.estimates import reads_in_order
 from mpe.posterior import given_indices
@@ -27,6 +28,27 @@ from src.models.base import eval_mode
 
 _LABELS, _INDICES = ("labels", "label"), ("indices", "index", "idx")
 Inputs = Tensor | dict[str, Tensor]
+
+
+class Indexed(Dataset):
+    """A data set whose examples also have their index.
+
+    ``(x, y)`` becomes ``(x, y, index)``; a dict gets the key ``indices``. Take a ``Subset`` of this, not the other
+    way around, so that indices remain those of all examples.
+
+    Args:
+        dataset: A data set with ``len`` and integer indices.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.dataset[index]
+        return {**item, "indices": index} if isinstance(item, Mapping) else (*item, index)
 
 
 def logits_from(outputs: Any) -> Tensor:
@@ -107,7 +129,9 @@ def _split(batch: Any) -> tuple[Inputs, Any, Tensor | None]:
     """
     if isinstance(batch, Mapping):
         rest = dict(batch)
-        labels, indices = (next((rest.pop(key) for key in keys if key in rest), None) for keys in (_LABELS, _INDICES))
+        labels, indices = (
+            next(iter([rest.pop(key) for key in keys if key in rest]), None) for keys in (_LABELS, _INDICES)
+        )
         if labels is None:
             raise ArgumentError("loader", f": a batch has the keys {', '.join(rest)}, but no labels")
         if indices is not None:
@@ -179,9 +203,9 @@ class Examples:
         self._device = next(iter(devices), None)
         with _random_states_kept(loader):
             first = next(iter(loader), None)
-        if first is None:
-            raise ArgumentError("loader", ": has no examples")
-        inputs, _, indices = _split(first)
+        inputs, labels, indices = (None, (), None) if first is None else _split(first)
+        if not len(labels):
+            raise ArgumentError("loader", ": has no examples in its first batch")
         if ordered and indices is None and not reads_in_order(loader):
             raise ArgumentError(
                 "loader",
@@ -262,6 +286,9 @@ class _LogitModel(nn.Module):
         super().__init__()
         self.model = getattr(model, "_orig_mod", model)  # hooks may not run under torch.compile
         self.layout: list[tuple[str, torch.Size, torch.dtype]] = []
+
+    def _get_name(self) -> str:
+        return self.model._get_name()  # for messages
 
     def pack(self, inputs: Inputs) -> Tensor:
         """Write the inputs into one tensor ``(b, entries)`` in which every dtype is exact, and set ``layout``."""

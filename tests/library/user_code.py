@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 COUNT, CLASSES = 23, 3
 
@@ -101,8 +101,16 @@ def text_model(seed=0):
     return seeded(TextModel, seed)
 
 
-def shuffled(data, batch_size=5):
-    return DataLoader(data, batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))
+def shuffled(data, batch_size=5, collate_fn=None):
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(data, batch_size, shuffle=True, generator=generator, collate_fn=collate_fn)
+
+
+def trimmed(items):
+    """A batch of texts without the positions that are padding in all of them, so that lengths differ by batch."""
+    batch = default_collate(items)
+    length = int(batch["attention_mask"].sum(1).max())
+    return {**batch, **{name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}}
 
 
 @contextlib.contextmanager
