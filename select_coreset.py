@@ -44,7 +44,7 @@ def main() -> None:
         type=Path,
         metavar="DIR",
         help="also write the selected images to DIR/CLASS/, a new folder: hard links to the files of folder:DIR "
-        "(copies on another file system), PNG files for other data sets",
+        "(copies on another file system), PNG files for other data sets (default: not written)",
     )
     parser.add(ComputeConfig, "computing", skip=("distributed_training", "sync_bn"))
     parser.add(Folders, "folders", only=TRAINING_FOLDERS)

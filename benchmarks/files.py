@@ -266,7 +266,7 @@ def photos(quick: bool = False) -> list[Row]:
         (Path(base) / "none").write_text("")  # a file, so that no cache can be written below it
         kept = Path(base) / "decoded.npy"
         np.save(kept, by_draft())
-        log = logging.getLogger("src.datasets.own")
+        log = logging.getLogger("src.datasets.own_images")
         log.disabled = True
         ways = (in_full, by_draft, lambda: start("draft", "none"))
         while time.time() < max(path.stat().st_ctime for path in files) + 3:

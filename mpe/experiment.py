@@ -57,6 +57,8 @@ _FREE = (  # flags that affect neither a result nor its name
     "cache_folder",
     "decode",  # its effect is recorded as "decoding"
     "exclude",  # its effect is recorded as "subset"
+    "test_fraction",  # its effect is recorded as "subset" and "images"
+    "test_seed",
     "models_folder",
     "metrics_folder",
     "log_folder",

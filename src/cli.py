@@ -331,7 +331,8 @@ def restrict(group: Any, table: Mapping[tuple[str, ...], tuple[Callable[[Namespa
 SUBSET_FLAGS = ("subset", "exclude")
 """Flags that select training examples."""
 
-FULL_DATA_FLAGS = ("dataset", "image_size", "channels", "decode", "datasets_folder", "cache_folder")
+FULL_DATA_FLAGS = ("dataset", "image_size", "channels", "decode", "test_fraction", "test_seed", "datasets_folder",
+                   "cache_folder")  # fmt: skip
 """Flags that select the full data; passed on to the next script."""
 
 DATA_FLAGS = (*FULL_DATA_FLAGS, *SUBSET_FLAGS)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,10 +67,13 @@ class ImageSet:
         content: Identifies the images of both parts; None if the parts were not loaded together.
         files: The file of each example of the full set, by original index; None if the images do not come from single
             files.
+        drawn: The indices of the examples of the full set that were drawn for testing, int64 ``(m,)``; None if there
+            are none. They are not for training.
         streamed: Whether images are read from files batch by batch instead of being in memory.
     """
 
     content: Content | None = None
+    drawn: np.ndarray | None = None
     streamed = False
 
     def __init__(
@@ -113,7 +117,7 @@ class ImageSet:
     @property
     def examples(self) -> Examples:
         """The names, labels and files of this full set."""
-        return Examples(self.entry.name, self.labels.cpu().numpy(), self.class_names, self.files)
+        return Examples(self.entry.name, self.labels.cpu().numpy(), self.class_names, self.files, self.drawn)
 
     def add_content(self, digest: "hashlib._Hash") -> None:
         """Add the images of this full set to a digest."""
@@ -179,12 +183,12 @@ class ImageSet:
             rows=rows,
             decoding=self.decoding,
         )
-        return self._share(other)
-
-    def _share(self, other: "ImageSet") -> "ImageSet":
-        """Give another set of the same data what describes the full set."""
-        other.content, other.files = self.content, self.files
+        self._share(other)
         return other
+
+    def _share(self, other: "ImageSet") -> None:
+        """Give another set of the same data what describes the full set."""
+        other.content, other.files, other.drawn = self.content, self.files, self.drawn
 
 
 def empty_images(like: Tensor, count: int) -> Tensor:

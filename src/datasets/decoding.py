@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
+from src.datasets.files import FileNames
 from src.errors import FileError
 
 # Otherwise Pillow tries every format it knows, including rarely used parsers.
@@ -163,36 +164,109 @@ def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[s
     return np.array(pixels[None] if gray else pixels.transpose(2, 0, 1), order="C"), rules
 
 
-class ImageFolder:
-    """The image files of a folder, by part. Problems are added to ``faults``.
+class Photos:
+    """Encoded images and their labels, by part. Problems are added to ``faults``.
+
+    Attributes:
+        root: The folder, for messages and relative names.
+        stem: The start of the data set's name.
+        faults: Collects unusable files and folders.
+        names: The class names.
+        parts: ``("train", "test")``, or only ``("train",)`` if there is no test part.
+        files: The items of each part, which ``read`` reads.
+        labels: Their labels.
+    """
+
+    root: Path
+    stem: str
+    faults: Faults
+    names: list[str]
+    parts: tuple[str, ...] = PARTS
+    files: dict[str, list]
+    labels: dict[str, list[int]]
+
+    def relative(self, item: Any) -> str:
+        """Return an item's name relative to the root, which is unique."""
+        raise NotImplementedError
+
+    def read(self, item: Any) -> bytes:
+        """Return an item's encoded image."""
+        raise NotImplementedError
+
+    def file_names(self, part: str) -> FileNames | None:
+        """Return the file names of a part; None if its images do not come from single files."""
+        raise NotImplementedError
+
+    def stamp(self) -> tuple[int, str | None]:
+        """Return the total size in bytes, and a digest that changes whenever an image does; None if unknown."""
+        raise NotImplementedError
+
+    def all_files(self) -> list:
+        """Return the items of all parts, in order."""
+        return [item for part in self.parts for item in self.files[part]]
+
+    def add(self, digest: "hashlib._Hash", item: Any, content: bytes) -> None:
+        """Add an item's name and contents to the digest that identifies the data set."""
+        digest.update(os.fsencode(f"{self.relative(item)}\0{len(content)}\0"))
+        digest.update(content)
+
+    def content(self) -> str:
+        """Return the sha256 of all names and contents, in hex. Does not decode the images."""
+        digest, items = hashlib.sha256(), self.all_files()
+        for item, content in zip(items, ahead(self.read, items), strict=True):
+            self.add(digest, item, content)
+        return digest.hexdigest()
+
+
+class ImageFolder(Photos):
+    """The image files of a folder.
+
+    Classes are sorted by name, images by class and file name. The layout is ``train/CLASS/`` and ``test/CLASS/``.
+    Without ``test/``, ``val/`` is the test part; without both, or if the class folders are in the root itself, there
+    is none.
 
     Args:
-        root: Folder with ``train/`` and ``test/``.
+        root: The folder.
         faults: Collects unusable files and folders.
     """
 
     def __init__(self, root: Path, faults: Faults) -> None:
         if not root.is_dir():
-            raise FileError(f"{root}: no such folder; give a folder with train/ and test/")
-        self.root, self.faults = root, faults
+            raise FileError(f"{root}: no such folder; give a folder with train/ and test/, or one per class")
+        self.root, self.faults, self.stem = root, faults, root.resolve().name
         self.ignored: list[str] = []
-        self.names = self._classes(root / "train")
+        folders = {"train": root if self._is_flat() else root / "train"}
+        for name in ("test", "val"):
+            if "test" not in folders and folders["train"] != root and (root / name).is_dir():
+                folders["test"] = root / name
+                if name == "val":
+                    log.info("%s: no test/; using val/ for testing", root)
+        self.parts = tuple(folders)
+        self.names = self._classes(folders["train"])
         if len(self.names) == 1:
-            raise FileError(f"{root / 'train'}: has only class {self.names[0]}; at least two classes are needed")
-        for name in self._classes(root / "test"):
+            raise FileError(f"{folders['train']}: has only class {self.names[0]}; at least two classes are needed")
+        for name in self._classes(folders["test"]) if "test" in folders else ():
             if name not in self.names:
-                faults.add(f"test/{name}", "is a class without a folder in train/; every class needs training images")
-        self.files: dict[str, list[Path]] = {part: [] for part in PARTS}
-        self.labels: dict[str, list[int]] = {part: [] for part in PARTS}
-        for part in PARTS:
+                where = self.relative(folders["test"] / name)
+                faults.add(where, "is a class without a folder in train/; every class needs training images")
+        self.files = {part: [] for part in self.parts}
+        self.labels = {part: [] for part in self.parts}
+        for part, folder in folders.items():
             for label, name in enumerate(self.names):
-                if part == "train" or (root / part / name).is_dir():
-                    found = self._files(root / part / name)
+                if part == "train" or (folder / name).is_dir():
+                    found = self._files(folder / name)
                     self.files[part] += found
                     self.labels[part] += [label] * len(found)
         if self.ignored:
             examples = ", ".join(sorted(set(self.ignored))[:3])
             log.info("%s: hidden or system files ignored: %d (%s)", root, len(self.ignored), examples)
+
+    def _is_flat(self) -> bool:
+        """Whether the class folders are in the root. A class may be called train if its folder has images."""
+        folders = [path for path in self.root.iterdir() if path.is_dir() and not is_system_file(path.name)]
+        others = [path for path in folders if path.name not in ("train", "test", "val")]
+        parts = [path for path in folders if path not in others]
+        return bool(others) and not any(path.is_dir() for part in parts for path in part.iterdir())
 
     def _visible(self, folder: Path) -> list[Path]:
         """Return a folder's contents, sorted by name, without hidden and system files."""
@@ -202,7 +276,10 @@ class ImageFolder:
 
     def _classes(self, folder: Path) -> list[str]:
         if not folder.is_dir():
-            raise FileError(f"{folder}: no such folder; create train/ and test/ with a folder per class")
+            raise FileError(
+                f"{folder}: no such folder; create train/ and test/ with a folder per class, or put the class "
+                f"folders into {self.root}"
+            )
         names = [path.name for path in self._visible(folder) if path.is_dir()]
         if not names:
             raise FileError(
@@ -229,21 +306,13 @@ class ImageFolder:
         """Return a file's path relative to the root."""
         return path.relative_to(self.root).as_posix()
 
-    def all_files(self) -> list[Path]:
-        """Return the files of both parts, in order."""
-        return [path for part in PARTS for path in self.files[part]]
+    def read(self, path: Path) -> bytes:
+        """Return a file's contents."""
+        return path.read_bytes()
 
-    def add(self, digest: "hashlib._Hash", path: Path, content: bytes) -> None:
-        """Add a file's name and contents to the digest that identifies the data set."""
-        digest.update(os.fsencode(f"{self.relative(path)}\0{len(content)}\0"))
-        digest.update(content)
-
-    def content(self) -> str:
-        """Return the sha256 of all file names and contents, in hex. Does not decode the files."""
-        digest, files = hashlib.sha256(), self.all_files()
-        for path, content in zip(files, ahead(Path.read_bytes, files), strict=True):
-            self.add(digest, path, content)
-        return digest.hexdigest()
+    def file_names(self, part: str) -> FileNames:
+        """Return the file names of a part, relative to the root."""
+        return FileNames(self.root, [self.relative(path) for path in self.files[part]])
 
     def stamp(self) -> tuple[int, str | None]:
         """Return a stamp that changes whenever a file does, without reading the files.

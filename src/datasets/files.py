@@ -44,6 +44,10 @@ class FileNames(Sequence):
     def __getitem__(self, index: Any) -> str:
         return printable(os.fsdecode(self._names[index]))
 
+    def of(self, indices: np.ndarray) -> FileNames:
+        """Return the names of some examples, as those of a set of their own."""
+        return FileNames(self.root, [self._names[index] for index in indices])
+
     def relative(self, path: str) -> str:
         """Return a path, absolute or relative to the current folder, as a name relative to the root."""
         return Path(os.path.relpath(path, self.root)).as_posix() if path else ""
@@ -63,12 +67,14 @@ class Examples:
         labels: int64 ``(total,)``.
         class_names: One name per class.
         files: The file of each example; None if the images do not come from single files.
+        drawn: The examples drawn for testing, int64 ``(m,)``, which are not for training; None if there are none.
     """
 
     name: str
     labels: np.ndarray
     class_names: Sequence[str]
     files: FileNames | None = None
+    drawn: np.ndarray | None = None
 
     def columns(self, index: int) -> dict[str, Any]:
         """Return the first columns of a table for one example: index, file and class."""

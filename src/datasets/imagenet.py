@@ -21,7 +21,7 @@ from src.datasets.augment import crop_boxes
 from src.datasets.batches import ImageSet
 from src.datasets.decoding import Faults, is_system_file, open_image
 from src.datasets.files import FileNames
-from src.datasets.own import CLASS_NAMES, FILES
+from src.datasets.own_npz import CLASS_NAMES, FILES
 from src.datasets.registry import DatasetEntry
 from src.datasets.vision import fetch_dataset
 from src.errors import FileError
@@ -241,7 +241,8 @@ class StreamedImages(ImageSet):
     def _like(self, names: np.ndarray, labels: Tensor, indices: Tensor) -> "StreamedImages":
         settings: dict[str, Any] = {"indices": indices, "total": self.total, "workers": self.workers}
         other = StreamedImages(self.entry, self.part, self._folder, names, labels, self.class_names, **settings)
-        return self._share(other)
+        self._share(other)
+        return other
 
     def add_content(self, digest: "hashlib._Hash") -> None:
         """Add the names and sizes of the files to a digest. Reading all files would take hours."""

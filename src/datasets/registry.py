@@ -333,13 +333,13 @@ DATASETS: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
 
 # Loaders of own data, by the prefix before the colon.
 OWN_SOURCES: dict[str, Callable[[Path, DataConfig, Path], tuple[ImageSet, ImageSet]]] = {
-    "npz": later("src.datasets.own", "load_npz"),
-    "folder": later("src.datasets.own", "load_folder"),
+    "npz": later("src.datasets.own_npz", "load_npz"),
+    "folder": later("src.datasets.own_images", "load_folder"),
 }
 # Their names, labels and files, without decoding images.
-OWN_EXAMPLES: dict[str, Callable[[Path], Examples]] = {
-    "npz": later("src.datasets.own", "npz_examples"),
-    "folder": later("src.datasets.own", "folder_examples"),
+OWN_EXAMPLES: dict[str, Callable[[Path, DataConfig], Examples]] = {
+    "npz": later("src.datasets.own_npz", "npz_examples"),
+    "folder": later("src.datasets.own_images", "folder_examples"),
 }
 DECODED = "decoded"  # folder of decoded photos, inside the folder of data sets
 
@@ -381,7 +381,7 @@ def dataset_name(text: str) -> str:
         FileError: Own data are missing, damaged, or not in the expected format.
     """
     if own := _own_source(text):
-        return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser()).name
+        return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser(), DataConfig(text)).name
     if text.lower() in DATASETS:
         return text.lower()
     if not text or text.startswith(".") or ":" in text or Path(text).name != text:
@@ -403,6 +403,8 @@ class DataConfig:
         decode: Folders of photos only: ``"draft"`` decodes JPEG files much larger than ``image_size`` at a reduced
             size; ``"full"`` always decodes at full size, as versions before this setting did.
         cache_folder: Folder of decoded photos; ``None`` for ``decoded`` in the folder of data sets.
+        test_fraction: Own data without a test part only: the fraction of each class drawn for testing; None for 0.2.
+        test_seed: The seed of this draw, which is independent of the run's seed.
         subset: The training examples to use; see ``parse_subset``. None for all.
         exclude: A file that lists training examples not to use; see ``read_exclusions``. None for none.
 
@@ -438,6 +440,13 @@ class DataConfig:
         Path,
         metavar="DIR",
     )
+    test_fraction: float | None = option(
+        None,
+        "own data without a test part: draw this fraction of each class for testing (default: 0.2)",
+        number(float, 0, 1, open_low=True, open_high=True),
+        metavar="FRACTION",
+    )
+    test_seed: int = option(0, "seed of this draw; the same for all runs that are compared", number(int, 0))
     subset: str | None = option(
         None,
         "use only N training examples (the same fraction of each class), or those whose indices are in FILE, one per "
@@ -470,6 +479,9 @@ class DataConfig:
                 raise ArgumentError(
                     argument, f"{value}: applies only to npz:FILE and folder:DIR; {entry.name} has {fixed}"
                 )
+        if self.test_fraction is not None or self.test_seed:
+            name = "test_seed" if self.test_fraction is None else "test_fraction"
+            raise ArgumentError(name, f"{getattr(self, name)}: applies only to own data; {entry.name} has a test set")
         if self.decode != "draft":
             raise ArgumentError(
                 "decode", f"{self.decode}: applies only to folder:DIR; {entry.name} is always decoded at full size"
@@ -501,7 +513,7 @@ class DataConfig:
             local = folder / f"{entry.name}.npz"
             try:
                 if local.exists():
-                    from src.datasets.own import load_catalog_npz
+                    from src.datasets.own_npz import load_catalog_npz
 
                     train, test = load_catalog_npz(entry, local)
                 else:
@@ -526,7 +538,7 @@ class DataConfig:
             FileError: Own data are missing or not in the expected format.
         """
         if own := _own_source(self.dataset):
-            return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser())
+            return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser(), self)
         entry, folder = lookup(self.dataset), Path(folder)
         if not (entry.embedded or any((folder / name).exists() for name in (entry.name, f"{entry.name}.npz"))):
             return None

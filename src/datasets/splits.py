@@ -28,8 +28,8 @@ ARGUMENT = "samis_validation_split_index"
 def training_indices(config: DataConfig, examples: Examples) -> np.ndarray | None:
     """Return the training examples that a configuration selects.
 
-    ``exclude`` is applied first: ``subset=N`` draws N of the remaining examples, and examples in both files are
-    excluded.
+    Examples drawn for testing are left out first, then those of ``exclude``. ``subset=N`` draws N of the remaining
+    examples, and examples that a file of ``subset`` lists are left out if they do not remain.
 
     Args:
         config: The configuration with ``subset`` and ``exclude``.
@@ -42,10 +42,12 @@ def training_indices(config: DataConfig, examples: Examples) -> np.ndarray | Non
         ArgumentError: ``subset`` is not from 1 to the number of remaining examples.
         FileError: A file is missing or lists unknown examples, or no example is left.
     """
-    if config.subset is None and config.exclude is None:
+    if config.subset is None and config.exclude is None and examples.drawn is None:
         return None
     total = len(examples.labels)
     kept = np.arange(total)
+    if examples.drawn is not None:
+        kept = np.setdiff1d(kept, examples.drawn)
     if config.exclude is not None:
         excluded = read_exclusions(config.exclude, examples)
         kept = np.setdiff1d(kept, excluded)
@@ -57,7 +59,8 @@ def training_indices(config: DataConfig, examples: Examples) -> np.ndarray | Non
             kept = np.intersect1d(parse_subset(config.subset, total, examples.labels), kept)
         log.info("using %d of %d training examples (--subset)", len(kept), total)
     if not len(kept):
-        raise FileError(f"{config.exclude}: excludes all training examples; list fewer")
+        where = config.exclude or config.subset
+        raise FileError(f"{where}: leaves no training examples, apart from those drawn for testing; list others")
     return kept
 
 

@@ -77,7 +77,7 @@ def test_scores_lead_back_to_the_files(trained, monkeypatch):
 def test_averages_read_labels_without_decoding(trained, monkeypatch):
     base, data = trained
     monkeypatch.setattr("src.datasets.decoding.open_image", None)
-    monkeypatch.setattr("src.datasets.own.open_image", None)
+    monkeypatch.setattr("src.datasets.own_images.open_image", None)
     succeed("average_scores.py", data, "--model=small_mlp", "--seeds", 1, "--overwrite",
             *folders(base, "datasets", "metrics"))  # fmt: skip
 
@@ -179,7 +179,7 @@ def test_excluded_examples_are_not_trained_on(photos, tmp_path):
     for lines, says in (
         (["train/light/a b.png", "light/none.png", "x"], ("'light/none.png' matches no training example", "2 lines")),
         ([12], ("index 12", "0 to 11")),
-        (range(12), ("all training examples",)),
+        (range(12), ("leaves no training examples",)),
         ([], ("empty",)),
     ):
         bad = listed(tmp_path / "bad.txt", *lines)

@@ -113,7 +113,7 @@ def test_catalog_npz_of_any_length(tmp_path):
     [
         ({"y_test": None}, "y_test"),
         ({"x_train": None, "y_test": None}, "x_train, y_test"),
-        ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"\(20, 3, 32, 32\)"),
+        ({"x_train": np.zeros((20, 32, 3, 32), np.uint8)}, r"\(20, 32, 3, 32\)"),
         ({"x_train": np.zeros((20, 32), np.uint8)}, "x_train"),
         ({"y_train": np.array([None] * 20)}, "y_train"),
         ({"y_test": np.zeros((20, 10), int)}, "y_test"),

@@ -15,7 +15,7 @@ from support import TRAIN, Forked, call, folders, succeed
 
 from src.artifacts import io as files
 from src.artifacts.io import read_json, read_npz, write_json
-from src.datasets import DataConfig, dataset_name, decoding, load_dataset, own
+from src.datasets import DataConfig, dataset_name, decoding, load_dataset, own_images
 from src.datasets.decoding import DRAFT_MARGIN, ImageFolder, open_image
 from src.datasets.own import convert_channels, resize
 from src.errors import FileError
@@ -426,7 +426,7 @@ def write_photos(root, count=4):
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
     """A folder that is large enough to be cached and old enough for its timestamps to be trusted."""
-    monkeypatch.setattr(own, "CACHED_FROM", 0)
+    monkeypatch.setattr(own_images, "CACHED_FROM", 0)
     monkeypatch.setattr(decoding, "SETTLED", 0)
     return write_photos(tmp_path / "photos")
 
@@ -546,9 +546,9 @@ def test_later_starts_read_what_was_decoded(photos, tmp_path, monkeypatch, caplo
     assert any(str(kept) in line and "19 KiB" in line for line in reduced)
     written = kept.stat()
     with monkeypatch.context() as patch:
-        patch.setattr(own, "open_image", None)
+        patch.setattr(own_images, "open_image", None)
         patch.setattr(ImageFolder, "content", None)
-        patch.setattr(own, "normalization_of", None)
+        patch.setattr(own_images, "normalization_of", None)
         again = load_dataset(photos, tmp_path, image_size=20)
     (line,) = lines(caplog)
     assert line == f"read 16 decoded images from {kept} (19 KiB)"
@@ -566,7 +566,7 @@ def test_later_starts_read_what_was_decoded(photos, tmp_path, monkeypatch, caplo
 
 
 def test_few_small_files_are_not_kept(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(own, "CACHED_FROM", 4 << 20)
+    monkeypatch.setattr(own_images, "CACHED_FROM", 4 << 20)
     load_dataset(photos, tmp_path, image_size=20)
     assert not (tmp_path / "decoded").exists()
 
@@ -633,7 +633,7 @@ def test_files_that_were_only_touched_are_read_but_not_decoded(photos, tmp_path,
     before = load_dataset(photos, tmp_path, image_size=20)
     for path in (tmp_path / "photos").rglob("*.jpg"):
         path.touch()
-    monkeypatch.setattr(own, "open_image", None)
+    monkeypatch.setattr(own_images, "open_image", None)
     lines(caplog)
     assert same(before, load_dataset(photos, tmp_path, image_size=20))
     assert "saved the decoded images" in lines(caplog)[0]
@@ -689,7 +689,7 @@ def test_a_damaged_cache_is_decoded_again(photos, tmp_path, caplog, damage):
 def test_another_pillow_decodes_again(photos, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     before = load_dataset(photos, tmp_path, image_size=20)
-    monkeypatch.setattr(own.PIL, "__version__", "99")
+    monkeypatch.setattr(own_images.PIL, "__version__", "99")
     lines(caplog)
     assert same(before, load_dataset(photos, tmp_path, image_size=20))
     assert sum("decoding again" in line for line in lines(caplog)) == 1
@@ -731,7 +731,7 @@ def test_broken_photos_are_listed_although_there_is_a_cache(photos, tmp_path):
 
 def test_the_name_needs_no_decoding(photos, tmp_path, monkeypatch):
     name = load_dataset(photos, tmp_path, image_size=20)[0].entry.name
-    monkeypatch.setattr(own, "open_image", None)
+    monkeypatch.setattr(own_images, "open_image", None)
     assert dataset_name(photos) == name
     arrays = write_npz(tmp_path / "oblong.npz", x=(8, 6, 3))
     assert dataset_name(arrays) == load_dataset(arrays, ".", image_size=9)[0].entry.name

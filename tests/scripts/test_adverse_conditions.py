@@ -243,7 +243,7 @@ def test_pictures_that_do_not_fit_in_memory(photos, tmp_path, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("src.datasets.own.resize", full)
+    monkeypatch.setattr("src.datasets.own_images.resize", full)
     flags = train_on(f"folder:{photos}", tmp_path)
     refuse("train_full.py", *flags, "--image_size=9999", status=FILE, says="memory")
     monkeypatch.undo()
