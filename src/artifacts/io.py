@@ -457,10 +457,16 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_with(path, lambda file: file.write(text.encode()))
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows with the same columns as a csv file (UTF-8). Cells with commas, quotes or line breaks are quoted."""
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> Path:
+    """Write rows as a csv file (UTF-8). Cells with commas, quotes or line breaks are quoted.
+
+    Args:
+        path: The file.
+        rows: The rows.
+        columns: The columns to write; None for those of the first row.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, columns or list(rows[0]), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return write_text(path, text.getvalue())

@@ -152,6 +152,11 @@ def label_issues_path(metrics_folder: str | Path, dataset: str) -> Path:
     return Path(metrics_folder) / "label_errors" / dataset / "label_issues.csv"
 
 
+def duplicates_stem(metrics_folder: str | Path, dataset: str) -> Path:
+    """The table, record and figure of a data set's duplicates, without their suffixes."""
+    return Path(metrics_folder) / "duplicates" / dataset / "duplicates"
+
+
 def samis_path(metrics_folder: str | Path, dataset: str, model: str, seed: int, which: str) -> Path:
     """The SAMIS scores of one seed; ``which`` is ``"loss"`` or ``"prob"``."""
     return Path(metrics_folder) / dataset / model / str(seed) / f"nn_{which}_diff_score.npz"
