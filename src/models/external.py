@@ -2,7 +2,7 @@
 
 A model is named in file names and settings by ``timm-{NAME}``, ``torchvision-{NAME}``, or, if it comes from a file,
 ``{NAME in lower case}-{8 digits of a hash of the source}``. A changed source is therefore another model. The hash
-covers the file and the modules beside it that it imports, directly or indirectly.
+covers the file and the modules in its folder that it imports, directly or indirectly.
 
 A checkpoint never names the code to run: only a file that the caller names is executed.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PROJECT = ("src", "mpe")  # in the user's files, these names are this project's packages
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")  # keys under which files keep a state dict
 
@@ -59,12 +60,11 @@ class SourceFile:
         if path.suffix != ".py" or not attribute.isidentifier():
             raise ArgumentError("model", f"{self.text}: give FILE.py:NAME, the name of a class or function in a file")
         self.path, self.attribute = path.expanduser().resolve(), attribute
-        sources = _sources(self.path)
+        self._sources = _sources(self.path)
         digest = hashlib.sha256(attribute.encode())
-        for name in sorted(sources):
-            digest.update(f"\n{name}\n".encode() + sources[name])
+        for name in sorted(self._sources):
+            digest.update(f"\n{name}\n".encode() + self._sources[name])
         self.name = f"{attribute.lower()}-{digest.hexdigest()[:8]}"
-        self._source = sources[""]
         self._module: ModuleType | None = None
 
     def build(self, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
@@ -93,13 +93,21 @@ class SourceFile:
         return model
 
     def _execute(self) -> ModuleType:
+        if _sources(self.path) != self._sources:
+            raise FileError(f"{self.path}: changed since it was named {self.name}; run again, or restore it")
         name = f"model_{self.name.replace('-', '_')}"
         module = ModuleType(name)
         module.__file__ = str(self.path)
         sys.modules[name] = module  # dataclasses look up their module
-        # The same weights must follow whether or not the file was executed before; so it draws from a copy.
-        with user_code(self.path), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            exec(compile(self._source, str(self.path), "exec"), module.__dict__)
+        for file in self._sources:  # modules of another folder, or an earlier version
+            sys.modules.pop(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."), None)
+        write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # cached code may be older by less than 1 s
+        try:
+            # The file may draw random numbers; the weights must not depend on whether it was executed before.
+            with user_code(self.path), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                exec(compile(self._sources[""], str(self.path), "exec"), module.__dict__)
+        finally:
+            sys.dont_write_bytecode = write
         return module
 
     @contextmanager
@@ -158,6 +166,8 @@ def _imports(tree: ast.Module, folder: Path) -> Iterator[Path]:
             continue
         for name in names:
             parts = name.split(".")
+            if parts[0] in _PROJECT:
+                continue
             for count in range(1, len(parts) + 1):  # a package's __init__.py runs before its modules
                 if all(parts[:count]):
                     yield Path(*parts[:count])

@@ -157,7 +157,9 @@ def model_name(text: str) -> str:
     from src.models.external import SourceFile
 
     source = SourceFile(Path(path), attribute)
-    return _sources.setdefault(source.name, source).name
+    if source.name not in _sources or _sources[source.name].path != source.path:
+        _sources[source.name] = source
+    return source.name
 
 
 def model_flag(name: str) -> str:
