@@ -304,7 +304,7 @@ def test_unsuitable_inputs_of_a_selection_are_refused(changes, message):
 
 
 class Augmented(Dataset):
-    """Draws noise from a generator of its own, which nobody can restore."""
+    """Flips inputs at random, from a generator of its own, which nobody can restore."""
 
     def __init__(self):
         self.generator = np.random.default_rng(0)
@@ -313,7 +313,8 @@ class Augmented(Dataset):
         return 8
 
     def __getitem__(self, i):
-        return torch.from_numpy(self.generator.normal(size=4)), i % CLASSES
+        x = torch.linspace(0, 1, 4, dtype=torch.float64)
+        return x.flip(0) if self.generator.random() < 0.5 else x, i % CLASSES
 
 
 class Noisy(ImageData):

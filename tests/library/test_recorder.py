@@ -120,6 +120,9 @@ def test_a_checkpoint_continues_the_record():
         second.end_epoch()
     for name in ("divergence", "correct", "loss"):
         np.testing.assert_array_equal(second.arrays()[name], complete.arrays()[name])
+    _, labels, indices = epochs[0][0]
+    with pytest.raises(ArgumentError, match=f"{indices[0]}: had the label {labels[0]} before"):
+        second.record(torch.zeros(1, CLASSES), [(labels[0] + 1) % CLASSES], indices[:1])
     with pytest.raises(ArgumentError, match="has 12 examples, not 5"):
         DynamicsRecorder(5).load_state_dict(first.state_dict())
 
