@@ -145,7 +145,7 @@ def test_parts_of_several_machines_equal_one_run(planted, tmp_path):
 
 def test_the_documented_command_makes_the_shipped_scores(tmp_path):
     """The settings are the same; two members do not suffice for scores, but show them."""
-    page = (ROOT / "docs" / "scores.md").read_text()
+    page = (ROOT / "docs" / "memorization.md").read_text()
     line = next(line for line in page.splitlines() if line.startswith("python compute_memorization.py"))
     _, script, *flags = shlex.split(line)
     shipped = read_json(ROOT / "src" / "metrics" / "memorization" / "mem_digits.json")
