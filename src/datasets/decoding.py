@@ -170,6 +170,7 @@ class Photos:
     Attributes:
         root: The folder, for messages and relative names.
         stem: The start of the data set's name.
+        place: Identifies the source of the images among all sources.
         faults: Collects unusable files and folders.
         names: The class names.
         parts: ``("train", "test")``, or only ``("train",)`` if there is no test part.
@@ -179,6 +180,7 @@ class Photos:
 
     root: Path
     stem: str
+    place: str
     faults: Faults
     names: list[str]
     parts: tuple[str, ...] = PARTS
@@ -234,6 +236,7 @@ class ImageFolder(Photos):
         if not root.is_dir():
             raise FileError(f"{root}: no such folder; give a folder with train/ and test/, or one per class")
         self.root, self.faults, self.stem = root, faults, root.resolve().name
+        self.place = str(root.resolve())
         self.ignored: list[str] = []
         folders = {"train": root if self._is_flat() else root / "train"}
         for name in ("test", "val"):
@@ -315,24 +318,32 @@ class ImageFolder(Photos):
         return FileNames(self.root, [self.relative(path) for path in self.files[part]])
 
     def stamp(self) -> tuple[int, str | None]:
-        """Return a stamp that changes whenever a file does, without reading the files.
+        """Return the stamp of the files; see ``files_stamp``."""
+        return files_stamp((self.relative(path), path) for path in self.all_files())
 
-        Programs cannot set a file's change time (ctime), so the stamp detects a file of the same size whose
-        modification time was reset, or that was moved over another. It cannot detect changes within the resolution of
-        these times, so there is no stamp while a file is younger than ``SETTLED``, as in Git's index.
 
-        Returns:
-            The total size of the files in bytes, and a digest of their names, sizes, times and inode numbers, or None
-            if a file changed too recently.
-        """
-        digest, total, newest = hashlib.sha256(), 0, 0
-        now = time.time_ns()
-        for path in self.all_files():
-            facts = path.stat()
-            numbers = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
-            digest.update(os.fsencode(f"{self.relative(path)}\0{numbers}\0"))
-            total, newest = total + facts.st_size, max(newest, facts.st_ctime_ns)
-        return total, digest.hexdigest() if newest < now - SETTLED else None
+def files_stamp(named: Iterable[tuple[str, Path]]) -> tuple[int, str | None]:
+    """Return a stamp that changes whenever a file does, without reading the files.
+
+    Programs cannot set a file's change time (ctime), so the stamp detects a file of the same size whose modification
+    time was reset, or that was moved over another. It cannot detect changes within the resolution of these times, so
+    there is no stamp while a file is younger than ``SETTLED``, as in Git's index.
+
+    Args:
+        named: The name and the path of each file.
+
+    Returns:
+        The total size of the files in bytes, and a digest of their names, sizes, times and inode numbers, or None if
+        a file changed too recently.
+    """
+    digest, total, newest = hashlib.sha256(), 0, 0
+    now = time.time_ns()
+    for name, path in named:
+        facts = path.stat()
+        numbers = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+        digest.update(os.fsencode(f"{name}\0{numbers}\0"))
+        total, newest = total + facts.st_size, max(newest, facts.st_ctime_ns)
+    return total, digest.hexdigest() if newest < now - SETTLED else None
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -73,7 +73,6 @@ class _Cache:
     def __init__(self, photos: Photos, config: DataConfig, folder: Path) -> None:
         self.photos = photos
         self.size, self._stamp = photos.stamp()
-        root = photos.root.resolve()
         self.rules = {
             "format": CACHE_FORMAT,
             "pillow": PIL.__version__,
@@ -81,8 +80,8 @@ class _Cache:
             "torch": torch.__version__,  # it resizes
             **{name: getattr(config, name) for name in ("image_size", "channels", "decode")},
         }
-        key = os.fsencode(f"{root}\0{config.image_size}\0{config.channels}\0{config.decode}")
-        self.path = folder / f"{own_name(root.name[:80], hashlib.sha256(key).hexdigest())}.npz"
+        key = os.fsencode(f"{photos.place}\0{config.image_size}\0{config.channels}\0{config.decode}")
+        self.path = folder / f"{own_name(photos.stem[:80], hashlib.sha256(key).hexdigest())}.npz"
 
     def read(self) -> _Decoded | None:
         """Return the images of the current files, or None if the cache does not contain them."""

@@ -335,18 +335,21 @@ DATASETS: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
 OWN_SOURCES: dict[str, Callable[[Path, DataConfig, Path], tuple[ImageSet, ImageSet]]] = {
     "npz": later("src.datasets.own_npz", "load_npz"),
     "folder": later("src.datasets.own_images", "load_folder"),
+    "hf": later("src.datasets.own_hf", "load_hf"),
 }
 # Their names, labels and files, without decoding images.
 OWN_EXAMPLES: dict[str, Callable[[Path, DataConfig], Examples]] = {
     "npz": later("src.datasets.own_npz", "npz_examples"),
     "folder": later("src.datasets.own_images", "folder_examples"),
+    "hf": later("src.datasets.own_hf", "hf_examples"),
 }
+OWN = "npz:FILE, folder:DIR or hf:NAME"
 DECODED = "decoded"  # folder of decoded photos, inside the folder of data sets
 
 
 def dataset_flag(name: str) -> str:
     """Return the value of ``--dataset`` for a data set's name in paths. They differ for own data."""
-    return name if name in DATASETS else "npz:FILE or folder:DIR"
+    return name if name in DATASETS else OWN
 
 
 def lookup(name: str) -> DatasetEntry:
@@ -357,14 +360,12 @@ def lookup(name: str) -> DatasetEntry:
     """
     if name.lower() not in DATASETS:
         names = ", ".join(DATASETS)
-        raise ArgumentError(
-            "dataset", f"{name}: unknown; choose from {names}, or npz:FILE or folder:DIR for your own data"
-        )
+        raise ArgumentError("dataset", f"{name}: unknown; choose from {names}, or {OWN} for your own data")
     return DATASETS[name.lower()]
 
 
 def _own_source(text: str) -> tuple[str, str] | None:
-    """Return the kind and path of ``npz:FILE`` or ``folder:DIR``; None for a catalog name."""
+    """Return the kind and path of own data, such as ``folder:DIR``; None for a catalog name."""
     kind, colon, path = text.partition(":")
     return (kind, path) if colon and kind in OWN_SOURCES else None
 
@@ -373,8 +374,8 @@ def dataset_name(text: str) -> str:
     """Return the name of a data set in file names.
 
     Args:
-        text: A value that ``load_dataset`` accepts, or a name in file names. Own data (``npz:FILE``, ``folder:DIR``)
-            are read, because their name depends on their contents.
+        text: A value that ``load_dataset`` accepts, or a name in file names. Own data (``folder:DIR``) are read,
+            because their name depends on their contents.
 
     Raises:
         ArgumentError: The text is neither.
@@ -386,9 +387,7 @@ def dataset_name(text: str) -> str:
         return text.lower()
     if not text or text.startswith(".") or ":" in text or Path(text).name != text:
         names = ", ".join(DATASETS)
-        raise ArgumentError(
-            "dataset", f"{text!r}: is not the name of a data set; give one of {names}, npz:FILE or folder:DIR"
-        )
+        raise ArgumentError("dataset", f"{text!r}: is not the name of a data set; give one of {names}, {OWN}")
     return text
 
 
@@ -397,7 +396,7 @@ class DataConfig:
     """A data set, how to read own data, and which training examples to use.
 
     Attributes:
-        dataset: A catalog name, ``npz:FILE`` or ``folder:DIR``.
+        dataset: A catalog name, ``npz:FILE``, ``folder:DIR`` or ``hf:NAME_OR_DIR[:CONFIG]``.
         image_size: Own data only: resize to this height and width.
         channels: Own data only: convert to gray (1) or color (3).
         decode: Folders of photos only: ``"draft"`` decodes JPEG files much larger than ``image_size`` at a reduced
@@ -415,7 +414,7 @@ class DataConfig:
     dataset: str = option(
         "cifar100",
         f"{', '.join(DATASETS)}, or your own: npz:FILE (arrays x_train, y_train, x_test, y_test), "
-        "folder:DIR (train/ and test/ with a folder per class)",
+        "folder:DIR (train/ and test/ with a folder per class), hf:NAME_OR_DIR[:CONFIG] (Hugging Face datasets)",
         lambda text: text if _own_source(text) else text.lower(),
         metavar="NAME",
     )
@@ -430,13 +429,13 @@ class DataConfig:
     )
     decode: str = option(
         "draft",
-        "how to decode large JPEG files of folder:DIR: 'draft' at a half, a quarter or an eighth of their size, if "
+        "own data: how to decode large JPEG files: 'draft' at a half, a quarter or an eighth of their size, if "
         "that keeps twice the PIXELS of --image_size; 'full' at full size, to match results of older versions",
         choices=("draft", "full"),
     )
     cache_folder: Path | None = option(
         None,
-        "cache for decoded images of folder:DIR, reused by later runs (default: decoded/ in --datasets_folder)",
+        "own data: cache for decoded images, reused by later runs (default: decoded/ in --datasets_folder)",
         Path,
         metavar="DIR",
     )
@@ -464,34 +463,30 @@ class DataConfig:
         check_options(self)
         if own := _own_source(self.dataset):
             if not own[1]:
+                raise ArgumentError("dataset", f"{self.dataset}: nothing after the colon; {OWN} is needed")
+            if self.decode != "draft" and own[0] == "npz":
                 raise ArgumentError(
-                    "dataset", f"{self.dataset}: no path after the colon; npz:FILE or folder:DIR is needed"
-                )
-            if self.decode != "draft" and own[0] != "folder":
-                raise ArgumentError(
-                    "decode", f"{self.decode}: applies only to folder:DIR; {own[0]}:FILE is already decoded"
+                    "decode", f"{self.decode}: applies only to folder:DIR and hf:NAME; npz:FILE is already decoded"
                 )
             return
         entry = lookup(self.dataset)
         for argument in ("image_size", "channels"):
             value, fixed = getattr(self, argument), getattr(entry, argument)
             if value not in (None, fixed):
-                raise ArgumentError(
-                    argument, f"{value}: applies only to npz:FILE and folder:DIR; {entry.name} has {fixed}"
-                )
+                raise ArgumentError(argument, f"{value}: applies only to own data; {entry.name} has {fixed}")
         if self.test_fraction is not None or self.test_seed:
             name = "test_seed" if self.test_fraction is None else "test_fraction"
             raise ArgumentError(name, f"{getattr(self, name)}: applies only to own data; {entry.name} has a test set")
         if self.decode != "draft":
             raise ArgumentError(
-                "decode", f"{self.decode}: applies only to folder:DIR; {entry.name} is always decoded at full size"
+                "decode", f"{self.decode}: applies only to own data; {entry.name} is always decoded at full size"
             )
 
     def load(self, folder: str | Path) -> tuple[ImageSet, ImageSet]:
         """Load all examples of the data set; ``subset`` and ``exclude`` are not applied.
 
         A catalog data set is read from ``{folder}/{name}.npz`` if it exists (with any number of examples), else from
-        ``{folder}/{name}/``, and missing files are downloaded. ``npz:FILE`` and ``folder:DIR`` are own data; decoded
+        ``{folder}/{name}/``, and missing files are downloaded. All else is own data; decoded
         images of a folder are cached in ``cache_folder``.
 
         Args:
@@ -553,7 +548,7 @@ def load_dataset(name: str, folder: str | Path, **options: Any) -> tuple[ImageSe
     """Load a data set by name: ``DataConfig(name, **options).load(folder)``.
 
     Args:
-        name: A catalog name in upper or lower case, ``npz:FILE`` or ``folder:DIR``.
+        name: A catalog name in upper or lower case, ``npz:FILE``, ``folder:DIR`` or ``hf:NAME``.
         folder: The folder of data sets.
         **options: ``image_size``, ``channels``, ``decode`` and ``cache_folder`` for own data; see ``DataConfig``.
 
