@@ -52,7 +52,7 @@ def main() -> None:
     from src.context import RunContext
 
     context = RunContext(data, build(ComputeConfig, args), args.datasets_folder)
-    train, test = context.full_train, context.test
+    train, test = context.train, context.test  # without examples of the training set that are drawn for testing
     parts = (test, train)  # test examples come first: a training example that equals one is the duplicate
     features = None
     if config.checkpoint is not None:
