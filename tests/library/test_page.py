@@ -14,7 +14,7 @@ PAGE = (ROOT / "docs" / "library.md").read_text()
 
 
 def test_the_program_of_the_page_runs_in_another_project(tmp_path):
-    """With PYTHONPATH as the page says, outside of the checkout."""
+    """With PYTHONPATH, outside of the checkout."""
     (tmp_path / "theirs.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)) + CHECKS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "theirs.py"]

@@ -114,15 +114,15 @@ def test_a_checkpoint_continues_the_record():
     file.seek(0)
     second = DynamicsRecorder(TOTAL)
     second.load_state_dict(torch.load(file, weights_only=True))
+    _, labels, indices = epochs[0][0]
+    with pytest.raises(ArgumentError, match=f"{indices[0]}: had the label {labels[0]} before"):
+        second.record(torch.zeros(1, CLASSES), [(labels[0] + 1) % CLASSES], indices[:1])
     for batches in epochs[3:]:
         for logits, labels, indices in batches:
             second.record(logits, labels, indices)
         second.end_epoch()
     for name in ("divergence", "correct", "loss"):
         np.testing.assert_array_equal(second.arrays()[name], complete.arrays()[name])
-    _, labels, indices = epochs[0][0]
-    with pytest.raises(ArgumentError, match=f"{indices[0]}: had the label {labels[0]} before"):
-        second.record(torch.zeros(1, CLASSES), [(labels[0] + 1) % CLASSES], indices[:1])
     with pytest.raises(ArgumentError, match="has 12 examples, not 5"):
         DynamicsRecorder(5).load_state_dict(first.state_dict())
 
