@@ -39,7 +39,7 @@ BRIEF := sed -e '/^next: /d' -e '/^runs\//d'
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-iblr.txt requirements-audit.txt requirements-hf.txt requirements-dev.txt constraints.txt
+$(STAMP): requirements.txt requirements-iblr.txt requirements-audit.txt requirements-hf.txt requirements-timm.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
