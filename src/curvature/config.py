@@ -253,7 +253,8 @@ class NtkConfig(TrainedRunConfig):
     seeds: list[int] = option([2026, 4113, 5977, 7481, 9833], "seeds of the runs", SEED, nargs="+", acts=NOT_FILE)
     checkpoint: list[Path] | None = option(
         None,
-        "instead of runs: two files, checkpoints or state dicts of the model, to measure the velocity between",
+        "two files to measure the velocity between, checkpoints or state dicts of the model (default: the runs of "
+        "train_full.py)",
         Path,
         nargs=2,
         metavar="FILE",

@@ -300,7 +300,7 @@ def build_timm(
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels, "img_size": image_size}
     if pretrained:
         options["pretrained"] = True
-    stored = None if pretrained in (True, False) else read_weights(pretrained)
+    stored = None if isinstance(pretrained, bool) else read_weights(pretrained)
     if stored is not None:
         options["pretrained_cfg_overlay"] = {"state_dict": stored, "hf_hub_id": None, "url": None}
     try:
@@ -348,7 +348,7 @@ def build_torchvision(
 ) -> nn.Module:
     """Build an image classification model of torchvision.
 
-    For images without three channels, the first convolution is replaced.
+    For images without three channels, the first convolution gets new weights for their number.
 
     Args:
         name: A name in ``torchvision.models``, such as ``resnet18``.
@@ -378,7 +378,7 @@ def build_torchvision(
         model = builder(num_classes=num_classes, **options)
         if in_channels != 3:
             _replace_first_convolution(model, in_channels)
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # torchvision raises several types, such as AssertionError
         raise ArgumentError(
             "model",
             f"{text}: cannot be built for {image_size}x{image_size}x{in_channels} images ({error}); "
@@ -411,26 +411,17 @@ def build_torchvision(
 
 
 def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
-    """Give a model's first convolution another number of input channels, with new weights.
+    """Give a model's first convolution new weights for another number of input channels.
 
     Raises:
         ValueError: The first convolution does not take three channels.
     """
-    name, conv = next(((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)), ("", None))
+    conv = next((module for module in model.modules() if isinstance(module, torch.nn.Conv2d)), None)
     if conv is None or conv.in_channels != 3 or conv.groups != 1:
         raise ValueError("its first convolution does not take three channels")
-    parent, _, attribute = name.rpartition(".")
-    new = torch.nn.Conv2d(
-        in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-    )
-    setattr(model.get_submodule(parent), attribute, new)
+    conv.in_channels = in_channels
+    conv.weight = torch.nn.Parameter(torch.empty(conv.out_channels, in_channels, *conv.kernel_size))
+    conv.reset_parameters()
 
 
 # ------------------------------------------------------------------------------------------------ weights in files

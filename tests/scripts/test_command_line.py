@@ -65,8 +65,11 @@ def commands():
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())), ids=lambda command: " ".join((command[0], *command[1])))
-def test_commands_of_readme_and_help_parse(command, monkeypatch):
+def test_commands_of_readme_and_help_parse(command, monkeypatch, tmp_path):
     script, flags = command
+    for name in re.findall(r"--model=(\w+\.py):", " ".join(flags)):  # the user's file is read
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
     parsers(script, monkeypatch).parse_args(flags)
 
 

@@ -6,25 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from support import TRAIN, call, folders, succeed
+from support import ROOT, TRAIN, call, folders, succeed
 
 from src.artifacts.io import read_pickle
 from src.models import build_model, model_name, registry
 from src.models.base import two_images
 
-NET = """
-from torch import nn
-
-class MyNet(nn.Module):
-    def __init__(self, num_classes, in_channels, image_size):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-        self.drop = nn.Dropout(0.1)
-        self.out = nn.Linear(4 * image_size**2, num_classes)
-
-    def forward(self, x):
-        return self.out(self.drop(self.stem(x).flatten(1)))
-"""
+(NET,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-models.md").read_text(), re.DOTALL)
 DATA = ("--dataset=digits", "--subset=200")
 QUICK = ("--batch_size=50", "--learning_rate=0.1", "--lr_sched=const")
 ROUGH = ("--lanczos_steps=4", "--max_steps=4", "--trace_probes=0", "--top_n=1", "--probes=1")
