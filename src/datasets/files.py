@@ -200,5 +200,5 @@ def _folder_names(classes: Sequence[str]) -> list[str]:
 def short_name(file: str, length: int = 14) -> str:
     """Return the last part of a file's name, shortened in the middle to at most ``length`` characters."""
     name = PurePosixPath(file).name
-    head = (length - 1) // 2
+    head = length // 4  # file names usually differ at their end
     return name if len(name) <= length else f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"

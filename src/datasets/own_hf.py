@@ -204,11 +204,11 @@ def load_hf(path: Path, config: DataConfig, cache_folder: Path) -> tuple[ImageSe
     return load_photos(HuggingFaceImages(str(path)), config, cache_folder)
 
 
-def hf_examples(path: Path, config: DataConfig) -> Examples:
+def hf_examples(path: Path, config: DataConfig, cache_folder: Path | None) -> Examples:
     """Return the training examples of a data set of Hugging Face, without decoding the images.
 
     Raises:
         ArgumentError: The package is not installed.
         FileError: The data set cannot be loaded, or is unclear.
     """
-    return photo_examples(HuggingFaceImages(str(path)), config)
+    return photo_examples(HuggingFaceImages(str(path)), config, cache_folder)

@@ -120,6 +120,16 @@ class _Cache:
         log.info("read %d decoded images from %s (%s)", sum(map(len, images)), self.path, self._room(images))
         return found
 
+    def content(self) -> str | None:
+        """Return the digest of the current files from the cache, without reading them; None if it is not there."""
+        if self.size < CACHED_FROM or self._stamp is None or not os.path.exists(self.path):
+            return None
+        try:
+            header = json.loads(str(read_npz(self.path, ["header"])["header"]))
+            return header["content"] if header["stamp"] == self._stamp else None
+        except Exception:  # a damaged or foreign file can raise almost any exception; loading the images reports it
+            return None
+
     def write(self, decoded: _Decoded) -> None:
         """Save decoded images for later runs, if decoding takes long."""
         if self.size < CACHED_FROM:
@@ -272,8 +282,10 @@ def load_photos(photos: Photos, config: DataConfig, cache_folder: Path) -> tuple
     )
 
 
-def photo_examples(photos: Photos, config: DataConfig) -> Examples:
+def photo_examples(photos: Photos, config: DataConfig, cache_folder: Path | None) -> Examples:
     """Return the training examples of image files, without decoding them.
+
+    The files are read to name the data set, unless the cache of decoded images knows their digest.
 
     Raises:
         FileError: A file cannot be read.
@@ -282,7 +294,8 @@ def photo_examples(photos: Photos, config: DataConfig) -> Examples:
     labels = [np.array(photos.labels[part]) for part in photos.parts]
     drawn = draw_test(photos.root, labels, config)
     try:
-        name = own_name(photos.stem, photos.content())
+        known = None if cache_folder is None else _Cache(photos, config, cache_folder).content()
+        name = own_name(photos.stem, known or photos.content())
     except OSError as error:
         raise FileError(f"{error.filename}: cannot be read ({error.strerror})") from error
     names = [printable(each) for each in photos.names]
@@ -298,10 +311,10 @@ def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[Ima
     return load_photos(ImageFolder(root, Faults(root)), config, cache_folder)
 
 
-def folder_examples(root: Path, config: DataConfig) -> Examples:
+def folder_examples(root: Path, config: DataConfig, cache_folder: Path | None) -> Examples:
     """Return the training examples of a folder, without decoding the images.
 
     Raises:
         FileError: A folder is missing or empty, or a file cannot be read.
     """
-    return photo_examples(ImageFolder(root, Faults(root)), config)
+    return photo_examples(ImageFolder(root, Faults(root)), config, cache_folder)

@@ -331,7 +331,7 @@ def load_npz(path: Path, config: DataConfig, cache_folder: Path | None = None) -
     return own_sets(path.stem, digest, images, data.labels, names, files=data.files, drawn=drawn)
 
 
-def npz_examples(path: Path, config: DataConfig) -> Examples:
+def npz_examples(path: Path, config: DataConfig, cache_folder: Path | None) -> Examples:
     """Return the training examples of an npz file.
 
     Raises:

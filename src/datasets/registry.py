@@ -338,7 +338,7 @@ OWN_SOURCES: dict[str, Callable[[Path, DataConfig, Path], tuple[ImageSet, ImageS
     "hf": later("src.datasets.own_hf", "load_hf"),
 }
 # Their names, labels and files, without decoding images.
-OWN_EXAMPLES: dict[str, Callable[[Path, DataConfig], Examples]] = {
+OWN_EXAMPLES: dict[str, Callable[[Path, DataConfig, Path | None], Examples]] = {
     "npz": later("src.datasets.own_npz", "npz_examples"),
     "folder": later("src.datasets.own_images", "folder_examples"),
     "hf": later("src.datasets.own_hf", "hf_examples"),
@@ -382,7 +382,7 @@ def dataset_name(text: str) -> str:
         FileError: Own data are missing, damaged, or not in the expected format.
     """
     if own := _own_source(text):
-        return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser(), DataConfig(text)).name
+        return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser(), DataConfig(text), None).name
     if text.lower() in DATASETS:
         return text.lower()
     if not text or text.startswith(".") or ":" in text or Path(text).name != text:
@@ -533,7 +533,8 @@ class DataConfig:
             FileError: Own data are missing or not in the expected format.
         """
         if own := _own_source(self.dataset):
-            return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser(), self)
+            cache = self.cache_folder or Path(folder) / DECODED
+            return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser(), self, cache)
         entry, folder = lookup(self.dataset), Path(folder)
         if not (entry.embedded or any((folder / name).exists() for name in (entry.name, f"{entry.name}.npz"))):
             return None

@@ -189,4 +189,4 @@ def test_excluded_examples_are_not_trained_on(photos, tmp_path):
 
 def test_short_names():
     assert short_name("train/cat/IMG_1.jpg") == "IMG_1.jpg"
-    assert short_name("train/cat/photo_of_my_cat_0001.jpg") == "photo_…001.jpg"
+    assert short_name("train/cat/photo_of_my_cat_0001.jpg") == "pho…t_0001.jpg"

@@ -729,6 +729,17 @@ def test_broken_photos_are_listed_although_there_is_a_cache(photos, tmp_path):
         load_dataset(photos, tmp_path, image_size=20)
 
 
+def test_names_and_labels_need_no_reading_if_there_is_a_cache(photos, tmp_path, monkeypatch):
+    train, _ = load_dataset(photos, tmp_path, image_size=20)
+    config = DataConfig(photos, image_size=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFolder, "read", None)
+        found = config.examples(tmp_path)
+    assert (found.name, found.labels.tolist()) == (train.entry.name, train.labels.tolist())
+    Image.new("RGB", (300, 300)).save(tmp_path / "photos" / "test" / "dog" / "0.jpg")
+    assert config.examples(tmp_path).name == dataset_name(photos) != found.name
+
+
 def test_the_name_needs_no_decoding(photos, tmp_path, monkeypatch):
     name = load_dataset(photos, tmp_path, image_size=20)[0].entry.name
     monkeypatch.setattr(own_images, "open_image", None)
