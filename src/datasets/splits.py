@@ -50,6 +50,8 @@ def training_indices(config: DataConfig, examples: Examples) -> np.ndarray | Non
         kept = np.setdiff1d(kept, examples.drawn)
     if config.exclude is not None:
         excluded = read_exclusions(config.exclude, examples)
+        if not len(excluded) and config.subset is None and examples.drawn is None:
+            return None
         kept = np.setdiff1d(kept, excluded)
         log.info("excluded %d of %d training examples (--exclude %s)", len(excluded), total, config.exclude)
     if config.subset is not None:
@@ -90,7 +92,7 @@ def read_exclusions(path: str | Path, examples: Examples) -> np.ndarray:
         at = columns.index(column)
         lines = [row[at] if at < len(row) else "" for row in rows[1:]]
     lines = [line for line in lines if line.strip() or column]
-    if not lines:
+    if not lines and not column:  # a csv file without rows excludes nothing
         raise FileError(f"{path}: is empty; list one index or file name per line")
     numbers = {} if files is None or column == "index" else {name: index for index, name in enumerate(files)}
     found, unknown = set(), []

@@ -141,6 +141,8 @@ def test_exclusions_are_indices_names_paths_or_csv_files(photos, tmp_path, monke
             rows = [[k, value, 0.5] for k, value in enumerate(values)]
             csv.writer(file).writerows([["rank", column, "score"], *rows])
         assert read_exclusions(tmp_path / "issues.csv", examples).tolist() == [2, 5]
+    assert indices("index,file", name="none.csv") == []  # as find_duplicates.py writes if there are no duplicates
+    assert training_indices(DataConfig(f"folder:{photos}", exclude=str(tmp_path / "none.csv")), examples) is None
 
 
 def test_exclusions_combine_with_subsets(photos, tmp_path):

@@ -66,6 +66,10 @@ WRONG = {
         "--dataset=digits --model=lenet --pretrained",
         "--dataset=digits --model=lenet --cutout_holes=1",
         "--dataset=npz:",
+        "--dataset=hf:",
+        "--dataset=digits --test_fraction=0.3",
+        "--dataset=folder:photos --test_fraction=1",
+        "--dataset=folder:photos --test_seed=-1",
     ],
     "train_split.py": [
         "--samis_validation_split_index=11",
