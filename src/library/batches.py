@@ -121,34 +121,38 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
     return model(**{name: tensor.clone() for name, tensor in inputs.items()})
 
 
-def _split(batch: Any) -> tuple[Inputs, Any, Tensor | None]:
+def _split(batch: Any) -> tuple[Inputs, Tensor, Tensor | None]:
     """Inputs, labels and indices (or None) of a batch.
 
     Raises:
         ArgumentError: The batch has another form.
     """
     if isinstance(batch, Mapping):
-        rest = dict(batch)
+        inputs: Any = dict(batch)
         labels, indices = (
-            next(iter([rest.pop(key) for key in keys if key in rest]), None) for keys in (_LABELS, _INDICES)
+            next(iter([inputs.pop(key) for key in keys if key in inputs]), None) for keys in (_LABELS, _INDICES)
         )
         if labels is None:
-            raise ArgumentError("loader", f": a batch has the keys {', '.join(rest)}, but no labels")
-        if indices is not None:
-            indices = torch.as_tensor(indices).cpu()
-            if indices.is_floating_point() or indices.shape != (len(labels),):
-                raise ArgumentError("loader", f": its indices have shape {tuple(indices.shape)}; give b integers")
-        inputs: Any = rest
+            raise ArgumentError("loader", f": a batch has the keys {', '.join(inputs)}, but no labels")
     elif isinstance(batch, list | tuple) and len(batch) > 1:
-        inputs, labels, indices = batch[0], batch[1], given_indices(batch)
+        inputs, labels, indices = batch[0], batch[1], None
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     else:
         raise ArgumentError("loader", f": a batch is {type(batch).__name__}; give (x, y), (x, y, indices), or a dict")
+    labels = torch.as_tensor(labels)
+    if not labels.ndim:
+        raise ArgumentError("loader", ": yields single examples; give batches")
+    if isinstance(batch, Mapping) and indices is not None:
+        indices = torch.as_tensor(indices).cpu()
+        if indices.is_floating_point() or indices.shape != (len(labels),):
+            raise ArgumentError("loader", f": its indices have shape {tuple(indices.shape)}; give b integers")
+    elif not isinstance(batch, Mapping):
+        indices = given_indices(batch)
     for name, tensor in inputs.items() if isinstance(inputs, dict) else [("x", inputs)]:
         if not isinstance(tensor, Tensor) or tensor.shape[:1] != (len(labels),):
             what = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ArgumentError(
-                "loader", f": {name} is {what}; give a tensor of {len(labels)} examples, as of labels"
+                "loader", f": {name} is {what}; give a tensor with one row for each of {len(labels)} labels"
             )
     return inputs, labels, indices
 
@@ -284,7 +288,7 @@ class _LogitModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = getattr(model, "_orig_mod", model)  # hooks may not run under torch.compile
+        self.model = model
         self.layout: list[tuple[str, torch.Size, torch.dtype]] = []
 
     def _get_name(self) -> str:
@@ -324,6 +328,7 @@ class ModelBatches:
     """
 
     def __init__(self, loader: Iterable[Any], model: nn.Module, *, ordered: bool = True) -> None:
+        model = getattr(model, "_orig_mod", model)  # hooks may not run under torch.compile
         self.examples = Examples(loader, {"model": model}, ordered=ordered)
         self.module = model if self.examples.plain else _LogitModel(model)
         self.dataset = getattr(loader, "dataset", None)

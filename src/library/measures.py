@@ -315,6 +315,6 @@ def sensitivities(
         MeasurementError: A score is not finite.
     """
     batches = ModelBatches(loader, model)
-    if isinstance(posterior, Posterior) and batches.module is not model:
+    if isinstance(posterior, Posterior) and not batches.examples.plain:
         posterior = Posterior({f"model.{name}": block for name, block in posterior.blocks.items()})
     return mpe.sensitivities(batches.module, batches, posterior, **settings)
