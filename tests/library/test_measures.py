@@ -357,7 +357,7 @@ class Returns(nn.Module):
         (list, image_model, "has no examples"),
         (lambda: [torch.zeros(3, 4)], image_model, r"a batch is Tensor; give \(x, y\)"),
         (lambda: [{"x": torch.zeros(3, 4)}], image_model, "has the keys x, but no labels"),
-        (lambda: [(torch.zeros(3, 4), torch.zeros(2))], image_model, r"x is shape \(3, 4\); give a tensor with one row"),
+        (lambda: [(torch.zeros(3, 4), torch.zeros(2))], image_model, r"x is shape \(3, 4\); give a tensor with"),
         (lambda: [({"text": ["a", "b"]}, torch.zeros(2))], image_model, "text is list; give a tensor"),
         (lambda: DataLoader(ImageData(), batch_size=None), image_model, "yields single examples; give batches"),
         (lambda: pairs(y=torch.full((COUNT,), 3)), image_model, "labels 3: is not a class index from 0 to 2"),
