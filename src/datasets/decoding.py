@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -164,7 +165,7 @@ def as_seen(image: Image.Image, channels: int | None) -> tuple[np.ndarray, set[s
     return np.array(pixels[None] if gray else pixels.transpose(2, 0, 1), order="C"), rules
 
 
-class Photos:
+class Photos(ABC):
     """Encoded images and their labels, by part. Problems are added to ``faults``.
 
     Attributes:
@@ -187,21 +188,21 @@ class Photos:
     files: dict[str, list]
     labels: dict[str, list[int]]
 
+    @abstractmethod
     def relative(self, item: Any) -> str:
         """Return an item's name relative to the root, which is unique."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, item: Any) -> bytes:
         """Return an item's encoded image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def file_names(self, part: str) -> FileNames | None:
         """Return the file names of a part; None if its images do not come from single files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stamp(self) -> tuple[int, str | None]:
         """Return the total size in bytes, and a digest that changes whenever an image does; None if unknown."""
-        raise NotImplementedError
 
     def all_files(self) -> list:
         """Return the items of all parts, in order."""

@@ -179,7 +179,9 @@ UNCLEAR = {
     "large": ({"x_train": RGB * 9.0, "x_test": TEST * 9.0}, "scale is unclear"),
     "two dtypes": ({"x_train": RGB / 255}, "same dtype"),
     "3x3": ({"x_train": images((3, 3, 3)), "x_test": images((3, 3, 3))}, "channels first or last"),
-    "two names": ({"X_train": RGB}, "X_train, x_train"),
+    "two names": (
+        {"x_train": None, "X_train": RGB, "train_images": RGB, "train_labels": LABELS}, "X_train, train_images",
+    ),
     "not one-hot": ({"y_train": np.ones((20, 4))}, "row 0 is not one-hot"),
     "fractions": ({"y_train": LABELS + 0.5}, "whole numbers"),
     "some text": ({"y_train": WORDS[LABELS]}, "only one of"),
@@ -191,6 +193,12 @@ UNCLEAR = {
     "images without labels": ({"y_test": None}, "y_test"),
     "file names": ({"files_train": np.array(["a", "b"])}, "2 names for 20 images"),
 }  # fmt: skip
+
+
+def test_other_arrays_next_to_ours_are_ignored(tmp_path):
+    name = load_dataset(save(tmp_path / "a.npz"), ".")[0].entry.name
+    more = {"X_train": TEST, "x": TEST, "y": LABELS, "x_val": TEST, "test_images": RGB, "test_labels": LABELS}
+    assert load_dataset(save(tmp_path / "a.npz", **more), ".")[0].entry.name == name
 
 
 @pytest.mark.parametrize("convention", UNCLEAR)

@@ -12,7 +12,7 @@ from support import TRAIN, folders, succeed, write_blobs
 
 from src.artifacts.io import read_json, read_npz
 from src.datasets import DataConfig, load_dataset, training_indices
-from src.datasets.files import short_name
+from src.datasets.files import materialize, short_name
 from src.datasets.splits import read_exclusions
 from src.errors import ArgumentError
 from src.metrics import Proxy
@@ -187,6 +187,18 @@ def test_excluded_examples_are_not_trained_on(photos, tmp_path):
         bad = listed(tmp_path / "bad.txt", *lines)
         refuse("train_full.py", *full, f"--exclude={bad}", *where, status=FILE, says=("bad.txt", *says))
     refuse("train_full.py", *full, "--exclude=nowhere.txt", *where, status=FILE, says="nowhere.txt")
+
+
+def test_names_that_are_not_valid_text(tmp_path):
+    """They are escaped where they are printed, and files are found by their real names."""
+    write_photos(tmp_path / "pets", (".",))
+    real = os.fsencode(tmp_path / "pets" / "light") + b"/\xff.png"
+    os.rename(tmp_path / "pets" / "light" / ODD[0], real)
+    full, _ = load_dataset(f"folder:{tmp_path}/pets", tmp_path)
+    (index,) = (k for k in range(12) if full.files[k] == "light/\\xff.png")
+    assert read_exclusions(listed(tmp_path / "out.txt", "light/\\xff.png"), full.examples).tolist() == [index]
+    materialize(full.subset(torch.tensor([index])), tmp_path / "m")
+    assert os.path.samefile(os.fsencode(tmp_path / "m" / "light") + b"/\xff.png", real)
 
 
 def test_short_names():
