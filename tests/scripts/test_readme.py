@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 def test_the_papers_commands(folder):
     """The two protocols share run names only for runs of the same kind, so their order does not matter."""
-    found = commands(section("The SAMIS paper's commands"))
+    found = commands(section("The SAMIS paper's commands", PAGES["reproducing"]))
     scripts = [command[0] for command in found]
     assert scripts == ["train_split.py"] * 2 + ["compute_sam_sgd.py"] + ["train_full.py"] * 2 + [
         "compute_sam_sgd.py", "average_scores.py", "plot_images.py", "plot_proxies.py"
@@ -92,7 +92,7 @@ def masked(line):
 
 
 def test_a_command_of_the_split_protocol(folder):
-    script, *flags = commands(section("The SAMIS paper's commands"))[1]
+    script, *flags = commands(section("The SAMIS paper's commands", PAGES["reproducing"]))[1]
     # two examples per class are too few for ten splits: all but the last are empty, which the script reports
     from support import call
 
