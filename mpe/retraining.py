@@ -41,7 +41,7 @@ from src.datasets import empty_images
 from src.devices import upload
 from src.errors import ArgumentError, FileError, TrainingError
 from src.models import model_entry
-from src.models.base import trains_on_one
+from src.models.base import trains_on_one, two_images
 from src.optimizers import rate
 from src.rng import derived_seed
 from src.training.ensemble import Ensemble, vectorised_is_faster, why_not_vectorised
@@ -424,7 +424,10 @@ def retrain(
     if permutation is None:
         seeds = shuffle_seeds(left_out, settings.shuffle, settings.seed, replay=replay, extra_draws=extra_draws)
     if vectorised is None:
-        vectorised = vectorised_is_faster(model, next(model.parameters()).device, settings.batch_size)
+        device = next(model.parameters()).device
+        vectorised = not why_not_vectorised(model, images[:2]) and vectorised_is_faster(
+            model, device, settings.batch_size
+        )
     each = [settings.delta] * len(removed) if deltas is None else [float(delta) for delta in deltas]
     run = Run(model, images, labels, left_out, settings, seeds, permutation, each, vectorised)
     if folder is None:
@@ -504,6 +507,8 @@ def check_retraining(experiment: Experiment, retraining: RetrainingConfig, count
             f"{record[chosen]}: its {experiment.count} training examples belong to one class; give examples of at "
             "least two classes",
         )
+    if frozen := [name for name, value in experiment.model.named_parameters() if not value.requires_grad]:
+        raise ArgumentError("model", f"{config.model}: retraining trains all parameters, but {frozen[0]} is frozen")
     _vectorised(experiment, retraining)
     single = [count for count in counts if min(count, count % config.bs or config.bs) == 1]
     if single and not trains_on_one(experiment.model, experiment.train.image_shape):
@@ -516,11 +521,12 @@ def check_retraining(experiment: Experiment, retraining: RetrainingConfig, count
 
 def _vectorised(experiment: Experiment, retraining: RetrainingConfig) -> bool:
     """Whether models are trained in vectorized ensembles."""
-    config, reason = experiment.config, why_not_vectorised(experiment.model)
+    channels, size, _ = experiment.train.image_shape
+    config, reason = experiment.config, why_not_vectorised(experiment.model, two_images(channels, size))
     if retraining.ensemble == "vectorised" and reason:
         raise ArgumentError("ensemble", f"vectorised: {reason} in model {config.model}; give auto or sequential")
     if retraining.ensemble == "auto":
-        return vectorised_is_faster(experiment.model, experiment.context.device, config.bs)
+        return not reason and vectorised_is_faster(experiment.model, experiment.context.device, config.bs)
     return retraining.ensemble == "vectorised"
 
 

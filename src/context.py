@@ -27,14 +27,16 @@ from src.datasets import (
     training_indices,
 )
 from src.devices import PRECISIONS, ComputeConfig, prepare, resolve_device
-from src.errors import FileError
+from src.errors import ArgumentError, FileError
+from src.jacobians import check_per_example
 from src.metrics.dynamics import (
     EndConfig,
     has_end_of_training_scores,
     remove_end_of_training_scores,
     write_end_of_training_scores,
 )
-from src.models import build_model, model_entry, model_flag
+from src.models import MODELS, build_model, model_entry, model_flag
+from src.models.base import two_images
 from src.optimizers import SCHEDULES
 from src.training import (
     DYNAMICS_FILE,
@@ -417,6 +419,14 @@ class TrainingRun:
         ).to(context.device, context.precision.dtype)
         if model_entry(name).channels_last:
             model = model.to(memory_format=torch.channels_last)
+        if config.measure_proxies and self.end_scores and name not in MODELS:
+            images = two_images(entry.channels, entry.image_size).to(context.device, context.precision.dtype)
+            try:
+                check_per_example(model, images)
+            except ValueError as error:
+                raise ArgumentError(
+                    "end_scores", f": {error}; give --end_scores without values for model {name}"
+                ) from error
         dynamics = None
         if config.measure_proxies:
             dynamics = Dynamics(self.train.total, entry.num_classes, context.device, config.input_gradients)

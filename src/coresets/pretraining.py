@@ -23,7 +23,7 @@ from src.coresets.config import PretrainConfig
 from src.coresets.inputs import LastLayer
 from src.devices import autocast_context
 from src.errors import ArgumentError, FileError, TrainingError
-from src.jacobians import SquaredNorms
+from src.jacobians import SquaredNorms, check_per_example
 from src.models import MODELS, FeatureReader, build_model, model_flag
 from src.models.base import two_images
 from src.training import DYNAMICS_FILE, RunConfig, TrainingConfig, read_dynamics
@@ -126,21 +126,26 @@ class PretrainedModel:
                 run.files.remove_states()
             group.wait()
 
-    def check_features(self, method: str) -> None:
-        """Check, before training, that the model has the embeddings that a selection method needs.
+    def check_model(self, method: str, *, full_gradient: bool) -> None:
+        """Check, before training, that a selection method can measure the model.
+
+        Args:
+            method: The method's name, for the message.
+            full_gradient: Whether the method needs per-example gradients of all parameters instead of embeddings.
 
         Raises:
-            ArgumentError: Its last layer is not linear.
+            ArgumentError: The model has none.
         """
         name, entry = self._run.config.model.model, self._run.context.entry
         if name in MODELS:
             return
         model = build_model(name, entry.num_classes, entry.channels, entry.image_size, seed=0)
+        check, what = (check_per_example, "gradients") if full_gradient else (FeatureReader, "embeddings")
         try:
-            FeatureReader(model, two_images(entry.channels, entry.image_size))
+            check(model, two_images(entry.channels, entry.image_size))
         except ValueError as error:
             raise ArgumentError(
-                "model", f"{model_flag(name)}: {method} needs embeddings, but {error}; choose another model or method"
+                "model", f"{model_flag(name)}: {method} needs {what}, but {error}; choose another model or method"
             ) from error
 
     def dynamics(self) -> dict[str, np.ndarray]:

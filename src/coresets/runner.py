@@ -165,8 +165,8 @@ class CoresetRun:
         needs, epochs = config.method.needs, self.pretrain.coreset_pretrain_epochs
         if needs.stored:
             self._stored_scores()
-        if needs.embeddings and self._gradient != "full":
-            self.models[0].check_features(config.coreset_func)
+        if needs.embeddings:
+            self.models[0].check_model(config.coreset_func, full_gradient=self._gradient == "full")
         fewest = SCORES[needs.reduced].fewest_epochs if needs.reduced else 1
         if epochs < fewest:
             raise ArgumentError(

@@ -1,7 +1,7 @@
 """Contractions of per-example gradients and Jacobians, without forming the Jacobian."""
 
 from src.jacobians.capture import refuse_batch_statistics, refuse_mixing
-from src.jacobians.engine import SquaredNorms
+from src.jacobians.engine import SquaredNorms, check_per_example
 from src.jacobians.ggn import ggn_diagonal, kronecker_factors
 from src.jacobians.gram import gram_matrix, sketch_jacobian
 from src.jacobians.layer_rules import register_layer_rule, rule_from_gradients
@@ -15,6 +15,7 @@ __all__ = [
     "Posterior",
     "Rotated",
     "SquaredNorms",
+    "check_per_example",
     "ggn_diagonal",
     "gradient_covariances",
     "gram_matrix",

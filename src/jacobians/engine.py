@@ -366,6 +366,20 @@ Weighting = Callable[[str, Tensor], Tensor] | None
 """(name in the model, parameter) -> weights S of the parameter's shape; None for ones."""
 
 
+def check_per_example(model: nn.Module, images: Tensor) -> None:
+    """Check on a few images that a model has per-example gradients.
+
+    Raises:
+        ValueError: Its output for an image depends on other images of the batch.
+    """
+
+    def losses(outputs: Tensor, labels: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+    with SquaredNorms(model) as squared_norms:
+        squared_norms(images, torch.zeros(len(images), dtype=torch.int64, device=images.device), losses)
+
+
 class SquaredNorms(PerExampleEngine):
     """Context manager that computes ``sum over parameters of S * grad_i^2`` for each example i.
 

@@ -45,6 +45,7 @@ from src.metrics.memorization import (
     spans,
 )
 from src.models import build_model, model_entry
+from src.models.base import two_images
 from src.optimizers import rate
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ class MemorizationRun:
             return f"{settings.optimizer}{' with Nesterov momentum' * settings.nesterov} is not supported"
         if self.context.precision.autocast is not None:
             return f"precision {self.context.compute.precision} is not supported"
-        return why_not_vectorised(self._model(settings.seed))
+        entry = self.context.entry
+        return why_not_vectorised(self._model(settings.seed), two_images(entry.channels, entry.image_size))
 
     @cached_property
     def together(self) -> int:

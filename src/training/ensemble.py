@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from src.datasets import Batch
 from src.devices import upload
-from src.models.base import copy_tensor, eval_mode, load_optimizer, load_weights
+from src.models.base import Network, copy_tensor, eval_mode, load_optimizer, load_weights
 from src.optimizers import torch_optimizer
 from src.training.stacked import Stack, StackedBatch, StackedNetwork, StackedPerceptron, perceptron_layers
 
@@ -173,10 +173,14 @@ class Ensemble:
             raise ValueError(f"the state does not fit this ensemble ({str(error).splitlines()[0]})") from error
 
 
-def why_not_vectorised(model: nn.Module) -> str | None:
+def why_not_vectorised(model: nn.Module, images: Tensor | None = None) -> str | None:
     """Return why copies of a model cannot be stacked, or None if they can.
 
     Members share buffers and run in one pass, whereas batch statistics and dropout need one pass per member.
+
+    Args:
+        model: The model.
+        images: A few images to try a model on that is not a ``Network``; None for no trial.
     """
     seen = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -188,6 +192,20 @@ def why_not_vectorised(model: nn.Module) -> str | None:
         drops = getattr(module, "p", 0.0) if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
         if isinstance(drops, float) and drops > 0.0:
             return f"{name} draws random numbers"
+    if images is None or isinstance(model, Network):
+        return None
+    parameters = dict(model.named_parameters())
+    if frozen := [name for name, value in parameters.items() if not value.requires_grad]:
+        return f"{frozen[0]} is not trained"
+    like = next(iter(parameters.values()))
+    pair = {name: torch.stack([value.detach()] * 2) for name, value in parameters.items()}
+    try:
+        with eval_mode(model):
+            StackedNetwork(model).logits(pair, images.to(like).expand(2, *images.shape), shared=False)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return "the forward pass does not support torch.vmap"
     return None
 
 

@@ -176,3 +176,74 @@ def test_torchvision_model_in_a_script(tmp_path):
     ).exists()
     x = two_images(1, 8)
     assert build_model("torchvision-resnet18", 10, 1, 8, seed=1)(x).shape == (2, 10)
+
+
+UNUSUAL = """
+import torch
+from torch import nn
+
+class Plain(nn.Module):
+    def __init__(self, num_classes, in_channels, image_size):
+        super().__init__()
+        self.out = nn.Linear(in_channels * image_size**2, num_classes)
+
+    def forward(self, x):
+        return self.out(x.flatten(1))
+
+class Mixing(Plain):
+    def forward(self, x):
+        return super().forward(x - x.mean(0, keepdim=True))
+
+class Branching(Plain):
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+class Frozen(Plain):
+    def __init__(self, num_classes, in_channels, image_size):
+        super().__init__(num_classes, in_channels, image_size)
+        self.out.bias.requires_grad_(False)
+"""
+BASE = ("--epochs=1", "--bs=20", "--n_retrain=2", "--epochs_retrain=1")
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "message"),
+    [
+        (
+            "Mixing",
+            ("train_full.py", "--epochs=1", "--measure_proxies"),
+            "--end_scores: per-example gradients are not",
+        ),
+        (
+            "Mixing",
+            ("select_coreset.py", "--coreset_func=grand", "--grand_gradient=full", "--coreset_fraction=0.5"),
+            "grand needs gradients, but per-example gradients are not defined",
+        ),
+        ("Mixing", ("examples/1_loo_iterations.py", "--epochs=1"), "per-example gradients are not defined"),
+        (
+            "Branching",
+            ("examples/3_validation_sensitivities.py", *BASE, "--ensemble=vectorised"),
+            "--ensemble vectorised: the forward pass does not support torch.vmap",
+        ),
+        (
+            "Frozen",
+            ("examples/3_validation_sensitivities.py", *BASE),
+            "retraining trains all parameters, but out.bias is frozen",
+        ),
+    ],
+)
+def test_what_a_model_does_not_support_is_refused_before_training(tmp_path, name, command, message):
+    (tmp_path / "unusual.py").write_text(UNUSUAL)
+    script, *flags = command
+    where = (*TRAIN[:2], *TRAIN[3:], "pickles" if "examples" in script else "metrics")
+    result = call(script, *flags, "--dataset=digits", "--subset=40", f"--model={tmp_path}/unusual.py:{name}",
+                  *folders(tmp_path, *where))  # fmt: skip
+    assert (result.status, message in result.complaint) == (2, True), result.err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_branching_model_is_retrained_one_at_a_time(tmp_path):
+    (tmp_path / "unusual.py").write_text(UNUSUAL)
+    flags = (*BASE, "--dataset=digits", "--subset=40", f"--model={tmp_path}/unusual.py:Branching")
+    succeed("examples/3_validation_sensitivities.py", *flags,
+            *folders(tmp_path, *TRAIN[:2], *TRAIN[3:], "pickles"))  # fmt: skip
