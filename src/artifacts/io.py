@@ -209,10 +209,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             if any(name.startswith("torch.nn.modules.") for name in named):
                 raise FileError(
                     f"{path}: is a pickled model (torch.save(model)), as written by the papers' scripts; it is not "
-                    "loaded, because that would run code. To use its weights in your own PyTorch code, run "
+                    "loaded, because that would run code. To use its weights, run "
                     f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), NEW) in the environment "
-                    "that wrote it. These scripts only read their own checkpoints: train the model with "
-                    "train_full.py or train_split.py"
+                    "that wrote it, and give NEW to --init, or to --checkpoint with --model"
                 ) from error
             raise ValueError(
                 "it contains more than tensors and plain values, so loading it could run code"

@@ -185,8 +185,7 @@ class MemorizationRun:
             return f"{settings.optimizer}{' with Nesterov momentum' * settings.nesterov} is not supported"
         if self.context.precision.autocast is not None:
             return f"precision {self.context.compute.precision} is not supported"
-        entry = self.context.entry
-        return why_not_vectorised(self._model(settings.seed), two_images(entry.channels, entry.image_size))
+        return why_not_vectorised(self._model(settings.seed), two_images(*self.context.train.image_shape[:2]))
 
     @cached_property
     def together(self) -> int:
