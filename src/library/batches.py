@@ -162,7 +162,8 @@ def _random_states_kept(loader: Any) -> Iterator[None]:
     """Restore the random number generators of torch, NumPy, Python and the loader on exit."""
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     holders = (loader, sampler, batches, getattr(batches, "sampler", None))
-    own = [holder.generator for holder in holders if isinstance(getattr(holder, "generator", None), torch.Generator)]
+    found = (getattr(holder, "generator", None) for holder in holders)
+    own = [generator for generator in found if isinstance(generator, torch.Generator)]
     states, python, numpy = [generator.get_state() for generator in own], random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
@@ -198,7 +199,8 @@ class Examples:
     ) -> None:
         if isinstance(loader, Iterator):
             raise ArgumentError("loader", ": is an iterator, which can be read only once; give the DataLoader")
-        self.loader, self.classes, self._pass = loader, 0, None
+        self.loader, self.classes = loader, 0
+        self._pass: list[float] | None = None
         devices = {p.device for model in models.values() for p in model.parameters()}
         if len(devices) > 1:
             raise ArgumentError(
@@ -207,9 +209,9 @@ class Examples:
         self._device = next(iter(devices), None)
         with _random_states_kept(loader):
             first = next(iter(loader), None)
-        inputs, labels, indices = (None, (), None) if first is None else _split(first)
-        if not len(labels):
+        if first is None or not len((split := _split(first))[1]):
             raise ArgumentError("loader", ": has no examples in its first batch")
+        inputs, _, indices = split
         if ordered and indices is None and not reads_in_order(loader):
             raise ArgumentError(
                 "loader",
@@ -330,7 +332,7 @@ class ModelBatches:
     def __init__(self, loader: Iterable[Any], model: nn.Module, *, ordered: bool = True) -> None:
         model = getattr(model, "_orig_mod", model)  # hooks may not run under torch.compile
         self.examples = Examples(loader, {"model": model}, ordered=ordered)
-        self.module = model if self.examples.plain else _LogitModel(model)
+        self.module: Any = model if self.examples.plain else _LogitModel(model)
         self.dataset = getattr(loader, "dataset", None)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -81,9 +81,9 @@ def samis_scores(model_sgd: nn.Module, model_sam: nn.Module, loader: Iterable[An
     indices, parts = [], []
     with eval_mode(model_sgd), eval_mode(model_sam), torch.no_grad():
         for inputs, labels, given in Examples(loader, models, binary=True):
-            logits = [class_logits(run_model(model, inputs)) for model in models.values()]
+            sgd, sam = (class_logits(run_model(model, inputs)) for model in models.values())
             indices.append(given)
-            parts.append(score_batch(*logits, labels))
+            parts.append(score_batch(sgd, sam, labels))
     order = by_index(indices)
     fields = {name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] for name in FIELDS}
     found = torch.cat(indices).numpy()[order]
@@ -141,7 +141,7 @@ def select(
     entry = {f"min_{m.needs.stored}": m for m in METHODS.values() if m.needs.stored}.get(method) or find_method(
         method
     )
-    if entry.dynamic:
+    if entry.select is None:
         raise ArgumentError("method", f"{method}: selects again in each epoch; train with train_prune.py")
     if sum(amount is not None for amount in (fraction, shots, shots_up_to)) != 1:
         raise ArgumentError("fraction", ": give one of fraction, shots and shots_up_to")
@@ -169,7 +169,7 @@ def select(
     if needs.reduced and dynamics is not None:
         windows = {"window": chosen.score_window} if "score_window" in entry.option_names else {}
         scores = dynamics.scores(needs.reduced, **windows)
-    arrays = dynamics.arrays() if needs.dynamics else {}
+    arrays = dynamics.arrays() if dynamics is not None and needs.dynamics else {}
     inputs = SelectionInputs(
         labels,
         classes,
@@ -178,8 +178,9 @@ def select(
         {name: arrays[name] for name in needs.dynamics},
         layers,
     )
-    amount = {"fraction": fraction, "shots": shots, "shots_up_to": shots_up_to}
-    groups = make_groups(labels.astype(np.int64), classes, per_class=per_class, **amount)
+    groups = make_groups(
+        labels.astype(np.int64), classes, fraction=fraction, shots=shots, shots_up_to=shots_up_to, per_class=per_class
+    )
     return entry.select(inputs, groups, chosen)
 
 
@@ -190,7 +191,7 @@ def _last_layers(method: str, needs: Needs, labels: np.ndarray, logits: Any, fea
         ArgumentError: The method takes another number of models, or logits have another shape.
         UserError: See ``LastLayer``.
     """
-    columns = []
+    columns: list[list[Any]] = []
     for name, values, read in (("logits", logits, needs.logits), ("features", features, needs.embeddings)):
         if read:
             several = values if isinstance(values, list | tuple) else [values]
@@ -281,17 +282,17 @@ def ntk(
     parts = [(batch.images, batch.labels, batch.indices) for batch in batches]
     if len({images.shape[1:] for images, _, _ in parts}) > 1:
         raise ArgumentError("loader", ": inputs have different shapes; pad them to the same length")
-    images, labels, indices = zip(*parts, strict=True)
-    order = torch.from_numpy(by_index(indices))
+    columns = list(zip(*parts, strict=True))
+    order = torch.from_numpy(by_index(columns[2]))
     rows = len(order) * (batches.examples.classes if classes == "all" else 1)
-    free = available_memory(images[0].device)
+    free = available_memory(columns[0][0].device)
     if free is not None and kernel_bytes(rows) > free:
         raise ArgumentError(
             "loader",
             f": a kernel of {len(order)} examples has {rows} rows and takes {gib(kernel_bytes(rows))}, but "
             f"{gib(free)} are free; give fewer examples, or another value of classes",
         )
-    images, labels = (torch.cat(column)[order.to(column[0].device)] for column in (images, labels))
+    images, labels = (torch.cat(column)[order.to(column[0].device)] for column in columns[:2])
     return ntk_kernel(
         batches.module, images, labels, classes, projection_dim=projection_dim, seed=seed, memory_mb=memory_mb
     )

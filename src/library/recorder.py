@@ -37,7 +37,7 @@ class DynamicsRecorder:
         if repeats not in ("refuse", "first"):
             raise ArgumentError("repeats", f"{repeats}: choose from refuse, first")
         self.total, self.repeats = total, repeats
-        self._dynamics: Dynamics | None = None
+        self._dynamics: Any = None  # a Dynamics, from the first batch on
         self._seen = torch.zeros(total, dtype=torch.bool)
         self._labels = torch.full((total,), -1, dtype=torch.int64)
 

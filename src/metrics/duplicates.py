@@ -65,7 +65,7 @@ class DuplicateConfig:
     )
     checkpoint: Path | None = option(
         None,
-        "compare the features of this model as well: a checkpoint, or any state dict of --model",
+        "compare the features of this model as well: a checkpoint, or any state dict of --model (default: none)",
         Path,
         metavar="FILE",
     )

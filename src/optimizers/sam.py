@@ -211,13 +211,15 @@ class SAM(Optimizer):
                 found = closure()
             self.second_step()
             return found
-        if getattr(self, "found_inf", None) is not None:  # GradScaler sets found_inf and grad_scale for this call
-            if self.found_inf:
+        if (
+            overflow := getattr(self, "found_inf", None)
+        ) is not None:  # GradScaler sets this and grad_scale for the call
+            if overflow:
                 self.restore()
                 return None
-            if self.grad_scale is not None:  # None if unscale_ was called; in float32, as there
+            if (scale := getattr(self, "grad_scale", None)) is not None:  # None if unscale_ was called
                 gradients = [p.grad for p in self._parameters() if p.grad is not None]
-                torch._foreach_mul_(gradients, self.grad_scale.double().reciprocal().float().item())
+                torch._foreach_mul_(gradients, scale.double().reciprocal().float().item())
         self.second_step()
         return None
 
