@@ -84,7 +84,7 @@ class FeatureReader:
             return
         calls: list[tuple[nn.Linear, torch.Tensor]] = []
         hooks = [
-            module.register_forward_hook(lambda linear, inputs, _: calls.append((linear, inputs[0])))
+            module.register_forward_hook(lambda linear, inputs, _: calls.extend((linear, h) for h in inputs))
             for module in model.modules()
             if isinstance(module, nn.Linear)
         ]

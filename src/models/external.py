@@ -119,6 +119,8 @@ class SourceFile:
             yield
         finally:
             sys.path.remove(folder)
+            if folder not in sys.path:
+                sys.path.append(folder)  # for imports in forward
 
 
 def _sources(path: Path) -> dict[str, bytes]:
@@ -166,7 +168,7 @@ def _imports(tree: ast.Module, folder: Path) -> Iterator[Path]:
             continue
         for name in names:
             parts = name.split(".")
-            if parts[0] in _PROJECT:
+            if parts[0] in _PROJECT or parts[0] in sys.stdlib_module_names:
                 continue
             for count in range(1, len(parts) + 1):  # a package's __init__.py runs before its modules
                 if all(parts[:count]):
@@ -192,7 +194,7 @@ def user_code(path: Path | None) -> Iterator[None]:
         frame = error.__traceback__
         while frame is not None:
             file = Path(frame.tb_frame.f_code.co_filename)
-            if path is not None and (file == path or path.parent in file.parents):
+            if path is not None and path.parent in file.parents and "site-packages" not in file.parts:
                 where = f"{file}, line {frame.tb_lineno}"
             frame = frame.tb_next
         reason = " ".join(str(error).split())[:200]
@@ -225,6 +227,8 @@ def check_outputs(
     first = next(model.parameters())
     if first.is_meta:
         return
+    if any(torch.nn.parameter.is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+        raise FileError(f"{text}: has lazy layers, whose weights would not depend on the seed; give their sizes")
     from src.models.base import eval_mode, two_images
 
     images = two_images(in_channels, image_size).to(first.dtype)
@@ -255,7 +259,8 @@ def check_outputs(
                 raise FileError(f"{text}: {where}, its logits are not finite floating-point numbers")
     finally:
         for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+            if name in buffers:
+                buffer.copy_(buffers[name])
 
 
 def _kind(value: Any) -> str:

@@ -166,6 +166,8 @@ BAD = {
     "import nowhere_to_be_found": (FileError, r"net.py, line 1: ModuleNotFoundError"),
     "def Net(:": (FileError, r"net.py, line 1: .*syntax"),
     "other = 1": (ArgumentError, r"net.py:Net: the file defines no class or function of this name"),
+    "from torch import nn\ndef Net(num_classes, **sizes):\n    return nn.Sequential(nn.Flatten(), "
+    "nn.LazyLinear(num_classes))": (FileError, r"net.py:Net: has lazy layers"),
     "def Net(classes): pass": (
         ArgumentError,
         r"must accept the keyword arguments num_classes, in_channels, image_si",
