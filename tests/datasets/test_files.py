@@ -11,8 +11,9 @@ from refusals import FILE, refuse
 from support import TRAIN, folders, succeed, write_blobs
 
 from src.artifacts.io import read_json, read_npz
+from src.artifacts.store import write_scores
 from src.datasets import DataConfig, load_dataset, training_indices
-from src.datasets.files import materialize, short_name
+from src.datasets.files import materialize, short_name, write_score_table
 from src.datasets.splits import read_exclusions
 from src.errors import ArgumentError
 from src.metrics import Proxy
@@ -113,6 +114,16 @@ def test_data_without_files_become_png_files(tmp_path):
         image = Image.open(tmp_path / "out" / places[row["class"]] / f"{int(row['index']):02}.png")
         expected = train.fetch(torch.tensor([int(row["index"])]))[0, 0]
         np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_a_table_never_shows_older_scores(tmp_path):
+    examples = load_dataset(f"npz:{write_blobs(tmp_path / 'b.npz', n=6)}", tmp_path)[0].examples
+    path = tmp_path / "aum_b.pkl"
+    write_scores(path, np.arange(6.0), {})
+    table = write_score_table(path, np.arange(6.0), examples)
+    assert [row["index"] for row in rows_of(table)] == list("543210")
+    write_scores(path, -np.arange(6.0), {})  # interrupted before the table
+    assert not table.exists()
 
 
 def listed(path, *lines):
