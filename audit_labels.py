@@ -15,7 +15,7 @@ label_error_{dataset}.pkl, which plot_images.py, train_prune.py and evaluate_sco
 
 import numpy as np
 
-from src.artifacts.io import file_digest, label_hash, write_csv, write_json
+from src.artifacts.io import file_digest, write_csv, write_json
 from src.artifacts.paths import Folders, label_issues_path, memorization_path
 from src.artifacts.store import check_score_target, read_record, write_scores
 from src.cli import FULL_DATA_FLAGS, SUBSET_FLAGS, Parser, build, print_next, run_script
@@ -47,9 +47,9 @@ def main() -> None:
     config, data = build(AuditConfig, args), build(DataConfig, args)
     for mode in config.combine:
         get_score(mode, score_folders(args.scores_folder, mode, args.metrics_folder))
-    train, _ = data.load(args.datasets_folder)
-    name, labels, names = train.entry.name, train.labels.numpy(), train.class_names
-    checks = {"n": train.total, "label_hash": label_hash(labels), "data_hash": train.digest}
+    examples = data.examples(args.datasets_folder)
+    name, labels, names = examples.name, examples.labels, examples.class_names
+    checks = {"n": len(labels), "label_hash": examples.label_hash, "data_hash": examples.digest}
 
     source = config.probabilities or memorization_path(args.metrics_folder, f"out_of_sample_{name}.npz")
     if config.probabilities is None and not source.exists():
@@ -57,7 +57,7 @@ def main() -> None:
             f"{source}: file not found; create it with compute_memorization.py --dataset {dataset_flag(name)} "
             "--folds 5 --members 5, or give --probabilities FILE"
         )
-    probabilities = read_probabilities(source, train.total, train.entry.num_classes, checks["label_hash"])
+    probabilities = read_probabilities(source, len(labels), len(names), checks["label_hash"])
     combined = {
         mode: Proxy(mode, name, folder=score_folders(args.scores_folder, mode, args.metrics_folder), **checks)
         for mode in config.combine
@@ -78,7 +78,7 @@ def main() -> None:
     score = mean_rank([found.score, *(proxy.scores for proxy in combined.values())]) if combined else found.score
     order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
     listed = order[: config.top or max(1, round(found.errors))]
-    files, examples = train.files, train.examples
+    files = examples.files
     rows = [
         {
             "index": i,
@@ -103,7 +103,7 @@ def main() -> None:
         "dataset": name,
         "mode": "label_error",
         "label_hash": checks["label_hash"],
-        "data_hash": train.digest,
+        "data_hash": examples.digest,
         "settings": settings,
         "source": str(source),
         "orientation": "high is atypical",

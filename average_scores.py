@@ -19,7 +19,6 @@ from functools import partial
 
 import numpy as np
 
-from src.artifacts.io import label_hash
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
 from src.cli import FULL_DATA_FLAGS, SUBSET_FLAGS, Parser, build, print_next, restrict, run_script
@@ -70,7 +69,7 @@ def main() -> None:
     args = parse()
     config, windows, data = build(AverageConfig, args), build(Windows, args), build(DataConfig, args)
     modes, dataset = list(wanted_modes(config)), data.dataset
-    examples = data.examples(args.datasets_folder)
+    examples = data.examples_at_hand(args.datasets_folder)
     if examples is not None:  # the name of the user's own data contains a hash of its content
         dataset = examples.name
 
@@ -121,8 +120,8 @@ def matching(examples: Examples | None, values: np.ndarray, record: dict) -> Exa
     if examples is None:
         log.info("the csv files have no classes, because %s is not in --datasets_folder", record["dataset"])
         return None
-    found = label_hash(examples.labels)
-    if len(values) == len(examples.labels) and record.get("label_hash", found) == found:
+    known = record.get("label_hash", examples.label_hash)
+    if len(values) == len(examples.labels) and known == examples.label_hash:
         return examples
     log.warning("the csv files have no classes, because %s in --datasets_folder has other labels", record["dataset"])
     return None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.artifacts.io import file_digest, label_hash
+from src.artifacts.io import file_digest
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target, write_scores
 from src.cli import FULL_DATA_FLAGS, SUBSET_FLAGS, Parser, build, number, print_next, run_script
@@ -51,28 +51,29 @@ def main() -> None:
         raise FlagError(f"--mode {args.mode}: is a built-in score; choose another name")
     data = build(DataConfig, args)
 
-    train, _ = data.load(args.datasets_folder)
-    values = read_external(args.file, train.total)
+    examples = data.examples(args.datasets_folder)
+    total = len(examples.labels)
+    values = read_external(args.file, total)
     negated = args.high == "typical"
     record = {
         "mode": args.mode,
-        "dataset": train.entry.name,
-        "label_hash": label_hash(train.labels),
-        "data_hash": train.digest,
+        "dataset": examples.name,
+        "label_hash": examples.label_hash,
+        "data_hash": examples.digest,
         "orientation": "high is atypical",
         "negated": negated,
         "source": args.file.name,
         "source_sha256": file_digest(args.file),
         **({} if args.cost is None else {"cost": args.cost}),
     }
-    path = score_entry(args.mode).path(args.metrics_folder, train.entry.name)
+    path = score_entry(args.mode).path(args.metrics_folder, examples.name)
     check_score_target(path, record, overwrite=args.overwrite)
     scores = -values if negated else values
     write_scores(path, scores, record)
-    write_score_table(path, scores, train.examples)
+    write_score_table(path, scores, examples)
     scored = values[~np.isnan(values)]
     print(
-        f"{args.mode}: {len(scored)} of {train.total} examples, {scored.min():.6g} to {scored.max():.6g} in "
+        f"{args.mode}: {len(scored)} of {total} examples, {scored.min():.6g} to {scored.max():.6g} in "
         f"{args.file}{', negated' if negated else ''}: {path}"
     )
     keep = [*FULL_DATA_FLAGS, "metrics_folder"]

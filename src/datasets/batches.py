@@ -21,6 +21,11 @@ ORDERS = ("shuffled", "sequential", "fixed")
 PREPARED, PREPARED_ON_CPU = 64 * 2**20, 2**20
 
 
+def own_digest(content: str, decoding: str | None) -> str:
+    """Return the digest that identifies own data: that of the files, independent of resizing. See ``Content``."""
+    return hashlib.sha256(f"{content}\0{decoding or ''}".encode()).hexdigest()[:16]
+
+
 class Content:
     """The digest that identifies the images of a data set, computed on first use.
 
@@ -37,15 +42,15 @@ class Content:
     def digest(self) -> str:
         """Digest of the training images, test images and test labels, 16 hex digits."""
         if self._digest is None:
-            digest = hashlib.sha256()
             entry, decoding = self._parts[0].entry, self._parts[0].decoding
-            if entry.content is not None:  # own data: a digest of the files, independent of resizing
-                digest.update(f"{entry.content}\0{decoding or ''}".encode())
+            if entry.content is not None:
+                self._digest = own_digest(entry.content, decoding)
             else:
+                digest = hashlib.sha256()
                 for part in self._parts:
                     part.add_content(digest)
                 digest.update(self._parts[1].labels.cpu().numpy().astype("<i8").tobytes())
-            self._digest = digest.hexdigest()[:16]
+                self._digest = digest.hexdigest()[:16]
             self._parts = ()  # if the images are on a GPU, this frees the copy in CPU memory
         return self._digest
 
@@ -117,7 +122,9 @@ class ImageSet:
     @property
     def examples(self) -> Examples:
         """The names, labels and files of this full set."""
-        return Examples(self.entry.name, self.labels.cpu().numpy(), self.class_names, self.files, self.drawn)
+        return Examples(
+            self.entry.name, self.labels.cpu().numpy(), self.class_names, self.files, self.drawn, lambda: self.digest
+        )
 
     def add_content(self, digest: "hashlib._Hash") -> None:
         """Add the images of this full set to a digest."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from src.artifacts.io import link, write_csv
+from src.artifacts.io import label_hash, link, write_csv
 from src.errors import FileError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Examples:
         class_names: One name per class.
         files: The file of each example; None if the images do not come from single files.
         drawn: The examples drawn for testing, int64 ``(m,)``, which are not for training; None if there are none.
+        find_digest: Returns ``digest``. May decode the images.
     """
 
     name: str
@@ -75,6 +77,17 @@ class Examples:
     class_names: Sequence[str]
     files: FileNames | None = None
     drawn: np.ndarray | None = None
+    find_digest: Callable[[], str | None] = lambda: None
+
+    @cached_property
+    def digest(self) -> str | None:
+        """The digest that identifies the images, as ``ImageSet.digest``; None if unknown."""
+        return self.find_digest()
+
+    @cached_property
+    def label_hash(self) -> str:
+        """The hash of the labels."""
+        return label_hash(self.labels)
 
     def columns(self, index: int) -> dict[str, Any]:
         """Return the first columns of a table for one example: index, file and class."""

@@ -128,6 +128,13 @@ def draw_test(where: str | Path, parts: Sequence[np.ndarray], config: DataConfig
     return chosen
 
 
+def content_of(digest: str, drawn: np.ndarray | None) -> str:
+    """Return the hex digest of the contents and of which examples were drawn for testing."""
+    if drawn is None:
+        return digest
+    return hashlib.sha256(f"{digest}\0".encode() + drawn.astype("<i8").tobytes()).hexdigest()
+
+
 def own_sets(
     stem: str,
     digest: str,
@@ -157,9 +164,8 @@ def own_sets(
     Returns:
         The training set and the test set.
     """
-    content, used = digest, None
+    used = None
     if drawn is not None:
-        content = hashlib.sha256(f"{digest}\0".encode() + drawn.astype("<i8").tobytes()).hexdigest()
         used = torch.from_numpy(np.setdiff1d(np.arange(len(labels[0])), drawn))
     if normalization is None or used is not None:
         normalization = normalization_of(images[0], used)
@@ -173,7 +179,7 @@ def own_sets(
         load=None,
         augmentation=Augmentation(crop_padding=max(1, size // 8), flip=True),
         cutout=True,
-        content=content,
+        content=content_of(digest, drawn),
     )
     tensors = [torch.from_numpy(label) for label in labels]
     train = ImageSet(entry, "train", images[0], tensors[0], names, decoding=decoding, files=files[0])

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.artifacts.io import read_npz, write_with
-from src.datasets.batches import ImageSet
+from src.datasets.batches import ImageSet, own_digest
 from src.datasets.decoding import Faults, ImageFolder, Photos, ahead, as_seen, open_image
 from src.datasets.files import Examples, printable
 from src.datasets.own import (
+    content_of,
     convert_channels,
     draw_test,
     normalization_of,
@@ -120,13 +121,13 @@ class _Cache:
         log.info("read %d decoded images from %s (%s)", sum(map(len, images)), self.path, self._room(images))
         return found
 
-    def content(self) -> str | None:
-        """Return the digest of the current files from the cache, without reading them; None if it is not there."""
+    def header(self) -> dict[str, Any] | None:
+        """Return the header of the cache of the current files, without reading them; None if there is none."""
         if self.size < CACHED_FROM or self._stamp is None or not os.path.exists(self.path):
             return None
         try:
             header = json.loads(str(read_npz(self.path, ["header"])["header"]))
-            return header["content"] if header["stamp"] == self._stamp else None
+            return header if (header["stamp"], header["rules"]) == (self._stamp, self.rules) else None
         except Exception:  # a damaged or foreign file can raise almost any exception; loading the images reports it
             return None
 
@@ -294,12 +295,22 @@ def photo_examples(photos: Photos, config: DataConfig, cache_folder: Path | None
     labels = [np.array(photos.labels[part]) for part in photos.parts]
     drawn = draw_test(photos.root, labels, config)
     try:
-        known = None if cache_folder is None else _Cache(photos, config, cache_folder).content()
-        name = own_name(photos.stem, known or photos.content())
+        header = None if cache_folder is None else _Cache(photos, config, cache_folder).header()
+        digest = photos.content() if header is None else header["content"]
     except OSError as error:
         raise FileError(f"{error.filename}: cannot be read ({error.strerror})") from error
     names = [printable(each) for each in photos.names]
-    return Examples(name, labels[0], names, photos.file_names("train"), drawn)
+
+    def find_digest() -> str | None:
+        if header is not None:
+            return own_digest(content_of(digest, drawn), header["decoding"])
+        if cache_folder is None:
+            return None
+        train, _ = load_photos(photos, config, cache_folder)  # which rules change pixels is known after decoding
+        return own_digest(train.entry.content, train.decoding)
+
+    files = photos.file_names("train")
+    return Examples(own_name(photos.stem, digest), labels[0], names, files, drawn, find_digest)
 
 
 def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[ImageSet, ImageSet]:

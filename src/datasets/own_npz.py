@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from src.artifacts.io import read_npz
-from src.datasets.batches import ImageSet
+from src.datasets.batches import ImageSet, own_digest
 from src.datasets.decoding import PARTS
 from src.datasets.files import Examples, FileNames
-from src.datasets.own import convert_all, count_classes, draw_test, own_name, own_sets
+from src.datasets.own import content_of, convert_all, count_classes, draw_test, own_name, own_sets
 from src.datasets.registry import DataConfig, DatasetEntry
 from src.errors import FileError
 
@@ -340,5 +340,6 @@ def npz_examples(path: Path, config: DataConfig, cache_folder: Path | None) -> E
         FileError: The file is missing, damaged, or not in a known format.
     """
     data = _NpzFile(path)
-    names, drawn = data.check(), draw_test(path, data.labels, config)
-    return Examples(own_name(path.stem, data.digest()), data.labels[0], names, data.files[0], drawn)
+    names, digest, drawn = data.check(), data.digest(), draw_test(path, data.labels, config)
+    name, content = own_name(path.stem, digest), content_of(digest, drawn)
+    return Examples(name, data.labels[0], names, data.files[0], drawn, lambda: own_digest(content, None))

@@ -520,27 +520,31 @@ class DataConfig:
         train.content = test.content = Content(train, test)
         return train, test
 
-    def examples(self, folder: str | Path) -> Examples | None:
+    def examples(self, folder: str | Path) -> Examples:
         """Load the names, labels and files of all training examples. Own images are not decoded.
 
         Args:
             folder: The folder of data sets.
 
-        Returns:
-            The training examples; None if this is a catalog data set that is not in the folder, or damaged there.
-
         Raises:
-            FileError: Own data are missing or not in the expected format.
+            FileError: The data are missing, damaged, or not in the expected format.
         """
         if own := _own_source(self.dataset):
             cache = self.cache_folder or Path(folder) / DECODED
             return OWN_EXAMPLES[own[0]](Path(own[1]).expanduser(), self, cache)
-        entry, folder = lookup(self.dataset), Path(folder)
-        if not (entry.embedded or any((folder / name).exists() for name in (entry.name, f"{entry.name}.npz"))):
-            return None
+        return self.load(folder)[0].examples
+
+    def examples_at_hand(self, folder: str | Path) -> Examples | None:
+        """Return ``examples``; None for a catalog data set that is not in the folder, or damaged there."""
+        if not _own_source(self.dataset):
+            entry, folder = lookup(self.dataset), Path(folder)
+            if not (entry.embedded or any((folder / name).exists() for name in (entry.name, f"{entry.name}.npz"))):
+                return None
         try:
-            return self.load(folder)[0].examples
+            return self.examples(folder)
         except FileError as error:
+            if _own_source(self.dataset):
+                raise
             log.warning("%s", error)
             return None
 

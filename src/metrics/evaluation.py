@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from src.artifacts.io import label_hash, read_index_file, write_json, write_text
+from src.artifacts.io import read_index_file, write_json, write_text
 from src.cli import SEED, check_options, number, option
 from src.datasets import DataConfig
 from src.errors import ArgumentError, FileError
@@ -148,15 +148,14 @@ def load_labels(data: DataConfig, datasets_folder: Path) -> tuple[str, np.ndarra
         FileError: The user's own data cannot be loaded. Their name in file names is not known without them.
     """
     try:
-        train, _ = data.load(datasets_folder)
+        examples = data.examples(datasets_folder)
     except FileError as error:
         if ":" in data.dataset:
             raise
         log.warning("%s; skipping correlations within classes", error)
         return data.dataset, None, {}
-    labels = train.labels.numpy()
-    checks = {"n": len(labels), "label_hash": label_hash(labels), "data_hash": train.digest}
-    return train.entry.name, labels, checks
+    checks = {"n": len(examples.labels), "label_hash": examples.label_hash, "data_hash": examples.digest}
+    return examples.name, examples.labels, checks
 
 
 def planted_mask(path: Path, labels: np.ndarray) -> np.ndarray:

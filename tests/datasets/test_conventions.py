@@ -67,6 +67,7 @@ def test_test_images_are_drawn_per_class(tmp_path, part):
     assert len(more.drawn) == 8
     assert {full.entry.name, more.entry.name, other.entry.name} == {dataset_name(name)}
     assert len({images.digest for images in (full, again, more, other)}) == 3
+    assert DataConfig(name, test_seed=1).examples(".").digest == other.digest
     examples = DataConfig(name, subset="8").examples(".")
     assert training_indices(DataConfig(name), examples).tolist() == kept.tolist()
     assert set(training_indices(DataConfig(name, subset="8"), examples)) < set(kept)
@@ -167,6 +168,7 @@ def test_npz_without_a_test_part(tmp_path):
     train, test = load_dataset(name, ".")
     assert np.bincount(test.labels).tolist() == [1, 1, 1, 1]
     assert torch.equal(pixels(train), torch.from_numpy(RGB).permute(0, 3, 1, 2))
+    assert DataConfig(name).examples(".").digest == train.digest
 
 
 DIM = RGB // 16

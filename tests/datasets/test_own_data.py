@@ -735,9 +735,12 @@ def test_names_and_labels_need_no_reading_if_there_is_a_cache(photos, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(ImageFolder, "read", None)
         found = config.examples(tmp_path)
-    assert (found.name, found.labels.tolist()) == (train.entry.name, train.labels.tolist())
+        assert (found.name, found.labels.tolist()) == (train.entry.name, train.labels.tolist())
+        assert found.digest == train.digest is not None
     Image.new("RGB", (300, 300)).save(tmp_path / "photos" / "test" / "dog" / "0.jpg")
-    assert config.examples(tmp_path).name == dataset_name(photos) != found.name
+    changed = config.examples(tmp_path)
+    assert changed.name == dataset_name(photos) != found.name
+    assert changed.digest == load_dataset(photos, tmp_path, image_size=20)[0].digest != train.digest
 
 
 def test_the_name_needs_no_decoding(photos, tmp_path, monkeypatch):

@@ -299,7 +299,7 @@ def deep_image(path):
         ("train/dog/x.png", half_an_image, "x.png"),
         ("train/dog/x", lambda path: path.mkdir(), "dog/x"),
         ("train/dog/x.png", deep_image, "x.png"),
-        ("test", shutil.rmtree, "test"),
+        ("train", shutil.rmtree, "train"),
         ("", shutil.rmtree, "photos"),
     ],
 )
@@ -687,7 +687,9 @@ def test_another_pretraining_that_is_not_on_disk_is_named_by_its_hash(blobs, tmp
 def test_a_stored_selection_of_another_subset_has_one_advice(blobs, tmp_path):
     run = (*pruning(f"npz:{blobs}", tmp_path), "--coreset_func=random", "--coreset_fraction=0.5")
     succeed("train_prune.py", *run)
-    says = "use the subset it was made with, or (give|use) --overwrite to replace it"
+    says = (
+        "which --subset or --exclude leaves out; give the flags of the file, or (give|use) --overwrite to replace it"
+    )
     refuse("train_prune.py", *run, "--subset=30", status=FILE, says=says, keep=tmp_path)
 
 
