@@ -132,19 +132,16 @@ def aum(margin: np.ndarray) -> np.ndarray:
     return mean_known(margin)
 
 
-def late_aum(margin: np.ndarray, late_epochs: int | None = None) -> np.ndarray:
-    """AUM of the last epochs, when the model is good. Low means atypical; the score is stored negated.
+def late_mean(values: np.ndarray, late_epochs: int | None = None) -> np.ndarray:
+    """Mean over the last epochs, when the model is good: of the margin (AUM), or of the probability of the label.
+
+    Low means atypical; the score is stored negated.
 
     Args:
-        margin: ``(epochs, total)``.
+        values: ``(epochs, total)``.
         late_epochs: The number of epochs; None for the second half of the run.
     """
-    return mean_known(margin[-late_epochs if late_epochs else len(margin) // 2 :])
-
-
-def late_prob(probability: np.ndarray, late_epochs: int | None = None) -> np.ndarray:
-    """Mean probability of the label in the last epochs, as in ``late_aum``. Low means atypical; stored negated."""
-    return late_aum(probability, late_epochs)
+    return mean_known(values[-late_epochs if late_epochs else len(values) // 2 :])
 
 
 def csg(input_gradient: np.ndarray) -> np.ndarray:
@@ -359,7 +356,7 @@ REDUCTIONS = (
         r"$-p_{\mathrm{late}}(x_i)$",
         "probability, late epochs",
         paper="this project",
-        compute=late_prob,
+        compute=late_mean,
         reads=("probability",),
         options=("late_epochs",),
         negated=True,
@@ -369,7 +366,7 @@ REDUCTIONS = (
         r"$-\mathrm{AUM}_{\mathrm{late}}(x_i)$",
         "area under the margin, late epochs",
         paper="this project",
-        compute=late_aum,
+        compute=late_mean,
         reads=("margin",),
         options=("late_epochs",),
         negated=True,
@@ -491,7 +488,7 @@ class Windows:
         window: J, the number of epochs in a window.
         el2n_epochs: The first and last epoch of EL2N, counting from 1.
         etl_never_learned: See :func:`epochs_to_learn`.
-        late_epochs: See :func:`late_aum`.
+        late_epochs: See :func:`late_mean`.
 
     Raises:
         ArgumentError: A window has fewer than two epochs, an epoch is below 1, or a choice is unknown.

@@ -515,12 +515,8 @@ class MemorizationRun:
         scores = {mode: found.value for mode, found in estimates.items()} | {"out_prob": -results.probability.outside}
         arrays = {"members_in": spread(results.counts[1]), "members_out": spread(results.counts[0])}
         for mode, found in estimates.items():
-            arrays |= {
-                mode: spread(found.value),
-                f"{mode}_error": spread(found.error),
-                f"{mode}_in": spread(found.inside),
-                f"{mode}_out": spread(found.outside),
-            }
+            arrays |= {mode: spread(found.value), f"{mode}_error": spread(found.error)}
+            arrays |= {f"{mode}_in": spread(found.inside), f"{mode}_out": spread(found.outside)}
         written = [write_npz(memorization_path(folder, f"estimates_{name}.npz"), **arrays, **about)]
         if self.config.out_of_sample and results.left_out is not None:
             path = memorization_path(folder, f"out_of_sample_{name}.npz")
@@ -585,18 +581,14 @@ class MemorizationRun:
         rows = max(1, _INFLUENCES // shape[1])
 
         def write(file: BinaryIO) -> None:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)),
-                "fortran_order": False,
-                "shape": shape,
-            }
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for start in tqdm(range(0, shape[0], rows), desc="influence", unit="block", disable=None):
                 part = correct[:, start : start + rows]
                 both = part.T @ included  # (rows, n): how often correct with the example
                 with np.errstate(invalid="ignore", divide="ignore"):
                     found = both / inside - (part.sum(0)[:, None] - both) / (count - inside)
-                file.write(found.astype(np.float16).tobytes())
+                file.write(found.astype("<f2").tobytes())
 
         path = memorization_path(self.folders.metrics_folder, f"influence_{self.context.entry.name}.npy")
         return write_with(path, write, interruptible=True)

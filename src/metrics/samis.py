@@ -92,7 +92,6 @@ def mean_loss(loss_sgd: np.ndarray, loss_sam: np.ndarray) -> np.ndarray:
     return (loss_sgd + loss_sam) / 2
 
 
-# SAMIS assumes learned examples: on those that neither model learns, the two models hardly differ.
 _of_pair = partial(Score, source="pair", folder="sam_sgd", cost="SGD run + SAM run", passes=2 / 3)
 
 PAIR_SCORES = (

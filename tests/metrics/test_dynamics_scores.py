@@ -128,10 +128,9 @@ def test_every_score_follows_its_example(run):
 
 
 def test_late_scores_are_means_over_the_end_of_the_run(run):
-    np.testing.assert_allclose(ds.late_prob(run), run[6:].mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(ds.late_prob(run, 20), run.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(ds.late_aum(run), run[6:].mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(ds.late_aum(run, 2), run[-2:].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ds.late_mean(run), run[6:].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ds.late_mean(run, 20), run.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ds.late_mean(run, 2), run[-2:].mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(ds.csg(run), run.sum(axis=0), rtol=1e-6)
 
 
