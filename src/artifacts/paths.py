@@ -147,6 +147,11 @@ def memorization_path(metrics_folder: str | Path, name: str) -> Path:
     return Path(metrics_folder) / "memorization" / name
 
 
+def report_path(plots_folder: str | Path, dataset: str) -> Path:
+    """The page about a data set and its scores."""
+    return Path(plots_folder) / "report" / f"{dataset}.html"
+
+
 def label_issues_path(metrics_folder: str | Path, dataset: str) -> Path:
     """The table of label issues of a data set."""
     return Path(metrics_folder) / "label_errors" / dataset / "label_issues.csv"

@@ -153,22 +153,34 @@ def audit(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Audit
 def confident_count(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """The number of wrong labels by the confident joint of Northcutt et al. 2021 (Confident learning, eq. 1 to 3).
 
+    The share of wrong labels among the examples that count is estimated for each given label.
+
+    Args:
+        probabilities: ``(n, C)``.
+        labels: ``(n,)``.
+    """
+    _, which, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    classes = confident_classes(probabilities, labels)
+    counts, wrong = classes >= 0, classes != labels
+    shares = np.bincount(which, counts & wrong) / np.maximum(np.bincount(which, counts), 1)
+    return float(shares @ sizes)
+
+
+def confident_classes(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The class that each example counts as in the confident joint, int64 ``(n,)``; -1 if it does not count.
+
     An example counts as class j if its probability of j is at least the mean of the examples labeled j; of several
-    such classes, the most probable. The share of wrong labels among the examples that count is estimated for each
-    given label.
+    such classes, the most probable.
 
     Args:
         probabilities: ``(n, C)``.
         labels: ``(n,)``.
     """
     present, which, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    rows = np.arange(len(labels))
     thresholds = np.full(probabilities.shape[1], np.inf)
-    thresholds[present] = np.bincount(which, probabilities[rows, labels]) / sizes
+    thresholds[present] = np.bincount(which, probabilities[np.arange(len(labels)), labels]) / sizes
     candidates = np.where(probabilities >= thresholds, probabilities, -1.0)
-    counts, wrong = candidates.max(1) >= 0, candidates.argmax(1) != labels
-    shares = np.bincount(which, counts & wrong) / np.maximum(np.bincount(which, counts), 1)
-    return float(shares @ sizes)
+    return np.where(candidates.max(1) >= 0, candidates.argmax(1), -1)
 
 
 def sharpened(probabilities: np.ndarray, exponent: float) -> np.ndarray:

@@ -121,6 +121,15 @@ WRONG = {
         "--dataset=nothing",
         "--modes nothing",
     ],
+    "find_duplicates.py": [
+        "--dataset=digits --pixel_similarity=2",
+        "--dataset=digits --feature_similarity=0.9",
+    ],
+    "make_report.py": [
+        "--dataset=digits --modes nothing",
+        "--dataset=digits --examples=1",
+        "--dataset=digits --pickles_folder=x",
+    ],
     "register_score.py": [
         "x.npy --dataset=digits --high=typical --mode=csl",
         "x.npy --dataset=digits --high=typical --mode=my-score",

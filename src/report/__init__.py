@@ -1,0 +1,1 @@
+"""One self-contained HTML page about a data set and its stored scores."""

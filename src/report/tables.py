@@ -1,0 +1,396 @@
+"""The numbers of the page: findings, tables and curves, computed from what :mod:`src.report.collect` has read.
+
+Shapes: n training examples, C classes. Scores are high for atypical examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from src.formatting import duration
+from src.metrics.compare import auroc, spearman, spearman_within_class, top_overlap
+from src.metrics.label_errors import confident_classes
+from src.report.collect import Contents
+
+LISTED = 200  # rows of the tables of label errors and duplicates
+BINS = 48
+_TOP = 0.01  # the most atypical examples, whose classes are counted
+_AGREED = 0.05  # an example in the top 5 % of half of the scores is suspicious by all of them
+
+
+MEANINGS = {
+    "mem": "accuracy on the example of models trained on it, minus that of models that were not",
+    "mem_prob": "probability of the label by models trained on the example, minus that by models that were not",
+    "out_prob": "minus the probability of the label by models that were not trained on the example",
+    "samis_loss": "absolute difference of the losses of an SGD-trained and a SAM-trained model",
+    "samis_prob": "L1 distance of the probabilities predicted by an SGD-trained and a SAM-trained model",
+    "mean_loss": "mean loss of the SGD-trained and the SAM-trained model",
+    "csl": "sum of the example's losses over all epochs",
+    "aum": "minus the mean margin (logit of the label minus the largest other logit) over the epochs",
+    "el2n": "mean length of the error vector in the first epochs",
+    "forg": "how often the example goes from correct to wrong during training",
+    "etl": "the epoch from which the example stays correct",
+    "mpe": "prediction error times predictive variance: how much the model would change without the example",
+    "label_error": "log odds that the label is wrong",
+}
+"""What a score measures. Scores that are not listed are described by their titles."""
+
+
+class LabelIssue(NamedTuple):
+    """One row of the table of likely label errors."""
+
+    index: int
+    suggested: int  # the likely class; -1 if unknown
+    given_probability: float
+    suggested_probability: float
+    confident: bool | None  # whether the confident joint counts it as another class; None if unknown
+    cleanlab: str  # "yes", "no", or "" if cleanlab was not run
+
+
+def meaning(found: Contents, mode: str) -> str:
+    """One sentence about a score, for its tooltip."""
+    entry = found.entries[mode]
+    text = f"{entry.title}: {MEANINGS[mode]}" if mode in MEANINGS else entry.title
+    return f"{text}. High is atypical. Source: {entry.paper}."
+
+
+def likely_errors(found: Contents) -> tuple[list[LabelIssue], str]:
+    """The examples whose labels are most likely wrong, most suspicious first, and how they were found.
+
+    With out-of-sample probabilities, examples are ranked by the stored audit (``label_error``) if there is one,
+    otherwise by the margin between the label and the most probable other class. With recorded dynamics only, they are
+    ranked by the area under the margin (Pleiss et al. 2020), and there is no likely class.
+    """
+    labels, rows = found.labels, np.arange(len(found.labels))
+    if found.probabilities is not None:
+        known = np.flatnonzero(np.isfinite(found.probabilities).all(1))
+        p = found.probabilities[known]
+        given = p[np.arange(len(known)), labels[known]]
+        others = p.copy()
+        others[np.arange(len(known)), labels[known]] = -1
+        counted = confident_classes(p, labels[known])
+        margin = others.max(1) - given
+        how = "by the margin between the most probable other class and the label"
+        suspicion = margin
+        if "label_error" in found.scores:
+            how = "by the log odds of the audit (audit_labels.py)"
+            suspicion = np.nan_to_num(found.scores["label_error"][known], nan=-np.inf)
+        order = np.argsort(-suspicion, kind="stable")
+        wanted = max(20, round(found.audit.get("estimated_errors", 0)), int((counted != labels[known]).sum()))
+        issues = []
+        for k in order[: min(LISTED, wanted)].tolist():
+            row = found.issues.get(int(known[k]), {})
+            decided = {"1": "yes", "0": "no"}.get(row.get("cleanlab issue", ""), "")
+            confident = bool(counted[k] >= 0 and counted[k] != labels[known[k]])
+            suggested = _suggested(found, row, int(others[k].argmax()))
+            issues.append(
+                LabelIssue(int(known[k]), suggested, float(given[k]), float(p[k, suggested]), confident, decided)
+            )
+        return issues, f"Out-of-sample probabilities, ranked {how}."
+    if found.dynamics is not None:
+        suspicion = np.nan_to_num(-found.dynamics.margin, nan=-np.inf)
+        wrong = found.dynamics.margin < 0  # on average another class had the largest logit
+        count = min(LISTED, max(20, int(wrong.sum())))
+        issues = [
+            LabelIssue(int(i), -1, float(found.dynamics.probability[i]), np.nan, None, "")
+            for i in rows[np.argsort(-suspicion, kind="stable")][:count]
+        ]
+        how = (
+            f"Recorded dynamics of {found.dynamics.name}, ranked by the mean margin over all epochs, lowest first. "
+            "The dynamics do not record which other class was predicted, so there is no likely class; "
+            "compute_memorization.py --folds 5 --members 5 makes out-of-sample probabilities."
+        )
+        return issues, how
+    return [], ""
+
+
+def _suggested(found: Contents, row: Mapping[str, str], otherwise: int) -> int:
+    """The class that the audit suggests; otherwise the most probable other class."""
+    names = list(found.class_names)
+    text = row.get("suggested label")
+    return names.index(text) if text in names else otherwise
+
+
+def confident_errors(found: Contents) -> np.ndarray:
+    """The indices of the examples that the confident joint counts as another class than their label."""
+    if found.probabilities is None:
+        return np.empty(0, np.int64)
+    known = np.flatnonzero(np.isfinite(found.probabilities).all(1))
+    counted = confident_classes(found.probabilities[known], found.labels[known])
+    return known[(counted >= 0) & (counted != found.labels[known])]
+
+
+def top(values: np.ndarray, fraction: float) -> np.ndarray:
+    """The indices of the highest ``fraction`` of the scored examples, highest first; ties are broken by index."""
+    known = np.count_nonzero(~np.isnan(values))
+    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
+    return order[: max(1, round(fraction * known))]
+
+
+class Finding(NamedTuple):
+    """A sentence, and the examples that it is about (empty if it is about none in particular)."""
+
+    text: str
+    examples: list[int]
+
+
+def findings(found: Contents, count: int = 3) -> list[Finding]:
+    """Describe the data set in a few sentences made from the numbers, the most useful first."""
+    n, names = len(found.labels), found.class_names
+    several: list[Finding] = []
+    wrong = confident_errors(found)
+    if "estimated_errors" in found.audit:
+        errors = found.audit["estimated_errors"]
+        text = f"About {errors:,.0f} of {n:,} labels ({errors / n:.1%}) are probably wrong"
+        common = found.audit.get("most_common") or []
+        if common:
+            first = common[0]
+            text += (
+                f"; most often, “{first['suggested label']}” is labeled “{first['given label']}” "
+                f"({_count(first['examples'], 'example')})"
+            )
+        several.append(
+            Finding(f"{text}.", [issue.index for issue in likely_errors(found)[0][: max(1, round(errors))]])
+        )
+    elif len(wrong):
+        text = f"Models that were not trained on an example confidently disagree with {_count(len(wrong), 'label')}"
+        several.append(Finding(f"{text} of {n:,} ({len(wrong) / n:.1%}).", wrong.tolist()))
+    if found.duplicates:
+        leaked = sum(row["in"] == "test" for row in found.duplicates)
+        verb = "duplicates" if len(found.duplicates) == 1 else "duplicate"
+        text = f"{_count(len(found.duplicates), 'training example')} {verb} another example"
+        text += f", {leaked:,} of them a test example" if leaked else ", none of them a test example"
+        several.append(Finding(f"{text}.", [int(row["index"]) for row in found.duplicates]))
+    mode = next(iter(found.scores))
+    most = top(found.scores[mode], max(_TOP, 20 / n))
+    if len(names) > 1:
+        sizes = np.bincount(found.labels, minlength=len(names))
+        inside = np.bincount(found.labels[most], minlength=len(names))
+        leader = int(np.argmax(inside))
+        times = inside[leader] / len(most) / (sizes[leader] / n)
+        text = (
+            f"Of the {len(most):,} examples with the highest {found.entries[mode].title} score, {inside[leader]:,} "
+            f"are labeled “{names[leader]}”, {times:.1f} times its share of the training set"
+        )
+        chosen = most[found.labels[most] == leader].tolist()
+        several.append(Finding(f"{text}.", chosen))
+    if len(found.scores) > 2:
+        counts = np.zeros(n, np.int64)
+        for values in found.scores.values():
+            counts[top(values, _AGREED)] += 1
+        agreed = np.flatnonzero(counts * 2 >= len(found.scores))
+        agreed = agreed[np.argsort(-counts[agreed], kind="stable")]
+        text = (
+            f"{_count(len(agreed), 'example')} {'is' if len(agreed) == 1 else 'are'} among the top 5 % of at least "
+            f"half of the {len(found.scores)} scores ({len(agreed) / n:.1%}); by chance alone almost none would be"
+        )
+        several.append(Finding(f"{text}.", agreed.tolist()))
+    if len(found.scores) > 1:
+        first, second, rho = _extreme_pair(found)
+        text = f"{found.entries[first].title} and {found.entries[second].title} agree least in rank"
+        several.append(Finding(f"The scores {text} (Spearman’s correlation {rho:.2f}).", []))
+    if found.dynamics is not None:
+        final = found.dynamics.accuracy[-1]
+        worst = int(np.nanargmin(final))
+        text = f"At the end of training, “{names[worst]}” has the lowest training accuracy of all classes"
+        several.append(Finding(f"{text} ({final[worst]:.1%}).", []))
+    return several[:count]
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _extreme_pair(found: Contents) -> tuple[str, str, float]:
+    """The two scores whose rank correlation is lowest."""
+    modes, matrix = correlations(found)
+    pairs = [(matrix[i][j], i, j) for i in range(len(modes)) for j in range(i) if not np.isnan(matrix[i][j])]
+    rho, i, j = min(pairs, default=(np.nan, 1, 0))
+    return modes[j], modes[i], rho
+
+
+def correlations(found: Contents) -> tuple[list[str], list[list[float]]]:
+    """Spearman's rank correlation of all pairs of scores, NaN if one is constant, and the scores' names."""
+    modes = list(found.scores)
+    values = [[1.0] * len(modes) for _ in modes]
+    for i, first in enumerate(modes):
+        for j in range(i):
+            values[i][j] = values[j][i] = spearman(found.scores[first], found.scores[modes[j]])
+    return modes, values
+
+
+class Histogram(NamedTuple):
+    """A distribution, as the points of an SVG path in a box of 100 by 40."""
+
+    low: float
+    median: float
+    high: float
+    logarithmic: bool
+    path: str
+
+
+def histogram(values: np.ndarray) -> Histogram:
+    """The distribution of a score; counts are logarithmic if one bin has more than half of the examples."""
+    known = values[~np.isnan(values)]
+    counts, _ = np.histogram(known, bins=BINS)
+    logarithmic = bool(counts.max() > len(known) / 2)
+    heights = np.log1p(counts) if logarithmic else counts
+    heights = 40 * heights / heights.max()
+    steps = "".join(f"V{40 - height:.1f}H{100 * (k + 1) / BINS:.2f}" for k, height in enumerate(heights))
+    return Histogram(
+        float(known.min()), float(np.median(known)), float(known.max()), logarithmic, f"M0 40{steps}V40Z"
+    )
+
+
+def class_rows(found: Contents) -> list[dict[str, Any]]:
+    """One row per class: its size, its share of the top 1 % of the first score, its accuracy and its test loss."""
+    classes, mode = len(found.class_names), next(iter(found.scores))
+    values = found.scores[mode]
+    known = ~np.isnan(values)
+    sizes = np.bincount(found.labels, minlength=classes)
+    sums = np.bincount(found.labels[known], values[known], minlength=classes)
+    scored = np.maximum(np.bincount(found.labels[known], minlength=classes), 1)
+    inside = np.bincount(found.labels[top(values, _TOP)], minlength=classes)
+    rows = []
+    for label in range(classes):
+        row: dict[str, Any] = {"label": label, "size": int(sizes[label]), "mean": sums[label] / scored[label]}
+        row["top"] = int(inside[label])
+        if found.probabilities is not None:
+            mine = found.labels == label
+            p = found.probabilities[mine]
+            usable = np.isfinite(p).all(1)
+            row["out_of_sample"] = float((p[usable].argmax(1) == label).mean()) if usable.any() else np.nan
+        if found.dynamics is not None:
+            row["accuracy"] = float(found.dynamics.accuracy[-1, label])
+            row["test_loss"] = float(found.dynamics.test_loss[-1, label])
+        if found.kept is not None:
+            row["kept"] = int((found.kept[found.labels == label] > 0).sum())
+        rows.append(row)
+    return rows
+
+
+def agreement(found: Contents) -> tuple[str, list[dict[str, Any]]]:
+    """How well each score agrees with the ground truth: planted label noise, or memorization if it was estimated.
+
+    Returns:
+        What the truth is (empty if there is none), and one row per score, best first.
+    """
+    planted = found.planted
+    if planted is not None:
+        rows = []
+        for mode, values in found.scores.items():
+            inside = top(values, planted.mean())
+            rows.append({"mode": mode, "auroc": auroc(values, planted), "precision": float(planted[inside].mean())})
+        return "planted label noise", sorted(rows, key=lambda row: -np.nan_to_num(row["auroc"], nan=-1))
+    truth = next((mode for mode in ("mem", "mem_prob") if mode in found.scores), None)
+    if truth is None:
+        return "", []
+    reference, rows = found.scores[truth], []
+    for mode, values in found.scores.items():
+        if mode not in ("mem", "mem_prob"):
+            rows.append(
+                {
+                    "mode": mode,
+                    "spearman": spearman(values, reference),
+                    "within": spearman_within_class(values, reference, found.labels),
+                    "top": top_overlap(values, reference, 0.1),
+                }
+            )
+    return found.entries[truth].title, sorted(rows, key=lambda row: -np.nan_to_num(row["spearman"], nan=-2))
+
+
+def score_rows(found: Contents) -> list[dict[str, str]]:
+    """One row per score: its model, its number of seeds and its cost, where recorded."""
+    rows = []
+    for mode, record in found.records.items():
+        seeds, cost = record.get("seeds"), record.get("cost")
+        rows.append(
+            {
+                "mode": mode,
+                "model": str(record.get("model") or ""),
+                "seeds": str(len(seeds)) if isinstance(seeds, list) else "",
+                "cost": f"{cost:,.4g}" if isinstance(cost, int | float) else "–",
+            }
+        )
+    return rows
+
+
+def run_rows(found: Contents) -> list[dict[str, str]]:
+    """One row per trained run on this data set, from its ``results.json``."""
+    rows = []
+    for name, results in found.runs.items():
+        settings, history = results["settings"], results["history"]
+        if not history:
+            continue
+        last = history[-1]
+        rows.append(
+            {
+                "name": name,
+                "model": str(settings.get("model", "")),
+                "optimizer": str(settings.get("optimizer", "")).upper(),
+                "epochs": f"{len(history)}",
+                "rate": f"{settings.get('learning_rate', '')}, {settings.get('lr_sched', '')}",
+                "batch": str(settings.get("batch_size", "")),
+                "examples": f"{settings.get('examples', len(found.labels)):,}",
+                "train": percent(last.get("train_accuracy")),
+                "test": percent(last.get("test_accuracy")),
+                "time": duration(results.get("seconds") or 0.0),
+                "device": str((results.get("machine") or {}).get("device", "")),
+            }
+        )
+    return rows
+
+
+def best_accuracy(found: Contents) -> float | None:
+    """The highest test accuracy after the last epoch of any run; None without runs."""
+    last = [results["history"][-1].get("test_accuracy") for results in found.runs.values() if results["history"]]
+    return max((value for value in last if isinstance(value, int | float)), default=None)
+
+
+def percent(value: Any) -> str:
+    """Format a fraction as a percentage; a dash if it is not a number."""
+    return f"{100 * value:.1f} %" if isinstance(value, int | float) and np.isfinite(value) else "–"
+
+
+def shown_examples(found: Contents, limit: int, seed: int = 0) -> np.ndarray:
+    """The indices of the examples on the page, ascending: all, or the extremes of each class and a uniform sample.
+
+    Of a larger data set, at most half of the page are the k highest and the k lowest examples of each class by each
+    score, with the largest k that fits. The rest is drawn uniformly from all other examples. Label errors, duplicates
+    and the examples of the findings are always included.
+
+    Args:
+        found: What was read.
+        limit: The largest number of examples.
+        seed: Seed of the sample.
+    """
+    n = len(found.labels)
+    if n <= limit:
+        return np.arange(n)
+    chosen = np.zeros(n, bool)
+    chosen[[issue.index for issue in likely_errors(found)[0]]] = True
+    chosen[[int(row["index"]) for row in (found.duplicates or [])[:LISTED]]] = True
+    nearest = np.full(n, n)  # smallest number of examples of the class between the example and an end of a score
+    for values in found.scores.values():
+        known = np.flatnonzero(~np.isnan(values))
+        order = known[np.lexsort((values[known], found.labels[known]))]
+        sizes = np.bincount(found.labels[known], minlength=len(found.class_names))
+        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        from_the_top = np.repeat(sizes, sizes) - 1 - place
+        nearest[order] = np.minimum(nearest[order], np.minimum(place, from_the_top))
+    k = np.sort(nearest)[limit // 2]  # fewer than half of the page are nearer
+    chosen |= nearest < k
+    others = np.flatnonzero(~chosen)
+    room = max(limit - np.count_nonzero(chosen), 0)
+    chosen[np.random.default_rng(seed).choice(others, min(room, len(others)), replace=False)] = True
+    return np.flatnonzero(chosen)
+
+
+def selection_settings(settings: Mapping[str, Any]) -> str:
+    """Describe how a selection was made, from its settings."""
+    names: Sequence[str] = ("coreset_func", "coreset_mode", "coreset_fraction", "shots", "shots_up_to", "seed")
+    given = [f"{name.removeprefix('coreset_')} {settings[name]}" for name in names if settings.get(name) is not None]
+    return ", ".join(given)

@@ -1,0 +1,218 @@
+"""The page of make_report.py, in a real browser: images, filters, order, search, selection by lasso, downloads."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from browser import chromium, opened
+from PIL import Image
+from support import folders, succeed
+
+from src.artifacts import paths
+from src.artifacts.io import label_hash, write_npz
+from src.artifacts.store import write_scores
+from src.metrics import SCORES
+
+# Untrusted names: markup, quotes, a formula, a formula of spreadsheets, right-to-left text, an emoji.
+CLASSES = ("<script>alert(1)<", '"it\'s" & $x^2$', "שלום עולם", "🐈 cat")
+SPECIAL = {0: "<img src=x onerror=alert(1)>.png", 1: '=cmd,"q".png', 2: "a b#c?d%20é.png"}
+PER_CLASS = 18
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Images in folders with hostile names, three scores, a run, out-of-sample probabilities and a selection."""
+    base = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", PER_CLASS), ("test", 2)):
+        for label, name in enumerate(CLASSES):
+            (base / "data" / part / name).mkdir(parents=True)
+            for k in range(count):
+                file = SPECIAL[k] if label == 0 and k in SPECIAL and part == "train" else f"{k:03}.png"
+                pixels = np.repeat(np.repeat(rng.integers(0, 256, (4, 4, 3)), 4, 0), 4, 1).astype(np.uint8)
+                Image.fromarray(pixels).save(base / "data" / part / name / file)
+    from src.datasets import DataConfig
+
+    train, _ = DataConfig(f"folder:{base / 'data'}", cache_folder=base / "decoded").load(base)
+    n, name, labels = len(train), train.entry.name, train.labels.numpy()
+    facts = {"label_hash": label_hash(labels), "data_hash": train.digest, "model": "lenet", "seeds": [1], "cost": 3.0}
+    scores = {"samis_loss": rng.random(n), "aum": rng.normal(size=n), "csl": np.r_[np.nan, rng.random(n - 1)]}
+    for mode, values in scores.items():
+        write_scores(SCORES[mode].path(base / "metrics", name), values, {**facts, "mode": mode, "settings": {}})
+    predicted = labels.copy()
+    predicted[[5, 40]] = (labels[[5, 40]] + 1) % 4
+    probabilities = 0.9 * np.eye(4)[predicted] + 0.025
+    write_npz(
+        paths.memorization_path(base / "metrics", f"out_of_sample_{name}.npz"),
+        probabilities=probabilities, labels=labels, label_hash=facts["label_hash"],
+    )  # fmt: skip
+    loss, settings = rng.random((20, n)), {"dataset": name, "model": "lenet", "epochs": 20}
+    quantities = dict.fromkeys(("margin", "el2n", "divergence"), loss)
+    run = paths.dynamics_folder(base / "metrics", f"standard_lenet_over_{name}_with_sgd_sched_const", 1)
+    write_npz(
+        run / "dynamics.npz", loss=loss, probability=np.exp(-loss), correct=(loss < 0.6).astype(float), **quantities,
+        labels=labels, label_hash=facts["label_hash"], settings=json.dumps(settings),
+    )  # fmt: skip
+    write_npz(base / "selection.npz", indices=np.arange(0, n, 3), label_hash=facts["label_hash"])
+    page = base / "page.html"
+    flags = (f"--dataset=folder:{base / 'data'}", f"--selection={base / 'selection.npz'}", f"--out={page}")
+    done = succeed("make_report.py", *flags, *folders(base, "datasets", "metrics", "models", "plots"))
+    assert done.out.splitlines()[-1] == str(page)
+    return {"page": page, "train": train, "scores": scores, "labels": labels, "predicted": predicted, "loss": loss}
+
+
+def tiles(page):
+    """The indices of the examples in the gallery, in order."""
+    return [
+        int(text) for text in page.locator("#tiles .tile").evaluate_all("nodes => nodes.map(n => n.dataset.index)")
+    ]
+
+
+def choose(page, **values):
+    """Set fields of the gallery's filter, and wait until it is applied."""
+    for name, value in values.items():
+        field = page.locator(f"#filters [name={name}]")
+        (field.select_option if field.evaluate("node => node.tagName") == "SELECT" else field.fill)(value)
+    page.wait_for_timeout(200)
+
+
+def pixels(page, canvas):
+    """What a canvas shows, uint8 ``(h, w, 3)``."""
+    canvas.evaluate(
+        "async node => { while (node.dataset.painted !== node.dataset.at) await new Promise(requestAnimationFrame) }"
+    )
+    read = "n => [n.width, ...n.getContext('2d').getImageData(0, 0, n.width, n.height).data]"
+    side, *values = canvas.evaluate(read)
+    return np.array(values, np.uint8).reshape(side, side, 4)[..., :3]
+
+
+def saved(page, button):
+    """The rows of the csv file that a button saves."""
+    with page.expect_download() as download:
+        page.locator(button).click()
+    return list(csv.DictReader(io.StringIO(download.value.path().read_text())))
+
+
+def test_gallery_shows_the_right_examples(photos, browser):
+    score = photos["scores"]["samis_loss"]
+    ranked = np.argsort(-score, kind="stable")
+    with opened(browser, photos["page"]) as page:
+        assert page.locator("#filters [name=score]").evaluate("n => n.selectedOptions[0].text") == "SAMIS-L"
+        assert tiles(page) == ranked[:60].tolist()
+        for place in (0, 1, 7, 30, 59):
+            shown = pixels(page, page.locator("#tiles canvas").nth(place)).astype(int)
+            images = photos["train"].fetch(photos["train"].indices).numpy().astype(int)
+            errors = np.abs(images.transpose(0, 2, 3, 1) - shown).mean((1, 2, 3))
+            assert errors.argmin() == ranked[place]
+            assert errors[ranked[place]] < 12 < np.sort(errors)[1] / 2  # compressed, but no other image
+        page.keyboard.press("ArrowRight")
+        assert tiles(page) == ranked[60:].tolist()
+        page.keyboard.press("ArrowLeft")
+        assert tiles(page) == ranked[:60].tolist()
+        choose(page, order="low", size="30")
+        assert tiles(page) == ranked[::-1][:30].tolist()
+
+
+def test_filters_and_search(photos, browser):
+    scores, labels, predicted = photos["scores"], photos["labels"], photos["predicted"]
+    files, n = list(photos["train"].files), len(labels)
+    ranked = np.argsort(-np.nan_to_num(scores["aum"], nan=-np.inf), kind="stable")
+    with opened(browser, photos["page"]) as page:
+        choose(page, score="1", size="120")  # registry order: samis_loss, csl, aum
+        ranked = np.argsort(-np.nan_to_num(scores["csl"], nan=-np.inf), kind="stable")
+        assert tiles(page) == ranked.tolist()  # the example without a score is last
+        choose(page, score="2", label="2")
+        ranked = np.argsort(-scores["aum"], kind="stable")
+        assert tiles(page) == ranked[labels[ranked] == 2].tolist()
+        choose(page, low="0", high="1")
+        inside = (labels[ranked] == 2) & (scores["aum"][ranked] >= 0) & (scores["aum"][ranked] <= 1)
+        assert tiles(page) == ranked[inside].tolist()
+        page.locator("#reset").click()
+        choose(page, correct="0", order="index", size="120")
+        assert tiles(page) == [5, 40] == np.flatnonzero(predicted != labels).tolist()
+        choose(page, correct="", prediction=str(predicted[40]))
+        assert tiles(page) == np.flatnonzero(predicted == predicted[40]).tolist()
+        choose(page, prediction="", kept="1")
+        assert tiles(page) == list(range(0, n, 3))
+        page.locator("#reset").click()
+        page.keyboard.press("/")
+        page.keyboard.type("ONERROR")
+        page.wait_for_timeout(200)
+        assert tiles(page) == [k for k in range(n) if "onerror" in files[k]]
+        choose(page, query="70, 3")
+        assert sorted(tiles(page)) == [3, 70]
+        rows = saved(page, "#download")
+        assert [int(row["index"]) for row in rows] == tiles(page)
+        assert [row["file"] for row in rows] == [files[k] for k in tiles(page)]
+
+
+def test_an_example(photos, browser):
+    files, n = photos["train"].files, len(photos["labels"])
+    with opened(browser, photos["page"]) as page:
+        place = next(k for k in range(n) if "a b#c" in files[k])
+        choose(page, query=str(place))
+        page.locator("#tiles .tile").first.click()
+        dialog = page.locator("#example")
+        text = dialog.inner_text()
+        assert CLASSES[0] in text
+        assert files[place] in text
+        for values in photos["scores"].values():
+            if not np.isnan(values[place]):
+                rank = 1 + np.count_nonzero(values > values[place])
+                assert f"\t{rank}\n" in f"{text}\n"
+        # the link leads to the file, whatever its name
+        href = dialog.locator("a").get_attribute("href")
+        from urllib.parse import unquote, urlparse
+
+        assert unquote(urlparse(href).path) == str(files.path(place).resolve())
+        assert urlparse(href).scheme == "file"
+        # twelve epochs of the learning curve, to one byte
+        drawn = page.locator("#example .plot").evaluate("node => [node.data[0].x, node.data[0].y, node.data[1].y]")
+        epochs = np.array(drawn[0])
+        assert (len(epochs), epochs[0], epochs[-1]) == (12, 1, 20)
+        loss = photos["loss"][epochs - 1, place]
+        np.testing.assert_allclose(drawn[1], np.exp(-loss), atol=1 / 254)
+        np.testing.assert_allclose(drawn[2], loss, atol=2 * photos["loss"].max() / 254)
+        page.keyboard.press("m")
+        page.keyboard.press("Escape")
+        assert [int(row["index"]) for row in saved(page, "#save-marks")] == [place]
+
+
+def test_lasso_selects_into_the_gallery_and_a_file(photos, browser):
+    x, y = photos["scores"]["samis_loss"], photos["scores"]["aum"]
+    with opened(browser, photos["page"]) as page:
+        page.locator("#scatter").scroll_into_view_if_needed()
+        page.locator("#y").select_option("2")
+        page.wait_for_function("document.querySelector('#plot').data?.[0].y.length == 72")
+        page.locator("#plot").scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        box, layout = page.locator("#plot").bounding_box(), "document.querySelector('#plot')._fullLayout"
+        corners = [(0.25, -0.5), (0.75, -0.5), (0.75, 0.9), (0.25, 0.9)]
+        at = [
+            page.evaluate(f"{layout}.xaxis._offset + {layout}.xaxis.d2p({a})") + 1j
+            * page.evaluate(f"{layout}.yaxis._offset + {layout}.yaxis.d2p({b})")
+            for a, b in corners
+        ]  # fmt: skip
+        page.mouse.move(box["x"] + at[0].real, box["y"] + at[0].imag)
+        page.mouse.down()
+        for corner in (*at[1:], at[0]):
+            page.mouse.move(box["x"] + corner.real, box["y"] + corner.imag, steps=6)
+        page.mouse.up()
+        expected = np.flatnonzero((x > 0.25) & (x < 0.75) & (y > -0.5) & (y < 0.9)).tolist()
+        page.wait_for_selector("#download-selected")
+        assert 5 < len(expected) < 60
+        rows = saved(page, "#download-selected")
+        assert [int(row["index"]) for row in rows] == expected
+        assert [row["file"] for row in rows] == [photos["train"].files[k] for k in expected]
+        np.testing.assert_allclose([float(row["samis_loss"]) for row in rows], x[expected], rtol=1e-6)
+        page.locator("#show-selected").click()
+        page.wait_for_timeout(300)
+        assert sorted(tiles(page)) == expected
