@@ -75,9 +75,14 @@ def test_average_scores(world, tmp_path, monkeypatch, before):
     def pair(path: Path) -> tuple[bytes, bytes | None]:
         return path.read_bytes(), record_path(path).read_bytes() if record_path(path).exists() else None
 
+    def with_table(path: Path) -> tuple[bytes, bytes]:
+        return path.read_bytes(), path.with_suffix(".csv").read_bytes()
+
     shutil.copytree(start, now)
     old = [[pair(path)] if path.exists() else [] for path in paths]
+    tables = [with_table(path) for path in paths if path.exists()]
     succeed("average_scores.py", *flags)
+    tables += [with_table(path) for path in paths]
     whole, new = snapshot(now), [pair(path) for path in paths]
     shutil.rmtree(now)
     shutil.copytree(start, now)
@@ -86,11 +91,13 @@ def test_average_scores(world, tmp_path, monkeypatch, before):
         points.append(point)
         for path, was, wanted in zip(paths, old, new, strict=True):
             assert_whole_or_refused(path, [*was, wanted])
+            if path.exists() and path.with_suffix(".csv").exists():
+                assert with_table(path) in tables  # never the table of other scores
         succeed("average_scores.py", *flags)
         assert snapshot(now) == whole
         shutil.rmtree(now)
         shutil.copytree(start, now)
-    assert len(points) == 2 * 2 * len(modes)
+    assert len(points) == 3 * 2 * len(modes)  # the pickle, the json file and the table
 
 
 def test_scores_of_an_experiment(tmp_path, monkeypatch):
