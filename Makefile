@@ -1,7 +1,7 @@
 # make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw, compare with memorization
 # make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures
 # make geometry  the same set-up, then Hessian spectra and tangent kernels of networks on the digits, with figures
-# make test    the same set-up, then the tests
+# make test    set up .venv with the packages for development as well, then run the tests
 # make lint    ruff and mypy, as CI runs them
 # make bench   speed and memory against the plain way, as ratios in one run
 
@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 RUNS := runs/samis_digits
 SEEDS := 1 2 3
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed_dev
 
 EPOCHS := 20
 DATA := --dataset=digits --model=resnet8
@@ -37,11 +38,15 @@ BRIEF := sed -e '/^next: /d' -e '/^runs\//d'
 
 .PHONY: samis mpe geometry test lint bench setup clean
 
-setup: $(STAMP)
+setup: $(DEV)
 
-$(STAMP): requirements.txt requirements-iblr.txt requirements-audit.txt requirements-hf.txt requirements-timm.txt requirements-dev.txt constraints.txt
+$(STAMP): requirements.txt requirements-iblr.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-iblr.txt
+	touch $@
+
+$(DEV): $(STAMP) requirements-audit.txt requirements-hf.txt requirements-timm.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -95,15 +100,15 @@ geometry: $(STAMP)
 	printf 'Table of the spectra:\n'; ls $(GEO)/plots/hessian/*/*.md; \
 	printf 'Next: docs/geometry.md explains the figures and the flags\n'
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(DEV)
 	$(BIN)/python -m benchmarks.run_all
 
 clean:
