@@ -1,5 +1,6 @@
-# make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw, compare with memorization
-# make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures
+# make samis   set up .venv and run the main job on the embedded digits: train, score, average, draw, compare with memorization;
+#              ends with the path of a page that shows it all
+# make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures and a page
 # make geometry  the same set-up, then Hessian spectra and tangent kernels of networks on the digits, with figures
 # make test    set up .venv with the packages for development as well, then run the tests
 # make lint    ruff and mypy, as CI runs them
@@ -31,6 +32,7 @@ GEO_DATA := --dataset=digits --model=lenet --datasets_folder=$(GEO)/data
 GEO_TRAINING := --epochs=21 --batch_size=64 --learning_rate=0.05 --lr_sched=const --resume --save_epochs=1,2,5,6,10,11,20,21
 GEO_RUN := --models_folder=$(GEO)/ckpts
 GEO_FOLDERS := $(GEO_RUN) --log_folder=$(GEO)/logs --resume_ckpts_folder=$(GEO)/resume_ckpts --metrics_folder=$(GEO)/metrics
+GEOMETRY := --hessian_folder=$(GEO)/hessian_eigenvalues --ntk_folder=$(GEO)/ntks
 
 # What a step of a job prints, without its files and the next command: the job runs it, and ends with what to open.
 SHELL := bash
@@ -70,7 +72,9 @@ samis: $(STAMP)
 	printf '\nFigures to open (all are in %s):\n' $(RUNS)/plots; \
 	ls $(RUNS)/plots/images/digits/overview_samis_loss_5.png $(RUNS)/plots/proxies/digits/comparison.png $(RUNS)/plots/scores/digits/against_mem.png; \
 	printf 'Scores to use (all are listed in %s):\n' $(RUNS)/logs/average_scores.txt; ls $(RUNS)/metrics/sam_sgd/*.pkl; \
-	printf 'Next: make mpe, make geometry, or prune the training set by a score (docs/pruning.md)\n'
+	printf 'Next: make mpe, make geometry, or prune the training set by a score (docs/pruning.md)\n'; \
+	$(BIN)/python make_report.py --dataset=digits $(READING) $(GEOMETRY) --out=$(RUNS)/digits.html > $(RUNS)/logs/make_report.txt; \
+	printf '\nEverything on one page, to open in a browser:\n'; ls $(RUNS)/digits.html
 
 mpe: export OMP_NUM_THREADS = 1
 mpe: $(STAMP)
@@ -82,7 +86,10 @@ mpe: $(STAMP)
 	$(BIN)/python examples/plot_validation_sensitivities.py $(MPE_PLOTS) --corrected | $(BRIEF); \
 	printf '\nFigures to open:\n'; ls $(MPE)/plots/*.png; \
 	printf 'Results (estimates, sensitivities, retrained models):\n'; ls $(MPE)/pickles/*.pkl; \
-	printf 'Next: docs/mpe.md explains the figures and the flags\n'
+	printf 'Next: docs/mpe.md explains the figures and the flags\n'; \
+	$(BIN)/python make_report.py --dataset=digits --name_exp=digits --pickles_folder=$(MPE)/pickles --datasets_folder=$(MPE)/data \
+	  --models_folder=$(MPE)/ckpts --metrics_folder=$(MPE)/metrics $(GEOMETRY) --out=$(MPE)/digits.html > $(MPE)/logs/make_report.txt; \
+	printf '\nEverything on one page, to open in a browser:\n'; ls $(MPE)/digits.html
 
 geometry: export OMP_NUM_THREADS = 1
 geometry: $(STAMP)

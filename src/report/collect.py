@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src.artifacts.io import label_hash, read_csv, read_json, read_npz
-from src.artifacts.paths import PICKLES, Folders, duplicates_stem, label_issues_path, memorization_path, pickle_path
+from src.artifacts.paths import (
+    PICKLES,
+    Folders,
+    duplicates_stem,
+    label_issues_path,
+    memorization_path,
+    mpe_experiment,
+    pickle_path,
+)
 from src.artifacts.store import check_consistent, check_same_data, checked_array
 from src.cli import check_options, number, option
 from src.datasets import DataConfig
@@ -33,6 +41,8 @@ if TYPE_CHECKING:
     from src.metrics.score import Score
 
 log = logging.getLogger(__name__)
+
+_FIRST = ("mem", "samis_loss", "samis_prob", "aum", "csl", "mpe")  # scores with few ties, most relevant first
 
 CURVE_EPOCHS = 12
 """The largest number of epochs of an example's learning curve."""
@@ -255,11 +265,17 @@ def collect(
             raise
         proxies = {}
     found.scores = {mode: proxy.scores for mode, proxy in proxies.items()} | found.scores
+    if config.modes is None:
+        found.scores = dict(
+            sorted(found.scores.items(), key=lambda item: _FIRST.index(item[0]) if item[0] in _FIRST else 9)
+        )
     found.entries = {mode: score_entry(mode) for mode in found.scores}
-    found.records = {mode: proxy.record for mode, proxy in proxies.items()} | found.records
+    found.records |= {mode: proxy.record for mode, proxy in proxies.items()}
 
     found.dynamics = _find_dynamics(config.run, metrics_folder, folders.models_folder, name, checks)
-    for pattern in (f"*_over_{glob.escape(name)}", f"*_over_{glob.escape(name)}_with_*"):
+    patterns = [f"*_over_{glob.escape(name)}", f"*_over_{glob.escape(name)}_with_*"]
+    patterns += [] if config.name_exp is None else [mpe_experiment(glob.escape(config.name_exp), "*")]
+    for pattern in patterns:
         for path in sorted(folders.models_folder.glob(f"{pattern}/seed_*/results.json")):
             found.runs[f"{path.parts[-3]}/{path.parts[-2]}"] = _read_results(path)
     path = memorization_path(metrics_folder, f"out_of_sample_{name}.npz")

@@ -245,6 +245,16 @@ document.querySelectorAll("[data-label]").forEach((button) => button.addEventLis
   byId("gallery").scrollIntoView();
 }));
 
+// A click on a heading sorts the table: text ascending, numbers descending, and the reverse on the next click.
+document.querySelectorAll(".sortable th").forEach((heading) => heading.addEventListener("click", () => {
+  const body = heading.closest("table").tBodies[0], cell = (row) => row.cells[heading.cellIndex].textContent;
+  const value = (row) => parseFloat(cell(row).replace(/,/g, "")), numeric = heading.classList.contains("n");
+  const up = heading.dataset.up === undefined ? !numeric : heading.dataset.up === "no";
+  heading.dataset.up = up ? "yes" : "no";
+  const rows = [...body.rows].sort((a, b) => (numeric ? (value(a) || 0) - (value(b) || 0) : cell(a).localeCompare(cell(b))));
+  body.append(...(up ? rows : rows.reverse()));
+}));
+
 // ------------------------------------------------------------------------------------------------ marks
 
 const markKey = "marks " + page.key;
@@ -322,8 +332,8 @@ function drawCurve(node, at) {
   draw(node, [
     { x: page.curves.epochs, y: curve("probabilities", at), name: "probability of the label", mode: "lines+markers", line: { color: css("--accent") }, marker: { size: 4 } },
     { x: page.curves.epochs, y: loss, name: "loss", mode: "lines+markers", yaxis: "y2", line: { color: css("--other") }, marker: { size: 4 } },
-  ], { margin: { l: 34, r: 34, t: 8, b: 34 }, xaxis: { title: { text: "Epoch" } }, yaxis: { range: [-0.02, 1.02] },
-    yaxis2: { overlaying: "y", side: "right", rangemode: "tozero", showgrid: false }, legend: { orientation: "h", y: 1.18, x: 0 } });
+  ], { margin: { l: 34, r: 34, t: 34, b: 34 }, xaxis: { title: { text: "Epoch" } }, yaxis: { range: [-0.02, 1.02] },
+    yaxis2: { overlaying: "y", side: "right", rangemode: "tozero", showgrid: false, tickmode: "auto", nticks: 4 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 } });
 }
 
 byId("close").addEventListener("click", () => dialog.close());
@@ -416,7 +426,7 @@ if (byId("plot")) {
   let selection = [];
   options(x, scoreOptions);
   options(y, scoreOptions);
-  y.value = 1;
+  y.value = Math.max(page.scores.findIndex((score) => score.source !== page.scores[0].source), 1); // not a variant of the first
 
   const groups = () => {
     if (color.value === "correct") return [["classified correctly", (at) => data.correct[at] === 1], ["classified wrongly", (at) => data.correct[at] === 0], ["unknown", (at) => data.correct[at] === 2]];

@@ -33,7 +33,8 @@ MARK = "make_report.py"
 
 _TEMPLATES = Path(__file__).parent
 _SHEET = 3200  # pixels per side of a sheet, at most
-_SHEETS = 13 * 2**20  # bytes of all sheets, at most: 17 MiB of text
+_PAGE = 29e6  # bytes of the page, at most, unless the thumbnails do not fit even at the lowest quality
+_TABLES = 1.5e6  # bytes of the page besides thumbnails, arrays and plotly.js, about
 _PIXELS = 62e6  # of all thumbnails, at most: 60,000 of 32x32
 _LARGEST = 128  # pixels per side of a thumbnail, at most
 _QUALITIES = (92, 85, 78, 70, 60, 50, 40, 30)
@@ -72,6 +73,7 @@ class Sheets:
     Args:
         train: The training set.
         shown: Positions of the examples on the page.
+        room: Bytes of all sheets, at most.
 
     Attributes:
         side: Pixels per side of a thumbnail.
@@ -81,7 +83,7 @@ class Sheets:
         sheets: The JPEG files.
     """
 
-    def __init__(self, train: ImageSet, shown: np.ndarray) -> None:
+    def __init__(self, train: ImageSet, shown: np.ndarray, room: float) -> None:
         channels, size, _ = train.image_shape
         count = len(shown)
         self.side = min(size, _LARGEST, max(8, int(math.sqrt(_PIXELS / count))))
@@ -91,7 +93,7 @@ class Sheets:
         probed = shown[np.unique(np.linspace(0, count - 1, min(_PROBED, count)).astype(np.int64))]
         sample = self._sheet(np.concatenate(list(thumbnails(train, probed, self.side))))
         for self.quality in _QUALITIES:
-            if len(_jpeg(sample, self.quality)) * count / len(probed) <= _SHEETS:
+            if len(_jpeg(sample, self.quality)) * count / len(probed) <= room:
                 break
         self.sheets: list[bytes] = []
         waiting = np.empty((0, self.side, self.side, channels), np.uint8)
@@ -188,7 +190,12 @@ def description(
         "shown": len(shown),
         "classes": list(found.class_names),
         "scores": [
-            {"mode": mode, "title": _capital(found.entries[mode].title), "meaning": tables.meaning(found, mode)}
+            {
+                "mode": mode,
+                "title": _capital(found.entries[mode].title),
+                "source": found.entries[mode].source,
+                "meaning": tables.meaning(found, mode),
+            }
             for mode in found.scores
         ],
         "thumbnail": {
@@ -328,7 +335,9 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     shown = tables.shown_examples(found, config.examples)
-    sheets = Sheets(found.train, shown)
+    arrays = {name: text_of(array) for name, array in example_arrays(found, shown).items()}
+    rest = _TABLES + len(script) + sum(map(len, arrays.values()))
+    sheets = Sheets(found.train, shown, (_PAGE - rest) * 3 / 4)  # base64 has 4 bytes for 3
     places = {int(index): place for place, index in enumerate(shown.tolist())}
     names = [str(name) for name in found.class_names]
     files = None if config.anonymize else found.files
@@ -361,6 +370,7 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         "best": tables.best_accuracy(found),
         "issues": issues,
         "how": how,
+        "pairs": tables.common_pairs(found, issues),
         "truth": truth,
         "agreement": agreement,
         "duplicates": (found.duplicates or [])[: tables.LISTED],
@@ -373,7 +383,7 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         "table": f"{path.stem}.csv.gz",
         "data": description(found, shown, sheets, _rounded(matrix), config.anonymize),
         "plots": plots(found),
-        "arrays": {name: text_of(array) for name, array in example_arrays(found, shown).items()},
+        "arrays": arrays,
         "images": [text_of(sheet) for sheet in sheets.sheets],
         "plotly": script,
         "style": (_TEMPLATES / "page.css").read_text(),
@@ -394,9 +404,9 @@ def _streamed(parts: Iterator[str]) -> Callable[[BinaryIO], None]:
     return write
 
 
-def number(value: Any) -> str:
-    """Format a number with four significant digits; a dash if it is not finite."""
-    return f"{value:.4g}" if isinstance(value, int | float | np.number) and np.isfinite(value) else "–"
+def number(value: Any, digits: int = 4) -> str:
+    """Format a number with so many significant digits; a dash if it is not finite."""
+    return f"{value:.{digits}g}" if isinstance(value, int | float | np.number) and np.isfinite(value) else "–"
 
 
 def write_table(path: Path, found: Contents, anonymize: bool) -> list[Path]:

@@ -114,6 +114,16 @@ def _suggested(found: Contents, row: Mapping[str, str], otherwise: int) -> int:
     return names.index(text) if text in names else otherwise
 
 
+def common_pairs(found: Contents, issues: Sequence[LabelIssue], count: int = 6) -> list[tuple[int, int, list[int]]]:
+    """The most common pairs of given and likely class among likely label errors, with their examples."""
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for one in issues:
+        if one.suggested >= 0:
+            pairs.setdefault((int(found.labels[one.index]), one.suggested), []).append(one.index)
+    ordered = sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [(given, likely, indices) for (given, likely), indices in ordered[:count] if len(indices) > 1]
+
+
 def confident_errors(found: Contents) -> np.ndarray:
     """The indices of the examples that the confident joint counts as another class than their label."""
     if found.probabilities is None:
@@ -144,7 +154,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
     wrong = confident_errors(found)
     if "estimated_errors" in found.audit:
         errors = found.audit["estimated_errors"]
-        text = f"About {errors:,.0f} of {n:,} labels ({errors / n:.1%}) are probably wrong"
+        text = f"About {errors:,.0f} of {n:,} labels ({percent(errors / n)}) are probably wrong"
         common = found.audit.get("most_common") or []
         if common:
             first = common[0]
@@ -157,7 +167,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         )
     elif len(wrong):
         text = f"Models that were not trained on an example confidently disagree with {_count(len(wrong), 'label')}"
-        several.append(Finding(f"{text} of {n:,} ({len(wrong) / n:.1%}).", wrong.tolist()))
+        several.append(Finding(f"{text} of {n:,} ({percent(len(wrong) / n)}).", wrong.tolist()))
     if found.duplicates:
         leaked = sum(row["in"] == "test" for row in found.duplicates)
         verb = "duplicates" if len(found.duplicates) == 1 else "duplicate"
@@ -185,18 +195,18 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         agreed = agreed[np.argsort(-counts[agreed], kind="stable")]
         text = (
             f"{_count(len(agreed), 'example')} {'is' if len(agreed) == 1 else 'are'} among the top 5 % of at least "
-            f"half of the {len(found.scores)} scores ({len(agreed) / n:.1%}); by chance alone almost none would be"
+            f"half of the {len(found.scores)} scores ({percent(len(agreed) / n)})"
         )
         several.append(Finding(f"{text}.", agreed.tolist()))
     if len(found.scores) > 1:
         first, second, rho = _extreme_pair(found)
         text = f"{found.entries[first].title} and {found.entries[second].title} agree least in rank"
-        several.append(Finding(f"The scores {text} (Spearman’s correlation {rho:.2f}).", []))
+        several.append(Finding(f"The scores {text} (Spearman’s correlation {rho:.2f}).".replace("-0", "−0"), []))
     if found.dynamics is not None:
         final = found.dynamics.accuracy[-1]
         worst = int(np.nanargmin(final))
         text = f"At the end of training, “{names[worst]}” has the lowest training accuracy of all classes"
-        several.append(Finding(f"{text} ({final[worst]:.1%}).", []))
+        several.append(Finding(f"{text} ({percent(float(final[worst]))}).", []))
     return several[:count]
 
 

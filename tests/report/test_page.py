@@ -124,12 +124,11 @@ def test_gallery_shows_the_right_examples(photos, browser):
 def test_filters_and_search(photos, browser):
     scores, labels, predicted = photos["scores"], photos["labels"], photos["predicted"]
     files, n = list(photos["train"].files), len(labels)
-    ranked = np.argsort(-np.nan_to_num(scores["aum"], nan=-np.inf), kind="stable")
     with opened(browser, photos["page"]) as page:
-        choose(page, score="1", size="120")  # registry order: samis_loss, csl, aum
+        choose(page, score="Cumulative sample loss", size="120")
         ranked = np.argsort(-np.nan_to_num(scores["csl"], nan=-np.inf), kind="stable")
         assert tiles(page) == ranked.tolist()  # the example without a score is last
-        choose(page, score="2", label="2")
+        choose(page, score="Area under the margin", label="2")
         ranked = np.argsort(-scores["aum"], kind="stable")
         assert tiles(page) == ranked[labels[ranked] == 2].tolist()
         choose(page, low="0", high="1")
@@ -190,7 +189,7 @@ def test_lasso_selects_into_the_gallery_and_a_file(photos, browser):
     x, y = photos["scores"]["samis_loss"], photos["scores"]["aum"]
     with opened(browser, photos["page"]) as page:
         page.locator("#scatter").scroll_into_view_if_needed()
-        page.locator("#y").select_option("2")
+        page.locator("#y").select_option("Area under the margin")
         page.wait_for_function("document.querySelector('#plot').data?.[0].y.length == 72")
         page.locator("#plot").scroll_into_view_if_needed()
         page.wait_for_timeout(500)
