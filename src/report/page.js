@@ -175,6 +175,7 @@ function matching() {
 function update() {
   view = matching();
   first = 0;
+  delete byId("tiles").dataset.pending;
   const chip = byId("subset");
   chip.hidden = !subset;
   if (subset) chip.textContent = `${subsetName}: ${count(subset.size)} ×`;
@@ -228,7 +229,11 @@ function show(positions, name) {
 }
 
 let timer = 0;
-form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(update, 120); });
+form.addEventListener("input", () => {
+  byId("tiles").dataset.pending = "";
+  clearTimeout(timer);
+  timer = setTimeout(update, 120);
+});
 form.addEventListener("submit", (event) => event.preventDefault());
 byId("previous").addEventListener("click", () => turn(-1));
 byId("next").addEventListener("click", () => turn(1));

@@ -81,7 +81,7 @@ def choose(page, **values):
     for name, value in values.items():
         field = page.locator(f"#filters [name={name}]")
         (field.select_option if field.evaluate("node => node.tagName") == "SELECT" else field.fill)(value)
-    page.wait_for_timeout(200)
+    page.wait_for_selector("#tiles:not([data-pending])")
 
 
 def pixels(page, canvas):
@@ -144,7 +144,7 @@ def test_filters_and_search(photos, browser):
         page.locator("#reset").click()
         page.keyboard.press("/")
         page.keyboard.type("ONERROR")
-        page.wait_for_timeout(200)
+        page.wait_for_selector("#tiles:not([data-pending])")
         assert tiles(page) == [k for k in range(n) if "onerror" in files[k]]
         choose(page, query="70, 3")
         assert sorted(tiles(page)) == [3, 70]
@@ -213,5 +213,4 @@ def test_lasso_selects_into_the_gallery_and_a_file(photos, browser):
         assert [row["file"] for row in rows] == [photos["train"].files[k] for k in expected]
         np.testing.assert_allclose([float(row["samis_loss"]) for row in rows], x[expected], rtol=1e-6)
         page.locator("#show-selected").click()
-        page.wait_for_timeout(300)
         assert sorted(tiles(page)) == expected
