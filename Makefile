@@ -2,6 +2,7 @@
 #              ends with the path of a page that shows it all
 # make mpe     the same set-up, then leave-one-out estimates and sensitivities on the digits, with figures and a page
 # make geometry  the same set-up, then Hessian spectra and tangent kernels of networks on the digits, with figures
+# make workflow  the same set-up and Snakemake in .venv-workflow, then a small instance of every study of the papers
 # make test    set up .venv with the packages for development as well, then run the tests
 # make lint    ruff and mypy, as CI runs them
 # make bench   speed and memory against the plain way, as ratios in one run
@@ -38,7 +39,9 @@ GEOMETRY := --hessian_folder=$(GEO)/hessian_eigenvalues --ntk_folder=$(GEO)/ntks
 SHELL := bash
 BRIEF := sed -e '/^next: /d' -e '/^runs\//d'
 
-.PHONY: samis mpe geometry test lint bench setup clean
+SNAKEMAKE := .venv-workflow/bin/snakemake
+
+.PHONY: samis mpe geometry workflow test lint bench setup clean
 
 setup: $(DEV)
 
@@ -106,6 +109,14 @@ geometry: $(STAMP)
 	printf '\nFigures to open:\n'; ls $(GEO)/plots/hessian/*/*.png $(GEO)/plots/ntk/*/*.png; \
 	printf 'Table of the spectra:\n'; ls $(GEO)/plots/hessian/*/*.md; \
 	printf 'Next: docs/geometry.md explains the figures and the flags\n'
+
+workflow: $(STAMP) $(SNAKEMAKE)
+	$(SNAKEMAKE) --profile workflow/profiles/local digits_all
+
+$(SNAKEMAKE): workflow/requirements.txt
+	$(PYTHON) -m venv .venv-workflow
+	.venv-workflow/bin/python -m pip install --quiet --disable-pip-version-check -r workflow/requirements.txt
+	touch $@
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -4,8 +4,9 @@ r"""Estimate how much a model memorizes each training example, by training model
 Memorization of an example (Feldman and Zhang 2020) is the accuracy on it of models that were trained on it, minus the
 accuracy of models that were not. Trains --members models on a random share of every class and writes what they
 predict to {metrics_folder}/memorization/members/{dataset}/{model}/seed_{seed}/. An interrupted run continues where it
-stopped. With --folds K, member k is trained on all but fold k of a cross-validation. With --merge, joins the members
-of other machines; with --from_splits, uses the models of train_split.py. Writes {metrics_folder}/memorization/:
+stopped. With --folds K, member k is trained on all but fold k of a cross-validation. With --members FIRST-LAST
+--train_only, trains a part of the members, and with --merge, joins parts; with --from_splits, uses the models of
+train_split.py. Writes {metrics_folder}/memorization/:
 mem_{dataset}.pkl (from correctness), mem_prob_{dataset}.pkl (from the probability of the label) and
 out_prob_{dataset}.pkl (minus its out-of-sample mean), each with a json and a csv file; estimates_{dataset}.npz with
 standard errors and counts; out_of_sample_{dataset}.npz with class probabilities; and, with --influence,
@@ -62,9 +63,15 @@ def main() -> None:
         if config.from_splits is None:
             last = run.train()
             missing = run.files.missing(last)
-            if len(missing) and config.merge is None and missing[-1] < config.members[0]:
+            before = len(missing) and missing[-1] < config.members[0]
+            if config.train_only or (before and config.merge is None):
                 print(f"members {config.members[0]} to {last} are in {run.files.folder}")
-                print_next("compute_memorization.py", drop=("members", "merge"), members=last, merge=["FOLDERS"])
+                print_next(
+                    "compute_memorization.py",
+                    drop=("members", "merge", "train_only"),
+                    members=last,
+                    merge=["FOLDERS"],
+                )
                 return
         results = run.results(last)
         written = run.write(results)

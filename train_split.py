@@ -5,7 +5,8 @@ Creates the splits for a data set and seed on first use, and reuses them afterwa
 {datasets_folder}/splits/{dataset}/seed_{seed}/val_{1..10}.txt (--splits_folder selects another folder).
 Writes checkpoints and results.json to
 {models_folder}/split_{model}_over_{dataset}_with_{optimizer}_sched_{lr_sched}_val_split_{i}/seed_{seed}/.
-With --samis_validation_split_index=all, trains the ten models in turn and skips finished runs.
+With --samis_validation_split_index=all, trains the ten models in turn and skips finished runs; with none, only
+creates the splits, which downloads the data set if needed.
 
   python train_split.py --dataset=digits --model=lenet --optimizer=sgd --samis_validation_split_index=all \
       --epochs=20 --batch_size=128 --learning_rate=0.1 --lr_sched=step --resume
@@ -19,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from src.artifacts.io import label_hash
-from src.artifacts.paths import TRAINING_FOLDERS, Folders, split_experiment
+from src.artifacts.paths import TRAINING_FOLDERS, Folders, split_experiment, splits_folder
 from src.cli import DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig, validation_indices
 from src.devices import ComputeConfig
@@ -33,10 +34,10 @@ SPLITS = range(1, 11)
 
 def split_index(text: str) -> list[int]:
     """Parse the value of ``--samis_validation_split_index``."""
-    if text == "all":
-        return list(SPLITS)
+    if text in ("all", "none"):
+        return list(SPLITS) if text == "all" else []
     if not text.isdigit() or int(text) not in SPLITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a split; give 1 to 10, or all")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a split; give 1 to 10, all, or none")
     return [int(text)]
 
 
@@ -50,8 +51,8 @@ def main() -> None:
         "--samis_validation_split_index",
         type=split_index,
         default="1",
-        metavar="1..10|all",
-        help="the validation split to hold out, or all ten in turn",
+        metavar="1..10|all|none",
+        help="the validation split to hold out, all ten in turn, or none to create the splits and train nothing",
     )
     parser.add(RunConfig, "run")
     parser.add(EndConfig, "run")
@@ -69,6 +70,11 @@ def main() -> None:
 
     with RunContext(data, compute, folders.datasets_folder, seed=args.seed) as context:
         name, indices = context.entry.name, context.train.indices.cpu().numpy()
+        if not args.samis_validation_split_index:
+            validation_indices(folders.splits, name, args.seed, 10, context.labels, context.entry.num_classes)
+            print(splits_folder(folders.splits, name, args.seed))
+            print_next("train_split.py", samis_validation_split_index="all")
+            return
         for split in args.samis_validation_split_index:
             held_out = validation_indices(
                 folders.splits, name, args.seed, split, context.labels, context.entry.num_classes

@@ -88,6 +88,7 @@ class MemorizationConfig:
         target_se: The median standard error of ``mem`` at which to stop; None to train all members.
         influence: Whether to write the influence of every training example on every test example.
         out_of_sample: Whether to sum the class probabilities over the members that were not trained on the example.
+        train_only: Whether to train members and estimate nothing from them.
         merge: Folders of members that were trained elsewhere; None to train members.
         from_splits: Seeds of ``train_split.py`` whose models take the place of members; None to train members.
         ensemble: How members are trained: side by side, one after another, or whichever is expected to be faster.
@@ -137,12 +138,15 @@ class MemorizationConfig:
     influence: bool = option(
         False,
         "also write the influence of every training example on every test example (float16, 2 bytes per pair)",
-        acts=_OF_MEMBERS,
+        acts=(_OF_MEMBERS, (lambda args: not args.train_only, "with --train_only")),
     )
     out_of_sample: bool = option(
         True,
         "also write each example's mean class probabilities over models that were not trained on it",
         negatable=True,
+    )
+    train_only: bool = option(
+        False, "only train these members, for --merge to join later; estimate nothing", acts=(_OF_MEMBERS, _TRAINS)
     )
     merge: list[Path] | None = option(
         None,
