@@ -14,13 +14,13 @@ function decode(id) {
 }
 
 const KINDS = { index: Uint32Array, label: Uint16Array, prediction: Int16Array, confidence: Float32Array,
-  correct: Uint8Array, kept: Uint8Array, losses: Uint8Array, probabilities: Uint8Array };
+  correct: Uint8Array, kept: Uint8Array, planted: Uint8Array, losses: Uint8Array, probabilities: Uint8Array };
 const data = {};
 for (const name of Object.keys(KINDS)) if (byId("array-" + name)) data[name] = new KINDS[name](decode("array-" + name));
 const scores = page.scores.map((_, k) => new Float32Array(decode("array-score" + k)));
 const everyone = Uint32Array.from({ length: page.shown }, (_, i) => i);
 
-for (const name of ["prediction", "correct", "kept"])
+for (const name of ["prediction", "correct", "kept", "planted"])
   if (!data[name]) document.querySelectorAll(".if-" + name).forEach((node) => node.remove());
 
 // ------------------------------------------------------------------------------------------------ small helpers
@@ -152,7 +152,7 @@ const chosenScore = () => +field("score");
 
 function matching() {
   const k = chosenScore(), values = scores[k];
-  const [wantedLabel, predicted, correct, kept] = ["label", "prediction", "correct", "kept"].map(field);
+  const equal = ["label", "prediction", "correct", "kept", "planted"].filter((name) => field(name) !== "").map((name) => [data[name], +field(name)]);
   const low = field("low") === "" ? -Infinity : +field("low"), high = field("high") === "" ? Infinity : +field("high");
   const query = field("query").trim().toLowerCase();
   const indices = /^[\d\s,]+$/.test(query) ? new Set(query.split(/[\s,]+/).filter(Boolean).map(Number)) : null;
@@ -164,10 +164,7 @@ function matching() {
   }
   return sorted.filter((at) =>
     (!subset || subset.has(at)) &&
-    (wantedLabel === "" || data.label[at] === +wantedLabel) &&
-    (predicted === "" || data.prediction[at] === +predicted) &&
-    (correct === "" || data.correct[at] === +correct) &&
-    (kept === "" || data.kept[at] === +kept) &&
+    equal.every(([values, wanted]) => values[at] === wanted) &&
     (!bounded || (values[at] >= low && values[at] <= high)) &&
     (!query || (indices && indices.has(data.index[at])) || (page.files && fileName(at).toLowerCase().includes(query))));
 }
@@ -300,6 +297,7 @@ function open(at) {
     fact(`Prediction: ${className(data.prediction[at])} (${(100 * data.confidence[at]).toFixed(1)} %)`,
       "By models that were not trained on the example, with the probability of the predicted class");
   else if (!data.prediction && data.correct && data.correct[at] < 2) fact(data.correct[at] ? "Classified correctly" : "Classified wrongly", "In the last epoch of training");
+  if (data.planted?.[at]) fact("Wrong label", "Known from --planted");
   if (data.kept) fact(data.kept[at] ? "Kept by the selection" : "Dropped by the selection");
   const actions = element("div", { className: "actions" });
   const toggle = element("button", { type: "button", textContent: marked.has(data.index[at]) ? "Unmark (m)" : "Mark (m)", title: "Marked examples can be saved as a csv file" });
@@ -436,6 +434,7 @@ if (byId("plot")) {
   const groups = () => {
     if (color.value === "correct") return [["classified correctly", (at) => data.correct[at] === 1], ["classified wrongly", (at) => data.correct[at] === 0], ["unknown", (at) => data.correct[at] === 2]];
     if (color.value === "kept") return [["kept", (at) => data.kept[at] === 1], ["dropped", (at) => data.kept[at] === 0]];
+    if (color.value === "planted") return [["right label", (at) => data.planted[at] === 0], ["wrong label", (at) => data.planted[at] === 1]];
     if (color.value === "label" && page.classes.length <= 40) return page.classes.map((name, k) => [name, (at) => data.label[at] === k]);
     return [["", () => true]];
   };

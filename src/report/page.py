@@ -150,6 +150,8 @@ def example_arrays(found: Contents, shown: np.ndarray) -> dict[str, np.ndarray]:
         arrays["correct"] = np.nan_to_num(found.dynamics.correct[shown], nan=2).astype("u1")
     if found.kept is not None:
         arrays["kept"] = (found.kept[shown] > 0).astype("u1")
+    if found.planted is not None:
+        arrays["planted"] = found.planted[shown].astype("u1")
     for k, values in enumerate(found.scores.values()):
         arrays[f"score{k}"] = values[shown].astype("<f4")
         if len(shown) < len(values):

@@ -79,7 +79,7 @@ def likely_errors(found: Contents) -> tuple[list[LabelIssue], str]:
             how = "by the log odds of the audit (audit_labels.py)"
             suspicion = np.nan_to_num(found.scores["label_error"][known], nan=-np.inf)
         order = np.argsort(-suspicion, kind="stable")
-        wanted = max(20, round(found.audit.get("estimated_errors", 0)), int((counted != labels[known]).sum()))
+        wanted = max(20, round(found.audit.get("estimated_errors", 0)), len(confident_errors(found)))
         issues = []
         for k in order[: min(LISTED, wanted)].tolist():
             row = found.issues.get(int(known[k]), {})
@@ -174,6 +174,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         text = f"{_count(len(found.duplicates), 'training example')} {verb} another example"
         text += f", {leaked:,} of them a test example" if leaked else ", none of them a test example"
         several.append(Finding(f"{text}.", [int(row["index"]) for row in found.duplicates]))
+    several += _about_sensitivities(found)
     mode = next(iter(found.scores))
     most = top(found.scores[mode], max(_TOP, 20 / n))
     if len(names) > 1:
@@ -208,6 +209,23 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         text = f"At the end of training, “{names[worst]}” has the lowest training accuracy of all classes"
         several.append(Finding(f"{text} ({percent(float(final[worst]))}).", []))
     return several[:count]
+
+
+def _about_sensitivities(found: Contents) -> list[Finding]:
+    """How well the estimates of a sensitivity experiment agree with retraining and with the test loss."""
+    experiment, several = found.sensitivity, []
+    if experiment is not None and len(experiment.retrained) > 2:
+        rho = spearman(experiment.estimated, experiment.deviations)
+        text = (
+            f"The estimated sensitivities of {_count(len(experiment.retrained), 'example')} and the deviations after "
+        )
+        text += f"retraining without each have a Spearman’s correlation of {rho:.2f}."
+        several.append(Finding(text, experiment.retrained.tolist()))
+    if experiment is not None and len(experiment.epochs):
+        epoch = int(experiment.epochs[-1])
+        text = f"After epoch {epoch}, the leave-one-out estimate is {experiment.estimates[-1]:.3g} and the test loss "
+        several.append(Finding(f"{text}{experiment.test_nlls[epoch - 1]:.3g}.", []))
+    return several
 
 
 def _count(count: int, what: str) -> str:
@@ -315,7 +333,8 @@ def agreement(found: Contents) -> tuple[str, list[dict[str, Any]]]:
 def score_rows(found: Contents) -> list[dict[str, str]]:
     """One row per score: its model, its number of seeds and its cost, where recorded."""
     rows = []
-    for mode, record in found.records.items():
+    for mode in found.scores:
+        record = found.records[mode]
         seeds, cost = record.get("seeds"), record.get("cost")
         rows.append(
             {
@@ -338,7 +357,8 @@ def run_rows(found: Contents) -> list[dict[str, str]]:
         last = history[-1]
         rows.append(
             {
-                "name": name,
+                "name": name.rsplit("/", 1)[0],
+                "seed": name.rsplit("_", 1)[1],
                 "model": str(settings.get("model", "")),
                 "optimizer": str(settings.get("optimizer", "")).upper(),
                 "epochs": f"{len(history)}",

@@ -1,0 +1,194 @@
+"""What the page says, computed from planted truths, and the files of make_report.py."""
+
+import csv
+import gzip
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from refusals import FILE, FLAG, refuse
+from support import folders, succeed, write_blobs
+
+from src.artifacts import paths
+from src.artifacts.io import label_hash, write_csv, write_json, write_npz
+from src.artifacts.store import write_scores
+from src.datasets import DataConfig
+from src.metrics import SCORES
+from src.metrics.label_errors import cleanlab_issues
+from src.report import page, tables
+from src.report.collect import Contents, Dynamics
+
+N, CLASSES = 240, 3
+WRONG = np.array([4, 17, 30, 31, 55])
+
+
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory):
+    """Images with two scores and five wrong labels."""
+    base = tmp_path_factory.mktemp("blobs")
+    labels = np.arange(N) % CLASSES
+    labels[WRONG] = (labels[WRONG] + 1) % CLASSES
+    data = write_blobs(base / "blobs.npz", n=N, y_train=labels, class_names=np.array(["ant", "bee", "</script>"]))
+    train, test = DataConfig(f"npz:{data}").load(base)
+    rng = np.random.default_rng(0)
+    scores = {"mem": rng.random(N), "csl": rng.random(N), "aum": rng.random(N)}
+    scores["mem"][WRONG] += 1
+    facts = {"label_hash": label_hash(labels), "data_hash": train.digest, "settings": {}}
+    for mode, values in scores.items():
+        write_scores(SCORES[mode].path(base / "metrics", train.entry.name), values, {**facts, "mode": mode})
+    flags = (f"--dataset=npz:{data}", *folders(base, "datasets", "metrics", "models", "hessian", "ntk", "plots"))
+    entries = {mode: SCORES[mode] for mode in scores}
+    found = Contents(train, len(test), labels, scores, entries, {mode: {} for mode in scores})
+    return base, flags, found, facts
+
+
+def probabilities(labels):
+    """Confident out-of-sample probabilities of the true classes."""
+    true = labels.copy()
+    true[WRONG] = (true[WRONG] - 1) % CLASSES
+    return 0.97 * np.eye(CLASSES)[true] + 0.03 * np.random.default_rng(1).dirichlet(np.ones(CLASSES), N), true
+
+
+def test_label_errors_are_those_of_confident_learning(blobs):
+    _, _, found, _ = blobs
+    p, true = probabilities(found.labels)
+    found = replace(found, probabilities=p)
+    assert tables.confident_errors(found).tolist() == WRONG.tolist()
+    issues, how = tables.likely_errors(found)
+    assert "Out-of-sample" in how
+    assert sorted(one.index for one in issues[:5]) == WRONG.tolist()
+    assert [one.confident for one in issues] == [True] * 5 + [False] * 15
+    assert [one.suggested for one in issues[:5]] == [true[one.index] for one in issues[:5]]
+    assert [one.given_probability for one in issues] == [p[one.index, found.labels[one.index]] for one in issues]
+    pytest.importorskip("cleanlab")
+    _, selected = cleanlab_issues(p, found.labels)
+    assert np.flatnonzero(selected).tolist() == WRONG.tolist()
+    assert tables.findings(found)[0].examples == WRONG.tolist()
+
+
+def test_label_errors_from_dynamics_have_no_likely_class(blobs):
+    _, _, found, _ = blobs
+    margin = np.where(np.isin(np.arange(N), WRONG), -1.0, 2.0) + 0.01 * np.arange(N)
+    curves, each = np.ones((2, CLASSES)), np.ones((2, N))
+    dynamics = Dynamics(
+        "run", [1], {}, [], curves, curves, curves, margin, margin, margin > 0, np.arange(2), each, each
+    )
+    issues, how = tables.likely_errors(replace(found, dynamics=dynamics))
+    assert [one.index for one in issues[:5]] == WRONG.tolist()
+    assert {one.suggested for one in issues} == {-1}
+    assert "no likely class" in how
+
+
+def test_findings_and_agreement_are_the_numbers(blobs):
+    _, _, found, _ = blobs
+    sentences = tables.findings(found)
+    top = np.argsort(-found.scores["mem"], kind="stable")[:20]
+    counts = np.bincount(found.labels[top], minlength=CLASSES)
+    leader = counts.argmax()
+    share = counts[leader] / 20 / np.mean(found.labels == leader)
+    assert f"{counts[leader]} are labeled “{found.class_names[leader]}”, {share:.1f} times" in sentences[0].text
+    assert set(sentences[0].examples) == set(top[found.labels[top] == leader].tolist())
+    inside = sum(np.isin(np.arange(N), np.argsort(-v, kind="stable")[:12]) for v in found.scores.values())
+    assert sentences[1].text.startswith(f"{np.count_nonzero(inside >= 2)} example")
+    truth, rows = tables.agreement(found)
+    assert (truth, {row["mode"] for row in rows}) == ("memorization", {"csl", "aum"})
+    planted = np.isin(np.arange(N), WRONG)
+    _, rows = tables.agreement(replace(found, planted=planted))
+    assert rows[0] == {"mode": "mem", "auroc": 1.0, "precision": 1.0}
+
+
+def test_a_page_of_a_part_and_the_table_of_all(blobs, tmp_path):
+    """Of a set that is too large, the page has the extremes of each class, and the table has everything."""
+    _, flags, found, _ = blobs
+    out = tmp_path / "page.html"
+    done = succeed("make_report.py", *flags, "--examples=100", "--modes", "csl", "mem", f"--out={out}")
+    assert done.out.splitlines()[0].startswith("100 of 240 examples, 2 scores")
+    assert done.out.splitlines()[-1] == str(out)
+    with gzip.open(tmp_path / "page.csv.gz", "rt", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["mem"]) for row in rows] == found.scores["mem"].tolist()
+    ranks = 1 + np.argsort(np.argsort(-found.scores["mem"]))
+    assert [int(row["rank mem"]) for row in rows] == ranks.tolist()
+    text = out.read_text()
+    shown = np.frombuffer(decode(text, "index"), "<u4")
+    assert len(np.unique(shown)) == 100
+    np.testing.assert_array_equal(np.frombuffer(decode(text, "rank1"), "<u4"), ranks[shown])
+    np.testing.assert_array_equal(
+        np.frombuffer(decode(text, "score1"), "<f4"), found.scores["mem"][shown].astype("f4")
+    )
+    for mode in ("csl", "mem"):
+        for label in range(CLASSES):
+            mine = np.flatnonzero(found.labels == label)
+            order = mine[np.argsort(found.scores[mode][mine])]
+            assert set(np.r_[order[:4], order[-4:]]) <= set(shown)
+
+
+def decode(text, name):
+    import base64
+
+    return base64.b64decode(re.search(rf'id="array-{name}">([^<]*)<', text).group(1))
+
+
+def test_names_cannot_end_the_script_and_files_can_be_left_out(blobs, tmp_path):
+    base, flags, found, facts = blobs
+    name = found.train.entry.name
+    stem = paths.duplicates_stem(tmp_path / "metrics", name)
+    row = {"index": 3, "file": "secret.png", "class": "</script>", "duplicate of": 1, "in": "test", "its file": "",
+           "its class": "ant", "found by": "equal pixels", "similarity": "1.0000"}  # fmt: skip
+    write_csv(stem.with_suffix(".csv"), [row])
+    write_json(stem.with_suffix(".json"), facts)
+    where = [f"--scores_folder={base / 'metrics'}", f"--metrics_folder={tmp_path / 'metrics'}"]
+    rest = [flag for flag in flags if "metrics" not in flag]
+    succeed("make_report.py", *rest, *where, "--anonymize", f"--out={tmp_path / 'page.html'}")
+    text = (tmp_path / "page.html").read_text()
+    assert "1 training example duplicates another example, 1 of them a test example" in text
+    assert text.count("</script>") == text.count("<script")  # none comes from a name
+    assert "secret.png" not in text
+    assert str(tmp_path) not in text
+    assert str(base) not in text
+
+
+def test_bad_input(blobs, tmp_path):
+    base, flags, found, facts = blobs
+    out = tmp_path / "page.html"
+    out.write_text("mine")
+    refuse("make_report.py", *flags, f"--out={out}", status=FILE, says=("page.html", "--overwrite"), keep=tmp_path)
+    succeed("make_report.py", *flags, f"--out={out}", "--overwrite")
+    succeed("make_report.py", *flags, f"--out={out}")  # a page may be replaced
+    refuse("make_report.py", *flags, f"--out={tmp_path}", status=FILE, says="is a folder")
+    refuse("make_report.py", *flags, "--modes", "eps", f"--out={out}", status=FILE, says="eps", keep=tmp_path)
+    refuse(
+        "make_report.py", *flags, "--run=nowhere", f"--out={out}", status=FILE, says=("nowhere", "measure_proxies")
+    )
+    refuse("make_report.py", *flags, "--name_exp=x", f"--out={out}", status=FLAG, says=("name_exp x", "x_scores.pkl"))
+    refuse("make_report.py", *flags, "--selection=no.npz", f"--out={out}", status=FILE, says="no.npz: file not found")
+    refuse("make_report.py", *flags, "--planted=no.npy", f"--out={out}", status=FILE, says="no.npy: file not found")
+    refuse("make_report.py", *flags, "--pickles_folder=x", status=FLAG, says="has no effect without --name_exp")
+    for content, says in (
+        ({"indices": np.array([1, N])}, rf"not from 0 to {N - 1}"),
+        ({"indices": np.array([1]), "label_hash": "0" * 16}, "different labels"),
+        ({"other": np.array([1])}, "indices"),
+    ):
+        bad = write_npz(tmp_path / "bad.npz", **content)
+        refuse("make_report.py", *flags, f"--selection={bad}", f"--out={out}", status=FILE, says=("bad.npz", says))
+    issues = paths.label_issues_path(base / "metrics", found.train.entry.name)
+    for header, record, says in (
+        ("index,other\n1,2", facts, "suggested label"),
+        ("index,suggested label\nx,bee", facts, "damaged"),
+        ("index,suggested label\n1,bee", {**facts, "label_hash": "0" * 16}, "different labels"),
+    ):
+        write_json(issues.with_suffix(".json"), record)
+        issues.write_text(header)
+        refuse("make_report.py", *flags, f"--out={out}", status=FILE, says=("label_issues", says))
+    issues.unlink()
+
+
+def test_one_byte_keeps_a_curve():
+    values = np.array([0, 0.25, 1, np.nan])
+    bytes_ = page.one_byte(values)
+    assert bytes_.tolist() == [0, 64, 254, 255]
+
+
+def test_ranks_break_ties_by_index_and_leave_out_examples_without_a_score():
+    assert page.ranks(np.array([1.0, np.nan, 3.0, 1.0])).tolist() == [2, 0, 1, 3]
