@@ -214,3 +214,36 @@ def test_lasso_selects_into_the_gallery_and_a_file(photos, browser):
         np.testing.assert_allclose([float(row["samis_loss"]) for row in rows], x[expected], rtol=1e-6)
         page.locator("#show-selected").click()
         assert sorted(tiles(page)) == expected
+
+
+def test_fifty_thousand_examples_of_a_thousand_classes(browser, tmp_path):
+    """The page stays small, and shows and filters the right examples."""
+    n, classes = 50_000, 1000
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, n)
+    images = np.repeat(np.repeat(rng.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8), 4, 1), 4, 2)
+    test = {"x_test": images[:classes], "y_test": np.arange(classes)}
+    np.savez(tmp_path / "large.npz", x_train=images, y_train=labels, **test)
+    from src.datasets import DataConfig
+
+    train, _ = DataConfig(f"npz:{tmp_path / 'large.npz'}").load(tmp_path)
+    facts = {"label_hash": label_hash(labels), "data_hash": train.digest, "settings": {}}
+    scores = {mode: rng.random(n) for mode in ("mem", "aum", "csl", "el2n")}
+    for mode, values in scores.items():
+        write_scores(SCORES[mode].path(tmp_path / "metrics", train.entry.name), values, {**facts, "mode": mode})
+    out = tmp_path / "page.html"
+    where = folders(tmp_path, "datasets", "metrics", "models", "hessian", "ntk")
+    succeed("make_report.py", f"--dataset=npz:{tmp_path / 'large.npz'}", f"--out={out}", *where)
+    assert out.stat().st_size < 30e6
+    ranked = np.argsort(-scores["mem"].astype("f4"), kind="stable")
+    with opened(browser, out) as page:
+        assert tiles(page) == ranked[:60].tolist()
+        for place in (0, 20, 59):
+            shown = pixels(page, page.locator("#tiles canvas").nth(place)).astype(int)
+            errors = np.abs(images.astype(np.int16) - shown.astype(np.int16)).mean((1, 2, 3))
+            assert errors.argmin() == ranked[place]
+        choose(page, label="733", size="120")
+        assert tiles(page) == ranked[labels[ranked] == 733][:120].tolist()
+        assert [int(row["index"]) for row in saved(page, "#download")] == ranked[labels[ranked] == 733].tolist()
+        page.locator("#scatter").scroll_into_view_if_needed()
+        page.wait_for_function("document.querySelector('#plot').data?.[0].x.length == 50000")
