@@ -9,7 +9,7 @@ duplicates.png shows the least similar pairs.
 
   python find_duplicates.py --dataset=cifar10
   python find_duplicates.py --dataset=folder:photos --image_size=64 \
-      --checkpoint=ckpts/standard_fastnet_over_photos_with_sgd_sched_onecycle/seed_1/last.pt
+      --checkpoint=ckpts/standard_fastnet_over_photos-0123abcd_with_sgd_sched_onecycle/seed_1/last.pt
   python train_full.py --dataset=cifar10 --model=resnet18 --exclude=metrics/duplicates/cifar10/duplicates.csv
 """
 
@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 
 from src.artifacts.io import file_digest, save_figure, write_csv, write_json
 from src.artifacts.paths import Folders, duplicates_stem
+from src.artifacts.store import check_score_target
 from src.cli import FULL_DATA_FLAGS, Parser, build, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import TRAINING_ONLY, ComputeConfig
@@ -54,6 +55,19 @@ def main() -> None:
     context = RunContext(data, build(ComputeConfig, args), args.datasets_folder)
     train, test = context.train, context.test  # without examples of the training set that are drawn for testing
     parts = (test, train)  # test examples come first: a training example that equals one is the duplicate
+    stem, name = duplicates_stem(args.metrics_folder, train.entry.name), train.entry.name
+    thresholds = {
+        key: value for key, value in asdict(config).items() if key not in ("checkpoint", "model", "overwrite")
+    }
+    settings = {
+        **thresholds,
+        "checkpoint": config.checkpoint and file_digest(config.checkpoint),
+        "images": train.digest,
+        "subset": context.data_settings["subset"],
+    }
+    table = stem.with_suffix(".csv")
+    check_score_target(table, {"settings": settings}, overwrite=config.overwrite, only=("settings",))
+
     features = None
     if config.checkpoint is not None:
         features = centered_features(context, config.checkpoint, config.model, parts)
@@ -62,7 +76,6 @@ def main() -> None:
     rows.sort(key=lambda row: -float(row["similarity"]))
     listed, within_test = ([row for row in rows if row["part"] == part] for part in ("train", "test"))
 
-    stem, name = duplicates_stem(args.metrics_folder, train.entry.name), train.entry.name
     counts = {test: sum(row["found by"] == test for row in listed) for test in TESTS}
     leaked = sum(row["in"] == "test" for row in listed)
     relabeled = sum(row["class"] != row["its class"] for row in listed)
@@ -70,11 +83,13 @@ def main() -> None:
         "dataset": name,
         "label_hash": context.label_hash,
         "data_hash": train.digest,
-        "settings": {**asdict(config), "checkpoint": config.checkpoint and file_digest(config.checkpoint)},
+        "settings": settings,
         "training_duplicates": {**counts, "of_a_test_example": leaked, "with_another_label": relabeled},
         "within_the_test_set": within_test,
     }
-    written = [write_csv(stem.with_suffix(".csv"), listed, COLUMNS), write_json(stem.with_suffix(".json"), facts)]
+    for suffix in (".png", ".pdf"):  # of an earlier run
+        stem.with_suffix(suffix).unlink(missing_ok=True)
+    written = [write_csv(table, listed, COLUMNS), write_json(stem.with_suffix(".json"), facts)]
     if rows:
         shown = rows[-SHOWN:][::-1]
         title = f"{name}: {len(shown)} of {len(rows):,} duplicates, the least similar"

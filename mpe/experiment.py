@@ -130,7 +130,13 @@ class Experiment:
             self.record.pop("checkpoint", None)  # as in the files of older versions
         else:
             self.record["checkpoint"] = file_digest(config.checkpoint)
-            model, state = self.context.load_file(config.checkpoint, config.model)
+            # leave-one-out estimates are about the examples that the model was trained on
+            examples = {
+                "examples": self.count,
+                "subset": self.context.data_settings["subset"],
+                "validation_split": None,
+            }
+            model, state = self.context.load_file(config.checkpoint, config.model, **examples)
             self.model, self.normalization = self._laid_out(model), state["normalisation"]
         require_writable(config.pickles_folder)
 

@@ -259,12 +259,13 @@ class RunContext:
         # per-example gradients and second derivatives use the default memory format
         return model.to(self.device, self.precision.dtype), state
 
-    def load_file(self, path: Path, model_name: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    def load_file(self, path: Path, model_name: str | None, **asked: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Load a checkpoint of this project that was trained on this data, or any state dict of a named model.
 
         Args:
             path: The file.
             model_name: The model; None for the one that the checkpoint names.
+            asked: See ``load_model``; ignored for a state dict, which records nothing.
 
         Returns:
             The same as ``load_model``. A state dict has no settings and no epoch, and this context's normalization.
@@ -274,7 +275,7 @@ class RunContext:
         """
         checkpoint = None if path.suffix == ".safetensors" else read_checkpoint(path)
         if checkpoint is not None and {"format", "settings", "normalisation"} & checkpoint.keys():
-            return self.load_model(path, checkpoint, model=model_name)
+            return self.load_model(path, checkpoint, model=model_name, **asked)
         if model_name is None:
             raise FileError(f"{path}: is not a checkpoint of this project; give --model for the weights in it")
         entry = self.entry

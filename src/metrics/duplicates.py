@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FREQUENCIES = 8  # per axis; the hash has their square, 64 bits
 _HASHED, _COMPARED = 32, 16  # images are reduced to these sizes for the hash and for the correlation
 _READ, _SEARCHED = 512, 1024  # examples read, and compared with all others, at once
+_CONFIRMED = 2**15  # pairs whose pixels are compared at once
 _PER_ROW, SHOWN = 8, 24  # pairs in the figure
 COLUMNS = (
     "index", "file", "class", "duplicate of", "in", "its file", "its class", "found by", "similarity"
@@ -46,6 +47,7 @@ class DuplicateConfig:
         feature_similarity: Smallest cosine of the features of two images, minus the mean feature.
         checkpoint: The model whose features are compared; None to compare pixels only.
         model: The model's name; None for the one that the checkpoint names.
+        overwrite: Whether to replace a table that was made with different settings.
 
     Raises:
         ArgumentError: A value is out of range, or the model does not exist.
@@ -70,6 +72,7 @@ class DuplicateConfig:
         metavar="FILE",
     )
     model: str | None = model_option(None, " (default: the model that --checkpoint names)")
+    overwrite: bool = option(False, "replace duplicates that were found with different settings")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -162,27 +165,32 @@ def centered_features(context: RunContext, checkpoint: Path, model: str | None, 
     return torch.nn.functional.normalize(features)
 
 
-def _near(prints: Fingerprints, config: DuplicateConfig, start: int, stop: int) -> list[tuple[int, int, float, str]]:
-    """Compare a block of examples with all earlier ones.
+def _near(
+    prints: Fingerprints, config: DuplicateConfig, start: int, stop: int, kept: Tensor
+) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Compare a block of examples with all earlier ones that are kept.
 
     Returns:
-        Position, earlier position, similarity, and test of each pair of near duplicates: by position, pairs with
-        similar pixels first, the most similar first.
+        For each test, in order of priority, its name and the near duplicates that it finds: positions, earlier
+        positions, and similarities, ordered by both positions.
     """
+
+    def above(vectors: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+        products = vectors[start:stop] @ vectors[:stop].T
+        rows, earlier = torch.nonzero(products >= least, as_tuple=True)
+        compared = (earlier < rows + start) & kept[earlier]
+        rows, earlier = rows[compared], earlier[compared]
+        return rows + start, earlier, products[rows, earlier]
+
     # Inner products of hashes are exact multiples of 1/32, up to rounding.
-    tests = [(PIXELS, prints.bits, 1 - config.hash_distance / 32 - 1e-4, prints.pixels, config.pixel_similarity)]
+    later, earlier, _ = above(prints.bits, 1 - config.hash_distance / 32 - 1e-4)
+    parts = zip(later.split(_CONFIRMED), earlier.split(_CONFIRMED), strict=True)
+    similarity = torch.cat([(prints.pixels[p] * prints.pixels[q]).sum(dim=1) for p, q in parts])
+    alike = similarity >= config.pixel_similarity
+    found = [(PIXELS, later[alike], earlier[alike], similarity[alike])]
     if prints.features is not None:
-        tests.append((FEATURES, prints.features, config.feature_similarity, prints.features, -1.0))
-    pairs = []
-    for order, (test, vectors, least, confirmed, least_confirmed) in enumerate(tests):
-        rows, earlier = torch.nonzero(vectors[start:stop] @ vectors[:stop].T >= least, as_tuple=True)
-        rows += start
-        rows, earlier = rows[earlier < rows], earlier[earlier < rows]
-        similarity = (confirmed[rows] * confirmed[earlier]).sum(dim=1)
-        for p, q, value in zip(rows.tolist(), earlier.tolist(), similarity.tolist(), strict=True):
-            if value >= least_confirmed:
-                pairs.append((p, order, -value, q, test))
-    return [(p, q, min(-value, 1.0), test) for p, _, value, q, test in sorted(pairs)]
+        found.append((FEATURES, *above(prints.features, config.feature_similarity)))
+    return found
 
 
 def find_duplicates(prints: Fingerprints, config: DuplicateConfig) -> dict[int, tuple[int, str, float]]:
@@ -192,7 +200,7 @@ def find_duplicates(prints: Fingerprints, config: DuplicateConfig) -> dict[int, 
     last. Equal pixels count before similar pixels, and these before similar features; then the most similar counts,
     and of equally similar ones the first.
 
-    Time: ``64 n^2`` multiplications, and ``p n^2`` more with features. Memory: a block of 1,024 rows.
+    Time: ``64 n^2`` multiplications, and ``p n^2`` more with features. Memory: the products of 1,024 examples.
 
     Args:
         prints: The fingerprints of n examples, those to keep first.
@@ -201,20 +209,32 @@ def find_duplicates(prints: Fingerprints, config: DuplicateConfig) -> dict[int, 
     Returns:
         For the position of each duplicate: the position of the example that is kept, the test, and the similarity.
     """
+    n = len(prints.exact)
     found: dict[int, tuple[int, str, float]] = {}
+    kept = torch.ones(n, dtype=torch.bool)
     equal: dict[int, int] = {}
     first: dict[bytes, int] = {}
     for position, digest in enumerate(prints.exact):
-        if (kept := first.setdefault(digest, position)) != position:
-            equal[position] = kept
-    for start in range(0, len(prints.exact), _SEARCHED):
-        for position, kept, similarity, test in _near(
-            prints, config, start, min(start + _SEARCHED, len(prints.exact))
-        ):
-            if position not in equal and position not in found and kept not in equal and kept not in found:
-                found[position] = (kept, test, similarity)
-    for position, kept in equal.items():  # of the example that its equal is a near duplicate of, if there is one
-        found[position] = found.get(kept, (kept, EXACT, 1.0))
+        if (original := first.setdefault(digest, position)) != position:
+            equal[position] = original
+            kept[position] = False
+    for start in range(0, n, _SEARCHED):
+        near = _near(prints, config, start, min(start + _SEARCHED, n), kept)
+        # One example after the other, because a duplicate is no longer compared with.
+        for position in torch.cat([later for _, later, _, _ in near]).unique().tolist():
+            if not kept[position]:
+                continue
+            for test, later, earlier, similarity in near:
+                low, high = torch.searchsorted(later, torch.tensor([position, position + 1])).tolist()
+                left = kept[earlier[low:high]]
+                if left.any():
+                    best = int(similarity[low:high][left].argmax())  # the first of the most similar
+                    value = min(float(similarity[low:high][left][best]), 1.0)
+                    found[position] = (int(earlier[low:high][left][best]), test, value)
+                    kept[position] = False
+                    break
+    for position, original in equal.items():  # of the example that its equal is a near duplicate of, if there is one
+        found[position] = found.get(original, (original, EXACT, 1.0))
     return found
 
 
@@ -253,15 +273,18 @@ def pairs_figure(rows: Sequence[Mapping[str, Any]], parts: Sequence[ImageSet], t
     """
     from src.metrics.plots import image_grid
 
-    sets = {part.part: part for part in parts}
+    sets = {part.part: (part, {index: k for k, index in enumerate(part.indices.tolist())}) for part in parts}
+
+    def image(part: str, index: int) -> np.ndarray:
+        images, positions = sets[part]
+        return images.fetch(torch.tensor([positions[index]]))[0].cpu().numpy()
+
     columns = (("part", "index"), ("in", "duplicate of"))
     images, captions, labels = [], [], []
     for start in range(0, len(rows), _PER_ROW):
         line = rows[start : start + _PER_ROW]
         for (part, index), label in zip(columns, ("duplicate", "kept"), strict=True):
-            images.append(
-                np.stack([sets[row[part]].fetch(torch.tensor([row[index]]))[0].cpu().numpy() for row in line])
-            )
+            images.append(np.stack([image(row[part], row[index]) for row in line]))
             captions.append(
                 [f"{row[part]} {row[index]}\n" + (row["similarity"] if label == "kept" else "") for row in line]
             )

@@ -198,18 +198,22 @@ class SAM(Optimizer):
 
         Args:
             closure: A function that computes the loss of the batch, calls ``backward``, and returns the loss. It is
-                called at w + e; the current gradients must be those at w.
+                called at w + e; call ``backward`` at w before. The gradients are cleared afterwards, so that those
+                of another batch are never taken for them.
 
         Returns:
             What the closure returns; None without a closure.
 
         Raises:
-            RuntimeError: Without a closure, ``first_step`` was not called before; with one, it was.
+            RuntimeError: Without a closure, ``first_step`` was not called before; with one, it was, or there are no
+                gradients.
         """
         if closure is not None:
+            if self._saved is None and all(p.grad is None for p in self._parameters()):
+                raise RuntimeError("step(closure) needs gradients; call backward on the loss of the batch before it")
             with self.climbed(), torch.enable_grad():
                 found = closure()
-            self.second_step()
+            self.second_step(zero_grad=True)
             return found
         if (
             overflow := getattr(self, "found_inf", None)

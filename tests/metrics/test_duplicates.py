@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from refusals import FILE, FLAG, refuse
 from support import TRAIN, folders, succeed
@@ -162,6 +163,30 @@ def test_features_find_what_pixels_cannot(photos, tmp_path):
     assert found["x copy.png"] == EXACT
     assert len(train) == 46
     assert result.status == 0
+
+
+def test_pairs_of_data_without_a_test_part_are_drawn_by_index(tmp_path, monkeypatch):
+    """A third of the images are drawn for testing, so positions in the training set are not indices."""
+    flat = tmp_path / "flat"
+    images = scenes(30, seed=3)
+    for k, image in enumerate(images):
+        place = flat / f"class {k % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{k:02}.png")
+    for k in range(30):
+        images[k].point(lambda value: value * 0.9).save(flat / f"class {k % 2}" / f"{k:02} again.png")
+    drawn = []
+    monkeypatch.setattr("src.metrics.plots.image_grid", lambda images, *_: drawn.append(images) or Figure())
+    flags = (f"--dataset=folder:{flat}", "--image_size=24", "--test_fraction=0.3")
+    where = folders(tmp_path, "metrics", "datasets")
+    succeed("find_duplicates.py", *flags, *where)
+    ((duplicates, originals, *_),) = drawn
+    assert len(duplicates) == 8
+    for a, b in zip(duplicates, originals, strict=True):
+        assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.95
+    refuse("find_duplicates.py", *flags, "--hash_distance=2", *where, status=FILE, says="hash_distance")
+    refuse("find_duplicates.py", *flags, "--test_seed=1", *where, status=FILE, says="--overwrite")
+    succeed("find_duplicates.py", *flags, "--hash_distance=2", "--overwrite", *where)
 
 
 def test_a_set_without_duplicates_gives_an_empty_table(tmp_path):

@@ -441,8 +441,10 @@ def test_a_closure_takes_both_steps_and_second_step_may_clear_gradients():
     after = optimizer.step(lambda: backward(model))
     assert after > before  # the loss at w + e
     torch.testing.assert_close(weights(model), weights(slow), rtol=0, atol=1e-14)
+    with pytest.raises(RuntimeError, match="call backward"):  # no step along the gradients of the last batch
+        optimizer.step(lambda: backward(model))
+    torch.testing.assert_close(weights(model), weights(slow), rtol=0, atol=1e-14)
     slow_sam_step(slow, buffers)
-    optimizer.zero_grad()
     backward(model)
     gradients = [p.grad.clone() for p in model.parameters()]
     optimizer.first_step(zero_grad=False)
