@@ -147,6 +147,13 @@ def test_sensitivities_of_weights_from_elsewhere(world, run, foreign):
     refused = call("examples/1_loo_iterations.py", *flags, "--name_exp=measured", "--epochs=2")
     assert (refused.status, "--epochs: has no effect with --checkpoint" in refused.complaint) == (2, True)
 
+    # a checkpoint of this project records its examples: leave-one-out estimates of others would be wrong
+    flags = [f"--checkpoint={run}/epoch_2.pt" if "checkpoint" in flag else flag for flag in flags]
+    succeed("examples/1_loo_iterations.py", *flags, "--name_exp=own")
+    flags = [flag.replace("--subset=200", "--subset=300") for flag in flags]
+    refused = call("examples/1_loo_iterations.py", *flags, "--name_exp=others")
+    assert (refused.status, "subset" in refused.complaint) == (1, True)
+
 
 def test_training_starts_from_given_weights(world, foreign):
     """With a learning rate near 0, the model after training is the given one, except for BatchNorm's statistics."""
