@@ -6,6 +6,8 @@ change if that example were left out. Then retrains the model without one random
 examples, many models in parallel. With --checkpoint, the base model is that file's instead of a newly trained one.
 Reads the data set in --datasets_folder. Writes {pickles_folder}/{name_exp}_scores.pkl (the estimates) and, as
 models finish, {name_exp}_retrain.pkl (the true deviations); plot_validation_sensitivities.py plots both.
+Several processes can share the retraining: first --retrain_part none trains the base model and estimates, then each
+retrains its models with --retrain_part FIRST-LAST --resume, and --resume alone joins the parts.
 
   python 3_validation_sensitivities.py --name_exp mnist_mlp --dataset MNIST --model large_mlp --lr 1e-2 --lrmin 1e-3 \
       --bs 256 --epochs 500 --delta 100 --lr_retrain 1e-3 --lrmin_retrain 1e-4 --epochs_retrain 300 --n_retrain 1000 \
@@ -18,8 +20,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +35,7 @@ from src.artifacts.paths import Folders
 from src.cli import Parser, build, number, print_next, run_script
 from src.datasets import DataConfig
 from src.devices import ComputeConfig
-from src.errors import FlagError
+from src.errors import FileError, FlagError
 from src.lazy import torch
 from src.models import ModelConfig
 
@@ -47,6 +50,16 @@ DEFAULTS = {
     "bs_jacs": 50,
 }
 PASS = 500  # images per forward pass of an ensemble, counting an image once per member
+
+
+def retrain_part(text: str) -> list[int]:
+    """Parse the value of ``--retrain_part``: the first and the last model, or an empty list for ``none``."""
+    if text == "none":
+        return []
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        raise ArgumentTypeError(f"{text!r}: give a part such as 0-49, or none")
+    return [int(first), int(last)]
 
 
 def parse() -> Namespace:
@@ -66,9 +79,20 @@ def parse() -> Namespace:
         default=0,
         help="number of additional examples, spread evenly over the range of the estimated sensitivities",
     )
+    add(
+        "--retrain_part",
+        type=retrain_part,
+        metavar="FIRST-LAST|none",
+        help="retrain only these models, from the base model of an earlier run; model 0 is the control, model i "
+        "lacks the i-th example; none: train the base model and estimate, retrain nothing (default: all models, with "
+        "--resume those that no part has finished)",
+    )
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
     parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.retrain_part and not args.resume:
+        raise FlagError("--retrain_part: continues from the base model of an earlier run; give --resume")
+    return args
 
 
 def score_content(predictions: mpe.Predictions, class_cov: str, weights: str) -> dict:
@@ -190,15 +214,23 @@ def main() -> None:
             f"--n_retrain {args.n_retrain} and --n_spread {args.n_spread}: cannot leave out {wanted} of {count} "
             f"training examples; the sum must be 1 to {count}"
         )
+    part = range(args.retrain_part[0], args.retrain_part[1] + 1) if args.retrain_part else None
+    if part and part[-1] > wanted:
+        raise FlagError(f"--retrain_part {part[0]}-{part[-1]}: the models are 0 to {wanted}; give a part of them")
     check_retraining(experiment, retraining, [count, count - 1])
     experiment.check_variances(config.delta)
     scores, retrained = experiment.result("scores"), experiment.result("retrain")
-    if retrained.replaces:
+    if retrained.replaces and not part:
         retrained.path.unlink()  # its settings would not match those of the new scores file
 
-    experiment.train_base()
+    if part:
+        experiment.load_base()
+    else:
+        experiment.train_base()
     weights = weights_hash(experiment.model)
     found = scores.stored
+    if part and found.get("base_weights") != weights:
+        raise FileError(f"{scores.path}: has no estimates of this base model; run with --retrain_part none first")
     if found.get("base_weights") == weights:  # computed for these weights
         log.info("reusing the estimates of an earlier run: %s", scores.path)
     else:
@@ -215,9 +247,17 @@ def main() -> None:
     def write(rows: dict[str, np.ndarray]) -> None:
         retrained.write(**retrain_content(rows, removed, args.n_spread, found["probabilities"], found["indices"]))
 
+    if args.retrain_part == []:
+        print_next("3_validation_sensitivities.py", retrain_part=f"0-{wanted}", resume=True)
+        return
     images = experiment.prepared(experiment.train)
     leave_out = [np.empty(0, np.int64), *removed[:, None]]
-    write(retrain_without(experiment, retraining, images, leave_out, measure_removed(images, removed), write))
+    share = partial(retrain_without, experiment, retraining, images, leave_out, measure_removed(images, removed))
+    if part:
+        share(lambda rows: None, part=part)
+        print(f"models {part[0]} to {part[-1]} of {wanted} are retrained; --resume without --retrain_part joins all")
+        return
+    write(share(write))
     print(retrained.path)
     print_next("plot_validation_sensitivities.py", ["pickles_folder"], name_exp=config.name_exp)
 

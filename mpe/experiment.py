@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from mpe.config import CLASS_COVARIANCES, SHUFFLE_ORDERS, ExperimentConfig
 from mpe.laplace_torch import LaplaceTorchVariances
 from mpe.posterior import EPS, Predictions, laplace_posterior, optimizer_posterior, predict
-from src.artifacts.io import file_digest, read_pickle, require_writable, write_pickle
-from src.artifacts.paths import Folders, experiment_folder, mpe_experiment, pickle_path, resume_folder
-from src.artifacts.store import acting_settings, load_result
+from src.artifacts.io import file_digest, read_checkpoint, read_pickle, require_writable, write_pickle
+from src.artifacts.paths import (
+    Folders,
+    checkpoint_name,
+    experiment_folder,
+    mpe_experiment,
+    pickle_path,
+    resume_folder,
+)
+from src.artifacts.store import acting_settings, check_settings_match, load_result
 from src.cli import log_to
 from src.context import RunContext
 from src.datasets import Batches, DataConfig, ImageSet, empty_images
@@ -24,6 +31,7 @@ from src.devices import ComputeConfig
 from src.errors import ArgumentError, FileError
 from src.jacobians import OutputVariances, Posterior
 from src.models import build_model, model_entry
+from src.models.base import load_weights
 from src.training import (
     RunFiles,
     Trainer,
@@ -68,6 +76,7 @@ _FREE = (  # flags that affect neither a result nor its name
     "bs_jacs",
     "ensemble_size",
     "ensemble",
+    "retrain_part",
     "iblr_backend",
     "write_scores",
 )
@@ -226,20 +235,7 @@ class Experiment:
         Returns:
             The trainer, which has the optimizer and the history; for a checkpoint, one record with test metrics.
         """
-        config = self.config
-        prior = {"delta": config.delta} if config.optimizer == "iblr" else {"weight_decay": config.delta / self.count}
-        training = TrainingConfig(
-            epochs=config.epochs,
-            optimizer=config.optimizer,
-            learning_rate=config.lr,
-            lr_sched="cosine",
-            lr_min=config.lrmin,
-            hess_init=config.hess_init,
-            iblr_backend=config.iblr_backend,
-            seed=config.seed,
-            precision=self.context.precision.name,
-            **prior,
-        )
+        config, training = self.config, self._training
         trainer = Trainer(
             self.model,
             self.batches(self.train, config.bs, SHUFFLE_ORDERS[config.base_shuffle]),
@@ -256,7 +252,7 @@ class Experiment:
         run_training(
             trainer,
             self.files,
-            {**training.as_dict(), **self.data_and_model(), "batch_size": config.bs},
+            self._base_settings,
             model_description(config.model, self.context.full_train, self.normalization),
             resume=config.resume,
             overwrite=config.overwrite,
@@ -264,6 +260,50 @@ class Experiment:
             measure=measure,
         )
         return trainer
+
+    @property
+    def _training(self) -> TrainingConfig:
+        """The settings of the base training."""
+        config = self.config
+        prior = {"delta": config.delta} if config.optimizer == "iblr" else {"weight_decay": config.delta / self.count}
+        return TrainingConfig(
+            epochs=config.epochs,
+            optimizer=config.optimizer,
+            learning_rate=config.lr,
+            lr_sched="cosine",
+            lr_min=config.lrmin,
+            hess_init=config.hess_init,
+            iblr_backend=config.iblr_backend,
+            seed=config.seed,
+            precision=self.context.precision.name,
+            **prior,
+        )
+
+    @property
+    def _base_settings(self) -> dict[str, Any]:
+        """All settings that determine the base model."""
+        return {**self._training.as_dict(), **self.data_and_model(), "batch_size": self.config.bs}
+
+    def load_base(self) -> None:
+        """Load the weights of a finished base training into ``self.model``, without writing to its folder.
+
+        Several processes can do this at once. The weights of a checkpoint are already loaded.
+
+        Raises:
+            FileError: The base training is missing, unfinished or damaged, or has different settings.
+        """
+        if self.config.checkpoint is not None:
+            return
+        results, last = self.files.read_results(), self.files.checkpoints / checkpoint_name("last")
+        if not results.get("finished"):
+            raise FileError(f"{last}: the base model is not trained yet; train it first")
+        check_settings_match(self.files.results, results["settings"], self._base_settings)
+        try:
+            load_weights(self.model, read_checkpoint(last)["model_state"])
+        except (ValueError, RuntimeError, LookupError) as error:
+            raise FileError(
+                f"{last}: its weights do not fit the model {self.config.model}; train it again"
+            ) from error
 
     def cost(self, trainer: Trainer) -> float | None:
         """Cost of the base training and of predicting with variances once, in epoch-equivalents.

@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,6 +15,7 @@ from tqdm import tqdm
 
 from mpe.config import RetrainingConfig
 from mpe.experiment import Experiment
+from mpe.retraining_files import RetrainingFiles, part_folder
 from mpe.schedules import (
     MemberSchedules,
     own_schedules,
@@ -25,21 +24,11 @@ from mpe.schedules import (
     shared_schedules,
     shuffle_seeds,
 )
-from src.artifacts.io import (
-    read_checkpoint,
-    read_json,
-    read_npz,
-    require_writable,
-    write_checkpoint,
-    write_json,
-    write_npz,
-)
 from src.artifacts.locks import lock
 from src.artifacts.paths import LOCK_NAME
-from src.artifacts.store import REPLACE, check_identity, check_settings_match, load_result
 from src.datasets import empty_images
 from src.devices import upload
-from src.errors import ArgumentError, FileError, TrainingError
+from src.errors import ArgumentError, TrainingError
 from src.models import model_entry
 from src.models.base import trains_on_one, two_images
 from src.optimizers import rate
@@ -48,142 +37,7 @@ from src.training.ensemble import Ensemble, vectorised_is_faster, why_not_vector
 
 log = logging.getLogger(__name__)
 
-_STATE_FORMAT = "retraining-1"
 _TOGETHER = 64  # number of steps whose labels are gathered, and whose losses are checked, at once
-_KEEP_STATES = 2  # the newest, and the previous one in case the newest is damaged
-_CHUNK = re.compile(r"networks_(\d+)_(\d+)\.npz")
-_STATE = re.compile(r"state_(\d+)_(\d+)_epoch_(\d+)\.pt")
-
-_NUMBERS = "model_numbers"  # the entry that records which models a file contains; absent in files of older versions
-
-
-class RetrainingFiles:
-    """The folder of one run.
-
-    It contains ``settings.json``, ``networks_{start}_{stop}.npz`` for each finished chunk (or model, if models are
-    measured one at a time), and ``state_{start}_{stop}_epoch_{e}.pt`` for the unfinished chunk. Models are counted
-    from 0; ``stop`` is exclusive. All files have the settings in ``settings.json``.
-
-    Args:
-        folder: The folder.
-        settings: All settings that determine the results.
-        save_seconds: The minimum time between two states, in seconds.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], save_seconds: float) -> None:
-        self.folder, self.settings, self.save_seconds = folder, dict(settings), save_seconds
-        self._saved = time.monotonic()
-
-    def start(self, *, resume: bool, overwrite: bool) -> None:
-        """Prepare the folder. Damaged results or ones with different settings are removed only with ``overwrite``."""
-        require_writable(self.folder)
-        path = self.folder / "settings.json"
-        chunks = [self._chunk(range(*found)) for found in self._found(_CHUNK)]
-        if (chunks or self._found(_STATE)) and not path.exists() and not overwrite:
-            raise FileError(f"{path}: is missing, but the folder has results; {REPLACE}")
-        if load_result(path, self.settings, _read_settings, overwrite=overwrite) is None or not resume:
-            self.forget_states()
-            for file in chunks:
-                file.unlink()
-        write_json(path, self.settings)
-
-    def finished(self, count: int) -> tuple[list[dict[str, np.ndarray]], int]:
-        """Read the arrays of finished chunks, starting at model 0 and without gaps, and count their models.
-
-        Damaged files are skipped with a warning.
-        """
-        parts: list[dict[str, np.ndarray]] = []
-        columns: dict[str, tuple[Any, ...]] = {}  # kind and shape by name
-        reached = 0
-        for start, stop in self._found(_CHUNK):
-            if start != reached or not start < stop <= count:
-                continue
-            path = self._chunk(range(start, stop))
-            try:
-                part = read_npz(path)
-                _check_numbers(path, part.pop(_NUMBERS, None), range(start, stop))
-                numbers = all(values.ndim and values.dtype.kind in "biuf" for values in part.values())
-                if not numbers or max(map(len, part.values()), default=0) != stop - start:  # a control has fewer
-                    raise FileError(f"{path}: does not contain numbers for {stop - start} models")
-                these = {name: (values.dtype.kind, values.shape[1:]) for name, values in part.items()}
-                if parts and these != columns:
-                    raise FileError(f"{path}: its arrays differ from those of the previous chunks")
-            except FileError as error:
-                log.warning("%s; retraining these models", error)
-                continue
-            parts.append(part)
-            columns, reached = these, stop
-        return parts, reached
-
-    def chunk_around(self, number: int, count: int) -> range | None:
-        """The chunk that was trained but only partly measured, if model ``number`` is the first one not measured."""
-        found = [range(start, stop) for start, stop, _ in self._found(_STATE) if start < number < stop <= count]
-        return found[0] if found else None
-
-    def finish(self, numbers: range, part: Mapping[str, np.ndarray], *, last: bool = True) -> None:
-        """Write the measurements. After a chunk's last models, remove its states."""
-        write_npz(self._chunk(numbers), **part, **{_NUMBERS: np.array([numbers.start, numbers.stop])})
-        if last:
-            self.forget_states()
-
-    def forget_states(self) -> None:
-        """Remove the states of unfinished chunks."""
-        for start, stop, epoch in self._found(_STATE):
-            self._state(range(start, stop), epoch).unlink(missing_ok=True)
-
-    def save(self, ensemble: Ensemble, numbers: range, epoch: int, epochs: int) -> None:
-        """Write the state if enough time has passed, and always after the last epoch, since measuring may fail."""
-        if epoch < epochs and time.monotonic() - self._saved < self.save_seconds:
-            return
-        state = {"format": _STATE_FORMAT, "settings": self.settings, "epoch": epoch, "ensemble": ensemble.state()}
-        state[_NUMBERS] = [numbers.start, numbers.stop]
-        write_checkpoint(self._state(numbers, epoch), state)
-        self._saved = time.monotonic()
-        for old in self._states(numbers)[_KEEP_STATES:]:
-            self._state(numbers, old).unlink(missing_ok=True)
-
-    def states(self, numbers: range, epochs: int) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-        """Yield the readable states of a chunk, newest first: path, epoch, and the ensemble's state."""
-        for epoch in self._states(numbers):
-            path = self._state(numbers, epoch)
-            try:
-                state = read_checkpoint(path)
-                foreign = (state.get("format"), state.get("epoch")) != (_STATE_FORMAT, epoch) or epoch > epochs
-                if foreign or not all(isinstance(state.get(name), dict) for name in ("settings", "ensemble")):
-                    raise FileError(f"{path}: is not a state of this chunk")
-                _check_numbers(path, state.get(_NUMBERS), numbers)
-                check_settings_match(path, state["settings"], self.settings, remedy="ignoring it")
-            except FileError as error:
-                log.warning("%s; using the previous state", error)
-                continue
-            yield path, epoch, state["ensemble"]
-
-    def _found(self, pattern: re.Pattern) -> list[tuple[int, ...]]:
-        """The numbers in the names of matching files, ascending."""
-        names = [pattern.fullmatch(file.name) for file in self.folder.iterdir()]
-        return sorted(tuple(map(int, name.groups())) for name in names if name)
-
-    def _states(self, numbers: range) -> list[int]:
-        """The epochs of a chunk's states, newest first."""
-        found = reversed(self._found(_STATE))
-        return [epoch for start, stop, epoch in found if (start, stop) == (numbers.start, numbers.stop)]
-
-    def _chunk(self, numbers: range) -> Path:
-        return self.folder / f"networks_{numbers.start}_{numbers.stop}.npz"
-
-    def _state(self, numbers: range, epoch: int) -> Path:
-        return self.folder / f"state_{numbers.start}_{numbers.stop}_epoch_{epoch}.pt"
-
-
-def _read_settings(path: Path) -> tuple[Any, Any]:
-    settings = read_json(path)
-    return settings, settings if isinstance(settings, dict) else None
-
-
-def _check_numbers(path: Path, recorded: Any, numbers: range) -> None:
-    """Refuse a copied or renamed file that contains other models than its name implies."""
-    if recorded is not None:
-        check_identity(path, {"models": np.asarray(recorded).tolist()}, models=[numbers.start, numbers.stop])
 
 
 @dataclass(frozen=True)
@@ -371,6 +225,7 @@ def retrain(
     measure_each: MeasureEach | None = None,
     chunk: int = 100,
     folder: str | Path | None = None,
+    part: range | None = None,
     key: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -400,6 +255,8 @@ def retrain(
             trained model at a time. Returns numbers, which are saved before the next model is measured.
         chunk: Number of models trained in parallel; memory grows with it.
         folder: Folder for finished chunks and the state of an unfinished one; None to store nothing.
+        part: The numbers of the models to train, in a subfolder of ``folder``. Several processes can train different
+            parts at once. A run of all models with ``resume`` then starts from their results. None for all models.
         key: Other settings that determine the results (data set, base training); stored in ``folder``.
         resume: Whether to continue from the files in ``folder``.
         overwrite: Whether to remove results with different settings from ``folder``.
@@ -430,45 +287,51 @@ def retrain(
         )
     each = [settings.delta] * len(removed) if deltas is None else [float(delta) for delta in deltas]
     run = Run(model, images, labels, left_out, settings, seeds, permutation, each, vectorised)
+    numbers = range(len(removed)) if part is None else part
     if folder is None:
-        return _all_chunks(run, None, chunk, measure, measure_each, after_chunk)
-    files = RetrainingFiles(Path(folder), {**(key or {}), **run.facts()}, save_seconds)
+        return _all_chunks(run, None, numbers, chunk, measure, measure_each, after_chunk)
+    settings_of_all = {**(key or {}), **run.facts()}
+    folder = Path(folder) if part is None else part_folder(Path(folder), part)
+    files = RetrainingFiles(folder, settings_of_all, save_seconds)
     with lock(files.folder / LOCK_NAME, "retraining these models"):
         files.start(resume=resume, overwrite=overwrite)
-        return _all_chunks(run, files, chunk, measure, measure_each, after_chunk)
+        if part is None and resume:
+            files.add_parts(overwrite=overwrite)
+        return _all_chunks(run, files, numbers, chunk, measure, measure_each, after_chunk)
 
 
 def _all_chunks(
     run: Run,
     files: RetrainingFiles | None,
+    numbers: range,
     chunk: int,
     measure: Measure | None,
     measure_each: MeasureEach | None,
     after_chunk: Callable[[Arrays], None],
 ) -> Arrays:
     """Read finished chunks, train the remaining models, and measure those not measured yet."""
-    count, epochs = len(run.removed), run.settings.epochs
-    parts, done = files.finished(count) if files else ([], 0)
-    if done:
-        log.info("%d of %d models were retrained in an earlier run", done, count)
+    stop, epochs = numbers.stop, run.settings.epochs
+    parts, done = files.finished(numbers) if files else ([], numbers.start)
+    if done > numbers.start:
+        log.info("%d of %d models were retrained in an earlier run", done - numbers.start, len(numbers))
         after_chunk(_joined(parts))
-    if files and done == count:
+    if files and done == stop:
         files.forget_states()
-    begun = files.chunk_around(done, count) if files and measure_each else None
+    begun = files.chunk_around(done, stop) if files and measure_each else None
     chunks = [begun] if begun else []
     start = begun.stop if begun else done
-    chunks += [range(first, min(first + chunk, count)) for first in range(start, count, chunk)]
+    chunks += [range(first, min(first + chunk, stop)) for first in range(start, stop, chunk)]
     with tqdm(total=len(chunks) * epochs, unit="epoch", disable=None, dynamic_ncols=True) as bar:
-        for numbers in chunks:
-            bar.set_description(f"models {numbers.start + 1} to {numbers.stop} of {count}")
-            ensemble = run.train(numbers, files, bar)
-            for these, part in _measured(ensemble, numbers, done, measure, measure_each):
+        for these in chunks:
+            bar.set_description(f"models {these.start + 1} to {these.stop} of {len(run.removed)}")
+            ensemble = run.train(these, files, bar)
+            for measured, part in _measured(ensemble, these, done, measure, measure_each):
                 parts.append(part)
-                done = these.stop
+                done = measured.stop
                 if files:
-                    files.finish(these, part, last=done == numbers.stop)
+                    files.finish(measured, part, last=done == these.stop)
                 after_chunk(_joined(parts))
-            log.debug("retrained %d of %d models", numbers.stop, count)
+            log.debug("retrained %d of %d models", these.stop, len(run.removed))
     return _joined(parts)
 
 
@@ -551,6 +414,7 @@ def retrain_without(
     write: Callable[[Arrays], None],
     *,
     extra_draws: int = 0,
+    part: range | None = None,
 ) -> Arrays:
     """Retrain from ``experiment.model`` many times, each time without some of the examples. The run can be resumed.
 
@@ -562,6 +426,7 @@ def retrain_without(
         measure: See ``retrain``.
         write: Called with all measurements so far after each chunk of models.
         extra_draws: For ``replay``, how many numbers the paper's script draws between two retrainings.
+        part: The numbers of the models to retrain; see ``retrain``.
     """
     config, entry = experiment.config, experiment.context.entry
     settings = RetrainSettings(
@@ -586,6 +451,7 @@ def retrain_without(
         measure=measure,
         key=experiment.data_and_model(),  # together with the base weights, these determine the rows
         after_chunk=write,
+        part=part,
         replay=replay,
         extra_draws=extra_draws,
         **how_to_run(experiment, retraining),
