@@ -230,13 +230,15 @@ class ImageFolder(Photos):
 
     Args:
         root: The folder.
-        faults: Collects unusable files and folders.
+
+    Raises:
+        FileError: The folder, its classes or its training images are missing.
     """
 
-    def __init__(self, root: Path, faults: Faults) -> None:
+    def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise FileError(f"{root}: no such folder; give a folder with train/ and test/, or one per class")
-        self.root, self.faults, self.stem = root, faults, root.resolve().name
+        self.root, self.faults, self.stem = root, Faults(root), root.resolve().name
         self.place = str(root.resolve())
         self.ignored: list[str] = []
         folders = {"train": root if self._is_flat() else root / "train"}
@@ -252,7 +254,7 @@ class ImageFolder(Photos):
         for name in self._classes(folders["test"]) if "test" in folders else ():
             if name not in self.names:
                 where = self.relative(folders["test"] / name)
-                faults.add(where, "is a class without a folder in train/; every class needs training images")
+                self.faults.add(where, "is a class without a folder in train/; every class needs training images")
         self.files = {part: [] for part in self.parts}
         self.labels = {part: [] for part in self.parts}
         for part, folder in folders.items():

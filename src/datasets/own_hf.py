@@ -5,11 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from src.datasets.batches import ImageSet
 from src.datasets.decoding import Faults, Photos, files_stamp
-from src.datasets.files import Examples, FileNames
-from src.datasets.own_images import load_photos, photo_examples
-from src.datasets.registry import DataConfig
+from src.datasets.files import FileNames
 from src.errors import ArgumentError, FileError
 
 TEST_SPLITS = ("test", "validation", "val", "valid")  # in order of preference
@@ -26,7 +23,7 @@ class HuggingFaceImages(Photos):
     ``TEST_SPLITS`` that is labeled; without one, there is none.
 
     Args:
-        text: The name of a data set on the hub, or a local folder (parquet files, an ``imagefolder``, or the result
+        path: The name of a data set on the hub, or a local folder (parquet files, an ``imagefolder``, or the result
             of ``save_to_disk``), and optionally a colon and a configuration.
 
     Raises:
@@ -34,25 +31,29 @@ class HuggingFaceImages(Photos):
         FileError: The data set cannot be loaded, or its columns or splits are unclear.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, path: Path) -> None:
+        self.text = text = str(path)
         self.splits, self.root, self.stem, self.place = _open(text)
         self.faults = Faults(self.root)
         self.parts = ("train",)
         splits = {"train": self._training_split()}
         self.image, self.label = self._columns(splits["train"])
         values = {"train": self._values(splits["train"])}
-        if None in values["train"]:
-            raise self._fault(f"{self.label} has no value for some training examples")
+        feature = splits["train"].features[self.label]
+        # the package stores -1 for a missing class, but integer labels may be -1 and 1
+        missing = {None, -1} if hasattr(feature, "names") else {None}
+        if missing & set(values["train"]):
+            raise self._fault(f"{self.label} has no value for some training examples; remove them or label them")
+        missing = {None, -1} - set(values["train"])
         for name in TEST_SPLITS:
             if name in self.splits and self.splits[name] is not splits["train"]:
                 found = self._values(self.splits[name])
-                if None not in found and -1 not in found:  # the labels of published test splits are often missing
+                if not missing & set(found):  # the labels of published test splits are often missing
                     log.info("hf:%s: using the split %s for testing", text, name)
                     self.parts, splits["test"], values["test"] = ("train", "test"), self.splits[name], found
                     break
                 log.info("hf:%s: not using the split %s, because its examples have no labels", text, name)
-        self._number(splits["train"].features[self.label], values)
+        self._number(feature, values)
         self._encoded = {part: self._undecoded(split) for part, split in splits.items()}
         self.files = {part: [(part, row) for row in range(len(split))] for part, split in self._encoded.items()}
 
@@ -118,8 +119,9 @@ class HuggingFaceImages(Photos):
         return split.select_columns(self.image).cast_column(self.image, datasets.Image(decode=False))
 
     def relative(self, item: tuple[str, int]) -> str:
-        """Return the part and row of an item."""
-        return f"{item[0]}/{item[1]}"
+        """Return the part, class and row of an item. The digest of the data set therefore covers all labels."""
+        part, row = item
+        return f"{part}/{self.names[self.labels[part][row]]}/{row}"
 
     def read(self, item: tuple[str, int]) -> bytes:
         """Return an item's encoded image."""
@@ -129,16 +131,15 @@ class HuggingFaceImages(Photos):
             raise ValueError("has no image")
         return found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
 
-    def _paths(self, part: str) -> list[str] | None:
-        """Return the paths that the data set stores for its images; None if some are missing."""
+    def _paths(self, part: str) -> list[str | None]:
+        """Return the path that the data set stores for each image."""
         column = f"{self.image}.path"
-        found = self._encoded[part].flatten().select_columns(column)[:][column]
-        return None if None in found else found
+        return self._encoded[part].flatten().select_columns(column)[:][column]
 
     def file_names(self, part: str) -> FileNames | None:
         """Return the paths relative to the folder; None if some are missing, or not unique even with their class."""
         paths = self._paths(part)
-        if paths is None:
+        if None in paths:
             return None
         inside = [Path(path).is_relative_to(self.root) for path in paths]
         if all(inside):
@@ -149,12 +150,18 @@ class HuggingFaceImages(Photos):
         return FileNames(self.root, names) if len(set(names)) == len(names) else None
 
     def stamp(self) -> tuple[int, str | None]:
-        """Return the size of the tables or of the files that they list, and a digest that changes when they do."""
-        paths = [path for part in self.parts for path in self._paths(part) or [""]]
-        if all(Path(path).is_absolute() and Path(path).is_file() for path in paths):
-            return files_stamp((path, Path(path)) for path in paths)
+        """Return the size of the tables, or of the files if they only list files, and a digest of these."""
         splits = [self._encoded[part] for part in self.parts]
-        return sum(split.data.nbytes for split in splits), "\0".join(split._fingerprint for split in splits)
+        size, rows = sum(split.data.nbytes for split in splits), sum(len(split.data) for split in splits)
+        columns = [split.flatten().data.column(f"{self.image}.bytes") for split in splits]
+        outside = sum(column.null_count for column in columns)  # images that are not in the tables
+        if not outside:
+            return size, "\0".join(split._fingerprint for split in splits)
+        paths = [path for part in self.parts for path in self._paths(part)]
+        if outside < rows or None in paths or not all(Path(path).is_file() for path in paths):
+            return size, None
+        names = map(self.relative, self.all_files())
+        return files_stamp((name, Path(path)) for name, path in zip(names, paths, strict=True))
 
 
 def _open(text: str) -> tuple[dict[str, Any], Path, str, str]:
@@ -192,23 +199,3 @@ def _open(text: str) -> tuple[dict[str, Any], Path, str, str]:
     root = folder.resolve() if local else Path(f"hf:{text}")
     stem = f"{root.name if local else name}{'-' if config else ''}{config}"
     return splits, root, stem, f"hf:{root if local else name}:{config}"
-
-
-def load_hf(path: Path, config: DataConfig, cache_folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Load a data set of Hugging Face; see ``HuggingFaceImages`` and ``load_photos``.
-
-    Raises:
-        ArgumentError: The package is not installed.
-        FileError: The data set cannot be loaded, is unclear, or has images that cannot be read.
-    """
-    return load_photos(HuggingFaceImages(str(path)), config, cache_folder)
-
-
-def hf_examples(path: Path, config: DataConfig, cache_folder: Path | None) -> Examples:
-    """Return the training examples of a data set of Hugging Face, without decoding the images.
-
-    Raises:
-        ArgumentError: The package is not installed.
-        FileError: The data set cannot be loaded, or is unclear.
-    """
-    return photo_examples(HuggingFaceImages(str(path)), config, cache_folder)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from src.artifacts.io import read_npz, write_with
 from src.datasets.batches import ImageSet, own_digest
-from src.datasets.decoding import Faults, ImageFolder, Photos, ahead, as_seen, open_image
+from src.datasets.decoding import Photos, ahead, as_seen, open_image
 from src.datasets.files import Examples, printable
 from src.datasets.own import (
     content_of,
@@ -231,8 +231,10 @@ class _Images:
         return content, decoded, rules | {"draft"} if reduced else rules
 
 
-def load_photos(photos: Photos, config: DataConfig, cache_folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Load own data from image files, or from their cache.
+def load_photos(
+    find: Callable[[Path], Photos], path: Path, config: DataConfig, cache_folder: Path
+) -> tuple[ImageSet, ImageSet]:
+    """Load own data from encoded images, or from their cache.
 
     Images are decoded as a viewer shows them (``as_seen``); JPEG files much larger than the image size are decoded at
     a reduced size (``open_image``). If the files have at least ``CACHED_FROM`` bytes, the decoded images are saved,
@@ -240,13 +242,16 @@ def load_photos(photos: Photos, config: DataConfig, cache_folder: Path) -> tuple
     of all file names and contents.
 
     Args:
-        photos: The files.
+        find: Finds the images and their labels, such as ``ImageFolder``.
+        path: What ``find`` takes.
         config: The ``image_size`` and ``channels`` to convert images to, and how to decode them.
         cache_folder: The folder of decoded images.
 
     Raises:
-        FileError: Images cannot be read or differ in size.
+        ArgumentError: A package is not installed.
+        FileError: The data are missing or unclear, or images cannot be read or differ in size.
     """
+    photos = find(path)
     root = photos.root
     cache = None if photos.faults else _Cache(photos, config, cache_folder)
     decoded = cache.read() if cache else None
@@ -283,14 +288,19 @@ def load_photos(photos: Photos, config: DataConfig, cache_folder: Path) -> tuple
     )
 
 
-def photo_examples(photos: Photos, config: DataConfig, cache_folder: Path | None) -> Examples:
-    """Return the training examples of image files, without decoding them.
+def photo_examples(
+    find: Callable[[Path], Photos], path: Path, config: DataConfig, cache_folder: Path | None
+) -> Examples:
+    """Return the training examples of own data, without decoding the images.
 
-    The files are read to name the data set, unless the cache of decoded images knows their digest.
+    The files are read to name the data set, unless the cache of decoded images knows their digest. The arguments are
+    those of ``load_photos``; without a cache folder, the digest of the decoded images is unknown.
 
     Raises:
-        FileError: A file cannot be read.
+        ArgumentError: A package is not installed.
+        FileError: The data are missing or unclear, or a file cannot be read.
     """
+    photos = find(path)
     photos.faults.raise_if_any()
     labels = [np.array(photos.labels[part]) for part in photos.parts]
     drawn = draw_test(photos.root, labels, config)
@@ -306,26 +316,9 @@ def photo_examples(photos: Photos, config: DataConfig, cache_folder: Path | None
             return own_digest(content_of(digest, drawn), header["decoding"])
         if cache_folder is None:
             return None
-        train, _ = load_photos(photos, config, cache_folder)  # which rules change pixels is known after decoding
+        # which rules change pixels is known after decoding
+        train, _ = load_photos(lambda _: photos, path, config, cache_folder)
         return own_digest(train.entry.content, train.decoding)
 
     files = photos.file_names("train")
     return Examples(own_name(photos.stem, digest), labels[0], names, files, drawn, find_digest)
-
-
-def load_folder(root: Path, config: DataConfig, cache_folder: Path) -> tuple[ImageSet, ImageSet]:
-    """Load own data from a folder; see ``ImageFolder`` for its layouts and ``load_photos`` for what is done.
-
-    Raises:
-        FileError: A folder is missing or empty, or images cannot be read or differ in size.
-    """
-    return load_photos(ImageFolder(root, Faults(root)), config, cache_folder)
-
-
-def folder_examples(root: Path, config: DataConfig, cache_folder: Path | None) -> Examples:
-    """Return the training examples of a folder, without decoding the images.
-
-    Raises:
-        FileError: A folder is missing or empty, or a file cannot be read.
-    """
-    return photo_examples(ImageFolder(root, Faults(root)), config, cache_folder)

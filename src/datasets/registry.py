@@ -18,6 +18,7 @@ from src.lazy import later
 
 if TYPE_CHECKING:
     from src.datasets.batches import ImageSet
+    from src.datasets.decoding import Photos
     from src.datasets.files import Examples
 
 log = logging.getLogger(__name__)
@@ -331,17 +332,20 @@ _ENTRIES = (
 )
 DATASETS: dict[str, DatasetEntry] = {entry.name: entry for entry in _ENTRIES}
 
+# Sources of encoded images: the prefix before the colon, and the class that finds the images.
+_PHOTOS: dict[str, Callable[[Path], Photos]] = {
+    "folder": later("src.datasets.decoding", "ImageFolder"),
+    "hf": later("src.datasets.own_hf", "HuggingFaceImages"),
+}
 # Loaders of own data, by the prefix before the colon.
 OWN_SOURCES: dict[str, Callable[[Path, DataConfig, Path], tuple[ImageSet, ImageSet]]] = {
     "npz": later("src.datasets.own_npz", "load_npz"),
-    "folder": later("src.datasets.own_images", "load_folder"),
-    "hf": later("src.datasets.own_hf", "load_hf"),
+    **{kind: later("src.datasets.own_images", "load_photos", find) for kind, find in _PHOTOS.items()},
 }
 # Their names, labels and files, without decoding images.
 OWN_EXAMPLES: dict[str, Callable[[Path, DataConfig, Path | None], Examples]] = {
     "npz": later("src.datasets.own_npz", "npz_examples"),
-    "folder": later("src.datasets.own_images", "folder_examples"),
-    "hf": later("src.datasets.own_hf", "hf_examples"),
+    **{kind: later("src.datasets.own_images", "photo_examples", find) for kind, find in _PHOTOS.items()},
 }
 OWN = "npz:FILE, folder:DIR or hf:NAME"
 DECODED = "decoded"  # folder of decoded photos, inside the folder of data sets

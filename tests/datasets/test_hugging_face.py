@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from refusals import FLAG, refuse
 from support import TRAIN, folders, succeed
 
 from src.artifacts.io import read_npz
-from src.datasets import DataConfig, dataset_name, load_dataset, own_images
+from src.datasets import DataConfig, dataset_name, decoding, load_dataset, own_images
 from src.errors import FileError
 from src.metrics import Proxy
 
@@ -41,6 +42,11 @@ def images(count, seed=0):
         Image.fromarray(np.random.default_rng(seed + k).integers(0, 256, (8, 8, 3), dtype=np.uint8))
         for k in range(count)
     ]
+
+
+def encoded(image):
+    image.save(file := BytesIO(), "png")
+    return file.getvalue()
 
 
 def table(datasets, labels, kind, seed=0, **more):
@@ -121,6 +127,40 @@ def test_scores_and_exclusions_of_a_saved_data_set(datasets, tmp_path):
     assert len(list((tmp_path / "m").rglob("*.png"))) == len(read_npz(tmp_path / "s.npz")["indices"])
 
 
+def test_the_digest_covers_the_labels_and_class_names(datasets, tmp_path):
+    names = set()
+    for place, (labels, classes) in enumerate((([0, 1], NAMES), ([1, 0], NAMES), ([0, 1], ["ant", "moth", "wasp"]))):
+        kind = datasets.ClassLabel(names=classes)
+        parts = {"train": table(datasets, [0, 1, 0, 1], kind), "test": table(datasets, labels, kind, 9)}
+        datasets.DatasetDict(parts).save_to_disk(str(tmp_path / str(place) / "saved"))
+        train, test = load_dataset(f"hf:{tmp_path}/{place}/saved", tmp_path)
+        assert test.labels.tolist() == labels
+        names.add((train.entry.name, train.digest))
+    assert len({name for name, _ in names}) == len({digest for _, digest in names}) == 3
+
+
+def test_the_cache_follows_tables_that_also_list_files(datasets, tmp_path, monkeypatch):
+    """If a table has both bytes and paths of existing files, the bytes are the images."""
+    monkeypatch.setattr(own_images, "CACHED_FROM", 0)
+    monkeypatch.setattr(decoding, "SETTLED", -(10**18))  # these files are new
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    name, file = (
+        write_parquet(datasets, tmp_path / "bugs", train=([0, 1, 0, 1], 0), test=([0, 1], 9)),
+        tmp_path / "x.png",
+    )
+    images(1, 99)[0].save(file)
+    for seed in (10, 20):
+        for part, count in (("train", 4), ("test", 2)):
+            path = tmp_path / "bugs" / f"{part}-00000-of-00001.parquet"
+            stored = parquet.read_table(path)
+            place = stored.schema.get_field_index("picture")
+            column = [{"bytes": encoded(image), "path": str(file)} for image in images(count, seed)]
+            field = stored.schema.field(place)
+            parquet.write_table(stored.set_column(place, field, pyarrow.array(column, field.type)), path)
+        train, _ = load_dataset(name, tmp_path)
+        assert torch.equal(pixels(train), expected(4, seed))
+
+
 def test_unclear_data_sets_are_refused_in_one_line(datasets, tmp_path):
     classes = datasets.ClassLabel(names=NAMES)
 
@@ -140,6 +180,10 @@ def test_unclear_data_sets_are_refused_in_one_line(datasets, tmp_path):
     assert "only the columns kind, note" in refused("blind")
     table(datasets, [1, 1], classes).save_to_disk(tmp_path / "single")
     assert "only class bee, wild" in refused("single")
+    table(datasets, [0, 1, -1, 1], classes).save_to_disk(tmp_path / "unlabeled")
+    assert "kind has no value for some training examples" in refused("unlabeled")
+    table(datasets, [-1, 1, -1, 1], datasets.Value("int64")).remove_columns("note").save_to_disk(tmp_path / "signs")
+    assert DataConfig(f"hf:{tmp_path}/signs", test_fraction=0.5).examples(tmp_path).class_names == ["-1", "1"]
     datasets.DatasetDict(a=two, b=two).save_to_disk(str(tmp_path / "splits"))
     assert "has no split train, only a, b" in refused("splits")
     datasets.DatasetDict(train=two, test=table(datasets, [2], classes)).save_to_disk(str(tmp_path / "extra"))
