@@ -2,8 +2,9 @@
 
 
 def ranges(last, size, first=1):
-    """Divide first..last into consecutive parts of at most ``size``, as pairs of first and last number."""
-    return [(start, min(start + size - 1, last)) for start in range(first, last + 1, size)]
+    """Divide first..last into parts of ``size`` and a last one of half to one and a half times that, as pairs."""
+    starts = [first + size * number for number in range(max(1, round((last - first + 1) / size)))]
+    return [(start, end - 1) for start, end in zip(starts, [*starts[1:], last + 1])]
 
 
 def member_parts(study):
