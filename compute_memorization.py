@@ -31,7 +31,7 @@ from src.training import RunConfig, TrainingConfig, add_recipes
 
 OF_TRAINING = (
     "learning_rate", "lr_min", "weight_decay", "rho", "adaptive", "delta", "hess_init", "iblr_backend", "seed",
-    "data_augmentation", "alternate_flips", "cutout_holes", "cutout_length", "pretrained", "nesterov",
+    "data_augmentation", "alternate_flips", "cutout_holes", "cutout_length", "pretrained", "init", "nesterov",
 )  # fmt: skip
 
 

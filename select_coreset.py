@@ -38,7 +38,7 @@ def main() -> None:
     parser.add(TrainingConfig, "run", only=("seed",))
     parser.add(RunConfig, "run", only=(*AUGMENTATION, "overwrite"))
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="FILE", help="output file (default: train_prune.py's path)")
+    output.add_argument("--out", type=Path, metavar="FILE.npz", help="output file (default: train_prune.py's path)")
     output.add_argument(
         "--materialize",
         type=Path,
@@ -56,6 +56,8 @@ def main() -> None:
         raise ArgumentError(
             "coreset_func", f"{args.coreset_func}: selects again in each training epoch; use train_prune.py"
         )
+    if args.out is not None and args.out.suffix != ".npz":
+        raise ArgumentError("out", f"{args.out}: must end with .npz")
     if args.materialize is not None:
         require_new_folder(args.materialize)
     from src.context import RunContext
@@ -76,7 +78,7 @@ def main() -> None:
     print(*written, sep="\n")
     training = (
         *DATA_FLAGS,
-        *("model", "pretrained", "seed", *AUGMENTATION),
+        *("model", "pretrained", "init", "seed", *AUGMENTATION),
         *("models_folder", "metrics_folder", "log_folder", "resume_ckpts_folder"),
         *("device", "precision", "deterministic", "compile"),
     )

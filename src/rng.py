@@ -8,6 +8,9 @@ workers or ranks, and a resumed run needs no generator states.
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -18,6 +21,21 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
     """Return the 63-bit seed for (seed, epoch, purpose)."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def global_generators(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators of torch, NumPy and Python, and restore their states afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:

@@ -244,6 +244,7 @@ class CoresetRun:
             started = time.perf_counter()
             selection = config.method.select(self._inputs(), self.groups(), config.options)
             seconds = time.perf_counter() - started
+            self.path.with_suffix(".csv").unlink(missing_ok=True)  # select_coreset.py's table of the old selection
             write_npz(
                 self.path,
                 indices=self.context.train.indices.cpu().numpy()[selection.indices],

@@ -160,7 +160,7 @@ def materialize(chosen: ImageSet, folder: Path) -> Path:
     """Write examples as a folder with one folder per class, which other programs read.
 
     Images that come from single files are hard links to them, or copies where links are not possible; the files keep
-    their names. All others are written as PNG files named by index. The folder appears once it is complete.
+    their names. All others are written as PNG files named by index. The class folders appear once all are complete.
 
     Args:
         chosen: The examples.
@@ -176,6 +176,7 @@ def materialize(chosen: ImageSet, folder: Path) -> Path:
     from PIL import Image
 
     require_new_folder(folder)
+    folder = folder.resolve()  # the current folder has no name of its own
     partial = folder.with_name(f".{folder.name}.part")
     files, classes = chosen.files, _folder_names(chosen.class_names)
     digits = len(str(chosen.total - 1))
@@ -193,7 +194,9 @@ def materialize(chosen: ImageSet, folder: Path) -> Path:
                 continue
             image = chosen.fetch(torch.tensor([position]))[0].cpu().permute(1, 2, 0).numpy()
             Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(place / f"{index:0{digits}}.png")
-        partial.replace(folder)
+        folder.mkdir(exist_ok=True)  # an empty folder is filled, not replaced: a shell may be in it
+        for place in partial.iterdir():
+            place.rename(folder / place.name)
     except OSError as error:
         raise FileError(
             f"{folder}: could not be written ({error.strerror}); free disk space or choose another folder"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from src.artifacts.io import read_checkpoint
 from src.errors import ArgumentError, FileError, UserError
 from src.lazy import torch
+from src.rng import global_generators
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,8 +104,8 @@ class SourceFile:
             sys.modules.pop(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."), None)
         write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # cached code may be older by less than 1 s
         try:
-            # The file may draw random numbers; the weights must not depend on whether it was executed before.
-            with user_code(self.path), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            # The file is executed once per process, so what it draws must not depend on the first model's seed.
+            with user_code(self.path), global_generators(0), torch.device("cpu"):
                 exec(compile(self._sources[""], str(self.path), "exec"), module.__dict__)
         finally:
             sys.dont_write_bytecode = write
@@ -237,7 +238,7 @@ def check_outputs(
     try:
         for training in (False, True):
             where = "in training mode" if training else "in evaluation mode"
-            with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with eval_mode(model), torch.no_grad(), global_generators(0):
                 model.train(training)
                 try:
                     with user_code(path):

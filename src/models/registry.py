@@ -19,6 +19,7 @@ from src.artifacts.io import file_digest
 from src.cli import check_options, option
 from src.errors import ArgumentError
 from src.lazy import later
+from src.rng import global_generators
 
 if TYPE_CHECKING:
     from torch import nn
@@ -323,10 +324,9 @@ def build_model(
     build = partial(entry.build, *sizes)
     if pretrained and entry.build_pretrained is not None:
         build = partial(entry.build_pretrained, *sizes, pretrained)
-    # Forking and seeding the CPU generator is enough: all draws below are on the CPU.
+    # The CPU generators are enough: all draws below are on the CPU.
     device = "meta" if torch.empty(0).device.type == "meta" else "cpu"
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.default_generator.manual_seed(seed)
+    with global_generators(seed), torch.device(device):
         network = build()
         if pretrained and entry.pretrain is not None:
             entry.pretrain(network, pretrained)

@@ -1,7 +1,10 @@
 """Models from the user's files, torchvision and timm: names, weights, embeddings, and what is refused."""
 
 import importlib.util
+import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,11 +17,13 @@ from src.models.base import two_images
 from src.models.external import read_weights
 
 NET = """
+import random
+import numpy as np
 import torch
 from torch import nn
 from blocks import Block
 
-FROM_THE_IMPORT = torch.rand(3)
+FROM_THE_IMPORT = float(torch.rand(())) + np.random.rand() + random.random()
 
 class Net(nn.Module):
     def __init__(self, num_classes, in_channels, image_size):
@@ -26,10 +31,12 @@ class Net(nn.Module):
         self.block = Block(in_channels, 4)
         self.fc = nn.Linear(4 * image_size**2, num_classes)
         self.decoy = nn.Linear(num_classes, num_classes)
+        values = [FROM_THE_IMPORT, *np.random.rand(2), random.random()]  # not only torch draws weights
+        self.register_buffer("other", torch.tensor(values, dtype=torch.float32))
 
     def forward(self, x):
         h = self.block(x).flatten(1)
-        logits = self.fc(h)
+        logits = self.fc(h) + 0 * (np.random.rand() + random.random())
         self.decoy(logits)
         return logits
 
@@ -95,11 +102,20 @@ def test_name_follows_the_source_and_what_it_imports(folder):
 
 
 def test_weights_depend_only_on_the_seed(folder):
-    state = torch.get_rng_state()
-    first, second = (build_model(f"{folder}/net.py:Net", *SIZES, seed=3) for _ in range(2))
+    def states():
+        return (*np.random.get_state()[1:3], random.getstate()[1], torch.get_rng_state())
+
+    text, before = f"{folder}/net.py:Net", states()
+    first, second = (build_model(text, *SIZES, seed=3) for _ in range(2))
     assert same(first, second)
-    assert torch.equal(state, torch.get_rng_state())
-    assert not same(first, build_model(f"{folder}/net.py:Net", *SIZES, seed=4))
+    assert all(np.array_equal(one, two) for one, two in zip(before, states(), strict=True))
+    other = build_model(text, *SIZES, seed=4)
+    assert first.other[0] == other.other[0]
+    assert not (first.other[1:] == other.other[1:]).any()
+    (folder / "copy").mkdir()
+    for file in ("net.py", "blocks.py"):
+        shutil.copy(folder / file, folder / "copy")
+    assert same(other, build_model(f"{folder}/copy/net.py:Net", *SIZES, seed=4))  # executed again, for another seed
     assert first.training
     assert float(first.block.norm.running_mean.abs().sum()) == 0.0  # the trial batches left no trace
 

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support import ROOT, TRAIN, folders, succeed, write_blobs
 
 from src.artifacts.io import write_pickle
 from src.datasets import dataset_name
+from src.models import build_model
 
 SMALL = ("--dataset=digits", "--model=small_mlp", "--subset=200")
 RATE = ("--batch_size=50", "--learning_rate=0.1", "--lr_sched=const")
@@ -57,9 +59,12 @@ def test_the_splits(tmp_path):
 
 
 def test_from_a_selection_to_the_curvature(tmp_path):
-    result = succeed("select_coreset.py", *SMALL, "--coreset_func=random", "--coreset_fraction=0.5",
+    init = f"--init={tmp_path / 'weights.pt'}"
+    torch.save(build_model("small_mlp", 10, 1, 8, seed=5).state_dict(), tmp_path / "weights.pt")
+    result = succeed("select_coreset.py", *SMALL, "--coreset_func=random", "--coreset_fraction=0.5", init,
                      f"--out={tmp_path / 'half.npz'}", *folders(tmp_path, *TRAIN))  # fmt: skip
-    result = follow(result, "train_prune.py", f"--selection={tmp_path / 'half.npz'}", flags=("--coreset_epochs=2",))
+    selection = f"--selection={tmp_path / 'half.npz'}"
+    result = follow(result, "train_prune.py", selection, init, flags=("--coreset_epochs=2",))
     few = ("--top_n=1", "--lanczos_steps=5", "--max_steps=5", "--trace_probes=2", f"--hessian_folder={tmp_path}")
     result = follow(result, "compute_hessian_eigen.py", flags=few)
     follow(result, "plot_hessian.py", flags=(f"--plots_folder={tmp_path}",))

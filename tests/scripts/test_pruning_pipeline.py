@@ -185,6 +185,15 @@ def test_a_seed_gives_the_same_bits(place, func, tmp_path):
     np.testing.assert_array_equal(first["weights"], second["weights"])
 
 
+def test_a_new_selection_leaves_no_table_of_the_old_one(place, tmp_path):
+    flags = place.flags("random", "--coreset_fraction=0.3")
+    succeed("select_coreset.py", *flags, *folders(tmp_path, *TRAIN))
+    table = place.folder("random", 0.3, base=tmp_path) / "selection.csv"
+    assert table.exists()
+    succeed("train_prune.py", *flags, *DOWNSTREAM, "--subset=60", "--overwrite", *folders(tmp_path, *TRAIN))
+    assert not table.exists()
+
+
 def test_selections_of_anyones_making(place, tmp_path):
     np.savez(tmp_path / "mine.npz", indices=np.array([50, 3, 4, 8, 20, 21, 1, 0]))
     flags = (place.data, "--model=small_mlp", f"--selection={tmp_path / 'mine.npz'}", *DOWNSTREAM)

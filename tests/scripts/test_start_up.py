@@ -85,6 +85,7 @@ WRONG = {
     "select_coreset.py": [
         "--dataset=digits --model=lenet --coreset_func=infobatch_dynamic",
         "--dataset=digits --model=lenet --coreset_func=random --channels=3",
+        "--dataset=digits --model=lenet --coreset_func=random --out=x.csv",
     ],
     "compare_pruning.py": [
         "--dataset=digits --model=lenet --funcs random nothing --fractions=0.1",
@@ -101,6 +102,7 @@ WRONG = {
         "--folds=5 --members=12",
         "--from_splits 1 1",
         "--from_splits 1 --learning_rate=0.1",
+        "--from_splits 1 --init=x",
         "--splits_folder=x",
         "--merge x --target_se=0.1",
     ],
