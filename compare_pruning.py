@@ -4,8 +4,8 @@ r"""Compare selection methods: a grid of runs of train_prune.py, one table, one 
 Each cell of the grid (method, fraction, seed) is the run that train_prune.py makes with the same flags, in the same
 folders. Finished runs are skipped, interrupted runs continue, and pre-trained models are shared. Writes
 {plots_folder}/pruning/{model}_over_{dataset}/{name}.{csv,json,md} after every cell and {name}.{png,pdf} once a minute
-and at the end. Resume states of finished cells are removed. The same command may run in several processes at once; no
-cell is trained twice.
+and at the end. Resume states of finished cells are removed. The cells are trained one after another; the workflow
+trains them in several processes, on one machine or a cluster (workflow/config/pruning_grid.yaml, docs/scaling.md).
 
   python compare_pruning.py --dataset=digits --model=lenet --funcs random forget min_sam-sgd-loss \
       --fractions 0.1 0.5 --seeds 1 2 3 --coreset_epochs=20 --coreset_pretrain_epochs=10 \

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from src.artifacts.io import read_json, save_figure, write_json, write_text
-from src.artifacts.locks import lock, try_lock
+from src.artifacts.locks import lock
 from src.artifacts.paths import Folders, comparison_stem
 from src.artifacts.store import ELSEWHERE, REPLACE, load_result
 from src.context import RunContext, TrainingRun
@@ -125,47 +125,37 @@ class Grid:
     def run(self) -> dict[str, str]:
         """Train the unfinished cells; update the table after each one and the figure once a minute.
 
-        Another process may run the same grid, so cells that it is training come last. Finished cells are not locked,
-        because they may be in a read-only folder.
+        Finished cells are not locked, because they may be in a read-only folder. If another process is training a
+        cell, this one waits for it.
 
         Returns:
             The failed cells, with the reason for each.
         """
         failures: dict[str, str] = {}
-        done: set[Cell] = set()
         # never leave the new table next to the figure of the table it replaced
         drawn = -math.inf if self.run_config.overwrite else time.monotonic()
-        with tqdm(total=len(self.runs), unit="cell", disable=None, dynamic_ncols=True, desc="grid") as bar:
-            for wait in (False, True):
-                for number, (cell, run) in enumerate(self.runs.items(), 1):
-                    if cell in done:
-                        continue
-                    name = _describe(*cell)
-                    if run.is_done():
-                        done.add(cell)
-                        bar.update()
-                        run.files.remove_states()
-                        continue
-                    held = lock(run.lock, f"training {name}", wait=True) if wait else try_lock(run.lock)
-                    with held as mine:
-                        if not (mine or wait):
-                            continue
-                        done.add(cell)
-                        bar.update()
-                        if run.is_done():  # another process finished it since the first check
-                            continue
-                        log.info("cell %d of %d: %s", number, len(self.runs), name)
-                        try:
-                            run.train()
-                        except UserError as error:
-                            log.error("%s: %s", name, str(error))
-                            failures[name] = str(error)
-                            continue
-                        run.files.remove_states()
-                    draw = time.monotonic() - drawn > _DRAW_EVERY
-                    self.write(draw=draw)
-                    if draw:
-                        drawn = time.monotonic()
+        for number, (cell, run) in enumerate(
+            tqdm(self.runs.items(), unit="cell", disable=None, dynamic_ncols=True, desc="grid"), 1
+        ):
+            name = _describe(*cell)
+            if run.is_done():
+                run.files.remove_states()
+                continue
+            with lock(run.lock, f"training {name}", wait=True):
+                if run.is_done():  # another process has finished it
+                    continue
+                log.info("cell %d of %d: %s", number, len(self.runs), name)
+                try:
+                    run.train()
+                except UserError as error:
+                    log.error("%s: %s", name, str(error))
+                    failures[name] = str(error)
+                    continue
+                run.files.remove_states()
+            draw = time.monotonic() - drawn > _DRAW_EVERY
+            self.write(draw=draw)
+            if draw:
+                drawn = time.monotonic()
         return failures
 
     # ------------------------------------------------------------------------------------------------- comparing
