@@ -26,6 +26,7 @@ from src.datasets import (
     Normalization,
     training_indices,
 )
+from src.datasets.own import TEST_FRACTION
 from src.devices import PRECISIONS, ComputeConfig, prepare, resolve_device
 from src.errors import ArgumentError, FileError
 from src.jacobians import check_per_example
@@ -35,7 +36,7 @@ from src.metrics.dynamics import (
     remove_end_of_training_scores,
     write_end_of_training_scores,
 )
-from src.models import MODELS, build_model, model_entry, model_flag
+from src.models import MODELS, build_model, model_entry, model_flag, report_model_error
 from src.models.base import two_images
 from src.optimizers import SCHEDULES
 from src.training import (
@@ -62,7 +63,8 @@ log = logging.getLogger(__name__)
 class RunContext:
     """Device, precision, processes and data of one script invocation.
 
-    As a context manager, it leaves the process group on exit.
+    As a context manager, it leaves the process group on exit, and reports errors that the user's model raised while
+    running in one line with file and line.
 
     Args:
         data: The data set, and the training examples to use.
@@ -116,8 +118,9 @@ class RunContext:
     def __enter__(self) -> RunContext:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.group.stop()
+        report_model_error(error)
 
     @property
     def entry(self) -> DatasetEntry:
@@ -145,6 +148,10 @@ class RunContext:
         entry = self.entry
         used = self.train.indices.cpu().numpy()
         subset = None if self.train is self.full_train else label_hash(used)
+        draw = {}
+        if self.full_train.drawn is not None:  # images and subset also differ, but do not name the flag
+            fraction, seed = self.data.test_fraction, self.data.test_seed
+            draw = {"test_fraction": TEST_FRACTION if fraction is None else fraction, "test_seed": seed}
         return {
             "dataset": entry.name,
             "image_size": entry.image_size,
@@ -152,6 +159,7 @@ class RunContext:
             **image_facts(self.full_train),
             "labels": self.label_hash,
             "subset": subset,
+            **draw,
         }
 
     def batches(
@@ -253,11 +261,15 @@ class RunContext:
         if model_name not in (None, state["model"]):
             flag = model_flag(state["model"])
             raise FileError(f"{path}: contains {state['model']}, not {model_name}; give --model={flag}")
+        return self._placed(model, path, "train it again with a lower --learning_rate"), state
+
+    def _placed(self, model: nn.Module, path: str | Path, remedy: str) -> nn.Module:
+        """Return a model with the weights of a file on the device, after checking that they are finite."""
         for name, value in model.state_dict().items():
             if not value.isfinite().all():
-                raise FileError(f"{path}: {name} is not finite; train it again with a lower --learning_rate")
+                raise FileError(f"{path}: {name} is not finite; {remedy}")
         # per-example gradients and second derivatives use the default memory format
-        return model.to(self.device, self.precision.dtype), state
+        return model.to(self.device, self.precision.dtype)
 
     def load_file(self, path: Path, model_name: str | None, **asked: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Load a checkpoint of this project that was trained on this data, or any state dict of a named model.
@@ -280,9 +292,7 @@ class RunContext:
             raise FileError(f"{path}: is not a checkpoint of this project; give --model for the weights in it")
         entry = self.entry
         model = build_model(model_name, entry.num_classes, entry.channels, entry.image_size, seed=0, init=path).eval()
-        for name, value in model.state_dict().items():
-            if not value.isfinite().all():
-                raise FileError(f"{path}: {name} is not finite; give other weights")
+        model = self._placed(model, path, "give other weights")
         log.info(
             "%s: has no settings; the images are normalized with mean %s and standard deviation %s",
             path,
@@ -296,7 +306,7 @@ class RunContext:
             "epoch": None,
             "settings": {},
         }
-        return model.to(self.device, self.precision.dtype), state
+        return model, state
 
 
 def _missing_epochs(folder: Path, last: int, missing: Collection[int], epochs: Collection[int]) -> dict[str, Any]:

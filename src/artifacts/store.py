@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # Facts that older records lack. An absent fact matches anything.
-_UNKNOWN_IF_ABSENT = {"data_hash", "held_out", "images", "training", "training_epochs"}
+_UNKNOWN_IF_ABSENT = {"data_hash", "held_out", "images", "test_fraction", "test_seed", "training", "training_epochs"}
 
 # Settings that take effect only in combination with others. Otherwise they are not recorded, and are ignored in older
 # records.

@@ -31,8 +31,9 @@ from src.training import DYNAMICS_FILE, RunConfig, TrainingConfig, read_dynamics
 log = logging.getLogger(__name__)
 
 # Pre-trained models made by older versions are still found: the key includes settings that have no effect, and
-# excludes the images. Images are compared when a run's settings are.
+# excludes the images and the draw of test images. These are compared when a run's settings are.
 _IN_KEY = {name: DEFAULTS[name] for name in ("rho", "adaptive", "hess_init", "lr_min")} | {"delta": None}
+_NOT_IN_KEY = ("seed", "images", "test_fraction", "test_seed")
 
 _SEED_STEP = 5  # seed difference between independently initialized models
 _WEIGHT_DECAY = 5e-4
@@ -79,7 +80,7 @@ class PretrainedModel:
         )
         self._run = TrainingRun(context, config, folders, "", context.train, end_scores=None)
         facts = {**_IN_KEY, **self._run.settings}
-        facts = {name: value for name, value in facts.items() if name not in ("seed", "images")}
+        facts = {name: value for name, value in facts.items() if name not in _NOT_IN_KEY}
         if context.group.world > 1 and not context.compute.sync_bn:  # BatchNorm then sees smaller batches
             facts["processes"] = context.group.world
         self.settings, self.key = facts, settings_hash(facts)

@@ -38,7 +38,16 @@ from src.training import RunConfig, RunFiles
 log = logging.getLogger(__name__)
 
 _LARGEST = 1e30  # maximum weight; training computes in float32
-_SHARED = ("dataset", "labels", "images", "decoding", "subset", "seed")  # already in the run's own settings
+_SHARED = (
+    "dataset",
+    "labels",
+    "images",
+    "decoding",
+    "subset",
+    "test_fraction",
+    "test_seed",
+    "seed",
+)  # already in the run's own settings
 
 
 def read_selection(path: Path, context: RunContext) -> tuple[Selection, dict[str, Any], float]:

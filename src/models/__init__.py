@@ -10,6 +10,7 @@ from src.models.registry import (
     model_flag,
     model_name,
     model_option,
+    report_model_error,
     require_weights,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "model_flag",
     "model_name",
     "model_option",
+    "report_model_error",
     "require_weights",
 ]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ROOT = Path(__file__).parents[2]
 _PROJECT = ("src", "mpe")  # in the user's files, these names are this project's packages
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")  # keys under which files keep a state dict
@@ -62,6 +63,7 @@ class SourceFile:
             raise ArgumentError("model", f"{self.text}: give FILE.py:NAME, the name of a class or function in a file")
         self.path, self.attribute = path.expanduser().resolve(), attribute
         self._sources = _sources(self.path)
+        self._files = {self.path.parent / (name or self.path.name) for name in self._sources}
         digest = hashlib.sha256(attribute.encode())
         for name in sorted(self._sources):
             digest.update(f"\n{name}\n".encode() + self._sources[name])
@@ -89,9 +91,25 @@ class SourceFile:
                     "model",
                     f"{self.text}: must accept the keyword arguments num_classes, in_channels, image_size ({error})",
                 ) from error
-            with user_code(self.path):
+            with user_code(self):
                 model = factory(**sizes)
         return model
+
+    def line_of(self, error: BaseException) -> str | None:
+        """Describe an error of this source in one line with file and line.
+
+        Returns:
+            The line; None if neither this source nor a library that it called raised the error.
+        """
+        where, frame = None, error.__traceback__
+        while frame is not None:
+            file = Path(frame.tb_frame.f_code.co_filename)
+            if file in self._files:
+                where = f"{file}, line {frame.tb_lineno}"
+            elif any(_ROOT / name in file.parents for name in _PROJECT):
+                where = None
+            frame = frame.tb_next
+        return None if where is None else f"{where}: {_summary(error)}"
 
     def _execute(self) -> ModuleType:
         if _sources(self.path) != self._sources:
@@ -105,7 +123,7 @@ class SourceFile:
         write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # cached code may be older by less than 1 s
         try:
             # The file is executed once per process, so what it draws must not depend on the first model's seed.
-            with user_code(self.path), global_generators(0), torch.device("cpu"):
+            with user_code(self), global_generators(0), torch.device("cpu"):
                 exec(compile(self._sources[""], str(self.path), "exec"), module.__dict__)
         finally:
             sys.dont_write_bytecode = write
@@ -177,11 +195,11 @@ def _imports(tree: ast.Module, folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def user_code(path: Path | None) -> Iterator[None]:
+def user_code(source: SourceFile | None) -> Iterator[None]:
     """Report errors of a user's code in one line with file and line.
 
     Args:
-        path: The user's file; None for code of a library.
+        source: The user's file; None for code of a library.
 
     Raises:
         FileError: The code raises any error other than this project's.
@@ -191,19 +209,18 @@ def user_code(path: Path | None) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        where = "the model" if path is None else str(path)
-        frame = error.__traceback__
-        while frame is not None:
-            file = Path(frame.tb_frame.f_code.co_filename)
-            if path is not None and path.parent in file.parents and "site-packages" not in file.parts:
-                where = f"{file}, line {frame.tb_lineno}"
-            frame = frame.tb_next
-        reason = " ".join(str(error).split())[:200]
-        raise FileError(f"{where}: {type(error).__name__}: {reason}") from error
+        line = None if source is None else source.line_of(error)
+        where = "the model" if source is None else source.path
+        raise FileError(line or f"{where}: {_summary(error)}") from error
+
+
+def _summary(error: BaseException) -> str:
+    """The type and the message of an error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_outputs(
-    model: Any, num_classes: int, in_channels: int, image_size: int, text: str, path: Path | None
+    model: Any, num_classes: int, in_channels: int, image_size: int, text: str, source: SourceFile | None
 ) -> None:
     """Check a model on one batch of two images, in evaluation and in training mode.
 
@@ -215,7 +232,7 @@ def check_outputs(
         in_channels: Channels of the images.
         image_size: Height and width of the images.
         text: The value of ``--model``, for messages.
-        path: The user's file; None for a library's model.
+        source: The user's file; None for a library's model.
 
     Raises:
         ArgumentError: The model does not support these images.
@@ -241,10 +258,10 @@ def check_outputs(
             with eval_mode(model), torch.no_grad(), global_generators(0):
                 model.train(training)
                 try:
-                    with user_code(path):
+                    with user_code(source):
                         outputs = model(images.clone())
                 except FileError as error:
-                    if path is not None:
+                    if source is not None:
                         raise
                     raise ArgumentError(
                         "model",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.artifacts.io import file_digest
 from src.cli import check_options, option
-from src.errors import ArgumentError
+from src.errors import ArgumentError, FileError, UserError
 from src.lazy import later
 from src.rng import global_generators
 
@@ -191,6 +191,24 @@ def model_entry(text: str) -> ModelEntry:
     return ModelEntry(name, source.build, f"{source.attribute} of {source.path.name}", source=source)
 
 
+def report_model_error(error: BaseException | None) -> None:
+    """Check whether an error comes from the code of a user's model, such as its forward pass.
+
+    Args:
+        error: The error that ends a computation; None if there is none.
+
+    Raises:
+        FileError: It does; the message names file and line.
+    """
+    if not isinstance(error, Exception) or isinstance(error, UserError | MemoryError):
+        return
+    if "out of memory" in str(error) or "allocate memory" in str(error):
+        return  # scripts report it with a remedy
+    for source in _sources.values():
+        if (line := source.line_of(error)) is not None:
+            raise FileError(line) from error
+
+
 def require_weights(name: str) -> None:
     """Check that a model has pretrained weights.
 
@@ -334,8 +352,7 @@ def build_model(
         from src.models.base import make_out_of_place
         from src.models.external import check_outputs
 
-        path = entry.source.path if entry.source else None
-        check_outputs(network, *sizes, model_flag(entry.name), path)
+        check_outputs(network, *sizes, model_flag(entry.name), entry.source)
         network = make_out_of_place(network.train())
     if init is not None:
         from src.models.external import load_initial

@@ -95,7 +95,7 @@ def test_drawn_examples_get_no_score(tmp_path):
     scores = Proxy("aum", name, folder=tmp_path / "metrics").scores
     assert np.flatnonzero(np.isnan(scores)).tolist() == drawn.tolist()
     refuse("train_full.py", flags[0], *TRAINING, "--optimizer=sgd", "--measure_proxies", *folders(tmp_path, *TRAIN),
-           status=FILE, says="images")  # fmt: skip
+           status=FILE, says=r"test_fraction \(0.3 vs. 0.2\)")  # fmt: skip
     refuse("train_full.py", "--dataset=digits", "--test_fraction=0.3", status=FLAG, says="own data")
     refuse("train_full.py", flags[0], "--test_fraction=0", status=FLAG, says="test_fraction")
     refuse("train_full.py", flags[0], *TRAINING, "--test_fraction=0.001", *folders(tmp_path, *TRAIN), status=FILE,

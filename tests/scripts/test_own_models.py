@@ -205,6 +205,10 @@ class Branching(Plain):
     def forward(self, x):
         return super().forward(x if x.mean() > 0 else -x)
 
+class FixedBatch(Plain):
+    def forward(self, x):
+        return self.out(x.view(2, -1))
+
 class Frozen(Plain):
     def __init__(self, num_classes, in_channels, image_size):
         super().__init__(num_classes, in_channels, image_size)
@@ -247,6 +251,16 @@ def test_what_a_model_does_not_support_is_refused_before_training(tmp_path, name
                   *folders(tmp_path, *where))  # fmt: skip
     assert (result.status, message in result.complaint) == (2, True), result.err
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_errors_of_a_model_during_training_name_its_line(tmp_path):
+    """The forward pass supports the two images that are checked before training, but no other number."""
+    (tmp_path / "unusual.py").write_text(UNUSUAL)
+    result = call("train_full.py", "--dataset=digits", "--subset=40", f"--model={tmp_path}/unusual.py:FixedBatch",
+                  "--epochs=1", *folders(tmp_path, *TRAIN))  # fmt: skip
+    line = UNUSUAL.splitlines().index("        return self.out(x.view(2, -1))") + 1
+    assert result.status == 1
+    assert f"unusual.py, line {line}: RuntimeError: mat1 and mat2" in result.complaint
 
 
 def test_branching_model_is_retrained_one_at_a_time(tmp_path):
