@@ -190,6 +190,8 @@ class Contents:
         dynamics: The recorded dynamics, or None.
         runs: The content of the ``results.json`` of each run on this data set, by ``{experiment}/seed_{s}``.
         probabilities: Out-of-sample class probabilities ``(n, C)``, or None.
+        fitted: Class probabilities by the model of the sensitivity experiment, which was trained on the example, or
+            None.
         issues: The columns that ``audit_labels.py --cleanlab`` added for an example, by index.
         audit: The record of the audit; empty if there is none.
         duplicates: The rows of the table of duplicates, or None.
@@ -210,6 +212,7 @@ class Contents:
     dynamics: Dynamics | None = None
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     probabilities: np.ndarray | None = None
+    fitted: np.ndarray | None = None
     issues: dict[int, dict[str, str]] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     duplicates: list[dict[str, str]] | None = None
@@ -219,6 +222,18 @@ class Contents:
     sensitivity: Sensitivity | None = None
     spectra: dict[str, StoredSpectrum] = field(default_factory=dict)
     velocities: dict[str, list[Velocities]] = field(default_factory=dict)
+
+    @property
+    def predictions(self) -> np.ndarray | None:
+        """The class probabilities that predictions come from, out-of-sample ones if there are any ``(n, C)``."""
+        return self.fitted if self.probabilities is None else self.probabilities
+
+    @property
+    def predictor(self) -> str:
+        """What makes the predictions, in words."""
+        if self.probabilities is not None:
+            return "models that were not trained on the example"
+        return "the model, which was trained on the example"
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -458,6 +473,12 @@ def _read_sensitivities(found: Contents, config: ReportConfig) -> None:
         full[indices] = values
         found.scores[SENSITIVITY.name] = full
         found.records[SENSITIVITY.name] = {"model": experiment.settings.get("model")}
+        if "probabilities" in stored:
+            p = stored.array("probabilities", 2, low=0)
+            stored.same_length(sensitivities=values, probabilities=p)
+            if p.shape[1] == found.train.entry.num_classes:
+                found.fitted = np.full((total, p.shape[1]), np.nan)
+                found.fitted[indices] = p
         if "retrain" in results and not results["retrain"].is_empty("indices_retrain"):
             retrained = results["retrain"]
             retrained.same_run(stored)

@@ -191,7 +191,7 @@ function tile(at) {
   line.title = `Label: ${className(data.label[at])}`;
   if (wrong) {
     line.append(" → ", element("bdi", { className: "wrong", textContent: className(data.prediction[at]) }));
-    line.title += `. Predicted by models not trained on it: ${className(data.prediction[at])}`;
+    line.title += `. Predicted: ${className(data.prediction[at])}, by ${page.predictor}`;
   }
   const value = element("span", { textContent: number(scores[k][at]) });
   value.title = `${page.scores[k].title}: rank ${count(rank(k, at))} of ${count(page.total)}, 1 is the most atypical`;
@@ -295,7 +295,7 @@ function open(at) {
   if (page.files) left.append(element("div", { title: "File" }, element("bdi", { textContent: fileName(at) })));
   if (data.prediction && data.prediction[at] >= 0)
     fact(`Prediction: ${className(data.prediction[at])} (${(100 * data.confidence[at]).toFixed(1)} %)`,
-      "By models that were not trained on the example, with the probability of the predicted class");
+      `By ${page.predictor}, with the probability of the predicted class`);
   else if (!data.prediction && data.correct && data.correct[at] < 2) fact(data.correct[at] ? "Classified correctly" : "Classified wrongly", "In the last epoch of training");
   if (data.planted?.[at]) fact("Wrong label", "Known from --planted");
   if (data.kept) fact(data.kept[at] ? "Kept by the selection" : "Dropped by the selection");
@@ -454,7 +454,7 @@ if (byId("plot")) {
       return { type: "scattergl", mode: "markers", name: plain(name), customdata: Array.from(mine), hoverinfo: "none",
         x: Array.from(mine, (at) => value(i, at)), y: Array.from(mine, (at) => value(j, at)),
         selected: { marker: { opacity: 0.95 } }, unselected: { marker: { opacity: 0.12 } },
-        marker: { size: points.length > 20000 ? 3 : points.length > 4000 ? 4 : 6, opacity: points.length > 20000 ? 0.45 : 0.7,
+        marker: { size: points.length > 20000 ? 3 : points.length > 4000 ? 4 : 6, opacity: points.length > 20000 ? 0.6 : 0.75,
           color: many ? Array.from(mine, (at) => data.label[at]) : color.value === "" ? css("--accent") : COLORS[g % COLORS.length], colorscale: "Viridis" } };
     }).filter((trace) => trace.x.length);
     const title = (k) => plain(page.scores[k].title) + (byRank.checked ? " (rank, 1 is the most atypical)" : "");

@@ -139,8 +139,8 @@ def example_arrays(found: Contents, shown: np.ndarray) -> dict[str, np.ndarray]:
     Scores are float32. Ranks are included only if some examples are not on the page; otherwise the script counts.
     """
     arrays: dict[str, np.ndarray] = {"index": shown.astype("<u4"), "label": found.labels[shown].astype("<u2")}
-    if found.probabilities is not None:
-        p = found.probabilities[shown]
+    if found.predictions is not None:
+        p = found.predictions[shown]
         known = np.isfinite(p).all(1)
         best = np.where(known, np.where(known[:, None], p, 0).argmax(1), -1)
         arrays["prediction"] = best.astype("<i2")
@@ -210,6 +210,7 @@ def description(
         "root": _root(found) if linked else None,
         "key": f"{found.train.entry.name}-{found.train.digest}",
         "rho": rho,
+        "predictor": found.predictor,
     }
     if found.dynamics is not None:
         described["curves"] = {"epochs": found.dynamics.epochs.tolist(), "largest": largest_loss(found)}

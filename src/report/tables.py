@@ -13,6 +13,7 @@ import numpy as np
 from src.formatting import duration
 from src.metrics.compare import auroc, spearman, spearman_within_class, top_overlap
 from src.metrics.label_errors import confident_classes
+from src.metrics.registry import SENSITIVITY
 from src.report.collect import Contents
 
 LISTED = 200  # rows of the tables of label errors and duplicates
@@ -199,6 +200,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
             f"half of the {len(found.scores)} scores ({percent(len(agreed) / n)})"
         )
         several.append(Finding(f"{text}.", agreed.tolist()))
+    several += _about_predictions(found)
     if len(found.scores) > 1:
         first, second, rho = _extreme_pair(found)
         text = f"{found.entries[first].title} and {found.entries[second].title} agree least in rank"
@@ -211,6 +213,26 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
     return several[:count]
 
 
+def _about_predictions(found: Contents) -> list[Finding]:
+    """How many examples are predicted to be another class than their label, and the most common such pair."""
+    if found.predictions is None:
+        return []
+    known = np.flatnonzero(np.isfinite(found.predictions).all(1))
+    predicted, labels = found.predictions[known].argmax(1), found.labels[known]
+    wrong = predicted != labels
+    text = f"{_count(int(wrong.sum()), 'example')} of {len(known):,} ({percent(float(wrong.mean()))}) "
+    text += f"{'is' if wrong.sum() == 1 else 'are'} classified wrongly by "
+    text += found.predictor.replace("the example", "them")
+    if wrong.any():
+        classes = len(found.class_names)
+        pairs = np.bincount(labels[wrong] * classes + predicted[wrong], minlength=classes**2)
+        given, other = divmod(int(pairs.argmax()), classes)
+        text += (
+            f"; most often, “{found.class_names[given]}” is taken for “{found.class_names[other]}” ({pairs.max():,})"
+        )
+    return [Finding(f"{text}.", known[wrong].tolist())]
+
+
 def _about_sensitivities(found: Contents) -> list[Finding]:
     """How well the estimates of a sensitivity experiment agree with retraining and with the test loss."""
     experiment, several = found.sensitivity, []
@@ -221,6 +243,14 @@ def _about_sensitivities(found: Contents) -> list[Finding]:
         )
         text += f"retraining without each have a Spearman’s correlation of {rho:.2f}."
         several.append(Finding(text, experiment.retrained.tolist()))
+    if experiment is not None and SENSITIVITY.name in found.scores:
+        values = np.nan_to_num(found.scores[SENSITIVITY.name])
+        most = top(found.scores[SENSITIVITY.name], _TOP)
+        share = float(values[most].sum() / (values.sum() or 1.0))
+        text = (
+            f"The {_count(len(most), 'most sensitive example')} (1 %) have {percent(share)} of the total sensitivity."
+        )
+        several.append(Finding(text, most.tolist()))
     if experiment is not None and len(experiment.epochs):
         epoch = int(experiment.epochs[-1])
         text = f"After epoch {epoch}, the leave-one-out estimate is {experiment.estimates[-1]:.3g} and the test loss "
@@ -342,6 +372,7 @@ def score_rows(found: Contents) -> list[dict[str, str]]:
                 "model": str(record.get("model") or ""),
                 "seeds": str(len(seeds)) if isinstance(seeds, list) else "",
                 "cost": f"{cost:,.4g}" if isinstance(cost, int | float) else "–",
+                "needs": found.entries[mode].cost,
             }
         )
     return rows
