@@ -16,7 +16,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -379,7 +379,8 @@ def build_torchvision(
         in_channels: Channels of the images.
         image_size: Height and width of the images, given to vision transformers.
         pretrained: True to download torchvision's default weights, or the path of a file with such weights. Head and
-            first convolution are loaded only if they have the right shape.
+            first convolution are loaded only if they have the right shape. The position embeddings of vision
+            transformers are resized to the image size.
 
     Raises:
         ArgumentError: torchvision has no such model, or the model does not support the sizes.
@@ -423,6 +424,11 @@ def build_torchvision(
     own = model.state_dict()
     stored = {key: value for key, value in stored.items() if not key.lower().startswith("aux")}
     where = text if pretrained is True else str(pretrained)
+    if (positions := stored.get("encoder.pos_embedding")) is not None:
+        from src.models.vit import resize_positions
+
+        with suppress(KeyError, ValueError, RuntimeError):  # of another architecture; refused below
+            stored["encoder.pos_embedding"] = resize_positions(positions, own["encoder.pos_embedding"].shape[1])
     fits = {key for key in own if key in stored and stored[key].shape == own[key].shape}
     for key in sorted({*own, *stored}):
         if key not in fits and not (key in own and key in stored and stored[key].shape == original[key].shape):

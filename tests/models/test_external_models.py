@@ -274,6 +274,23 @@ def test_pretrained_weights_of_torchvision(tmp_path):
         build_model("torchvision:resnet34", *SIZES, seed=1, pretrained=str(file))
 
 
+def test_pretrained_position_embeddings_are_resized(tmp_path, monkeypatch):
+    from torchvision.models import VisionTransformer, _api
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    def build(*, image_size=24, **options):
+        return VisionTransformer(image_size, 8, 1, 2, 16, 16, **options)  # patches of 8x8
+
+    build.__module__ = "torchvision.models.vision_transformer"
+    monkeypatch.setitem(_api.BUILTIN_MODELS, "vit_tiny", build)
+    file, stored = tmp_path / "weights.pt", build(num_classes=1000).state_dict()
+    torch.save(stored, file)
+    loaded = build_model("torchvision:vit_tiny", 5, 3, 40, seed=1, pretrained=str(file)).state_dict()
+    expected = interpolate_embeddings(40, 8, dict(stored), "bilinear")
+    for key in loaded.keys() - {"heads.head.weight", "heads.head.bias"}:
+        torch.testing.assert_close(loaded[key], expected[key])
+
+
 def test_no_weights_for_files(folder):
     with pytest.raises(ArgumentError, match="has no pretrained weights; use --init FILE"):
         ModelConfig(f"{folder}/net.py:Net", pretrained=True)
