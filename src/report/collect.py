@@ -507,6 +507,7 @@ def _read_geometry(found: Contents, folders: Folders) -> None:
 
         run, seed, which, file = path.parts[-4:]
         kind = file.removeprefix("pyhessian_eigen_").removesuffix(".pkl")
+        run = run.replace(f"_over_{name}_with_", ", ")
         found.spectra[f"{run}, seed {seed}, {which.replace('_', ' ')}, {kind}"] = StoredSpectrum.read(path)
     runs = {path.parents[2] for path in folders.ntk_folder.glob(f"{glob.escape(name)}/*/*/epoch_*/seed_*/vs.pkl")}
     for folder in sorted(runs):

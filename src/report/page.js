@@ -108,6 +108,10 @@ function prepare(canvas, at) {
   visible.observe(canvas);
 }
 
+addEventListener("beforeprint", () => {
+  for (const node of document.querySelectorAll(".thumb, .plot")) node.draw ? node.draw() : node.dataset.at && paint(node, +node.dataset.at);
+});
+
 // ------------------------------------------------------------------------------------------------ order and ranks
 
 const orders = [];
@@ -410,10 +414,10 @@ if (figures.retrained) figure("retrained", (node) => draw(node, [
   { mode: "markers", x: figures.retrained.estimated, y: figures.retrained.deviations, text: figures.retrained.index.map((i) => `example ${i}`), marker: { color: css("--accent"), size: 7, opacity: 0.8 } },
 ], { xaxis: { title: { text: "Estimated sensitivity" } }, yaxis: { title: { text: "Deviation after retraining" } } }));
 if (figures.spectra) figure("spectra", (node) => draw(node, lines(figures.spectra), { showlegend: figures.spectra.length > 1,
-  xaxis: { title: { text: "Eigenvalue" } }, yaxis: { type: "log", title: { text: "Density" }, range: [-8, 3] }, legend: { orientation: "h", y: -0.2 } }));
+  xaxis: { title: { text: "Eigenvalue" } }, yaxis: { type: "log", title: { text: "Density" }, range: [-6, 3], exponentformat: "power" }, legend: { orientation: "h", y: -0.3 } }));
 if (figures.velocities) figure("velocities", (node) => draw(node, lines(figures.velocities, { mode: "lines+markers" }), { showlegend: true,
   xaxis: { title: { text: figures.velocities[0].percent ? "Position in the order of scores (percent)" : "Rank" } },
-  yaxis: { title: { text: "Velocity" } }, legend: { orientation: "h", y: -0.2 } }));
+  yaxis: { title: { text: "Velocity" } }, legend: { orientation: "h", y: -0.3 } }));
 
 document.querySelectorAll(".strip").forEach((strip) => {
   const kept = +strip.dataset.kept, sorted = order(0).filter((at) => !Number.isNaN(scores[0][at]) && data.kept[at] === kept);

@@ -247,3 +247,23 @@ def test_fifty_thousand_examples_of_a_thousand_classes(browser, tmp_path):
         assert [int(row["index"]) for row in saved(page, "#download")] == ranked[labels[ranked] == 733].tolist()
         page.locator("#scatter").scroll_into_view_if_needed()
         page.wait_for_function("document.querySelector('#plot').data?.[0].x.length == 50000")
+
+
+def test_names_in_figures_are_literal_and_looks_can_be_switched(photos, browser):
+    with opened(browser, photos["page"], color_scheme="dark") as page:
+        page.locator("#scatter").scroll_into_view_if_needed()
+        page.wait_for_function("document.querySelector('#plot').data")
+        page.locator("#color").select_option("Label")
+        page.wait_for_function("document.querySelectorAll('#plot .legendtext').length == 4")
+        assert sorted(page.locator("#plot .legendtext").all_text_contents()) == sorted(CLASSES)
+        ink = "getComputedStyle(document.body).color"
+        dark = page.evaluate(ink)
+        page.locator("#theme").click()
+        assert page.evaluate(ink) != dark
+        page.reload()
+        page.wait_for_selector("html[data-ready]", state="attached")
+        assert page.evaluate(ink) != dark  # the choice is kept
+        rendering = "getComputedStyle(document.querySelector('#tiles canvas')).imageRendering"
+        assert page.evaluate(rendering) == "pixelated"
+        page.locator("#smooth").click()
+        assert page.evaluate(rendering) == "auto"

@@ -1,7 +1,9 @@
 """What the page says, computed from planted truths, and the files of make_report.py."""
 
+import base64
 import csv
 import gzip
+import json
 import re
 from dataclasses import replace
 
@@ -11,7 +13,7 @@ from refusals import FILE, FLAG, refuse
 from support import folders, succeed, write_blobs
 
 from src.artifacts import paths
-from src.artifacts.io import label_hash, write_csv, write_json, write_npz
+from src.artifacts.io import label_hash, write_csv, write_json, write_npz, write_pickle
 from src.artifacts.store import write_scores
 from src.datasets import DataConfig
 from src.metrics import SCORES
@@ -125,8 +127,6 @@ def test_a_page_of_a_part_and_the_table_of_all(blobs, tmp_path):
 
 
 def decode(text, name):
-    import base64
-
     return base64.b64decode(re.search(rf'id="array-{name}">([^<]*)<', text).group(1))
 
 
@@ -147,6 +147,44 @@ def test_names_cannot_end_the_script_and_files_can_be_left_out(blobs, tmp_path):
     assert "secret.png" not in text
     assert str(tmp_path) not in text
     assert str(base) not in text
+
+
+def test_figures_of_other_results(blobs, tmp_path):
+    """Sensitivities, leave-one-out estimates, spectra and velocities are those in the files."""
+    _, flags, found, _ = blobs
+    name, rng = found.train.entry.name, np.random.default_rng(0)
+    values, p = rng.random(N), rng.dirichlet(np.ones(CLASSES), N)
+    removed, deviations = np.array([3, 9, 200]), np.array([0.1, 0.3, 0.2])
+    for kind, content in (
+        ("scores", {"sensitivities": values, "indices": np.arange(N)[::-1], "probabilities": p}),
+        ("retrain", {"indices_retrain": removed, "softmax_deviations": deviations}),
+        ("iter", {"test_nlls": np.array([2.0, 1.0, 0.5]), "epochs": np.array([1, 3]), "estimated_nll": [1.5, 0.75]}),
+    ):
+        write_pickle(paths.pickle_path(tmp_path / "pickles", "e", kind), content)
+    spectrum = {"eigenvals": [4.0], "trace": [5.0], "density_eigen": [[0.0, 4.0]], "density_weight": [[0.75, 0.25]]}
+    run = paths.standard_experiment("lenet", name, "sgd", "const")
+    where = paths.hessian_path(tmp_path / "hessian", "train", "all", run, "nobn", 1, "epoch_2", "lanczos")
+    write_pickle(where, spectrum)
+    kernels = paths.ntk_folder(tmp_path / "ntk", name, paths.ntk_run("lenet", "sgd", "const"), "mem", 5, 1)
+    write_pickle(paths.velocity_path(kernels), {0: 0.5, 100: 0.25})
+    rest = [flag for flag in flags if "hessian" not in flag and "ntk" not in flag]
+    more = ["--name_exp=e", f"--pickles_folder={tmp_path / 'pickles'}", *folders(tmp_path, "hessian", "ntk")]
+    succeed("make_report.py", *rest, *more, f"--out={tmp_path / 'page.html'}")
+    text = (tmp_path / "page.html").read_text()
+    figures = json.loads(re.search(r'id="plots">(.*?)</script>', text).group(1))
+    assert figures["loo"] == {"epochs": [1, 3], "estimates": [1.5, 0.75], "test": [2.0, 1.0, 0.5]}
+    assert figures["retrained"]["index"] == (N - 1 - removed).tolist()
+    np.testing.assert_allclose(figures["retrained"]["estimated"], values[removed], rtol=1e-4)
+    (curve,) = figures["spectra"]
+    assert curve["name"] == "train_all_lenet, sgd_sched_const_nobn, seed 1, epoch 2, lanczos"
+    peaks = {round(x, 1) for x, y in zip(curve["x"], curve["y"], strict=True) if y > 1}
+    assert peaks == {0.0, 4.0}
+    assert figures["velocities"] == [
+        {"name": "lenet_with_sgd_sched_const, ordered by mem, epoch 5", "x": [0.0, 100.0], "y": [0.5, 0.25],
+         "percent": False}
+    ]  # fmt: skip
+    np.testing.assert_array_equal(np.frombuffer(decode(text, "prediction"), "<i2"), p.argmax(1)[::-1])
+    assert "After epoch 3, the leave-one-out estimate is 0.75 and the test loss 0.5." in text
 
 
 def test_bad_input(blobs, tmp_path):
