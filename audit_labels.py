@@ -13,6 +13,8 @@ label_error_{dataset}.pkl, which plot_images.py, train_prune.py and evaluate_sco
   python audit_labels.py --dataset=folder:photos --image_size=32 --probabilities=probabilities.npy --top=100
 """
 
+import logging
+
 import numpy as np
 
 from src.artifacts.io import file_digest, write_csv, write_json
@@ -33,7 +35,10 @@ from src.metrics.label_errors import (
 )
 from src.metrics.proxy import ScoreConfig, score_folders
 
+log = logging.getLogger("audit_labels")
+
 MOST_SUSPICIOUS = 5
+RELIABLE = 0.7  # out-of-sample accuracy below which mistakes of the models are taken for wrong labels
 
 
 def main() -> None:
@@ -128,6 +133,13 @@ def main() -> None:
         f"about {found.errors:.0f} of {len(order)} labels are probably wrong ({found.errors / len(order):.1%}); "
         f"two estimates: {low:.0f} and {high:.0f}"
     )
+    accuracy = np.mean(probabilities[order].argmax(axis=1) == labels[order])
+    if accuracy < RELIABLE:
+        log.warning(
+            "the models predict only %.0f %% of the labels that they were not trained on: the number of wrong labels is "
+            "overestimated, while the order remains useful; give --top, or better models",
+            100 * accuracy,
+        )
     if config.cleanlab:
         both = np.count_nonzero(issues[order[: issues.sum()]])
         print(f"cleanlab selects {issues.sum()}, of which {both} are among the {issues.sum()} most suspicious here")

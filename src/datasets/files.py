@@ -95,11 +95,17 @@ class Examples:
         return {"index": index, "file": file, "class": self.class_names[self.labels[index]]}
 
 
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Rank scores ``(n,)``: 1 is the highest, equal scores have the same rank, and 0 stands for NaN."""
+    ordered = np.sort(-scores)  # NaN comes last
+    return np.where(np.isnan(scores), 0, np.searchsorted(ordered, -scores) + 1)
+
+
 def write_score_table(path: Path, scores: np.ndarray, examples: Examples | None) -> Path:
     """Write scores as a csv file, most atypical first, next to the pickle of the same name.
 
-    The columns are index, file, class, score, rank (1 is the most atypical example) and rank within class. Ties are
-    ranked by index.
+    The columns are index, file, class, score, rank (1 is the most atypical example) and rank within class. Equal
+    scores have the same rank, the best of them, and are listed by index.
 
     Args:
         path: The path of the pickle or of the csv file.
@@ -111,15 +117,15 @@ def write_score_table(path: Path, scores: np.ndarray, examples: Examples | None)
         The path of the csv file.
     """
     order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))].tolist()
-    within: dict[int, int] = {}
+    rank, within = ranks(scores), np.zeros(len(scores), np.int64)
+    for label in [] if examples is None else np.unique(examples.labels):
+        members = np.flatnonzero(examples.labels == label)
+        within[members] = ranks(scores[members])
     rows = []
-    for rank, index in enumerate(order, start=1):
+    for index in order:
         row = {"index": index, "file": "", "class": ""} if examples is None else examples.columns(index)
-        row |= {"score": float(scores[index]), "rank": rank, "rank within class": ""}
-        if examples is not None:
-            label = int(examples.labels[index])
-            row["rank within class"] = within[label] = within.get(label, 0) + 1
-        rows.append(row)
+        row |= {"score": float(scores[index]), "rank": int(rank[index])}
+        rows.append({**row, "rank within class": "" if examples is None else int(within[index])})
     return write_csv(path.with_suffix(".csv"), rows)
 
 
