@@ -136,8 +136,8 @@ def main() -> None:
     accuracy = np.mean(probabilities[order].argmax(axis=1) == labels[order])
     if accuracy < RELIABLE:
         log.warning(
-            "the models predict only %.0f %% of the labels that they were not trained on: the number of wrong labels is "
-            "overestimated, while the order remains useful; give --top, or better models",
+            "the models predict only %.0f %% of the labels that they were not trained on, so the number of wrong "
+            "labels is overestimated, while the order remains useful; give --top, or train better models",
             100 * accuracy,
         )
     if config.cleanlab:

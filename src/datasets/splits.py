@@ -55,7 +55,9 @@ def training_indices(config: DataConfig, examples: Examples) -> np.ndarray | Non
         before, kept = len(kept), np.setdiff1d(kept, excluded)
         log.info("excluded %d of %d training examples (--exclude %s)", before - len(kept), before, config.exclude)
         if ineffective := len(excluded) - (before - len(kept)):
-            log.warning("%s: %d of its examples were drawn for testing, and remain there", config.exclude, ineffective)
+            log.warning(
+                "%s: %d of its examples were drawn for testing, and remain there", config.exclude, ineffective
+            )
     if config.subset is not None:
         if _is_number(config.subset):
             kept = kept[parse_subset(config.subset, len(kept), examples.labels[kept])]

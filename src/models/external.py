@@ -275,7 +275,7 @@ def check_outputs(
                 )
             if not outputs.is_floating_point() or not outputs.isfinite().all():
                 raise FileError(f"{text}: {where}, its logits are not finite floating-point numbers")
-            if not training and (outputs >= 0).all() and torch.allclose(outputs.double().sum(dim=1), torch.ones(2).double(), atol=1e-4):
+            if not training and (outputs >= 0).all() and (outputs.sum(dim=1) - 1).abs().max() < 1e-3:
                 log.warning("%s: returns probabilities that sum to 1; it should return logits, without softmax", text)
     finally:
         for name, buffer in model.named_buffers():

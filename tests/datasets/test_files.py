@@ -14,7 +14,7 @@ from support import TRAIN, folders, succeed, write_blobs
 from src.artifacts.io import read_json, read_npz
 from src.artifacts.store import write_scores
 from src.datasets import DataConfig, load_dataset, training_indices
-from src.datasets.files import materialize, short_name, write_score_table
+from src.datasets.files import materialize, ranks, short_name, write_score_table
 from src.datasets.splits import read_exclusions
 from src.errors import ArgumentError
 from src.metrics import Proxy
@@ -50,6 +50,10 @@ def trained(tmp_path_factory):
     succeed("compute_sam_sgd.py", data, "--model=small_mlp", "--epochs=2", *where)
     succeed("average_scores.py", data, "--model=small_mlp", "--seeds", 1, where[0], where[2])
     return base, data
+
+
+def test_equal_scores_share_the_best_rank():
+    assert ranks(np.array([0.5, 1.0, np.nan, 0.5, 1.0, 0.1])).tolist() == [3, 1, 0, 3, 1, 5]
 
 
 def test_scores_lead_back_to_the_files(trained, monkeypatch):

@@ -120,6 +120,19 @@ def test_weights_depend_only_on_the_seed(folder):
     assert float(first.block.norm.running_mean.abs().sum()) == 0.0  # the trial batches left no trace
 
 
+def test_probabilities_instead_of_logits_are_reported(folder, caplog):
+    (folder / "soft.py").write_text(
+        "from torch import nn\n\n\ndef net(num_classes, in_channels, image_size):\n"
+        "    pixels = in_channels * image_size**2\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, num_classes), nn.Softmax(1))\n"
+    )
+    build_model(f"{folder}/soft.py:net", *SIZES, seed=1)
+    assert "without softmax" in caplog.text
+    caplog.clear()
+    build_model(f"{folder}/net.py:Net", *SIZES, seed=1)
+    assert "softmax" not in caplog.text
+
+
 @pytest.mark.parametrize("text", ["{}/net.py:Net", "torchvision:resnet18", "lenet"])
 def test_features_are_the_inputs_of_the_head(folder, text):
     model = build_model(text.format(folder), *SIZES, seed=1).eval()

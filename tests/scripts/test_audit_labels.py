@@ -59,11 +59,21 @@ def test_planted_errors_are_listed(planted, tmp_path):
     assert "about 5 of 120 labels are probably wrong (4.2%); two estimates: 5 and 5" in done.out
     assert done.out.count("\n  ") == 5
     assert "plot_images.py" in done.out
+    assert "overestimated" not in done.err
     succeed("plot_images.py", flags[0], "--modes=label_error", "--n=2", "--only_overview", *where,
             *folders(tmp_path, "plots"))  # fmt: skip
     with_top = succeed("audit_labels.py", *flags, "--top=7", *where)
     assert len(read_issues(tmp_path)[0]) == 7
     assert with_top.status == 0
+
+
+def test_weak_models_are_reported(planted, tmp_path):
+    """Models that predict 60 % of the labels out of sample make most mistakes themselves."""
+    _, flags, true, _ = planted
+    guesses = np.where(np.arange(120) % 5 < 3, true, (true + 1) % 3)
+    np.save(tmp_path / "weak.npy", softened(guesses))
+    flags = (flags[0], f"--probabilities={tmp_path / 'weak.npy'}", *folders(tmp_path, "datasets", "metrics"))
+    assert "overestimated" in succeed("audit_labels.py", *flags).err
 
 
 def test_ranks_are_combined_with_those_of_a_score(planted, tmp_path):
