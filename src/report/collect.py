@@ -25,7 +25,7 @@ from src.artifacts.paths import (
     mpe_experiment,
     pickle_path,
 )
-from src.artifacts.store import check_consistent, check_same_data, checked_array
+from src.artifacts.store import check_consistent, check_same_data, checked_array, parse_settings
 from src.cli import check_options, number, option
 from src.datasets import DataConfig
 from src.errors import ArgumentError, FileError
@@ -266,7 +266,7 @@ def collect(
         find_scores(data.dataset, *selected)  # fails before anything is downloaded
     train, test = data.load(folders.datasets_folder)
     name, labels = train.entry.name, train.labels.cpu().numpy()
-    checks = {"n": train.total, "label_hash": label_hash(labels), "data_hash": train.digest}
+    checks: dict[str, Any] = {"n": train.total, "label_hash": label_hash(labels), "data_hash": train.digest}
     found = Contents(train, len(test), labels, {}, {}, {})
     if config.name_exp is not None:
         _read_sensitivities(found, config)
@@ -343,10 +343,10 @@ def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _read_selection(path: Path, total: int, checks: Mapping[str, Any]) -> tuple[np.ndarray, Mapping[str, Any]]:
-    from src.artifacts.store import parse_settings
-
     arrays = read_npz(path)
-    stored = {key: str(arrays[key]) for key in ("label_hash", "data_hash") if key in arrays and str(arrays[key])}
+    stored: dict[str, Any] = {
+        key: str(arrays[key]) for key in ("label_hash", "data_hash") if key in arrays and str(arrays[key])
+    }
     check_same_data(path, stored, label_hash=checks["label_hash"], data_hash=checks["data_hash"])
     indices = checked_array(path, arrays, "indices", kinds="iu", remedy="create it with select_coreset.py")
     if not len(indices) or indices.min() < 0 or indices.max() >= total:

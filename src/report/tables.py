@@ -43,7 +43,7 @@ MEANINGS = {
 class LabelIssue(NamedTuple):
     """One row of the table of likely label errors."""
 
-    index: int
+    example: int
     suggested: int  # the likely class; -1 if unknown
     given_probability: float
     suggested_probability: float
@@ -120,7 +120,7 @@ def common_pairs(found: Contents, issues: Sequence[LabelIssue], count: int = 6) 
     pairs: dict[tuple[int, int], list[int]] = {}
     for one in issues:
         if one.suggested >= 0:
-            pairs.setdefault((int(found.labels[one.index]), one.suggested), []).append(one.index)
+            pairs.setdefault((int(found.labels[one.example]), one.suggested), []).append(one.example)
     ordered = sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))
     return [(given, likely, indices) for (given, likely), indices in ordered[:count] if len(indices) > 1]
 
@@ -160,11 +160,11 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         if common:
             first = common[0]
             text += (
-                f"; most often, “{first['suggested label']}” is labeled “{first['given label']}” "
+                f"; most often, {_quoted(first['suggested label'])} is labeled {_quoted(first['given label'])} "
                 f"({_count(first['examples'], 'example')})"
             )
         several.append(
-            Finding(f"{text}.", [issue.index for issue in likely_errors(found)[0][: max(1, round(errors))]])
+            Finding(f"{text}.", [issue.example for issue in likely_errors(found)[0][: max(1, round(errors))]])
         )
     elif len(wrong):
         text = f"Models that were not trained on an example confidently disagree with {_count(len(wrong), 'label')}"
@@ -185,7 +185,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         times = inside[leader] / len(most) / (sizes[leader] / n)
         text = (
             f"Of the {len(most):,} examples with the highest {found.entries[mode].title} score, {inside[leader]:,} "
-            f"are labeled “{names[leader]}”, {times:.1f} times its share of the training set"
+            f"are labeled {_quoted(names[leader])}, {times:.1f} times its share of the training set"
         )
         chosen = most[found.labels[most] == leader].tolist()
         several.append(Finding(f"{text}.", chosen))
@@ -208,7 +208,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
     if found.dynamics is not None:
         final = found.dynamics.accuracy[-1]
         worst = int(np.nanargmin(final))
-        text = f"At the end of training, “{names[worst]}” has the lowest training accuracy of all classes"
+        text = f"At the end of training, {_quoted(names[worst])} has the lowest training accuracy of all classes"
         several.append(Finding(f"{text} ({percent(float(final[worst]))}).", []))
     return several[:count]
 
@@ -227,9 +227,8 @@ def _about_predictions(found: Contents) -> list[Finding]:
         classes = len(found.class_names)
         pairs = np.bincount(labels[wrong] * classes + predicted[wrong], minlength=classes**2)
         given, other = divmod(int(pairs.argmax()), classes)
-        text += (
-            f"; most often, “{found.class_names[given]}” is taken for “{found.class_names[other]}” ({pairs.max():,})"
-        )
+        names = _quoted(found.class_names[given]), _quoted(found.class_names[other])
+        text += f"; most often, {names[0]} is taken for {names[1]} ({pairs.max():,})"
     return [Finding(f"{text}.", known[wrong].tolist())]
 
 
@@ -238,10 +237,9 @@ def _about_sensitivities(found: Contents) -> list[Finding]:
     experiment, several = found.sensitivity, []
     if experiment is not None and len(experiment.retrained) > 2:
         rho = spearman(experiment.estimated, experiment.deviations)
-        text = (
-            f"The estimated sensitivities of {_count(len(experiment.retrained), 'example')} and the deviations after "
-        )
-        text += f"retraining without each have a Spearman’s correlation of {rho:.2f}."
+        count = _count(len(experiment.retrained), "example")
+        text = f"Spearman’s correlation between the estimated sensitivities of {count} and the deviations after "
+        text += f"retraining without each of them is {rho:.2f}."
         several.append(Finding(text, experiment.retrained.tolist()))
     if experiment is not None and SENSITIVITY.name in found.scores:
         values = np.nan_to_num(found.scores[SENSITIVITY.name])
@@ -256,6 +254,11 @@ def _about_sensitivities(found: Contents) -> list[Finding]:
         text = f"After epoch {epoch}, the leave-one-out estimate is {experiment.estimates[-1]:.3g} and the test loss "
         several.append(Finding(f"{text}{experiment.test_nlls[epoch - 1]:.3g}.", []))
     return several
+
+
+def _quoted(name: str) -> str:
+    """A class name in quotes. Right-to-left text in it does not change the order of the text around it."""
+    return f"“\u2068{name}\u2069”"
 
 
 def _count(count: int, what: str) -> str:
@@ -432,7 +435,7 @@ def shown_examples(found: Contents, limit: int, seed: int = 0) -> np.ndarray:
     if n <= limit:
         return np.arange(n)
     chosen = np.zeros(n, bool)
-    chosen[[issue.index for issue in likely_errors(found)[0]]] = True
+    chosen[[issue.example for issue in likely_errors(found)[0]]] = True
     chosen[[int(row["index"]) for row in (found.duplicates or [])[:LISTED]]] = True
     nearest = np.full(n, n)  # smallest number of examples of the class between the example and an end of a score
     for values in found.scores.values():
@@ -445,7 +448,7 @@ def shown_examples(found: Contents, limit: int, seed: int = 0) -> np.ndarray:
     k = np.sort(nearest)[limit // 2]  # fewer than half of the page are nearer
     chosen |= nearest < k
     others = np.flatnonzero(~chosen)
-    room = max(limit - np.count_nonzero(chosen), 0)
+    room = max(limit - int(np.count_nonzero(chosen)), 0)
     chosen[np.random.default_rng(seed).choice(others, min(room, len(others)), replace=False)] = True
     return np.flatnonzero(chosen)
 

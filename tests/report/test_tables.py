@@ -59,10 +59,10 @@ def test_label_errors_are_those_of_confident_learning(blobs):
     assert tables.confident_errors(found).tolist() == WRONG.tolist()
     issues, how = tables.likely_errors(found)
     assert "Out-of-sample" in how
-    assert sorted(one.index for one in issues[:5]) == WRONG.tolist()
+    assert sorted(one.example for one in issues[:5]) == WRONG.tolist()
     assert [one.confident for one in issues] == [True] * 5 + [False] * 15
-    assert [one.suggested for one in issues[:5]] == [true[one.index] for one in issues[:5]]
-    assert [one.given_probability for one in issues] == [p[one.index, found.labels[one.index]] for one in issues]
+    assert [one.suggested for one in issues[:5]] == [true[one.example] for one in issues[:5]]
+    assert [one.given_probability for one in issues] == [p[one.example, found.labels[one.example]] for one in issues]
     pytest.importorskip("cleanlab")
     _, selected = cleanlab_issues(p, found.labels)
     assert np.flatnonzero(selected).tolist() == WRONG.tolist()
@@ -77,7 +77,7 @@ def test_label_errors_from_dynamics_have_no_likely_class(blobs):
         "run", [1], {}, [], curves, curves, curves, margin, margin, margin > 0, np.arange(2), each, each
     )
     issues, how = tables.likely_errors(replace(found, dynamics=dynamics))
-    assert [one.index for one in issues[:5]] == WRONG.tolist()
+    assert [one.example for one in issues[:5]] == WRONG.tolist()
     assert {one.suggested for one in issues} == {-1}
     assert "no likely class" in how
 
@@ -89,7 +89,10 @@ def test_findings_and_agreement_are_the_numbers(blobs):
     counts = np.bincount(found.labels[top], minlength=CLASSES)
     leader = counts.argmax()
     share = counts[leader] / 20 / np.mean(found.labels == leader)
-    assert f"{counts[leader]} are labeled “{found.class_names[leader]}”, {share:.1f} times" in sentences[0].text
+    assert (
+        f"{counts[leader]} are labeled “\u2068{found.class_names[leader]}\u2069”, {share:.1f} times"
+        in sentences[0].text
+    )
     assert set(sentences[0].examples) == set(top[found.labels[top] == leader].tolist())
     inside = sum(np.isin(np.arange(N), np.argsort(-v, kind="stable")[:12]) for v in found.scores.values())
     assert sentences[1].text.startswith(f"{np.count_nonzero(inside >= 2)} example")
