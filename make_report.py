@@ -23,7 +23,7 @@ from src.formatting import duration, gib
 from src.metrics import get_score
 from src.metrics.proxy import ScoreConfig, score_folders
 from src.report.collect import ReportConfig, collect
-from src.report.page import require_page, write_page
+from src.report.page import library, require_page, write_page
 
 
 def parse() -> Namespace:
@@ -48,6 +48,7 @@ def main() -> None:
     """Parse, read, write, print."""
     args = parse()
     started = time.perf_counter()
+    library()  # fails before anything is read
     config, data = build(ReportConfig, args), build(DataConfig, args)
     for path in filter(None, (config.selection, config.planted)):
         if not path.exists():
@@ -61,7 +62,7 @@ def main() -> None:
     page, *tables = write_page(out, found, config)
     size, seconds = gib(page.stat().st_size), duration(time.perf_counter() - started)
     print(
-        f"{min(config.examples, found.train.total):,} of {found.train.total:,} examples, {len(found.scores)} "
+        f"{min(config.examples, len(found.used)):,} of {len(found.used):,} examples, {len(found.scores)} "
         f"score{'s' * (len(found.scores) != 1)}, {size}, {seconds}"
     )
     print(*tables, page, sep="\n")

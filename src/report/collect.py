@@ -224,6 +224,12 @@ class Contents:
     velocities: dict[str, list[Velocities]] = field(default_factory=dict)
 
     @property
+    def used(self) -> np.ndarray:
+        """The indices of the training examples, without those drawn for testing, ascending ``(m,)``."""
+        everyone = np.arange(len(self.labels))
+        return everyone if self.train.drawn is None else np.setdiff1d(everyone, self.train.drawn)
+
+    @property
     def predictions(self) -> np.ndarray | None:
         """The class probabilities that predictions come from, out-of-sample ones if there are any ``(n, C)``."""
         return self.fitted if self.probabilities is None else self.probabilities

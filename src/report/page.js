@@ -58,7 +58,7 @@ function saveExamples(name, positions, which) {
   const rows = [["index", "file", "class", ...which.map((k) => page.scores[k].mode)]];
   for (const at of positions)
     rows.push([data.index[at], fileName(at), className(data.label[at]),
-      ...which.map((k) => (Number.isNaN(scores[k][at]) ? "" : scores[k][at]))]);
+      ...which.map((k) => (Number.isNaN(scores[k][at]) ? "" : +scores[k][at].toPrecision(8)))]);
   save(name, rows);
 }
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from src.artifacts.io import write_with
-from src.errors import ArgumentError, FileError
+from src.errors import FileError, UserError
 from src.formatting import duration
 from src.report import tables
 from src.report.collect import Contents, ReportConfig
@@ -172,7 +172,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def largest_loss(found: Contents) -> float:
     """The loss that the largest byte stands for."""
-    return max(float(np.nanmax(found.dynamics.losses)), 1e-6) if found.dynamics is not None else 1.0
+    losses = np.ones(1) if found.dynamics is None else found.dynamics.losses
+    return max(float(losses.max(where=np.isfinite(losses), initial=0)), 1e-6)
 
 
 def one_byte(values: np.ndarray) -> np.ndarray:
@@ -188,7 +189,7 @@ def description(
     linked = files is not None and _root(found) is not None
     described: dict[str, Any] = {
         "name": found.train.entry.name,
-        "total": len(found.labels),
+        "total": len(found.used),
         "shown": len(shown),
         "classes": list(found.class_names),
         "scores": [
@@ -304,17 +305,17 @@ def require_page(path: Path, overwrite: bool) -> None:
 
 
 def library() -> str:
-    """The text of plotly.js.
+    """The text of plotly.js. Called first, it also checks that the packages are installed.
 
     Raises:
-        ArgumentError: The package plotly is not installed.
+        UserError: The packages plotly and jinja2 are not installed.
     """
     try:
+        import jinja2  # noqa: F401
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ArgumentError(
-            "out",
-            ": the page needs the packages plotly and jinja2; install them with: pip install -r requirements.txt",
+        raise UserError(
+            "the page needs the packages plotly and jinja2; install them with: pip install -r requirements.txt"
         ) from error
     return get_plotlyjs()
 
@@ -358,7 +359,7 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         "has_files": files is not None,
         "shape": found.train.image_shape,
         "shown": len(shown),
-        "all_shown": len(shown) == len(found.labels),
+        "total": len(found.used),
         "sheets": sheets,
         "places": places,
         "findings": [(one.text, [places[i] for i in one.examples if i in places]) for one in several],
@@ -394,7 +395,7 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
     }
     template = environment.get_template("template.html")
     written = [write_with(path, _streamed(template.stream(**values)))]
-    if len(shown) < len(found.labels):
+    if len(shown) < len(found.used):
         written += write_table(path, found, config.anonymize)
     return written
 
@@ -417,12 +418,13 @@ def write_table(path: Path, found: Contents, anonymize: bool) -> list[Path]:
     import csv
 
     names, files = found.class_names, None if anonymize else found.files
+    used = found.used
     columns: Mapping[str, Any] = {
-        "index": range(len(found.labels)),
-        **({} if files is None else {"file": [files[i] for i in range(len(found.labels))]}),
-        "class": [names[label] for label in found.labels],
-        **{mode: values.tolist() for mode, values in found.scores.items()},
-        **{f"rank {mode}": ranks(values).tolist() for mode, values in found.scores.items()},
+        "index": used.tolist(),
+        **({} if files is None else {"file": [files[i] for i in used.tolist()]}),
+        "class": [names[label] for label in found.labels[used]],
+        **{mode: values[used].tolist() for mode, values in found.scores.items()},
+        **{f"rank {mode}": ranks(values)[used].tolist() for mode, values in found.scores.items()},
     }
 
     def write(file: BinaryIO) -> None:

@@ -150,7 +150,7 @@ class Finding(NamedTuple):
 
 def findings(found: Contents, count: int = 3) -> list[Finding]:
     """Describe the data set in a few sentences made from the numbers, the most useful first."""
-    n, names = len(found.labels), found.class_names
+    n, names = len(found.used), found.class_names
     several: list[Finding] = []
     wrong = confident_errors(found)
     if "estimated_errors" in found.audit:
@@ -179,7 +179,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
     mode = next(iter(found.scores))
     most = top(found.scores[mode], max(_TOP, 20 / n))
     if len(names) > 1:
-        sizes = np.bincount(found.labels, minlength=len(names))
+        sizes = np.bincount(found.labels[found.used], minlength=len(names))
         inside = np.bincount(found.labels[most], minlength=len(names))
         leader = int(np.argmax(inside))
         times = inside[leader] / len(most) / (sizes[leader] / n)
@@ -190,7 +190,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         chosen = most[found.labels[most] == leader].tolist()
         several.append(Finding(f"{text}.", chosen))
     if len(found.scores) > 2:
-        counts = np.zeros(n, np.int64)
+        counts = np.zeros(len(found.labels), np.int64)
         for values in found.scores.values():
             counts[top(values, _AGREED)] += 1
         agreed = np.flatnonzero(counts * 2 >= len(found.scores))
@@ -207,7 +207,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         several.append(Finding(f"The scores {text} (Spearman’s correlation {rho:.2f}).".replace("-0", "−0"), []))
     if found.dynamics is not None:
         final = found.dynamics.accuracy[-1]
-        worst = int(np.nanargmin(final))
+        worst = int(np.argmin(np.nan_to_num(final, nan=2.0)))
         text = f"At the end of training, {_quoted(names[worst])} has the lowest training accuracy of all classes"
         several.append(Finding(f"{text} ({percent(float(final[worst]))}).", []))
     return several[:count]
@@ -311,7 +311,7 @@ def class_rows(found: Contents) -> list[dict[str, Any]]:
     classes, mode = len(found.class_names), next(iter(found.scores))
     values = found.scores[mode]
     known = ~np.isnan(values)
-    sizes = np.bincount(found.labels, minlength=classes)
+    sizes = np.bincount(found.labels[found.used], minlength=classes)
     sums = np.bincount(found.labels[known], values[known], minlength=classes)
     scored = np.maximum(np.bincount(found.labels[known], minlength=classes), 1)
     inside = np.bincount(found.labels[top(values, _TOP)], minlength=classes)
@@ -431,15 +431,15 @@ def shown_examples(found: Contents, limit: int, seed: int = 0) -> np.ndarray:
         limit: The largest number of examples.
         seed: Seed of the sample.
     """
-    n = len(found.labels)
-    if n <= limit:
-        return np.arange(n)
+    n, used = len(found.labels), found.used
+    if len(used) <= limit:
+        return used
     chosen = np.zeros(n, bool)
     chosen[[issue.example for issue in likely_errors(found)[0]]] = True
     chosen[[int(row["index"]) for row in (found.duplicates or [])[:LISTED]]] = True
     nearest = np.full(n, n)  # smallest number of examples of the class between the example and an end of a score
     for values in found.scores.values():
-        known = np.flatnonzero(~np.isnan(values))
+        known = used[~np.isnan(values[used])]
         order = known[np.lexsort((values[known], found.labels[known]))]
         sizes = np.bincount(found.labels[known], minlength=len(found.class_names))
         place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -447,7 +447,7 @@ def shown_examples(found: Contents, limit: int, seed: int = 0) -> np.ndarray:
         nearest[order] = np.minimum(nearest[order], np.minimum(place, from_the_top))
     k = np.sort(nearest)[limit // 2]  # fewer than half of the page are nearer
     chosen |= nearest < k
-    others = np.flatnonzero(~chosen)
+    others = used[~chosen[used]]
     room = max(limit - int(np.count_nonzero(chosen)), 0)
     chosen[np.random.default_rng(seed).choice(others, min(room, len(others)), replace=False)] = True
     return np.flatnonzero(chosen)

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -188,6 +189,25 @@ def test_figures_of_other_results(blobs, tmp_path):
     ]  # fmt: skip
     np.testing.assert_array_equal(np.frombuffer(decode(text, "prediction"), "<i2"), p.argmax(1)[::-1])
     assert "After epoch 3, the leave-one-out estimate is 0.75 and the test loss 0.5." in text
+
+
+def test_examples_drawn_for_testing_are_not_shown(blobs):
+    _, _, found, _ = blobs
+    train = found.train.subset(np.arange(N))
+    train.drawn = np.array([0, 50, 239])
+    drawn = replace(found, train=train)
+    rest = sorted(set(range(N)) - {0, 50, 239})
+    assert tables.shown_examples(drawn, N).tolist() == rest
+    part = tables.shown_examples(drawn, 100)
+    assert len(set(part)) == 100
+    assert set(part) <= set(rest)
+    assert sum(row["size"] for row in tables.class_rows(drawn)) == N - 3
+
+
+def test_missing_packages_are_named(blobs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    refuse("make_report.py", *blobs[1], f"--out={tmp_path / 'p.html'}", status=FILE, says="pip install")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input(blobs, tmp_path):
