@@ -4,6 +4,7 @@
 # make geometry  the same set-up, then Hessian spectra and tangent kernels of networks on the digits, with figures
 # make workflow  the same set-up and Snakemake in .venv-workflow, then a small instance of every study of the papers
 # make test    set up .venv with the packages for development as well, then run the tests
+# make test-cluster  the workflow on a Slurm that it installs and starts on this machine (Debian, as root)
 # make lint    ruff and mypy, as CI runs them
 # make bench   speed and memory against the plain way, as ratios in one run
 
@@ -41,7 +42,7 @@ BRIEF := sed -e '/^next: /d' -e '/^runs\//d'
 
 SNAKEMAKE := .venv-workflow/bin/snakemake
 
-.PHONY: samis mpe geometry workflow test lint bench setup clean
+.PHONY: samis mpe geometry workflow test test-cluster lint bench setup clean
 
 setup: $(DEV)
 
@@ -120,6 +121,12 @@ $(SNAKEMAKE): workflow/requirements.txt
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# A Slurm on this machine, for the tests of the workflow on a cluster: needs root and Debian's packages.
+test-cluster: $(DEV) $(SNAKEMAKE)
+	tests/workflow/local-slurm install
+	tests/workflow/local-slurm start
+	$(BIN)/python -m pytest -m slow tests/workflow; status=$$?; tests/workflow/local-slurm stop; exit $$status
 
 lint: $(DEV)
 	$(BIN)/ruff check .
