@@ -347,7 +347,7 @@ def agreement(found: Contents) -> tuple[str, list[dict[str, Any]]]:
             rows.append({"mode": mode, "auroc": auroc(values, planted), "precision": float(planted[inside].mean())})
         return "planted label noise", sorted(rows, key=lambda row: -np.nan_to_num(row["auroc"], nan=-1))
     truth = next((mode for mode in ("mem", "mem_prob") if mode in found.scores), None)
-    if truth is None:
+    if truth is None or found.scores.keys() <= {"mem", "mem_prob"}:
         return "", []
     reference, rows = found.scores[truth], []
     for mode, values in found.scores.items():

@@ -267,3 +267,34 @@ def test_names_in_figures_are_literal_and_looks_can_be_switched(photos, browser)
         assert page.evaluate(rendering) == "pixelated"
         page.locator("#smooth").click()
         assert page.evaluate(rendering) == "auto"
+
+
+def test_digits(browser, tmp_path):
+    """Gray images of 8x8 pixels, of a catalog data set without file names."""
+    from src.datasets import DataConfig
+
+    train, _ = DataConfig("digits").load(tmp_path)
+    values = np.random.default_rng(0).random(len(train))
+    record = {
+        "mode": "mem",
+        "label_hash": label_hash(train.labels.numpy()),
+        "data_hash": train.digest,
+        "settings": {},
+    }
+    write_scores(SCORES["mem"].path(tmp_path / "metrics", "digits"), values, record)
+    out = tmp_path / "new" / "page.html"
+    succeed("make_report.py", "--dataset=digits", f"--out={out}", *folders(tmp_path, "datasets", "metrics", "models"))
+    ranked = np.argsort(-values, kind="stable")
+    images = train.fetch(train.indices).numpy().astype(int)[:, 0]
+    with opened(browser, out) as page:
+        assert page.locator("#count").inner_text() == "1,438 of 1,438 examples"
+        assert page.locator("section").evaluate_all("nodes => nodes.map(node => node.id)") == [
+            "overview", "gallery", "classes", "scores"
+        ]  # fmt: skip
+        for place in (0, 1, 31, 58, 59):
+            shown = pixels(page, page.locator("#tiles canvas").nth(place))
+            assert np.abs(images[ranked[place]] - shown[..., 0].astype(int)).mean() < 4
+            assert np.abs(images - shown[..., 0].astype(int)).mean((1, 2)).argmin() == ranked[place]
+        rows = saved(page, "#download")
+        assert [int(row["index"]) for row in rows] == ranked.tolist()
+        assert {row["file"] for row in rows} == {""}
