@@ -378,6 +378,7 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         "truth": truth,
         "agreement": agreement,
         "duplicates": (found.duplicates or [])[: tables.LISTED],
+        "relabeled": sum(row.get("class") != row.get("its class") for row in found.duplicates or []),
         "duplicate_indices": [int(row["index"]) for row in found.duplicates or []],
         "selected": tables.selection_settings(found.selection),
         "percent": tables.percent,
