@@ -107,9 +107,10 @@ def test_parts_of_several_machines_equal_one_run(planted, tmp_path):
     run("one", "--members=40")
     run("extended", "--members=33", "--ensemble_size=11")
     run("extended", "--members=40")
-    run("a", "--members=1-25", "--no-out_of_sample", "--ensemble_size=4")
-    assert "next: " in run("b", "--members=26-40").out
-    assert not list((tmp_path / "b").rglob("mem_*"))
+    part = run("a", "--members=1-25", "--train_only", "--no-out_of_sample", "--ensemble_size=4")
+    for result in (part, run("b", "--members=26-40")):
+        assert "--merge FOLDERS" in result.out
+    assert not [path for name in "ab" for path in (tmp_path / name).rglob("mem_*")]
     merge = ("--merge", tmp_path / "b" / "metrics")
     refused = call(
         "compute_memorization.py", *flags, "--members=40", *merge, *folders(tmp_path / "c", "datasets", "metrics")

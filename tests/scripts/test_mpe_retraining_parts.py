@@ -14,13 +14,16 @@ PARTS = ("0-1", "4-4", "2-3")  # of models 0 to 4, which one run trains in chunk
 
 
 def part(base, which):
-    succeed(VALIDATION, *flags_of(VALIDATION, base, f"--retrain_part={which}", "--resume"))
+    return succeed(VALIDATION, *flags_of(VALIDATION, base, f"--retrain_part={which}", "--resume"))
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     base = tmp_path_factory.mktemp("parts")
-    part(base, "none")
+    following = part(base, "none").out.splitlines()[-1]
+    assert following.startswith("next: ")
+    assert "--retrain_part=0-4" in following
+    assert "--resume" in following
     before = sorted(path for path in base.rglob("*") if "ckpts" in str(path))
     for which in PARTS:
         part(base, which)

@@ -45,6 +45,11 @@ def test_the_splits(tmp_path):
     data = write_blobs(tmp_path / "blobs.npz", n=90)
     flags = (f"--dataset=npz:{data}", "--model=small_mlp", "--epochs=1", *RATE, "--save_epochs=last",
              *folders(tmp_path, *TRAIN))  # fmt: skip
+    result = succeed("train_split.py", *flags, "--samis_validation_split_index=none")
+    assert (Path(result.out.splitlines()[0]) / "val_10.txt").exists()
+    assert not list(tmp_path.rglob("*.pt"))
+    assert "train_split.py" in result.out.splitlines()[-1]
+    assert "--samis_validation_split_index=all" in result.out.splitlines()[-1]
     result = succeed("train_split.py", *flags, "--samis_validation_split_index=3")
     damaged = (
         tmp_path / "models" / f"split_small_mlp_over_{dataset_name(f'npz:{data}')}_with_sam_sched_const_val_split_1"
