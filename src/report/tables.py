@@ -203,8 +203,13 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
     several += _about_predictions(found)
     if len(found.scores) > 1:
         first, second, rho = _extreme_pair(found)
-        text = f"{found.entries[first].title} and {found.entries[second].title} agree least in rank"
-        several.append(Finding(f"The scores {text} (Spearman’s correlation {rho:.2f}).".replace("-0", "−0"), []))
+        pair = f"{found.entries[first].title} and {found.entries[second].title}"
+        value = f"{rho:.2f}".replace("-", "−")
+        if np.isfinite(rho) and len(found.scores) == 2:
+            several.append(Finding(f"Spearman’s correlation of {pair} is {value}.", []))
+        elif np.isfinite(rho):
+            text = f"Of all scores, {pair} agree least in rank (Spearman’s correlation {value})."
+            several.append(Finding(text, []))
     if found.dynamics is not None:
         final = found.dynamics.accuracy[-1]
         worst = int(np.argmin(np.nan_to_num(final, nan=2.0)))
