@@ -118,9 +118,10 @@ def write_score_table(path: Path, scores: np.ndarray, examples: Examples | None)
     """
     order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))].tolist()
     rank, within = ranks(scores), np.zeros(len(scores), np.int64)
-    for label in [] if examples is None else np.unique(examples.labels):
-        members = np.flatnonzero(examples.labels == label)
-        within[members] = ranks(scores[members])
+    if examples is not None:
+        for label in np.unique(examples.labels):
+            members = np.flatnonzero(examples.labels == label)
+            within[members] = ranks(scores[members])
     rows = []
     for index in order:
         row = {"index": index, "file": "", "class": ""} if examples is None else examples.columns(index)

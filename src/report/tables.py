@@ -178,7 +178,8 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
     several += _about_sensitivities(found)
     mode = next(iter(found.scores))
     most = top(found.scores[mode], max(_TOP, 20 / n))
-    if len(names) > 1:
+    tied = np.count_nonzero(found.scores[mode] >= found.scores[mode][most[-1]])
+    if len(names) > 1 and tied <= 1.5 * len(most):  # otherwise the highest are those with the lowest indices
         sizes = np.bincount(found.labels[found.used], minlength=len(names))
         inside = np.bincount(found.labels[most], minlength=len(names))
         leader = int(np.argmax(inside))

@@ -104,6 +104,19 @@ def test_findings_and_agreement_are_the_numbers(blobs):
     assert rows[0] == {"mode": "mem", "auroc": 1.0, "precision": 1.0}
 
 
+def test_ties_give_no_finding_about_classes(blobs):
+    """The highest of 90 equal scores are those with the lowest indices, whatever their class."""
+    _, _, found, _ = blobs
+
+    def about_classes(values):
+        sentences = tables.findings(replace(found, scores={"mem": values}), count=9)
+        return [one.text for one in sentences if "times its share" in one.text]
+
+    ordered = np.where(found.labels == 0, 1.0, 0.0) + found.scores["csl"] / 10
+    assert len(about_classes(ordered)) == 1
+    assert about_classes(np.round(ordered)) == []
+
+
 def test_a_page_of_a_part_and_the_table_of_all(blobs, tmp_path):
     """Of a set that is too large, the page has the extremes of each class, and the table has everything."""
     _, flags, found, _ = blobs
