@@ -95,9 +95,8 @@ rule samis_seed:
 
 
 def seed_scores(study):
-    names = [folder(study, "metrics", part(study, "dataset"), part(study, "model"), seed, "nn_loss_diff_score.npz")
-             for seed in part(study, "seeds")]
-    return names
+    name, model = part(study, "dataset"), part(study, "model")
+    return [folder(study, "metrics", name, model, seed, "nn_loss_diff_score.npz") for seed in part(study, "seeds")]
 
 
 PAIR_SCORES = ("sam_sgd/samis_loss", "sam_sgd/samis_prob", "sam_sgd/mean_loss")
