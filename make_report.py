@@ -11,6 +11,7 @@ table of all of them next to it, as csv.gz and, if pyarrow is installed, as parq
   python make_report.py --dataset=cifar10 --scores_folder=examples/scores --modes samis_loss aum csl --out=report.html
 """
 
+import logging
 import time
 from argparse import Namespace
 
@@ -56,6 +57,7 @@ def main() -> None:
     if config.out is not None:
         require_page(config.out, config.overwrite)
         require_writable(config.out.parent)
+    logging.getLogger("src.metrics.proxy").setLevel(logging.WARNING)  # the page lists the scores
     found = collect(data, args.scores_folder, args.metrics_folder, build(Folders, args), config)
     out = config.out or report_path(args.plots_folder, found.train.entry.name)
     require_page(out, config.overwrite)
