@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -394,6 +393,7 @@ def write_recorded(path: str | Path, value: Any, record: Mapping[str, Any]) -> l
         file.flush()
         os.fsync(file.fileno())
         path.unlink(missing_ok=True)
+        path.with_suffix(".csv").unlink(missing_ok=True)  # the table of older scores
 
     return [write_with(path, write), json_path]
 
@@ -429,8 +429,6 @@ def write_scores(path: str | Path, scores: np.ndarray, record: Mapping[str, Any]
         raise FileError(f"{path}: not written, {'a score is infinite' if len(indices) else 'no example has a score'}")
     content = pickle.dumps(dict(zip(indices.tolist(), scores[indices].tolist(), strict=True)), protocol=4)
     digest = hashlib.sha256(content).hexdigest()
-    with suppress(OSError):  # writing the scores reports a folder that cannot be written
-        Path(path).with_suffix(".csv").unlink()  # the table of older scores (src.datasets.files)
     return write_recorded(path, content, {**record, "n": len(indices), "total": len(scores), "sha256": digest})
 
 
