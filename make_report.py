@@ -57,8 +57,12 @@ def main() -> None:
     if config.out is not None:
         require_page(config.out, config.overwrite)
         require_writable(config.out.parent)
-    logging.getLogger("src.metrics.proxy").setLevel(logging.WARNING)  # the page lists the scores
-    found = collect(data, args.scores_folder, args.metrics_folder, build(Folders, args), config)
+    reading = logging.getLogger("src.metrics.proxy")
+    reading.setLevel(logging.WARNING)  # the page lists the scores
+    try:
+        found = collect(data, args.scores_folder, args.metrics_folder, build(Folders, args), config)
+    finally:
+        reading.setLevel(logging.NOTSET)
     out = config.out or report_path(args.plots_folder, found.train.entry.name)
     require_page(out, config.overwrite)
     page, *tables = write_page(out, found, config)
