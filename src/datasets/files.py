@@ -96,7 +96,7 @@ class Examples:
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
-    """Rank scores ``(n,)``: 1 is the highest, equal scores have the same rank, and 0 stands for NaN."""
+    """Rank scores ``(n,)``: 1 is the highest, equal scores have the same rank, and 0 means NaN."""
     ordered = np.sort(-scores)  # NaN comes last
     return np.where(np.isnan(scores), 0, np.searchsorted(ordered, -scores) + 1)
 

@@ -47,7 +47,7 @@ class _NpzFile:
 
     Args:
         path: The file.
-        catalog: Whether it is a catalog data set, whose labels are used as they are and which must have both parts.
+        catalog: Whether it is a catalog data set, whose labels are used unchanged and which must have both parts.
 
     Attributes:
         images: uint8 ``(n, c, h, w)`` of each part.
