@@ -90,7 +90,7 @@ def read_exclusions(path: str | Path, examples: Examples) -> np.ndarray:
     total, files = len(examples.labels), examples.files
     columns = [cell.strip() for cell in rows[0]] if rows else []
     column = next((name for name in ("index", "file") if name in columns), None)
-    if column is None:  # the lines as they are, because names may contain commas and quotes
+    if column is None:  # one per line, not split at commas, since names may contain commas and quotes
         lines = read_text(path).splitlines()
     else:
         at = columns.index(column)

@@ -236,7 +236,7 @@ class Contents:
 
     @property
     def predictor(self) -> str:
-        """What makes the predictions, in words."""
+        """A phrase for the models that make the predictions."""
         if self.probabilities is not None:
             return "models that were not trained on the example"
         return "the model, which was trained on the example"

@@ -180,6 +180,18 @@ def test_exclusions_combine_with_subsets(photos, tmp_path):
         chosen(exclude=str(out), subset="10")
 
 
+def test_excluded_examples_that_were_drawn_for_testing_are_reported(tmp_path, caplog):
+    flat = write_photos(tmp_path, parts=("flat",)) / "flat"
+    examples = DataConfig(f"folder:{flat}", test_fraction=0.3).examples(tmp_path)
+    trained = np.setdiff1d(np.arange(12), examples.drawn)
+    out = listed(tmp_path / "out", examples.drawn[0], trained[0], trained[1])
+    caplog.set_level("INFO")
+    chosen = training_indices(DataConfig(f"folder:{flat}", test_fraction=0.3, exclude=str(out)), examples)
+    assert chosen.tolist() == trained[2:].tolist()
+    assert f"excluded 2 of {len(trained)} training examples" in caplog.text
+    assert "1 of its examples were drawn for testing" in caplog.text
+
+
 def test_excluded_examples_are_not_trained_on(photos, tmp_path):
     data = f"--dataset=folder:{photos}"
     names = sorted(ODD)
