@@ -112,7 +112,7 @@ geometry: $(STAMP)
 	printf 'Next: docs/geometry.md explains the figures and the flags\n'
 
 workflow: $(STAMP) $(SNAKEMAKE)
-	$(SNAKEMAKE) --profile workflow/profiles/local digits_all
+	$(SNAKEMAKE) --profile workflow/profiles/local --config python=$(abspath $(BIN))/python -- digits_all
 
 $(SNAKEMAKE): workflow/requirements.txt
 	$(PYTHON) -m venv .venv-workflow

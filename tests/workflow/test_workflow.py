@@ -30,7 +30,9 @@ from workflow_runs import (
 def test_every_command_of_every_study_has_flags_that_its_script_knows(tmp_path):
     files = (WORKFLOW / "config").glob("*.yaml")
     studies = [name for path in files for name in re.findall(r"^  (\w+):\n    kind:", path.read_text(), re.MULTILINE)]
-    assert {"digits_report", "samis_splits", "mpe_fig2a", "mpe_fig11d"} <= set(studies)
+    assert {"report", "samis_splits", "mpe_fig2a", "mpe_fig11d"} <= set(studies)
+    papers = {name for name in studies if not name.startswith(("digits_", "small_"))}
+    assert {f"digits_{name}" for name in papers} <= set(studies)
     plan = run(tmp_path, "--dry-run", *studies)
     commands = set(re.findall(r"export OMP_NUM_THREADS.*", plan))
     used: dict[str, set[str]] = {}
@@ -70,24 +72,48 @@ def test_a_killed_workflow_continues_in_the_middle_of_a_training(tmp_path):
     assert_same_weights(killed, whole)
     assert "Nothing to be done" in run(killed, *study)
 
+    # with other settings, the models are refused and stay
+    (killed / "study.yaml").write_text(STUDY.replace("epochs: 6", "epochs: 7"))
+    assert "epochs (6 vs. 7)" in run(killed, *study, status=1)
+    assert_same_weights(killed, whole)
+
+
+@needs_snakemake
+@pytest.mark.parametrize(
+    ("key", "other", "message"),
+    [
+        ("    data:", "    dta:", "study killed: dta: is not read; choose from data, dataset, kind"),
+        ("gpus: 0}}", "gpu: 0}}", "study killed: resources: scoring: gpu: is not read; choose from cpus, gpus"),
+        ("dataset: digits", "dataset: folder:photos", "study killed: dataset: folder:photos: give the name"),
+    ],
+)
+def test_a_study_with_a_key_that_no_rule_reads_is_refused(tmp_path, key, other, message):
+    assert key in STUDY
+    (tmp_path / "study.yaml").write_text(STUDY.replace(key, other))
+    assert message in run(tmp_path, "--dry-run", f"--configfile={tmp_path / 'study.yaml'}", "killed", status=1)
+
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock (util-linux)")
 def test_each_gpu_is_given_to_one_job_at_a_time(tmp_path):
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "4,7"}
 
-    def job(count):
+    def job(count, **more):
         # after exec, the job is the process itself
         # fmt: off
         words = [WORKFLOW / "on_gpus", str(count), sys.executable, "-c",
                  "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"]
         # fmt: on
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            words, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         return process, process.stdout.readline().strip()
 
     (first, one), (second, two) = job(1), job(1)
     third, none = job(1)
+    (fourth, in_slurm), (fifth, in_same) = job(1, SLURM_JOB_ID="8"), job(1, SLURM_JOB_ID="8")
     try:
         assert (one, two, none) == ("4", "7", "")
+        assert (in_slurm, in_same) == ("4", "7")  # the numbers are those of the Slurm job, which has its own GPUs
         assert third.wait(timeout=30) == 1
         assert "1 more free GPUs are needed, of 4,7" in third.stderr.read()
         cpu, devices = job(0)
@@ -98,6 +124,6 @@ def test_each_gpu_is_given_to_one_job_at_a_time(tmp_path):
         first, again = job(1)  # a killed job gives its GPU back
         assert again == "4"
     finally:
-        for process in (first, second, third, cpu):
+        for process in (first, second, third, fourth, fifth, cpu):
             process.kill()
             process.communicate()

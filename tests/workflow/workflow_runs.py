@@ -49,10 +49,10 @@ def snakemake(base, *words, profile="local"):
     ]
 
 
-def run(base, *words, profile="local"):
+def run(base, *words, profile="local", status=0):
     command = snakemake(base, *words, profile=profile)
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=base)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 

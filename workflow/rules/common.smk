@@ -1,12 +1,16 @@
 # What all rules share: reading the configuration, building commands, and the data of each study.
 
+import re
 import shlex
+
+from snakemake.exceptions import WorkflowError
 
 STUDIES = config["studies"]
 RUNS = config["runs_folder"]
 DATA = config["datasets_folder"]
 PYTHON = str(ROOT / config["python"]) if "/" in str(config["python"]) else config["python"]  # a path, or on PATH
 TARGETS = {}  # kind of study -> function of its name that returns its final files
+KEYS = {}  # kind of study -> the keys that a study must have, and those that it may have
 
 # Scripts find the project by their own path. One thread per core that a job is given. If a job needs GPUs, the wrapper
 # reserves free ones.
@@ -76,6 +80,43 @@ def needs(job, resource):
         return {**config["resources"]["default"], **config["resources"].get(job, {}), **own.get(job, {})}[resource]
 
     return look_up
+
+
+def check(name, study):
+    """Refuse a study with missing keys, or with keys that no rule reads: a misspelled key would leave its settings out."""
+
+    def refuse(text):
+        raise WorkflowError(f"study {name}: {text}")
+
+    def known(where, keys, allowed):
+        for key in keys:
+            if key not in allowed:
+                refuse(f"{where}{key}: is not read; choose from {', '.join(sorted(allowed))}")
+
+    if not re.fullmatch(r"\w+", name):
+        refuse("use only letters, digits and underscores in the name")
+    if study.get("kind") not in KEYS:
+        refuse(f"kind: {study.get('kind')}: choose from {', '.join(KEYS)}")
+    needed, optional = KEYS[study["kind"]]
+    known("", study, {"kind", "resources", *needed, *optional})
+    if missing := [key for key in needed if key not in study]:
+        refuse(f"needs {', '.join(missing)}")
+    jobs = set(config["resources"]) - {"default", "data"}
+    for job, own in study.get("resources", {}).items():
+        known("resources: ", [job], jobs)
+        known(f"resources: {job}: ", own, set(config["resources"]["default"]))
+    for one in [study, *study.get("experiments", {}).values()]:
+        if not re.fullmatch(r"[a-z0-9_]+", str(one.get("dataset", "digits"))):
+            refuse(f"dataset: {one['dataset']}: give the name of a built-in data set, in lower case")
+    if study["kind"] == "mpe":
+        divided = study["script"] == RETRAINS_EXAMPLES
+        if divided != ("retrain_per_job" in study):
+            refuse(f"retrain_per_job: {'is needed' if divided else 'is not read'} with {study['script']}")
+        if divided and not all("n_retrain" in experiment for experiment in study["experiments"].values()):
+            refuse("experiments: n_retrain is needed")
+    for source in (*study.get("of", ()), *study.get("scores_of", ())):
+        if STUDIES.get(source, {}).get("kind") not in ("samis", "memorization", "geometry"):
+            refuse(f"{source}: is not a study that computes scores")
 
 
 def splits(study, seed):

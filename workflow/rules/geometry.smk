@@ -101,3 +101,4 @@ rule kernel_figure:
 
 
 TARGETS["geometry"] = lambda study: [folder(study, "done", f"{name}_figure") for name in ("spectrum", "kernel")]
+KEYS["geometry"] = (*KEYS["samis"][0], "kernels"), (*KEYS["samis"][1], "spectrum")

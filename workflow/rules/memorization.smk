@@ -17,7 +17,7 @@ def member_flags(study, **more):
     return flags(
         {name: part(study, name) for name in ("dataset", "model")},
         part(study).get("data"),
-        part(study, "memorization"),
+        part(study).get("memorization"),
         part(study, "training"),
         {"datasets_folder": DATA},
         **more,
@@ -77,3 +77,4 @@ rule memorization_scores:
 
 
 TARGETS["memorization"] = member_scores
+KEYS["memorization"] = ("dataset", "model", "members", "members_per_job", "training"), ("memorization", "data")

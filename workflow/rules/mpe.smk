@@ -111,3 +111,4 @@ rule experiment_figure:
 
 
 TARGETS["mpe"] = lambda study: [folder(study, "done", f"figure_{number}") for number in range(len(part(study, "figures")))]
+KEYS["mpe"] = ("script", "experiments", "figures"), ("retrain_per_job",)

@@ -21,7 +21,7 @@ def selection_flags(study, funcs):
 def cells(study):
     """All runs of the grid, with the full training set as the reference if "full" is set."""
     chosen = [(func, fraction) for func in part(study, "funcs") for fraction in part(study, "fractions")]
-    if part(study, "full") and ("random", 1.0) not in chosen:
+    if part(study).get("full") and ("random", 1.0) not in chosen:
         chosen.append(("random", 1.0))
     mode, end = part(study, "selection").get("coreset_mode", "large"), f"{part(study, 'model')}_over_{part(study, 'dataset')}"
     return [folder(study, "models", f"{func}_static_coreset_{mode}_{float(fraction)}_{end}", f"seed_{seed}", "last.pt")
@@ -33,7 +33,7 @@ rule pruning_run:
         lambda wildcards: splits(wildcards.study, wildcards.seed),
         lambda wildcards: stored_scores(wildcards.study) if wildcards.func.startswith("min_") else [],
     output:
-        folder("{study}", "models", "{func}_static_coreset_{mode}_{fraction}_{setup}", "seed_{seed}", "last.pt"),
+        update(folder("{study}", "models", "{func}_static_coreset_{mode}_{fraction}_{setup}", "seed_{seed}", "last.pt")),
     params:
         lambda wildcards: selection_flags(wildcards.study, [wildcards.func])
         + " "
@@ -72,7 +72,7 @@ rule pruning_table:
         + " "
         + flags(
             {name: part(wildcards.study, name) for name in ("funcs", "fractions", "seeds")},
-            {"full": part(wildcards.study, "full") or None},
+            {"full": part(wildcards.study).get("full") or None},
             table_only=True,
             plots_folder=folder(wildcards.study, "plots"),
         ),
@@ -86,3 +86,6 @@ rule pruning_table:
 
 
 TARGETS["pruning"] = comparison
+KEYS["pruning"] = (
+    ("dataset", "model", "funcs", "fractions", "seeds", "selection", "training"), ("full", "scores_of", "data")
+)

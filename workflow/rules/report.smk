@@ -12,7 +12,7 @@ def page_flags(study):
     return " ".join([
         flags(
             {"dataset": part(study, "dataset")},
-            part(study, "page"),
+            part(study).get("page"),
             folders(geometry, "hessian_folder", "ntk_folder"),
             models_folder=folder(study, "models"),
             metrics_folder=folder(study, "metrics"),
@@ -40,3 +40,4 @@ rule page:
 
 
 TARGETS["report"] = lambda study: [folder(study, f"{part(study, 'dataset')}.html")]
+KEYS["report"] = ("dataset", "of"), ("page",)

@@ -1,5 +1,8 @@
 # SAMIS: pairs of models trained with SGD and SAM, by ten splits (out of sample) or prematurely (in sample), and their
 # scores averaged over seeds.
+#
+# Snakemake deletes the outputs of a job before it runs it again, and after it fails. It must not delete models: the
+# outputs of trainings are marked with update().
 
 SPLITS = range(1, 11)
 
@@ -22,7 +25,7 @@ def training_flags(wildcards, **more):
         {name: part(study, name) for name in ("dataset", "model")},
         part(study).get("data"),
         part(study, "training"),
-        part(study, wildcards.optimizer) if wildcards.optimizer in part(study) else None,
+        part(study).get(wildcards.optimizer),
         folders(study, *TRAINING),
         optimizer=wildcards.optimizer,
         seed=wildcards.seed,
@@ -35,7 +38,8 @@ rule train_split:
     input:
         lambda wildcards: splits(wildcards.study, wildcards.seed),
     output:
-        folder("{study}", "models", "split_{setup}_with_{optimizer}_{sched}_val_split_{split}", "seed_{seed}", "last.pt"),
+        update(folder("{study}", "models", "split_{setup}_with_{optimizer}_{sched}_val_split_{split}", "seed_{seed}",
+                      "last.pt")),
     params:
         lambda wildcards: training_flags(wildcards, samis_validation_split_index=wildcards.split),
     threads: needs("training", "cpus")
@@ -51,7 +55,7 @@ rule train_full:
     input:
         lambda wildcards: splits(wildcards.study, wildcards.seed),
     output:
-        folder("{study}", "models", "standard_{setup}_with_{optimizer}_{sched}", "seed_{seed}", "last.pt"),
+        update(folder("{study}", "models", "standard_{setup}_with_{optimizer}_{sched}", "seed_{seed}", "last.pt")),
     params:
         lambda wildcards: training_flags(wildcards),
     threads: needs("training", "cpus")
@@ -128,3 +132,4 @@ rule samis_average:
 
 
 TARGETS["samis"] = samis_scores
+KEYS["samis"] = ("protocol", "dataset", "model", "seeds", "training"), ("data", "sgd", "sam")
