@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import mpe
-from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, STRUCTURES, TRAINS_BASE, ExperimentConfig
+from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, TRAINS_BASE, ExperimentConfig
 from src.artifacts.paths import Folders
 from src.artifacts.store import check_score_target
 from src.cli import Parser, build, option, print_next, run_script
@@ -46,12 +46,6 @@ class LooConfig:
     optim_var: bool = option(
         False, "use variances from the optimizer's state (iblr, adam) instead of Laplace", acts=TRAINS_BASE
     )
-    var_version: str = option(
-        STRUCTURES[0],
-        "structure of the Laplace posterior",
-        choices=STRUCTURES,
-        acts=(lambda args: not args.optim_var, "with --optim_var, which does not fit a Laplace posterior"),
-    )
     write_scores: bool = option(False, "write the final sensitivities as score 'mpe'")
 
     def __post_init__(self) -> None:
@@ -67,7 +61,7 @@ def parse() -> Namespace:
     parser = Parser(__doc__)
     parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
-    parser.add(ExperimentConfig, "experiment", defaults={"name_exp": "fmnist_lenet_sgd_kfac"})
+    parser.add(ExperimentConfig, "experiment", skip=("finite_time",), defaults={"name_exp": "fmnist_lenet_sgd_kfac"})
     parser.add(LooConfig, "leave-one-out estimates")
     parser.add(ComputeConfig, "computing", skip=ONE_PROCESS)
     parser.add(Folders, "folders", only=(*EXPERIMENT_FOLDERS, "metrics_folder"))
@@ -157,12 +151,12 @@ def main() -> None:
         path = SCORES["mpe"].path(folders.metrics_folder, experiment.context.entry.name)
         settings = experiment.settings()
         check_score_target(path, settings, overwrite=config.overwrite, only=settings)
-    experiment.check_variances(config.delta, own.var_version)
+    experiment.check_variances(config.delta)
 
     def predict(trainer):
         if own.optim_var:
             return experiment.from_optimizer(trainer)
-        return experiment.laplace(config.delta, own.var_version)
+        return experiment.laplace(config.delta)
 
     iterations = LooIterations(result, predict, config.epochs, config.class_cov)
     trainer = experiment.train_base(measure=iterations)

@@ -98,6 +98,7 @@ def main() -> None:
     own = build(DeltasConfig, args)
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment, forms_of
+    from mpe.posterior import sgd_time
     from mpe.retraining import RetrainSettings, check_retraining, how_to_run, retrain
 
     experiment = Experiment(config, data, compute, folders, "cv", vars(args))
@@ -105,12 +106,15 @@ def main() -> None:
     check_retraining(experiment, side_by_side, [experiment.count])
     experiment.check_variances(deltas[0])
     result = experiment.result()
+    time = (
+        sgd_time(config.epochs, config.lr, config.lrmin, experiment.count, config.bs) if config.finite_time else None
+    )
     member = experiment.build()  # reused: each trained model is loaded into it
 
     def measure(weights, number: int) -> dict[str, float]:
         member.load_state_dict(weights)
         accuracy, loss = experiment.test_metrics(member)
-        found = experiment.laplace(deltas[number], model=member)
+        found = experiment.laplace(deltas[number], time=time, model=member)
         row = {"test_accs": accuracy, "test_nlls": loss, "train_acc": found.accuracy, "train_nll": found.nll}
         for form in forms_of(config.class_cov):
             row[f"estimated_nll_{form}"] = float(mpe.loo_losses(found, mpe.estimate(found, form)).mean())

@@ -205,7 +205,7 @@ def main() -> None:
     retraining = build(RetrainingConfig, args)
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment
-    from mpe.retraining import check_retraining, retrain_without, weights_hash
+    from mpe.retraining import check_retraining, retrain_without, retraining_time, weights_hash
 
     experiment = Experiment(config, data, compute, folders, "retrain", vars(args))
     wanted, count = args.n_retrain + args.n_spread, experiment.count
@@ -234,7 +234,8 @@ def main() -> None:
     if found.get("base_weights") == weights:  # computed for these weights
         log.info("reusing the estimates of an earlier run: %s", scores.path)
     else:
-        found = score_content(experiment.laplace(config.delta), config.class_cov, weights)
+        time = retraining_time(experiment, retraining, count - 1)
+        found = score_content(experiment.laplace(config.delta, time=time), config.class_cov, weights)
         scores.write(**found)
     print(scores.path)
     print(f"train accuracy {100 * found['train_acc']:.2f} %, NLL {found['train_nll']:.6f}")

@@ -50,7 +50,10 @@ def parse() -> Namespace:
     parser.add(DataConfig, "data", defaults={"dataset": "fmnist"})
     parser.add(ModelConfig, "model", only=("model",), defaults={"model": "lenet"})
     parser.add(
-        ExperimentConfig, "experiment", skip=("checkpoint", "laplace_backend"), defaults={"lr": 0.1, "lrmin": 0.0}
+        ExperimentConfig,
+        "experiment",
+        skip=("checkpoint", "var_version", "laplace_backend", "finite_time"),
+        defaults={"lr": 0.1, "lrmin": 0.0},
     )
     parser.add_argument(
         "--checkpoints",

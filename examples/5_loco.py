@@ -122,7 +122,7 @@ def main() -> None:
     retraining = build(RetrainingConfig, args)
     data, compute, folders = build(DataConfig, args), build(ComputeConfig, args), build(Folders, args)
     from mpe.experiment import Experiment
-    from mpe.retraining import check_retraining, retrain_without
+    from mpe.retraining import check_retraining, retrain_without, retraining_time
 
     experiment = Experiment(config, data, compute, folders, "leaveclassout", vars(args))
     labels = experiment.train.labels.cpu().numpy()
@@ -134,7 +134,8 @@ def main() -> None:
 
     last = experiment.train_base().history[-1]
     base = (last["test_accuracy"], last["test_loss"])
-    predictions = experiment.laplace(config.delta)
+    time = retraining_time(experiment, retraining, count)
+    predictions = experiment.laplace(config.delta, time=time)
     estimated = class_estimates(predictions, config.class_cov, experiment.context.entry.num_classes)
 
     def write(rows: dict[str, np.ndarray]) -> None:

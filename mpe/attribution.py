@@ -79,6 +79,7 @@ def contributions_from_checkpoint(
     look = {"normalization": state["normalisation"]}
     train = context.batches(context.full_train, _BATCH, **look)
     posterior = laplace_posterior(model, train, delta, progress=True)
+    assert isinstance(posterior, Posterior)  # KFAC
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     parts = [
         predicted_contributions(

@@ -11,8 +11,8 @@ from src.optimizers import IBLR_BACKENDS
 CLASS_COVARIANCES = ("diag", "full", "woodbury")
 """Treatments of the covariance between the classes of an example; see ``mpe.estimates.estimate``."""
 
-STRUCTURES = ("kfac", "diag")
-"""Structures of the Laplace posterior."""
+STRUCTURES = ("kfac", "diag", "ggn")
+"""Structures of the Laplace posterior; ``ggn`` is the exact matrix, for small models."""
 
 SHUFFLE_ORDERS = {"none": "sequential", "once": "fixed", "epoch": "shuffled"}
 """The values of ``base_shuffle``, and the corresponding order of ``src.datasets.Batches``."""
@@ -29,6 +29,10 @@ noise between models and saves time, but the batches differ from those of traini
 TRAINS_BASE = (lambda args: getattr(args, "checkpoint", None) is None, "with --checkpoint, which is not trained")
 """When a setting of the base training has an effect."""
 
+_FITS_LAPLACE = (
+    lambda args: not getattr(args, "optim_var", False),
+    "with --optim_var, which does not fit a Laplace posterior",
+)
 _POSITIVE = number(float, 0, open_low=True)
 _COUNT = number(int, 1)
 _RATE = number(float, 0)
@@ -85,15 +89,26 @@ class ExperimentConfig:
     memory_mb: float = option(
         128.0, "memory limit for per-example gradients, in MiB", _POSITIVE, title="prediction variances"
     )
+    var_version: str = option(
+        STRUCTURES[0],
+        "structure of the Laplace posterior: kfac, diag, or ggn, the exact GGN of a model of up to 10,000 parameters",
+        choices=STRUCTURES,
+        title="Laplace posterior",
+        acts=_FITS_LAPLACE,
+    )
     laplace_backend: str = option(
         "fast",
         "implementation of curvature and variances: this project's layer-by-layer code, or the laplace-torch package",
         choices=("fast", "laplace-torch"),
         title="Laplace posterior",
-        acts=(
-            lambda args: not getattr(args, "optim_var", False),
-            "with --optim_var, which does not fit a Laplace posterior",
-        ),
+        acts=_FITS_LAPLACE,
+    )
+    finite_time: bool = option(
+        False,
+        "account for the number of epochs: scale the variance along each direction by how far SGD gets along it; the "
+        "paper assumes convergence",
+        title="Laplace posterior",
+        acts=_FITS_LAPLACE,
     )
     hess_init: float = option(
         0.1,
@@ -115,6 +130,8 @@ class ExperimentConfig:
     optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
+        if self.finite_time and (self.optimizer != "sgd" or self.laplace_backend != "fast"):
+            raise ArgumentError("finite_time", ": needs --optimizer=sgd and --laplace_backend=fast")
         if self.lrmin > self.lr:
             raise ArgumentError(
                 "lrmin",
@@ -129,6 +146,11 @@ class RetrainingConfig:
     lr_retrain: float = option(1e-3, "initial learning rate", _POSITIVE)
     lrmin_retrain: float = option(1e-4, "final learning rate of the cosine schedule", _RATE)
     epochs_retrain: int = option(300, "number of epochs", _COUNT)
+    retrain_from: str = option(
+        "base",
+        "weights at the start of retraining: those of the base model, or its initial ones, to retrain from scratch",
+        choices=("base", "initial"),
+    )
     retrain_shuffle: str = option(
         "seeded",
         "data order for retraining: seeded, one permutation per model, seeded by the removed examples; replay, the "

@@ -48,7 +48,7 @@ from src.artifacts.io import label_hash
 from src.artifacts.store import write_scores
 from src.datasets import dataset_name
 from src.datasets.files import Examples, write_score_table
-from src.jacobians import OutputVariances, Posterior
+from src.jacobians import DensePosterior, Posterior, output_variances
 from src.jacobians.ggn import root_of_softmax_covariance
 from src.metrics import SCORES
 
@@ -396,7 +396,7 @@ class Sensitivities:
 def sensitivities(
     model: nn.Module,
     loader: Iterable[Sequence[Tensor]],
-    posterior: Posterior | Optimizer | str,
+    posterior: Posterior | DensePosterior | Optimizer | str,
     *,
     delta: float | None = None,
     num_examples: int | None = None,
@@ -414,8 +414,9 @@ def sensitivities(
         loader: the training examples without augmentation, as ``(images, labels)`` or ``(images, labels, indices,
             ...)``. Without indices, an example's index is its position in the pass, so the loader must not shuffle.
             In that case, a torch DataLoader is accepted only if it reads its data set in order from the beginning.
-        posterior: ``"kfac"`` or ``"diag"`` for a Laplace posterior fitted on the same loader; the optimizer that
-            trained the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a `Posterior`.
+        posterior: ``"kfac"``, ``"diag"`` or ``"ggn"`` (exact, for small models) for a Laplace posterior fitted on the
+            same loader; the optimizer that trained the model (`src.optimizers.IBLR`, IVON, Adam, AdamW); or a
+            `Posterior`.
         delta: prior precision, for Laplace and Adam. The training loss is ``mean cross-entropy + delta / (2 N)
             |w|^2``, so weight decay w corresponds to delta = w N.
         num_examples: N, for Adam; by default the number of examples in the loader.
@@ -447,7 +448,7 @@ def sensitivities(
         if num_examples is None and "hess" not in posterior.param_groups[0]:
             num_examples = _count(loader)
         posterior = optimizer_posterior(posterior, model, num_examples=num_examples, delta=delta)
-    with OutputVariances(model, posterior, full=class_cov != "diag", memory_mb=memory_mb) as engine:
+    with output_variances(model, posterior, full=class_cov != "diag", memory_mb=memory_mb) as engine:
         predictions = predict(engine, loader, progress=progress)
     return Sensitivities(predictions, estimate(predictions, class_cov), settings)
 

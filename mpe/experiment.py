@@ -29,7 +29,14 @@ from src.context import RunContext
 from src.datasets import Batches, DataConfig, ImageSet, empty_images
 from src.devices import ComputeConfig
 from src.errors import ArgumentError, FileError
-from src.jacobians import OutputVariances, Posterior
+from src.jacobians import (
+    DensePosterior,
+    DenseVariances,
+    OutputVariances,
+    Posterior,
+    check_dense,
+    output_variances,
+)
 from src.models import build_model, model_entry
 from src.models.base import load_weights
 from src.training import (
@@ -333,8 +340,8 @@ class Experiment:
     def laplace(
         self,
         delta: float,
-        structure: str = "kfac",
         *,
+        time: float | None = None,
         model: nn.Module | None = None,
         images: ImageSet | None = None,
     ) -> Predictions:
@@ -342,17 +349,17 @@ class Experiment:
 
         Args:
             delta: Prior precision.
-            structure: ``"kfac"`` or ``"diag"``.
+            time: Training time; see ``laplace_posterior``.
             model: The model; by default ``self.model``.
             images: The training examples; by default all.
         """
         config, model = self.config, self._channels_first(model or self.model)
         batches = self.batches(images or self.train, config.bs_jacs, channels_last=False)
-        more: dict[str, Any] = {"structure": structure, "memory_mb": config.memory_mb}
+        more: dict[str, Any] = {"structure": config.var_version, "memory_mb": config.memory_mb}
         if config.laplace_backend == "laplace-torch":
             engine = LaplaceTorchVariances(model, batches, delta, full=config.class_cov != "diag", **more)
             return predict(engine, batches, progress=True)
-        posterior = laplace_posterior(model, batches, delta, progress=True, **more)
+        posterior = laplace_posterior(model, batches, delta, time=time, progress=True, **more)
         with self._engine(model, posterior) as engine:
             return predict(engine, batches, progress=True)
 
@@ -368,11 +375,11 @@ class Experiment:
         """The model or a copy in channels-first format, which makes per-example gradients up to 1.6 times faster."""
         return copy.deepcopy(model).to(memory_format=torch.contiguous_format) if self.channels_last else model
 
-    def _engine(self, model: nn.Module, posterior: Posterior) -> OutputVariances:
+    def _engine(self, model: nn.Module, posterior: Posterior | DensePosterior) -> OutputVariances | DenseVariances:
         config = self.config
-        return OutputVariances(model, posterior, full=config.class_cov != "diag", memory_mb=config.memory_mb)
+        return output_variances(model, posterior, full=config.class_cov != "diag", memory_mb=config.memory_mb)
 
-    def check_variances(self, delta: float = 1.0, structure: str = "kfac") -> None:
+    def check_variances(self, delta: float = 1.0) -> None:
         """Compute the variances of two examples, in order to refuse unsupported models before training.
 
         This project's engine does not need a posterior for this check: it refuses the same models with a unit
@@ -381,11 +388,14 @@ class Experiment:
         two = self.train.subset(torch.arange(min(2, self.count)))
         try:
             if self.config.laplace_backend == "laplace-torch":
-                self.laplace(delta, structure, images=two)
+                self.laplace(delta, images=two)
                 return
             model = self._channels_first(self.model)
-            ones = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
-            with self._engine(model, Posterior(ones)) as engine:
+            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            posterior = Posterior({name: torch.ones_like(p) for name, p in parameters.items()})
+            if self.config.var_version == "ggn":
+                check_dense(sum(p.numel() for p in parameters.values()))
+            with self._engine(model, posterior) as engine:
                 engine(next(iter(self.batches(two, 2, channels_last=False))).images)
         except ValueError as error:
             raise ArgumentError("model", f"{self.config.model}: {error}") from error

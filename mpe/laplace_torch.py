@@ -189,7 +189,7 @@ def _fitted(model: nn.Module, loader: "_Loader", delta: float, structure: str, b
         copy.deepcopy(model).eval(),
         "classification",
         subset_of_weights="all",
-        hessian_structure={"kfac": "kron", "diag": "diag"}[structure],
+        hessian_structure={"kfac": "kron", "diag": "diag", "ggn": "full"}[structure],
         prior_precision=delta,
         backend=backend,
     )

@@ -6,6 +6,7 @@ Laplace ``1 / (GGN + delta)``, elementwise or in KFAC's eigenbases.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from tqdm import tqdm
 
 from mpe.config import STRUCTURES
 from src.errors import MeasurementError
-from src.jacobians import Posterior, ggn_diagonal, kronecker_factors
+from src.jacobians import DensePosterior, Posterior, exact_ggn, ggn_diagonal, kronecker_factors
+from src.optimizers import rate
 
 log = logging.getLogger(__name__)
+
+MOMENTUM = 0.9  # of sgd
 
 
 def optimizer_posterior(
@@ -71,6 +75,20 @@ def optimizer_posterior(
     return Posterior(blocks)
 
 
+def sgd_time(epochs: int, lr: float, lr_min: float, count: int, batch_size: int) -> float:
+    """The ``time`` of `laplace_posterior` for SGD with momentum 0.9 and a cosine schedule.
+
+    Args:
+        epochs: Number of epochs.
+        lr: Learning rate of the first epoch.
+        lr_min: Final learning rate of the schedule.
+        count: N, the number of training examples.
+        batch_size: Examples per step.
+    """
+    rates = [rate("cosine", epoch, epochs, lr, lr_min) for epoch in range(1, epochs + 1)]
+    return math.ceil(count / batch_size) * sum(rates) / (1.0 - MOMENTUM) / count
+
+
 def _ivon_variances(optimizer: Optimizer, num_examples: int | None, delta: float | None) -> dict[int, Tensor]:
     """``1 / (N (h + delta/N))``, keyed by parameter identity. The state is flat, in the order of the parameters."""
     found: dict[int, Tensor] = {}
@@ -105,9 +123,10 @@ def laplace_posterior(
     delta: float,
     *,
     structure: str = "kfac",
+    time: float | None = None,
     memory_mb: float = 128.0,
     progress: bool = False,
-) -> Posterior:
+) -> Posterior | DensePosterior:
     """Fit a Laplace posterior with the GGN of the summed cross-entropy over all batches, at the current parameters.
 
     With ``kfac``, linear layers and convolutions have Kronecker factors (Martens and Grosse 2015). All other
@@ -118,6 +137,8 @@ def laplace_posterior(
         batches: the training examples, as images or as ``(images, ...)``; labels are not used.
         delta: prior precision (delta, not delta/N).
         structure: one of ``STRUCTURES``.
+        time: training time, to account for directions along which SGD has not converged; see
+            `src.jacobians.laplace_variances`. None for convergence, as in the paper.
         memory_mb: see `src.jacobians.OutputVariances`.
         progress: whether to show a progress bar.
 
@@ -131,14 +152,13 @@ def laplace_posterior(
         raise ValueError(f"the prior precision delta must be positive and finite, got {delta}")
     batches = tqdm(batches, desc=f"Laplace {structure}", leave=False, disable=None if progress else True)
     with _without_tf32():
-        if structure == "diag":
-            return ggn_diagonal(model, batches, memory_mb).posterior(delta)
-        curvature = kronecker_factors(model, batches, memory_mb)
-    if curvature.diagonals:
+        fit = {"kfac": kronecker_factors, "diag": ggn_diagonal, "ggn": exact_ggn}[structure]
+        curvature = fit(model, batches, memory_mb)
+    if structure == "kfac" and curvature.diagonals:
         names = list(curvature.diagonals)
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         log.info("KFAC: using a diagonal GGN for %d parameters without Kronecker factors: %s", len(names), shown)
-    return curvature.posterior(delta)
+    return curvature.posterior(delta, time)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mpe.config import RetrainingConfig
 from mpe.experiment import Experiment
+from mpe.posterior import sgd_time
 from mpe.retraining_files import RetrainingFiles, part_folder
 from mpe.schedules import (
     MemberSchedules,
@@ -405,6 +406,14 @@ def how_to_run(experiment: Experiment, retraining: RetrainingConfig) -> dict[str
     }
 
 
+def retraining_time(experiment: Experiment, retraining: RetrainingConfig, count: int) -> float | None:
+    """The ``time`` of ``laplace_posterior`` for retraining on ``count`` examples; None without ``--finite_time``."""
+    if not experiment.config.finite_time:
+        return None
+    rates = retraining.lr_retrain, retraining.lrmin_retrain
+    return sgd_time(retraining.epochs_retrain, *rates, count, experiment.config.bs)
+
+
 def retrain_without(
     experiment: Experiment,
     retraining: RetrainingConfig,
@@ -416,7 +425,9 @@ def retrain_without(
     extra_draws: int = 0,
     part: range | None = None,
 ) -> Arrays:
-    """Retrain from ``experiment.model`` many times, each time without some of the examples. The run can be resumed.
+    """Retrain many times, each time without some of the examples, from ``experiment.model`` or from scratch.
+
+    The run can be resumed.
 
     Args:
         experiment: The experiment, with a trained model.
@@ -443,7 +454,7 @@ def retrain_without(
         build = partial(model_entry(config.model).build, entry.num_classes, entry.channels, entry.image_size)
         replay = replay_generator(build, seed=config.seed)
     return retrain(
-        experiment.model,
+        experiment.model if retraining.retrain_from == "base" else experiment.build(),
         images,
         experiment.train.labels,
         removed,

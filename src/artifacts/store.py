@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "cutout_holes": 0,
     "data_augmentation": False,
     "etl_never_learned": "last",
+    "finite_time": False,
     "hess_init": 0.1,
     "initialization": "older version",
     "input_gradients": False,
@@ -42,10 +43,12 @@ DEFAULTS: dict[str, Any] = {
     "nesterov": False,
     "precision": "fp32",
     "pretrained": False,
+    "retrain_from": "base",
     "rho": 0.05,
     "selection_subsample": "exact",  # in the record of a run on a selection
     "subsample": "exact",  # in the record of the selection itself, whose names happen to start with "selection_"
     "sync_bn": False,
+    "var_version": "kfac",
     "weight_decay": 0.0,
 }
 
@@ -61,6 +64,7 @@ _ACTS = {
     "lr_min": lambda settings: settings.get("lr_sched") != "const",
     "cutout_length": lambda settings: bool(settings.get("cutout_holes", True)),
     "dual_c": lambda settings: settings.get("dual_beta", True),
+    "finite_time": lambda settings: not settings.get("optim_var"),
     "laplace_backend": lambda settings: not settings.get("optim_var"),
     "trace_tolerance": lambda settings: settings.get("trace_probes", 1) > 0,
     "var_version": lambda settings: not settings.get("optim_var"),

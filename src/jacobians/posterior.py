@@ -29,6 +29,30 @@ class Rotated:
     inputs: Tensor | None = None
 
 
+def laplace_variances(curvature: Tensor, delta: float, time: float | None = None) -> Tensor:
+    """Variances of a Laplace posterior along directions with the given curvature of the summed loss.
+
+    The posterior of Nickl et al. (2023) is ``1 / (curvature + delta)``: the covariance with which removing an example
+    moves the minimum. Gradient descent reaches the new minimum only along directions with enough curvature. In a
+    quadratic model, after a finite time, it has moved by the fraction ``1 - exp(-time (curvature + delta))``.
+
+    Args:
+        curvature: Of any shape, nonnegative.
+        delta: Prior precision: the coefficient of ``|w|^2 / 2``, which is added to the summed loss.
+        time: Sum of the learning rates of all steps, divided by ``1 - momentum`` and by N, the number of examples in
+            the mean loss; None for infinite time.
+
+    Raises:
+        ValueError: delta is not positive, or the time is not.
+    """
+    if not 0 < delta < float("inf"):
+        raise ValueError(f"the prior precision delta must be positive and finite, got {delta}")
+    if time is not None and not time > 0:
+        raise ValueError(f"the time must be positive, got {time}")
+    precisions = curvature + delta
+    return 1.0 / precisions if time is None else -torch.expm1(-time * precisions) / precisions
+
+
 Block = Tensor | Rotated
 """Variances in the parameter's own shape, or a `Rotated` covariance."""
 
@@ -108,16 +132,16 @@ class KroneckerFactors:
         of_inputs, of_outputs = ((values.clamp(min=0), vectors) for values, vectors in found)
         return of_inputs, of_outputs
 
-    def blocks(self, delta: float) -> dict[str, Rotated]:
-        """Covariances of the module's parameters for prior precision delta."""
+    def blocks(self, delta: float, time: float | None = None) -> dict[str, Rotated]:
+        """Covariances of the module's parameters; see `laplace_variances`."""
         (input_values, inputs), (output_values, outputs) = self.eigen
         found = {}
         if self.weight is not None:
             curvature = output_values.unsqueeze(-1) * input_values.unsqueeze(-2)  # (n, o, k)
-            found[self.weight] = Rotated(1.0 / (curvature + delta), outputs, inputs)
+            found[self.weight] = Rotated(laplace_variances(curvature, delta, time), outputs, inputs)
         if self.bias is not None:
             curvature = self.positions * output_values  # (n, o)
-            found[self.bias] = Rotated(1.0 / (curvature + delta), outputs)
+            found[self.bias] = Rotated(laplace_variances(curvature, delta, time), outputs)
         return found
 
 
@@ -135,18 +159,14 @@ class Curvature:
     count: int
     factors: Mapping[str, KroneckerFactors] = field(default_factory=dict)
 
-    def posterior(self, delta: float) -> Posterior:
+    def posterior(self, delta: float, time: float | None = None) -> Posterior:
         """Laplace posterior: precisions ``l_i m_j + delta`` in the factors' eigenbases, otherwise ``GGN + delta``.
 
-        Args:
-            delta: Prior precision: the coefficient of ``|w|^2 / 2``, which is added to the summed loss.
-
-        Raises:
-            ValueError: delta is not positive.
+        See `laplace_variances` for the arguments and errors.
         """
-        if not 0 < delta < float("inf"):
-            raise ValueError(f"the prior precision delta must be positive and finite, got {delta}")
-        blocks: dict[str, Block] = {name: 1.0 / (diagonal + delta) for name, diagonal in self.diagonals.items()}
+        blocks: dict[str, Block] = {
+            name: laplace_variances(diagonal, delta, time) for name, diagonal in self.diagonals.items()
+        }
         for factors in self.factors.values():
-            blocks.update(factors.blocks(delta))
+            blocks.update(factors.blocks(delta, time))
         return Posterior(blocks)

@@ -14,7 +14,7 @@ from src.jacobians.engine import PerExampleEngine, Quantities
 from src.jacobians.posterior import Posterior, Rotated
 
 
-class _InFull(PerExampleEngine):
+class InFull(PerExampleEngine):
     """Hands out the gradients of every parameter in full."""
 
     def take_captured(self, record: Record, names: dict[str, str], part: slice) -> None:
@@ -24,7 +24,7 @@ class _InFull(PerExampleEngine):
             self.take_gradients(names[local], found, part)
 
 
-class _Rows(_InFull):
+class _Rows(InFull):
     """Keeps the gradients of one quantity per example: parameter name -> (b, p)."""
 
     def begin(self, rows: Tensor) -> None:
@@ -36,7 +36,7 @@ class _Rows(_InFull):
         self.kept[name][part] = gradients[0].reshape(gradients.shape[1], -1)
 
 
-class _Products(_InFull):
+class _Products(InFull):
     """Contracts the gradients of one quantity per example with given directions.
 
     Args:

@@ -19,7 +19,7 @@ TILE = 2**20
 """Maximum bytes of a tile of G that is formed, squared and summed at once: half of a typical L2 cache."""
 
 
-def _contracted(jacobian: Tensor, variances: Tensor, full: bool, overwrite: bool = False) -> Tensor:
+def contracted(jacobian: Tensor, variances: Tensor, full: bool, overwrite: bool = False) -> Tensor:
     """Contract with a diagonal S: jacobian (b, q, p), variances (p,) or (b, p)."""
     if full:
         return (jacobian * variances.unsqueeze(-2)) @ jacobian.mT
@@ -42,7 +42,7 @@ def gradient_covariance(gradients: Tensor, block: Rotated, full: bool) -> Tensor
         jacobian = torch.einsum("bqno...,noj->bqnj...", jacobian, outputs)
     if inputs is not None:
         jacobian = torch.einsum("bqnok,nkj->bqnoj", jacobian, inputs)
-    return _contracted(jacobian.reshape(*jacobian.shape[:2], -1), variances.flatten(), full)
+    return contracted(jacobian.reshape(*jacobian.shape[:2], -1), variances.flatten(), full)
 
 
 def outer_covariance(a: Tensor, g: Tensor, weight: Rotated | None, bias: Rotated | None, full: bool) -> Tensor:
@@ -83,7 +83,7 @@ def _one_position(a: Tensor, g: Tensor, weight: Rotated, bias: Rotated | None, f
             rest = gradient_covariance(g.transpose(0, 1), bias, full)
     if basis is not None:
         g = torch.einsum("bqno,noj->bqnj", g, basis)
-    return rest + _contracted(g.reshape(b, q, n * o), scales.reshape(b, n * o), full)
+    return rest + contracted(g.reshape(b, q, n * o), scales.reshape(b, n * o), full)
 
 
 def _many_positions(a: Tensor, g: Tensor, weight: Rotated, full: bool) -> Tensor:
@@ -101,7 +101,7 @@ def _many_positions(a: Tensor, g: Tensor, weight: Rotated, full: bool) -> Tensor
     if inputs is not None:
         jacobian = torch.einsum("bnqok,nkj->bnqoj", jacobian, inputs)
     jacobian = jacobian.transpose(1, 2).reshape(b, q, n * o * k)
-    return _contracted(jacobian, variances.flatten(), full, overwrite=True)
+    return contracted(jacobian, variances.flatten(), full, overwrite=True)
 
 
 def entrywise_variances(rows: Tensor, g: Tensor, variances: Tensor) -> Tensor:

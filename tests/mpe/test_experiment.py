@@ -103,7 +103,7 @@ def test_a_damaged_file_is_refused_or_replaced(path):
 @pytest.mark.parametrize(("name", "last"), [("cnn_deepobs", True), ("lenet", True), ("resnet20_frn", False)])
 def test_model_and_images_have_the_layout_that_trains_faster(name, last, tmp_path):
     flags = dict.fromkeys(("datasets_folder", "models_folder", "log_folder", "resume_ckpts_folder"), tmp_path)
-    config = ExperimentConfig(model=name, epochs=1, bs=32, pickles_folder=tmp_path)
+    config = ExperimentConfig(model=name, epochs=1, bs=32, var_version="diag", pickles_folder=tmp_path)
     draw = np.random.default_rng(0)
     arrays = {
         key: value
@@ -130,7 +130,7 @@ def test_model_and_images_have_the_layout_that_trains_faster(name, last, tmp_pat
     posterior = laplace_posterior(experiment.model, [batch], 1.0, structure="diag")
     with OutputVariances(experiment.model, posterior) as engine:
         variances = engine(batch)[1]
-    found = experiment.laplace(1.0, "diag")
+    found = experiment.laplace(1.0)
     np.testing.assert_allclose(found.variances, variances, rtol=1e-4)
     assert (
         weight.is_contiguous(memory_format=torch.channels_last) is last

@@ -8,10 +8,11 @@ import torch
 from mpe_problems import batches, examples, network
 from torch import nn
 
+from mpe.config import STRUCTURES
 from mpe.laplace_torch import LaplaceTorchVariances, laplace_backend
 from mpe.posterior import laplace_posterior, predict
 from src.errors import ArgumentError
-from src.jacobians import OutputVariances
+from src.jacobians import output_variances
 from src.models import build_model
 from src.models.base import FilterResponseNorm
 
@@ -62,7 +63,7 @@ def built(build, dtype=torch.float64):
 
 def ours(net, given, delta, structure, full):
     posterior = laplace_posterior(net, given, delta, structure=structure)
-    with OutputVariances(net, posterior, full=full) as engine:
+    with output_variances(net, posterior, full=full) as engine:
         return predict(engine, given)
 
 
@@ -80,7 +81,7 @@ def compare(net, given, structure, full, tolerance, **options):
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("structure", ["kfac", "diag"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_equals_the_engine(structure, full, dtype):
     given = batches(*examples(dtype=dtype))  # 3, 3 and 1
     expected = compare(network(dtype), given, structure, full, TOLERANCES[dtype])

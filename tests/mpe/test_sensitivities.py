@@ -17,13 +17,14 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from mpe.config import STRUCTURES
 from mpe.estimates import Estimates, Sensitivities, estimate, loo_losses, refuse_shuffling, sensitivities, sensitivity
 from mpe.posterior import Predictions, laplace_posterior, optimizer_posterior, predict
 from src.artifacts.io import label_hash
 from src.artifacts.store import read_record
 from src.datasets import load_dataset
 from src.errors import MeasurementError, UserError
-from src.jacobians import OutputVariances
+from src.jacobians import output_variances
 from src.metrics.proxy import Proxy
 from src.optimizers import IBLR
 
@@ -54,14 +55,14 @@ def loader(n=9, size=4, **options):
 
 
 def by_hand(net, given, posterior, class_cov):
-    with OutputVariances(net, posterior, full=class_cov != "diag") as engine:
+    with output_variances(net, posterior, full=class_cov != "diag") as engine:
         predictions = predict(engine, given)
     found = estimate(predictions, class_cov)
     return sensitivity(found).numpy(), loo_losses(predictions, found).numpy()
 
 
 @pytest.mark.parametrize("class_cov", ["diag", "full", "woodbury"])
-@pytest.mark.parametrize("structure", ["kfac", "diag"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_laplace_on_a_users_network(structure, class_cov):
     net, given = own_network().train(), loader()
     found = sensitivities(net, given, structure, delta=60.0, class_cov=class_cov)

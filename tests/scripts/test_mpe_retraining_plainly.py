@@ -7,6 +7,7 @@ from mpe_runs import BATCH, CLASSES, DELTA, EPOCHS, L2REG, LOCO, VALIDATION, N, 
 from support import succeed
 
 import mpe
+from mpe.posterior import laplace_posterior, sgd_time
 from src.artifacts.io import read_checkpoint
 from src.datasets import load_dataset
 from src.models import MODELS, build_model
@@ -72,13 +73,16 @@ def trained_weights(base):
     return read_checkpoint(next(base.glob("models/**/last.pt")))["model_state"]
 
 
-def test_script_3_retrains_as_a_plain_loop(tmp_path, global_generator):
-    found = run(VALIDATION, tmp_path, *EXACT)
+@pytest.mark.parametrize("start", ["base", "initial"])
+def test_script_3_retrains_as_a_plain_loop(start, tmp_path, global_generator):
+    found = run(VALIDATION, tmp_path, *EXACT, f"--retrain_from={start}")
     scores = result(VALIDATION, tmp_path, "scores")
     (images, labels), _ = material(tmp_path, scores["indices"])
     removed = found["indices_retrain"]
     weights = trained_weights(tmp_path)
-    for row, model in enumerate(replayed(weights, images, labels, removed, extra=0)):
+    initial = build_model("small_mlp", CLASSES, 1, 8, 1).double().state_dict()
+    begun = weights if start == "base" else initial
+    for row, model in enumerate(replayed(begun, images, labels, removed, extra=0)):
         example = images[[removed[row]]]
         moved = model(example).softmax(1)[0]
         model.load_state_dict(weights)
@@ -103,8 +107,9 @@ def subset_of_digits(base):
     return result(VALIDATION, base / "s", "scores")["indices"]
 
 
-def test_script_2_trains_as_a_plain_loop(tmp_path):
-    found = run(L2REG, tmp_path, "--precision=fp64")
+@pytest.mark.parametrize("more", [(), ("--var_version=ggn", "--finite_time")], ids=["kfac", "ggn, finite time"])
+def test_script_2_trains_as_a_plain_loop(more, tmp_path):
+    found = run(L2REG, tmp_path, "--precision=fp64", *more)
     (images, labels), (test_images, test_labels) = material(tmp_path, subset_of_digits(tmp_path))
     for number in (0, 4):
         model = build_model("small_mlp", CLASSES, 1, 8, 1).double()
@@ -115,5 +120,7 @@ def test_script_2_trains_as_a_plain_loop(tmp_path):
         assert found["test_nlls"][number] == np.float32(wanted)
         wanted = torch.nn.functional.cross_entropy(model(images), labels).item()
         assert found["train_nll"][number] == pytest.approx(wanted, rel=1e-10)
-        wanted = mpe.sensitivities(model, [(images, labels)], "kfac", delta=found["deltas"][number]).loo_nll
+        fit = {"structure": "ggn", "time": sgd_time(EPOCHS, 0.05, 0.01, N, BATCH)} if more else {}
+        posterior = laplace_posterior(model, [images], found["deltas"][number], **fit)
+        wanted = mpe.sensitivities(model, [(images, labels)], posterior).loo_nll
         assert found["estimated_nll"][number] == pytest.approx(wanted, rel=1e-8)
