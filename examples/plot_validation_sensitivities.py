@@ -2,8 +2,8 @@
 r"""Plot estimated sensitivities against the true deviations after retraining without each example (Fig. 2).
 
 Reads {pickles_folder}/{name_exp}_scores.pkl and {name_exp}_retrain.pkl, written by 3_validation_sensitivities.py.
-Writes {plots_folder}/{name_exp}_validation as PNG and PDF, with the suffixes _{class_cov} and _corrected if these
-flags are given. Prints the correlations with bootstrap intervals, also separately for the random examples and for
+Writes {plots_folder}/{name_exp}_validation as PNG and PDF, with the suffixes _{scores_exp}, _{class_cov} and _corrected
+if these flags are given. Prints the correlations with bootstrap intervals, also separately for the random examples and for
 those spread over the range of the estimates (--n_spread).
 
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the projec
 import numpy as np
 
 from mpe.config import FigureConfig
-from src.cli import Parser, run_script
+from src.cli import Parser, file_name, run_script
 from src.errors import FileError, FlagError
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def parse() -> Namespace:
         "--corrected",
         action="store_true",
         help="measure true deviations from a control retrained on all examples, instead of from the base model",
+    )
+    parser.add_argument(
+        "--scores_exp",
+        type=file_name,
+        metavar="NAME",
+        help="compare the estimates of this experiment, which has the same base model (default: name_exp)",
     )
     parser.add(FigureConfig, "figure", defaults={"name_exp": "mnist_mlp"})
     return parser.parse_args()
@@ -56,9 +62,10 @@ def main() -> None:
     from mpe.estimates import correlation_text
     from mpe.plots import StoredResult, save_and_show, validation
 
-    scores = StoredResult(args.pickles_folder, args.name_exp, "scores")
+    scores = StoredResult(args.pickles_folder, args.scores_exp or args.name_exp, "scores")
     retrain = StoredResult(args.pickles_folder, args.name_exp, "retrain")
-    retrain.same_run(scores)
+    if args.scores_exp is None:
+        retrain.same_run(scores)
     if retrain.is_empty("indices_retrain"):
         raise FileError(
             f"{retrain.path}: no model has been retrained yet; run {retrain.script} again with the same flags and "
@@ -76,6 +83,11 @@ def main() -> None:
             f"example {indices.max()} was left out, but {scores.path.name} has {len(sensitivities)} sensitivities"
         )
 
+    if args.scores_exp:
+        base = scores.array("probabilities", ndim=2)[indices]  # (m, C)
+        if not np.array_equal(base, retrain.array("base_probabilities", ndim=2)):
+            raise FlagError(f"--scores_exp {args.scores_exp}: {scores.path} was made with another base model")
+
     estimated = sensitivities[indices]
     text = correlation_text(deviations, estimated)
     figure = validation(deviations, estimated, text)
@@ -83,7 +95,7 @@ def main() -> None:
     for name, chosen in groups(retrain, indices).items():
         text = correlation_text(deviations[chosen], estimated[chosen])
         print(f"{name}:", text.replace("\n", ", "))
-    suffix = (f"_{args.class_cov}" if args.class_cov else "") + "_corrected" * args.corrected
+    suffix = "".join(f"_{part}" for part in (args.scores_exp, args.class_cov) if part) + "_corrected" * args.corrected
     save_and_show(figure, args.plots_folder / f"{args.name_exp}_validation{suffix}", args.show)
 
 

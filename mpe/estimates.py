@@ -286,7 +286,11 @@ def correlation_intervals(
 
 
 def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
-    """Format the number of pairs and their correlations, one per line; a dash if a correlation is undefined."""
+    """Format the number of pairs, their correlations and the slope, one per line; a dash if one is undefined.
+
+    The slope is that of the line through the origin with the least squared distance from the estimates. It is 1 if
+    they have the size of the true values.
+    """
     found = correlation_intervals(true, estimated)
     few = len(true) < FEWEST_PAIRS
     which = f"no intervals for fewer than {FEWEST_PAIRS}" if few else "95 % bootstrap intervals"
@@ -295,6 +299,7 @@ def correlation_text(true: np.ndarray, estimated: np.ndarray) -> str:
     for name, correlation in found.items():
         same = known and not few and bool(np.isnan(correlation.low))
         lines.append(f"{name} {correlation}" + " (all resamples agree: no interval)" * same)
+    lines.append(f"slope {true @ estimated / (true @ true):.3g}" if true.any() else "slope –")
     return "\n".join(lines)
 
 
