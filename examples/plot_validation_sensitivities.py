@@ -2,9 +2,10 @@
 r"""Plot estimated sensitivities against the true deviations after retraining without each example (Fig. 2).
 
 Reads {pickles_folder}/{name_exp}_scores.pkl and {name_exp}_retrain.pkl, written by 3_validation_sensitivities.py.
-Writes {plots_folder}/{name_exp}_validation as PNG and PDF, with the suffixes _{scores_exp}, _{class_cov} and _corrected
-if these flags are given. Prints the correlations with bootstrap intervals, also separately for the random examples and for
-those spread over the range of the estimates (--n_spread).
+Writes {plots_folder}/{name_exp}_validation as PNG and PDF, with the suffixes _{scores_exp}, _{class_cov} and
+_corrected if these flags are given. Prints the correlations with bootstrap intervals, and the slope of the line
+through the origin (1 if the estimates have the size of the true deviations), also separately for the random examples
+and for those spread over the range of the estimates (--n_spread).
 
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp --class_cov full --corrected

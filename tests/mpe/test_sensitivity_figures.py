@@ -132,7 +132,8 @@ def test_correlations_where_all_is_known():
 def test_an_interval_that_says_nothing_is_not_printed():
     x = np.arange(FEWEST_PAIRS + 0.0)
     assert (
-        correlation_text(x[1:], -x[1:]) == "n = 9 (no intervals for fewer than 10)\nSpearman -1.000\nPearson -1.000"
+        correlation_text(x[1:], -x[1:])
+        == "n = 9 (no intervals for fewer than 10)\nSpearman -1.000\nPearson -1.000\nslope -1"
     )
     lines = correlation_text(x, x**3).splitlines()
     assert lines[:2] == [
@@ -141,12 +142,16 @@ def test_an_interval_that_says_nothing_is_not_printed():
     ]
     assert lines[2].startswith("Pearson 0.9")
     assert lines[2].endswith("]")
+    assert lines[3] == f"slope {(x**4).sum() / (x**2).sum():.3g}"
 
 
 def test_correlations_where_there_are_none():
     x = np.arange(50.0)
     for pair in ((x, np.ones(50)), (np.ones(50), x), (x[:2], x[:2]), (x[:0], x[:0])):
-        assert correlation_text(*pair) == f"n = {len(pair[0])}\nSpearman –\nPearson –"
+        start = f"n = {len(pair[0])}\nSpearman –\nPearson –\nslope "
+        assert correlation_text(*pair).startswith(start)
+    assert correlation_text(x[:2], 3 * x[:2]).endswith("slope 3")
+    assert correlation_text(0 * x, x).endswith("slope –")
     assert str(Correlation(0.5, np.nan, np.nan)) == "0.500"
 
 

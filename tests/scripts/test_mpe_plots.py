@@ -12,7 +12,7 @@ import pytest
 from refusals import FILE, FLAG, RunsCode, check
 from support import ROOT, call
 
-from src.artifacts.io import write_pickle
+from src.artifacts.io import read_pickle, write_pickle
 
 OLD = Namespace(name_exp="old", model="lenet", delta=60)
 E, N, C = 6, 250, 4
@@ -222,6 +222,21 @@ def test_files_of_two_runs_are_not_drawn_together(place):
     draw(place, script)
 
 
+def test_estimates_of_another_experiment(place):
+    script = "plot_validation_sensitivities.py"
+    base, indices = np.random.default_rng(0).random((N, 3)), np.array([3, 7, 1])
+    change(place, "retrain", indices_retrain=indices, base_probabilities=base[indices])
+    estimates = np.zeros(N)
+    estimates[indices] = np.argsort(np.argsort(-read_pickle(place / "old_retrain.pkl")["softmax_deviations"]))
+    write_pickle(place / "other_scores.pkl", {"sensitivities": estimates, "probabilities": base})
+    names, result = draw(place, script, "--scores_exp=other")
+    assert "Spearman -1.000" in result.out
+    assert "old_validation_other.pdf" in names
+    shutil.rmtree(place / "plots")
+    write_pickle(place / "other_scores.pkl", {"sensitivities": estimates, "probabilities": base + 1e-9})
+    refused(place, script, FLAG, "--scores_exp other: .* another base model", more=("--scores_exp=other",))
+
+
 @pytest.mark.parametrize("empty", [[], np.empty(0, np.int64)])
 @pytest.mark.parametrize("more", [(), ("--corrected",)])
 def test_only_the_control_is_retrained(place, empty, more):
@@ -237,9 +252,11 @@ def test_correlations_are_told_apart_for_random_and_spread_examples(place, monke
     change(place, "retrain", **content, spread=np.arange(6) >= 3)
     figures = pdf_figures(monkeypatch)
     lines = call(f"examples/{script}", *flags(place, script)).out.splitlines()[:3]
+    estimated = read_pickle(place / "old_scores.pkl")["sensitivities"][indices[:3]]
+    slope = deviations[:3] @ estimated / (deviations[:3] @ deviations[:3])
     which = "(no intervals for fewer than 10)"
-    assert re.match(rf"n = 6 {re.escape(which)}, Spearman 0.771, Pearson 0.\d+$", lines[0])
-    assert lines[1] == f"random examples: n = 3 {which}, Spearman 1.000, Pearson 1.000"
+    assert re.match(rf"n = 6 {re.escape(which)}, Spearman 0.771, Pearson 0.\d+, slope [\d.]+$", lines[0])
+    assert lines[1] == f"random examples: n = 3 {which}, Spearman 1.000, Pearson 1.000, slope {slope:.3g}"
     assert lines[2].startswith(f"spread examples: n = 3 {which}, Spearman -1.000, Pearson -")
     assert figures[0].axes[0].texts[0].get_text().replace("\n", ", ") == lines[0]
     for same in (np.zeros(6, bool), np.ones(6, bool)):
