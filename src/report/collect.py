@@ -30,6 +30,7 @@ from src.cli import check_options, number, option
 from src.datasets import DataConfig
 from src.errors import ArgumentError, FileError
 from src.metrics.compare import mean_known
+from src.metrics.duplicates import COLUMNS
 from src.metrics.evaluation import find_scores, planted_mask
 from src.metrics.label_errors import read_probabilities
 from src.metrics.proxy import Proxy
@@ -182,7 +183,7 @@ class Contents:
 
     Attributes:
         train: The training set.
-        test_size: The number of test examples.
+        test: The test set.
         labels: int64 ``(n,)``.
         scores: The values of each score ``(n,)``, NaN for examples without a score.
         entries: The registry's entry of each score.
@@ -204,7 +205,7 @@ class Contents:
     """
 
     train: ImageSet
-    test_size: int
+    test: ImageSet
     labels: np.ndarray
     scores: dict[str, np.ndarray]
     entries: dict[str, Score]
@@ -273,7 +274,7 @@ def collect(
     train, test = data.load(folders.datasets_folder)
     name, labels = train.entry.name, train.labels.cpu().numpy()
     checks: dict[str, Any] = {"n": train.total, "label_hash": label_hash(labels), "data_hash": train.digest}
-    found = Contents(train, len(test), labels, {}, {}, {})
+    found = Contents(train, test, labels, {}, {}, {})
     if config.name_exp is not None:
         _read_sensitivities(found, config)
     try:
@@ -304,12 +305,16 @@ def collect(
         found.probabilities = read_probabilities(path, train.total, train.entry.num_classes, checks["label_hash"])
     path = label_issues_path(metrics_folder, name)
     if path.exists():
-        found.audit = _read_facts(path.with_suffix(".json"), checks)
-        found.issues = {int(row["index"]): row for row in _read_table(path, ("index", "suggested label"))}
+        found.audit = _read_audit(path.with_suffix(".json"), checks)
+        found.issues = {
+            int(row["index"]): row for row in _read_table(path, ("index", "suggested label"), train.total)
+        }
     path = duplicates_stem(metrics_folder, name).with_suffix(".csv")
     if path.exists():
         _read_facts(path.with_suffix(".json"), checks)
-        found.duplicates = _read_table(path, ("index", "duplicate of", "in", "found by", "similarity"))
+        found.duplicates = _read_table(path, COLUMNS, train.total)
+        if any(row["in"] not in ("train", "test") or not row["duplicate of"].isdecimal() for row in found.duplicates):
+            raise FileError(f"{path}: is damaged: a row does not name the other example; recreate it")
     if config.selection is not None:
         found.kept, found.selection = _read_selection(config.selection, train.total, checks)
     if config.planted is not None:
@@ -337,14 +342,27 @@ def _read_facts(path: Path, checks: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the rows of a csv table that must have these columns."""
+def _read_audit(path: Path, checks: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the record of an audit, and check the numbers and names that the page shows."""
+    facts = _read_facts(path, checks)
+    counts = [facts.get(name, 0) for name in ("estimated_errors", "expected_count", "confident_count")]
+    pairs, names = facts.get("most_common", []), {"suggested label", "given label", "examples"}
+    if not all(isinstance(value, int | float) and np.isfinite(value) for value in counts) or not (
+        isinstance(pairs, list) and all(isinstance(pair, dict) and names <= pair.keys() for pair in pairs)
+    ):
+        raise FileError(f"{path}: is damaged: its estimates are not numbers; run audit_labels.py again")
+    return facts
+
+
+def _read_table(path: Path, columns: Sequence[str], total: int) -> list[dict[str, str]]:
+    """Read the rows of a csv table that must have these columns, about examples 0 to ``total`` - 1."""
     rows = read_csv(path, stripped=False)
     missing = [name for name in columns if not rows or name not in rows[0]]
     if missing:
         raise FileError(f"{path}: has no column {missing[0]!r}; recreate it")
-    if any(len(row) != len(rows[0]) or not row[rows[0].index("index")].isdigit() for row in rows[1:]):
-        raise FileError(f"{path}: is damaged: a row has a missing cell or no index; recreate it")
+    where = rows[0].index("index")
+    if any(len(row) != len(rows[0]) or not row[where].isdecimal() or int(row[where]) >= total for row in rows[1:]):
+        raise FileError(f"{path}: is damaged: a row has a missing cell or no index of an example; recreate it")
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
 
 
@@ -412,6 +430,11 @@ def read_dynamics_of(name: str, paths: Mapping[str, Path], models: Path, checks:
         settings.append((path, {key: value for key, value in arrays["settings"].items() if key != "seed"}))
         check_consistent(settings)
         count, labels = len(arrays["loss"]), arrays["labels"].astype(np.int64)
+        if sums and count != len(sums["loss"][0]):
+            raise FileError(
+                f"{path}: has {count} epochs, but {next(iter(paths.values()))} has {len(sums['loss'][0])}; finish "
+                "training, or give --run"
+            )
         classes = max(arrays["class_test_loss"].shape[1], int(labels.max()) + 1)
         epochs = np.unique(np.linspace(0, count - 1, min(CURVE_EPOCHS, count)).round().astype(np.int64))
         last = arrays["probability"][count // 2 :]

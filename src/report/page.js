@@ -95,6 +95,12 @@ const visible = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "200px" });
 
+function press(event, act) { // what a click does, by keyboard
+  if (event.key !== "Enter" && event.key !== " ") return;
+  event.preventDefault();
+  act();
+}
+
 function label(at) {
   return `${data.index[at]}, ${className(data.label[at])}${page.files ? ", " + fileName(at) : ""}`;
 }
@@ -102,38 +108,36 @@ function label(at) {
 document.querySelectorAll("canvas.thumb").forEach((canvas) => prepare(canvas, +canvas.dataset.at));
 function prepare(canvas, at) {
   canvas.title = label(at);
+  canvas.tabIndex = 0;
+  canvas.setAttribute("role", "button");
   canvas.setAttribute("aria-label", canvas.title);
   canvas.addEventListener("click", () => open(at));
-  canvas.addEventListener("keydown", (event) => { if (event.key === "Enter") open(at); });
+  canvas.addEventListener("keydown", (event) => press(event, () => open(at)));
   visible.observe(canvas);
 }
 
 addEventListener("beforeprint", () => {
+  theme("light");
   for (const node of document.querySelectorAll(".thumb, .plot")) node.draw ? node.draw() : node.dataset.at && paint(node, +node.dataset.at);
 });
 
 // ------------------------------------------------------------------------------------------------ order and ranks
 
-const orders = [];
-// Most atypical first; ties by index; examples without a score last.
-function order(k) {
-  if (!orders[k]) {
-    const values = scores[k], key = (value) => (Number.isNaN(value) ? -Infinity : value);
-    orders[k] = everyone.slice().sort((a, b) => key(values[b]) - key(values[a]) || a - b);
-  }
-  return orders[k];
-}
-
-const ranks = [];
+const ranks = [], orders = [];
+// Among all examples, from 1, the most atypical; equal scores share a rank; 0 without a score.
 function rank(k, at) {
   if (!ranks[k]) {
-    if (byId("array-rank" + k)) ranks[k] = new Uint32Array(decode("array-rank" + k));
-    else {
-      ranks[k] = new Uint32Array(page.shown);
-      order(k).forEach((position, place) => { ranks[k][position] = Number.isNaN(scores[k][position]) ? 0 : place + 1; });
-    }
+    const bytes = decode("array-rank" + k);
+    ranks[k] = new (bytes.byteLength === 2 * page.shown ? Uint16Array : Uint32Array)(bytes);
   }
   return ranks[k][at];
+}
+
+// Most atypical first; ties by index; examples without a score last.
+function order(k) {
+  const key = (at) => rank(k, at) || Infinity;
+  orders[k] ??= everyone.slice().sort((a, b) => (rank(k, a) === rank(k, b) ? a - b : key(a) - key(b)));
+  return orders[k];
 }
 
 // ------------------------------------------------------------------------------------------------ gallery
@@ -179,8 +183,9 @@ function update() {
   delete byId("tiles").dataset.pending;
   const chip = byId("subset");
   chip.hidden = !subset;
-  if (subset) chip.textContent = `${subsetName}: ${count(subset.size)} ×`;
+  if (subset) chip.textContent = `× ${subsetName} (${count(subset.size)})`;
   byId("count").textContent = `${count(view.length)} of ${count(page.shown)} examples`;
+  byId("order").textContent = `${page.scores[chosenScore()].title}, ${fields.namedItem("order").selectedOptions[0].text.toLowerCase()}`;
   render();
 }
 
@@ -198,7 +203,7 @@ function tile(at) {
     line.title += `. Predicted: ${className(data.prediction[at])}, by ${page.predictor}`;
   }
   const value = element("span", { textContent: number(scores[k][at]) });
-  value.title = `${page.scores[k].title}: rank ${count(rank(k, at))} of ${count(page.total)}, 1 is the most atypical`;
+  value.title = `${page.scores[k].title}: ${rank(k, at) ? `rank ${count(rank(k, at))} of ${count(page.scores[k].scored)}, 1 is the most atypical` : "no score"}`;
   const index = element("span", { textContent: data.index[at], title: page.files ? fileName(at) : "Index in the training set" });
   node.append(line, element("span", { className: "sub" }, index, value));
   node.addEventListener("click", () => open(at));
@@ -221,45 +226,55 @@ function turn(step) {
   render();
 }
 
-function show(positions, name) {
-  form.reset();
-  subset = new Set(positions);
+// Shows what fields have these values, or these examples; keeps score, order and size of the page.
+function filter(values, positions = null, name = "") {
+  for (const node of fields) if (!["score", "order", "size"].includes(node.name)) node.value = values[node.name] ?? "";
+  subset = positions && new Set(positions);
   subsetName = name;
   update();
+}
+
+function show(positions, name) {
+  filter({}, positions, name);
   byId("gallery").scrollIntoView();
 }
 
 let timer = 0;
-form.addEventListener("input", () => {
+form.addEventListener("input", (event) => {
+  if (event.target.name === "score") for (const name of ["low", "high"]) fields.namedItem(name).value = ""; // of another score
   byId("tiles").dataset.pending = "";
   clearTimeout(timer);
   timer = setTimeout(update, 120);
 });
 form.addEventListener("submit", (event) => event.preventDefault());
+fields.namedItem("size").addEventListener("input", update);
 byId("previous").addEventListener("click", () => turn(-1));
 byId("next").addEventListener("click", () => turn(1));
 byId("subset").addEventListener("click", () => { subset = null; update(); });
-byId("reset").addEventListener("click", () => { form.reset(); subset = null; update(); });
+byId("reset").addEventListener("click", () => filter({}));
 byId("download").addEventListener("click", () => saveExamples(`${page.name}_${page.scores[chosenScore()].mode}.csv`, view, [chosenScore()]));
 document.querySelectorAll("[data-show]").forEach((button) => button.addEventListener("click", () =>
-  show(button.dataset.show.trim().split(" ").map(Number), button.closest("section").querySelector("h2").textContent)));
+  show(button.dataset.show.trim().split(" ").map(Number), (button.closest("li")?.firstChild ?? button.closest("section").querySelector("h2")).textContent.trim())));
 document.querySelectorAll("[data-label]").forEach((button) => button.addEventListener("click", () => {
-  form.reset();
-  subset = null;
-  fields.namedItem("label").value = button.dataset.label;
-  update();
+  filter({ label: button.dataset.label });
   byId("gallery").scrollIntoView();
 }));
 
-// A click on a heading sorts the table: text ascending, numbers descending, and the reverse on the next click.
-document.querySelectorAll(".sortable th").forEach((heading) => heading.addEventListener("click", () => {
+// A heading sorts its table: text ascending, numbers descending, and the reverse the next time.
+document.querySelectorAll(".sortable th").forEach((heading) => {
+  heading.tabIndex = 0;
+  heading.addEventListener("click", () => sort(heading));
+  heading.addEventListener("keydown", (event) => press(event, () => sort(heading)));
+});
+function sort(heading) {
   const body = heading.closest("table").tBodies[0], cell = (row) => row.cells[heading.cellIndex].textContent;
   const value = (row) => parseFloat(cell(row).replace(/,/g, "")), numeric = heading.classList.contains("n");
-  const up = heading.dataset.up === undefined ? !numeric : heading.dataset.up === "no";
-  heading.dataset.up = up ? "yes" : "no";
+  const before = heading.getAttribute("aria-sort"), up = before ? before === "descending" : !numeric;
+  for (const other of heading.parentNode.cells) other.removeAttribute("aria-sort");
+  heading.setAttribute("aria-sort", up ? "ascending" : "descending");
   const rows = [...body.rows].sort((a, b) => (numeric ? (value(a) || 0) - (value(b) || 0) : cell(a).localeCompare(cell(b))));
   body.append(...(up ? rows : rows.reverse()));
-}));
+}
 
 // ------------------------------------------------------------------------------------------------ marks
 
@@ -268,18 +283,21 @@ const marked = new Set((stored(markKey) ?? "").split(" ").filter(Boolean).map(Nu
 const positionsOf = (indices) => Array.from(everyone).filter((at) => indices.has(data.index[at]));
 
 function updateMarks() {
-  for (const id of ["marks", "save-marks", "clear-marks"]) byId(id).hidden = !marked.size;
-  byId("marks").textContent = `${count(marked.size)} marked`;
+  const here = positionsOf(marked).length; // a page of a part may lack some
+  for (const id of ["marks", "save-marks", "clear-marks"]) byId(id).hidden = !here;
+  byId("marks").textContent = `${count(here)} marked`;
   document.querySelectorAll(".tile").forEach((node) => node.classList.toggle("marked", marked.has(+node.dataset.index)));
   stored(markKey, [...marked].join(" "));
 }
 function mark(at) {
   if (!marked.delete(data.index[at])) marked.add(data.index[at]);
+  if (byId("toggle")) byId("toggle").textContent = marked.has(data.index[at]) ? "Unmark (m)" : "Mark (m)";
   updateMarks();
 }
 byId("marks").addEventListener("click", () => show(positionsOf(marked), "Marked"));
 byId("save-marks").addEventListener("click", () => saveExamples(`${page.name}_marked.csv`, positionsOf(marked), []));
 byId("clear-marks").addEventListener("click", () => { marked.clear(); updateMarks(); });
+byId("mark-all").addEventListener("click", () => { view.forEach((at) => marked.add(data.index[at])); updateMarks(); });
 
 // ------------------------------------------------------------------------------------------------ one example
 
@@ -304,26 +322,28 @@ function open(at) {
   if (data.planted?.[at]) fact("Wrong label", "Known from --planted");
   if (data.kept) fact(data.kept[at] ? "Kept by the selection" : "Dropped by the selection");
   const actions = element("div", { className: "actions" });
-  const toggle = element("button", { type: "button", textContent: marked.has(data.index[at]) ? "Unmark (m)" : "Mark (m)", title: "Marked examples can be saved as a csv file" });
-  toggle.addEventListener("click", () => { mark(at); open(at); });
+  const toggle = element("button", { type: "button", id: "toggle", textContent: marked.has(data.index[at]) ? "Unmark (m)" : "Mark (m)", title: "Marked examples can be saved as a csv file" });
+  toggle.addEventListener("click", () => mark(at));
   actions.append(toggle);
   const href = address(at);
   if (href) actions.append(element("a", { href, target: "_blank", rel: "noopener", textContent: "Open the original" }));
   left.append(actions);
   const table = element("table", {}, element("thead", {}, element("tr", {}, element("th", { textContent: "Score" }),
     element("th", { className: "n", textContent: "Value" }),
-    element("th", { className: "n", textContent: "Rank", title: `Of ${count(page.total)} examples; 1 is the most atypical` }))));
+    element("th", { className: "n", textContent: "Rank", title: "Among all examples with this score; 1 is the most atypical; equal scores share a rank" }))));
   const rows = element("tbody");
   page.scores.forEach((score, k) => rows.append(element("tr", {}, element("td", { textContent: score.title, title: score.meaning }),
     element("td", { className: "n", textContent: number(scores[k][at]) }),
-    element("td", { className: "n", textContent: rank(k, at) ? count(rank(k, at)) : "–" }))));
+    element("td", { className: "n", textContent: rank(k, at) ? count(rank(k, at)) : "–", title: `Of ${count(score.scored)}` }))));
   table.append(rows);
   if (page.curves) {
     const plot = element("div", { className: "plot" });
     left.append(plot);
-    if (window.Plotly) setTimeout(() => drawCurve(plot, at));
+    if (window.Plotly) setTimeout(() => plot.isConnected && drawCurve(plot, at));
   }
   right.append(element("div", { className: "scroll" }, table));
+  const before = body.querySelector(".js-plotly-plot");
+  if (before) Plotly.purge(before); // it listens to the window's size
   body.replaceChildren(left, right);
   paint(canvas, at);
   if (!dialog.open) dialog.showModal();
@@ -360,7 +380,7 @@ document.addEventListener("keydown", (event) => {
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement?.tagName ?? "");
   if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
   if (event.key === "/") { event.preventDefault(); if (dialog.open) dialog.close(); fields.namedItem("query").focus(); }
-  else if (event.key === "m" && opened !== null) { mark(opened); open(opened); }
+  else if (event.key === "m" && opened !== null) mark(opened);
   else if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
     const step = event.key === "ArrowRight" ? 1 : -1;
     if (opened !== null) neighbor(step);
@@ -427,7 +447,6 @@ document.querySelectorAll(".strip").forEach((strip) => {
 
 // ------------------------------------------------------------------------------------------------ scatter
 
-const POINTS = 100000; // plotly freezes on hover above this
 if (byId("plot")) {
   const [x, y, color, byRank] = ["x", "y", "color", "by-rank"].map(byId);
   let selection = [];
@@ -445,12 +464,10 @@ if (byId("plot")) {
 
   const drawScatter = (node) => {
     const [i, j] = [+x.value, +y.value];
-    let points = everyone.filter((at) => !Number.isNaN(scores[i][at]) && !Number.isNaN(scores[j][at]));
-    const complete = points.length, step = Math.ceil(complete / POINTS);
-    if (step > 1) points = points.filter((_, place) => place % step === 0);
+    const points = everyone.filter((at) => !Number.isNaN(scores[i][at]) && !Number.isNaN(scores[j][at]));
     const note = byId("thinned");
-    note.hidden = step === 1 && page.shown === page.total;
-    note.textContent = `${count(points.length)} of ${count(page.total)} examples are drawn${page.shown < page.total ? "; the extremes of each class are over-represented" : ""}.`;
+    note.hidden = points.length === page.total;
+    note.textContent = `${count(points.length)} of ${count(page.total)} examples are drawn${page.shown < page.total ? "; the extremes of each class are over-represented" : ": those with both scores"}.`;
     const value = (k, at) => (byRank.checked ? rank(k, at) : scores[k][at]);
     const many = color.value === "label" && page.classes.length > 40;
     const traces = groups().map(([name, belongs], g) => {
@@ -458,10 +475,11 @@ if (byId("plot")) {
       return { type: "scattergl", mode: "markers", name: plain(name), customdata: Array.from(mine), hoverinfo: "none",
         x: Array.from(mine, (at) => value(i, at)), y: Array.from(mine, (at) => value(j, at)),
         selected: { marker: { opacity: 0.95 } }, unselected: { marker: { opacity: 0.12 } },
-        marker: { size: points.length > 20000 ? 3 : points.length > 4000 ? 4 : 6, opacity: points.length > 20000 ? 0.6 : 0.75,
+        marker: { size: points.length > 20000 ? 3 : points.length > 4000 ? 4 : 6, opacity: points.length > 20000 ? 0.4 : 0.75,
+          symbol: ["circle", "square", "diamond", "cross"][Math.floor(g / COLORS.length)],
           color: many ? Array.from(mine, (at) => data.label[at]) : color.value === "" ? css("--accent") : COLORS[g % COLORS.length], colorscale: "Viridis" } };
     }).filter((trace) => trace.x.length);
-    const title = (k) => plain(page.scores[k].title) + (byRank.checked ? " (rank, 1 is the most atypical)" : "");
+    const title = (k) => plain(page.scores[k].title) + (byRank.checked ? " (rank among all, 1 is the most atypical)" : "");
     draw(node, traces, { dragmode: "lasso", hovermode: "closest", showlegend: traces.length > 1, xaxis: { title: { text: title(i) } }, yaxis: { title: { text: title(j) } },
       legend: { itemsizing: "constant" }, uirevision: `${i} ${j} ${byRank.checked}` },
     { displayModeBar: true, scrollZoom: true, modeBarButtons: [["lasso2d", "select2d", "zoom2d", "pan2d", "resetScale2d", "toImage"]] });
@@ -494,7 +512,11 @@ if (byId("plot")) {
   };
 
   figure("plot", drawScatter);
-  for (const node of [x, y, color, byRank]) node.addEventListener("input", () => { choose([]); drawScatter(byId("plot")); });
+  for (const node of [x, y, color, byRank])
+    node.addEventListener("input", () => {
+      if (node !== color) choose([]); // the axes have changed
+      drawScatter(byId("plot"));
+    });
   byId("show-selected").addEventListener("click", () => show(selection, "Selected in the scatter"));
   byId("download-selected").addEventListener("click", () => saveExamples(`${page.name}_selected.csv`, selection, [...new Set([+x.value, +y.value])]));
 }
@@ -503,8 +525,7 @@ if (byId("plot")) {
 
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
 let wanted = stored("report theme");
-function theme() {
-  const chosen = wanted ?? (darkSystem.matches ? "dark" : "light");
+function theme(chosen = wanted ?? (darkSystem.matches ? "dark" : "light")) {
   document.documentElement.dataset.theme = chosen;
   byId("theme").textContent = chosen === "dark" ? "Light" : "Dark";
   drawn.forEach((drawIt, node) => drawIt(node));
@@ -515,7 +536,8 @@ byId("theme").addEventListener("click", () => {
   stored("report theme", wanted);
   theme();
 });
-darkSystem.addEventListener("change", theme);
+darkSystem.addEventListener("change", () => theme());
+addEventListener("afterprint", () => theme());
 
 function smooth(on) {
   document.body.classList.toggle("smooth", on);

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from src.artifacts.io import write_with
+from src.datasets.files import ranks
 from src.errors import FileError, UserError
 from src.formatting import duration
 from src.report import tables
@@ -47,14 +48,14 @@ _SPECTRUM = 1000  # points of a spectral density
 # ----------------------------------------------------------------------------------------------------- thumbnails
 
 
-def thumbnails(train: ImageSet, shown: np.ndarray, side: int) -> Iterator[np.ndarray]:
+def thumbnails(examples: ImageSet, shown: np.ndarray, side: int) -> Iterator[np.ndarray]:
     """Yield the images at positions ``shown`` scaled to ``side`` pixels, uint8 ``(b, side, side, c)``."""
     import torch
     from PIL import Image
 
     for start in range(0, len(shown), _READ):
         positions = torch.from_numpy(shown[start : start + _READ])
-        images = train.fetch(positions).cpu().permute(0, 2, 3, 1).contiguous().numpy()
+        images = examples.fetch(positions).cpu().permute(0, 2, 3, 1).contiguous().numpy()
         if images.shape[1] != side:
             scaled = [
                 np.asarray(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).resize((side, side)))
@@ -124,6 +125,16 @@ def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
     return file.getvalue()
 
 
+def listed_test_images(found: Contents) -> dict[int, str]:
+    """The test images of which a listed training example is a duplicate, by index, as base64 JPEG files."""
+    rows = [row for row in (found.duplicates or [])[: tables.LISTED] if row["in"] == "test"]
+    indices = found.test.indices.cpu().numpy()
+    positions = np.flatnonzero(np.isin(indices, [int(row["duplicate of"]) for row in rows]))
+    side = min(found.test.image_shape[1], _LARGEST)
+    images = (image for part in thumbnails(found.test, positions, side) for image in part)
+    return {int(indices[k]): text_of(_jpeg(image, 85)) for k, image in zip(positions, images, strict=True)}
+
+
 # --------------------------------------------------------------------------------------------------------- arrays
 
 
@@ -136,7 +147,7 @@ def text_of(values: np.ndarray | bytes) -> str:
 def example_arrays(found: Contents, shown: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of the examples on the page by name, each ``(m,)``, or ``(m, k)`` for curves.
 
-    Scores are float32. Ranks are included only if some examples are not on the page; otherwise the script counts.
+    Scores are float32. Ranks are those among all examples, at full precision.
     """
     arrays: dict[str, np.ndarray] = {"index": shown.astype("<u4"), "label": found.labels[shown].astype("<u2")}
     if found.predictions is not None:
@@ -154,20 +165,11 @@ def example_arrays(found: Contents, shown: np.ndarray) -> dict[str, np.ndarray]:
         arrays["planted"] = found.planted[shown].astype("u1")
     for k, values in enumerate(found.scores.values()):
         arrays[f"score{k}"] = values[shown].astype("<f4")
-        if len(shown) < len(values):
-            arrays[f"rank{k}"] = ranks(values)[shown].astype("<u4")
+        arrays[f"rank{k}"] = ranks(values)[shown].astype("<u2" if len(values) < 2**16 else "<u4")
     if found.dynamics is not None:
         arrays["losses"] = one_byte(np.sqrt(found.dynamics.losses[:, shown] / largest_loss(found))).T
         arrays["probabilities"] = one_byte(found.dynamics.probabilities[:, shown]).T
     return arrays
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each example, 1 for the most atypical, ties by index; 0 for examples without a score."""
-    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
-    places = np.empty(len(values), np.int64)
-    places[order] = np.arange(1, len(values) + 1)
-    return np.where(np.isnan(values), 0, places)
 
 
 def largest_loss(found: Contents) -> float:
@@ -195,11 +197,12 @@ def description(
         "scores": [
             {
                 "mode": mode,
-                "title": _capital(found.entries[mode].title),
+                "title": _capital(tables.title(found, mode)),
                 "source": found.entries[mode].source,
                 "meaning": tables.meaning(found, mode),
+                "scored": int(np.count_nonzero(~np.isnan(values))),
             }
-            for mode in found.scores
+            for mode, values in found.scores.items()
         ],
         "thumbnail": {
             "side": sheets.side,
@@ -340,7 +343,8 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
     )  # fmt: skip
     shown = tables.shown_examples(found, config.examples)
     arrays = {name: text_of(array) for name, array in example_arrays(found, shown).items()}
-    rest = _TABLES + len(script) + sum(map(len, arrays.values()))
+    test_images = listed_test_images(found)
+    rest = _TABLES + len(script) + sum(map(len, [*arrays.values(), *test_images.values()]))
     sheets = Sheets(found.train, shown, (_PAGE - rest) * 3 / 4)  # base64 has 4 bytes for 3
     places = {int(index): place for place, index in enumerate(shown.tolist())}
     names = [str(name) for name in found.class_names]
@@ -364,7 +368,8 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         "places": places,
         "findings": [(one.text, [places[i] for i in one.examples if i in places]) for one in several],
         "meaning": {mode: tables.meaning(found, mode) for mode in found.scores},
-        "titles": {mode: _capital(entry.title) for mode, entry in found.entries.items()},
+        "titles": {mode: _capital(tables.title(found, mode)) for mode in found.scores},
+        "unlearned": tables.unlearned(found),
         "histograms": {mode: tables.histogram(values) for mode, values in found.scores.items()},
         "modes": modes,
         "matrix": matrix,
@@ -378,7 +383,8 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         "truth": truth,
         "agreement": agreement,
         "duplicates": (found.duplicates or [])[: tables.LISTED],
-        "relabeled": sum(row.get("class") != row.get("its class") for row in found.duplicates or []),
+        "test_images": test_images,
+        "relabeled": sum(row["class"] != row["its class"] for row in found.duplicates or []),
         "duplicate_indices": [int(row["index"]) for row in found.duplicates or []],
         "selected": tables.selection_settings(found.selection),
         "percent": tables.percent,
@@ -394,11 +400,10 @@ def write_page(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
         "style": (_TEMPLATES / "page.css").read_text(),
         "script": (_TEMPLATES / "page.js").read_text(),
     }
+    # The table is written first, since the page names it.
+    beside = write_table(path, found, config) if len(shown) < len(found.used) else []
     template = environment.get_template("template.html")
-    written = [write_with(path, _streamed(template.stream(**values)))]
-    if len(shown) < len(found.used):
-        written += write_table(path, found, config.anonymize)
-    return written
+    return [write_with(path, _streamed(template.stream(**values))), *beside]
 
 
 def _streamed(parts: Iterator[str]) -> Callable[[BinaryIO], None]:
@@ -414,18 +419,28 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, int | float | np.number) and np.isfinite(value) else "–"
 
 
-def write_table(path: Path, found: Contents, anonymize: bool) -> list[Path]:
-    """Write all examples with their scores and ranks beside the page, as csv.gz and, with pyarrow, as parquet."""
+def write_table(path: Path, found: Contents, config: ReportConfig) -> list[Path]:
+    """Write all examples with their scores and ranks beside the page, as csv.gz and, with pyarrow, as parquet.
+
+    Raises:
+        FileError: A file of this name exists without a page, so it is not such a table.
+    """
     import csv
 
-    names, files = found.class_names, None if anonymize else found.files
+    targets = [path.with_name(f"{path.stem}{suffix}") for suffix in (".csv.gz", ".parquet")]
+    for target in targets:
+        if target.exists() and not path.exists() and not config.overwrite:
+            raise FileError(f"{target}: exists; the table of all examples would replace it; give --overwrite")
+    names, files = found.class_names, None if config.anonymize else found.files
     used = found.used
     columns: Mapping[str, Any] = {
         "index": used.tolist(),
         **({} if files is None else {"file": [files[i] for i in used.tolist()]}),
         "class": [names[label] for label in found.labels[used]],
-        **{mode: values[used].tolist() for mode, values in found.scores.items()},
-        **{f"rank {mode}": ranks(values)[used].tolist() for mode, values in found.scores.items()},
+        **{mode: [None if v != v else v for v in values[used].tolist()] for mode, values in found.scores.items()},
+        **{
+            f"rank {mode}": [r or None for r in ranks(values)[used].tolist()] for mode, values in found.scores.items()
+        },
     }
 
     def write(file: BinaryIO) -> None:
@@ -437,12 +452,14 @@ def write_table(path: Path, found: Contents, anonymize: bool) -> list[Path]:
             text.flush()
             text.detach()
 
-    written = [write_with(path.with_name(f"{path.stem}.csv.gz"), write, interruptible=True)]
+    written = [write_with(targets[0], write, interruptible=True)]
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         return written
     table = pyarrow.table({name: list(values) for name, values in columns.items()})
-    target = path.with_name(f"{path.stem}.parquet")
-    return [*written, write_with(target, lambda file: pyarrow.parquet.write_table(table, file), interruptible=True)]
+    return [
+        *written,
+        write_with(targets[1], lambda file: pyarrow.parquet.write_table(table, file), interruptible=True),
+    ]

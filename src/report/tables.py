@@ -11,26 +11,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.formatting import duration
-from src.metrics.compare import auroc, spearman, spearman_within_class, top_overlap
+from src.metrics.compare import bootstrap, spearman, spearman_within_class, top_overlap
+from src.metrics.duplicates import EXACT
 from src.metrics.label_errors import confident_classes
 from src.metrics.registry import SENSITIVITY
+from src.metrics.score import LEARNED
 from src.report.collect import Contents
 
 LISTED = 200  # rows of the tables of label errors and duplicates
 BINS = 48
 _TOP = 0.01  # the most atypical examples, whose classes are counted
 _AGREED = 0.05  # an example in the top 5 % of half of the scores is suspicious by all of them
+_CHANCE = 0.01  # largest probability that a class leads the most atypical examples by chance
+_RESAMPLES = 200  # of the intervals of agreement
 
 
 MEANINGS = {
     "mem": "accuracy on the example of models trained on it, minus that of models that were not",
     "mem_prob": "probability of the label by models trained on the example, minus that by models that were not",
-    "out_prob": "minus the probability of the label by models that were not trained on the example",
+    "out_prob": "probability of the label by models that were not trained on the example",
     "samis_loss": "absolute difference of the losses of an SGD-trained and a SAM-trained model",
     "samis_prob": "L1 distance of the probabilities predicted by an SGD-trained and a SAM-trained model",
     "mean_loss": "mean loss of the SGD-trained and the SAM-trained model",
     "csl": "sum of the example's losses over all epochs",
-    "aum": "minus the mean margin (logit of the label minus the largest other logit) over the epochs",
+    "aum": "mean margin over the epochs (logit of the label minus the largest other logit)",
     "el2n": "mean length of the error vector in the first epochs",
     "forg": "how often the example goes from correct to wrong during training",
     "etl": "the epoch from which the example stays correct",
@@ -51,11 +55,35 @@ class LabelIssue(NamedTuple):
     cleanlab: str  # "yes", "no", or "" if cleanlab was not run
 
 
+def title(found: Contents, mode: str) -> str:
+    """The name of a score, and whether its sign was changed so that high is atypical."""
+    name, negated = found.entries[mode].title, found.records[mode].get("negated", found.entries[mode].negated)
+    return f"{name} (negated)" if negated is True and "negated" not in name else name
+
+
 def meaning(found: Contents, mode: str) -> str:
-    """One sentence about a score, for its tooltip."""
-    entry = found.entries[mode]
-    text = f"{entry.title}: {MEANINGS[mode]}" if mode in MEANINGS else entry.title
-    return f"{text}. High is atypical. Source: {entry.paper}."
+    """A few sentences about a score, for its tooltip."""
+    entry, record = found.entries[mode], found.records[mode]
+    text = f"{title(found, mode)}: {MEANINGS[mode]}" if mode in MEANINGS else title(found, mode)
+    text += ". High is atypical."
+    if record.get("negated", entry.negated) is True:
+        text += " The sign was changed for that."
+    low, high = record.get("raw_min"), record.get("raw_max")
+    if str(record.get("scaling", "")).startswith("min-max") and all(isinstance(v, int | float) for v in (low, high)):
+        text += f" Scaled to [0, 1]; before, {low:.3g} to {high:.3g}."
+    elif entry.share_of_epochs:
+        text += " Divided by the number of epochs."
+    return f"{text} Source: {entry.paper}."
+
+
+def unlearned(found: Contents) -> tuple[list[str], float]:
+    """The scores that can have the wrong sign because a model had not learned most examples, and its accuracy."""
+    lowest = {}
+    for mode, record in found.records.items():
+        known = [value for value in record.get("training_accuracy") or () if isinstance(value, int | float)]
+        if found.entries[mode].assumes_learned and min(known, default=1.0) < LEARNED:
+            lowest[mode] = min(known)
+    return list(lowest), min(lowest.values(), default=1.0)
 
 
 def likely_errors(found: Contents) -> tuple[list[LabelIssue], str]:
@@ -90,7 +118,7 @@ def likely_errors(found: Contents) -> tuple[list[LabelIssue], str]:
             issues.append(
                 LabelIssue(int(known[k]), suggested, float(given[k]), float(p[k, suggested]), confident, decided)
             )
-        return issues, f"Out-of-sample probabilities, ranked {how}."
+        return issues, f"The {len(issues)} most suspicious by out-of-sample probabilities, ranked {how}."
     if found.dynamics is not None:
         suspicion = np.nan_to_num(-found.dynamics.margin, nan=-np.inf)
         wrong = found.dynamics.margin < 0  # on average another class had the largest logit
@@ -100,7 +128,8 @@ def likely_errors(found: Contents) -> tuple[list[LabelIssue], str]:
             for i in rows[np.argsort(-suspicion, kind="stable")][:count]
         ]
         how = (
-            f"Recorded dynamics of {found.dynamics.name}, ranked by the mean margin over all epochs, lowest first. "
+            f"The {count} most suspicious by the recorded dynamics of {found.dynamics.name}, ranked by the mean "
+            f"margin over all epochs, lowest first; of all examples, {wrong.sum():,} have a negative one. "
             "The dynamics do not record which other class was predicted, so there is no likely class; "
             "compute_memorization.py --folds 5 --members 5 makes out-of-sample probabilities."
         )
@@ -135,10 +164,14 @@ def confident_errors(found: Contents) -> np.ndarray:
 
 
 def top(values: np.ndarray, fraction: float) -> np.ndarray:
-    """The indices of the highest ``fraction`` of the scored examples, highest first; ties are broken by index."""
-    known = np.count_nonzero(~np.isnan(values))
-    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
-    return order[: max(1, round(fraction * known))]
+    """The indices of the highest ``fraction`` of the scored examples, highest first.
+
+    Examples that are tied at the limit are left out: which of them belong to the top is arbitrary.
+    """
+    order = np.argsort(-values, kind="stable")[: np.count_nonzero(~np.isnan(values))]  # NaN is last
+    k = max(1, round(fraction * len(order)))
+    chosen = order[:k]
+    return chosen if k >= len(order) else chosen[values[chosen] > values[order[k]]]
 
 
 class Finding(NamedTuple):
@@ -150,14 +183,17 @@ class Finding(NamedTuple):
 
 def findings(found: Contents, count: int = 3) -> list[Finding]:
     """Describe the data set in a few sentences made from the numbers, the most useful first."""
+    from scipy.special import bdtrc  # takes a quarter of a second to import
+
     n, names = len(found.used), found.class_names
     several: list[Finding] = []
     wrong = confident_errors(found)
     if "estimated_errors" in found.audit:
         errors = found.audit["estimated_errors"]
-        text = f"About {errors:,.0f} of {n:,} labels ({percent(errors / n)}) are probably wrong"
+        verb = "is" if round(errors) == 1 else "are"
+        text = f"About {errors:,.0f} of {n:,} labels ({percent(errors / n)}) {verb} probably wrong"
         common = found.audit.get("most_common") or []
-        if common:
+        if common and common[0]["examples"] > 1:
             first = common[0]
             text += (
                 f"; most often, {_quoted(first['suggested label'])} is labeled {_quoted(first['given label'])} "
@@ -166,27 +202,35 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         several.append(
             Finding(f"{text}.", [issue.example for issue in likely_errors(found)[0][: max(1, round(errors))]])
         )
-    elif len(wrong):
+    elif found.probabilities is not None and len(wrong):
+        known = np.isfinite(found.probabilities).all(1)
+        accuracy = float((found.probabilities[known].argmax(1) == found.labels[known]).mean())
         text = f"Models that were not trained on an example confidently disagree with {_count(len(wrong), 'label')}"
-        several.append(Finding(f"{text} of {n:,} ({percent(len(wrong) / n)}).", wrong.tolist()))
+        text += f" of {n:,} ({percent(len(wrong) / n)}); they classify {percent(accuracy)} correctly"
+        several.append(Finding(f"{text}.", wrong.tolist()))
     if found.duplicates:
+        exact = sum(row["found by"] == EXACT for row in found.duplicates)
         leaked = sum(row["in"] == "test" for row in found.duplicates)
-        verb = "duplicates" if len(found.duplicates) == 1 else "duplicate"
-        text = f"{_count(len(found.duplicates), 'training example')} {verb} another example"
-        text += f", {leaked:,} of them a test example" if leaked else ", none of them a test example"
+        one = len(found.duplicates) == 1
+        text = (
+            f"{_count(len(found.duplicates), 'training example')} {'is an' if one else 'are'} exact ({exact:,}) or "
+        )
+        text += f"near ({len(found.duplicates) - exact:,}) duplicate{'' if one else 's'} of another example, "
+        text += f"{leaked:,} of them of a test example" if leaked else "none of them of a test example"
         several.append(Finding(f"{text}.", [int(row["index"]) for row in found.duplicates]))
     several += _about_sensitivities(found)
     mode = next(iter(found.scores))
-    most = top(found.scores[mode], max(_TOP, 20 / n))
-    tied = np.count_nonzero(found.scores[mode] >= found.scores[mode][most[-1]])
-    if len(names) > 1 and tied <= 1.5 * len(most):  # otherwise the highest are those with the lowest indices
-        sizes = np.bincount(found.labels[found.used], minlength=len(names))
-        inside = np.bincount(found.labels[most], minlength=len(names))
-        leader = int(np.argmax(inside))
-        times = inside[leader] / len(most) / (sizes[leader] / n)
+    scored = ~np.isnan(found.scores[mode])
+    most = top(found.scores[mode], max(_TOP, 20 / scored.sum()))
+    shares = np.bincount(found.labels[scored], minlength=len(names)) / scored.sum()
+    inside = np.bincount(found.labels[most], minlength=len(names))
+    chance = np.where(inside > 0, bdtrc(inside - 1.0, len(most), shares), 1.0)  # of at least so many examples
+    leader = int(np.argmin(chance))
+    if chance[leader] * len(names) < _CHANCE:
         text = (
-            f"Of the {len(most):,} examples with the highest {found.entries[mode].title} score, {inside[leader]:,} "
-            f"are labeled {_quoted(names[leader])}, {times:.1f} times its share of the training set"
+            f"Of the {len(most):,} examples with the highest score by {title(found, mode)}, {inside[leader]:,} are "
+            f"labeled {_quoted(names[leader])}, {inside[leader] / len(most) / shares[leader]:.1f} times its share of "
+            "all examples"
         )
         chosen = most[found.labels[most] == leader].tolist()
         several.append(Finding(f"{text}.", chosen))
@@ -204,7 +248,7 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
     several += _about_predictions(found)
     if len(found.scores) > 1:
         first, second, rho = _extreme_pair(found)
-        pair = f"{found.entries[first].title} and {found.entries[second].title}"
+        pair = f"{title(found, first)} and {title(found, second)}"
         value = f"{rho:.2f}".replace("-", "−")
         if np.isfinite(rho) and len(found.scores) == 2:
             several.append(Finding(f"Spearman’s correlation of {pair} is {value}.", []))
@@ -240,7 +284,7 @@ def _about_predictions(found: Contents) -> list[Finding]:
 
 def _about_sensitivities(found: Contents) -> list[Finding]:
     """How well the estimates of a sensitivity experiment agree with retraining and with the test loss."""
-    experiment, several = found.sensitivity, []
+    experiment, several, n = found.sensitivity, [], len(found.used)
     if experiment is not None and len(experiment.retrained) > 2:
         rho = spearman(experiment.estimated, experiment.deviations)
         count = _count(len(experiment.retrained), "example")
@@ -250,11 +294,11 @@ def _about_sensitivities(found: Contents) -> list[Finding]:
     if experiment is not None and SENSITIVITY.name in found.scores:
         values = np.nan_to_num(found.scores[SENSITIVITY.name])
         most = top(found.scores[SENSITIVITY.name], _TOP)
-        share = float(values[most].sum() / (values.sum() or 1.0))
-        text = (
-            f"The {_count(len(most), 'most sensitive example')} (1 %) have {percent(share)} of the total sensitivity."
-        )
-        several.append(Finding(text, most.tolist()))
+        if len(most):
+            share = float(values[most].sum() / values.sum())
+            text = f"The {_count(len(most), 'most sensitive example')} ({percent(len(most) / n)}) "
+            text += f"{'has' if len(most) == 1 else 'have'} {percent(share)} of the total sensitivity."
+            several.append(Finding(text, most.tolist()))
     if experiment is not None and len(experiment.epochs):
         epoch = int(experiment.epochs[-1])
         text = f"After epoch {epoch}, the leave-one-out estimate is {experiment.estimates[-1]:.3g} and the test loss "
@@ -319,11 +363,15 @@ def class_rows(found: Contents) -> list[dict[str, Any]]:
     known = ~np.isnan(values)
     sizes = np.bincount(found.labels[found.used], minlength=classes)
     sums = np.bincount(found.labels[known], values[known], minlength=classes)
-    scored = np.maximum(np.bincount(found.labels[known], minlength=classes), 1)
+    scored = np.bincount(found.labels[known], minlength=classes)
     inside = np.bincount(found.labels[top(values, _TOP)], minlength=classes)
     rows = []
     for label in range(classes):
-        row: dict[str, Any] = {"label": label, "size": int(sizes[label]), "mean": sums[label] / scored[label]}
+        row: dict[str, Any] = {
+            "label": label,
+            "size": int(sizes[label]),
+            "mean": sums[label] / scored[label] if scored[label] else np.nan,
+        }
         row["top"] = int(inside[label])
         if found.probabilities is not None:
             mine = found.labels == label
@@ -343,30 +391,38 @@ def agreement(found: Contents) -> tuple[str, list[dict[str, Any]]]:
     """How well each score agrees with the ground truth: planted label noise, or memorization if it was estimated.
 
     Returns:
-        What the truth is (empty if there is none), and one row per score, best first.
+        What the truth is (empty if there is none), and one row per score, best first. Its ``interval`` is the AUROC,
+        or Spearman's correlation, with a bootstrap interval.
     """
-    planted = found.planted
-    if planted is not None:
-        rows = []
-        for mode, values in found.scores.items():
-            inside = top(values, planted.mean())
-            rows.append({"mode": mode, "auroc": auroc(values, planted), "precision": float(planted[inside].mean())})
-        return "planted label noise", sorted(rows, key=lambda row: -np.nan_to_num(row["auroc"], nan=-1))
-    truth = next((mode for mode in ("mem", "mem_prob") if mode in found.scores), None)
-    if truth is None or found.scores.keys() <= {"mem", "mem_prob"}:
-        return "", []
-    reference, rows = found.scores[truth], []
-    for mode, values in found.scores.items():
-        if mode not in ("mem", "mem_prob"):
-            rows.append(
-                {
-                    "mode": mode,
-                    "spearman": spearman(values, reference),
-                    "within": spearman_within_class(values, reference, found.labels),
-                    "top": top_overlap(values, reference, 0.1),
-                }
-            )
-    return found.entries[truth].title, sorted(rows, key=lambda row: -np.nan_to_num(row["spearman"], nan=-2))
+    truth = next((mode for mode in ("mem", "mem_prob") if mode in found.scores), "")
+    others = {mode: values for mode, values in found.scores.items() if mode not in ("mem", "mem_prob")}
+    rows: list[dict[str, Any]] = []
+    if found.planted is not None:
+        measured = bootstrap(list(found.scores.values()), found.planted, resamples=_RESAMPLES)
+        for (mode, values), one in zip(found.scores.items(), measured, strict=True):
+            rows.append({"mode": mode, "interval": one["auroc"], "precision": _precision(values, found.planted)})
+    elif truth and others:
+        reference = found.scores[truth]
+        measured = bootstrap(list(others.values()), reference, resamples=_RESAMPLES)
+        for (mode, values), one in zip(others.items(), measured, strict=True):
+            within = spearman_within_class(values, reference, found.labels)
+            both = np.count_nonzero(~np.isnan(values + reference))
+            overlap = top_overlap(values, reference, 0.1) if both else np.nan
+            rows.append({"mode": mode, "interval": one["spearman"], "within": within, "top": overlap})
+    name = "" if not rows else "planted label noise" if found.planted is not None else title(found, truth)
+    return name, sorted(rows, key=lambda row: -np.nan_to_num(row["interval"].value, nan=-2))
+
+
+def _precision(values: np.ndarray, planted: np.ndarray) -> float:
+    """The share of wrong labels among as many of the highest scores; its mean over all orders of tied examples."""
+    known = ~np.isnan(values)
+    values, planted = values[known], planted[known]
+    wrong = np.count_nonzero(planted)
+    if not wrong:
+        return float("nan")
+    limit = np.sort(values)[-wrong]
+    above, tied = values > limit, values == limit
+    return float((planted[above].sum() + (wrong - above.sum()) * planted[tied].mean()) / wrong)
 
 
 def score_rows(found: Contents) -> list[dict[str, str]]:
@@ -428,9 +484,9 @@ def percent(value: Any) -> str:
 def shown_examples(found: Contents, limit: int, seed: int = 0) -> np.ndarray:
     """The indices of the examples on the page, ascending: all, or the extremes of each class and a uniform sample.
 
-    Of a larger data set, at most half of the page are the k highest and the k lowest examples of each class by each
-    score, with the largest k that fits. The rest is drawn uniformly from all other examples. Label errors, duplicates
-    and the examples of the findings are always included.
+    Of a larger data set, at most half of the page are the listed label errors and duplicates. Half of the rest are
+    the highest and the lowest examples of each class by each score, as many as fit: first the most extreme ones by
+    all scores, then the second ones, and so on. The others are drawn uniformly from all other examples.
 
     Args:
         found: What was read.
@@ -440,22 +496,25 @@ def shown_examples(found: Contents, limit: int, seed: int = 0) -> np.ndarray:
     n, used = len(found.labels), found.used
     if len(used) <= limit:
         return used
+    listed = [issue.example for issue in likely_errors(found)[0]]
+    for row in (found.duplicates or [])[:LISTED]:
+        listed += [int(row["index"])] + [int(row["duplicate of"])] * (row["in"] == "train")
     chosen = np.zeros(n, bool)
-    chosen[[issue.example for issue in likely_errors(found)[0]]] = True
-    chosen[[int(row["index"]) for row in (found.duplicates or [])[:LISTED]]] = True
-    nearest = np.full(n, n)  # smallest number of examples of the class between the example and an end of a score
-    for values in found.scores.values():
+    chosen[list(dict.fromkeys(listed))[: limit // 2]] = True
+    depth = np.full(
+        n, np.inf
+    )  # fewest examples of the class between the example and an end of a score; first scores first
+    for k, values in enumerate(found.scores.values()):
         known = used[~np.isnan(values[used])]
         order = known[np.lexsort((values[known], found.labels[known]))]
         sizes = np.bincount(found.labels[known], minlength=len(found.class_names))
         place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         from_the_top = np.repeat(sizes, sizes) - 1 - place
-        nearest[order] = np.minimum(nearest[order], np.minimum(place, from_the_top))
-    k = np.sort(nearest)[limit // 2]  # fewer than half of the page are nearer
-    chosen |= nearest < k
+        depth[order] = np.minimum(depth[order], np.minimum(place, from_the_top) + k / len(found.scores))
+    extremes = np.argsort(depth, kind="stable")[: np.count_nonzero(np.isfinite(depth))]
+    chosen[extremes[: (limit - np.count_nonzero(chosen)) // 2]] = True
     others = used[~chosen[used]]
-    room = max(limit - int(np.count_nonzero(chosen)), 0)
-    chosen[np.random.default_rng(seed).choice(others, min(room, len(others)), replace=False)] = True
+    chosen[np.random.default_rng(seed).choice(others, limit - np.count_nonzero(chosen), replace=False)] = True
     return np.flatnonzero(chosen)
 
 

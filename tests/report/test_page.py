@@ -79,7 +79,7 @@ def tiles(page):
 def choose(page, **values):
     """Set fields of the gallery's filter, and wait until it is applied."""
     for name, value in values.items():
-        field = page.locator(f"#filters [name={name}]")
+        field = page.locator(f"[name={name}]")
         (field.select_option if field.evaluate("node => node.tagName") == "SELECT" else field.fill)(value)
     page.wait_for_selector("#tiles:not([data-pending])")
 
@@ -128,7 +128,7 @@ def test_filters_and_search(photos, browser):
         choose(page, score="Cumulative sample loss", size="120")
         ranked = np.argsort(-np.nan_to_num(scores["csl"], nan=-np.inf), kind="stable")
         assert tiles(page) == ranked.tolist()  # the example without a score is last
-        choose(page, score="Area under the margin", label="2")
+        choose(page, score="Area under the margin (negated)", label="2")
         ranked = np.argsort(-scores["aum"], kind="stable")
         assert tiles(page) == ranked[labels[ranked] == 2].tolist()
         choose(page, low="0", high="1")
@@ -189,7 +189,7 @@ def test_lasso_selects_into_the_gallery_and_a_file(photos, browser):
     x, y = photos["scores"]["samis_loss"], photos["scores"]["aum"]
     with opened(browser, photos["page"]) as page:
         page.locator("#scatter").scroll_into_view_if_needed()
-        page.locator("#y").select_option("Area under the margin")
+        page.locator("#y").select_option("Area under the margin (negated)")
         page.wait_for_function("document.querySelector('#plot').data?.[0].y.length == 72")
         page.locator("#plot").scroll_into_view_if_needed()
         page.wait_for_timeout(500)

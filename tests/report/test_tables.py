@@ -3,6 +3,7 @@
 import base64
 import csv
 import gzip
+import io
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from refusals import FILE, FLAG, refuse
 from support import folders, succeed, write_blobs
 
@@ -17,10 +19,12 @@ from src.artifacts import paths
 from src.artifacts.io import label_hash, write_csv, write_json, write_npz, write_pickle
 from src.artifacts.store import write_scores
 from src.datasets import DataConfig
+from src.errors import FileError
 from src.metrics import SCORES
+from src.metrics.compare import spearman
 from src.metrics.label_errors import cleanlab_issues
 from src.report import page, tables
-from src.report.collect import Contents, Dynamics
+from src.report.collect import Contents, Dynamics, read_dynamics_of
 
 N, CLASSES = 240, 3
 WRONG = np.array([4, 17, 30, 31, 55])
@@ -42,7 +46,7 @@ def blobs(tmp_path_factory):
         write_scores(SCORES[mode].path(base / "metrics", train.entry.name), values, {**facts, "mode": mode})
     flags = (f"--dataset=npz:{data}", *folders(base, "datasets", "metrics", "models", "hessian", "ntk", "plots"))
     entries = {mode: SCORES[mode] for mode in scores}
-    found = Contents(train, len(test), labels, scores, entries, {mode: {} for mode in scores})
+    found = Contents(train, test, labels, scores, entries, {mode: {} for mode in scores})
     return base, flags, found, facts
 
 
@@ -59,7 +63,7 @@ def test_label_errors_are_those_of_confident_learning(blobs):
     found = replace(found, probabilities=p)
     assert tables.confident_errors(found).tolist() == WRONG.tolist()
     issues, how = tables.likely_errors(found)
-    assert "Out-of-sample" in how
+    assert "20 most suspicious by out-of-sample" in how
     assert sorted(one.example for one in issues[:5]) == WRONG.tolist()
     assert [one.confident for one in issues] == [True] * 5 + [False] * 15
     assert [one.suggested for one in issues[:5]] == [true[one.example] for one in issues[:5]]
@@ -85,36 +89,103 @@ def test_label_errors_from_dynamics_have_no_likely_class(blobs):
 
 def test_findings_and_agreement_are_the_numbers(blobs):
     _, _, found, _ = blobs
-    sentences = tables.findings(found)
-    top = np.argsort(-found.scores["mem"], kind="stable")[:20]
-    counts = np.bincount(found.labels[top], minlength=CLASSES)
-    leader = counts.argmax()
-    share = counts[leader] / 20 / np.mean(found.labels == leader)
-    assert (
-        f"{counts[leader]} are labeled “\u2068{found.class_names[leader]}\u2069”, {share:.1f} times"
-        in sentences[0].text
-    )
-    assert set(sentences[0].examples) == set(top[found.labels[top] == leader].tolist())
     inside = sum(np.isin(np.arange(N), np.argsort(-v, kind="stable")[:12]) for v in found.scores.values())
-    assert sentences[1].text.startswith(f"{np.count_nonzero(inside >= 2)} example")
-    truth, rows = tables.agreement(found)
-    assert (truth, {row["mode"] for row in rows}) == ("memorization", {"csl", "aum"})
-    planted = np.isin(np.arange(N), WRONG)
-    _, rows = tables.agreement(replace(found, planted=planted))
-    assert rows[0] == {"mode": "mem", "auroc": 1.0, "precision": 1.0}
+    (agreed,) = [one for one in tables.findings(found) if "top 5 %" in one.text]
+    assert agreed.text.startswith(f"{np.count_nonzero(inside >= 2)} example")
+    assert set(agreed.examples) == set(np.flatnonzero(inside >= 2).tolist())
 
 
-def test_ties_give_no_finding_about_classes(blobs):
-    """The highest of 90 equal scores are those with the lowest indices, whatever their class."""
+def test_a_class_leads_only_beyond_chance(blobs):
+    """Some class is always the most common among the highest scores; the page mentions it if that is no accident."""
     _, _, found, _ = blobs
 
     def about_classes(values):
         sentences = tables.findings(replace(found, scores={"mem": values}), count=9)
-        return [one.text for one in sentences if "times its share" in one.text]
+        return [one for one in sentences if "times its share" in one.text]
 
-    ordered = np.where(found.labels == 0, 1.0, 0.0) + found.scores["csl"] / 10
-    assert len(about_classes(ordered)) == 1
-    assert about_classes(np.round(ordered)) == []
+    assert about_classes(found.scores["csl"]) == []  # random
+    higher = found.scores["csl"] + (found.labels == 1)
+    top = np.argsort(-higher)[:20]
+    (sentence,) = about_classes(higher)
+    times = 1 / np.mean(found.labels == 1)
+    assert f"20 are labeled “\u2068bee\u2069”, {times:.1f} times its share" in sentence.text
+    assert set(sentence.examples) == set(top.tolist())
+    assert (
+        about_classes(np.round(found.scores["csl"] + (found.labels == 1))) == []
+    )  # which of them leads is arbitrary
+    # scores of a part: the share is that among the examples with a score
+    part = np.where(found.labels == 1, higher, np.nan)
+    assert about_classes(part) == []
+
+
+def test_examples_tied_at_the_limit_are_not_in_the_top(blobs):
+    assert tables.top(np.array([1.0, 3, np.nan, 2, 2]), 0.5).tolist() == [1]
+    assert tables.top(np.array([1.0, 3, np.nan, 2, 0]), 0.5).tolist() == [1, 3]
+    assert tables.top(np.ones(100), 0.05).tolist() == []
+    _, _, found, _ = blobs
+    rows = tables.class_rows(replace(found, scores={"mem": np.where(found.labels == 0, 1.0, np.nan)}))
+    assert [row["top"] for row in rows] == [0, 0, 0]
+    assert rows[0]["mean"] == 1.0
+    assert np.isnan(rows[1]["mean"])  # not 0: the class has no score
+
+
+def test_agreement_has_intervals_and_leaves_out_the_order_of_ties(blobs):
+    _, _, found, _ = blobs
+    linear = found.scores["mem"] + 0.3 * np.random.default_rng(2).normal(size=N)
+    truth, rows = tables.agreement(replace(found, scores=found.scores | {"csl": linear}))
+    assert (truth, [row["mode"] for row in rows]) == ("memorization", ["csl", "aum"])
+    for row in rows:
+        rho = spearman(linear if row["mode"] == "csl" else found.scores["aum"], found.scores["mem"])
+        value, low, high = row["interval"]
+        assert value == rho
+        width = 2 * 1.96 * np.sqrt((1 + rho**2 / 2) / N) * (1 - rho**2)  # Bonett and Wright 2000, eq. 4
+        assert low < rho < high
+        assert 0.7 < (high - low) / width < 1.3
+    planted = np.isin(np.arange(N), WRONG)
+    scores = found.scores | {"aum": np.r_[np.full(10, np.nan), np.ones(N - 10)]}
+    _, rows = tables.agreement(replace(found, scores=scores, planted=planted))
+    assert (rows[0]["mode"], rows[0]["interval"], rows[0]["precision"]) == ("mem", (1.0, 1.0, 1.0), 1.0)
+    constant = next(row for row in rows if row["mode"] == "aum")
+    assert constant["precision"] == pytest.approx(4 / (N - 10))  # by chance; of five wrong labels, four have a score
+    # no example has both a score and the truth
+    apart = {"mem": np.where(np.arange(N) < 9, 1.0, np.nan), "csl": np.where(np.arange(N) < 9, np.nan, 1.0)}
+    _, rows = tables.agreement(replace(found, scores=apart))
+    assert np.isnan([*rows[0]["interval"], rows[0]["within"], rows[0]["top"]]).all()
+
+
+def test_a_score_is_described_as_it_is_stored(blobs):
+    _, _, found, _ = blobs
+    records = {
+        "mem": {"negated": True},  # a registered score, say
+        "csl": {"scaling": "min-max of the mean over seeds", "raw_min": -2.5, "raw_max": 7.0},
+        "aum": {},
+    }
+    described = replace(found, records=records)
+    assert [tables.title(described, mode) for mode in records] == [
+        "memorization (negated)", "cumulative sample loss", "area under the margin (negated)"
+    ]  # fmt: skip
+    assert "The sign was changed" in tables.meaning(described, "aum")
+    assert "Scaled to [0, 1]; before, -2.5 to 7." in tables.meaning(described, "csl")
+    assert "cale" not in tables.meaning(described, "aum")
+    records = {"forg": {"training_accuracy": [0.9, 0.6]}, "csl": {"training_accuracy": [0.6]}}
+    entries = {mode: SCORES[mode] for mode in records}
+    assert tables.unlearned(replace(found, records=records, entries=entries)) == (["forg"], 0.6)
+
+
+def test_a_part_never_has_more_examples_than_asked_for(blobs):
+    """Even if more are listed, or each score and class has extremes of its own."""
+    _, _, found, _ = blobs
+    rows = [{"index": str(k), "duplicate of": str(k + 1), "in": "train"} for k in range(0, 200, 2)]
+    listed = tables.shown_examples(replace(found, duplicates=rows), 100)
+    assert len(listed) == 100
+    assert set(range(50)) <= set(listed.tolist())  # the first listed ones, in pairs
+    many = {f"s{k}": np.random.default_rng(k).random(N) for k in range(40)}
+    part = set(tables.shown_examples(replace(found, scores=many), 100).tolist())
+    assert len(part) == 100
+    for label in range(CLASSES):  # 240 extremes do not fit; those of the first scores come first
+        mine = np.flatnonzero(found.labels == label)
+        for mode in ("s0", "s1", "s2"):
+            assert {mine[many[mode][mine].argmax()], mine[many[mode][mine].argmin()]} <= part
 
 
 def test_a_page_of_a_part_and_the_table_of_all(blobs, tmp_path):
@@ -128,11 +199,14 @@ def test_a_page_of_a_part_and_the_table_of_all(blobs, tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["mem"]) for row in rows] == found.scores["mem"].tolist()
     ranks = 1 + np.argsort(np.argsort(-found.scores["mem"]))
+    (tmp_path / "other.csv.gz").write_text("mine")
+    small = ("--examples=100", f"--out={tmp_path / 'other.html'}")
+    refuse("make_report.py", *flags, *small, status=FILE, says=("other.csv.gz", "--overwrite"), keep=tmp_path)
     assert [int(row["rank mem"]) for row in rows] == ranks.tolist()
     text = out.read_text()
     shown = np.frombuffer(decode(text, "index"), "<u4")
     assert len(np.unique(shown)) == 100
-    np.testing.assert_array_equal(np.frombuffer(decode(text, "rank1"), "<u4"), ranks[shown])
+    np.testing.assert_array_equal(np.frombuffer(decode(text, "rank1"), "<u2"), ranks[shown])
     np.testing.assert_array_equal(
         np.frombuffer(decode(text, "score1"), "<f4"), found.scores["mem"][shown].astype("f4")
     )
@@ -159,7 +233,13 @@ def test_names_cannot_end_the_script_and_files_can_be_left_out(blobs, tmp_path):
     rest = [flag for flag in flags if "metrics" not in flag]
     succeed("make_report.py", *rest, *where, "--anonymize", f"--out={tmp_path / 'page.html'}")
     text = (tmp_path / "page.html").read_text()
-    assert "1 training example duplicates another example, 1 of them a test example" in text
+    assert "1 training example is an exact (1) or near (0) duplicate of another example, 1 of them of a test" in text
+    image = Image.open(
+        io.BytesIO(base64.b64decode(re.search(r'src="data:image/jpeg;base64,([^"]*)"', text).group(1)))
+    )
+    pixels = found.test.fetch(found.test.indices).numpy().transpose(0, 2, 3, 1).astype(int)
+    errors = np.abs(pixels - np.asarray(image).reshape(pixels.shape[1:])).mean((1, 2, 3))
+    assert errors.argmin() == 1
     assert text.count("</script>") == text.count("<script")  # none comes from a name
     assert "secret.png" not in text
     assert str(tmp_path) not in text
@@ -255,7 +335,35 @@ def test_bad_input(blobs, tmp_path):
         write_json(issues.with_suffix(".json"), record)
         issues.write_text(header)
         refuse("make_report.py", *flags, f"--out={out}", status=FILE, says=("label_issues", says))
+    for content in ({"estimated_errors": "many"}, {"most_common": [{"examples": 3}]}):
+        write_json(issues.with_suffix(".json"), {**facts, **content})
+        refuse("make_report.py", *flags, f"--out={out}", status=FILE, says=("label_issues.json", "damaged"))
     issues.unlink()
+    table = paths.duplicates_stem(base / "metrics", found.train.entry.name).with_suffix(".csv")
+    names = "index,file,class,duplicate of,in,its file,its class,found by,similarity"
+    for content, says in (
+        (names.replace("its class,", ""), "its class"),
+        (f"{names}\n{N},,ant,1,train,,ant,equal pixels,1", "no index of an example"),
+        (f"{names}\n1,,ant,x,train,,ant,equal pixels,1", "does not name"),
+    ):
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(content)
+        refuse("make_report.py", *flags, f"--out={out}", status=FILE, says=("duplicates.csv", says))
+    table.unlink()
+
+
+def test_seeds_with_different_epochs_are_refused(blobs, tmp_path):
+    _, _, found, facts = blobs
+    files = {}
+    for seed, epochs in (("1", 3), ("2", 2)):
+        each = np.ones((epochs, N), np.float32)
+        arrays = dict.fromkeys(("loss", "probability", "margin", "correct", "el2n", "divergence"), each)
+        settings = json.dumps({"seed": int(seed)})
+        files[seed] = write_npz(
+            tmp_path / f"{seed}.npz", **arrays, labels=found.labels, label_hash=facts["label_hash"], settings=settings
+        )
+    with pytest.raises(FileError, match=r"2\.npz: has 2 epochs, but .*1\.npz has 3"):
+        read_dynamics_of("run", files, tmp_path, {"n": N, "label_hash": facts["label_hash"]})
 
 
 def test_one_byte_keeps_a_curve():
@@ -264,5 +372,10 @@ def test_one_byte_keeps_a_curve():
     assert bytes_.tolist() == [0, 64, 254, 255]
 
 
-def test_ranks_break_ties_by_index_and_leave_out_examples_without_a_score():
-    assert page.ranks(np.array([1.0, np.nan, 3.0, 1.0])).tolist() == [2, 0, 1, 3]
+def test_ranks_are_those_of_the_score_tables(blobs):
+    """Equal scores share a rank; scores that differ only at double precision do not."""
+    _, _, found, _ = blobs
+    values = np.arange(N, 0, -1.0)
+    values[:4] = [N + 1, N + 1, np.nan, N + 1 - 1e-12]
+    ranks = page.example_arrays(replace(found, scores={"mem": values}), np.arange(4))["rank0"]
+    assert ranks.tolist() == [1, 1, 0, 3]
