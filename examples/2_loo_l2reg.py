@@ -2,7 +2,8 @@
 r"""Choose the L2 parameter with the leave-one-out estimate and compare it with the test loss (Figures 4, 7).
 
 Trains --n_exp models in parallel with L2 parameters from 10^deltas_start to 10^deltas_stop, with the same initial
-weights and batches, and estimates the leave-one-out loss of each with a Laplace posterior.
+weights and batches, and estimates the leave-one-out loss of each with a Laplace posterior. With --finite_time, the
+estimates that assume convergence are also saved.
 Reads the data set in --datasets_folder. Writes {pickles_folder}/{name_exp}_cv.pkl as models finish;
 plot_loo_l2reg.py plots this file.
 
@@ -114,12 +115,18 @@ def main() -> None:
     def measure(weights, number: int) -> dict[str, float]:
         member.load_state_dict(weights)
         accuracy, loss = experiment.test_metrics(member)
-        found = experiment.laplace(deltas[number], time=time, model=member)
+        delta = deltas[number]
+        found = experiment.laplace(delta, time=time, model=member)
         row = {"test_accs": accuracy, "test_nlls": loss, "train_acc": found.accuracy, "train_nll": found.nll}
-        for form in forms_of(config.class_cov):
-            row[f"estimated_nll_{form}"] = float(mpe.loo_losses(found, mpe.estimate(found, form)).mean())
+        estimated = (
+            {"": found} if time is None else {"": found, "_converged": experiment.laplace(delta, model=member)}
+        )
+        for suffix, predictions in estimated.items():
+            for form in forms_of(config.class_cov):
+                losses = mpe.loo_losses(predictions, mpe.estimate(predictions, form))
+                row[f"estimated_nll_{form}{suffix}"] = float(losses.mean())
         log.info(
-            f"delta {deltas[number]:.4g}: train accuracy {100 * found.accuracy:.2f} % NLL {found.nll:.6f}; "
+            f"delta {delta:.4g}: train accuracy {100 * found.accuracy:.2f} % NLL {found.nll:.6f}; "
             f"test accuracy {100 * accuracy:.2f} % NLL {loss:.6f}; "
             f"LOO-NLL {row[f'estimated_nll_{config.class_cov}']:.6f} ({config.class_cov})"
         )
