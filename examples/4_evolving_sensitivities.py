@@ -35,7 +35,6 @@ from src.models import ModelConfig
 
 log = logging.getLogger("4_evolving_sensitivities")
 
-SAMPLES = 150
 CHECKPOINTS = {  # the paper's optimizer steps
     "mnist": (10, 1000, 5000, 12250),
     "fmnist": (10, 1000, 5000, 12250),
@@ -87,26 +86,6 @@ def checkpoints_of(dataset: str, steps: int, given: Sequence[int] | None = None)
     return sorted({max(1, round(share * steps)) for share in SHARES})
 
 
-def sensitivities(predictions: mpe.Predictions, forms: Sequence[str], seed: int, step: int) -> np.ndarray:
-    """Compute the sensitivities ``(forms, N)``.
-
-    The diagonal form uses the paper's errors: independent logit samples, clamped. The other forms use the unclamped
-    errors of correlated logit samples. The paper's errors would reintroduce the variance of a common shift of all
-    logits, which does not affect the probabilities and which these forms exclude.
-    """
-    from mpe.estimates import sampled_errors
-    from src.rng import generator
-
-    errors, rows = {}, []
-    for form in forms:
-        correlated = form != "diag"
-        if correlated not in errors:
-            draws = generator(seed, step, "logit samples")
-            errors[correlated] = sampled_errors(predictions, samples=SAMPLES, generator=draws, correlated=correlated)
-        rows.append(mpe.sensitivity(mpe.estimate(predictions, form, errors[correlated])).numpy())
-    return np.array(rows)
-
-
 class Evolving:
     """Measures sensitivities after selected steps, and writes the result each time.
 
@@ -138,7 +117,7 @@ class Evolving:
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # measuring must not affect training
             found = self.predict(trainer)
-            self.rows[step] = sensitivities(found, self.forms, self.seed, step)
+            self.rows[step] = mpe.sampled_sensitivities(found, self.forms, self.seed, step)
         mean = self.rows[step][self.forms.index(self.class_cov)].mean()
         log.info(
             f"step {step} (epoch {epoch}): train accuracy {100 * found.accuracy:.2f} % NLL {found.nll:.6f}; "

@@ -8,7 +8,16 @@ from src.lazy import lazy_names
 
 __getattr__ = lazy_names(
     __name__,
-    estimates=["Estimates", "Sensitivities", "estimate", "loo_losses", "sensitivities", "sensitivity"],
+    estimates=[
+        "Estimates",
+        "Sensitivities",
+        "estimate",
+        "loo_losses",
+        "removed_groups",
+        "sampled_sensitivities",
+        "sensitivities",
+        "sensitivity",
+    ],
     posterior=["Predictions", "laplace_posterior", "optimizer_posterior", "predict"],
 )
 
@@ -22,6 +31,8 @@ __all__ = [
     "loo_losses",
     "optimizer_posterior",
     "predict",
+    "removed_groups",
+    "sampled_sensitivities",
     "sensitivities",
     "sensitivity",
 ]

@@ -50,7 +50,7 @@ SIDE_BY_SIDE = {"precision": ("fp32", "tf32", "fp64")}
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """The settings shared by the five experiments in ``examples/``, named like the paper's flags.
+    """The settings shared by the experiments in ``examples/``, named like the paper's flags.
 
     Attributes:
         model: The name of a model; see ``src.models.model_name``.
@@ -171,6 +171,20 @@ class RetrainingConfig:
                 f"{self.lrmin_retrain:g}: is above the initial learning rate, --lr_retrain {self.lr_retrain:g}; give "
                 "at most that value",
             )
+
+
+@dataclass(frozen=True)
+class VonConfig:
+    """How variational online Newton learns a Gaussian posterior; see ``mpe.von.Von``."""
+
+    updates: int = option(125, "number of updates", _COUNT)
+    lr: float = option(5e-3, "initial learning rate of the mean", _POSITIVE)
+    lrmin: float = option(1e-3, "final learning rate of the mean, approached linearly", _RATE)
+    lr_precision: float = option(1e-5, "learning rate of the precision", number(float, 0, 1, open_low=True))
+    samples: int = option(3, "number of samples of the weights per update", _COUNT)
+    hess_init: float = option(
+        0.1, "initial Hessian estimate h0: the precision starts at N h0 + delta, like that of iblr", _POSITIVE
+    )
 
 
 @dataclass(frozen=True)

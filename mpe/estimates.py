@@ -51,6 +51,7 @@ from src.datasets.files import Examples, write_score_table
 from src.jacobians import DensePosterior, Posterior, output_variances
 from src.jacobians.ggn import root_of_softmax_covariance
 from src.metrics import SCORES
+from src.rng import generator
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,42 @@ def left_out_shift(variances: Tensor, errors: Tensor, root: Tensor) -> tuple[Ten
     return torch.where(holds, shift, 0.0).squeeze(2), largest
 
 
+def removed_groups(covariances: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Estimate how predictions on the members of a group change if the group is removed (Eq. 43).
+
+    An example has one output f, the difference of two logits, and the prediction ``sigma(f)``; ``e = sigma(f) - y``.
+
+    - ``full``: ``sigma'(f) V e``, with the covariances V between all members.
+    - ``diag``: the second form of Eq. 43, which keeps only the diagonal of V: each member is removed alone.
+    - ``woodbury``: one Newton step on the problem without the group, see `left_out_shift`; otherwise ``full``.
+
+    Args:
+        covariances: (G, K, K) V, for G groups of K members.
+        logits: (G, K) f.
+        labels: (G, K) y, 0 or 1.
+
+    Returns:
+        For each form, float64 (G, K), the estimated changes of ``sigma(f)``.
+    """
+    p = logits.sigmoid()
+    slopes, e = p * (1.0 - p), p - labels
+    full = slopes * (covariances @ e.unsqueeze(2)).squeeze(2)
+    shift, largest = left_out_shift(covariances, e, torch.diag_embed(slopes.sqrt()))
+    unstable = largest >= 1.0
+    if unstable.any():
+        log.warning(
+            "woodbury: Lambda V has an eigenvalue of at least 1 for %d of %d groups; using the first-order full form "
+            "for these",
+            int(unstable.sum()),
+            len(unstable),
+        )
+    return {
+        "diag": slopes * covariances.diagonal(dim1=1, dim2=2) * e,
+        "full": full,
+        "woodbury": torch.where(unstable.unsqueeze(1), full, (logits + shift).sigmoid() - p),
+    }
+
+
 def sensitivity(estimates: Estimates) -> Tensor:
     """Float64 (n,): the L1 norm over classes of the estimated deviation of the probabilities (App. I.2)."""
     return estimates.probability_deviations.abs().sum(1)
@@ -206,6 +243,27 @@ def sampled_errors(
         found[part] = noise.add_(predictions.logits[part].unsqueeze(1)).softmax(2).mean(1)
     found -= torch.nn.functional.one_hot(predictions.labels, c)
     return found if correlated else clamped_errors(found)
+
+
+def sampled_sensitivities(predictions: Predictions, forms: Sequence[str], seed: int, step: int) -> np.ndarray:
+    """Compute the sensitivities with the errors of 150 logit samples, ``(forms, N)``.
+
+    The diagonal form uses the paper's errors: independent logit samples, clamped. The other forms use the unclamped
+    errors of correlated logit samples. The paper's errors would reintroduce the variance of a common shift of all
+    logits, which does not affect the probabilities and which these forms exclude.
+
+    Args:
+        predictions: predictions for n examples.
+        forms: some of ``CLASS_COVARIANCES``.
+        seed: seed of the samples.
+        step: the optimizer step, which also determines the samples.
+    """
+    errors: dict[bool, Tensor] = {}
+    for correlated in {form != "diag" for form in forms}:
+        draws = generator(seed, step, "logit samples")
+        errors[correlated] = sampled_errors(predictions, generator=draws, correlated=correlated)
+    rows = [sensitivity(estimate(predictions, form, errors[form != "diag"])).numpy() for form in forms]
+    return np.array(rows)
 
 
 def _centred_root(variances: Tensor) -> Tensor:
@@ -475,8 +533,8 @@ def refuse_shuffling(loader: Iterable[Sequence[Tensor]]) -> None:
     states = [generator.get_state() for generator in own]
     with torch.random.fork_rng(devices=[]):
         first = next(iter(loader), None)
-    for generator, state in zip(own, states, strict=True):
-        generator.set_state(state)
+    for each, state in zip(own, states, strict=True):
+        each.set_state(state)
     if first is not None and given_indices(first) is None:
         raise ValueError(
             "the loader may shuffle but provides no integer indices, so scores cannot be assigned to examples; build "

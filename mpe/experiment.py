@@ -1,10 +1,10 @@
-"""Code shared by the five experiments: data, model, base training, variances, and resumable results."""
+"""Code shared by the experiments: data, model, base training, variances, and resumable results."""
 
 import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ from src.jacobians import (
     OutputVariances,
     Posterior,
     check_dense,
+    gradient_covariances,
+    gram_matrix,
     output_variances,
 )
 from src.models import build_model, model_entry
-from src.models.base import load_weights
+from src.models.base import eval_mode, load_weights
 from src.training import (
     RunFiles,
     Trainer,
@@ -94,6 +96,16 @@ def forms_of(class_cov: str) -> tuple[str, ...]:
     return ("diag",) if class_cov == "diag" else CLASS_COVARIANCES
 
 
+def of_two_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
+    """Select the examples of two classes, with labels 0 and 1 in the given order. Original indices are kept."""
+    first, second = (images.labels == c for c in classes)
+    found = images.subset((first | second).nonzero().squeeze(1))
+    found.labels = (found.labels == classes[1]).long()
+    found.class_names = [images.class_names[c] for c in classes]
+    found.entry = replace(images.entry, num_classes=2)
+    return found
+
+
 class Experiment:
     """One experiment: its model, base training, and the variances of its predictions.
 
@@ -104,6 +116,7 @@ class Experiment:
         folders: The folders for data, checkpoints, resume states, and logs.
         kind: The suffix of the result file, after the experiment's name.
         flags: The flags, to be recorded in the result file.
+        classes: Two classes, for a binary problem with only their examples; None for all classes.
 
     Attributes:
         context: Device and data, with normalization ``"mpe"``.
@@ -115,7 +128,7 @@ class Experiment:
         model: The model: newly built, trained, or with the weights of ``config.checkpoint``.
 
     Raises:
-        ArgumentError: The model does not support the data.
+        ArgumentError: The model does not support the data, or one of ``classes`` has no examples.
         FileError: The checkpoint is damaged, or does not fit the model or the data.
     """
 
@@ -127,12 +140,15 @@ class Experiment:
         folders: Folders,
         kind: str,
         flags: Mapping[str, Any],
+        classes: Sequence[int] | None = None,
     ) -> None:
         log_to(folders.log_folder / "mpe" / f"{config.name_exp}_{kind}.log")
         self.config, self.kind = config, kind
         self.context = RunContext(data, compute, folders.datasets_folder, seed=config.seed, normalization="mpe")
         record = {**asdict(compute), **flags}
         self.record = {name: str(value) if isinstance(value, Path) else value for name, value in record.items()}
+        if classes is not None:
+            self._keep_classes(classes)
         self.train = self.context.train
         self.count = len(self.train)
         run = mpe_experiment(config.name_exp, kind)
@@ -155,6 +171,23 @@ class Experiment:
             model, state = self.context.load_file(config.checkpoint, config.model, **examples)
             self.model, self.normalization = self._laid_out(model), state["normalisation"]
         require_writable(config.pickles_folder)
+
+    def _keep_classes(self, classes: Sequence[int]) -> None:
+        """Restrict training and test set to two classes."""
+        context, given = self.context, " ".join(map(str, classes))
+        if len(set(classes)) != 2:
+            raise ArgumentError("classes", f"{given}: give two different classes")
+        for images in (context.train, context.test):
+            if missing := [c for c in classes if not (images.labels == c).any()]:
+                raise ArgumentError(
+                    "classes",
+                    f"{given}: the {images.part} examples used of {context.entry.name} have none of class "
+                    f"{missing[0]}; its classes are 0 to {context.entry.num_classes - 1}",
+                )
+        full = of_two_classes(context.full_train, classes)
+        chosen = context.train is not context.full_train
+        context.train = of_two_classes(context.train, classes) if chosen else full
+        context.full_train, context.test = full, of_two_classes(context.test, classes)
 
     def build(self) -> nn.Module:
         """Build the untrained model, which depends only on the seed."""
@@ -363,6 +396,43 @@ class Experiment:
         with self._engine(model, posterior) as engine:
             return predict(engine, batches, progress=True)
 
+    def group_covariances(self, delta: float, groups: Tensor) -> Tensor:
+        """Compute covariances of the logit difference of two classes, under a Laplace posterior.
+
+        The exact GGN (``ggn``) is not formed, so the number of parameters is not limited, but N^2 numbers are needed:
+        with the Jacobian J and ``K = J J^T``, ``J (J^T L J + delta I)^-1 J^T = (K L + delta I)^-1 K``.
+
+        Args:
+            delta: Prior precision.
+            groups: Positions in the training set, int64 ``(G, K)``.
+
+        Returns:
+            Float64 ``(G, K, K)``, between the members of each group: ``grad f_M^T S grad f_M`` of Eq. 14.
+        """
+
+        def difference(logits: Tensor, labels: Tensor) -> Tensor:
+            return logits[:, 1] - logits[:, 0]
+
+        config, model = self.config, self._channels_first(self.model)
+        batches = self.batches(self.train, config.bs_jacs, channels_last=False)
+        if config.var_version == "ggn":
+            images = torch.cat([batch.images for batch in batches])
+            with torch.no_grad(), eval_mode(model):
+                p = torch.cat([difference(model(part), part) for part in images.split(config.bs_jacs)]).sigmoid()
+            gram = gram_matrix(model, images, difference).double()
+            system = gram * (p * (1.0 - p)).double()
+            system.diagonal().add_(delta)
+            found = torch.linalg.solve(system, gram).cpu()
+            return found[groups.unsqueeze(2), groups.unsqueeze(1)]
+        more: dict[str, Any] = {"structure": config.var_version, "memory_mb": config.memory_mb}
+        posterior = laplace_posterior(model, batches, delta, progress=True, **more)
+        blocks = []
+        for group in groups:
+            members = self.batches(self.train.subset(group), config.bs_jacs, channels_last=False)
+            output = (members, difference)
+            blocks.append(gradient_covariances(model, posterior, output, output, memory_mb=config.memory_mb))
+        return torch.stack(blocks)
+
     def from_optimizer(self, trainer: Trainer) -> Predictions:
         """Predict on the training examples, with variances of the posterior in the optimizer's state (iblr, adam)."""
         posterior = optimizer_posterior(
@@ -379,11 +449,15 @@ class Experiment:
         config = self.config
         return output_variances(model, posterior, full=config.class_cov != "diag", memory_mb=config.memory_mb)
 
-    def check_variances(self, delta: float = 1.0) -> None:
+    def check_variances(self, delta: float = 1.0, *, dense: bool = True) -> None:
         """Compute the variances of two examples, in order to refuse unsupported models before training.
 
         This project's engine does not need a posterior for this check: it refuses the same models with a unit
         covariance.
+
+        Args:
+            delta: Prior precision.
+            dense: Whether the exact GGN, if requested, is formed, which limits the number of parameters.
         """
         two = self.train.subset(torch.arange(min(2, self.count)))
         try:
@@ -393,7 +467,7 @@ class Experiment:
             model = self._channels_first(self.model)
             parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
             posterior = Posterior({name: torch.ones_like(p) for name, p in parameters.items()})
-            if self.config.var_version == "ggn":
+            if dense and self.config.var_version == "ggn":
                 check_dense(sum(p.numel() for p in parameters.values()))
             with self._engine(model, posterior) as engine:
                 engine(next(iter(self.batches(two, 2, channels_last=False))).images)

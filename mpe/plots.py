@@ -35,6 +35,8 @@ SCRIPTS = {
     "retrain": "3_validation_sensitivities.py",
     "evolving": "4_evolving_sensitivities.py",
     "leaveclassout": "5_loco.py",
+    "group": "6_group_removal.py",
+    "von": "7_von_logistic.py",
 }
 
 
@@ -432,6 +434,26 @@ def validation(true: np.ndarray, estimated: np.ndarray, text: str = "") -> Figur
         return figure
 
 
+def group_removal(true: np.ndarray, estimates: dict[str, np.ndarray]) -> Figure:
+    """Plot estimated against true deviations of groups of examples, one panel per estimate (Fig. 6).
+
+    Args:
+        true: ``(G,)`` deviations after retraining without each group, positive.
+        estimates: Maps titles of panels to estimated deviations ``(G,)``, positive.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN * max(1.0, len(estimates) / 2), 2.2), layout="constrained")
+        panels = figure.subplots(1, len(estimates), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, (title, estimated) in zip(panels, estimates.items(), strict=True):
+            axes.scatter(true, estimated, 14, "white", edgecolor=BLUE, linewidth=0.8, zorder=3)
+            axes.axline((1, 1), (2, 2), color=GRAY, lw=1.3, ls="--", zorder=1)
+            axes.grid(**GRID)
+            axes.set_title(title)
+        panels[0].set(xscale="log", yscale="log", ylabel="Estimated deviation")
+        figure.supxlabel("True deviation (dashed: estimated = true)", fontsize=matplotlib.rcParams["axes.labelsize"])
+        return figure
+
+
 def ranked_bins(sensitivities: np.ndarray, bins: int = _BINS) -> np.ndarray:
     """Mean sensitivity of equal-size groups of examples, ranked by the last checkpoint, highest first.
 
@@ -447,14 +469,15 @@ def ranked_bins(sensitivities: np.ndarray, bins: int = _BINS) -> np.ndarray:
     return np.stack([part.mean(axis=1) for part in parts], axis=1)
 
 
-def evolving(sensitivities: np.ndarray, labels: Sequence[str]) -> Figure:
+def evolving(sensitivities: np.ndarray, labels: Sequence[str], bins: int = _BINS) -> Figure:
     """Plot the distribution of sensitivities over examples at several training checkpoints (Figs. 3b, 11).
 
     Args:
         sensitivities: ``(K, N)``, one row per checkpoint.
         labels: Names of the K checkpoints.
+        bins: Number of groups of examples; see :func:`ranked_bins`.
     """
-    curves = ranked_bins(sensitivities)
+    curves = ranked_bins(sensitivities, bins)
     curves = curves[:, ::-1]  # most sensitive examples on the right
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(2.6)

@@ -288,6 +288,14 @@ CHAINS = {
         ["examples/plot_evolving_sensitivities.py", "--name_exp=x", *where("pickles", "plots")],
         ["examples/5_loco.py", *MPE, "--epochs_retrain=1"],
         ["examples/plot_loco.py", "--names_exp", "x", *where("pickles", "plots")],
+        ["examples/6_group_removal.py", *MPE, "--n_groups=4", "--group_size=5", "--epochs_retrain=1"],
+        ["examples/plot_group_removal.py", "--name_exp=x", *where("pickles", "plots")],
+        [
+            "examples/7_von_logistic.py",
+            *(flag for flag in MPE if not flag.startswith(("--model=", "--epochs="))),
+            "--updates=20",
+        ],
+        ["examples/plot_von_logistic.py", "--name_exp=x", *where("pickles", "plots")],
     ],
 }
 BAD = [

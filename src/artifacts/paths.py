@@ -68,7 +68,7 @@ def mpe_experiment(name: str, kind: str) -> str:
 
 
 def pickle_path(pickles_folder: str | Path, name: str, kind: str) -> Path:
-    """A result of a sensitivity experiment; ``kind`` is iter, cv, scores, retrain, evolving, or leaveclassout."""
+    """A result of a sensitivity experiment; ``kind`` is a key of ``mpe.plots.SCRIPTS``."""
     return Path(pickles_folder) / f"{name}_{kind}.pkl"
 
 

@@ -107,6 +107,7 @@ _add(
     note="ViT-B/16 at the native image size; optionally pretrained",
 )
 _add("lenet", "small", channels_last=True, note="LeNet-5: three convolutions, tanh, average pooling")
+_add("logistic", "small", note="softmax regression, a single linear layer")
 _add("mlp", "small", note="perceptron 128-128, ReLU")
 _add("small_mlp", "small", note="perceptron 32-16, tanh")
 _add("large_mlp", "small", note="perceptron 500-300, tanh")

@@ -1,4 +1,4 @@
-"""Small models: LeNet-5, the DeepOBS convolutional network ("3c3d"), and multilayer perceptrons.
+"""Small models: LeNet-5, the DeepOBS convolutional network ("3c3d"), perceptrons, and softmax regression.
 
 The SAMIS experiments use mlp; the Memory-Perturbation Equation experiments use the others.
 
@@ -87,6 +87,11 @@ def build_perceptron(
         body.append(activation())
         num_inputs = width
     return Network(body, nn.Linear(num_inputs, num_classes))
+
+
+def logistic(num_classes: int, in_channels: int, image_size: int) -> Network:
+    """Softmax regression: one linear layer."""
+    return build_perceptron(in_channels * image_size**2, (), num_classes, nn.Tanh)
 
 
 def mlp(num_classes: int, in_channels: int, image_size: int) -> Network:

@@ -160,6 +160,7 @@ PUBLISHED = {
     "small_inception": (1895786, None, None, None, None),
     "large_mlp": (None, None, 545810, None, None),
     "small_mlp": (None, None, 25818, None, None),
+    "logistic": (None, None, 7850, None, None),
     "cnn_deepobs": (895210, None, None, None, None),
     "resnet20_frn": (274042, None, None, None, None),
     # stem 3072 + 128, units 73728 + 256 and 294912 + 512, residual blocks 2 (147456 + 256) and 2 (589824 + 512), head

@@ -44,6 +44,10 @@ SCRIPTS = {
     "examples/3_validation_sensitivities.py": (*EXPERIMENT, "--delta=1", "--n_retrain=2", "--epochs_retrain=1"),
     "examples/4_evolving_sensitivities.py": (*EXPERIMENT, "--delta=1"),
     "examples/5_loco.py": (*EXPERIMENT, "--delta=1", "--epochs_retrain=1"),
+    "examples/6_group_removal.py": (*EXPERIMENT, "--classes", "0", "2", "--delta=1", "--epochs_retrain=1",
+                                    "--n_groups=3", "--group_size=4"),
+    "examples/7_von_logistic.py": ("--bs=20", "--updates=4", "--checkpoints", "2", "3", "4", "--name_exp=small",
+                                   "--resume"),
 }  # fmt: skip
 
 

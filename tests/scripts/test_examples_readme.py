@@ -17,13 +17,36 @@ SHORT = {
     "3_validation_sensitivities.py": ["--epochs=1", "--epochs_retrain=1", "--n_retrain=2"],
     "4_evolving_sensitivities.py": ["--epochs=1"],
     "5_loco.py": ["--epochs=1", "--epochs_retrain=1"],
+    "6_group_removal.py": ["--epochs=1", "--epochs_retrain=1", "--n_groups=1", "--group_size=1", "--subset=10"],
+    "7_von_logistic.py": ["--updates=2", "--subset=10", "--bs=10"],
 }
-KINDS = {"1": "iter", "2": "cv", "3": "retrain", "4": "evolving", "5": "leaveclassout"}
+KINDS = {"1": "iter", "2": "cv", "3": "retrain", "4": "evolving", "5": "leaveclassout", "6": "group", "7": "von"}
 DRAWN = {
     "plot_loo_iterations.py": "iter", "plot_loo_l2reg.py": "cv", "plot_validation_sensitivities.py": "retrain",
     "plot_evolving_sensitivities.py": "evolving", "plot_loco.py": "leaveclassout",
+    "plot_group_removal.py": "group", "plot_von_logistic.py": "von",
 }  # fmt: skip
-FIGURES = ("1b", "2a", "2b", "2c", "3a", "3b", "4a", "4b", "4c", "5", "7", "8", "9", "10", "11b", "11c", "11d")
+FIGURES = (
+    "1b",
+    "2a",
+    "2b",
+    "2c",
+    "3a",
+    "3b",
+    "4a",
+    "4b",
+    "4c",
+    "5",
+    "6",
+    "7",
+    "8",
+    "9",
+    "10",
+    "11a",
+    "11b",
+    "11c",
+    "11d",
+)
 
 
 def name_of(command):

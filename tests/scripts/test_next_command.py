@@ -116,13 +116,15 @@ def test_fetched_scores(tmp_path, monkeypatch):
          ("--n_retrain=3", "--epochs_retrain=1", "--delta=1")),
         ("4_evolving_sensitivities.py", "plot_evolving_sensitivities.py", ("--delta=1",)),
         ("5_loco.py", "plot_loco.py", ("--epochs_retrain=1", "--delta=1")),
+        ("6_group_removal.py", "plot_group_removal.py", ("--epochs_retrain=1", "--n_groups=2", "--group_size=3")),
+        ("7_von_logistic.py", "plot_von_logistic.py", ("--updates=3",)),
     ],
 )  # fmt: skip
 def test_the_experiments(tmp_path, script, figure, more):
+    trained = SMALL[::2] if script == "7_von_logistic.py" else (*SMALL, "--epochs=2")
     result = succeed(
         f"examples/{script}",
-        *SMALL,
-        "--epochs=2",
+        *trained,
         "--bs=50",
         "--name_exp=small",
         "--lr=0.01",

@@ -183,8 +183,21 @@ WRONG = {
         "--lrmin_retrain=1 --lr_retrain=0.1",
         "--base_shuffle=nothing",
     ],
+    "examples/6_group_removal.py": [
+        "--classes 3",
+        "--retrain_shuffle=replay",
+        "--class_cov=full",
+    ],
+    "examples/7_von_logistic.py": [
+        "--checkpoints 5 126",
+        "--lr_precision=2",
+        "--epochs=3",
+    ],
     "examples/plot_evolving_sensitivities.py": [
         "--class_cov=nothing",
+    ],
+    "examples/plot_group_removal.py": [
+        "--forms full nothing",
     ],
     "examples/plot_loco.py": [
         "--labels one --names_exp a b",
@@ -196,6 +209,9 @@ WRONG = {
         "--window=0",
     ],
     "examples/plot_validation_sensitivities.py": [
+        "--class_cov=nothing",
+    ],
+    "examples/plot_von_logistic.py": [
         "--class_cov=nothing",
     ],
 }
