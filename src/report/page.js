@@ -184,7 +184,7 @@ function update() {
   const chip = byId("subset");
   chip.hidden = !subset;
   if (subset) chip.textContent = `× ${subsetName} (${count(subset.size)})`;
-  byId("count").textContent = `${count(view.length)} of ${count(page.shown)} examples`;
+  byId("count").textContent = `${count(view.length)} of ${count(page.shown)} examples${page.shown < page.total ? " on this page" : ""}`;
   byId("order").textContent = `${page.scores[chosenScore()].title}, ${fields.namedItem("order").selectedOptions[0].text.toLowerCase()}`;
   render();
 }
@@ -260,6 +260,10 @@ document.querySelectorAll("[data-label]").forEach((button) => button.addEventLis
   byId("gallery").scrollIntoView();
 }));
 
+// Every number has its meaning on hover: that of its column.
+for (const { tHead, tBodies } of document.querySelectorAll("main table:not(.matrix)"))
+  for (const row of tBodies[0].rows) for (const cell of row.cells) cell.title ||= tHead.rows[0].cells[cell.cellIndex].title;
+
 // A heading sorts its table: text ascending, numbers descending, and the reverse the next time.
 document.querySelectorAll(".sortable th").forEach((heading) => {
   heading.tabIndex = 0;
@@ -333,7 +337,7 @@ function open(at) {
     element("th", { className: "n", textContent: "Rank", title: "Among all examples with this score; 1 is the most atypical; equal scores share a rank" }))));
   const rows = element("tbody");
   page.scores.forEach((score, k) => rows.append(element("tr", {}, element("td", { textContent: score.title, title: score.meaning }),
-    element("td", { className: "n", textContent: number(scores[k][at]) }),
+    element("td", { className: "n", textContent: number(scores[k][at]), title: score.meaning }),
     element("td", { className: "n", textContent: rank(k, at) ? count(rank(k, at)) : "–", title: `Of ${count(score.scored)}` }))));
   table.append(rows);
   if (page.curves) {
@@ -436,7 +440,7 @@ if (figures.retrained) figure("retrained", (node) => draw(node, [
 if (figures.spectra) figure("spectra", (node) => draw(node, lines(figures.spectra), { showlegend: figures.spectra.length > 1,
   xaxis: { title: { text: "Eigenvalue" } }, yaxis: { type: "log", title: { text: "Density" }, range: [-6, 3], exponentformat: "power" }, legend: { orientation: "h", y: -0.3 } }));
 if (figures.velocities) figure("velocities", (node) => draw(node, lines(figures.velocities, { mode: "lines+markers" }), { showlegend: true,
-  xaxis: { title: { text: figures.velocities[0].percent ? "Position in the order of scores (percent)" : "Rank" } },
+  xaxis: { title: { text: figures.velocities.every((one) => one.percent) ? "Position in the order of scores (percent)" : figures.velocities.some((one) => one.percent) ? "Position in the order of scores (percent or rank)" : "Rank" } },
   yaxis: { title: { text: "Velocity" } }, legend: { orientation: "h", y: -0.3 } }));
 
 document.querySelectorAll(".strip").forEach((strip) => {

@@ -23,7 +23,8 @@ BINS = 48
 _TOP = 0.01  # the most atypical examples, whose classes are counted
 _AGREED = 0.05  # an example in the top 5 % of half of the scores is suspicious by all of them
 _CHANCE = 0.01  # largest probability that a class leads the most atypical examples by chance
-_RESAMPLES = 200  # of the intervals of agreement
+_RESAMPLES, _FEWEST = 200, 50  # of the intervals of agreement, and their number for very large sets
+_RESAMPLED = 10**7  # examples in all resamples together, about
 
 
 MEANINGS = {
@@ -397,13 +398,14 @@ def agreement(found: Contents) -> tuple[str, list[dict[str, Any]]]:
     truth = next((mode for mode in ("mem", "mem_prob") if mode in found.scores), "")
     others = {mode: values for mode, values in found.scores.items() if mode not in ("mem", "mem_prob")}
     rows: list[dict[str, Any]] = []
+    resamples = max(_FEWEST, min(_RESAMPLES, _RESAMPLED // len(found.labels)))
     if found.planted is not None:
-        measured = bootstrap(list(found.scores.values()), found.planted, resamples=_RESAMPLES)
+        measured = bootstrap(list(found.scores.values()), found.planted, resamples=resamples)
         for (mode, values), one in zip(found.scores.items(), measured, strict=True):
             rows.append({"mode": mode, "interval": one["auroc"], "precision": _precision(values, found.planted)})
     elif truth and others:
         reference = found.scores[truth]
-        measured = bootstrap(list(others.values()), reference, resamples=_RESAMPLES)
+        measured = bootstrap(list(others.values()), reference, resamples=resamples)
         for (mode, values), one in zip(others.items(), measured, strict=True):
             within = spearman_within_class(values, reference, found.labels)
             both = np.count_nonzero(~np.isnan(values + reference))
@@ -426,16 +428,16 @@ def _precision(values: np.ndarray, planted: np.ndarray) -> float:
 
 
 def score_rows(found: Contents) -> list[dict[str, str]]:
-    """One row per score: its model, its number of seeds and its cost, where recorded."""
+    """One row per score: its model, its number of seeds or of models on subsets, and its cost, where recorded."""
     rows = []
     for mode in found.scores:
         record = found.records[mode]
-        seeds, cost = record.get("seeds"), record.get("cost")
+        seeds, members, cost = record.get("seeds"), record.get("members"), record.get("cost")
         rows.append(
             {
                 "mode": mode,
                 "model": str(record.get("model") or ""),
-                "seeds": str(len(seeds)) if isinstance(seeds, list) else "",
+                "seeds": str(len(seeds)) if isinstance(seeds, list) else str(members or ""),
                 "cost": f"{cost:,.4g}" if isinstance(cost, int | float) else "–",
                 "needs": found.entries[mode].cost,
             }

@@ -28,7 +28,7 @@ def opened(browser, path, **options):
     """Open a page from the file system. Any error, message of the console, dialog or request fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
     page, trouble = context.new_page(), []
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)  # a machine may be busy with other work
     page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
     page.on("console", lambda message: message.type == "error" and trouble.append(f"console: {message.text}"))
     page.on("dialog", lambda dialog: trouble.append(f"dialog: {dialog.message}") or dialog.dismiss())

@@ -153,6 +153,55 @@ def test_filters_and_search(photos, browser):
         assert [row["file"] for row in rows] == [files[k] for k in tiles(page)]
 
 
+def test_controls_agree(photos, browser):
+    """Filters, marks, the lasso and the keyboard change only what they are meant to."""
+    labels, scores = photos["labels"], photos["scores"]
+    with opened(browser, photos["page"]) as page:
+        choose(page, size="30", query="png")
+        before = tiles(page)
+        page.keyboard.press("ArrowRight")  # moves the cursor of the field
+        assert tiles(page) == before
+        choose(page, score="Area under the margin (negated)", label="2", low="0")
+        choose(page, score="Cumulative sample loss")
+        assert page.locator("[name=low]").input_value() == ""  # it was about the other score
+        page.locator("#mark-all").click()
+        assert page.locator("#marks").inner_text() == f"{PER_CLASS} marked"
+        page.locator("#reset").click()
+        fields = "names => names.map(name => document.querySelector(`[name=${name}]`).value)"
+        assert page.evaluate(fields, ["score", "size", "label", "query"]) == ["2", "30", "", ""]
+        page.locator("#marks").click()
+        assert sorted(tiles(page)) == np.flatnonzero(labels == 2).tolist()
+        page.locator(".tile").first.click()
+        page.locator("#toggle").click()
+        assert page.locator("#toggle").inner_text() == "Mark (m)"
+        assert page.locator("#marks").inner_text() == f"{PER_CLASS - 1} marked"
+        page.mouse.click(*(page.locator("#example").bounding_box()[key] + 6 for key in "xy"))  # its margin
+        assert page.locator("#example").is_visible()
+        page.keyboard.press("ArrowRight")
+        assert page.locator("#example h3").inner_text().startswith(f"Example {tiles(page)[1]}:")
+        page.keyboard.press("Escape")
+        page.locator("#clear-marks").click()
+        # the table of classes, by keyboard
+        heading = page.locator(".sortable th", has_text="Mean score")
+        means = [scores["samis_loss"][labels == k].mean() for k in range(4)]
+        for reverse in (True, False):
+            heading.press("Enter")
+            rows = page.locator(".sortable tbody tr td:first-child").all_text_contents()
+            ordered = sorted(range(4), key=means.__getitem__, reverse=reverse)
+            assert rows == [photos["train"].class_names[k] for k in ordered]
+
+
+def test_print_is_light(photos, browser):
+    with opened(browser, photos["page"], color_scheme="dark") as page:
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator("h1").is_visible()  # the name of the data set
+        assert page.locator("#order").inner_text() == "SAMIS-L, most atypical first"
+        assert page.evaluate("getComputedStyle(document.body).color") == "rgb(29, 32, 37)"
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.evaluate("getComputedStyle(document.body).color") != "rgb(29, 32, 37)"
+
+
 def test_an_example(photos, browser):
     files, n = photos["train"].files, len(photos["labels"])
     with opened(browser, photos["page"]) as page:
@@ -212,8 +261,12 @@ def test_lasso_selects_into_the_gallery_and_a_file(photos, browser):
         assert [int(row["index"]) for row in rows] == expected
         assert [row["file"] for row in rows] == [photos["train"].files[k] for k in expected]
         np.testing.assert_allclose([float(row["samis_loss"]) for row in rows], x[expected], rtol=1e-6)
+        page.locator("#color").select_option("Label")  # what is selected stays selected
+        assert page.locator("#selected").inner_text() == f"{len(expected)} selected"
         page.locator("#show-selected").click()
         assert sorted(tiles(page)) == expected
+        page.locator("#by-rank").check()  # the axes change
+        assert not page.locator("#show-selected").is_visible()
 
 
 def test_fifty_thousand_examples_of_a_thousand_classes(browser, tmp_path):
@@ -275,13 +328,8 @@ def test_digits(browser, tmp_path):
 
     train, _ = DataConfig("digits").load(tmp_path)
     values = np.random.default_rng(0).random(len(train))
-    record = {
-        "mode": "mem",
-        "label_hash": label_hash(train.labels.numpy()),
-        "data_hash": train.digest,
-        "settings": {},
-    }
-    write_scores(SCORES["mem"].path(tmp_path / "metrics", "digits"), values, record)
+    record = {"label_hash": label_hash(train.labels.numpy()), "data_hash": train.digest, "settings": {}}
+    write_scores(SCORES["mem"].path(tmp_path / "metrics", "digits"), values, {**record, "mode": "mem"})
     out = tmp_path / "new" / "page.html"
     succeed("make_report.py", "--dataset=digits", f"--out={out}", *folders(tmp_path, "datasets", "metrics", "models"))
     ranked = np.argsort(-values, kind="stable")
@@ -298,3 +346,21 @@ def test_digits(browser, tmp_path):
         rows = saved(page, "#download")
         assert [int(row["index"]) for row in rows] == ranked.tolist()
         assert {row["file"] for row in rows} == {""}
+    # a part of them, by a score with ties: the extremes of each class, ranks among all examples
+    rounded = np.round(values, 2)
+    write_scores(SCORES["csl"].path(tmp_path / "metrics", "digits"), rounded, {**record, "mode": "csl"})
+    part = ("--examples=200", "--modes", "csl", "mem", f"--out={tmp_path / 'part.html'}")
+    succeed("make_report.py", "--dataset=digits", *part, *folders(tmp_path, "datasets", "metrics", "models"))
+    with opened(browser, tmp_path / "part.html") as page:
+        assert page.locator("#count").inner_text() == "200 of 200 examples on this page"
+        assert "This page contains 200 of 1,438 examples" in page.locator("#overview").inner_text()
+        found = tiles(page)
+        assert found == sorted(found, key=lambda k: (-rounded[k], k))
+        names = page.locator("#tiles .sub span:last-child").evaluate_all("nodes => nodes.map(n => n.title)")
+        for index, name in zip(found, names, strict=True):
+            assert f"rank {1 + np.count_nonzero(rounded > rounded[index]):,} of 1,438," in name
+        shown = pixels(page, page.locator("#tiles canvas").nth(3))[..., 0].astype(int)
+        assert np.abs(images - shown).mean((1, 2)).argmin() == found[3]
+        page.locator("#scatter").scroll_into_view_if_needed()
+        page.wait_for_function("document.querySelector('#plot').data")
+        assert page.locator("#thinned").inner_text().startswith("200 of 1,438 examples are drawn")
