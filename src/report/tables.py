@@ -261,6 +261,11 @@ def findings(found: Contents, count: int = 3) -> list[Finding]:
         worst = int(np.argmin(np.nan_to_num(final, nan=2.0)))
         text = f"At the end of training, {_quoted(names[worst])} has the lowest training accuracy of all classes"
         several.append(Finding(f"{text} ({percent(float(final[worst]))}).", []))
+    if len(most) and not chance[leader] * len(names) < _CHANCE:
+        text = (
+            f"No class is clearly more common than by chance among the {len(most):,} examples with the highest score "
+        )
+        several.append(Finding(f"{text}by {title(found, mode)}.", most.tolist()))
     return several[:count]
 
 

@@ -104,6 +104,8 @@ def test_a_class_leads_only_beyond_chance(blobs):
         return [one for one in sentences if "times its share" in one.text]
 
     assert about_classes(found.scores["csl"]) == []  # random
+    last = tables.findings(replace(found, scores={"mem": found.scores["csl"]}), count=9)[-1]
+    assert last.text.startswith("No class is clearly more common than by chance among the 20 examples")
     higher = found.scores["csl"] + (found.labels == 1)
     top = np.argsort(-higher)[:20]
     (sentence,) = about_classes(higher)
