@@ -426,6 +426,7 @@ class Experiment:
             return found[groups.unsqueeze(2), groups.unsqueeze(1)]
         more: dict[str, Any] = {"structure": config.var_version, "memory_mb": config.memory_mb}
         posterior = laplace_posterior(model, batches, delta, progress=True, **more)
+        assert isinstance(posterior, Posterior)  # not the exact GGN
         blocks = []
         for group in groups:
             members = self.batches(self.train.subset(group), config.bs_jacs, channels_last=False)
