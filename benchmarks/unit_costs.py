@@ -55,6 +55,7 @@ from src.training.ensemble import Ensemble, vectorised_is_faster
 
 TRAIN = {"mnist": 60_000, "fmnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
 TEST = 10_000
+THREES_AND_FIVES = 11_552, 1_902  # of MNIST, for training and testing
 SIZES = {  # images of an epoch, by model
     "resnet50": (8, 16, 24),
     "resnet18": (32, 64, 96),
@@ -146,11 +147,14 @@ def studies() -> dict[str, dict[str, Any]]:
 
 def mpe_cost(settings: Mapping[str, Any], script: str) -> list[tuple[str, float]]:
     """The units of one experiment of the MPE paper, each with the number of examples that it processes."""
-    model, n, epochs = settings["model"], TRAIN[settings["dataset"]], settings["epochs"]
+    if script.startswith("7"):
+        return []  # minutes of one core
+    model, epochs = settings["model"], settings["epochs"]
+    n, t = THREES_AND_FIVES if "classes" in settings else (TRAIN[settings["dataset"]], TEST)
     shape = settings["dataset"].removeprefix("f")  # images of fmnist are as large as those of mnist
     optimizer = "iblr" if script.startswith("4") else settings.get("optimizer", "sgd").removesuffix("w")
     end = f"{model} {shape} {optimizer} {settings['bs']}"
-    base = (f"training {end}", epochs * (n + TEST / 3))
+    base = (f"training {end}", epochs * (n + t / 3))
     kfac = f"pass {model} {shape} kfac"
     if script.startswith("1"):
         evaluated = (1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300)
@@ -165,10 +169,8 @@ def mpe_cost(settings: Mapping[str, Any], script: str) -> list[tuple[str, float]
         return [base, (kfac, n), (f"retraining {end}", models * settings["epochs_retrain"] * n)]
     if script.startswith("4"):
         return [base, (f"pass {model} {shape} optimizer", 4 * n)]
-    if script.startswith("5"):
-        classes = lookup(settings["dataset"]).num_classes
-        return [base, (kfac, n), (f"retraining {end}", classes * settings["epochs_retrain"] * n)]
-    return []  # a script without a formula
+    models = settings["n_groups"] + 1 if script.startswith("6") else lookup(settings["dataset"]).num_classes
+    return [base, (kfac, n), (f"retraining {end}", models * settings["epochs_retrain"] * n)]
 
 
 def study_cost(study: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -246,11 +248,12 @@ def train(model: str, images: ImageSet, optimizer: str, batch: int, count: int) 
     shared = {"kind": "samis" if of_samis else "mpe", "channels_last": last}
     augmentation = entry.training_augmentation(True) if of_samis else None
     more = {"delta": DELTA, "hess_init": 0.1} if optimizer == "iblr" else {}
+    precision = RECIPES["fast"]["precision"]() if model == "fastnet" else "fp32"
     trainer = Trainer(
         net,
         batches_of(images, count, batch, order="shuffled", augmentation=augmentation, seed=1, **shared),
         batches_of(images, 2, batch, **shared),
-        TrainingConfig(epochs=1, optimizer=optimizer, learning_rate=0.001, **more),
+        TrainingConfig(epochs=1, optimizer=optimizer, learning_rate=0.001, precision=precision, **more),
     )
     return cpu(trainer.fit)
 
