@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import mpe
-from mpe.config import EXPERIMENT_FOLDERS, ONE_PROCESS, SIDE_BY_SIDE, ExperimentConfig, VonConfig
+from mpe.config import EXPERIMENT_FOLDERS, SIDE_BY_SIDE, ExperimentConfig, VonConfig
 from src.artifacts.io import read_checkpoint, write_checkpoint
 from src.artifacts.locks import lock
 from src.artifacts.paths import LOCK_NAME, Folders
 from src.artifacts.store import load_result
 from src.cli import Parser, build, number, print_next, run_script
 from src.datasets import DataConfig
-from src.devices import ComputeConfig
+from src.devices import TRAINING_ONLY, ComputeConfig
 from src.errors import FlagError
 from src.lazy import torch
 from src.rng import generator
@@ -60,7 +60,7 @@ def parse() -> Namespace:
         metavar="UPDATE",
         help="updates after which to measure; the last ends the run (default: 5 10 25 125, or the same fractions)",
     )
-    parser.add(ComputeConfig, "computing", skip=ONE_PROCESS, choices=SIDE_BY_SIDE)
+    parser.add(ComputeConfig, "computing", skip=TRAINING_ONLY, choices=SIDE_BY_SIDE)
     parser.add(Folders, "folders", only=EXPERIMENT_FOLDERS)
     args = parser.parse_args()
     if args.checkpoints and max(args.checkpoints) > args.updates:

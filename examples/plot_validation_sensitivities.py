@@ -5,7 +5,7 @@ Reads {pickles_folder}/{name_exp}_scores.pkl and {name_exp}_retrain.pkl, written
 Writes {plots_folder}/{name_exp}_validation as PNG and PDF, with the suffixes _{scores_exp}, _{class_cov} and
 _corrected if these flags are given. Prints the correlations with bootstrap intervals, and the slope of the line
 through the origin (1 if the estimates have the size of the true deviations), also separately for the random examples
-and for those spread over the range of the estimates (--n_spread).
+and for those spread over the range of the estimates (--n_spread). Prints the median of estimated / true deviations.
 
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp
   python examples/plot_validation_sensitivities.py --name_exp mnist_mlp --class_cov full --corrected
@@ -28,6 +28,8 @@ from src.errors import FileError, FlagError
 
 if TYPE_CHECKING:
     from mpe.plots import StoredResult
+
+LARGE = 0.001  # ratios to smaller true deviations are mostly noise
 
 
 def parse() -> Namespace:
@@ -63,10 +65,16 @@ def main() -> None:
     from mpe.estimates import correlation_text
     from mpe.plots import StoredResult, save_and_show, validation
 
-    scores = StoredResult(args.pickles_folder, args.scores_exp or args.name_exp, "scores")
+    scores = StoredResult(args.pickles_folder, args.name_exp, "scores")
     retrain = StoredResult(args.pickles_folder, args.name_exp, "retrain")
-    if args.scores_exp is None:
-        retrain.same_run(scores)
+    retrain.same_run(scores)
+    if args.scores_exp:
+        base = scores.values.get("base_weights")  # a hash
+        scores = StoredResult(args.pickles_folder, args.scores_exp, "scores")
+        if base is None or scores.values.get("base_weights") != base:
+            raise FlagError(
+                f"--scores_exp {args.scores_exp}: {scores.path} does not have the same base model as {args.name_exp}"
+            )
     if retrain.is_empty("indices_retrain"):
         raise FileError(
             f"{retrain.path}: no model has been retrained yet; run {retrain.script} again with the same flags and "
@@ -84,11 +92,6 @@ def main() -> None:
             f"example {indices.max()} was left out, but {scores.path.name} has {len(sensitivities)} sensitivities"
         )
 
-    if args.scores_exp:
-        base = scores.array("probabilities", ndim=2)[indices]  # (m, C)
-        if not np.array_equal(base, retrain.array("base_probabilities", ndim=2)):
-            raise FlagError(f"--scores_exp {args.scores_exp}: {scores.path} was made with another base model")
-
     estimated = sensitivities[indices]
     text = correlation_text(deviations, estimated)
     figure = validation(deviations, estimated, text)
@@ -96,6 +99,11 @@ def main() -> None:
     for name, chosen in groups(retrain, indices).items():
         text = correlation_text(deviations[chosen], estimated[chosen])
         print(f"{name}:", text.replace("\n", ", "))
+    large = deviations > LARGE
+    if large.any():
+        ratio = np.median(estimated[large] / deviations[large])
+        print(f"median of estimated / true {ratio:.3g} for the {large.sum()} true deviations above {LARGE:g}")
+    print(f"largest true deviation {deviations.max():.3g}, largest estimate {estimated.max():.3g}")
     suffix = "".join(f"_{part}" for part in (args.scores_exp, args.class_cov) if part) + "_corrected" * args.corrected
     save_and_show(figure, args.plots_folder / f"{args.name_exp}_validation{suffix}", args.show)
 

@@ -130,8 +130,10 @@ class ExperimentConfig:
     optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
-        if self.finite_time and (self.optimizer != "sgd" or self.laplace_backend != "fast"):
-            raise ArgumentError("finite_time", ": needs --optimizer=sgd and --laplace_backend=fast")
+        if self.finite_time and self.laplace_backend != "fast":
+            raise ArgumentError("finite_time", ": needs --laplace_backend=fast")
+        if self.finite_time and self.optimizer != "sgd":
+            raise ArgumentError("finite_time", ": needs --optimizer=sgd")
         if self.lrmin > self.lr:
             raise ArgumentError(
                 "lrmin",
@@ -148,7 +150,8 @@ class RetrainingConfig:
     epochs_retrain: int = option(300, "number of epochs", _COUNT)
     retrain_from: str = option(
         "base",
-        "weights at the start of retraining: those of the base model, or its initial ones, to retrain from scratch",
+        "weights at the start of retraining: those of the base model, or the initial ones for --seed, to retrain "
+        "from scratch",
         choices=("base", "initial"),
     )
     retrain_shuffle: str = option(

@@ -419,7 +419,7 @@ class Experiment:
             images = torch.cat([batch.images for batch in batches])
             with torch.no_grad(), eval_mode(model):
                 p = torch.cat([difference(model(part), part) for part in images.split(config.bs_jacs)]).sigmoid()
-            gram = gram_matrix(model, images, difference).double()
+            gram = gram_matrix(model, images, difference, memory_mb=config.memory_mb).double()
             system = gram * (p * (1.0 - p)).double()
             system.diagonal().add_(delta)
             found = torch.linalg.solve(system, gram).cpu()
@@ -461,15 +461,15 @@ class Experiment:
             dense: Whether the exact GGN, if requested, is formed, which limits the number of parameters.
         """
         two = self.train.subset(torch.arange(min(2, self.count)))
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         try:
+            if dense and self.config.var_version == "ggn":
+                check_dense(sum(p.numel() for p in parameters.values()))
             if self.config.laplace_backend == "laplace-torch":
                 self.laplace(delta, images=two)
                 return
             model = self._channels_first(self.model)
-            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
             posterior = Posterior({name: torch.ones_like(p) for name, p in parameters.items()})
-            if dense and self.config.var_version == "ggn":
-                check_dense(sum(p.numel() for p in parameters.values()))
             with self._engine(model, posterior) as engine:
                 engine(next(iter(self.batches(two, 2, channels_last=False))).images)
         except ValueError as error:

@@ -66,7 +66,7 @@ class Von:
             precision_rate: rho_S.
 
         Raises:
-            TrainingError: The mean is not finite.
+            TrainingError: The mean is not finite, or the precision is not positive definite.
         """
         (c, d), scale = self.mean.shape, self.num_examples / len(features)
         offsets = torch.linalg.solve_triangular(self._root.mT, noise.mT, upper=True).mT
@@ -80,10 +80,13 @@ class Von:
             for j in range(i + 1):  # only the lower triangle is used
                 weighted = curvature[:, i, j].unsqueeze(1) * features
                 blocks[i, :, j].addmm_(features.mT, weighted, alpha=precision_rate * scale)
-        self._root = torch.linalg.cholesky(self.precision)
+        self._root, failed = torch.linalg.cholesky_ex(self.precision)
         self.mean -= rate * torch.cholesky_solve(gradient.reshape(-1, 1), self._root).view(c, d)
-        if not bool(self.mean.isfinite().all()):
-            raise TrainingError("the mean of VON is not finite; lower --lr, or increase --hess_init")
+        if bool(failed) or not bool(self.mean.isfinite().all()):
+            raise TrainingError(
+                "the mean of VON is not finite, or its precision is not positive definite; lower --lr or "
+                "--lr_precision, or increase --delta or --hess_init"
+            )
 
     def predict(self, features: Tensor, *, full: bool) -> tuple[Tensor, Tensor]:
         """Compute the logits (n, C) at the mean, and their variances (n, C), or covariances (n, C, C) if ``full``."""

@@ -99,5 +99,8 @@ def test_a_step_that_is_too_long_is_refused():
     x, labels, draw = problem()
     von = Von(C, D, num_examples=N, delta=DELTA, precision_init=1e-3, like=x.float())
     noise = torch.randn(2, C * D, generator=draw)
-    with pytest.raises(TrainingError, match="lower --lr, or increase --hess_init"):
+    with pytest.raises(TrainingError, match="lower --lr or --lr_precision"):
         von.step(x.float(), labels, noise, 1e38, 1e-5)
+    flat = Von(C, D, num_examples=N, delta=1e-12, precision_init=5.0, like=x.float())
+    with pytest.raises(TrainingError, match="not positive definite"):
+        flat.step(x[:1].float(), labels[:1], noise, 1.0, 1.0)  # rank 2

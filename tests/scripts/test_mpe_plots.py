@@ -224,17 +224,21 @@ def test_files_of_two_runs_are_not_drawn_together(place):
 
 def test_estimates_of_another_experiment(place):
     script = "plot_validation_sensitivities.py"
-    base, indices = np.random.default_rng(0).random((N, 3)), np.array([3, 7, 1])
-    change(place, "retrain", indices_retrain=indices, base_probabilities=base[indices])
-    estimates = np.zeros(N)
-    estimates[indices] = np.argsort(np.argsort(-read_pickle(place / "old_retrain.pkl")["softmax_deviations"]))
-    write_pickle(place / "other_scores.pkl", {"sensitivities": estimates, "probabilities": base})
+    indices, estimates = np.array([3, 7, 1]), np.zeros(N)
+    change(place, "retrain", indices_retrain=indices)
+    change(place, "scores", base_weights="a1")
+    deviations = read_pickle(place / "old_retrain.pkl")["softmax_deviations"]
+    estimates[indices] = np.argsort(np.argsort(-deviations))
+    write_pickle(place / "other_scores.pkl", {"sensitivities": estimates, "base_weights": "a1"})
     names, result = draw(place, script, "--scores_exp=other")
     assert "Spearman -1.000" in result.out
+    assert f"median of estimated / true {np.median(estimates[indices] / deviations):.3g} for the 3 true" in result.out
     assert "old_validation_other.pdf" in names
     shutil.rmtree(place / "plots")
-    write_pickle(place / "other_scores.pkl", {"sensitivities": estimates, "probabilities": base + 1e-9})
-    refused(place, script, FLAG, "--scores_exp other: .* another base model", more=("--scores_exp=other",))
+    write_pickle(place / "other_scores.pkl", {"sensitivities": estimates, "base_weights": "b2"})
+    for own in ("a1", None):  # None: an older file
+        change(place, "scores", base_weights=own)
+        refused(place, script, FLAG, "--scores_exp other: .* same base model", more=("--scores_exp=other",))
 
 
 @pytest.mark.parametrize("empty", [[], np.empty(0, np.int64)])

@@ -168,11 +168,13 @@ WRONG = {
     ],
     "examples/2_loo_l2reg.py": [
         "--deltas_stop=0 --deltas_start=1",
+        "--finite_time --optimizer=adam",
         "--compile",
         "--precision=bf16",
     ],
     "examples/3_validation_sensitivities.py": [
         "--retrain_shuffle=nothing",
+        "--finite_time --laplace_backend=laplace-torch",
         "--precision=bf16",
     ],
     "examples/4_evolving_sensitivities.py": [
@@ -191,6 +193,7 @@ WRONG = {
     "examples/7_von_logistic.py": [
         "--checkpoints 5 126",
         "--lr_precision=2",
+        "--compile",
         "--epochs=3",
     ],
     "examples/plot_evolving_sensitivities.py": [
