@@ -173,7 +173,7 @@ def example_arrays(found: Contents, shown: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def largest_loss(found: Contents) -> float:
-    """The loss that the largest byte stands for."""
+    """The loss that the largest byte represents."""
     losses = np.ones(1) if found.dynamics is None else found.dynamics.losses
     return max(float(losses.max(where=np.isfinite(losses), initial=0)), 1e-6)
 

@@ -1,4 +1,4 @@
-"""What the page says, computed from planted truths, and the files of make_report.py."""
+"""The contents of the page, checked against planted truths, and the files of make_report.py."""
 
 import base64
 import csv
