@@ -75,13 +75,21 @@ def trained_weights(base):
 
 @pytest.mark.parametrize("start", ["base", "initial"])
 def test_script_3_retrains_as_a_plain_loop(start, tmp_path, global_generator):
-    found = run(VALIDATION, tmp_path, *EXACT, f"--retrain_from={start}")
+    more = {"base": (), "initial": ("--finite_time", "--var_version=diag")}[start]
+    found = run(VALIDATION, tmp_path, *EXACT, f"--retrain_from={start}", *more)
     scores = result(VALIDATION, tmp_path, "scores")
     (images, labels), _ = material(tmp_path, scores["indices"])
     removed = found["indices_retrain"]
     weights = trained_weights(tmp_path)
     initial = build_model("small_mlp", CLASSES, 1, 8, 1).double().state_dict()
     begun = weights if start == "base" else initial
+    if more:  # the estimates account for the length of retraining, not of training
+        model = build_model("small_mlp", CLASSES, 1, 8, 1).double()
+        model.load_state_dict(weights)
+        time = sgd_time(3, 0.05, 0.02, N - 1, BATCH)
+        posterior = laplace_posterior(model, [images], DELTA, structure="diag", time=time)
+        wanted = mpe.sensitivities(model, [(images, labels)], posterior).scores
+        np.testing.assert_allclose(scores["sensitivities"], wanted, rtol=1e-8)
     for row, model in enumerate(replayed(begun, images, labels, removed, extra=0)):
         example = images[[removed[row]]]
         moved = model(example).softmax(1)[0]

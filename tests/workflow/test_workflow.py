@@ -84,6 +84,7 @@ def test_a_killed_workflow_continues_in_the_middle_of_a_training(tmp_path):
     [
         ("    data:", "    dta:", "study killed: dta: is not read; choose from data, dataset, kind"),
         ("gpus: 0}}", "gpu: 0}}", "study killed: resources: scoring: gpu: is not read; choose from cpus, gpus"),
+        ("protocol: full", "protocol: splits", "study killed: protocol: splits: choose from split, full"),
         ("dataset: digits", "dataset: folder:photos", "study killed: dataset: folder:photos: give the name"),
     ],
 )

@@ -105,6 +105,8 @@ def check(name, study):
     for job, own in study.get("resources", {}).items():
         known("resources: ", [job], jobs)
         known(f"resources: {job}: ", own, set(config["resources"]["default"]))
+    if study.get("protocol", "split") not in ("split", "full"):
+        refuse(f"protocol: {study['protocol']}: choose from split, full")
     for one in [study, *study.get("experiments", {}).values()]:
         if not re.fullmatch(r"[a-z0-9_]+", str(one.get("dataset", "digits"))):
             refuse(f"dataset: {one['dataset']}: give the name of a built-in data set, in lower case")
@@ -112,8 +114,9 @@ def check(name, study):
         divided = study["script"] == RETRAINS_EXAMPLES
         if divided != ("retrain_per_job" in study):
             refuse(f"retrain_per_job: {'is needed' if divided else 'is not read'} with {study['script']}")
-        if divided and not all("n_retrain" in experiment for experiment in study["experiments"].values()):
-            refuse("experiments: n_retrain is needed")
+        for key in ("dataset", "n_retrain") if divided else ("dataset",):
+            if not all(key in experiment for experiment in study["experiments"].values()):
+                refuse(f"experiments: {key} is needed")
     for source in (*study.get("of", ()), *study.get("scores_of", ())):
         if STUDIES.get(source, {}).get("kind") not in ("samis", "memorization", "geometry"):
             refuse(f"{source}: is not a study that computes scores")

@@ -22,7 +22,7 @@ rule spectrum:
         lambda wildcards: geometry_flags(wildcards.study, "models_folder", "metrics_folder", "hessian_folder")
         + " "
         + flags(
-            part(wildcards.study, "spectrum"),
+            part(wildcards.study).get("spectrum"),
             optimizer=wildcards.optimizer,
             seed=wildcards.seed,
             epochs=part(wildcards.study, "training", "epochs"),
