@@ -138,7 +138,7 @@ def laplace_posterior(
         delta: prior precision (delta, not delta/N).
         structure: one of ``STRUCTURES``.
         time: training time, to account for directions along which SGD has not converged; see
-            `src.jacobians.laplace_variances`. None for convergence, as in the paper.
+            `src.jacobians.posterior.laplace_variances`. None for convergence, as in the paper.
         memory_mb: see `src.jacobians.OutputVariances`.
         progress: whether to show a progress bar.
 
