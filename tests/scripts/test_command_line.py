@@ -50,13 +50,18 @@ def test_help_explains_every_flag(script, monkeypatch):
         assert all(flag in done.out for flag in action.option_strings)
 
 
+LOOPS = {"optimizer": "sgd", "seed": "1", "epochs": "1", "delta": "1", "structure": "kfac", "scores": "kfac"}
+
+
 def commands():
     """Every command of the README, of docs/ and of the scripts' help texts: script and flags."""
     examples = [ROOT / "examples" / "README.md", *(ROOT / "examples").glob("*.py")]
     paths = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / name for name in SCRIPTS), *examples)
     texts = [path.read_text() for path in paths if path.exists()]
     text = re.sub(r"\\\n\s*", "", "\n".join(texts))
-    text = text.replace("$optimizer", "sgd").replace("$seed", "1")  # loop variables
+    assigned = dict(re.findall(r'^ *(\w+)="(.*)"$', text, re.MULTILINE))
+    for values in (assigned, LOOPS):  # assigned values contain loop variables
+        text = re.sub(r"\$\{?(\w+)\}?", lambda found, values=values: values.get(found[1], found[0]), text)
     for script, flags in re.findall(r"(?:python|torchrun\s[^\n`]*?) (\w+\.py) ([^\n`#|]*)", text):
         yield (
             script if (ROOT / script).exists() else f"examples/{script}",
