@@ -30,7 +30,6 @@ from src.errors import FileError, FlagError
 from src.metrics import SCORES, Proxy, get_score
 from src.metrics.evaluation import (
     EvaluationConfig,
-    chosen_examples,
     evaluate,
     find_scores,
     is_score,
@@ -95,8 +94,8 @@ def main() -> None:
         {mode: proxy.record.get("cost") for mode, proxy in proxies.items()},
         config,
     )
-    chosen = len(chosen_examples(config.examples, len(reference)))
-    which = f"{chosen:,} examples" + (f" ({config.examples})" if config.examples != "all" else "")
+    shared = max(row["examples"] for row in rows)
+    which = f"{shared:,} examples" + (f" ({config.examples})" if config.examples != "all" else "")
     caption = f"{dataset}: agreement with {name}, {which}"
     stem = evaluation_stem(args.plots_folder, dataset, name.replace(" ", "_"))
     facts = {"dataset": dataset, "reference_file": source, "files": {m: proxy.path for m, proxy in proxies.items()}}

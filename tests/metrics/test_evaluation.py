@@ -162,6 +162,16 @@ def test_the_script_compares_with_a_score(toy, tmp_path):
     assert "unknown" in text
 
 
+def test_the_script_counts_the_examples_that_have_scores(toy, tmp_path):
+    base, dataset, _ = toy
+    reference = np.full(60, np.nan)
+    reference[10:40] = np.arange(30)
+    np.save(tmp_path / "partial.npy", reference)
+    flags = (dataset, *folders(base, "datasets", "metrics"), f"--plots_folder={tmp_path}", "--resamples=20")
+    done = succeed("evaluate_scores.py", *flags, f"--reference={tmp_path / 'partial.npy'}")
+    assert "agreement with partial, 30 examples" in done.out
+
+
 def test_the_script_measures_how_planted_noise_is_found(toy, tmp_path):
     base, dataset, name = toy
     flags = (dataset, *folders(base, "datasets", "metrics"), f"--plots_folder={tmp_path}", "--resamples=50")
