@@ -164,11 +164,10 @@ def test_the_script_compares_with_a_score(toy, tmp_path):
 
 def test_the_script_counts_the_examples_that_have_scores(toy, tmp_path):
     base, dataset, _ = toy
-    reference = np.full(60, np.nan)
-    reference[10:40] = np.arange(30)
-    np.save(tmp_path / "partial.npy", reference)
+    lines = ["index,score", *(f"{index},{index}" for index in range(10, 40))]
+    (tmp_path / "partial.csv").write_text("\n".join(lines))
     flags = (dataset, *folders(base, "datasets", "metrics"), f"--plots_folder={tmp_path}", "--resamples=20")
-    done = succeed("evaluate_scores.py", *flags, f"--reference={tmp_path / 'partial.npy'}")
+    done = succeed("evaluate_scores.py", *flags, f"--reference={tmp_path / 'partial.csv'}")
     assert "agreement with partial, 30 examples" in done.out
 
 
