@@ -79,6 +79,17 @@ def test_a_killed_workflow_continues_in_the_middle_of_a_training(tmp_path):
 
 
 @needs_snakemake
+def test_a_moved_checkout_plans_all_jobs(tmp_path):
+    study = f"--configfile={tmp_path / 'study.yaml'}"
+    (tmp_path / "study.yaml").write_text(STUDY)
+    run(tmp_path, "data/splits/digits/seed_1/val_10.txt", study)
+    shutil.copytree(WORKFLOW, tmp_path / "moved" / "workflow")
+    plan = run(tmp_path, "--dry-run", f"--snakefile={tmp_path / 'moved' / 'workflow' / 'Snakefile'}", study, "killed")
+    assert "rule train_full:" in plan
+    assert "rule data:" not in plan
+
+
+@needs_snakemake
 @pytest.mark.parametrize(
     ("key", "other", "message"),
     [
